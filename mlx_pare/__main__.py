@@ -1,0 +1,5 @@
+"""python -m mlx_pare"""
+
+from .cli import main
+
+main()

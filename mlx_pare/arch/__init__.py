@@ -1,0 +1,163 @@
+"""describe(config) -> Architecture, and cutting one: which config the smaller model has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import PareError
+from .dense import FAMILIES
+from .spec import Architecture, Family, Keep, Layer, LayerKeep, Tensor
+
+__all__ = ["Architecture", "Keep", "LayerKeep", "Tensor", "can_keep", "cut", "describe", "positions", "supported_types"]
+
+
+def supported_types() -> list[str]:
+    return sorted(t for family in FAMILIES for t in family.model_types)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    raise PareError(
+        f"model type {model_type!r} is not described here", f"supported types are {', '.join(supported_types())}"
+    )
+
+
+def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architecture:
+    """The architecture a config.json stands for.
+
+    ``untied``: whether the checkpoint stores lm_head.weight, when known; gemma3 decides by that alone.
+    Raises PareError for an unknown model type, and for sizes that are missing or make no sense.
+    """
+    family = family_of(config)
+    full = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+    sizes = {axis: _size(full, key, axis) for axis, key in family.keys.items() if axis in full or key in full}
+    missing = [family.keys[a] for a in ("hidden", "vocab", "layer", "ffn", "q_head") if a not in sizes]
+    if missing:
+        raise PareError(f"config.json of type {config['model_type']} lacks {', '.join(missing)}")
+    sizes.setdefault("kv_head", sizes["q_head"])
+    if "head_dim" not in sizes:
+        if sizes["hidden"] % sizes["q_head"]:
+            raise PareError(
+                f"hidden_size {sizes['hidden']} is no multiple of {sizes['q_head']} heads and head_dim is not given"
+            )
+        sizes["head_dim"] = sizes["hidden"] // sizes["q_head"]
+    if sizes["q_head"] % sizes["kv_head"]:
+        raise PareError(f"{sizes['q_head']} query heads cannot share {sizes['kv_head']} kv heads evenly")
+    per_layer = {
+        "kv_head": sizes["kv_head"],
+        "group": sizes["q_head"] // sizes["kv_head"],
+        "head_dim": sizes["head_dim"],
+        "ffn": sizes["ffn"],
+    }
+    layers = tuple(Layer(kind, per_layer) for kind in _kinds(family, full, sizes["layer"]))
+    tied = bool(full.get("tie_word_embeddings", True))
+    if family.kinds == "sliding_window_pattern" and untied is not None:
+        tied = not untied
+    return Architecture(family, full, {"hidden": sizes["hidden"], "vocab": sizes["vocab"]}, layers, tied)
+
+
+def _size(config: Mapping[str, Any], key: str, axis: str) -> int:
+    value = config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise PareError(f"config.json says {key} = {value!r}, expected a positive whole number ({axis})")
+    return value
+
+
+def _kinds(family: Family, config: Mapping[str, Any], count: int) -> list[str]:
+    if family.kinds == "sliding_window_pattern":
+        period = config["sliding_window_pattern"]
+        return [_periodic(i, period) for i in range(count)]
+    kinds = config.get("layer_types") if family.kinds == "layer_types" else None
+    kinds = kinds or ["full_attention"] * count
+    if len(kinds) != count:
+        raise PareError(f"config.json lists {len(kinds)} layer_types for {count} layers")
+    unknown = sorted(set(kinds) - set(family.blocks))
+    if unknown:
+        raise PareError(
+            f"layers of kind {unknown[0]!r} are not described for {family.name}",
+            f"known kinds: {', '.join(family.blocks)}",
+        )
+    return list(kinds)
+
+
+def _periodic(index: int, period: int) -> str:
+    return "full_attention" if index % period == period - 1 else "sliding_attention"
+
+
+# ---- cutting ----
+
+
+def positions(arch: Architecture, count: int) -> list[str | None]:
+    """The kind each layer of a model cut to ``count`` layers must have; None: any. See ``can_keep``."""
+    if arch.family.kinds != "sliding_window_pattern":
+        return [None] * count
+    period = arch.config["sliding_window_pattern"]
+    return [_periodic(i, period) for i in range(count)]
+
+
+def can_keep(arch: Architecture, layers: Sequence[int]) -> bool:
+    """Whether the survivors of a depth cut keep their kinds in stock mlx-lm, which may derive them from the index."""
+    kinds = [arch.layers[i].kind for i in layers]
+    if arch.family.kinds == "sliding_window_pattern":
+        return len(layers) >= arch.config["sliding_window_pattern"] and kinds == positions(arch, len(layers))
+    return "full_attention" in kinds
+
+
+def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
+    """The architecture that is left, with the config.json that stock mlx-lm loads it by.
+
+    ``packed``: the embedding will be stored quantized, which decides whether it may stay tied (see Exit).
+    Raises PareError for layers whose kind would change, and for widths that differ between layers.
+    """
+    sources = [layer.source for layer in keep.layers]
+    if not can_keep(arch, sources):
+        raise PareError(
+            f"keeping layers {sources} would change the attention kind of a survivor: {arch.family.name} derives it "
+            "from the layer's position",
+            "keep whole periods of layers, or let `plan` choose",
+        )
+    kept_sizes = []
+    for layer in keep.layers:
+        old = arch.layers[layer.source]
+        kept_sizes.append(Layer(old.kind, {**old.sizes, **{a: len(i) for a, i in layer.keep.items()}}))
+    sizes = dict(arch.sizes) if keep.hidden is None else {**arch.sizes, "hidden": len(keep.hidden)}
+    smaller = Architecture(arch.family, arch.config, sizes, tuple(kept_sizes), arch.tied)
+    return describe(_config(arch, smaller, sources, packed), untied=None if arch.tied else True)
+
+
+def _config(arch: Architecture, smaller: Architecture, sources: list[int], packed: bool) -> dict[str, Any]:
+    config = dict(arch.config)
+    widths = {a: smaller.uniform(a) for a in ("kv_head", "group", "head_dim", "ffn")}
+    widths |= {"q_head": widths["kv_head"] * widths["group"], "layer": len(sources), **smaller.sizes}
+    config |= {key: widths[axis] for axis, key in arch.family.keys.items()}
+    for key in arch.family.per_layer:
+        if isinstance(config.get(key), list):
+            config[key] = [config[key][i] for i in sources]
+    for exit_ in arch.family.exits:
+        if exit_.when(widths, config):
+            config |= {"model_type": exit_.model_type, "architectures": [exit_.architecture], **exit_.settings}
+            config["head_dim"] = widths["head_dim"]
+            if exit_.unties_packed and packed and arch.tied:
+                config["tie_word_embeddings"] = False
+            break
+    config["tie_word_embeddings"] = config.get("tie_word_embeddings", arch.tied)
+    return _both_rope_spellings(config)
+
+
+def _both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes rope_parameters only; mlx-lm's llama and qwen2 read rope_theta and rope_scaling only."""
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        config["rope_theta"] = parameters["rope_theta"]
+        scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
+        if scaling.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", scaling)
+    elif parameters is None and config.get("rope_theta") is not None and "rope_local_base_freq" not in config:
+        scaling = config.get("rope_scaling") or {}
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"], "rope_type": kind}
+    return config

@@ -1,0 +1,176 @@
+"""The dense families, as data: one table of tensors each, and how their config.json spells the axes."""
+
+from __future__ import annotations
+
+from .spec import Exit, Family, tensor
+
+KEYS = {
+    "hidden": "hidden_size",
+    "vocab": "vocab_size",
+    "layer": "num_hidden_layers",
+    "ffn": "intermediate_size",
+    "q_head": "num_attention_heads",
+    "kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+}
+
+EMBED = tensor("model.embed_tokens.weight", "vocab, hidden", "embedding")
+NORM = tensor("model.norm.weight", "hidden", "norm", "final_norm")
+HEAD = tensor("lm_head.weight", "vocab, hidden", "embedding")
+
+
+def attention(qkv_bias: str | None = None, out_bias: str | None = None, biased: bool = False):
+    """q, k, v, o of grouped-query attention; the biases exist when the named config flag is true (or always)."""
+    qkv = [
+        ("q_proj", "q_head*head_dim", ("rope",)),
+        ("k_proj", "kv_head*head_dim", ("rope",)),
+        ("v_proj", "kv_head*head_dim", ()),
+    ]
+    rows = [tensor(f"self_attn.{n}.weight", f"{d}, hidden", "attention", n, None, *tf) for n, d, tf in qkv]
+    if qkv_bias or biased:
+        rows += [tensor(f"self_attn.{n}.bias", d, "attention", f"{n}_bias", qkv_bias, *tf) for n, d, tf in qkv]
+    rows.append(tensor("self_attn.o_proj.weight", "hidden, q_head*head_dim", "attention"))
+    if out_bias:
+        rows.append(tensor("self_attn.o_proj.bias", "hidden", "attention", "o_proj_bias", out_bias))
+    return tuple(rows)
+
+
+def swiglu(bias: str | None = None):
+    rows = [(n, d) for n, d in (("gate_proj", "ffn, hidden"), ("up_proj", "ffn, hidden"), ("down_proj", "hidden, ffn"))]
+    table = [tensor(f"mlp.{n}.weight", d, "ffn") for n, d in rows]
+    if bias:
+        table += [tensor(f"mlp.{n}.bias", d.split(",")[0], "ffn", f"{n}_bias", bias) for n, d in rows]
+    return tuple(table)
+
+
+PRE_NORMS = (
+    tensor("input_layernorm.weight", "hidden", "norm", "attn_norm"),
+    tensor("post_attention_layernorm.weight", "hidden", "norm", "ffn_norm"),
+)
+
+HEAD_NORMS = (
+    tensor("self_attn.q_norm.weight", "head_dim", "norm", "q_norm"),
+    tensor("self_attn.k_norm.weight", "head_dim", "norm", "k_norm"),
+)
+
+LLAMA_BLOCK = attention("attention_bias", "attention_bias") + swiglu("mlp_bias") + PRE_NORMS
+QWEN2_BLOCK = attention(biased=True) + swiglu() + PRE_NORMS
+QWEN3_BLOCK = attention() + HEAD_NORMS + swiglu() + PRE_NORMS
+SEED_OSS_BLOCK = attention("attention_bias", "attention_out_bias") + swiglu("mlp_bias") + PRE_NORMS
+
+GEMMA3_BLOCK = (
+    *attention(),
+    *swiglu(),
+    tensor("self_attn.q_norm.weight", "head_dim", "norm", "q_norm", None, "norm+1"),
+    tensor("self_attn.k_norm.weight", "head_dim", "norm", "k_norm", None, "norm+1"),
+    tensor("input_layernorm.weight", "hidden", "norm", "attn_norm", None, "norm+1"),
+    tensor("post_attention_layernorm.weight", "hidden", "norm", "attn_post_norm", None, "norm+1"),
+    tensor("pre_feedforward_layernorm.weight", "hidden", "norm", "ffn_norm", None, "norm+1"),
+    tensor("post_feedforward_layernorm.weight", "hidden", "norm", "ffn_post_norm", None, "norm+1"),
+)
+
+# transformers refuses a llama config whose hidden size is no multiple of the number of heads, even with head_dim given
+# (models/llama/configuration_llama.py); mistral is the same block in mlx-lm, transformers and llama.cpp, without that
+# check and without biases. seed_oss is the same block with biases.
+LLAMA = Family(
+    name="llama",
+    model_types=("llama", "mistral"),
+    keys=KEYS,
+    model=(EMBED, NORM, HEAD),
+    blocks={"full_attention": LLAMA_BLOCK, "sliding_attention": LLAMA_BLOCK},
+    kinds="layer_types",
+    defaults={"tie_word_embeddings": True, "rope_theta": 10000.0},
+    cuttable=frozenset({"layer", "ffn", "kv_head", "hidden"}),
+    exits=(
+        Exit(
+            lambda sizes, config: (
+                sizes["hidden"] % sizes["q_head"] != 0
+                and config["model_type"] == "llama"
+                and not (config.get("attention_bias") or config.get("mlp_bias"))
+            ),
+            "mistral",
+            "MistralForCausalLM",
+            {"sliding_window": None},
+        ),
+        Exit(
+            lambda sizes, config: sizes["hidden"] % sizes["q_head"] != 0 and config["model_type"] == "llama",
+            "seed_oss",
+            "SeedOssForCausalLM",
+            {"attention_out_bias": True},
+            unties_packed=True,
+        ),
+    ),
+    gguf="llama",
+    gguf_rope="norm",
+)
+
+# mlx_lm/models/qwen2.py computes head_dim = hidden // heads, so any other head count leaves as seed_oss.
+QWEN2 = Family(
+    name="qwen2",
+    model_types=("qwen2",),
+    keys={k: v for k, v in KEYS.items() if k != "head_dim"},
+    model=(EMBED, NORM, HEAD),
+    blocks={"full_attention": QWEN2_BLOCK},
+    defaults={"tie_word_embeddings": True, "rope_theta": 1000000.0},
+    cuttable=frozenset({"layer", "ffn", "kv_head", "hidden"}),
+    exits=(
+        Exit(
+            lambda sizes, config: sizes["q_head"] * sizes["head_dim"] != sizes["hidden"],
+            "seed_oss",
+            "SeedOssForCausalLM",
+            {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+            unties_packed=True,
+        ),
+    ),
+    gguf="qwen2",
+)
+
+SEED_OSS = Family(
+    name="seed_oss",
+    model_types=("seed_oss",),
+    keys=KEYS,
+    model=(EMBED, NORM, HEAD),
+    blocks={"full_attention": SEED_OSS_BLOCK},
+    defaults={"tie_word_embeddings": True, "rope_theta": 10000.0},
+    cuttable=frozenset({"layer", "ffn", "kv_head", "hidden"}),
+    gguf="seed_oss",
+)
+
+QWEN3 = Family(
+    name="qwen3",
+    model_types=("qwen3",),
+    keys=KEYS,
+    model=(EMBED, NORM, HEAD),
+    blocks={"full_attention": QWEN3_BLOCK},
+    cuttable=frozenset({"layer", "ffn", "kv_head", "hidden"}),
+    gguf="qwen3",
+)
+
+# hidden is not cuttable: the embedding is scaled by sqrt(hidden), in every runtime.
+GEMMA3 = Family(
+    name="gemma3_text",
+    model_types=("gemma3_text",),
+    keys=KEYS,
+    model=(EMBED, tensor("model.norm.weight", "hidden", "norm", "final_norm", None, "norm+1"), HEAD),
+    blocks={"full_attention": GEMMA3_BLOCK, "sliding_attention": GEMMA3_BLOCK},
+    kinds="sliding_window_pattern",
+    defaults={  # mlx_lm/models/gemma3_text.py ModelArgs
+        "hidden_size": 1152,
+        "num_hidden_layers": 26,
+        "intermediate_size": 6912,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "vocab_size": 262144,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+    },
+    gguf="gemma3",
+)
+
+FAMILIES = (LLAMA, QWEN2, SEED_OSS, QWEN3, GEMMA3)

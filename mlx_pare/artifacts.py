@@ -1,0 +1,241 @@
+"""The nouns that lie in a run directory: Stats and Scores (arrays), Plan and Metrics (JSON). Each has a schema version.
+
+Arrays are safetensors files whose header carries a JSON description under the key "pare".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .arch import Architecture, Keep, LayerKeep, can_keep
+from .errors import PareError
+
+SCHEMA = 1
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write beside, flush, rename: ``path`` holds the old bytes or the new, never half of them."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ---- arrays ----
+
+
+@dataclass
+class Arrays:
+    """Named arrays with a description: Stats (per site of every layer) or Scores (per unit)."""
+
+    arrays: dict[str, Any]
+    about: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        import mlx.core as mx
+
+        about = {"schema": SCHEMA, **self.about}
+        temporary = path.with_name(path.stem + ".tmp.safetensors")
+        mx.save_safetensors(str(temporary), self.arrays, metadata={"pare": json.dumps(about, sort_keys=True)})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path, what: str) -> Arrays:
+        """As numpy arrays, float32. Raises PareError when the file is missing, damaged or of another schema."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                about = json.loads((file.metadata() or {}).get("pare", "{}"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+        except (OSError, SafetensorError, ValueError) as error:
+            raise PareError(f"cannot read {what} {path}: {error}") from error
+        if about.get("schema") != SCHEMA:
+            raise PareError(f"{path} has schema {about.get('schema')}, this version reads {SCHEMA}", "make it again")
+        return cls(arrays, about)
+
+
+# ---- plan ----
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Target(Strict):
+    """What was asked: kind "keep" (fraction of non-embedding parameters), "params" (total) or "size" (bytes of weights)."""
+
+    kind: str
+    value: float
+    asked: str
+
+
+class Size(Strict):
+    """Shape and size of a model, before or after."""
+
+    layers: int
+    ffn: int
+    kv_heads: int
+    q_heads: int
+    hidden: int
+    parameters: int
+    non_embedding: int
+    bytes: int
+
+
+class LayerPlan(Strict):
+    """One surviving layer: where it comes from and which units it keeps (indices in the original)."""
+
+    source: int
+    ffn: list[int]
+    kv_head: list[int]
+
+
+class Plan(Strict):
+    """Which indices to keep on each axis. Made to be read and edited; ``problems`` checks it against a model."""
+
+    schema_version: int = SCHEMA
+    source: str
+    criterion: str
+    axes: list[str]
+    target: Target
+    bits: int | None = None
+    group_size: int | None = None
+    before: Size
+    after: Size
+    neighbours: list[str] = Field(default_factory=list)
+    hidden: list[int] | None = None
+    layers: list[LayerPlan]
+
+    @model_validator(mode="after")
+    def _known_schema(self) -> Plan:
+        if self.schema_version != SCHEMA:
+            raise ValueError(f"schema_version {self.schema_version}, this version reads {SCHEMA}")
+        return self
+
+    def keep(self, arch: Architecture) -> Keep:
+        """The plan as a cut; axes that keep everything are left out, so their tensors are copied untouched."""
+        layers = []
+        for layer in self.layers:
+            sizes = arch.layers[layer.source].sizes
+            kept = {"ffn": layer.ffn, "kv_head": layer.kv_head}
+            layers.append(LayerKeep(layer.source, {a: k for a, k in kept.items() if len(k) != sizes[a]}))
+        hidden = self.hidden if self.hidden is not None and len(self.hidden) != arch.sizes["hidden"] else None
+        return Keep(tuple(layers), hidden)
+
+    def problems(self, arch: Architecture) -> list[str]:
+        """Everything that is wrong with the plan for this model, not only the first thing."""
+        found = []
+        if not self.layers:
+            return ["no layer is kept"]
+        sources = [layer.source for layer in self.layers]
+        found += _index_problems("layers", sources, len(arch.layers))
+        for layer in self.layers:
+            if not 0 <= layer.source < len(arch.layers):
+                continue
+            sizes = arch.layers[layer.source].sizes
+            found += _index_problems(f"layer {layer.source}: ffn", layer.ffn, sizes["ffn"])
+            found += _index_problems(f"layer {layer.source}: kv_head", layer.kv_head, sizes["kv_head"])
+        for axis in ("ffn", "kv_head"):
+            widths = sorted({len(getattr(layer, axis)) for layer in self.layers})
+            if len(widths) > 1:
+                found.append(
+                    f"layers keep different numbers of {axis} ({', '.join(map(str, widths))}): stock mlx-lm needs one"
+                )
+        if self.hidden is not None:
+            found += _index_problems("hidden", self.hidden, arch.sizes["hidden"])
+            if len(self.hidden) != arch.sizes["hidden"] and "hidden" not in arch.family.cuttable:
+                found.append(f"the hidden size of {arch.family.name} cannot be cut")
+        if not found and not can_keep(arch, sources):
+            found.append(f"keeping layers {sources} would change the attention kind of a survivor")
+        return found
+
+    def dump(self) -> bytes:
+        """JSON with one line per list of indices, so that people can edit it."""
+        document = self.model_dump()
+        lists: list[str] = []
+
+        def fold(value: Any) -> Any:
+            if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
+                lists.append(json.dumps(value))
+                return f"\x00{len(lists) - 1}\x00"
+            if isinstance(value, dict):
+                return {k: fold(v) for k, v in value.items()}
+            return [fold(v) for v in value] if isinstance(value, list) else value
+
+        text = json.dumps(fold(document), indent=1)
+        for number, line in enumerate(lists):
+            text = text.replace(f'"\\u0000{number}\\u0000"', line)
+        return text.encode() + b"\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise PareError(f"cannot read plan {path}: {error.strerror}") from error
+        except ValidationError as error:
+            raise PareError(
+                f"plan {path} is not valid: {explain(error)}", "mend it, or make it again with `mlx-pare plan`"
+            ) from error
+
+
+def _index_problems(where: str, indices: Sequence[int], size: int) -> list[str]:
+    if not indices:
+        return [f"{where} keeps nothing"]
+    found = []
+    outside = [i for i in indices if not 0 <= i < size]
+    if outside:
+        found.append(f"{where} keeps index {outside[0]}, there are {size}")
+    if any(a >= b for a, b in pairwise(indices)):
+        found.append(f"{where} is not in ascending order without repeats")
+    return found
+
+
+def explain(error: ValidationError) -> str:
+    """All of pydantic's findings in one line."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(p) for p in item["loc"]) or "document"
+        parts.append(f"{where}: {item['msg']}")
+    return "; ".join(parts[:20])
+
+
+# ---- metrics ----
+
+
+class Metrics(Strict):
+    """What `evaluate` measured. ``tokens`` predictions; KL in nats per token; ``windows`` of ``length`` tokens."""
+
+    schema_version: int = SCHEMA
+    model: str
+    data: str
+    tokens: int
+    windows: int
+    length: int
+    perplexity: float
+    perplexity_stderr: float
+    bits_per_byte: float | None
+    kl_divergence: float | None = None
+    kl_p95: float | None = None
+    top1_agreement: float | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> Metrics:
+        return cls.model_validate_json(path.read_bytes())
+
+
+def dump_json(value: Mapping[str, Any] | BaseModel) -> bytes:
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    return json.dumps(value, indent=1, default=str, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,61 @@
+"""bench: prefill and decode tok/s of models through stock mlx-lm, in turn, in one process; ratios with their spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+
+from . import lm
+from .checkpoint import Checkpoint
+from .console import progress
+from .errors import UsageError
+
+NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
+
+
+def bench(models: Sequence[Path], trials: int = 5, prompt: int = 512, new: int = 128) -> dict[str, Any]:
+    """Time ``trials`` rounds in which every model takes its turn (A B A B ...), after one round that does not count.
+
+    Per model: median, minimum and maximum of prefill and decode tokens/s and peak bytes; ``ratio``: to the first model,
+    pair by pair, so that a machine that slows down slows both. One model is in memory at a time: it is loaded anew for
+    each turn. Raises UsageError without models or trials.
+    """
+    if not models or trials < 1:
+        raise UsageError("bench needs at least one model and one trial")
+    for path in models:
+        Checkpoint(path).arch  # noqa: B018 a broken model is found before minutes of work
+    raw: list[list[dict[str, float]]] = [[] for _ in models]
+    with progress("bench: turn", (trials + 1) * len(models)) as bar:
+        for trial in range(trials + 1):
+            for number, path in enumerate(models):
+                result = _turn(path, prompt, new)
+                if trial:
+                    raw[number].append(result)
+                bar.advance()
+    backend = "CPU, weights as float32 scales" if lm.cpu_backend() else str(mx.default_device())
+    rows = [
+        {"model": str(p), **{n: _spread([r[n] for r in raw[i]]) for n in NUMBERS}, "ratio": _ratios(raw[i], raw[0])}
+        for i, p in enumerate(models)
+    ]
+    return {"trials": trials, "prompt_tokens": prompt, "new_tokens": new, "backend": backend, "models": rows}
+
+
+def _turn(path: Path, prompt: int, new: int) -> dict[str, float]:
+    model, tokenizer = lm.load_stock(path), lm.tokenizer(path)
+    lm.speed(model, tokenizer, min(8, prompt), 2)  # kernels are built and weights read before the clock starts
+    result = lm.speed(model, tokenizer, prompt, new)
+    del model
+    mx.clear_cache()
+    return result
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def _ratios(own: list[dict[str, float]], first: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {n: _spread([a[n] / b[n] for a, b in zip(own, first, strict=True)]) for n in NUMBERS}

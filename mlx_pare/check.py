@@ -1,0 +1,54 @@
+"""check: is a model that we wrote fit to be handed on? Opened by stock mlx-lm and transformers, made to write, compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import lm, machine
+from .checkpoint import Checkpoint
+from .console import gb
+from .errors import PareError
+
+PROMPT = "The"
+TOKENS = 48
+
+
+def check(model: Path, original: Path) -> list[str]:
+    """Warnings about a model directory, empty when all is well.
+
+    Raises PareError when stock mlx-lm or transformers cannot open it, or its tokenizer differs from the original's.
+    """
+    for file in Checkpoint(original).tokenizer_files():
+        if not (model / file.name).exists() or (model / file.name).read_bytes() != file.read_bytes():
+            raise PareError(f"{model / file.name} differs from the original's")
+    _transformers(model)
+    size = Checkpoint(original).nbytes() * (4 if lm.cpu_backend() else 1)
+    if size > machine.available_bytes():
+        return [f"no text was generated: the original needs about {gb(size)} of memory"]
+    ours, theirs = (_text(path) for path in (model, original))
+    warnings = []
+    if not ours.strip() and theirs.strip():
+        warnings.append("generates nothing, the original does")
+    if repeats(ours) and not repeats(theirs):
+        warnings.append(f"repeats itself, the original does not: {ours[:80]!r}")
+    return warnings
+
+
+def _text(path: Path) -> str:
+    return lm.generate(lm.load_stock(path), lm.tokenizer(path), PROMPT, TOKENS)
+
+
+def _transformers(model: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(model)
+        AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # transformers raises whatever it likes
+        raise PareError(f"transformers cannot open {model}: {error}") from error
+
+
+def repeats(text: str) -> bool:
+    """Whether the second half of a text is one short phrase over and over."""
+    tail = text[len(text) // 2 :]
+    return len(tail) >= 24 and any(tail == (tail[:n] * len(tail))[: len(tail)] for n in range(1, len(tail) // 3 + 1))

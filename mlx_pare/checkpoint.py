@@ -1,0 +1,371 @@
+"""A model directory: config, tensor headers, lazy arrays; and the writer of new ones.
+
+Headers are read here, bounded and without any array library, so that looking at a model costs milliseconds. Nothing of
+a checkpoint is trusted: sizes are checked before anything is allocated, names before anything is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .arch import Architecture, Tensor, describe
+from .errors import PareError
+from .packing import Packing
+
+MAX_HEADER = 100 << 20  # the limit of the safetensors library itself
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+FLOATS = {"F32", "F16", "BF16"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: ``start`` and ``end`` are byte offsets in ``file``."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_HEADER:
+            raise PareError(f"{what} {path} is larger than {MAX_HEADER >> 20} MiB")
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise PareError(f"cannot read {what} {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise PareError(f"{what} {path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise PareError(f"{what} {path} holds a {type(found).__name__}, expected an object")
+    return found
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensor table of one safetensors file. Raises PareError when it is cut off or its header makes no sense."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise PareError(
+                f"{path} is not a safetensors file or is cut off ({size} bytes)", "download or copy it again"
+            )
+        raw = file.read(length)
+    try:
+        table = json.loads(raw)
+        table.pop("__metadata__", None)
+        entries = {name: _entry(path, 8 + length, info) for name, info in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PareError(f"the header of {path} is damaged: {error}", "download or copy it again") from error
+    end = max((e.end for e in entries.values()), default=8 + length)
+    if end != size:
+        raise PareError(
+            f"{path} has {size} bytes, its header describes {end}",
+            "it is cut off or damaged: download or copy it again",
+        )
+    return entries
+
+
+def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
+    start, end = (int(v) for v in info["data_offsets"])
+    shape = tuple(int(n) for n in info["shape"])
+    size = DTYPE_BYTES[info["dtype"]]
+    for n in shape:
+        size *= n
+    if start < 0 or end - start != size or any(n < 0 for n in shape):
+        raise ValueError(f"{end - start} bytes for {info['dtype']} {list(shape)}")
+    return Entry(path, info["dtype"], shape, base + start, base + end)
+
+
+class Checkpoint:
+    """A model directory opened for reading. Raises PareError when it cannot be the model its config describes."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise PareError(
+                f"no model directory at {self.path}", "give the path of a directory with config.json and *.safetensors"
+            )
+        self.config = read_json(self.path / "config.json", "model config")
+        # mlx_lm/utils.py load_model merges every model*.safetensors and never looks at the index
+        files = sorted(self.path.glob("model*.safetensors"))
+        if not files:
+            raise PareError(f"no model*.safetensors in {self.path}")
+        self._check_index(files)
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            for name, entry in read_header(file).items():
+                if name in self.entries:
+                    raise PareError(f"tensor {name} is in {self.entries[name].file.name} and in {file.name}")
+                self.entries[name] = entry
+        self._quantization = self._read_quantization()
+
+    def _check_index(self, files: list[Path]) -> None:
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            return
+        listed = {str(f) for f in read_json(index, "weight index").get("weight_map", {}).values()}
+        missing = sorted(listed - {f.name for f in files})
+        if missing:
+            raise PareError(f"{self.path} lacks {missing[0]}, which its index lists", "download or copy it again")
+
+    def _read_quantization(self) -> dict[str, Any]:
+        found = self.config.get("quantization")
+        if found is None:
+            other = self.config.get("quantization_config")
+            if other:
+                method = other.get("quant_method", "unknown") if isinstance(other, dict) else other
+                raise PareError(
+                    f"{self.path} is quantized by {method!r}, which is not supported",
+                    "supported are dense fp32/fp16/bf16 and MLX affine checkpoints: convert it with mlx_lm.convert",
+                )
+            return {}
+        modes = {found.get("mode", "affine")} | {v.get("mode", "affine") for v in found.values() if isinstance(v, dict)}
+        if modes != {"affine"}:
+            raise PareError(
+                f"{self.path} uses quantization mode {', '.join(sorted(map(str, modes - {'affine'})))!r}, which is not supported",
+                "the supported mode is affine",
+            )
+        return found
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self._quantization)
+
+    @property
+    def quantization(self) -> Packing | None:
+        """The default packing of a quantized checkpoint."""
+        if not self.quantized:
+            return None
+        scale = next(e for name, e in self.entries.items() if name.endswith(".scales"))
+        return Packing(self._quantization["bits"], self._quantization["group_size"], DTYPE_BYTES[scale.dtype])
+
+    @cached_property
+    def arch(self) -> Architecture:
+        """The architecture, after checking that every tensor is described, present and of its shape."""
+        arch = describe(self.config, untied="lm_head.weight" in self.entries)
+        expected = {t.name: t for t in arch.tensors()}
+        self._check_described(arch, expected)
+        for tensor in expected.values():
+            self._check_shape(tensor)
+        return arch
+
+    def _check_described(self, arch: Architecture, expected: Mapping[str, Tensor]) -> None:
+        missing = [name for name in expected if name not in self.entries]
+        if missing:
+            raise PareError(
+                f"{self.path} lacks {missing[0]}"
+                + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+            )
+        modules = {t.module for t in expected.values()}
+        for name in self.entries:
+            module, _, leaf = name.rpartition(".")
+            packed_part = leaf in ("scales", "biases") and module in modules and f"{module}.scales" in self.entries
+            dropped = any(s in name for s in arch.family.ignored) or (module == "lm_head" and arch.tied)
+            if not (name in expected or packed_part or dropped):
+                raise PareError(
+                    f"{self.path} holds {name}, which the {arch.family.name} family does not describe",
+                    "such a model is not supported; a tensor is never skipped silently",
+                )
+
+    def _check_shape(self, tensor: Tensor) -> None:
+        entry, packing = self.entries[tensor.name], self.packing(tensor.module)
+        shape = entry.shape
+        if packing and tensor.matrix:
+            shape = (*shape[:-1], shape[-1] * 32 // packing.bits)
+            groups = self.entries[f"{tensor.module}.scales"].shape[-1] * packing.group_size
+            if groups != tensor.shape[-1]:
+                raise PareError(f"{tensor.module}.scales covers {groups} columns, expected {tensor.shape[-1]}")
+        elif entry.dtype not in FLOATS:
+            raise PareError(f"{tensor.name} has dtype {entry.dtype}, expected one of {', '.join(sorted(FLOATS))}")
+        if shape != tensor.shape:
+            raise PareError(
+                f"{tensor.name} in {entry.file.name} has shape {list(shape)}, config.json means {list(tensor.shape)}"
+            )
+
+    def packing(self, module: str) -> Packing | None:
+        """How a module is packed; None when it is dense."""
+        scales = self.entries.get(f"{module}.scales")
+        if scales is None or not self.quantized:
+            return None
+        spec = self._quantization.get(module)
+        spec = spec if isinstance(spec, dict) else self._quantization
+        return Packing(int(spec["bits"]), int(spec["group_size"]), DTYPE_BYTES[scales.dtype])
+
+    def dtype(self, tensor: Tensor) -> str:
+        """The float dtype of a tensor, of its scales when it is packed: "F32", "F16" or "BF16"."""
+        packed = self.packing(tensor.module)
+        return self.entries[f"{tensor.module}.scales" if packed and tensor.matrix else tensor.name].dtype
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors that mlx-lm loads (headers and ignored tensors excluded)."""
+        names = {t.name for t in self.arch.tensors()}
+        modules = {n.rpartition(".")[0] for n in names}
+        return sum(
+            e.nbytes
+            for n, e in self.entries.items()
+            if n in names or (n.rpartition(".")[2] in ("scales", "biases") and n.rpartition(".")[0] in modules)
+        )
+
+    def lazy(self) -> dict[str, Any]:
+        """Every array, unread: mx.load reads a tensor when it is first evaluated."""
+        import mlx.core as mx
+
+        arrays: dict[str, Any] = {}
+        for file in sorted({e.file for e in self.entries.values()}):
+            arrays.update(mx.load(str(file)))
+        return arrays
+
+    def identity(self) -> str:
+        """A cheap fingerprint: config, names, sizes and modification times of the weight files."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in sorted({e.file for e in self.entries.values()}):
+            stat = file.stat()
+            digest.update(f"{file.name}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(1 << 16))
+        return digest.hexdigest()
+
+    def tokenizer_files(self) -> list[Path]:
+        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+
+# ---- writing ----
+
+SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor about to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        size = DTYPE_BYTES[self.dtype]
+        for n in self.shape:
+            size *= n
+        return size
+
+
+class ShardWriter:
+    """Writes safetensors shards one tensor at a time: headers first (all shapes are known), then each tensor's bytes.
+
+    Memory is one tensor. Nothing looks finished before ``close``, which writes the index last; the caller renames the
+    directory. Source of the format: huggingface/safetensors README.
+    """
+
+    def __init__(self, directory: Path, planned: Iterable[Planned], shard_bytes: int = SHARD_BYTES):
+        self.directory = directory
+        self.shards: list[list[Planned]] = [[]]
+        filled = 0
+        for tensor in planned:
+            if self.shards[-1] and filled + tensor.nbytes > shard_bytes:
+                self.shards.append([])
+                filled = 0
+            self.shards[-1].append(tensor)
+            filled += tensor.nbytes
+        self._names = self._file_names(len(self.shards))
+        self._queue = [(name, t) for name, shard in zip(self._names, self.shards, strict=True) for t in shard]
+        self._next = 0
+        self._file = None
+
+    @staticmethod
+    def _file_names(count: int) -> list[str]:
+        if count == 1:
+            return ["model.safetensors"]
+        return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+    def write(self, name: str, data: memoryview | bytes) -> None:
+        """Append the next planned tensor. Raises when it is not the one that was announced."""
+        file_name, planned = self._queue[self._next]
+        if planned.name != name or len(data) != planned.nbytes:
+            raise AssertionError(f"wrote {name} ({len(data)} bytes), announced {planned}")
+        if self._file is None or self._file.name != str(self.directory / file_name):
+            self._open(file_name)
+        self._file.write(data)
+        self._next += 1
+
+    def _open(self, file_name: str) -> None:
+        self._flush()
+        shard = self.shards[self._names.index(file_name)]
+        header, offset = {"__metadata__": {"format": "mlx"}}, 0
+        for t in shard:
+            header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+            offset += t.nbytes
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._file = (self.directory / file_name).open("wb")
+        self._file.write(struct.pack("<Q", len(raw)) + raw)
+
+    def _flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def close(self) -> None:
+        if self._next != len(self._queue):
+            raise AssertionError(f"{len(self._queue) - self._next} announced tensors were not written")
+        self._flush()
+        if len(self.shards) > 1:
+            weight_map = {t.name: f for f, t in self._queue}
+            index = {"metadata": {"total_size": sum(t.nbytes for _, t in self._queue)}, "weight_map": weight_map}
+            (self.directory / "model.safetensors.index.json").write_text(
+                json.dumps(index, indent=1, sort_keys=True) + "\n"
+            )
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    config = {k: v for k, v in config.items() if k != "_name_or_path"}
+    if "quantization" in config:
+        config["quantization_config"] = config["quantization"]  # mlx_lm.utils.save_config mirrors it for the hub
+    (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+def copy_tokenizer(source: Checkpoint, directory: Path) -> None:
+    for file in source.tokenizer_files():
+        shutil.copyfile(file, directory / file.name)

@@ -1,0 +1,313 @@
+"""The command line: parse, call one verb or the pipeline, show the result. Heavy imports happen inside the commands.
+
+The single steps of a run are in cli_steps.py, the options they share and the handling of errors in options.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import console, show
+from .errors import Refused
+from .options import (
+    Axes,
+    Bits,
+    Cap,
+    Context,
+    Criterion,
+    Data,
+    DryRun,
+    For,
+    Gguf,
+    GroupSize,
+    Keep,
+    Length,
+    Method,
+    Model,
+    NoProtect,
+    Rate,
+    Samples,
+    Seed,
+    Step,
+    Steps,
+    TargetParams,
+    TargetSize,
+    TestData,
+    app,
+    command,
+    memory,
+    settings_of,
+)
+
+# ---- everyday ----
+
+
+@command("fit", "mlx-pare fit MODEL --context 8192 | mlx-pare fit MODEL --mac m4-24gb --json")
+def fit_command(
+    model: Model,
+    mac: Annotated[list[str] | None, typer.Option(help="Only this Mac; may be repeated.")] = None,
+    context: Context = 8192,
+    macos: Annotated[int, typer.Option(help="macOS version, which sets the GPU's share of memory: 15 or 26.")] = 26,
+) -> dict[str, Any]:
+    """Every Mac: does it fit, with how much to spare, how fast."""
+    from .fit import fit
+
+    found = fit(model, mac or [], context, macos)
+    console.table(
+        f"{model.name}: weights {console.gb(found['weights_bytes'])}, {context} tokens of context",
+        [
+            "<mac",
+            "budget",
+            "weights",
+            "KV",
+            "work",
+            "total",
+            "<fits",
+            "headroom",
+            "max context",
+            "decode tok/s",
+            "prefill tok/s",
+        ],
+        [show.fit_row(row) for row in found["rows"]],
+        caption=found["note"],
+    )
+    return found
+
+
+@command(
+    "run",
+    "mlx-pare run MODEL --out RUN --keep 0.75 | mlx-pare run MODEL --out RUN --for m4-24gb --context 8192 --data notes/",
+)
+def run_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.")],
+    keep: Keep = None,
+    target_params: TargetParams = None,
+    target_size: TargetSize = None,
+    mac: For = None,
+    context: Context = 8192,
+    axes: Axes = "ffn,kv_head",
+    criterion: Criterion = "minitron",
+    data: Data = None,
+    test_data: TestData = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    bits: Bits = None,
+    group_size: GroupSize = 64,
+    step: Step = None,
+    no_protect: NoProtect = False,
+    recover_steps: Steps = 100,
+    method: Method = "lora",
+    learning_rate: Rate = None,
+    gguf: Gguf = None,
+    trials: Annotated[int, typer.Option(min=0, help="Rounds of the speed measurement; 0: none.")] = 5,
+    min_quality: Annotated[
+        float | None, typer.Option(help="Fail when perplexity exceeds this times the original's.")
+    ] = None,
+    memory_cap: Cap = None,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+) -> dict[str, Any]:
+    """All of it: calibrate, score, plan, prune, recover, evaluate, export, bench, report. Resumable."""
+    settings = settings_of(
+        keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes,
+        criterion=criterion, data=data, test_data=test_data, samples=samples, length=length, bits=bits,
+        group_size=group_size, step=step, protect=not no_protect, recover_steps=recover_steps, method=method,
+        learning_rate=learning_rate, gguf=gguf, trials=trials, min_quality=min_quality, memory_cap=memory_cap, seed=seed,
+    )  # fmt: skip
+    return _run(model, out, settings, dry_run)
+
+
+def _run(model: Path, out: Path, settings: Any, dry_run: bool = False) -> dict[str, Any]:
+    from . import pipeline
+
+    if dry_run:
+        return show.show_shape(pipeline.dry_run(model, settings))
+    summary = pipeline.run(model, out, settings)
+    show.show_summary(summary)
+    return summary
+
+
+@command(
+    "evaluate",
+    "mlx-pare evaluate MODEL --data book.txt --length 256 | mlx-pare evaluate PRUNED --data book.txt --teacher MODEL",
+)
+def evaluate_command(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Text: .txt, .md, .jsonl or a folder.", metavar="PATH")],
+    teacher: Annotated[Path | None, typer.Option(help="Model to compare with: KL divergence and agreement.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows. Default: all.")] = None,
+    length: Length = 512,
+    memory_cap: Cap = None,
+) -> dict[str, Any]:
+    """Perplexity with its standard error, bits per byte; against a teacher KL divergence and agreement."""
+    from . import corpus, lm
+    from .evaluate import evaluate
+
+    tokenizer = lm.tokenizer(model)
+    rows = corpus.windows(tokenizer, corpus.read(Path(data), tokenizer), length, samples)
+    found = evaluate(model, rows, tokenizer, teacher, data, memory(memory_cap)).model_dump()
+    console.table(
+        model.name,
+        ["<metric", "value"],
+        [
+            [k, f"{v:.5g}" if isinstance(v, float) else v]
+            for k, v in found.items()
+            if k not in ("schema_version", "model") and v is not None
+        ],
+    )
+    return found
+
+
+@command(
+    "export",
+    "mlx-pare export MODEL --gguf q8_0 -o model.gguf | mlx-pare export RUN/recover/model --gguf f16 -o m.gguf --for m4-24gb",
+)
+def export_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")],
+    gguf: Gguf = None,
+    mac: Annotated[
+        str | None, typer.Option("--for", help="Exit 3 when it does not fit this Mac.", metavar="MAC")
+    ] = None,
+    context: Context = 8192,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare with MLX in llama.cpp (llama extra).")
+    ] = False,
+) -> dict[str, Any]:
+    """Write a GGUF file, re-read it, compare it in llama.cpp where that is installed, show on which Macs it fits."""
+    from .checkpoint import Checkpoint
+    from .export import export, verify
+    from .fit import planner
+
+    checkpoint = Checkpoint(model)
+    macs = [planner.find(mac)] if mac else planner.macs()
+    done = export(model, out, gguf or ("q8_0" if checkpoint.quantized else "f16"))
+    done["verify"] = {"checked": False, "reason": "not asked"} if no_verify else verify(model, out)
+    done["fits"] = planner.fit(checkpoint.arch, done["tensor_bytes"], macs, context)
+    console.table(
+        f"{out}: {done['kind']}, {console.gb(done['bytes'])}, {done['tensors']} tensors",
+        [
+            "<mac",
+            "budget",
+            "weights",
+            "KV",
+            "work",
+            "total",
+            "<fits",
+            "headroom",
+            "max context",
+            "decode tok/s",
+            "prefill tok/s",
+        ],
+        [show.fit_row(r) for r in done["fits"]],
+    )
+    checked = done["verify"]
+    console.say(
+        f"llama.cpp against MLX: largest logit difference {checked['max_abs_difference']:.2g}"
+        if checked["checked"]
+        else f"not compared in llama.cpp: {checked['reason']}"
+    )
+    if mac and not done["fits"][0]["fits"]:
+        raise Refused(
+            f"{out} does not fit {mac} at {context} tokens: {console.gb(-done['fits'][0]['headroom_bytes'])} too much",
+            "the file is kept; cut more, or use a shorter context",
+        )
+    return done
+
+
+@command("bench", "mlx-pare bench MODEL RUN/prune/model --trials 5")
+def bench_command(
+    models: Annotated[
+        list[Path], typer.Argument(help="Model directories; the first is the reference.", metavar="MODEL...")
+    ],
+    trials: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
+) -> dict[str, Any]:
+    """Prefill and decode tok/s through stock mlx-lm, models in turn; median, spread, ratios."""
+    from .bench import bench
+
+    found = bench(models, trials, prompt, new)
+    rows = []
+    for m in found["models"]:
+        cells = [
+            f"{m[n]['median']:.1f} ({m[n]['min']:.1f}-{m[n]['max']:.1f})"
+            for n in ("prefill_tokens_per_s", "decode_tokens_per_s")
+        ]
+        ratios = [f"{m['ratio'][n]['median']:.2f}" for n in ("prefill_tokens_per_s", "decode_tokens_per_s")]
+        rows.append([m["model"], cells[0], ratios[0], cells[1], ratios[1], console.gb(m["peak_bytes"]["median"])])
+    console.table(
+        f"{trials} trials, {found['backend']}",
+        ["<model", "prefill tok/s", "ratio", "decode tok/s", "ratio", "peak"],
+        rows,
+    )
+    return found
+
+
+# ---- looking around ----
+
+
+@command("inspect", "mlx-pare inspect MODEL --json")
+def inspect_command(model: Model) -> dict[str, Any]:
+    """What is in a model, what can be cut, which runtimes load it. Reads headers only."""
+    from .inspect import inspect
+
+    found = inspect(model)
+    parts = found.pop("parameters")
+    rows = [[k.replace("_", " "), show.plain(v)] for k, v in found.items() if k not in ("model", "bytes")]
+    rows += [[f"parameters: {k.replace('_', ' ')}", f"{v:,}"] for k, v in parts.items()]
+    rows.append(["weights", console.gb(found["bytes"]["total"])])
+    console.table(str(model), ["<", "<value"], rows)
+    return {**found, "parameters": parts}
+
+
+@command("demo", "mlx-pare demo --out demo-run")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.")] = Path("demo-run"),
+) -> dict[str, Any]:
+    """The whole job on the small real model that comes with mlx-pare, in a few minutes."""
+    from .steps import DEMO
+
+    return _run(
+        DEMO / "model", out, settings_of(keep=0.75, length=256, recover_steps=60, criterion="wanda", context=512)
+    )
+
+
+@command("doctor", "mlx-pare doctor")
+def doctor_command() -> dict[str, Any]:
+    """This computer and what is installed on it."""
+    from .machine import available_bytes, this_machine, versions
+
+    machine = this_machine()
+    found = {"machine": machine.as_dict(), "available_bytes": available_bytes(), "versions": versions()}
+    rows = [
+        ["system", machine.system],
+        ["chip", machine.chip or "unknown (not a Mac)"],
+        ["memory", console.gb(machine.memory_bytes)],
+    ]
+    rows += [["GPU cores", machine.gpu_cores or "unknown"], ["free now", console.gb(found["available_bytes"])]]
+    rows += [[name, found_version] for name, found_version in found["versions"].items()]
+    console.table("mlx-pare doctor", ["<", "<value"], rows)
+    if machine.rosetta:
+        console.warn("this Python runs under Rosetta: install an arm64 Python, MLX needs it")
+    return found
+
+
+from . import cli_steps  # noqa: E402, F401 its commands come after the everyday ones in the help
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing may wait for a network
+    try:
+        app()
+    except BrokenPipeError:
+        sys.exit(1)

@@ -1,0 +1,159 @@
+"""The commands that do one step of a run directory; `run` does them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import console, show
+from .options import (
+    Axes,
+    Bits,
+    Cap,
+    Context,
+    Criterion,
+    Data,
+    DryRun,
+    For,
+    GroupSize,
+    Keep,
+    Length,
+    Method,
+    Model,
+    NoProtect,
+    Rate,
+    RunDir,
+    Samples,
+    Seed,
+    Step,
+    Steps,
+    TargetParams,
+    TargetSize,
+    TestData,
+    command,
+    settings_of,
+)
+
+
+@command("calibrate", "mlx-pare calibrate MODEL --data notes/ --out RUN --samples 128 --length 512")
+def calibrate_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.")],
+    data: Data = None,
+    test_data: TestData = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    memory_cap: Cap = None,
+    seed: Seed = 0,
+) -> dict[str, Any]:
+    """Stream calibration text through the blocks: statistics of every unit. Resumes after the last finished block."""
+    from . import steps
+
+    s = settings_of(data=data, test_data=test_data, samples=samples, length=length, memory_cap=memory_cap, seed=seed)
+    with steps.open_run(model, out) as run:
+        stats = steps.calibrate_step(run, steps.Texts(run.model, s), s)
+    console.say(f"statistics: {stats}")
+    return {"stats": str(stats)}
+
+
+@command("score", "mlx-pare score RUN --criterion wanda")
+def score_command(run: RunDir, criterion: Criterion = "minitron", seed: Seed = 0) -> dict[str, Any]:
+    """Turn statistics into the importance of every channel, head and layer."""
+    from . import steps
+    from .rundir import Run
+
+    with Run(run) as opened:
+        scores = steps.score_step(opened, settings_of(criterion=criterion, seed=seed))
+    console.say(f"scores: {scores}")
+    return {"scores": str(scores)}
+
+
+@command(
+    "plan",
+    "mlx-pare plan RUN --keep 0.75 --dry-run | mlx-pare plan RUN --for m4-24gb --context 8192 --axes ffn,kv_head,layer",
+)
+def plan_command(
+    run: RunDir,
+    keep: Keep = None,
+    target_params: TargetParams = None,
+    target_size: TargetSize = None,
+    mac: For = None,
+    context: Context = 8192,
+    axes: Axes = "ffn,kv_head",
+    bits: Bits = None,
+    group_size: GroupSize = 64,
+    step: Step = None,
+    no_protect: NoProtect = False,
+    dry_run: DryRun = False,
+) -> dict[str, Any]:
+    """Choose what to keep for a target; plan.json may be edited before `prune`."""
+    from . import pipeline, steps
+    from .artifacts import Plan
+    from .rundir import Run
+
+    s = settings_of(
+        keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes, bits=bits,
+        group_size=group_size, step=step, protect=not no_protect,
+    )  # fmt: skip
+    with Run(run) as opened:
+        if dry_run:
+            return show.show_shape(pipeline.shape_of(opened.model, s))
+        path = steps.plan_step(opened, s)
+    made = Plan.load(path).model_dump()
+    console.say(f"plan: {path}")
+    return {
+        "plan": str(path),
+        **show.show_shape({k: made[k] for k in ("before", "after", "neighbours")} | {"asked": made["target"]["asked"]}),
+    }
+
+
+@command("prune", "mlx-pare prune RUN")
+def prune_command(run: RunDir) -> dict[str, Any]:
+    """Cut the model by the run's plan into RUN/prune/model; the source is never modified."""
+    from . import steps
+    from .rundir import Run
+
+    with Run(run) as opened:
+        model = steps.prune_step(opened)
+    console.say(f"model: {model}")
+    return {"model": str(model)}
+
+
+@command("recover", "mlx-pare recover RUN --recover-steps 200 --method full --data notes/")
+def recover_command(
+    run: RunDir,
+    recover_steps: Steps = 100,
+    method: Method = "lora",
+    learning_rate: Rate = None,
+    data: Data = None,
+    test_data: TestData = None,
+    length: Length = 512,
+    memory_cap: Cap = None,
+    seed: Seed = 0,
+) -> dict[str, Any]:
+    """Heal the pruned model by distilling the original into it: RUN/recover/model, never worse than before."""
+    from . import steps
+    from .rundir import Run
+
+    s = settings_of(
+        recover_steps=recover_steps, method=method, learning_rate=learning_rate, data=data, test_data=test_data, length=length,
+        memory_cap=memory_cap, seed=seed,
+    )  # fmt: skip
+    with Run(run) as opened:
+        model = steps.recover_step(opened, steps.Texts(opened.model, s), s)
+    console.say(f"model: {model}")
+    return {"model": str(model)}
+
+
+@command("report", "mlx-pare report RUN")
+def report_command(run: RunDir) -> dict[str, Any]:
+    """Write RUN/report.md from what the run directory holds."""
+    from .report import report
+    from .rundir import Run
+
+    with Run(run) as opened:
+        path = report(opened.path)
+    console.say(f"report: {path}")
+    return {"report": str(path)}

@@ -1,0 +1,141 @@
+"""The only writer to a terminal. Talk goes to stderr with --json (stdout then holds exactly one document), and
+nowhere with --quiet; errors are always one line on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+_state = {"json": False, "quiet": False, "stdout": sys.stdout}
+
+
+def configure(as_json: bool = False, quiet: bool = False) -> None:
+    """Set the mode for this process. Whatever a library prints to stdout is sent to stderr from here on."""
+    _state.update(json=as_json, quiet=quiet)
+    if sys.stdout is not sys.stderr:
+        _state["stdout"] = sys.stdout
+    sys.stdout = sys.stderr
+
+
+def _stream():
+    return sys.stderr if _state["json"] else _state["stdout"]
+
+
+def _rich(stream=None):
+    from rich.console import Console
+
+    out = stream or _stream()
+    return Console(file=out, highlight=False, width=None if out.isatty() else 200)
+
+
+def say(text: str = "") -> None:
+    """One line of talk, plain text."""
+    if not _state["quiet"]:
+        print(text, file=_stream(), flush=True)
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def error(text: str) -> None:
+    print(f"mlx-pare: {text}", file=sys.stderr, flush=True)
+
+
+def document(value: Any) -> None:
+    """The result of a command: the one JSON document on stdout with --json, otherwise nothing."""
+    if _state["json"]:
+        print(json.dumps(value, indent=1, default=str, allow_nan=False), file=_state["stdout"], flush=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
+    """A table; columns whose name starts with "<" are left-aligned text, all others numbers on the right."""
+    if _state["quiet"] or _state["json"]:
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    for name in columns:
+        left = name.startswith("<")
+        drawn.add_column(name.lstrip("<"), justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
+    _rich().print(drawn)
+
+
+class Progress:
+    """Counts work done and says what is left. On a terminal a live line, elsewhere a line every ten seconds."""
+
+    INTERVAL = 10.0
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done = what, total, 0
+        self._start = self._last = time.monotonic()
+        self._first_done = 0
+        self._live = sys.stderr.isatty() and not _state["quiet"]
+
+    def skip(self, count: int) -> None:
+        """Work that was already done before: it does not count for the ETA."""
+        self.done += count
+        self._first_done += count
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.done += count
+        now = time.monotonic()
+        if _state["quiet"] or (not self._live and now - self._last < self.INTERVAL):
+            return
+        self._last = now
+        fresh = max(self.done - self._first_done, 1)
+        left = (now - self._start) / fresh * (self.total - self.done)
+        line = f"{self.what} {self.done}/{self.total}, {duration(left)} left{', ' + note if note else ''}"
+        end = "\n" if not self._live else ""
+        print(f"\r\033[K{line}" if self._live else line, file=sys.stderr, end=end, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            print("\r\033[K", file=sys.stderr, end="", flush=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Progress]:
+    bar = Progress(what, total)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+# ---- how numbers are written ----
+
+
+def gb(count: float) -> str:
+    """Bytes as decimal gigabytes (1e9); small ones as MB or kB."""
+    sign, size = ("-" if count < 0 else ""), abs(count)
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{sign}{size / scale:.2f} {unit}"
+    return f"{sign}{size:.0f} B"
+
+
+def count(number: float) -> str:
+    """Parameters: 32.76B, 8.92M."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= scale:
+            return f"{number / scale:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

@@ -1,0 +1,113 @@
+"""evaluate: a model on held-out rows -> Metrics; against a teacher also KL and agreement. Streamed, so size does not matter."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import stream
+from .artifacts import Metrics
+from .checkpoint import Checkpoint
+from .corpus import Rows
+from .divergence import compare
+from .errors import PareError, UsageError
+from .stream import Streamed
+
+TOKENS_AT_ONCE = 1024
+
+
+def evaluate(
+    model: Path,
+    rows: Rows,
+    tokenizer: Any = None,
+    teacher: Path | None = None,
+    data: str = "",
+    memory_cap: int | None = None,
+) -> Metrics:
+    """Score the predictions of tokens 1.. of every row (the first has nothing before it).
+
+    perplexity = exp(mean NLL); its standard error comes from the spread between rows (tokens of one row are not
+    independent). bits_per_byte = NLL / ln 2 / UTF-8 bytes of the predicted text, which compares across tokenizers.
+    Raises UsageError when the teacher has another tokenizer, PareError when the model answers NaN.
+    """
+    checkpoint = Checkpoint(model)
+    stream.check_memory(checkpoint, rows, memory_cap)
+    if teacher is not None:
+        _same_tokenizer(checkpoint, Checkpoint(teacher))
+    if rows.tokens.max() >= checkpoint.arch.sizes["vocab"]:
+        raise UsageError(f"the data holds token {rows.tokens.max()}, the model knows {checkpoint.arch.sizes['vocab']}")
+    student = stream.walk(model, rows, what=f"evaluate {model.name}: block")
+    reference = stream.walk(teacher, rows, what="teacher: block") if teacher is not None else None
+    found = _measure(rows, student, reference)
+    predicted = rows.lengths - 1
+    row_means = np.array([part.mean() for part in np.split(found["nll"], np.cumsum(predicted)[:-1])])
+    nll = float(found["nll"].mean())
+    if not math.isfinite(nll):
+        raise PareError(f"{model} answers NaN or infinity", "the model is broken: do not use it")
+    perplexity = math.exp(min(nll, 700.0))
+    spread = row_means if len(row_means) > 1 else found["nll"]
+    return Metrics(
+        model=str(model),
+        data=data,
+        tokens=int(predicted.sum()),
+        windows=rows.count,
+        length=rows.length,
+        perplexity=perplexity,
+        perplexity_stderr=float(perplexity * spread.std(ddof=1) / math.sqrt(len(spread))),
+        bits_per_byte=nll * int(predicted.sum()) / math.log(2) / _bytes(rows, tokenizer) if tokenizer else None,
+        **_against(found),
+    )
+
+
+def _against(found: dict[str, np.ndarray]) -> dict[str, float]:
+    if "kl" not in found:
+        return {}
+    return {
+        "kl_divergence": float(found["kl"].mean()),
+        "kl_p95": float(np.percentile(found["kl"], 95)),
+        "top1_agreement": float(found["agree"].mean()),
+    }
+
+
+def _measure(rows: Rows, student: Streamed, teacher: Streamed | None) -> dict[str, np.ndarray]:
+    """Numbers of every predicted token in the order of the rows, float64."""
+    step = max(1, TOKENS_AT_ONCE // rows.length)
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, rows.count, step):
+        part = slice(start, start + step)
+        valid = rows.mask()[part, 1:].reshape(-1)
+        targets = mx.array(rows.tokens[part, 1:].reshape(-1))
+
+        def chunks(streamed: Streamed | None, part: slice = part):
+            if streamed is None:
+                return None
+            hidden = streamed.hidden[part, :-1]
+            return streamed.logits(hidden.reshape(-1, hidden.shape[-1]))
+
+        for name, values in compare(targets, chunks(student), chunks(teacher)).items():
+            found.setdefault(name, []).append(np.array(values).astype(np.float64)[valid])
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _bytes(rows: Rows, tokenizer: Any) -> int:
+    return sum(
+        len(tokenizer.decode(row[1:n].tolist()).encode()) for row, n in zip(rows.tokens, rows.lengths, strict=True)
+    )
+
+
+def _same_tokenizer(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Logits can only be compared id by id when both models mean the same tokens."""
+    if student.arch.sizes["vocab"] != teacher.arch.sizes["vocab"]:
+        raise UsageError(
+            f"the teacher has {teacher.arch.sizes['vocab']} tokens, the model {student.arch.sizes['vocab']}"
+        )
+    files = [c.path / "tokenizer.json" for c in (student, teacher)]
+    if all(f.exists() for f in files) and files[0].read_bytes() != files[1].read_bytes():
+        raise UsageError(
+            f"{student.path} and {teacher.path} have different tokenizers",
+            "the teacher must share the student's tokenizer",
+        )

@@ -1,0 +1,251 @@
+"""The tokenizer section of a GGUF, from tokenizer.json and tokenizer_config.json alone.
+
+llama.cpp tokenizes with code of its own and learns from the file only which of its pre-tokenizers to use. A wrong
+choice loads, runs and mis-tokenizes without a word, so the choice is a literal table here, anything else an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import read_json
+from .errors import PareError
+
+# enum llama_token_type, llama.cpp include/llama.h
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2 = "the GPT-2 pattern of ByteLevel"
+DIGITS = "single digits"
+LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
+QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
+QWEN35 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# (what splits the text, in order; whether a word that is in the vocabulary is taken whole, "ignore_merges") -> name.
+# Source: llm_tokenizer_bpe and llama_vocab::impl::load in llama.cpp src/llama-vocab.cpp; every row is tested against
+# the tokenizers library on 300 strings (tests/test_export.py).
+PRE_TOKENIZERS = {
+    ((GPT2,), False): "gpt-2",
+    ((DIGITS, GPT2), False): "smollm",
+    ((LLAMA3,), True): "llama-bpe",
+    ((LLAMA3,), False): "smaug-bpe",  # the same pattern without ignore_merges
+    ((QWEN2,), False): "qwen2",
+    ((QWEN35,), False): "qwen35",
+}
+
+SPACE = "\u2581"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclass
+class Tokenizer:
+    """What goes into the file. ``tokens`` and ``types`` by id; ``notes`` are differences llama.cpp cannot avoid."""
+
+    model: str  # llama.cpp's tokenizer.ggml.model: "gpt2" (byte-level BPE) or "llama" (SentencePiece-style)
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    space_prefix: bool | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def write(writer: Any, directory: Path, rows: int, config: Mapping[str, Any]) -> Tokenizer:
+    """Add the tokenizer of a model directory to a gguf.GGUFWriter.
+
+    ``rows``: rows of the embedding; a shorter vocabulary is padded with unused tokens. ``config``: the model's
+    config.json, for the ids of special tokens that tokenizer_config.json does not name. Raises PareError for a
+    tokenizer that llama.cpp would read differently.
+    """
+    raw = read_json(directory / "tokenizer.json", "tokenizer")
+    settings_file = directory / "tokenizer_config.json"
+    settings = read_json(settings_file, "tokenizer config") if settings_file.is_file() else {}
+    found = read(raw, rows, str(directory / "tokenizer.json"))
+    writer.add_tokenizer_model(found.model)
+    writer.add_tokenizer_pre(found.pre)
+    writer.add_token_list(found.tokens)
+    writer.add_token_types(found.types)
+    if found.scores:
+        writer.add_token_scores(found.scores)
+    if found.merges:
+        writer.add_token_merges(found.merges)
+    if found.space_prefix is not None:
+        writer.add_add_space_prefix(found.space_prefix)
+    _add_special(writer, raw, settings, config, found.tokens)
+    template = _chat_template(directory, settings)
+    if template:
+        writer.add_chat_template(template)
+    return found
+
+
+def read(raw: Mapping[str, Any], rows: int, where: str) -> Tokenizer:
+    """The content of a tokenizer.json as llama.cpp needs it. ``where`` is named in errors."""
+    model = raw.get("model") or {}
+    if model.get("type") != "BPE":
+        raise PareError(f"{where} is a {model.get('type')} tokenizer, which is not supported", "supported is BPE")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("dropout"):
+        raise PareError(f"{where} marks subwords with a prefix, a suffix or dropout, which llama.cpp does not know")
+    tokens, types = _tokens(raw, rows, where)
+    merges = [_pair(m) for m in model.get("merges", ())]
+    if model.get("byte_fallback"):
+        return _sentencepiece(raw, tokens, types, merges, where)
+    pre, notes = pre_tokenizer(raw, where)
+    # llama.cpp splits a merge at its space, so spaces inside tokens are written as byte-level BPE writes them
+    joined = [" ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair) for pair in merges]
+    return Tokenizer("gpt2", pre, tokens, types, merges=joined, notes=notes)
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _tokens(raw: Mapping[str, Any], rows: int, where: str) -> tuple[list[str], list[int]]:
+    """Texts and types by id, holes and the rest up to ``rows`` filled with unused tokens."""
+    by_id = {int(i): (text, NORMAL) for text, i in raw["model"]["vocab"].items()}
+    for token in raw.get("added_tokens") or ():
+        by_id[int(token["id"])] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
+    size = max(by_id, default=-1) + 1
+    if size > rows:
+        raise PareError(f"{where} has ids up to {size - 1}, the embedding has {rows} rows: they do not belong together")
+    tokens, types = [], []
+    for i in range(rows):
+        text, kind = by_id.get(i, (f"[PAD{i}]", UNUSED))
+        tokens.append(text)
+        types.append(kind)
+    if len(set(tokens)) != rows:
+        repeated = next(t for i, t in enumerate(tokens) if t in set(tokens[:i]))
+        raise PareError(f"{where} has two ids for {repeated!r}, which llama.cpp cannot load")
+    return tokens, types
+
+
+# ---- byte-level BPE ----
+
+
+def pre_tokenizer(raw: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
+    """llama.cpp's name for the way a byte-level tokenizer.json splits text, and notes on what will differ."""
+    pieces = [piece for step in _steps(raw.get("pre_tokenizer"), "pretokenizers") for piece in _pieces(step)]
+    key = (tuple(p for p in pieces if p != "bytes"), bool(raw["model"].get("ignore_merges")))
+    if pieces[-1:] != ["bytes"] or key not in PRE_TOKENIZERS:
+        described = " then ".join(map(repr, pieces)) or "nothing"
+        raise PareError(
+            f"{where} splits text by {described} (ignore_merges {key[1]}), which is no pre-tokenizer known here",
+            "llama.cpp would tokenize it silently wrong under any other name; please report the model",
+        )
+    normalizers = [step["type"] for step in _steps(raw.get("normalizer"), "normalizers")]
+    if set(normalizers) - {"NFC"}:
+        raise PareError(f"{where} normalizes text by {', '.join(normalizers)}, which llama.cpp does not do")
+    notes = ["llama.cpp does not apply the NFC normalization: decomposed accents become other tokens"]
+    return PRE_TOKENIZERS[key], notes if normalizers else []
+
+
+def _steps(node: Mapping[str, Any] | None, key: str) -> Sequence[Mapping[str, Any]]:
+    if not node:
+        return []
+    return [inner for n in node[key] for inner in _steps(n, key)] if node["type"] == "Sequence" else [node]
+
+
+def _pieces(step: Mapping[str, Any]) -> list[str]:
+    """What one pre-tokenizer splits by; "bytes" marks the byte-level alphabet, which must come last."""
+    kind = step["type"]
+    if kind == "ByteLevel" and not step.get("add_prefix_space", True):
+        return [GPT2, "bytes"] if step.get("use_regex", True) else ["bytes"]
+    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return [step["pattern"].get("Regex") or repr(step["pattern"])]
+    if kind == "Digits" and step.get("individual_digits"):
+        return [DIGITS]
+    return [str(dict(step))]
+
+
+# ---- SentencePiece-style BPE ----
+
+
+def _sentencepiece(raw: Mapping[str, Any], tokens: list[str], types: list[int], merges: list, where: str) -> Tokenizer:
+    prefix, notes = _space_prefix(raw, where)
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    unknown = raw["model"].get("unk_token")
+    missing = {f"<0x{b:02X}>" for b in range(256)} - set(tokens)
+    if missing:
+        raise PareError(f"{where} falls back to bytes but lacks {min(missing)}, without which llama.cpp stops")
+    scores, kinds = [], []
+    for text, kind in zip(tokens, types, strict=True):
+        # llama.cpp joins the neighbours whose result scores highest, so the score is the negative rank of the merge.
+        # What no merge makes (single characters, special tokens) must never win.
+        scores.append(float(-ranks[text]) if text in ranks else -1e9)
+        kinds.append(UNKNOWN if text == unknown else BYTE if kind == NORMAL and _BYTE_TOKEN.fullmatch(text) else kind)
+    return Tokenizer("llama", "default", tokens, kinds, scores=scores, space_prefix=prefix, notes=notes)
+
+
+def _space_prefix(raw: Mapping[str, Any], where: str) -> tuple[bool, list[str]]:
+    """Whether a space is put in front of the text. Raises PareError when llama.cpp treats spaces differently."""
+    spaces = [dict(step) for step in _steps(raw.get("normalizer"), "normalizers")]
+    splits = [dict(step) for step in _steps(raw.get("pre_tokenizer"), "pretokenizers")]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    no_split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    if spaces in ([replace], [prepend, replace]) and splits in ([], [no_split]):  # no space is left to split at
+        return prepend in spaces, []
+    meta = splits[0] if len(splits) == 1 else {}
+    known = {"type": "Metaspace", "replacement": SPACE, "split": False}
+    if not spaces and known.items() <= meta.items():
+        scheme = meta.get("prepend_scheme", "always")
+        notes = ["llama.cpp adds a space in front of texts that already begin with one"] if scheme != "never" else []
+        return scheme != "never", notes
+    raise PareError(
+        f"{where} treats spaces by {spaces} and {splits}, which is not known here",
+        "llama.cpp would tokenize it silently wrong; please report the model",
+    )
+
+
+# ---- special tokens and the chat template ----
+
+
+def _add_special(writer: Any, raw: Mapping, settings: Mapping, config: Mapping, tokens: list[str]) -> None:
+    ids = {text: i for i, text in enumerate(tokens)}
+    texts = {}
+    for role in ("bos", "eos", "unk", "pad"):
+        entry = settings.get(f"{role}_token")
+        texts[role] = entry.get("content") if isinstance(entry, Mapping) else entry
+        found = ids.get(texts[role])
+        if found is None:
+            found = config.get(f"{role}_token_id")
+            found = found[0] if isinstance(found, list) and found else found
+        if isinstance(found, int) and 0 <= found < len(tokens):
+            getattr(writer, f"add_{role}_token_id")(found)
+    first, last = _template_ends(raw)
+    for role, end in (("bos", first), ("eos", last)):
+        given = settings.get(f"add_{role}_token")
+        # always written: left out, llama.cpp decides by the name of the pre-tokenizer
+        flag = given if isinstance(given, bool) else end is not None and end == texts[role]
+        getattr(writer, f"add_add_{role}_token")(flag)
+
+
+def _template_ends(raw: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The special tokens that the post-processor puts before and after a single text."""
+    for step in _steps(raw.get("post_processor"), "processors"):
+        if step["type"] == "TemplateProcessing" and len(step["single"]) > 1:
+            first, last = step["single"][0], step["single"][-1]
+            return first.get("SpecialToken", {}).get("id"), last.get("SpecialToken", {}).get("id")
+    return None, None
+
+
+def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    found = settings.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, Mapping)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None

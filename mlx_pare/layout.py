@@ -1,0 +1,71 @@
+"""What a cut model will store: each new tensor, where it comes from, and how it is packed. Arithmetic only.
+
+plan counts bytes with it, prune writes by it, so predicted bytes and bytes on disk are one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .arch import Architecture, Keep, Tensor, cut
+from .checkpoint import DTYPE_BYTES, Checkpoint, Planned
+from .packing import Packing
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the cut model. ``dtype``: of its values, or of its scales and biases when it is packed."""
+
+    tensor: Tensor
+    origin: Tensor
+    packing: Packing | None
+    dtype: str
+
+    def stored(self) -> list[Planned]:
+        """The one or three safetensors entries it becomes, in the order they are written."""
+        if self.packing is None:
+            return [Planned(self.tensor.name, self.dtype, self.tensor.shape)]
+        rows, columns = self.tensor.shape
+        groups = (rows, self.packing.groups(columns))
+        return [
+            Planned(self.tensor.name, "U32", (rows, self.packing.words(columns))),
+            Planned(f"{self.tensor.module}.scales", self.dtype, groups),
+            Planned(f"{self.tensor.module}.biases", self.dtype, groups),
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(planned.nbytes for planned in self.stored())
+
+
+def embedding_packed(checkpoint: Checkpoint, packing: Packing | None) -> bool:
+    return packing is not None or checkpoint.packing("model.embed_tokens") is not None
+
+
+def smaller(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Architecture:
+    return cut(checkpoint.arch, keep, embedding_packed(checkpoint, packing))
+
+
+def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Iterator[Piece]:
+    """The pieces of the cut model in the order of the new model.
+
+    ``packing``: quantize the result so (None: each tensor as it is in the source). A matrix whose columns no group size
+    divides stays dense: the caller can see it, nothing happens silently.
+    """
+    new = smaller(checkpoint, keep, packing)
+    old = {(t.layer, t.spec.role): t for t in checkpoint.arch.tensors()}
+    for tensor in new.tensors():
+        layer = None if tensor.layer is None else keep.layers[tensor.layer].source
+        origin = (
+            old.get((layer, tensor.spec.role)) or old[None, "embed_tokens"]
+        )  # an untied head starts as the embedding
+        dtype = checkpoint.dtype(origin)
+        wanted = (packing or checkpoint.packing(origin.module)) if tensor.matrix else None
+        if wanted is not None:
+            wanted = Packing(wanted.bits, wanted.group_size, DTYPE_BYTES[dtype]).fitted(tensor.shape[-1])
+        yield Piece(tensor, origin, wanted, dtype)
+
+
+def total_bytes(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> int:
+    return sum(piece.nbytes for piece in layout(checkpoint, keep, packing))

@@ -1,0 +1,240 @@
+"""Judges of a GGUF file: its own header, read back, and llama.cpp through llama-cpp-python (the extra "llama").
+
+llama.cpp runs in a child process, because it aborts the whole process on some bad files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import PareError
+from .export import ALIGNMENT, BLOCK_BYTES, Row
+
+
+def available() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def logits(gguf: Path, tokens: Sequence[int]) -> np.ndarray:
+    """float32 logits (len(tokens), vocab) after each token, on the CPU with a float32 KV cache.
+
+    With llama.cpp's default float16 cache they would be off by a thousandth. Raises PareError when it cannot load the
+    file.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "logits.npy"
+        _ask({"task": "logits", "gguf": str(gguf), "tokens": [int(t) for t in tokens], "answer": str(answer)})
+        return np.load(answer)
+
+
+def tokenize(gguf: Path, strings: Sequence[str]) -> list[list[int]]:
+    """Token ids of each string; nothing is added, and names of special tokens in the text are ordinary text."""
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "tokens.json"
+        _ask({"task": "tokenize", "gguf": str(gguf), "strings": list(strings), "answer": str(answer)})
+        return json.loads(answer.read_text())
+
+
+def _ask(request: dict[str, Any]) -> None:
+    if not available():
+        raise PareError("llama-cpp-python is not installed", "pip install 'mlx-pare[llama]'")
+    package = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_pare.llama_cpp"],
+        input=json.dumps(request),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"},
+    )
+    if done.returncode or not Path(request["answer"]).exists():
+        raise PareError(f"llama.cpp cannot use {request['gguf']}: {_reason(done)}")
+
+
+def _reason(done: subprocess.CompletedProcess) -> str:
+    """The last line in which llama.cpp says what is wrong; Python's own last line only repeats the file name."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    telling = [line for line in lines if "error loading model" in line or "GGML_ASSERT" in line or "GGML_ABORT" in line]
+    return (telling or lines or [f"exit status {done.returncode}"])[-1]
+
+
+# ---- against MLX ----
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog, and nobody was surprised.",
+    "In 1984 there were 1234567 of them; 3.14159 is not 22/7.",
+    "  two spaces, a tab\tand\n\na blank line",
+    "def f(x):\n    return {'a': x ** 2, \"b\": [1, 2]}\n",
+    "naïve café, Straße, Ελλάδα, привет, 你好世界, こんにちは, 안녕하세요",
+    "🙂🚀👩‍👩‍👧 it's we'll I'D they'Ve",
+)
+
+
+def compare(model: Path, gguf: Path) -> dict:
+    """The numbers of export.verify."""
+    from . import lm
+
+    encode = lm.tokenizer(model).encode
+    ours = [encode(text, add_special_tokens=False) for text in PROBES]
+    theirs = tokenize(gguf, PROBES)
+    tokens = [t for ids in ours for t in ids]
+    tokens = (tokens * (64 // max(len(tokens), 1) + 1))[:64]
+    here, there = mlx_logits(model, tokens), logits(gguf, tokens)
+    return {
+        "tokens": len(tokens),
+        "max_abs_difference": float(np.abs(here - there).max()),
+        "same_argmax": float((here.argmax(-1) == there.argmax(-1)).mean()),
+        "strings": len(PROBES),
+        "different": [text for text, a, b in zip(PROBES, ours, theirs, strict=True) if a != b],
+    }
+
+
+def mlx_logits(model: Path, tokens: Sequence[int]) -> Any:
+    """float32 logits (len(tokens), vocab) of the stock mlx-lm model, computed in float32 on the CPU."""
+    import mlx.core as mx
+
+    from . import lm
+
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    mx.disable_compile()  # on the CPU it needs a C++ compiler
+    try:
+        return np.array(lm.for_backend(lm.load(model))(mx.array(tokens)[None])[0].astype(mx.float32))
+    finally:
+        mx.set_default_device(device)
+        if not lm.cpu_backend():
+            mx.enable_compile()
+
+
+# ---- the file itself ----
+
+_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # metadata value type -> bytes
+_TYPES = {"F32": 0, "F16": 1, "Q8_0": 8}  # enum ggml_type
+
+
+class _Header:
+    """A cursor over a GGUF header (specification: ggml docs/gguf.md)."""
+
+    def __init__(self, data: Any):
+        self.data, self.at = data, 0
+
+    def number(self, code: str) -> int:
+        (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
+        self.at += struct.calcsize(code)
+        return value
+
+    def text(self) -> str:
+        length = self.number("Q")
+        raw = bytes(self.data[self.at : self.at + length])
+        self.at += length
+        return raw.decode()
+
+    def skip(self, kind: int) -> None:
+        if kind == 8:
+            length = self.number("Q")
+            self.at += length
+        elif kind == 9:
+            inner, count = self.number("I"), self.number("Q")
+            if inner in _SCALARS:
+                self.at += _SCALARS[inner] * count
+                return
+            for _ in range(count):
+                self.skip(inner)
+        else:
+            self.at += _SCALARS[kind]
+
+
+def _tensor_table(data: Any) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], int]:
+    """Shape (as ours, rows first), type and offset by name, and where the data begins."""
+    header = _Header(data)
+    if header.number("I") != 0x46554747 or header.number("I") != 3:
+        raise ValueError("no GGUF version 3")
+    tensors, keys = header.number("Q"), header.number("Q")
+    for _ in range(keys):
+        header.text()
+        header.skip(header.number("I"))
+    found = {}
+    for _ in range(tensors):
+        name = header.text()
+        shape = tuple(header.number("Q") for _ in range(header.number("I")))[::-1]
+        found[name] = (shape, header.number("I"), header.number("Q"))
+    return found, -(-header.at // ALIGNMENT) * ALIGNMENT
+
+
+def check(path: Path, rows: Sequence[Row]) -> None:
+    """Read a file back: every tensor there with its shape and type, a sample of it finite, and nothing else.
+
+    Raises PareError; ``rows`` from export.table.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found, base = _tensor_table(data)
+            offset = 0
+            for row in rows:
+                if found.pop(row.name, None) != (row.shape, _TYPES[row.type], offset):
+                    raise ValueError(f"{row.name} is not where and what it should be")
+                unit = BLOCK_BYTES if row.type == "Q8_0" else 4
+                size = min(row.nbytes, 1024 * unit) // unit * unit or row.nbytes
+                for start in (base + offset, base + offset + row.nbytes - size):
+                    if not finite(np.frombuffer(data[start : start + size], np.uint8), row.type):
+                        raise ValueError(f"{row.name} holds NaN or infinity")
+                offset += -(-row.nbytes // ALIGNMENT) * ALIGNMENT
+            if found or base + offset != len(data):
+                raise ValueError(f"{len(data)} bytes and {len(found)} tensors too many, expected {base + offset} and 0")
+    except (struct.error, ValueError, KeyError) as error:
+        raise PareError(f"{path} reads back wrong: {error}", "the disk may be full or damaged") from error
+
+
+def finite(raw: Any, kind: str) -> bool:
+    """Whether encoded whole values (Q8_0: blocks) are finite; ``raw`` is uint8."""
+    if kind == "Q8_0":
+        raw = np.ascontiguousarray(raw.reshape(-1, BLOCK_BYTES)[:, :2]).reshape(-1)
+    return bool(np.isfinite(raw.view(np.float32 if kind == "F32" else np.float16)).all())
+
+
+# ---- the child ----
+
+
+def _answer(request: dict[str, Any]) -> None:
+    from llama_cpp import Llama
+
+    answer = Path(request["answer"])
+    if request["task"] == "tokenize":
+        model = Llama(request["gguf"], vocab_only=True)
+        found = [model.tokenize(s.encode(), add_bos=False, special=False) for s in request["strings"]]
+        answer.write_text(json.dumps(found))
+        return
+    tokens = request["tokens"]
+    size = max(len(tokens), 32)
+    model = Llama(
+        request["gguf"],
+        n_ctx=size,
+        n_batch=size,
+        n_ubatch=size,
+        n_gpu_layers=0,
+        offload_kqv=False,
+        op_offload=False,
+        logits_all=True,
+        flash_attn=False,
+        type_k=0,  # GGML_TYPE_F32
+        type_v=0,
+    )
+    model.eval(tokens)
+    np.save(answer, model._scores[: len(tokens)].astype(np.float32))
+
+
+if __name__ == "__main__":
+    _answer(json.load(sys.stdin))

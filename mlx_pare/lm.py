@@ -1,0 +1,184 @@
+"""The only door to mlx_lm: loading, tokenizing, generating, training, timing.
+
+Device differences live here too. On Metal (and CUDA) models compute in their own dtype with the stock layers. On the CPU
+backend every matrix is expanded to float32 for the length of one call (see quantized.Float32Linear), and mx.compile,
+which shells out to a C++ compiler there, is off. The Metal side has never been run by the developers' own machines.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .errors import PareError
+
+
+def cpu_backend() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+if cpu_backend():
+    mx.disable_compile()
+
+
+def load(path: Path, lazy: bool = True) -> nn.Module:
+    """The stock mlx-lm model, weights unread when ``lazy``; never executes code from the model directory."""
+    from mlx_lm.utils import load_model
+
+    try:
+        model, _ = load_model(Path(path), lazy=lazy)
+    except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
+        raise PareError(f"mlx-lm cannot load {path}: {error}") from error
+    return model
+
+
+def load_stock(path: Path) -> nn.Module:
+    """The model as mlx-lm itself would run it, in memory; on the CPU backend with float32 arithmetic, which is the faster."""
+    model = load(path)
+    if cpu_backend():
+        model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model
+
+
+def for_backend(module: nn.Module) -> nn.Module:
+    """The module as it should compute on this device."""
+    if not cpu_backend():
+        return module
+    from .quantized import to_float32
+
+    return to_float32(module)
+
+
+def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """A resident dense copy of a model, for training in full or on the CPU backend."""
+    from mlx_lm.utils import dequantize_model
+
+    def widen(m: nn.Module) -> None:
+        if "scales" in m:
+            m.scales, m.biases = m.scales.astype(mx.float32), m.biases.astype(mx.float32)
+
+    model.apply_to_modules(lambda _, m: widen(m))
+    model = dequantize_model(model)
+    model.apply(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a)
+    return model
+
+
+def tokenizer(path: Path) -> Any:
+    """mlx-lm's wrapper around the directory's tokenizer."""
+    from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+    try:
+        return load_tokenizer(Path(path))
+    except Exception as error:  # tokenizers and transformers raise bare Exceptions on damaged files
+        raise PareError(
+            f"cannot load the tokenizer of {path}: {error}", "tokenizer.json and tokenizer_config.json must be whole"
+        ) from error
+
+
+def blocks(model: nn.Module) -> list:
+    """The list of transformer blocks itself, so that entries can be replaced."""
+    return model.model.layers
+
+
+def generate(model: nn.Module, tok: Any, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
+    """Text that stock mlx_lm.generate writes after ``prompt``."""
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    mx.random.seed(seed)
+    ids = tok.encode(prompt)
+    pieces = [
+        r.text for r in stream_generate(model, tok, ids, max_tokens=max_tokens, sampler=make_sampler(temperature))
+    ]
+    return "".join(pieces)
+
+
+def speed(model: nn.Module, tok: Any, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+    """One trial of mlx_lm's stream_generate on random tokens: prefill and decode tok/s, peak memory in bytes."""
+    from mlx_lm import stream_generate
+
+    prompt = mx.random.randint(0, tok.vocab_size, (prompt_tokens,)).tolist()
+    mx.reset_peak_memory()
+    eos, tok._eos_token_ids = tok._eos_token_ids, set()
+    try:
+        last = None
+        for last in stream_generate(model, tok, prompt, max_tokens=new_tokens):  # noqa: B007 only the last response counts
+            pass
+    finally:
+        tok._eos_token_ids = eos
+    return {
+        "prefill_tokens_per_s": last.prompt_tps,
+        "decode_tokens_per_s": last.generation_tps,
+        "peak_bytes": mx.get_peak_memory(),
+    }
+
+
+def add_lora(model: nn.Module, rank: int, scale: float) -> None:
+    """Freeze the model and put LoRA adapters on every linear layer of every block (mlx_lm.tuner)."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model.freeze()
+    linear_to_lora_layers(model, len(blocks(model)), {"rank": rank, "scale": scale, "dropout": 0.0})
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Fold the adapters into their (dense) weights."""
+    from mlx.utils import tree_unflatten
+
+    fused = [(name, m.fuse(dequantize=True)) for name, m in model.named_modules() if hasattr(m, "fuse")]
+    if fused:
+        model.update_modules(tree_unflatten(fused))
+    return model
+
+
+def train(
+    model: nn.Module,
+    optimizer: Any,
+    loss: Callable,
+    batches: Callable[[], Iterator[tuple]],
+    validate: Callable[[int], None],
+    steps: int,
+    report_every: int,
+    on_report: Callable[[dict], None],
+    scratch: Path,
+) -> None:
+    """mlx_lm.tuner.trainer.train with our loss and our batches.
+
+    ``batches`` yields the tuples that ``loss(model, *batch) -> (mean, ntoks)`` takes; ``validate(step)`` is called with
+    the number of finished steps at every report, ``on_report`` with mlx-lm's own training record.
+    """
+    from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.tuner.trainer import TrainingArgs
+    from mlx_lm.tuner.trainer import train as run
+
+    class Callback(TrainingCallback):
+        def on_train_loss_report(self, info: dict) -> None:
+            on_report(info)
+            validate(info["iteration"])
+
+    args = TrainingArgs(
+        batch_size=1,
+        iters=steps,
+        steps_per_report=report_every,
+        steps_per_eval=steps + 1,
+        steps_per_save=steps + 1,
+        adapter_file=str(scratch),
+    )
+    with redirect_stdout(io.StringIO()):  # its own progress display; ours reports through the callback
+        run(
+            model,
+            optimizer,
+            train_dataset=[None],
+            val_dataset=None,
+            args=args,
+            loss=loss,
+            iterate_batches=lambda **_: batches(),
+            training_callback=Callback(),
+        )

@@ -1,0 +1,78 @@
+"""This computer: chip, memory, what the GPU may use, versions. What cannot be known is None and printed as "unknown"."""
+
+from __future__ import annotations
+
+import platform
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+
+@dataclass(frozen=True)
+class Machine:
+    system: str
+    chip: str | None  # "Apple M4 Pro" on a Mac
+    memory_bytes: int
+    gpu_cores: int | None
+    wired_limit_bytes: int | None  # iogpu.wired_limit_mb when the user has set it
+    rosetta: bool
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def sysctl(name: str) -> str | None:
+    if sys.platform != "darwin":
+        return None
+    done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def this_machine() -> Machine:
+    import psutil
+
+    limit = sysctl("iogpu.wired_limit_mb")
+    return Machine(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        chip=sysctl("machdep.cpu.brand_string"),
+        memory_bytes=psutil.virtual_memory().total,
+        gpu_cores=_gpu_cores(),
+        wired_limit_bytes=int(limit) << 20 if limit and int(limit) > 0 else None,
+        rosetta=sysctl("sysctl.proc_translated") == "1",
+    )
+
+
+def _gpu_cores() -> int | None:
+    if sys.platform != "darwin":
+        return None
+    done = subprocess.run(
+        ["/usr/sbin/ioreg", "-rc", "AGXAccelerator", "-d1"], capture_output=True, text=True, check=False
+    )
+    found = re.search(r'"gpu-core-count"\s*=\s*(\d+)', done.stdout)
+    return int(found[1]) if found else None
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without pushing anything out."""
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("mlx-pare", "mlx", "mlx-lm", "numpy", "gguf", "transformers", "llama-cpp-python"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,83 @@
+"""Streaming accumulators: what is remembered of activations that are never kept. All sums in float32, padding excluded."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+
+class Moments:
+    """Per-unit sums over the last axis of activations [rows, tokens, units].
+
+    ``row_sq``  sum over rows of (mean over tokens of |x|)^2: its root is Minitron's importance (batch=L2, seq=mean of the
+                absolute value), Model-Optimizer modelopt/torch/prune/plugins/mcore_minitron.py.
+    ``sum``, ``abs_sum``, ``sq_sum``, ``max``  of x, |x|, x^2, |x| over all valid tokens.
+    """
+
+    NAMES = ("row_sq", "sum", "abs_sum", "sq_sum", "max")
+
+    def __init__(self) -> None:
+        self._sums: dict[str, mx.array] = {}
+
+    def update(self, x: mx.array, mask: mx.array) -> None:
+        """Add activations [rows, tokens, units]; ``mask`` [rows, tokens] is 1 where there is text."""
+        x = x.astype(mx.float32) * mask[..., None]
+        absolute = mx.abs(x)
+        per_row = absolute.sum(axis=1) / mx.maximum(mask.sum(axis=1), 1)[:, None]
+        new = {
+            "row_sq": mx.square(per_row).sum(axis=0),
+            "sum": x.sum(axis=(0, 1)),
+            "abs_sum": absolute.sum(axis=(0, 1)),
+            "sq_sum": mx.square(x).sum(axis=(0, 1)),
+            "max": absolute.max(axis=(0, 1)),
+        }
+        if not self._sums:
+            self._sums = new
+            return
+        for name, value in new.items():
+            join = mx.maximum if name == "max" else mx.add
+            self._sums[name] = join(self._sums[name], value)
+
+    def arrays(self) -> dict[str, mx.array]:
+        return self._sums
+
+
+class BlockCosine:
+    """Sum over valid tokens of cos(block input, block output): 1 - mean is the block's influence (ShortGPT, Men et al. 2024)."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, mx.array] = {}
+
+    def update(self, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        a, b = before.astype(mx.float32), after.astype(mx.float32)
+        norms = mx.sqrt(mx.square(a).sum(-1) * mx.square(b).sum(-1))
+        cosine = ((a * b).sum(-1) / mx.maximum(norms, 1e-12) * mask).sum()
+        self._sums = {"cosine": self._sums.get("cosine", mx.array(0.0)) + cosine}
+
+    def arrays(self) -> dict[str, mx.array]:
+        return self._sums
+
+
+class Tap:
+    """Stands in for a module and shows an accumulator what goes in (or comes out); otherwise it is the module."""
+
+    def __init__(self, module, accumulator: Moments, mask, side: str):
+        self.module, self.accumulator, self.mask, self.side = module, accumulator, mask, side
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def __call__(self, x):
+        y = self.module(x)
+        self.accumulator.update(x if self.side == "input" else y, self.mask())
+        return y
+
+
+def sparsity(abs_sum: mx.array, sq_sum: mx.array, tokens: int) -> mx.array:
+    """Hoyer's sparsity of each unit over its tokens: 0 always equally active, 1 active on a single token.
+
+    (sqrt(n) - L1/L2) / (sqrt(n) - 1), Hoyer 2004 (JMLR 5): relative to the unit's own scale, so that no threshold is
+    needed, and exact from two sums. Dead units count as 1.
+    """
+    root = tokens**0.5
+    ratio = abs_sum / mx.sqrt(mx.maximum(sq_sum, 1e-30))
+    return mx.where(sq_sum > 0, (root - ratio) / max(root - 1, 1e-12), 1.0)

@@ -1,0 +1,124 @@
+"""The shared options of the commands, and the wrapper that gives every command its modes, errors and exit codes."""
+
+from __future__ import annotations
+
+import functools
+import inspect as signatures
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import console
+from .errors import PareError
+
+app = typer.Typer(
+    name="mlx-pare",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Make a model smaller on the Mac itself, and say whether it was worth it.\n\n"
+    "Everyday: fit, run, evaluate, export, bench.  Single steps: calibrate, score, plan, prune, recover, report.  "
+    "Looking around: inspect, demo, doctor.\n\n"
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 refused (would overwrite, inputs changed, does not fit).",
+)
+
+Model = Annotated[
+    Path, typer.Argument(help="Model directory (config.json, *.safetensors, tokenizer).", metavar="MODEL")
+]
+RunDir = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, talk on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, write nothing.")]
+Data = Annotated[
+    str | None, typer.Option(help="Text: .txt, .md, .jsonl or a folder. Default: our own.", metavar="PATH")
+]
+TestData = Annotated[
+    str | None, typer.Option(help="Text to measure on. Default: a tenth of --data, or our own.", metavar="PATH")
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration rows.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens in a row (the window of evaluate).")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Cap = Annotated[str | None, typer.Option(help='Memory that may be used, e.g. "4GB". Default: what is free.')]
+Criterion = Annotated[str, typer.Option(help="minitron, magnitude, wanda, block-influence or random.")]
+Axes = Annotated[str, typer.Option(help="What may be cut: ffn, kv_head, layer, hidden; separated by commas.")]
+Keep = Annotated[float | None, typer.Option(help="Target: share of the non-embedding parameters to keep, e.g. 0.75.")]
+TargetParams = Annotated[str | None, typer.Option(help='Target: total parameters, e.g. "24B".')]
+TargetSize = Annotated[str | None, typer.Option(help='Target: bytes of weights at most, e.g. "15GB".')]
+For = Annotated[
+    str | None, typer.Option("--for", help="Target: the Mac it must fit, e.g. m4-24gb, m4-pro-20c-24gb.", metavar="MAC")
+]
+Context = Annotated[int, typer.Option(min=1, help="Tokens of context it must hold.")]
+Bits = Annotated[int | None, typer.Option(help="Pack the result with 2, 3, 4, 5, 6 or 8 bits. Default: as the source.")]
+GroupSize = Annotated[int, typer.Option(help="Group size for --bits: 32, 64 or 128.")]
+Step = Annotated[int | None, typer.Option(min=1, help="Widths are multiples of this. Default: 1, the group, or 256.")]
+NoProtect = Annotated[
+    bool, typer.Option("--no-protect", help="First, last and last full-attention layer may be cut too.")
+]
+Steps = Annotated[int, typer.Option(min=0, help="Steps of distillation; 0: none.")]
+Method = Annotated[str, typer.Option(help="lora, or full (all weights of the blocks).")]
+Rate = Annotated[float | None, typer.Option(help="Default: 1e-3 for lora, 5e-4 for full.")]
+Gguf = Annotated[str | None, typer.Option(help="f32, f16 or q8_0. Default: f16, q8_0 for a quantized model.")]
+
+
+def command(name: str, examples: str) -> Callable:
+    """Register a command: modes are set, errors become one line and an exit code, the result is the JSON document."""
+
+    def wrap(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def called(*args: Any, as_json: bool, quiet: bool, debug: bool, **kwargs: Any) -> None:
+            console.configure(as_json, quiet)
+            try:
+                console.document(function(*args, **kwargs))
+            except PareError as error:
+                _fail(error, str(error), error.exit_code, debug)
+            except KeyboardInterrupt as error:
+                _fail(error, "interrupted: what is finished is kept, the same command continues", 1, debug)
+            except OSError as error:
+                where = f" {error.filename}" if error.filename else ""
+                _fail(error, f"{error.strerror or error}{where}", 1, debug)
+            except Exception as error:  # a defect of ours: one line all the same, and where to look
+                _fail(error, f"internal error, {type(error).__name__}: {error} (--debug shows where)", 1, debug)
+
+        _add_modes(called, function)
+        return app.command(name, epilog="Examples:  " + examples)(called)
+
+    return wrap
+
+
+def _fail(error: BaseException, line: str, code: int, debug: bool) -> None:
+    if debug:
+        raise error
+    console.error(" ".join(line.split()))
+    console.document({"error": line, "exit_code": code})
+    raise typer.Exit(code)
+
+
+def _add_modes(called: Callable, function: Callable) -> None:
+    own = signatures.signature(function, eval_str=True)
+    modes = [
+        signatures.Parameter(n, signatures.Parameter.KEYWORD_ONLY, default=False, annotation=a)
+        for n, a in (("as_json", Json), ("quiet", Quiet), ("debug", Debug))
+    ]
+    called.__signature__ = own.replace(parameters=[*own.parameters.values(), *modes])
+    called.__annotations__ = {n: p.annotation for n, p in called.__signature__.parameters.items()}
+
+
+def memory(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from .plan import parse_amount
+
+    return int(parse_amount(text, "bytes"))
+
+
+def settings_of(**given: Any):
+    from .steps import Settings
+
+    given["axes"] = tuple(a.strip() for a in given.pop("axes", "ffn,kv_head").split(",") if a.strip())
+    given["memory_cap"] = memory(given.pop("memory_cap", None))
+    return Settings(**given)

@@ -1,0 +1,239 @@
+"""plan: Scores + a target -> Plan, the kept indices of every axis."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..arch import Keep, LayerKeep
+from ..artifacts import Arrays, Plan, Size, Target
+from ..checkpoint import Checkpoint
+from ..console import count, gb
+from ..errors import PareError, UsageError
+from ..fit import footprint
+from ..layout import smaller, total_bytes
+from ..packing import BITS, GROUP_SIZES, Packing
+from . import allocate
+from .allocate import Level
+
+DEFAULT_AXES = ("ffn", "kv_head")
+WIDE_FFN = 4096  # from here on the step is 256: MLX's fast kernels and llama.cpp's K-quants want it
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `plan` was asked: exactly one of keep, params, size (bytes) or budget (bytes by architecture: --for)."""
+
+    keep: float | None = None
+    params: float | None = None
+    size: float | None = None
+    budget: Callable | None = None
+    budget_name: str = ""
+    axes: Sequence[str] = DEFAULT_AXES
+    bits: int | None = None
+    group_size: int = 64
+    step: int | None = None
+    protect: bool = True
+
+
+def parse_amount(text: str, what: str) -> float:
+    """ "24B" parameters, "15GB" bytes (decimal), "900M", "1.5e9". Raises UsageError."""
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kKMGBT]?i?B?)\s*", text)
+    units = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "B": 1e9 if what == "parameters" else 1.0}
+    if found:
+        unit = found[2] if what == "parameters" else found[2].removesuffix("B") if found[2] != "B" else "B"
+        binary = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+        scale = binary.get(unit) if what == "bytes" else None
+        scale = scale or units.get(unit)
+        try:
+            if scale and (value := float(found[1]) * scale) > 0:
+                return value
+        except ValueError:
+            pass
+    raise UsageError(
+        f"cannot read {text!r} as {what}", 'write "24B" or "900M" for parameters, "15GB" or "14GiB" for bytes'
+    )
+
+
+def packing_of(options: Options, checkpoint: Checkpoint) -> Packing | None:
+    """The packing the result is asked to have; None: as the source."""
+    if options.bits is None:
+        return None
+    if options.bits not in BITS or options.group_size not in GROUP_SIZES:
+        raise UsageError(f"MLX packs {', '.join(map(str, BITS))} bits in groups of {', '.join(map(str, GROUP_SIZES))}")
+    return Packing(options.bits, options.group_size)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes a target leads to, before any unit is chosen."""
+
+    target: Target
+    level: Level
+    protected: Sequence[int]
+    before: Size
+    after: Size
+    neighbours: list[str]
+
+
+def shape(checkpoint: Checkpoint, options: Options) -> Shape:
+    """The reachable sizes nearest to the target, with uniform widths; needs no scores.
+
+    Raises UsageError for a target or axis that means nothing, Refused when the target cannot be reached.
+    """
+    arch, packing = checkpoint.arch, packing_of(options, checkpoint)
+    protected = allocate.protected_layers(arch) if options.protect else []
+    reach = allocate.space(arch, options.axes, _step(checkpoint, packing, options), protected)
+
+    def skeleton(level: Level) -> Keep:
+        return allocate.skeleton(arch, level, protected)
+
+    def non_embedding(level: Level) -> float:
+        return footprint.parameters(smaller(checkpoint, skeleton(level)))["non_embedding"]
+
+    def parameters(level: Level) -> float:
+        return footprint.parameters(smaller(checkpoint, skeleton(level)))["total"]
+
+    def size(level: Level) -> float:
+        return total_bytes(checkpoint, skeleton(level), packing)
+
+    def over_budget(level: Level) -> float:
+        return size(level) - options.budget(smaller(checkpoint, skeleton(level), packing))
+
+    target, measure, goal, at_most, show = _goal(options, non_embedding, parameters, size, over_budget, reach)
+    level = allocate.solve(reach, measure, goal, at_most, target.asked, show)
+    after = size_of(checkpoint, skeleton(level), packing)
+    return Shape(
+        target,
+        level,
+        protected,
+        size_of(checkpoint, None, None),
+        after,
+        allocate.neighbours(reach, level, measure, show),
+    )
+
+
+def plan(model: Path, scores: Path, options: Options) -> Plan:
+    """The plan for a target: the shape it leads to, filled with the units of the highest scores. Raises as ``shape``."""
+    checkpoint = Checkpoint(model)
+    found = _scores_of(checkpoint, scores)
+    made = shape(checkpoint, options)
+    keep = allocate.choose_units(checkpoint.arch, made.level, found.arrays, made.protected)
+    return Plan(
+        source=checkpoint.identity(),
+        criterion=found.about["criterion"],
+        axes=list(options.axes),
+        target=made.target,
+        bits=options.bits,
+        group_size=options.group_size if options.bits else None,
+        before=made.before,
+        after=made.after,
+        neighbours=made.neighbours,
+        **_units(checkpoint, keep),
+    )
+
+
+def redraw(model: Path, scores: Path, like: Plan) -> Plan:
+    """A plan of exactly the same sizes as ``like`` with the units that other scores choose."""
+    checkpoint = Checkpoint(model)
+    found = _scores_of(checkpoint, scores)
+    hidden = len(like.hidden) if like.hidden else checkpoint.arch.sizes["hidden"]
+    level = Level(len(like.layers[0].ffn), len(like.layers[0].kv_head), len(like.layers), hidden)
+    keep = allocate.choose_units(checkpoint.arch, level, found.arrays, allocate.protected_layers(checkpoint.arch))
+    return Plan.model_validate({**like.model_dump(), "criterion": found.about["criterion"], **_units(checkpoint, keep)})
+
+
+def whole(model: Path, like: Plan, limit: int) -> Plan | None:
+    """The uncut model in the widest packing of at most ``limit`` bytes: what pruning competes with; None when none is."""
+    checkpoint = Checkpoint(model)
+    everything = Keep(tuple(LayerKeep(i) for i in range(len(checkpoint.arch.layers))))
+    source = checkpoint.quantization
+    group = like.group_size or (source.group_size if source else 64)
+    for bits in sorted(BITS, reverse=True):
+        after = size_of(checkpoint, everything, Packing(bits, group))
+        if after.bytes <= limit:
+            changes = {
+                "criterion": "none",
+                "axes": [],
+                "bits": bits,
+                "group_size": group,
+                "after": after.model_dump(),
+                "neighbours": [],
+            }
+            return Plan.model_validate({**like.model_dump(), **changes, **_units(checkpoint, everything)})
+    return None
+
+
+def _scores_of(checkpoint: Checkpoint, scores: Path) -> Arrays:
+    found = Arrays.load(scores, "scores")
+    if found.about.get("model") != checkpoint.identity():
+        raise PareError(f"{scores} was made from another model than {checkpoint.path}", "score this model first")
+    return found
+
+
+def _units(checkpoint: Checkpoint, keep: Keep) -> dict[str, Any]:
+    """A cut as the fields of a Plan, every index written out."""
+    layers = []
+    for layer in keep.layers:
+        sizes = checkpoint.arch.layers[layer.source].sizes
+        kept = {axis: list(layer.keep.get(axis, range(sizes[axis]))) for axis in ("ffn", "kv_head")}
+        layers.append({"source": layer.source, **kept})
+    cut_hidden = keep.hidden is not None and len(keep.hidden) != checkpoint.arch.sizes["hidden"]
+    return {"layers": layers, "hidden": list(keep.hidden) if cut_hidden else None}
+
+
+def _goal(options: Options, non_embedding, parameters, size, over_budget, reach):
+    """(target, measure, goal, whether it is an upper bound, how a measure is written)."""
+    given = [n for n in ("keep", "params", "size", "budget") if getattr(options, n) is not None]
+    if len(given) != 1:
+        raise UsageError(
+            "give exactly one target", "--keep 0.75, --target-params 24B, --target-size 15GB or --for m4-24gb"
+        )
+    if options.keep is not None:
+        if not 0 < options.keep <= 1:
+            raise UsageError(
+                f"--keep {options.keep} is not between 0 and 1",
+                "0.75 keeps three quarters of the non-embedding parameters",
+            )
+        whole = non_embedding(reach.at(1.0))
+        target = Target(
+            kind="keep", value=options.keep, asked=f"keeping {options.keep:g} of the non-embedding parameters"
+        )
+        return target, non_embedding, options.keep * whole, False, lambda v: f"keep {v / whole:.3f}"
+    if options.params is not None:
+        target = Target(kind="params", value=options.params, asked=f"{count(options.params)} parameters")
+        return target, parameters, options.params, False, count
+    if options.size is not None:
+        target = Target(kind="size", value=options.size, asked=f"{gb(options.size)} of weights")
+        return target, size, options.size, True, gb
+    target = Target(kind="for", value=0, asked=f"fitting {options.budget_name}")
+    return target, over_budget, 0.0, True, lambda v: f"{gb(-v)} of headroom"
+
+
+def _step(checkpoint: Checkpoint, packing: Packing | None, options: Options) -> int:
+    """Unit of ffn (and hidden): 1 for dense results, a whole group for quantized ones, 256 for wide models."""
+    if options.step is not None:
+        return options.step
+    packing = packing or checkpoint.quantization
+    if checkpoint.arch.uniform("ffn") >= WIDE_FFN:
+        return 256
+    return packing.group_size if packing else 1
+
+
+def size_of(checkpoint: Checkpoint, keep, packing: Packing | None) -> Size:
+    """Shape, parameters and bytes of the source (``keep`` None) or of a cut of it."""
+    arch = checkpoint.arch if keep is None else smaller(checkpoint, keep, packing)
+    counted = footprint.parameters(arch)
+    return Size(
+        layers=len(arch.layers),
+        ffn=arch.uniform("ffn"),
+        kv_heads=arch.uniform("kv_head"),
+        q_heads=arch.uniform("kv_head") * arch.uniform("group"),
+        hidden=arch.sizes["hidden"],
+        parameters=counted["total"],
+        non_embedding=counted["non_embedding"],
+        bytes=checkpoint.nbytes() if keep is None else total_bytes(checkpoint, keep, packing),
+    )

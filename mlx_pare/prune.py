@@ -1,0 +1,207 @@
+"""prune: a model directory and a plan -> a smaller model directory, tensor by tensor. The source is never modified.
+
+Rows and whole groups of columns keep their codes bit for bit. A matrix cut inside its quantization groups is dequantized,
+cut and quantized again; each one is listed with its error. Memory is one tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .arch.spec import select
+from .artifacts import Plan, dump_json
+from .checkpoint import Checkpoint, ShardWriter, copy_tokenizer, write_config
+from .console import progress
+from .errors import PareError, Refused
+from .layout import Piece, layout, smaller
+from .packing import Packing
+from .quantized import MX_DTYPE, Packed, pack, raw_bytes, relative_error, whole_groups
+
+OUR_KEY = "pare"  # config.json key that transformers and mlx-lm ignore
+
+
+def prune(model: Path, plan: Plan, out: Path, requantize: bool = True) -> dict[str, Any]:
+    """Write the pruned model to ``out`` (which must not exist); returns what was done to each requantized tensor.
+
+    ``requantize`` False leaves a matrix that is cut inside its groups dense instead.
+    Raises PareError for a plan that does not suit the model (all reasons at once), Refused when ``out`` exists.
+    """
+    checkpoint = Checkpoint(model)
+    if out.exists():
+        raise Refused(f"{out} exists already", "choose another place or remove it")
+    if plan.source != checkpoint.identity():
+        raise Refused(
+            f"the plan was made for another model than {model}, or its files changed since", "make the plan again"
+        )
+    problems = plan.problems(checkpoint.arch)
+    if problems:
+        raise PareError(f"the plan does not suit {model}: {'; '.join(problems)}", "mend plan.json or make it again")
+    packing = Packing(plan.bits, plan.group_size) if plan.bits else None
+    surgeon = _Surgeon(checkpoint, plan, packing, requantize)
+    partial = out.with_name(out.name + ".partial")
+    _fresh_directory(partial)
+    surgeon.write(partial)
+    for file in partial.iterdir():
+        _sync(file)
+    os.rename(partial, out)
+    return {"requantized": surgeon.requantized, "dense": surgeon.left_dense}
+
+
+def _fresh_directory(path: Path) -> None:
+    """An empty directory; what a killed run left there is ours and incomplete."""
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _Surgeon:
+    """Cuts every tensor of a checkpoint by one plan."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, packing: Packing | None, requantize: bool):
+        self.checkpoint, self.plan, self.packing = checkpoint, plan, packing
+        self.keep = plan.keep(checkpoint.arch)
+        self.arch = smaller(checkpoint, self.keep, packing)
+        self.pieces = [self._as_asked(p, requantize) for p in layout(checkpoint, self.keep, packing)]
+        self.requantized: dict[str, float] = {}
+        self.left_dense: list[str] = []
+
+    def _as_asked(self, piece: Piece, requantize: bool) -> Piece:
+        if requantize or piece.packing is None or self._exact_columns(piece) is not None:
+            return piece
+        return Piece(piece.tensor, piece.origin, None, piece.dtype)
+
+    def write(self, directory: Path) -> None:
+        planned = [entry for piece in self.pieces for entry in piece.stored()]
+        writer = ShardWriter(directory, planned)
+        with progress("prune: tensor", len(self.pieces)) as bar:
+            for piece in self.pieces:
+                for name, array in self._cut(piece):
+                    writer.write(name, raw_bytes(array))
+                bar.advance()
+        writer.close()
+        write_config(directory, self._config())
+        (directory / "survivors.json").write_bytes(dump_json(self._survivors()))
+        (directory / "plan.json").write_bytes(self.plan.dump())
+        (directory / "README.md").write_text(self._card(), "utf-8")
+        copy_tokenizer(self.checkpoint, directory)
+
+    # ---- one tensor ----
+
+    def _kept(self, piece: Piece) -> list[list[int] | None]:
+        """Kept indices along each dimension of the original tensor, None where all are."""
+        origin = piece.origin
+        sizes = self.checkpoint.arch.layer_sizes(origin.layer)
+        keep = self.keep.of(piece.tensor.layer)
+        return [select(dim, sizes, keep) for dim in origin.spec.dims]
+
+    def _exact_columns(self, piece: Piece) -> list[int] | str | None:
+        """How the columns of a packed tensor can be cut without touching a code: "all", a list of groups, or None."""
+        source = self.checkpoint.packing(piece.origin.module)
+        if source is None or (source.bits, source.group_size) != (piece.packing.bits, piece.packing.group_size):
+            return None
+        columns = self._kept(piece)[-1]
+        return "all" if columns is None else whole_groups(columns, source.group_size)
+
+    def _cut(self, piece: Piece) -> list[tuple[str, mx.array]]:
+        kept = self._kept(piece)
+        source = self.checkpoint.packing(piece.origin.module) if piece.tensor.matrix else None
+        if source is None:
+            dense = _take(self._load(piece.origin.name), kept)
+            return self._store(piece, dense, listed=False)
+        packed = self._load_packed(piece.origin.module, piece.origin.name, source)
+        if kept[0] is not None:
+            packed = packed.rows(kept[0])
+        exact = self._exact_columns(piece) if piece.packing is not None else None
+        if exact is not None:
+            return _entries(piece, packed if exact == "all" else packed.groups(exact))
+        dense = _take(packed.dense(), [None, kept[1]])
+        return self._store(piece, dense, listed=True)
+
+    def _store(self, piece: Piece, dense: mx.array, listed: bool) -> list[tuple[str, mx.array]]:
+        """A dense tensor as the layout wants it stored; ``listed``: it was packed before, so say what happened."""
+        if piece.packing is None:
+            if listed:
+                self.left_dense.append(piece.tensor.module)
+            return [(piece.tensor.name, dense.astype(MX_DTYPE[piece.dtype]))]
+        packed = pack(dense, piece.packing, MX_DTYPE[piece.dtype])
+        self.requantized[piece.tensor.module] = relative_error(dense, packed)
+        return _entries(piece, packed)
+
+    def _load(self, name: str) -> mx.array:
+        return mx.load(str(self.checkpoint.entries[name].file))[name]
+
+    def _load_packed(self, module: str, name: str, packing: Packing) -> Packed:
+        return Packed(self._load(name), self._load(f"{module}.scales"), self._load(f"{module}.biases"), packing)
+
+    # ---- what goes beside the weights ----
+
+    def _config(self) -> dict[str, Any]:
+        config = dict(self.arch.config)
+        config.pop("quantization_config", None)
+        config.pop("quantization", None)
+        packings = {p.tensor.module: p.packing for p in self.pieces if p.tensor.matrix}
+        used = [p for p in packings.values() if p]
+        if used:
+            default = self.packing or self.checkpoint.quantization
+            default = max(used, key=lambda p: (p.as_config() == default.as_config(), used.count(p)))
+            overrides = {
+                module: p.as_config() if p else False
+                for module, p in packings.items()
+                if p is None or p.as_config() != default.as_config()
+            }
+            config["quantization"] = {**default.as_config(), **overrides}
+        config[OUR_KEY] = {
+            "made_by": "mlx-pare",
+            "source_identity": self.plan.source,
+            "criterion": self.plan.criterion,
+            "parameters_before": self.plan.before.parameters,
+            "survivors": "survivors.json",
+        }
+        return config
+
+    def _survivors(self) -> dict[str, Any]:
+        layers = []
+        for new, layer in enumerate(self.plan.layers):
+            group = self.checkpoint.arch.layers[layer.source].sizes["group"]
+            heads = [k * group + g for k in layer.kv_head for g in range(group)]
+            layers.append(
+                {"layer": new, "source": layer.source, "ffn": layer.ffn, "kv_head": layer.kv_head, "q_head": heads}
+            )
+        hidden = self.plan.hidden or list(range(self.checkpoint.arch.sizes["hidden"]))
+        return {"schema_version": 1, "source_identity": self.plan.source, "hidden": hidden, "layers": layers}
+
+    def _card(self) -> str:
+        before, after = self.plan.before, self.plan.after
+        return (
+            f"# {self.checkpoint.path.resolve().name}, pruned\n\n"
+            f"Made by mlx-pare from `{self.checkpoint.path.resolve().name}` (criterion {self.plan.criterion}; {self.plan.target.asked}).\n"
+            f"{before.layers} -> {after.layers} layers, ffn {before.ffn} -> {after.ffn}, kv heads {before.kv_heads} -> {after.kv_heads}, "
+            f"{before.parameters:,} -> {after.parameters:,} parameters.\n"
+            "`survivors.json` maps every kept unit to its index in the original. The licence of the original applies.\n"
+        )
+
+
+def _take(array: mx.array, kept: Sequence[list[int] | None]) -> mx.array:
+    for axis, index in enumerate(kept):
+        if index is not None:
+            array = mx.take(array, mx.array(index), axis=axis)
+    return array
+
+
+def _entries(piece: Piece, packed: Packed) -> list[tuple[str, mx.array]]:
+    names = [planned.name for planned in piece.stored()]
+    return list(zip(names, (packed.words, packed.scales, packed.biases), strict=True))

@@ -1,0 +1,155 @@
+"""MLX packed weights as arrays: the only place that knows how words, scales and biases lie.
+
+Rows and whole groups of columns are sliced without touching a code. Columns cut inside a group must be dequantized,
+sliced and quantized again, which is lossy: the error is returned and ends up in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from .packing import Packing
+
+MX_DTYPE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+
+def raw_bytes(array: mx.array) -> memoryview:
+    """The little-endian bytes of an array; numpy has no bfloat16, so that goes through uint16."""
+    array = mx.contiguous(array)
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return memoryview(np.array(array, copy=False)).cast("B")
+
+
+@dataclass
+class Packed:
+    """A packed matrix of logical shape (rows, columns): words (rows, columns*bits/32), scales and biases (rows, groups)."""
+
+    words: mx.array
+    scales: mx.array
+    biases: mx.array
+    packing: Packing
+
+    def dense(self, dtype: mx.Dtype = mx.float32) -> mx.array:
+        """Dequantized with arithmetic in float32: bfloat16 scales would round every weight to three digits."""
+        values = mx.dequantize(
+            self.words,
+            self.scales.astype(mx.float32),
+            self.biases.astype(mx.float32),
+            group_size=self.packing.group_size,
+            bits=self.packing.bits,
+        )
+        return values.astype(dtype)
+
+    def rows(self, keep: Sequence[int]) -> Packed:
+        """Exact: the codes of the kept rows."""
+        index = mx.array(keep)
+        return Packed(self.words[index], self.scales[index], self.biases[index], self.packing)
+
+    def groups(self, keep: Sequence[int]) -> Packed:
+        """Exact: the codes of the kept groups of columns."""
+        index, rows = mx.array(keep), self.words.shape[0]
+        per_group = self.packing.group_size * self.packing.bits // 32
+        words = self.words.reshape(rows, -1, per_group)[:, index].reshape(rows, -1)
+        return Packed(words, self.scales[:, index], self.biases[:, index], self.packing)
+
+
+def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:
+    """Quantize a matrix; ``dtype`` of scales and biases. Codes are chosen in float32."""
+    words, scales, biases = mx.quantize(dense.astype(mx.float32), group_size=packing.group_size, bits=packing.bits)
+    return Packed(words, scales.astype(dtype), biases.astype(dtype), packing)
+
+
+def whole_groups(columns: Sequence[int], group_size: int) -> list[int] | None:
+    """The groups that ``columns`` consists of, or None when some group is cut."""
+    if len(columns) % group_size:
+        return None
+    groups = []
+    for start in range(0, len(columns), group_size):
+        first = columns[start]
+        if first % group_size or list(columns[start : start + group_size]) != list(range(first, first + group_size)):
+            return None
+        groups.append(first // group_size)
+    return groups
+
+
+def relative_error(reference: mx.array, packed: Packed) -> float:
+    """||Q(W) - W||_F / ||W||_F."""
+    reference = reference.astype(mx.float32)
+    return mx.sqrt(mx.square(packed.dense() - reference).sum() / mx.square(reference).sum()).item()
+
+
+class Float32Linear(nn.Module):
+    """A linear layer that computes in float32 from weights in any format, expanded for the length of one call.
+
+    For the CPU backend: MLX's bfloat16 quantized matmul there accumulates in bfloat16 (mlx backend/cpu/quantized.cpp,
+    3-7 % wrong) and runs at a hundredth of the speed of a float32 matmul.
+    """
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = x.astype(mx.float32) @ dense_weight(self.inner).T
+        return y + self.inner.bias.astype(mx.float32) if "bias" in self.inner else y
+
+
+class Float32Embedding(nn.Module):
+    """An embedding whose rows come out in float32, expanded row by row."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return dense_rows(self.inner, tokens)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x.astype(mx.float32) @ dense_weight(self.inner).T
+
+
+def is_packed(module: nn.Module) -> bool:
+    return isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+
+
+def packed(module: nn.Module) -> Packed:
+    return Packed(module.weight, module.scales, module.biases, Packing(module.bits, module.group_size))
+
+
+def dense_weight(module: nn.Module, start: int = 0, stop: int | None = None) -> mx.array:
+    """Rows [start, stop) of a module's weight in float32."""
+    if not is_packed(module):
+        return module.weight[start:stop].astype(mx.float32)
+    p = packed(module)
+    return Packed(p.words[start:stop], p.scales[start:stop], p.biases[start:stop], p.packing).dense()
+
+
+def dense_rows(module: nn.Module, index: mx.array) -> mx.array:
+    """Chosen rows of a module's weight in float32: an embedding lookup that expands nothing else."""
+    if not is_packed(module):
+        return module.weight[index].astype(mx.float32)
+    p = packed(module)
+    return Packed(p.words[index], p.scales[index], p.biases[index], p.packing).dense()
+
+
+def to_float32(module: nn.Module) -> nn.Module:
+    """Put Float32Linear and Float32Embedding around every matrix below ``module``; small parameters become float32."""
+
+    def wrap(leaf: nn.Module) -> nn.Module:
+        if isinstance(leaf, nn.Linear | nn.QuantizedLinear):
+            return Float32Linear(leaf)
+        if isinstance(leaf, nn.Embedding | nn.QuantizedEmbedding):
+            return Float32Embedding(leaf)
+        leaf.apply(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a)
+        return leaf
+
+    leaves = tree_map(wrap, module.leaf_modules(), is_leaf=nn.Module.is_module)
+    module.update_modules(leaves)
+    return module

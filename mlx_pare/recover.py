@@ -1,0 +1,261 @@
+"""recover: heal a pruned model by distilling the original's logits into it, on mlx-lm's trainer.
+
+Full-vocabulary KL; LoRA or all weights of the blocks. The teacher is streamed once over the training rows and only its
+final hidden states and its head stay: the logits made from them are exact, and teacher and student never share the
+memory. The best state by validation KL is kept, merged, packed as the pruned model was, and measured again as it will be
+loaded: when that is not better than the pruned model, the pruned model is returned and the result says so.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from . import console, lm, machine, stream
+from .checkpoint import Checkpoint, Planned, ShardWriter, copy_tokenizer
+from .corpus import Rows
+from .divergence import kl
+from .errors import PareError, Refused, UsageError
+from .quantized import MX_DTYPE, pack, raw_bytes
+from .stream import Streamed
+
+METHODS = ("lora", "full")
+
+
+@dataclass(frozen=True)
+class Options:
+    """``rank`` and ``scale`` are LoRA's; ``learning_rate`` None: 1e-3 for lora, 5e-4 for full; ``batch`` in rows."""
+
+    method: str = "lora"
+    steps: int = 100
+    batch: int = 4
+    learning_rate: float | None = None
+    rank: int = 16
+    scale: float = 2.0
+    seed: int = 0
+    reports: int = 6
+
+    @property
+    def rate(self) -> float:
+        return self.learning_rate or {"lora": 1e-3, "full": 5e-4}[self.method]
+
+
+def recover(
+    student: Path,
+    teacher: Path,
+    train: Rows,
+    validation: Rows,
+    out: Path,
+    options: Options,
+    memory_cap: int | None = None,
+) -> dict[str, Any]:
+    """Write the healed model to ``out``; returns validation KL before and after (nats per token), the curve, whether it helped.
+
+    Raises UsageError for an unknown method, Refused when the training does not fit in memory.
+    """
+    if options.method not in METHODS:
+        raise UsageError(f"unknown method {options.method!r}", f"choose one of {', '.join(METHODS)}")
+    checkpoint = Checkpoint(student)
+    check_memory(checkpoint, (train, validation), options, memory_cap)
+    mx.random.seed(options.seed)
+    guides = [stream.walk(teacher, rows, what="teacher: block") for rows in (train, validation)]
+    trial = _Training(_resident(student, options.method), train, validation, *guides, options)
+    curve = trial.run()
+    best = trial.best_step
+    summary = {
+        "options": asdict(options),
+        "kl_before": curve[0][1],
+        "curve": curve,
+        "best_step": best,
+        "improved": False,
+    }
+    if best > 0:
+        partial = _partial(out)
+        _write(checkpoint, trial.merged(), partial)
+        after = _mean_kl(_resident(partial, "full"), validation, guides[1], options.batch)
+        summary |= {"kl_after": after, "improved": after < curve[0][1]}
+        if summary["improved"]:
+            os.rename(partial, out)
+            return summary
+        shutil.rmtree(partial)
+    console.warn("recovery did not improve the validation KL: the pruned model is kept as it was")
+    partial = _partial(out)
+    shutil.copytree(student, partial, dirs_exist_ok=True)
+    os.rename(partial, out)
+    return summary | {"kl_after": curve[0][1]}
+
+
+def _partial(out: Path) -> Path:
+    """An empty directory beside ``out``; what a killed run left there is incomplete."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _resident(path: Path, method: str) -> nn.Module:
+    """A model to compute with, in memory: dense float32 on the CPU backend, else as stored (dense for full training)."""
+    model = lm.load(path)
+    if lm.cpu_backend():
+        model = lm.dequantized(model, mx.float32)
+    elif method == "full" and Checkpoint(path).quantized:
+        model = lm.dequantized(model, mx.bfloat16)
+    mx.eval(model.parameters())
+    return model
+
+
+def required_bytes(student: Checkpoint, rows: Sequence[Rows], options: Options) -> int:
+    """Student + optimizer + teacher's hidden states + logits and activations of one batch (an estimate)."""
+    value = 4 if lm.cpu_backend() else 2
+    arch = student.arch
+    size = sum(t.size for t in arch.tensors())
+    trained = size if options.method == "full" else 0
+    layer = arch.layer_sizes(0)
+    heads = layer["kv_head"] * layer["group"]
+    length = rows[0].length
+    tokens = options.batch * length
+    hidden = sum(3 * r.count * r.length for r in rows) * arch.sizes["hidden"] * 4
+    per_layer = tokens * (6 * layer["ffn"] + 8 * arch.sizes["hidden"] + 3 * heads * length) * value
+    logits = 5 * tokens * arch.sizes["vocab"] * 4
+    return size * value + trained * 3 * 4 + hidden + logits + per_layer * len(arch.layers)
+
+
+def check_memory(student: Checkpoint, rows: Sequence[Rows], options: Options, cap: int | None) -> int:
+    """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise."""
+    needed, limit = required_bytes(student, rows, options), cap or machine.available_bytes()
+    if needed > limit:
+        raise Refused(
+            f"recovering {student.path} needs about {console.gb(needed)}, "
+            f"{'--memory-cap allows' if cap else 'free are'} {console.gb(limit)}",
+            "use --recover-steps 0 or a shorter --length",
+        )
+    return needed
+
+
+class _Training:
+    """One run of the trainer: batches with the teacher's logits, validation, the best state."""
+
+    def __init__(
+        self, model: nn.Module, train: Rows, validation: Rows, teacher: Streamed, judge: Streamed, options: Options
+    ):
+        self.model, self.train, self.teacher, self.options = model, train, teacher, options
+        self.validation, self.judge = validation, judge
+        self.model.freeze()
+        if options.method == "lora":
+            lm.add_lora(model, options.rank, options.scale)
+        else:
+            for block in lm.blocks(model):
+                block.unfreeze()
+        self.curve: list[tuple[int, float]] = []
+        self.best_step, self.best = 0, dict(tree_flatten(model.trainable_parameters()))
+
+    def run(self) -> list[tuple[int, float]]:
+        import mlx.optimizers as optim
+
+        steps, options = self.options.steps, self.options
+        warm = max(1, steps // 20)
+        schedule = optim.join_schedules(
+            [
+                optim.linear_schedule(options.rate / warm, options.rate, warm),
+                optim.cosine_decay(options.rate, max(1, steps - warm), options.rate / 20),
+            ],
+            [warm],
+        )
+        optimizer = optim.AdamW(learning_rate=schedule, weight_decay=0.0)
+        self.validate(0)
+        every = max(1, math.ceil(steps / options.reports))
+        with console.progress("recover: step", steps) as bar:
+            self._bar, self._every = bar, every
+            lm.train(
+                self.model, optimizer, _loss, self._batches, self.validate, steps, every, self._report, Path(os.devnull)
+            )
+        return self.curve
+
+    def _batches(self) -> Iterator[tuple]:
+        """Endless shuffled batches (tokens, teacher logits); the same for the same seed."""
+        order = np.random.RandomState(self.options.seed)
+        count, batch = self.train.count, min(self.options.batch, self.train.count)
+        while True:
+            shuffled = order.permutation(count)
+            for start in range(0, count - batch + 1, batch):
+                chosen = shuffled[start : start + batch]
+                logits = self.teacher.all_logits(mx.array(chosen))
+                mx.eval(logits)
+                yield mx.array(self.train.tokens[chosen]), logits
+
+    def validate(self, step: int) -> None:
+        self.model.eval()
+        value = _mean_kl(self.model, self.validation, self.judge, self.options.batch)
+        self.model.train()
+        if not math.isfinite(value):
+            raise PareError(
+                f"training diverged at step {step} (validation KL {value})", "use a smaller --learning-rate"
+            )
+        if self.curve and value < min(v for _, v in self.curve):
+            self.best_step, self.best = step, dict(tree_flatten(self.model.trainable_parameters()))
+        self.curve.append((step, value))
+
+    def _report(self, info: dict) -> None:
+        self._bar.advance(
+            info["iteration"] - self._bar.done,
+            f"loss {info['train_loss']:.4f}, {info['tokens_per_second']:.0f} tok/s, validation KL {self.curve[-1][1]:.4f}",
+        )
+
+    def merged(self) -> dict[str, mx.array]:
+        """The best state as dense weights by name: only what training changed."""
+        self.model.update(tree_unflatten(list(self.best.items())))
+        changed = {name.replace(".lora_a", ".weight") for name in self.best if not name.endswith(".lora_b")}
+        model = lm.merge_lora(self.model)
+        return {name: array for name, array in tree_flatten(model.parameters()) if name in changed}
+
+
+def _loss(model: nn.Module, tokens: mx.array, teacher_logits: mx.array) -> tuple[mx.array, mx.array]:
+    per_token = kl(teacher_logits, model(tokens))
+    return per_token.mean(), mx.array(per_token.size)
+
+
+def _mean_kl(model: nn.Module, rows: Rows, teacher: Streamed, batch: int) -> float:
+    """Mean KL to the teacher over all positions of full rows, nats per token."""
+    total = 0.0
+    for start in range(0, rows.count, batch):
+        part = slice(start, start + batch)
+        total += kl(teacher.all_logits(part), model(mx.array(rows.tokens[part]))).sum().item()
+    return total / (rows.count * rows.length)
+
+
+def _write(checkpoint: Checkpoint, trained: dict[str, mx.array], directory: Path) -> None:
+    """The pruned directory with trained tensors in place of its own, packed the same way; untouched ones byte for byte."""
+    lazy = checkpoint.lazy()
+    planned, sources = [], []
+    for tensor in checkpoint.arch.tensors():
+        packing = checkpoint.packing(tensor.module) if tensor.matrix else None
+        names = [tensor.name] + ([f"{tensor.module}.scales", f"{tensor.module}.biases"] if packing else [])
+        planned += [Planned(n, checkpoint.entries[n].dtype, checkpoint.entries[n].shape) for n in names]
+        sources.append((tensor, packing, names))
+    writer = ShardWriter(directory, planned)
+    for tensor, packing, names in sources:
+        dtype = MX_DTYPE[checkpoint.dtype(tensor)]
+        if tensor.name not in trained:
+            arrays = [lazy[n] for n in names]
+        elif packing:
+            new = pack(trained[tensor.name], packing, dtype)
+            arrays = [new.words, new.scales, new.biases]
+        else:
+            arrays = [trained[tensor.name].astype(dtype)]
+        for name, array in zip(names, arrays, strict=True):
+            writer.write(name, raw_bytes(array))
+    writer.close()
+    for name in ("config.json", "survivors.json", "plan.json", "README.md"):
+        if (checkpoint.path / name).exists():
+            shutil.copyfile(checkpoint.path / name, directory / name)
+    copy_tokenizer(checkpoint, directory)

@@ -1,0 +1,219 @@
+"""report: Markdown from a run directory alone. Every number in it was measured by a step of that run, or is said to be missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .artifacts import Metrics, Plan, replace_file
+from .console import count, duration, gb
+from .rundir import Manifest
+
+CONTENDERS = (
+    ("original", "original"),
+    ("pruned", "pruned"),
+    ("recovered", "pruned + recovered"),
+    ("random", "random cut, same size"),
+    ("fewer-bits", "original, fewer bits"),
+)
+
+
+def report(run: Path) -> Path:
+    """Write RUN/report.md from the manifest and the steps' outputs; returns its path."""
+    manifest = Manifest.model_validate_json((run / "manifest.json").read_bytes())
+    sections = [_title(manifest), _verdict(run), _contenders(run), _shape(run), _requantized(run), _recovery(run)]
+    sections += [_speed(run), _gguf(run), _warnings(run), _steps(manifest)]
+    path = run / "report.md"
+    replace_file(path, ("\n\n".join(s for s in sections if s) + "\n").encode())
+    return path
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def metrics(run: Path) -> dict[str, tuple[Metrics, int]]:
+    """Measured contenders: name -> (metrics, bytes of weights)."""
+    found = {}
+    for name, _ in CONTENDERS:
+        path = run / f"evaluate-{name}"
+        if (path / "metrics.json").exists():
+            found[name] = Metrics.load(path / "metrics.json"), json.loads((path / "size.json").read_text())["bytes"]
+    return found
+
+
+def _title(manifest: Manifest) -> str:
+    chip = manifest.machine.get("chip") or "no Apple chip"
+    return (
+        f"# {Path(manifest.model).name}\n\n"
+        f"Source `{manifest.source[:16]}`, on {manifest.machine['system']} ({chip}); "
+        + ", ".join(f"{k} {v}" for k, v in manifest.versions.items() if v != "not installed")
+        + "."
+    )
+
+
+def verdict(found: Mapping[str, tuple[Metrics, int]]) -> str:
+    """Whether pruning was worth it, by the measurements: against fewer bits at the same bytes, and against a random cut."""
+    if "original" not in found or "pruned" not in found:
+        return "Not measured yet."
+    (dense, dense_bytes) = found["original"]
+    ours, ours_bytes = found.get("recovered", found["pruned"])
+    text = (
+        f"{gb(dense_bytes)} -> {gb(ours_bytes)} ({ours_bytes / dense_bytes:.0%}), perplexity {dense.perplexity:.2f} -> "
+        f"{ours.perplexity:.2f} (x {ours.perplexity / dense.perplexity:.3f})."
+    )
+    if "random" in found:
+        luck = found["random"][0].perplexity
+        text += f" A random cut of the same size, without recovery, has {luck:.2f}."
+    if "fewer-bits" not in found:
+        return text + " No narrower packing reaches this size, so fewer bits were not an alternative."
+    other, other_bytes = found["fewer-bits"]
+    if other.perplexity <= ours.perplexity:
+        return text + (
+            f" **Not worth it:** the whole model with fewer bits takes {gb(other_bytes)} and has perplexity "
+            f"{other.perplexity:.2f}. Quantize instead of pruning, or prune further than fewer bits can reach."
+        )
+    return (
+        text
+        + f" **Worth it:** the whole model with fewer bits ({gb(other_bytes)}) has perplexity {other.perplexity:.2f}."
+    )
+
+
+def _verdict(run: Path) -> str:
+    return "## Was it worth it?\n\n" + verdict(metrics(run))
+
+
+def _row(*cells: Any) -> str:
+    return "| " + " | ".join("-" if c is None else str(c).replace("|", "\\|") for c in cells) + " |"
+
+
+def _table(columns: list[str], rows: list[str]) -> str:
+    return "\n".join([_row(*columns), "|" + "---|" * len(columns), *rows])
+
+
+def _contenders(run: Path) -> str:
+    found = metrics(run)
+    if not found:
+        return ""
+    rows = []
+    for name, title in CONTENDERS:
+        if name in found:
+            m, size = found[name]
+            rows.append(
+                _row(title, gb(size), f"{m.perplexity:.3f} ± {m.perplexity_stderr:.3f}", _number(m.bits_per_byte, 4), _number(m.kl_divergence, 4),
+                     _number(m.kl_p95, 3), None if m.top1_agreement is None else f"{m.top1_agreement:.1%}")
+            )  # fmt: skip
+    first = next(iter(found.values()))[0]
+    note = f"{first.tokens:,} predictions in {first.windows} windows of {first.length} tokens, the same for all; KL in nats against the original."
+    columns = ["model", "weights", "perplexity", "bits/byte", "KL", "KL 95%", "same top token"]
+    return f"## Contenders\n\n{_table(columns, rows)}\n\n{note}"
+
+
+def _number(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"
+
+
+def _shape(run: Path) -> str:
+    path = run / "plan" / "plan.json"
+    if not path.exists():
+        return ""
+    plan = Plan.load(path)
+    fields = [
+        ("layers", str),
+        ("ffn", str),
+        ("q_heads", str),
+        ("kv_heads", str),
+        ("hidden", str),
+        ("parameters", count),
+        ("non_embedding", count),
+        ("bytes", gb),
+    ]
+    rows = [
+        _row(name.replace("_", " "), show(getattr(plan.before, name)), show(getattr(plan.after, name)))
+        for name, show in fields
+    ]
+    dropped = sorted(set(range(plan.before.layers)) - {layer.source for layer in plan.layers})
+    text = f"## Shape\n\nCriterion {plan.criterion}; asked: {plan.target.asked}; axes {', '.join(plan.axes)}."
+    if dropped:
+        text += f" Layers removed: {', '.join(map(str, dropped))}."
+    return f"{text}\n\n{_table(['', 'before', 'after'], rows)}\n\nNeighbours: {'; '.join(plan.neighbours) or 'none'}."
+
+
+def _requantized(run: Path) -> str:
+    done = _json(run / "prune" / "done.json")
+    if not done or not done["requantized"]:
+        return ""
+    errors = done["requantized"]
+    worst = max(errors, key=errors.get)
+    text = f"{len(errors)} matrices were quantized anew, relative error {min(errors.values()):.2%} to {errors[worst]:.2%} (`{worst}`)"
+    dense = f"; left dense: {', '.join(done['dense'])}" if done["dense"] else ""
+    return f"## Requantization\n\n{text}{dense}. All other codes are those of the original."
+
+
+def _recovery(run: Path) -> str:
+    done = _json(run / "recover" / "recovery.json")
+    if not done:
+        return ""
+    rows = [_row(step, f"{value:.5f}") for step, value in done["curve"]]
+    outcome = "better" if done["improved"] else "no better, so the pruned model was kept"
+    return (
+        f"## Recovery\n\n{done['options']['method']}, {done['options']['steps']} steps, best at {done['best_step']}: validation KL "
+        f"{done['kl_before']:.5f} -> {done['kl_after']:.5f} nats per token, measured on the packed result: {outcome}.\n\n"
+        + _table(["step", "validation KL"], rows)
+    )
+
+
+def _speed(run: Path) -> str:
+    done = _json(run / "bench" / "bench.json")
+    if not done:
+        return ""
+    rows = []
+    for title, m in zip(("original", "result"), done["models"], strict=True):
+        cells = [
+            f"{m[n]['median']:.1f} ({m[n]['min']:.1f}-{m[n]['max']:.1f})"
+            for n in ("prefill_tokens_per_s", "decode_tokens_per_s")
+        ]
+        ratio = m["ratio"]["decode_tokens_per_s"]
+        rows.append(
+            _row(
+                title,
+                *cells,
+                f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
+                gb(m["peak_bytes"]["median"]),
+            )
+        )
+    note = f"{done['trials']} trials in turn, prompt {done['prompt_tokens']}, {done['new_tokens']} new tokens; {done['backend']}."
+    return f"## Speed\n\n{_table(['', 'prefill tok/s', 'decode tok/s', 'decode ratio', 'peak memory'], rows)}\n\n{note}"
+
+
+def _gguf(run: Path) -> str:
+    done = _json(run / "export" / "export.json")
+    if not done:
+        return ""
+    text = f"`{done['path']}`: {done['kind']}, architecture {done['architecture']}, {gb(done['bytes'])}, {done['tensors']} tensors."
+    checked = done.get("verify") or {}
+    if checked.get("checked"):
+        text += (
+            f" llama.cpp against MLX on the same tokens: largest logit difference {checked['max_abs_difference']:.2g}, "
+            f"same top token {checked['top1_agreement']:.1%}."
+        )
+    else:
+        text += f" Not compared in llama.cpp: {checked.get('reason', 'not asked')}."
+    fits = _json(run / "export" / "fits.json")
+    if fits:
+        names = [f"{r['mac']} ({gb(r['headroom_bytes'])} free)" for r in fits["rows"] if r["fits"]]
+        text += f"\n\nAt {fits['context']} tokens of context it fits {len(names)} of {len(fits['rows'])} Macs; the original {fits['original_fits']}."
+        text += f" Smallest: {names[0]}." if names else ""
+    return f"## GGUF\n\n{text}"
+
+
+def _warnings(run: Path) -> str:
+    found = [w for step in ("prune", "recover") for w in (_json(run / step / "check.json") or {}).get("warnings", [])]
+    return "## Warnings\n\n" + "\n".join(f"- {w}" for w in found) if found else ""
+
+
+def _steps(manifest: Manifest) -> str:
+    rows = [_row(name, duration(s.seconds), gb(s.peak_bytes)) for name, s in manifest.steps.items()]
+    return "## Steps\n\n" + _table(["step", "time", "peak memory so far"], rows) if rows else ""

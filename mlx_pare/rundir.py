@@ -1,0 +1,224 @@
+"""The run directory: what was asked, what was done, from which inputs; resume the same, refuse anything else.
+
+    RUN/manifest.json   schema, source, versions, machine, one record per finished step (written last)
+    RUN/recipe.toml     exactly what was asked
+    RUN/<step>/         the outputs of a step; RUN/<step>.partial/ while it works, renamed when it is done
+
+A step is skipped only when its parameters and the hashes of its inputs are the same and its outputs are whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from . import console, machine
+from .artifacts import SCHEMA, Strict, dump_json, explain, replace_file
+from .errors import PareError, Refused
+
+BIG_FILE = 64 << 20
+
+
+class StepRecord(Strict):
+    """One finished step. ``peak_bytes``: the largest resident size of the process up to its end."""
+
+    parameters: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    seconds: float
+    peak_bytes: int
+
+
+class Manifest(Strict):
+    schema_version: int = SCHEMA
+    model: str
+    source: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    steps: dict[str, StepRecord] = Field(default_factory=dict)
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 of a file; of a big one its size, modification time and first megabyte."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= BIG_FILE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        stat = path.stat()
+        return "quick:" + hashlib.sha256(f"{size}:{stat.st_mtime_ns}".encode() + file.read(1 << 20)).hexdigest()
+
+
+class Run:
+    """An opened run directory, locked against other processes until closed (it is a context manager)."""
+
+    def __init__(self, path: Path, model: Path | None = None, identity: str | None = None):
+        self.path = Path(path)
+        self._file = self.path / "manifest.json"
+        if model is None and not self._file.exists():
+            raise PareError(
+                f"no run at {self.path}",
+                "start one with `mlx-pare calibrate MODEL --out RUN` or `mlx-pare run MODEL --out RUN`",
+            )
+        if model is not None and self.path.exists() and not self.path.is_dir():
+            raise Refused(f"{self.path} exists and is not a directory", "choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._acquire()
+        try:
+            self.manifest = self._open(model, identity)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _acquire(self):
+        lock = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise Refused(f"another mlx-pare is working on {self.path}", "wait for it, or use another --out") from None
+        return lock
+
+    def _open(self, model: Path | None, identity: str | None) -> Manifest:
+        if self._file.exists():
+            manifest = self._read()
+            if identity is not None and manifest.source != identity:
+                raise Refused(
+                    f"{self.path} belongs to {manifest.model}, which is another model than {model} or was changed since",
+                    "use another --out",
+                )
+            return manifest
+        others = [p.name for p in self.path.iterdir() if p.name != ".lock"]
+        if others:
+            raise Refused(
+                f"{self.path} is not empty and is no run directory ({others[0]} is in it)", "choose another --out"
+            )
+        manifest = Manifest(
+            model=str(model.resolve()),
+            source=identity,
+            versions=machine.versions(),
+            machine=machine.this_machine().as_dict(),
+        )
+        replace_file(self._file, dump_json(manifest))
+        return manifest
+
+    def _read(self) -> Manifest:
+        try:
+            return Manifest.model_validate_json(self._file.read_bytes())
+        except ValidationError as error:
+            raise PareError(
+                f"{self._file} is damaged: {explain(error)}", "restore it, or start a new run with another --out"
+            ) from error
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    @property
+    def model(self) -> Path:
+        return Path(self.manifest.model)
+
+    def directory(self, step: str) -> Path:
+        return self.path / step
+
+    def output(self, step: str, name: str) -> Path:
+        """A finished step's file. Raises PareError when the step was not done."""
+        if step not in self.manifest.steps or not (self.path / step / name).exists():
+            raise PareError(f"{self.path} has no finished {step} step", f"do it first: `mlx-pare {step} {self.path}`")
+        return self.path / step / name
+
+    def write_recipe(self, asked: Mapping[str, Any]) -> None:
+        lines = [f"{key} = {_toml(value)}" for key, value in asked.items() if value is not None]
+        replace_file(self.path / "recipe.toml", ("\n".join(lines) + "\n").encode())
+
+    # ---- steps ----
+
+    def step(
+        self,
+        name: str,
+        parameters: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        work: Callable[[Path], Any],
+        editable: bool = False,
+    ) -> bool:
+        """Do ``work(directory)`` unless it was done the same way before; returns whether it was done now.
+
+        ``editable``: people may change the outputs (plan.json); that is no damage.
+        Raises Refused, naming what changed, when the step was done or begun with other parameters or inputs.
+        """
+        asked = {"parameters": json.loads(json.dumps(dict(parameters), default=str)), "inputs": dict(inputs)}
+        final, partial = self.path / name, self.path / f"{name}.partial"
+        record = self.manifest.steps.get(name)
+        if record is not None and final.exists():
+            self._same(name, {"parameters": record.parameters, "inputs": record.inputs}, asked)
+            self._whole(name, record, editable)
+            console.say(f"{name}: done before, kept")
+            return False
+        if final.exists():  # finished, but killed before the manifest said so
+            shutil.rmtree(partial, ignore_errors=True)
+            os.rename(final, partial)
+        if (partial / "step.json").exists():
+            self._same(name, _read_begun(partial / "step.json"), asked)
+        partial.mkdir(exist_ok=True)
+        replace_file(partial / "step.json", dump_json(asked))
+        started = time.monotonic()
+        work(partial)
+        os.rename(partial, final)
+        outputs = {str(f.relative_to(final)): fingerprint(f) for f in sorted(final.rglob("*")) if f.is_file()}
+        done = StepRecord(
+            **asked, outputs=outputs, seconds=round(time.monotonic() - started, 3), peak_bytes=machine.peak_rss_bytes()
+        )
+        self.manifest.steps[name] = done
+        replace_file(self._file, dump_json(self.manifest))
+        return True
+
+    def _same(self, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        for part in ("parameters", "inputs"):
+            for key in sorted({*before[part], *now[part]}):
+                old, new = before[part].get(key), now[part].get(key)
+                if old != new:
+                    what = (
+                        f"{key} was {old!r}, now it is {new!r}"
+                        if part == "parameters"
+                        else f"its input {key} changed since"
+                    )
+                    raise Refused(
+                        f"{self.path} has a {name} step made differently: {what}",
+                        f"use another --out, or delete {self.path / name}* to do it again",
+                    )
+
+    def _whole(self, name: str, record: StepRecord, editable: bool) -> None:
+        for relative, digest in record.outputs.items():
+            file = self.path / name / relative
+            if not file.exists():
+                raise Refused(f"{file} is missing", f"delete {self.path / name} to do the step again")
+            if not editable and fingerprint(file) != digest:
+                raise Refused(f"{file} changed since it was written", f"delete {self.path / name} to do the step again")
+
+
+def _read_begun(path: Path) -> dict[str, Any]:
+    try:
+        begun = json.loads(path.read_text())
+        return {"parameters": dict(begun["parameters"]), "inputs": dict(begun["inputs"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PareError(f"{path} is damaged", f"delete {path.parent} to do the step again") from error
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return json.dumps(str(value))

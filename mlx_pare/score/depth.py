@@ -1,0 +1,22 @@
+"""Importance of whole layers, one number each. Higher: keep."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .source import Source
+
+
+def block_influence(source: Source, layer: int) -> mx.array:
+    """1 - mean over tokens of cos(block input, block output)."""
+    return 1 - source.stat(layer, "block", "cosine") / source.tokens
+
+
+def magnitude(source: Source, layer: int) -> mx.array:
+    """L2 norm of all matrices of the layer."""
+    roles = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return mx.sqrt(sum(mx.square(source.weight(layer, role)).sum() for role in roles))
+
+
+def random(source: Source, layer: int) -> mx.array:
+    return mx.random.uniform(key=source.key(layer, "layer"))

@@ -1,0 +1,49 @@
+"""What a criterion may look at: the statistics of a layer, and its weights one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint import Checkpoint
+from ..quantized import Packed
+
+
+class Source:
+    """Statistics [units] and dense float32 weights by role, of one model. Weights are read when asked for and not kept."""
+
+    def __init__(self, checkpoint: Checkpoint, stats: Mapping[str, mx.array], seed: int, about: Mapping[str, Any]):
+        self.checkpoint, self.arch = checkpoint, checkpoint.arch
+        self.stats, self.seed = stats, seed
+        self.tokens = about["tokens"]
+
+    @cached_property
+    def _names(self) -> dict[tuple[int | None, str], str]:
+        return {(t.layer, t.spec.role): t.name for t in self.arch.tensors()}
+
+    def stat(self, layer: int, site: str, name: str) -> mx.array:
+        return self.stats[f"{layer}.{site}.{name}"]
+
+    def weight(self, layer: int, role: str) -> mx.array:
+        """A matrix [out, in] in float32. Reads a fresh lazy array, so that dropping the result frees it."""
+        name = self._names[layer, role]
+        module = name.rpartition(".")[0]
+        arrays = mx.load(str(self.checkpoint.entries[name].file))
+        packing = self.checkpoint.packing(module)
+        if packing is None:
+            return arrays[name].astype(mx.float32)
+        scales = self.checkpoint.entries[f"{module}.scales"].file
+        more = arrays if scales == self.checkpoint.entries[name].file else mx.load(str(scales))
+        return Packed(arrays[name], more[f"{module}.scales"], more[f"{module}.biases"], packing).dense()
+
+    def key(self, layer: int, axis: str) -> mx.array:
+        """A random key that depends on seed, layer and axis alone."""
+        return mx.random.key(self.seed * 1_000_003 + layer * 101 + sum(map(ord, axis)))
+
+    def heads(self, layer: int) -> tuple[int, int, int]:
+        """(q heads, kv heads, head_dim)."""
+        sizes = self.arch.layer_sizes(layer)
+        return sizes["kv_head"] * sizes["group"], sizes["kv_head"], sizes["head_dim"]

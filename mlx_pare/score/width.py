@@ -1,0 +1,90 @@
+"""Importance of units inside a layer: FFN channels [ffn], query heads [q_head], hidden channels [hidden]. Higher: keep."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .source import Source
+
+# The matrices that read the output of each norm, and the one that writes back to the residual stream after them.
+READERS = {"attn_ln": ("q_proj", "k_proj", "v_proj"), "ffn_ln": ("gate_proj", "up_proj")}
+WRITER = {"attn_ln": "o_proj", "ffn_ln": "down_proj"}
+
+
+def _norm(source: Source, layer: int, site: str) -> mx.array:
+    """||x_j||_2 over all calibration tokens."""
+    return mx.sqrt(source.stat(layer, site, "sq_sum"))
+
+
+# ---- minitron: activations only ----
+
+
+def minitron_ffn(source: Source, layer: int) -> mx.array:
+    return mx.sqrt(source.stat(layer, "ffn", "row_sq"))
+
+
+def minitron_heads(source: Source, layer: int) -> mx.array:
+    """L2 over each head's channels at the input of o_proj."""
+    q_heads, _, head_dim = source.heads(layer)
+    return mx.sqrt(source.stat(layer, "attention", "row_sq").reshape(q_heads, head_dim).sum(axis=1))
+
+
+def minitron_hidden(source: Source, layer: int, norm: str) -> mx.array:
+    return mx.sqrt(source.stat(layer, norm, "row_sq"))
+
+
+# ---- magnitude: weights only ----
+
+
+def magnitude_ffn(source: Source, layer: int) -> mx.array:
+    """L2 norm of all weights that leave with a channel: its rows of gate and up, its column of down."""
+    rows = sum(mx.square(source.weight(layer, role)).sum(axis=1) for role in ("gate_proj", "up_proj"))
+    return mx.sqrt(rows + mx.square(source.weight(layer, "down_proj")).sum(axis=0))
+
+
+def magnitude_heads(source: Source, layer: int) -> mx.array:
+    """L2 norm of a head's rows of q and columns of o, and of its share of the k and v rows that its group uses."""
+    q_heads, kv_heads, head_dim = source.heads(layer)
+    own = mx.square(source.weight(layer, "q_proj")).sum(axis=1) + mx.square(source.weight(layer, "o_proj")).sum(axis=0)
+    shared = sum(mx.square(source.weight(layer, role)).sum(axis=1) for role in ("k_proj", "v_proj"))
+    group = q_heads // kv_heads
+    shared = mx.repeat(shared.reshape(kv_heads, head_dim).sum(axis=1) / group, group)
+    return mx.sqrt(own.reshape(q_heads, head_dim).sum(axis=1) + shared)
+
+
+def magnitude_hidden(source: Source, layer: int, norm: str) -> mx.array:
+    columns = sum(mx.square(source.weight(layer, role)).sum(axis=0) for role in READERS[norm])
+    return mx.sqrt(columns + mx.square(source.weight(layer, WRITER[norm])).sum(axis=1))
+
+
+# ---- wanda: |weight| x activation norm, summed over what a unit feeds ----
+
+
+def wanda_ffn(source: Source, layer: int) -> mx.array:
+    return mx.abs(source.weight(layer, "down_proj")).sum(axis=0) * _norm(source, layer, "ffn")
+
+
+def wanda_heads(source: Source, layer: int) -> mx.array:
+    q_heads, _, head_dim = source.heads(layer)
+    columns = mx.abs(source.weight(layer, "o_proj")).sum(axis=0) * _norm(source, layer, "attention")
+    return columns.reshape(q_heads, head_dim).sum(axis=1)
+
+
+def wanda_hidden(source: Source, layer: int, norm: str) -> mx.array:
+    columns = sum(mx.abs(source.weight(layer, role)).sum(axis=0) for role in READERS[norm])
+    return columns * _norm(source, layer, norm)
+
+
+# ---- random: the row every table needs ----
+
+
+def random_ffn(source: Source, layer: int) -> mx.array:
+    return mx.random.uniform(shape=(source.arch.layer_sizes(layer)["ffn"],), key=source.key(layer, "ffn"))
+
+
+def random_heads(source: Source, layer: int) -> mx.array:
+    return mx.random.uniform(shape=(source.heads(layer)[0],), key=source.key(layer, "heads"))
+
+
+def random_hidden(source: Source, layer: int, norm: str) -> mx.array:
+    return mx.random.uniform(shape=(source.arch.sizes["hidden"],), key=source.key(0, norm))

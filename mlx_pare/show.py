@@ -1,0 +1,74 @@
+"""How results look on a terminal: the tables of the commands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import console
+
+
+def fit_row(row: dict[str, Any]) -> list[Any]:
+    sizes = [
+        console.gb(row[k]) for k in ("budget_bytes", "weights_bytes", "kv_bytes", "activation_bytes", "total_bytes")
+    ]
+    speeds = [None if row[k] is None else f"{row[k]:.0f}" for k in ("decode_tokens_per_s", "prefill_tokens_per_s")]
+    return [
+        row["mac"],
+        *sizes,
+        "yes" if row["fits"] else "no",
+        console.gb(row["headroom_bytes"]),
+        row["max_context"],
+        *speeds,
+    ]
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    titles = {
+        "original": "original",
+        "pruned": "pruned",
+        "recovered": "pruned + recovered",
+        "random": "random cut, same size",
+        "fewer-bits": "original, fewer bits",
+    }
+    rows = []
+    for name, title in titles.items():
+        if (m := summary["contenders"].get(name)) is not None:
+            kl = None if m["kl_divergence"] is None else f"{m['kl_divergence']:.4f}"
+            rows.append(
+                [
+                    title,
+                    console.count(m["parameters"]),
+                    console.gb(m["bytes"]),
+                    f"{m['perplexity']:.2f} ± {m['perplexity_stderr']:.2f}",
+                    kl,
+                ]
+            )
+    console.table("Contenders", ["<model", "parameters", "weights", "perplexity", "KL"], rows)
+    if summary["bench"]:
+        ratio = summary["bench"]["models"][1]["ratio"]
+        speeds = [m["decode_tokens_per_s"]["median"] for m in summary["bench"]["models"]]
+        console.say(
+            f"decode {speeds[0]:.1f} -> {speeds[1]:.1f} tok/s (x {ratio['decode_tokens_per_s']['median']:.2f}), prefill x {ratio['prefill_tokens_per_s']['median']:.2f}"
+        )
+    fits = summary["fits"]
+    fitting = [r["mac"] for r in fits["rows"] if r["fits"]]
+    console.say(
+        f"fits {len(fitting)} of {len(fits['rows'])} Macs at {fits['context']} tokens (original: {fits['original_fits']}){'; smallest ' + fitting[0] if fitting else ''}"
+    )
+    for name in ("model", "gguf", "report"):
+        console.say(f"{name}: {summary[name]}")
+    console.say(summary["verdict"].replace("**", ""))
+
+
+def plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {v}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def show_shape(made: dict[str, Any]) -> dict[str, Any]:
+    before, after = made["before"], made["after"]
+    written = {"parameters": console.count, "non_embedding": console.count, "bytes": console.gb}
+    rows = [[k.replace("_", " "), written.get(k, str)(before[k]), written.get(k, str)(after[k])] for k in before]
+    console.table(made["asked"], ["<", "before", "after"], rows, caption="neighbours: " + "; ".join(made["neighbours"]))
+    return made

@@ -1,0 +1,311 @@
+"""The steps of a run: each wraps one verb in a record of the run directory (parameters, input hashes, outputs)."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import console, corpus, lm
+from .artifacts import Metrics, Plan, dump_json
+from .bench import bench
+from .calibrate import calibrate
+from .check import check
+from .checkpoint import Checkpoint
+from .errors import PareError
+from .evaluate import evaluate
+from .export import export, verify
+from .fit import planner
+from .plan import Options as PlanOptions
+from .plan import parse_amount, plan, redraw, size_of
+from .prune import prune
+from .recover import Options as RecoverOptions
+from .recover import recover
+from .rundir import Run, fingerprint
+from .score import criterion, score
+
+DEMO = Path(__file__).parent / "demo"
+SHARES = {"calibration": 80, "validation": 10, "test": 10}  # of a text that the user gives, by paragraph
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be asked of a run; see `mlx-pare run --help`. Exactly one target must be given."""
+
+    data: str | None = None
+    test_data: str | None = None
+    samples: int = 128
+    length: int = 512
+    criterion: str = "minitron"
+    axes: Sequence[str] = ("ffn", "kv_head")
+    keep: float | None = None
+    target_params: str | None = None
+    target_size: str | None = None
+    mac: str | None = None
+    context: int = 8192
+    bits: int | None = None
+    group_size: int = 64
+    step: int | None = None
+    protect: bool = True
+    recover_steps: int = 100
+    method: str = "lora"
+    learning_rate: float | None = None
+    gguf: str | None = None
+    trials: int = 5
+    min_quality: float | None = None
+    memory_cap: int | None = None
+    seed: int = 0
+
+    def plan_options(self) -> PlanOptions:
+        options = PlanOptions(
+            keep=self.keep,
+            params=parse_amount(self.target_params, "parameters") if self.target_params else None,
+            size=parse_amount(self.target_size, "bytes") if self.target_size else None,
+            axes=tuple(self.axes),
+            bits=self.bits,
+            group_size=self.group_size,
+            step=self.step,
+            protect=self.protect,
+        )
+        if self.mac is None:
+            return options
+        mac = planner.find(self.mac)
+        return replace(
+            options,
+            budget=lambda arch: planner.max_weight_bytes(arch, mac, self.context),
+            budget_name=f"{mac.name} with {self.context} tokens of context",
+        )
+
+
+class Texts:
+    """The three disjoint texts of a run as token rows; read when first needed."""
+
+    def __init__(self, model: Path, settings: Settings):
+        self.model, self.settings = model, settings
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return lm.tokenizer(self.model)
+
+    @cached_property
+    def documents(self) -> dict[str, list[str]]:
+        """ "calibration" (also trains the recovery), "validation" (chooses its best state) and "test" (all that is reported)."""
+        s = self.settings
+        if s.data is None:
+            parts = corpus.split(corpus.read(DEMO / "calibration.txt"), {"calibration": 88, "validation": 12})
+            parts["test"] = corpus.read(Path(s.test_data) if s.test_data else DEMO / "test.txt", self.tokenizer)
+        elif s.test_data is None:
+            parts = corpus.split(corpus.read(Path(s.data), self.tokenizer), SHARES)
+        else:
+            parts = corpus.split(corpus.read(Path(s.data), self.tokenizer), {"calibration": 88, "validation": 12})
+            parts["test"] = corpus.read(Path(s.test_data), self.tokenizer)
+        corpus.forbid_overlap(parts)
+        return parts
+
+    def rows(self, part: str, count: int | None, seed: int | None = None) -> corpus.Rows:
+        try:
+            return corpus.windows(self.tokenizer, self.documents[part], self.settings.length, count, seed)
+        except PareError as error:
+            raise PareError(f"{part}: {error.problem}", error.cure) from error
+
+    @cached_property
+    def calibration(self) -> corpus.Rows:
+        rows = self.rows("calibration", self.settings.samples, self.settings.seed)
+        if rows.count < self.settings.samples:
+            console.say(
+                f"calibration text holds {rows.count} rows of {rows.length} tokens, {self.settings.samples} were asked: all are used"
+            )
+        return rows
+
+    @cached_property
+    def training(self) -> corpus.Rows:
+        """As many rows as training can use, at most what is kept of the teacher's hidden states for them (see recover)."""
+        return self.rows("calibration", max(self.settings.samples, 512), self.settings.seed)
+
+    @cached_property
+    def validation(self) -> corpus.Rows:
+        return self.rows("validation", 64)
+
+    @cached_property
+    def test(self) -> corpus.Rows:
+        return self.rows("test", self.settings.samples)
+
+    def name(self, part: str) -> str:
+        s = self.settings
+        chosen = (s.test_data or s.data) if part == "test" else s.data
+        return chosen or "mlx-pare's own text"
+
+
+def open_run(model: Path, out: Path) -> Run:
+    """The run directory for a model, new or to be continued."""
+    return Run(out, model, Checkpoint(model).identity())
+
+
+# ---- the steps, each a verb wrapped in a record ----
+
+
+def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
+    rows = texts.calibration
+    run.step(
+        "calibrate",
+        {"rows": rows.count, "length": rows.length, "seed": s.seed},
+        {"model": run.manifest.source, "data": rows.digest()},
+        lambda directory: calibrate(run.model, rows, directory, s.memory_cap),
+    )
+    return run.output("calibrate", "stats.safetensors")
+
+
+def score_step(run: Run, s: Settings) -> Path:
+    stats = run.output("calibrate", "stats.safetensors")
+    criterion(s.criterion)
+    run.step(
+        "score",
+        {"criterion": s.criterion, "seed": s.seed},
+        {"model": run.manifest.source, "stats": fingerprint(stats)},
+        lambda directory: score(run.model, stats, directory / "scores.safetensors", s.criterion, s.seed),
+    )
+    return run.output("score", "scores.safetensors")
+
+
+def plan_step(run: Run, s: Settings) -> Path:
+    scores = run.output("score", "scores.safetensors")
+    asked = {
+        k: getattr(s, k)
+        for k in ("keep", "target_params", "target_size", "mac", "context", "bits", "group_size", "step", "protect")
+    }
+    run.step(
+        "plan",
+        {**asked, "axes": list(s.axes)},
+        {"model": run.manifest.source, "scores": fingerprint(scores)},
+        lambda directory: (directory / "plan.json").write_bytes(plan(run.model, scores, s.plan_options()).dump()),
+        editable=True,
+    )
+    return run.output("plan", "plan.json")
+
+
+def prune_step(run: Run) -> Path:
+    path = run.output("plan", "plan.json")
+
+    def work(directory: Path) -> None:
+        shutil.rmtree(directory / "model", ignore_errors=True)
+        done = prune(run.model, Plan.load(path), directory / "model")
+        (directory / "done.json").write_bytes(dump_json(done))
+        _gate(directory / "model", run.model, directory)
+
+    run.step("prune", {}, {"model": run.manifest.source, "plan": fingerprint(path)}, work)
+    return run.output("prune", "model")
+
+
+def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
+    pruned = run.output("prune", "model")
+    options = RecoverOptions(method=s.method, steps=s.recover_steps, learning_rate=s.learning_rate, seed=s.seed)
+
+    def work(directory: Path) -> None:
+        shutil.rmtree(directory / "model", ignore_errors=True)
+        done = recover(pruned, run.model, texts.training, texts.validation, directory / "model", options, s.memory_cap)
+        (directory / "recovery.json").write_bytes(dump_json(done))
+        _gate(directory / "model", run.model, directory)
+
+    inputs = {
+        "model": run.manifest.source,
+        "pruned": Checkpoint(pruned).identity(),
+        "data": texts.training.digest(),
+        "validation": texts.validation.digest(),
+    }
+    run.step("recover", asdict(options), inputs, work)
+    return run.output("recover", "model")
+
+
+def _gate(model: Path, original: Path, directory: Path) -> None:
+    """A broken model stops the run here, everything kept; a suspicious one is a warning in console and report."""
+    warnings = check(model, original)
+    for warning in warnings:
+        console.warn(warning)
+    (directory / "check.json").write_bytes(dump_json({"warnings": warnings}))
+
+
+def evaluate_step(run: Run, name: str, model: Path, texts: Texts, s: Settings) -> Metrics:
+    """Metrics of one contender against the original, on the test rows all contenders share."""
+    teacher = None if name == "original" else run.model
+    run.step(
+        f"evaluate-{name}",
+        {"length": texts.test.length},
+        {"model": Checkpoint(model).identity(), "original": run.manifest.source, "data": texts.test.digest()},
+        lambda directory: _measure(directory, model, texts, teacher, s),
+    )
+    return Metrics.load(run.output(f"evaluate-{name}", "metrics.json"))
+
+
+def _measure(directory: Path, model: Path, texts: Texts, teacher: Path | None, s: Settings) -> None:
+    found = evaluate(model, texts.test, texts.tokenizer, teacher, texts.name("test"), s.memory_cap)
+    (directory / "metrics.json").write_bytes(dump_json(found))
+    checkpoint = Checkpoint(model)
+    (directory / "size.json").write_bytes(
+        dump_json({"bytes": checkpoint.nbytes(), "parameters": size_of(checkpoint, None, None).parameters})
+    )
+
+
+def contender_step(run: Run, name: str, made: Plan, texts: Texts, s: Settings) -> None:
+    """Measure another plan of the same model; its weights are written, measured and removed again."""
+
+    def work(directory: Path) -> None:
+        model = directory / "model"
+        shutil.rmtree(model, ignore_errors=True)
+        prune(run.model, made, model)
+        _measure(directory, model, texts, run.model, s)
+        shutil.rmtree(model)
+        (directory / "plan.json").write_bytes(made.dump())
+
+    inputs = {
+        "original": run.manifest.source,
+        "data": texts.test.digest(),
+        "plan": hashlib.sha256(made.dump()).hexdigest(),
+    }
+    run.step(f"evaluate-{name}", {"length": texts.test.length}, inputs, work)
+
+
+def random_plan(run: Run, s: Settings) -> Plan:
+    """The plan's sizes with units drawn by lot."""
+    scratch = run.path / "random.tmp.safetensors"
+    score(run.model, run.output("calibrate", "stats.safetensors"), scratch, "random", s.seed)
+    made = redraw(run.model, scratch, Plan.load(run.output("plan", "plan.json")))
+    scratch.unlink()
+    return made
+
+
+def export_step(run: Run, model: Path, s: Settings) -> Path:
+    kind = s.gguf or ("q8_0" if Checkpoint(model).quantized else "f16")
+
+    def work(directory: Path) -> None:
+        file = directory / f"model-{kind}.gguf"
+        file.unlink(missing_ok=True)
+        done = export(model, file, kind)
+        done["verify"] = verify(model, file)
+        done["path"] = str((run.directory("export") / file.name).relative_to(run.path))
+        (directory / "export.json").write_bytes(dump_json(done))
+        (directory / "fits.json").write_bytes(dump_json(fits_of(model, done["tensor_bytes"], run.model, s.context)))
+
+    run.step("export", {"kind": kind, "context": s.context}, {"model": Checkpoint(model).identity()}, work)
+    return run.output("export", f"model-{kind}.gguf")
+
+
+def fits_of(model: Path, weight_bytes: int, original: Path, context: int) -> dict[str, Any]:
+    """On which Macs a model fits, and on how many the original does."""
+    rows = planner.fit(Checkpoint(model).arch, weight_bytes, planner.macs(), context)
+    before = Checkpoint(original)
+    originals = planner.fit(before.arch, before.nbytes(), planner.macs(), context)
+    return {"context": context, "rows": rows, "original_fits": sum(r["fits"] for r in originals)}
+
+
+def bench_step(run: Run, model: Path, s: Settings) -> None:
+    def work(directory: Path) -> None:
+        prompt, new = (64, 32) if lm.cpu_backend() else (512, 128)
+        (directory / "bench.json").write_bytes(dump_json(bench([run.model, model], s.trials, prompt, new)))
+
+    run.step(
+        "bench", {"trials": s.trials}, {"model": Checkpoint(model).identity(), "original": run.manifest.source}, work
+    )

@@ -1,0 +1,215 @@
+"""The engine: the stock mlx-lm forward run once over all rows, with one block in memory at a time.
+
+Every block is replaced by a proxy. Called by the stock forward with the hidden states of all rows, the proxy evaluates
+the block's lazy weights, loops over micro-batches, shows them to the observer, drops the block and puts the rows
+together again. Masks, rope and whatever else surrounds the blocks stay mlx-lm's business, so no family code is needed.
+The head is not applied: ``Streamed`` applies it in chunks of the vocabulary, because logits of all rows never fit.
+
+Peak memory = embedding + one block + three times the hidden states (in, out, joined) + activations of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from . import lm, machine
+from .checkpoint import DTYPE_BYTES, Checkpoint
+from .console import gb, progress
+from .corpus import Rows
+from .errors import Refused
+from .quantized import dense_weight
+
+MICRO_BATCH_TOKENS = 2048
+HEAD_CHUNK_BYTES = 64 << 20
+
+
+class Observer(Protocol):
+    """Watches one walk. ``block`` is called before a block runs and may replace its submodules by taps."""
+
+    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None: ...
+    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None: ...
+    def pending(self) -> list[mx.array]: ...
+    def leave(self, index: int, hidden: mx.array) -> None: ...
+
+
+@dataclass
+class Resume:
+    """Hidden states [rows, length, hidden] that go into block ``start``."""
+
+    start: int
+    hidden: mx.array
+
+
+class _Walk:
+    """What the proxies share: the rows, the observer, where to begin."""
+
+    def __init__(self, rows: Rows, blocks: list, observer: Observer | None, resume: Resume | None, bar: Any):
+        self.rows, self.blocks, self.observer, self.resume, self.bar = rows, blocks, observer, resume, bar
+        self.step = max(1, MICRO_BATCH_TOKENS // rows.length)
+        self.mask = mx.array(rows.mask())
+        self.part = slice(0, 0)
+
+    def current_mask(self) -> mx.array:
+        return self.mask[self.part]
+
+    def run(self, index: int, x: mx.array, args: tuple, kwargs: dict) -> Any:
+        if self.resume is not None and index < self.resume.start:
+            self.blocks[index] = None
+            return x
+        if self.resume is not None and index == self.resume.start:
+            x = self.resume.hidden
+            self.resume = None
+        block = self.blocks[index]
+        if self.observer:
+            self.observer.enter(index, block, self.current_mask)
+        pieces = []
+        for start in range(0, self.rows.count, self.step):
+            self.part = slice(start, min(start + self.step, self.rows.count))
+            pieces.append(self._micro_batch(index, block, x, args, kwargs))
+        self.blocks[index] = block = None
+        joined = _join(pieces)
+        mx.eval(joined)
+        if self.observer:
+            self.observer.leave(index, joined[0] if isinstance(joined, tuple) else joined)
+        self.bar.advance()
+        return joined
+
+    def _micro_batch(self, index: int, block: Any, x: mx.array, args: tuple, kwargs: dict) -> Any:
+        before = x[self.part]
+        after = block(before, *(self._rows_of(a) for a in args), **{k: self._rows_of(v) for k, v in kwargs.items()})
+        pending: list = []
+        if self.observer:
+            hidden = after[0] if isinstance(after, tuple) else after
+            self.observer.seen(index, before, hidden, self.current_mask())
+            pending = self.observer.pending()
+        mx.eval(after, pending)
+        return after
+
+    def _rows_of(self, value: Any) -> Any:
+        """The micro-batch's share of an argument: anything whose first axis is the batch.
+
+        A boolean matrix is an attention mask [length, length] shared by all rows, also when there are as many rows.
+        """
+        if not isinstance(value, mx.array) or value.ndim < 2 or value.shape[0] != self.rows.count:
+            return value
+        if value.ndim == 2 and value.dtype == mx.bool_:
+            return value
+        return value[self.part]
+
+
+def _join(pieces: list) -> Any:
+    if len(pieces) == 1:
+        return pieces[0]
+    if isinstance(pieces[0], tuple):
+        return tuple(
+            _join(list(part)) if isinstance(part[0], mx.array) else part[0] for part in zip(*pieces, strict=True)
+        )
+    return mx.concatenate(pieces)
+
+
+class _BlockProxy:
+    """What the stock forward finds in place of a block."""
+
+    def __init__(self, walk: _Walk, index: int):
+        self._walk, self._index = walk, index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._walk.blocks[self._index], name)
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return self._walk.run(self._index, x, args, kwargs)
+
+
+class _NoHead:
+    """Stands in for the head (lm_head, or the embedding used as one): hands the hidden states through."""
+
+    def __init__(self, embedding: Any = None):
+        self._embedding = embedding
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x if self._embedding is None else self._embedding(x)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x
+
+
+@dataclass
+class Streamed:
+    """The end of a walk: ``hidden`` [rows, length, hidden] after the final norm, and the head to read it with."""
+
+    hidden: mx.array
+    head: Any
+    vocab: int
+
+    def logits(self, hidden: mx.array) -> Iterator[tuple[int, mx.array]]:
+        """(first token id, float32 logits [..., chunk]) over the vocabulary, for some of the hidden states."""
+        width = max(1, HEAD_CHUNK_BYTES // (4 * max(hidden.shape[-1], hidden.size // hidden.shape[-1])))
+        x = hidden.astype(mx.float32)
+        for start in range(0, self.vocab, width):
+            stop = min(start + width, self.vocab)
+            yield start, x @ dense_weight(self.head, start, stop).T
+
+    def all_logits(self, rows: Any) -> mx.array:
+        """Float32 logits [rows, length, vocab] of a few rows (indices or a slice)."""
+        return mx.concatenate([logits for _, logits in self.logits(self.hidden[rows])], axis=-1)
+
+
+def walk(
+    path: Path, rows: Rows, observer: Observer | None = None, resume: Resume | None = None, what: str = "forward"
+) -> Streamed:
+    """Run the model in ``path`` over ``rows``; the observer sees every block from ``resume.start`` on."""
+    model = lm.load(path)
+    embedding, head = model.model.embed_tokens, getattr(model, "lm_head", None)
+    head = embedding if head is None else head
+    model = lm.for_backend(model)
+    blocks = lm.blocks(model)
+    own = list(blocks)
+    with progress(what, len(own)) as bar:
+        bar.skip(resume.start if resume else 0)
+        state = _Walk(rows, own, observer, resume, bar)
+        for index in range(len(own)):
+            blocks[index] = _BlockProxy(state, index)
+        model.model.embed_tokens = _NoHead(model.model.embed_tokens)
+        if "lm_head" in model:
+            model.lm_head = _NoHead()
+        hidden = model(mx.array(rows.tokens))
+        mx.eval(hidden)
+    return Streamed(hidden, head, embedding.weight.shape[0])
+
+
+def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+    """Estimate of the peak of a walk beyond the interpreter itself (see the module's docstring)."""
+    arch = checkpoint.arch
+    hidden, value = arch.sizes["hidden"], 4 if lm.cpu_backend() else 2
+    states = 3 * rows.count * rows.length * hidden * value
+    block: dict[int | None, int] = {}
+    widest = 0
+    for tensor in arch.tensors():
+        packing = checkpoint.packing(tensor.module) if tensor.matrix else None
+        stored = packing.nbytes(*tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
+        block[tensor.layer] = block.get(tensor.layer, 0) + stored
+        if tensor.layer is not None:
+            widest = max(widest, tensor.size)
+    layer = arch.layer_sizes(0)
+    heads = layer["kv_head"] * layer["group"]
+    tokens = min(rows.count, max(1, MICRO_BATCH_TOKENS // rows.length)) * rows.length
+    activations = tokens * (3 * layer["ffn"] + 4 * heads * layer["head_dim"] + 4 * hidden + heads * rows.length) * value
+    expanded = 4 * widest if lm.cpu_backend() else 0
+    return states + block.pop(None, 0) + max(block.values()) + expanded + activations + 4 * HEAD_CHUNK_BYTES
+
+
+def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
+    """The estimate, when it stays under ``cap`` (default: the memory that is free now). Raises Refused otherwise."""
+    needed, limit = required_bytes(checkpoint, rows), cap or machine.available_bytes()
+    if needed > limit:
+        raise Refused(
+            f"streaming {rows.count} x {rows.length} tokens through {checkpoint.path} needs about {gb(needed)}, "
+            f"{'--memory-cap allows' if cap else 'free are'} {gb(limit)}",
+            f"use fewer --samples or a shorter --length (hidden states take {gb(3 * rows.count * rows.length * checkpoint.arch.sizes['hidden'] * 4)})",
+        )
+    return needed
