@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .arch import Architecture, Keep, LayerKeep, can_keep
 from .errors import PareError
+from .packing import BITS, GROUP_SIZES
 
 SCHEMA = 1
 
@@ -138,6 +139,8 @@ class Plan(Strict):
         found = []
         if not self.layers:
             return ["no layer is kept"]
+        if self.bits is not None and (self.bits not in BITS or self.group_size not in GROUP_SIZES):
+            found.append(f"MLX cannot pack {self.bits} bits in groups of {self.group_size}")
         sources = [layer.source for layer in self.layers]
         found += _index_problems("layers", sources, len(arch.layers))
         for layer in self.layers:

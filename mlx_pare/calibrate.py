@@ -84,7 +84,7 @@ def calibrate(
         stale.unlink()
     if len(list(directory.glob("block-*.safetensors"))) < len(arch.layers):
         stream.walk(model, rows, Statistics(arch, directory, save_every_s), _resume(directory), "calibrate: block")
-    return _merge(arch, rows, directory)
+    return _merge(checkpoint, rows, directory)
 
 
 def _resume(directory: Path) -> stream.Resume | None:
@@ -96,13 +96,14 @@ def _resume(directory: Path) -> stream.Resume | None:
     return None
 
 
-def _merge(arch: Architecture, rows: Rows, directory: Path) -> Path:
+def _merge(checkpoint: Checkpoint, rows: Rows, directory: Path) -> Path:
     arrays: dict[str, mx.array] = {}
-    blocks = [directory / f"block-{i:04d}.safetensors" for i in range(len(arch.layers))]
+    blocks = [directory / f"block-{i:04d}.safetensors" for i in range(len(checkpoint.arch.layers))]
     for index, file in enumerate(blocks):
         arrays |= {f"{index}.{name}": array for name, array in mx.load(str(file)).items()}
     path = directory / "stats.safetensors"
-    about = {"tokens": rows.total, "rows": rows.count, "data": rows.digest(), "layers": len(arch.layers)}
+    about = {"tokens": rows.total, "rows": rows.count, "data": rows.digest(), "layers": len(blocks)}
+    about["model"] = checkpoint.identity()
     Arrays(arrays, about).save(path)
     for file in [*blocks, *directory.glob("hidden-*.safetensors")]:
         file.unlink()

@@ -19,7 +19,7 @@ from typing import Any
 
 from .arch import Architecture, Tensor, describe
 from .errors import PareError
-from .packing import Packing
+from .packing import BITS, GROUP_SIZES, Packing
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library itself
 DTYPE_BYTES = {
@@ -81,19 +81,23 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensor table of one safetensors file. Raises PareError when it is cut off or its header makes no sense."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise PareError(
-                f"{path} is not a safetensors file or is cut off ({size} bytes)", "download or copy it again"
-            )
-        raw = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise PareError(
+                    f"{path} is not a safetensors file or is cut off ({size} bytes)", "download or copy it again"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise PareError(f"cannot read {path}: {error.strerror}") from error
     try:
         table = json.loads(raw)
         table.pop("__metadata__", None)
         entries = {name: _entry(path, 8 + length, info) for name, info in table.items()}
+        _check_contiguous(entries, 8 + length)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PareError(f"the header of {path} is damaged: {error}", "download or copy it again") from error
     end = max((e.end for e in entries.values()), default=8 + length)
@@ -105,9 +109,20 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
+def _check_contiguous(entries: Mapping[str, Entry], base: int) -> None:
+    """As the safetensors library: every byte belongs to exactly one tensor."""
+    end = base
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != end:
+            raise ValueError(f"{name} starts at byte {entry.start - base}, expected {end - base}")
+        end = entry.end
+
+
 def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
-    start, end = (int(v) for v in info["data_offsets"])
-    shape = tuple(int(n) for n in info["shape"])
+    start, end = info["data_offsets"]
+    shape = tuple(info["shape"])
+    if any(type(n) is not int for n in (start, end, *shape)):
+        raise ValueError(f"{info['data_offsets']} and {info['shape']} are not whole numbers")
     size = DTYPE_BYTES[info["dtype"]]
     for n in shape:
         size *= n
@@ -143,7 +158,10 @@ class Checkpoint:
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
             return
-        listed = {str(f) for f in read_json(index, "weight index").get("weight_map", {}).values()}
+        weight_map = read_json(index, "weight index").get("weight_map", {})
+        if not isinstance(weight_map, dict):
+            raise PareError(f"weight index {index} has no weight_map of names", "download or copy it again")
+        listed = {str(f) for f in weight_map.values()}
         missing = sorted(listed - {f.name for f in files})
         if missing:
             raise PareError(f"{self.path} lacks {missing[0]}, which its index lists", "download or copy it again")
@@ -159,12 +177,23 @@ class Checkpoint:
                     "supported are dense fp32/fp16/bf16 and MLX affine checkpoints: convert it with mlx_lm.convert",
                 )
             return {}
+        if not isinstance(found, dict):
+            raise PareError(f"{self.path}: config.json says quantization = {found!r}, expected an object")
         modes = {found.get("mode", "affine")} | {v.get("mode", "affine") for v in found.values() if isinstance(v, dict)}
         if modes != {"affine"}:
             raise PareError(
                 f"{self.path} uses quantization mode {', '.join(sorted(map(str, modes - {'affine'})))!r}, which is not supported",
                 "the supported mode is affine",
             )
+        if not any(name.endswith(".scales") for name in self.entries):
+            return {}  # nothing is packed: mlx-lm loads it dense, whatever the config says
+        for where, spec in [("", found), *((f" of {k}", v) for k, v in found.items() if isinstance(v, dict))]:
+            bits, group = spec.get("bits"), spec.get("group_size")
+            if bits not in BITS or group not in GROUP_SIZES:
+                raise PareError(
+                    f"{self.path}: the quantization{where} has {bits!r} bits in groups of {group!r}",
+                    f"MLX packs {', '.join(map(str, BITS))} bits in groups of {', '.join(map(str, GROUP_SIZES))}",
+                )
         return found
 
     @property
@@ -196,7 +225,7 @@ class Checkpoint:
                 f"{self.path} lacks {missing[0]}"
                 + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
             )
-        modules = {t.module for t in expected.values()}
+        modules = {t.module for t in expected.values() if t.matrix}
         for name in self.entries:
             module, _, leaf = name.rpartition(".")
             packed_part = leaf in ("scales", "biases") and module in modules and f"{module}.scales" in self.entries
@@ -211,16 +240,31 @@ class Checkpoint:
         entry, packing = self.entries[tensor.name], self.packing(tensor.module)
         shape = entry.shape
         if packing and tensor.matrix:
-            shape = (*shape[:-1], shape[-1] * 32 // packing.bits)
-            groups = self.entries[f"{tensor.module}.scales"].shape[-1] * packing.group_size
-            if groups != tensor.shape[-1]:
-                raise PareError(f"{tensor.module}.scales covers {groups} columns, expected {tensor.shape[-1]}")
+            if entry.dtype != "U32":
+                raise PareError(f"{tensor.name} is packed and has dtype {entry.dtype}, expected U32")
+            shape = (*shape[:-1], *(n * 32 // packing.bits for n in shape[-1:]))
         elif entry.dtype not in FLOATS:
             raise PareError(f"{tensor.name} has dtype {entry.dtype}, expected one of {', '.join(sorted(FLOATS))}")
         if shape != tensor.shape:
             raise PareError(
                 f"{tensor.name} in {entry.file.name} has shape {list(shape)}, config.json means {list(tensor.shape)}"
             )
+        if packing and tensor.matrix:
+            self._check_scales(tensor, packing)
+
+    def _check_scales(self, tensor: Tensor, packing: Packing) -> None:
+        rows, columns = tensor.shape
+        for name in (f"{tensor.module}.scales", f"{tensor.module}.biases"):
+            entry = self.entries.get(name)
+            if entry is None:
+                raise PareError(f"{self.path} lacks {name}")
+            if entry.dtype != self.dtype(tensor) or entry.dtype not in FLOATS:
+                raise PareError(f"{name} has dtype {entry.dtype}, expected one of {', '.join(sorted(FLOATS))}")
+            if entry.shape != (rows, packing.groups(columns)) or columns % packing.group_size:
+                raise PareError(
+                    f"{name} has shape {list(entry.shape)}, expected {rows} rows and a column for every "
+                    f"{packing.group_size} of the {columns} columns of {tensor.name}"
+                )
 
     def packing(self, module: str) -> Packing | None:
         """How a module is packed; None when it is dense."""
@@ -320,6 +364,8 @@ class ShardWriter:
 
     def write(self, name: str, data: memoryview | bytes) -> None:
         """Append the next planned tensor. Raises when it is not the one that was announced."""
+        if self._next == len(self._queue):
+            raise AssertionError(f"wrote {name}, which was not announced")
         file_name, planned = self._queue[self._next]
         if planned.name != name or len(data) != planned.nbytes:
             raise AssertionError(f"wrote {name} ({len(data)} bytes), announced {planned}")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from . import console, show
@@ -43,6 +44,8 @@ from .options import (
     memory,
     settings_of,
 )
+
+INTERRUPTED = 130  # what typer returns for Ctrl-C before a command has begun
 
 # ---- everyday ----
 
@@ -307,7 +310,26 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing may wait for a network
+    sys.exit(_called())
+
+
+def _called() -> int:
+    """Run the command that was typed; a mistyped one is one line as well (and the document of --json). Exit code."""
     try:
-        app()
-    except BrokenPipeError:
-        sys.exit(1)
+        code = app(standalone_mode=False) or 0
+        if code != INTERRUPTED:
+            return code
+        console.error("interrupted before anything was done")
+        return 1
+    except click.ClickException as error:
+        if len(sys.argv) == 1:  # nothing was asked: the help
+            error.show()
+            return error.exit_code
+        where = f". See `{error.ctx.command_path} --help`." if getattr(error, "ctx", None) else ""
+        line = " ".join(error.format_message().split()).rstrip(".") + where
+        console.configure(as_json="--json" in sys.argv)
+        console.error(line)
+        console.document({"error": line, "exit_code": error.exit_code})
+        return error.exit_code
+    except (click.Abort, BrokenPipeError):
+        return 1

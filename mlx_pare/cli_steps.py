@@ -62,9 +62,8 @@ def calibrate_command(
 def score_command(run: RunDir, criterion: Criterion = "minitron", seed: Seed = 0) -> dict[str, Any]:
     """Turn statistics into the importance of every channel, head and layer."""
     from . import steps
-    from .rundir import Run
 
-    with Run(run) as opened:
+    with steps.continue_run(run) as opened:
         scores = steps.score_step(opened, settings_of(criterion=criterion, seed=seed))
     console.say(f"scores: {scores}")
     return {"scores": str(scores)}
@@ -91,13 +90,12 @@ def plan_command(
     """Choose what to keep for a target; plan.json may be edited before `prune`."""
     from . import pipeline, steps
     from .artifacts import Plan
-    from .rundir import Run
 
     s = settings_of(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes, bits=bits,
         group_size=group_size, step=step, protect=not no_protect,
     )  # fmt: skip
-    with Run(run) as opened:
+    with steps.continue_run(run) as opened:
         if dry_run:
             return show.show_shape(pipeline.shape_of(opened.model, s))
         path = steps.plan_step(opened, s)
@@ -113,9 +111,8 @@ def plan_command(
 def prune_command(run: RunDir) -> dict[str, Any]:
     """Cut the model by the run's plan into RUN/prune/model; the source is never modified."""
     from . import steps
-    from .rundir import Run
 
-    with Run(run) as opened:
+    with steps.continue_run(run) as opened:
         model = steps.prune_step(opened)
     console.say(f"model: {model}")
     return {"model": str(model)}
@@ -135,13 +132,12 @@ def recover_command(
 ) -> dict[str, Any]:
     """Heal the pruned model by distilling the original into it: RUN/recover/model, never worse than before."""
     from . import steps
-    from .rundir import Run
 
     s = settings_of(
         recover_steps=recover_steps, method=method, learning_rate=learning_rate, data=data, test_data=test_data, length=length,
         memory_cap=memory_cap, seed=seed,
     )  # fmt: skip
-    with Run(run) as opened:
+    with steps.continue_run(run) as opened:
         model = steps.recover_step(opened, steps.Texts(opened.model, s), s)
     console.say(f"model: {model}")
     return {"model": str(model)}

@@ -40,10 +40,12 @@ def say(text: str = "") -> None:
 
 
 def warn(text: str) -> None:
+    """One line on stderr, also with --quiet."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
+    """The one line an error becomes."""
     print(f"mlx-pare: {text}", file=sys.stderr, flush=True)
 
 
@@ -105,6 +107,7 @@ class Progress:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Progress]:
+    """A Progress that is closed in the end."""
     bar = Progress(what, total)
     try:
         yield bar
@@ -133,6 +136,7 @@ def count(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Seconds in words: 59 s, 3 min 20 s, 2 h 5 min."""
     seconds = int(seconds)
     if seconds < 60:
         return f"{seconds} s"

@@ -68,14 +68,15 @@ def read(path: Path, tokenizer: Any = None) -> list[str]:
 
 def _documents(file: Path, tokenizer: Any) -> list[str]:
     try:
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PareError(f"{file} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise PareError(f"cannot read {file}: {error.strerror}") from error
     if file.suffix != ".jsonl":
         return [text]
-    return [_record(line, file, n, tokenizer) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = text.split("\n")  # not splitlines: JSON strings may hold other separators
+    return [_record(line, file, n, tokenizer) for n, line in enumerate(lines, 1) if line.strip()]
 
 
 def _record(line: str, file: Path, number: int, tokenizer: Any) -> str:
@@ -86,7 +87,10 @@ def _record(line: str, file: Path, number: int, tokenizer: Any) -> str:
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return record["text"]
     if isinstance(record, dict) and isinstance(record.get("messages"), list) and tokenizer is not None:
-        return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        try:
+            return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        except Exception as error:  # templates are programs of their own
+            raise PareError(f"{file} line {number}: the tokenizer cannot write this chat: {error}") from error
     raise PareError(f'{file} line {number} has neither "text" nor "messages"')
 
 

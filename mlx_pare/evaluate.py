@@ -32,7 +32,7 @@ def evaluate(
 
     perplexity = exp(mean NLL); its standard error comes from the spread between rows (tokens of one row are not
     independent). bits_per_byte = NLL / ln 2 / UTF-8 bytes of the predicted text, which compares across tokenizers.
-    Raises UsageError when the teacher has another tokenizer, PareError when the model answers NaN.
+    Raises UsageError for a teacher with another tokenizer and for too short a text, PareError when a model answers NaN.
     """
     checkpoint = Checkpoint(model)
     stream.check_memory(checkpoint, rows, memory_cap)
@@ -40,16 +40,17 @@ def evaluate(
         _same_tokenizer(checkpoint, Checkpoint(teacher))
     if rows.tokens.max() >= checkpoint.arch.sizes["vocab"]:
         raise UsageError(f"the data holds token {rows.tokens.max()}, the model knows {checkpoint.arch.sizes['vocab']}")
+    predicted = np.maximum(rows.lengths - 1, 0)
+    if predicted.sum() < 2:
+        raise UsageError(f"{rows.total} tokens are too little to measure", "give more text or a larger --length")
     student = stream.walk(model, rows, what=f"evaluate {model.name}: block")
     reference = stream.walk(teacher, rows, what="teacher: block") if teacher is not None else None
     found = _measure(rows, student, reference)
-    predicted = rows.lengths - 1
-    row_means = np.array([part.mean() for part in np.split(found["nll"], np.cumsum(predicted)[:-1])])
     nll = float(found["nll"].mean())
-    if not math.isfinite(nll):
-        raise PareError(f"{model} answers NaN or infinity", "the model is broken: do not use it")
+    for path, name in ((model, "nll"), (teacher, "kl")):
+        if name in found and not math.isfinite(found[name].mean()):
+            raise PareError(f"{path} answers NaN or infinity", "the model is broken: do not use it")
     perplexity = math.exp(min(nll, 700.0))
-    spread = row_means if len(row_means) > 1 else found["nll"]
     return Metrics(
         model=str(model),
         data=data,
@@ -57,10 +58,19 @@ def evaluate(
         windows=rows.count,
         length=rows.length,
         perplexity=perplexity,
-        perplexity_stderr=float(perplexity * spread.std(ddof=1) / math.sqrt(len(spread))),
+        perplexity_stderr=perplexity * _error(np.split(found["nll"], np.cumsum(predicted)[:-1])),
         bits_per_byte=nll * int(predicted.sum()) / math.log(2) / _bytes(rows, tokenizer) if tokenizer else None,
         **_against(found),
     )
+
+
+def _error(rows: list[np.ndarray]) -> float:
+    """Standard error of the mean over all tokens, clustered by row; of a single row as if tokens were independent."""
+    rows = [row for row in rows if len(row)]
+    clusters = rows if len(rows) > 1 else [np.array([value]) for value in rows[0]]
+    mean, total = np.concatenate(clusters).mean(), sum(map(len, clusters))
+    squares = sum((cluster - mean).sum() ** 2 for cluster in clusters)
+    return float(math.sqrt(squares * len(clusters) / (len(clusters) - 1)) / total)
 
 
 def _against(found: dict[str, np.ndarray]) -> dict[str, float]:

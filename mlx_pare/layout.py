@@ -57,9 +57,10 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
     old = {(t.layer, t.spec.role): t for t in checkpoint.arch.tensors()}
     for tensor in new.tensors():
         layer = None if tensor.layer is None else keep.layers[tensor.layer].source
-        origin = (
-            old.get((layer, tensor.spec.role)) or old[None, "embed_tokens"]
-        )  # an untied head starts as the embedding
+        role = tensor.spec.role
+        if role == "lm_head" and checkpoint.arch.tied:
+            role = "embed_tokens"  # a head that is untied by the cut starts as the embedding
+        origin = old[layer, role]
         dtype = checkpoint.dtype(origin)
         wanted = (packing or checkpoint.packing(origin.module)) if tensor.matrix else None
         if wanted is not None:

@@ -8,9 +8,11 @@ which shells out to a C++ compiler there, is off. The Metal side has never been 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -147,7 +149,6 @@ def train(
     steps: int,
     report_every: int,
     on_report: Callable[[dict], None],
-    scratch: Path,
 ) -> None:
     """mlx_lm.tuner.trainer.train with our loss and our batches.
 
@@ -163,15 +164,19 @@ def train(
             on_report(info)
             validate(info["iteration"])
 
-    args = TrainingArgs(
-        batch_size=1,
-        iters=steps,
-        steps_per_report=report_every,
-        steps_per_eval=steps + 1,
-        steps_per_save=steps + 1,
-        adapter_file=str(scratch),
-    )
-    with redirect_stdout(io.StringIO()):  # its own progress display; ours reports through the callback
+    with TemporaryDirectory() as directory, redirect_stdout(io.StringIO()):  # its own progress display; ours reports
+        discarded = (
+            Path(directory) / "adapters.safetensors"
+        )  # mlx-lm saves at the end; mx adds this suffix to any other
+        discarded.symlink_to(os.devnull)
+        args = TrainingArgs(
+            batch_size=1,
+            iters=steps,
+            steps_per_report=report_every,
+            steps_per_eval=steps + 1,
+            steps_per_save=steps + 1,
+            adapter_file=str(discarded),
+        )
         run(
             model,
             optimizer,

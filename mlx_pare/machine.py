@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 @dataclass(frozen=True)
 class Machine:
+    """What is known of a computer."""
+
     system: str
     chip: str | None  # "Apple M4 Pro" on a Mac
     memory_bytes: int
@@ -25,6 +27,7 @@ class Machine:
 
 
 def sysctl(name: str) -> str | None:
+    """A value of macOS by name; None elsewhere, and when there is no such name."""
     if sys.platform != "darwin":
         return None
     done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)
@@ -32,6 +35,7 @@ def sysctl(name: str) -> str | None:
 
 
 def this_machine() -> Machine:
+    """The computer this runs on."""
     import psutil
 
     limit = sysctl("iogpu.wired_limit_mb")
@@ -69,6 +73,7 @@ def peak_rss_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages a result depends on."""
     found = {"python": platform.python_version()}
     for package in ("mlx-pare", "mlx", "mlx-lm", "numpy", "gguf", "transformers", "llama-cpp-python"):
         try:

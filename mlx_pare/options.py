@@ -42,7 +42,7 @@ TestData = Annotated[
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration rows.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a row (the window of evaluate).")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 Cap = Annotated[str | None, typer.Option(help='Memory that may be used, e.g. "4GB". Default: what is free.')]
 Criterion = Annotated[str, typer.Option(help="minitron, magnitude, wanda, block-influence or random.")]
 Axes = Annotated[str, typer.Option(help="What may be cut: ffn, kv_head, layer, hidden; separated by commas.")]
@@ -92,7 +92,9 @@ def command(name: str, examples: str) -> Callable:
 
 def _fail(error: BaseException, line: str, code: int, debug: bool) -> None:
     if debug:
-        raise error
+        import traceback
+
+        traceback.print_exception(error)
     console.error(" ".join(line.split()))
     console.document({"error": line, "exit_code": code})
     raise typer.Exit(code)
@@ -109,6 +111,7 @@ def _add_modes(called: Callable, function: Callable) -> None:
 
 
 def memory(text: str | None) -> int | None:
+    """Bytes of "4GB"; None stays None. Raises UsageError."""
     if text is None:
         return None
     from .plan import parse_amount
@@ -117,6 +120,7 @@ def memory(text: str | None) -> int | None:
 
 
 def settings_of(**given: Any):
+    """Settings from what the command line gives: axes and memory as text."""
     from .steps import Settings
 
     given["axes"] = tuple(a.strip() for a in given.pop("axes", "ffn,kv_head").split(",") if a.strip())

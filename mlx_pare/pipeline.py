@@ -7,6 +7,7 @@ calibrate -> score -> plan -> prune -> recover -> evaluate (original, pruned, re
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import numpy as np
 from . import corpus, steps
 from .artifacts import Plan
 from .checkpoint import Checkpoint
-from .errors import PareError
+from .errors import PareError, UsageError
+from .export import FILE_TYPES
 from .plan import shape, whole
+from .recover import METHODS
 from .recover import Options as RecoverOptions
 from .recover import check_memory as check_recovery
 from .report import metrics, report, verdict
 from .rundir import Run
+from .score import criterion
 from .steps import Settings, Texts
 from .stream import check_memory as check_stream
 
@@ -32,12 +36,12 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
     Raises Refused for a run directory of something else, PareError when a gate finds the result broken.
     """
     s = settings
+    preflight(model, s)
+    texts = Texts(model, s)
+    _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
+    asked = {"model": str(model), **asdict(s)}
     with steps.open_run(model, out) as opened:
-        opened.write_recipe({"model": str(model), **{k: v for k, v in asdict(s).items()}})
-        texts = Texts(opened.model, s)
-        shape(Checkpoint(opened.model), s.plan_options())  # an impossible target is found before any work
-        preflight_recovery(opened.model, s)
-        _ = texts.test, texts.validation  # so is a text that is too short
+        opened.write_recipe(asked, replace=False)
         steps.calibrate_step(opened, texts, s)
         steps.score_step(opened, s)
         steps.plan_step(opened, s)
@@ -56,13 +60,14 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
             steps.bench_step(opened, result, s)
         written = report(opened.path)
         summary = _summary(opened, result, gguf, written)
+        opened.write_recipe(asked)  # only now: a request that was refused on the way leaves the recipe of what was done
     _quality_gate(summary, s)
     return summary
 
 
 def dry_run(model: Path, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
-    preflight_recovery(model, s)
+    preflight(model, s)
     rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
     return shape_of(model, s) | {"calibration_bytes": check_stream(Checkpoint(model), rows, s.memory_cap)}
 
@@ -74,11 +79,22 @@ def shape_of(model: Path, s: Settings) -> dict[str, Any]:
     return {"asked": made.target.asked, **sizes, "neighbours": made.neighbours}
 
 
-def preflight_recovery(model: Path, s: Settings) -> None:
-    """Refuse before any work when the recovery that was asked for cannot fit (the uncut model bounds the cut one)."""
+def preflight(model: Path, s: Settings) -> None:
+    """Find what cannot work before any work: wrong names, a target out of reach, a recovery that cannot fit in memory
+    (the uncut model bounds the cut one)."""
+    criterion(s.criterion)
+    one_of("recovery method", s.method, METHODS)
+    one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
+    shape(Checkpoint(model), s.plan_options())
     if s.recover_steps > 0:
         rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
         check_recovery(Checkpoint(model), [rows], RecoverOptions(method=s.method, steps=s.recover_steps), s.memory_cap)
+
+
+def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
+    """Raises UsageError for a name that is not known."""
+    if name not in known:
+        raise UsageError(f"unknown {what} {name!r}", f"choose one of {', '.join(filter(None, known))}")
 
 
 def _summary(run: Run, model: Path, gguf: Path, written: Path) -> dict[str, Any]:

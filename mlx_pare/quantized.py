@@ -111,8 +111,13 @@ class Float32Embedding(nn.Module):
     def __call__(self, tokens: mx.array) -> mx.array:
         return dense_rows(self.inner, tokens)
 
+    @property
+    def weight(self) -> mx.array:
+        """For classes that multiply by it themselves (mlx_lm/models/seed_oss.py)."""
+        return dense_weight(self.inner)
+
     def as_linear(self, x: mx.array) -> mx.array:
-        return x.astype(mx.float32) @ dense_weight(self.inner).T
+        return x.astype(mx.float32) @ self.weight.T
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -61,10 +61,12 @@ def recover(
 ) -> dict[str, Any]:
     """Write the healed model to ``out``; returns validation KL before and after (nats per token), the curve, whether it helped.
 
-    Raises UsageError for an unknown method, Refused when the training does not fit in memory.
+    Raises UsageError for an unknown method, Refused when ``out`` exists or the training does not fit in memory.
     """
     if options.method not in METHODS:
         raise UsageError(f"unknown method {options.method!r}", f"choose one of {', '.join(METHODS)}")
+    if out.exists():
+        raise Refused(f"{out} exists already", "choose another place or remove it")
     checkpoint = Checkpoint(student)
     check_memory(checkpoint, (train, validation), options, memory_cap)
     mx.random.seed(options.seed)
@@ -176,9 +178,7 @@ class _Training:
         every = max(1, math.ceil(steps / options.reports))
         with console.progress("recover: step", steps) as bar:
             self._bar, self._every = bar, every
-            lm.train(
-                self.model, optimizer, _loss, self._batches, self.validate, steps, every, self._report, Path(os.devnull)
-            )
+            lm.train(self.model, optimizer, _loss, self._batches, self.validate, steps, every, self._report)
         return self.curve
 
     def _batches(self) -> Iterator[tuple]:

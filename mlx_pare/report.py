@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,17 @@ def metrics(run: Path) -> dict[str, tuple[Metrics, int]]:
 def _title(manifest: Manifest) -> str:
     chip = manifest.machine.get("chip") or "no Apple chip"
     return (
-        f"# {Path(manifest.model).name}\n\n"
+        f"# {_plain(Path(manifest.model).name)}\n\n"
         f"Source `{manifest.source[:16]}`, on {manifest.machine['system']} ({chip}); "
         + ", ".join(f"{k} {v}" for k, v in manifest.versions.items() if v != "not installed")
         + "."
     )
+
+
+def _plain(text: str) -> str:
+    """A name from outside as one line of Markdown that means nothing but itself."""
+    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`\[\]|#])", r"\\\1", line)
 
 
 def verdict(found: Mapping[str, tuple[Metrics, int]]) -> str:
@@ -86,7 +93,7 @@ def _verdict(run: Path) -> str:
 
 
 def _row(*cells: Any) -> str:
-    return "| " + " | ".join("-" if c is None else str(c).replace("|", "\\|") for c in cells) + " |"
+    return "| " + " | ".join("-" if c is None else " ".join(str(c).split()).replace("|", "\\|") for c in cells) + " |"
 
 
 def _table(columns: list[str], rows: list[str]) -> str:
@@ -135,10 +142,11 @@ def _shape(run: Path) -> str:
         for name, show in fields
     ]
     dropped = sorted(set(range(plan.before.layers)) - {layer.source for layer in plan.layers})
-    text = f"## Shape\n\nCriterion {plan.criterion}; asked: {plan.target.asked}; axes {', '.join(plan.axes)}."
+    asked = _plain(f"Criterion {plan.criterion}; asked: {plan.target.asked}; axes {', '.join(plan.axes)}.")
+    text = f"## Shape\n\n{asked}"
     if dropped:
         text += f" Layers removed: {', '.join(map(str, dropped))}."
-    return f"{text}\n\n{_table(['', 'before', 'after'], rows)}\n\nNeighbours: {'; '.join(plan.neighbours) or 'none'}."
+    return f"{text}\n\n{_table(['', 'before', 'after'], rows)}\n\nNeighbours: {_plain('; '.join(plan.neighbours)) or 'none'}."
 
 
 def _requantized(run: Path) -> str:
@@ -197,7 +205,7 @@ def _gguf(run: Path) -> str:
     if checked.get("checked"):
         text += (
             f" llama.cpp against MLX on the same tokens: largest logit difference {checked['max_abs_difference']:.2g}, "
-            f"same top token {checked['top1_agreement']:.1%}."
+            f"same top token {checked['same_argmax']:.1%}."
         )
     else:
         text += f" Not compared in llama.cpp: {checked.get('reason', 'not asked')}."
@@ -211,7 +219,7 @@ def _gguf(run: Path) -> str:
 
 def _warnings(run: Path) -> str:
     found = [w for step in ("prune", "recover") for w in (_json(run / step / "check.json") or {}).get("warnings", [])]
-    return "## Warnings\n\n" + "\n".join(f"- {w}" for w in found) if found else ""
+    return "## Warnings\n\n" + "\n".join(f"- {_plain(w)}" for w in found) if found else ""
 
 
 def _steps(manifest: Manifest) -> str:

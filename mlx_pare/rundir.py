@@ -19,13 +19,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from . import console, machine
 from .artifacts import SCHEMA, Strict, dump_json, explain, replace_file
 from .errors import PareError, Refused
 
 BIG_FILE = 64 << 20
+HARMLESS = {".lock", "manifest.json.tmp", ".DS_Store"}  # what a killed start, or the Finder, leaves in a new directory
 
 
 class StepRecord(Strict):
@@ -39,12 +40,20 @@ class StepRecord(Strict):
 
 
 class Manifest(Strict):
+    """What is known of a run: the model, where it was made, and every finished step."""
+
     schema_version: int = SCHEMA
     model: str
     source: str
     versions: dict[str, str]
     machine: dict[str, Any]
     steps: dict[str, StepRecord] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known_schema(self) -> Manifest:
+        if self.schema_version != SCHEMA:
+            raise ValueError(f"schema_version {self.schema_version}, this version reads {SCHEMA}")
+        return self
 
 
 def fingerprint(path: Path) -> str:
@@ -70,6 +79,7 @@ class Run:
             )
         if model is not None and self.path.exists() and not self.path.is_dir():
             raise Refused(f"{self.path} exists and is not a directory", "choose another --out")
+        self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
         try:
@@ -77,6 +87,16 @@ class Run:
         except BaseException:
             self._lock.close()
             raise
+
+    def _refuse_foreign(self) -> None:
+        """A directory that holds something else is not touched, not even by the lock."""
+        if self._file.exists() or not self.path.exists():
+            return
+        others = sorted(p.name for p in self.path.iterdir() if p.name not in HARMLESS)
+        if others:
+            raise Refused(
+                f"{self.path} is not empty and is no run directory ({others[0]} is in it)", "choose another --out"
+            )
 
     def _acquire(self):
         lock = (self.path / ".lock").open("a+")
@@ -95,12 +115,9 @@ class Run:
                     f"{self.path} belongs to {manifest.model}, which is another model than {model} or was changed since",
                     "use another --out",
                 )
+            if model is not None:
+                manifest.model = str(model.resolve())  # the same model may have been moved since
             return manifest
-        others = [p.name for p in self.path.iterdir() if p.name != ".lock"]
-        if others:
-            raise Refused(
-                f"{self.path} is not empty and is no run directory ({others[0]} is in it)", "choose another --out"
-            )
         manifest = Manifest(
             model=str(model.resolve()),
             source=identity,
@@ -122,6 +139,10 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the directory."""
         self._lock.close()
 
     @property
@@ -137,9 +158,12 @@ class Run:
             raise PareError(f"{self.path} has no finished {step} step", f"do it first: `mlx-pare {step} {self.path}`")
         return self.path / step / name
 
-    def write_recipe(self, asked: Mapping[str, Any]) -> None:
+    def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
+        """What was asked, without what was left out; an earlier recipe is kept unless ``replace``."""
+        if not replace and (self.path / "recipe.toml").exists():
+            return
         lines = [f"{key} = {_toml(value)}" for key, value in asked.items() if value is not None]
-        replace_file(self.path / "recipe.toml", ("\n".join(lines) + "\n").encode())
+        replace_file(self.path / "recipe.toml", ("\n".join(lines) + "\n").encode("utf-8", "replace"))
 
     # ---- steps ----
 
@@ -193,7 +217,7 @@ class Run:
                         else f"its input {key} changed since"
                     )
                     raise Refused(
-                        f"{self.path} has a {name} step made differently: {what}",
+                        f"the {name} step in {self.path} was made differently: {what}",
                         f"use another --out, or delete {self.path / name}* to do it again",
                     )
 
@@ -221,4 +245,4 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return json.dumps(str(value))
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no surrogate pairs

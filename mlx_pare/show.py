@@ -8,6 +8,7 @@ from . import console
 
 
 def fit_row(row: dict[str, Any]) -> list[Any]:
+    """The cells of one Mac."""
     sizes = [
         console.gb(row[k]) for k in ("budget_bytes", "weights_bytes", "kv_bytes", "activation_bytes", "total_bytes")
     ]
@@ -23,6 +24,7 @@ def fit_row(row: dict[str, Any]) -> list[Any]:
 
 
 def show_summary(summary: dict[str, Any]) -> None:
+    """What a run has made: contenders, speed, Macs, paths, verdict."""
     titles = {
         "original": "original",
         "pruned": "pruned",
@@ -61,12 +63,14 @@ def show_summary(summary: dict[str, Any]) -> None:
 
 
 def plain(value: Any) -> str:
+    """A value of inspect in one cell."""
     if isinstance(value, dict):
         return ", ".join(f"{k}: {v}" for k, v in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def show_shape(made: dict[str, Any]) -> dict[str, Any]:
+    """Sizes before and after a cut; returns them unchanged."""
     before, after = made["before"], made["after"]
     written = {"parameters": console.count, "non_embedding": console.count, "bytes": console.gb}
     rows = [[k.replace("_", " "), written.get(k, str)(before[k]), written.get(k, str)(after[k])] for k in before]

@@ -16,7 +16,7 @@ from .bench import bench
 from .calibrate import calibrate
 from .check import check
 from .checkpoint import Checkpoint
-from .errors import PareError
+from .errors import PareError, Refused
 from .evaluate import evaluate
 from .export import export, verify
 from .fit import planner
@@ -145,10 +145,23 @@ def open_run(model: Path, out: Path) -> Run:
     return Run(out, model, Checkpoint(model).identity())
 
 
+def continue_run(out: Path) -> Run:
+    """A run directory that was begun before. Raises Refused when its model changed since."""
+    run = Run(out)
+    try:
+        if Checkpoint(run.model).identity() != run.manifest.source:
+            raise Refused(f"{run.model} changed since {out} was begun", "start a new run with another --out")
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
 # ---- the steps, each a verb wrapped in a record ----
 
 
 def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
+    """Statistics of every unit on the calibration rows."""
     rows = texts.calibration
     run.step(
         "calibrate",
@@ -160,6 +173,7 @@ def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
 
 
 def score_step(run: Run, s: Settings) -> Path:
+    """The importance of every unit by the criterion that was asked."""
     stats = run.output("calibrate", "stats.safetensors")
     criterion(s.criterion)
     run.step(
@@ -172,6 +186,7 @@ def score_step(run: Run, s: Settings) -> Path:
 
 
 def plan_step(run: Run, s: Settings) -> Path:
+    """What to keep; plan.json may be edited afterwards."""
     scores = run.output("score", "scores.safetensors")
     asked = {
         k: getattr(s, k)
@@ -188,6 +203,7 @@ def plan_step(run: Run, s: Settings) -> Path:
 
 
 def prune_step(run: Run) -> Path:
+    """The cut model, checked."""
     path = run.output("plan", "plan.json")
 
     def work(directory: Path) -> None:
@@ -201,6 +217,7 @@ def prune_step(run: Run) -> Path:
 
 
 def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
+    """The cut model healed, checked."""
     pruned = run.output("prune", "model")
     options = RecoverOptions(method=s.method, steps=s.recover_steps, learning_rate=s.learning_rate, seed=s.seed)
 
@@ -278,11 +295,13 @@ def random_plan(run: Run, s: Settings) -> Plan:
 
 
 def export_step(run: Run, model: Path, s: Settings) -> Path:
+    """The result as GGUF, compared in llama.cpp, with the Macs it fits."""
     kind = s.gguf or ("q8_0" if Checkpoint(model).quantized else "f16")
 
     def work(directory: Path) -> None:
         file = directory / f"model-{kind}.gguf"
-        file.unlink(missing_ok=True)
+        for stale in (file, *directory.glob(f".{file.name}.*.part")):  # of a killed process
+            stale.unlink(missing_ok=True)
         done = export(model, file, kind)
         done["verify"] = verify(model, file)
         done["path"] = str((run.directory("export") / file.name).relative_to(run.path))
@@ -302,6 +321,8 @@ def fits_of(model: Path, weight_bytes: int, original: Path, context: int) -> dic
 
 
 def bench_step(run: Run, model: Path, s: Settings) -> None:
+    """Speed of the original and the result in turn."""
+
     def work(directory: Path) -> None:
         prompt, new = (64, 32) if lm.cpu_backend() else (512, 128)
         (directory / "bench.json").write_bytes(dump_json(bench([run.model, model], s.trials, prompt, new)))

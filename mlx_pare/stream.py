@@ -125,19 +125,6 @@ class _BlockProxy:
         return self._walk.run(self._index, x, args, kwargs)
 
 
-class _NoHead:
-    """Stands in for the head (lm_head, or the embedding used as one): hands the hidden states through."""
-
-    def __init__(self, embedding: Any = None):
-        self._embedding = embedding
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return x if self._embedding is None else self._embedding(x)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        return x
-
-
 @dataclass
 class Streamed:
     """The end of a walk: ``hidden`` [rows, length, hidden] after the final norm, and the head to read it with."""
@@ -174,10 +161,7 @@ def walk(
         state = _Walk(rows, own, observer, resume, bar)
         for index in range(len(own)):
             blocks[index] = _BlockProxy(state, index)
-        model.model.embed_tokens = _NoHead(model.model.embed_tokens)
-        if "lm_head" in model:
-            model.lm_head = _NoHead()
-        hidden = model(mx.array(rows.tokens))
+        hidden = model.model(mx.array(rows.tokens))  # up to the final norm: the head is not applied
         mx.eval(hidden)
     return Streamed(hidden, head, embedding.weight.shape[0])
 

@@ -1,11 +1,17 @@
-"""300 fixed strings on which tokenizers disagree: the same on every run, built without any file.
+"""300 fixed strings on which tokenizers disagree, and tokenizers trained on them.
 
-``CATEGORIES`` maps a name to its strings, ``ALL`` is all of them in that order.
+``CATEGORIES`` maps a name to its strings, ``ALL`` is all of them in that order. They are built without any file and are
+the same on every run.
 """
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pico
 
 WORDS = """
 the river ran under old stone bridge where nobody waited for morning because every lamp had gone out and
@@ -171,3 +177,94 @@ def _build() -> dict[str, list[str]]:
 CATEGORIES = _build()
 ALL = [text for texts in CATEGORIES.values() for text in texts]
 assert len(ALL) == 300, len(ALL)
+
+# ---- tokenizers ----
+
+ROWS = 3000
+RICH = [
+    *pico.TEXT.read_text("utf-8").split("\n"),
+    *ALL * 4,
+]  # so that there are merges of digits, emoji, spaces
+
+
+# as they stand in the tokenizer.json of Llama 3, Qwen2 and Qwen3.5 (llama.cpp src/llama-vocab.cpp quotes them)
+_START, _END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?", r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = _START + r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+" + _END
+QWEN2 = _START + r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+" + _END
+QWEN35 = _START + r"[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+" + _END
+REGEX = {"llama-bpe": LLAMA3, "smaug-bpe": LLAMA3, "qwen2": QWEN2, "qwen35": QWEN35}
+
+
+def steps_of(pre: str) -> list:
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
+
+    if pre in REGEX:
+        return [Split(Regex(REGEX[pre]), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    return [Digits(individual_digits=True)] * (pre == "smollm") + [ByteLevel(add_prefix_space=False)]
+
+
+def write_bpe(directory: Path, pre: str, normalizer: dict | None = None, specials: Sequence[str] = ()) -> None:
+    """A byte-level tokenizer trained on RICH that splits text as llama.cpp's pre-tokenizer ``pre`` should.
+
+    One word stays in the vocabulary without the merge that leads to it, so that ignore_merges makes a difference.
+    """
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+    tok = Tokenizer(models.BPE())
+    steps = steps_of(pre)
+    tok.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    trainer = trainers.BpeTrainer(
+        vocab_size=ROWS - 50,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    tok.train_from_iterator(RICH, trainer)
+    raw = json.loads(tok.to_str())
+    assert "Ġxylophone" in raw["model"]["vocab"]
+    raw["model"]["merges"] = [pair for pair in raw["model"]["merges"] if "".join(pair) != "Ġxylophone"]
+    raw["model"]["ignore_merges"] = pre == "llama-bpe"
+    raw["normalizer"] = normalizer
+    tok = Tokenizer.from_str(json.dumps(raw))
+    tok.add_tokens([AddedToken(s, normalized=False) for s in specials])
+    tok.save(str(directory / "tokenizer.json"))
+
+
+def write_spm(directory: Path, normalizers: list, pre_tokenizer) -> None:
+    """A SentencePiece-style tokenizer trained on RICH, its merges as converters write them.
+
+    They list every pair of tokens that makes a token, ordered by the score of the result (transformers
+    convert_slow_tokenizer.generate_merges), where training records one pair each.
+    """
+    from tokenizers import Tokenizer, models, trainers
+
+    tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    special = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=ROWS - 50, special_tokens=special, show_progress=False, limit_alphabet=300)
+    tok.train_from_iterator((w for text in RICH for w in text.replace(" ", " \u2581").split(" ")), trainer)
+    raw = json.loads(tok.to_str())
+    vocab = raw["model"]["vocab"]
+    results = ["".join(pair) for pair in raw["model"]["merges"]]
+    splits = [[(t[:i], t[i:]) for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab] for t in results]
+    raw["model"]["merges"] = [
+        pair for pairs in splits for pair in sorted(pairs, key=lambda p: (vocab[p[0]], vocab[p[1]]))
+    ]
+    raw["added_tokens"] = raw["added_tokens"][:3]
+    raw["normalizer"] = {"type": "Sequence", "normalizers": normalizers} if normalizers else None
+    raw["pre_tokenizer"] = pre_tokenizer
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+
+
+def wrong_by_category(directory: Path, theirs: list[list[int]], skip=lambda text: False) -> dict[str, str]:
+    """Categories of ALL in which ``theirs`` is not what tokenizer.json says: how many, and the first with both."""
+    from tokenizers import Tokenizer
+
+    tok = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    left, wrong = iter(theirs), {}
+    for category, texts in CATEGORIES.items():
+        pairs = [(t, tok.encode(t, add_special_tokens=False).ids, next(left)) for t in texts]
+        bad = [(t, a, b) for t, a, b in pairs if a != b and not skip(t)]
+        if bad:
+            wrong[category] = f"{len(bad)} of {len(texts)}, first {bad[0]}"
+    return wrong

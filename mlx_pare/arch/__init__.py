@@ -33,8 +33,9 @@ def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architect
     Raises PareError for an unknown model type, and for sizes that are missing or make no sense.
     """
     family = family_of(config)
-    full = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
-    sizes = {axis: _size(full, key, axis) for axis, key in family.keys.items() if axis in full or key in full}
+    # a null counts as absent here, but stays in the config: transformers fills an absent key with its own default
+    full = {**config, **{k: v for k, v in family.defaults.items() if config.get(k) is None}}
+    sizes = {axis: _size(full, key, axis) for axis, key in family.keys.items() if full.get(key) is not None}
     missing = [family.keys[a] for a in ("hidden", "vocab", "layer", "ffn", "q_head") if a not in sizes]
     if missing:
         raise PareError(f"config.json of type {config['model_type']} lacks {', '.join(missing)}")
@@ -54,7 +55,7 @@ def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architect
         "ffn": sizes["ffn"],
     }
     layers = tuple(Layer(kind, per_layer) for kind in _kinds(family, full, sizes["layer"]))
-    tied = bool(full.get("tie_word_embeddings", True))
+    tied = bool(config.get("tie_word_embeddings", True))
     if family.kinds == "sliding_window_pattern" and untied is not None:
         tied = not untied
     return Architecture(family, full, {"hidden": sizes["hidden"], "vocab": sizes["vocab"]}, layers, tied)
@@ -68,13 +69,17 @@ def _size(config: Mapping[str, Any], key: str, axis: str) -> int:
 
 
 def _kinds(family: Family, config: Mapping[str, Any], count: int) -> list[str]:
+    for key in family.per_layer:
+        listed = config.get(key)
+        if listed is not None and not (isinstance(listed, list) and all(isinstance(v, str) for v in listed)):
+            raise PareError(f"config.json says {key} = {str(listed)[:80]}, expected a list of names")
+        if listed and len(listed) != count:
+            raise PareError(f"config.json lists {len(listed)} {key} for {count} layers")
     if family.kinds == "sliding_window_pattern":
-        period = config["sliding_window_pattern"]
+        period = _size(config, "sliding_window_pattern", "every so many layers one has full attention")
         return [_periodic(i, period) for i in range(count)]
     kinds = config.get("layer_types") if family.kinds == "layer_types" else None
     kinds = kinds or ["full_attention"] * count
-    if len(kinds) != count:
-        raise PareError(f"config.json lists {len(kinds)} layer_types for {count} layers")
     unknown = sorted(set(kinds) - set(family.blocks))
     if unknown:
         raise PareError(
@@ -126,7 +131,13 @@ def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
         kept_sizes.append(Layer(old.kind, {**old.sizes, **{a: len(i) for a, i in layer.keep.items()}}))
     sizes = dict(arch.sizes) if keep.hidden is None else {**arch.sizes, "hidden": len(keep.hidden)}
     smaller = Architecture(arch.family, arch.config, sizes, tuple(kept_sizes), arch.tied)
-    return describe(_config(arch, smaller, sources, packed), untied=None if arch.tied else True)
+    left = describe(_config(arch, smaller, sources, packed), untied=not arch.tied)
+    if [layer.kind for layer in left.layers] != [layer.kind for layer in kept_sizes]:
+        raise PareError(
+            f"{left.config['model_type']}, as which this model would leave, would change the attention kind of a layer",
+            "keep a number of heads that divides the hidden size",
+        )
+    return left
 
 
 def _config(arch: Architecture, smaller: Architecture, sources: list[int], packed: bool) -> dict[str, Any]:
@@ -141,10 +152,12 @@ def _config(arch: Architecture, smaller: Architecture, sources: list[int], packe
         if exit_.when(widths, config):
             config |= {"model_type": exit_.model_type, "architectures": [exit_.architecture], **exit_.settings}
             config["head_dim"] = widths["head_dim"]
-            if exit_.unties_packed and packed and arch.tied:
-                config["tie_word_embeddings"] = False
+            if any(layer.kind == "sliding_attention" for layer in smaller.layers):
+                config["sliding_window"] = arch.config.get("sliding_window")
+            config["tie_word_embeddings"] = arch.tied and not (exit_.unties_packed and packed)
             break
-    config["tie_word_embeddings"] = config.get("tie_word_embeddings", arch.tied)
+    else:
+        config["tie_word_embeddings"] = arch.tied
     return _both_rope_spellings(config)
 
 
@@ -154,9 +167,9 @@ def _both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         config["rope_theta"] = parameters["rope_theta"]
         scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
-        if scaling.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", scaling)
-    elif parameters is None and config.get("rope_theta") is not None and "rope_local_base_freq" not in config:
+        if scaling.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
+            config["rope_scaling"] = scaling
+    elif parameters is None and config.get("rope_theta") is not None and config.get("rope_local_base_freq") is None:
         scaling = config.get("rope_scaling") or {}
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"], "rope_type": kind}

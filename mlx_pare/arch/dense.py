@@ -92,12 +92,19 @@ LLAMA = Family(
             "MistralForCausalLM",
             {"sliding_window": None},
         ),
-        Exit(
-            lambda sizes, config: sizes["hidden"] % sizes["q_head"] != 0 and config["model_type"] == "llama",
-            "seed_oss",
-            "SeedOssForCausalLM",
-            {"attention_out_bias": True},
-            unties_packed=True,
+        *(
+            Exit(
+                lambda sizes, config, biased=biased: (
+                    sizes["hidden"] % sizes["q_head"] != 0
+                    and config["model_type"] == "llama"
+                    and bool(config.get("attention_bias")) == biased
+                ),
+                "seed_oss",
+                "SeedOssForCausalLM",
+                {"attention_bias": biased, "attention_out_bias": biased},
+                unties_packed=True,
+            )
+            for biased in (True, False)
         ),
     ),
     gguf="llama",

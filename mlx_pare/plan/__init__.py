@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Options:
 
 def parse_amount(text: str, what: str) -> float:
     """ "24B" parameters, "15GB" bytes (decimal), "900M", "1.5e9". Raises UsageError."""
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kKMGBT]?i?B?)\s*", text)
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*((?:[kKMGT]i?)?B?)\s*", text)
     units = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "B": 1e9 if what == "parameters" else 1.0}
     if found:
         unit = found[2] if what == "parameters" else found[2].removesuffix("B") if found[2] != "B" else "B"
@@ -49,7 +50,7 @@ def parse_amount(text: str, what: str) -> float:
         scale = binary.get(unit) if what == "bytes" else None
         scale = scale or units.get(unit)
         try:
-            if scale and (value := float(found[1]) * scale) > 0:
+            if scale and 0 < (value := float(found[1]) * scale) < inf:
                 return value
         except ValueError:
             pass
@@ -104,6 +105,8 @@ def shape(checkpoint: Checkpoint, options: Options) -> Shape:
         return size(level) - options.budget(smaller(checkpoint, skeleton(level), packing))
 
     target, measure, goal, at_most, show = _goal(options, non_embedding, parameters, size, over_budget, reach)
+    if at_most and (packing or checkpoint.quantization):
+        reach = allocate.growing(reach, (packing or checkpoint.quantization).group_size, measure)
     level = allocate.solve(reach, measure, goal, at_most, target.asked, show)
     after = size_of(checkpoint, skeleton(level), packing)
     return Shape(
@@ -142,7 +145,9 @@ def redraw(model: Path, scores: Path, like: Plan) -> Plan:
     found = _scores_of(checkpoint, scores)
     hidden = len(like.hidden) if like.hidden else checkpoint.arch.sizes["hidden"]
     level = Level(len(like.layers[0].ffn), len(like.layers[0].kv_head), len(like.layers), hidden)
-    keep = allocate.choose_units(checkpoint.arch, level, found.arrays, allocate.protected_layers(checkpoint.arch))
+    kept = {layer.source for layer in like.layers}
+    protected = [i for i in allocate.protected_layers(checkpoint.arch) if i in kept]  # --no-protect may have cut them
+    keep = allocate.choose_units(checkpoint.arch, level, found.arrays, protected)
     return Plan.model_validate({**like.model_dump(), "criterion": found.about["criterion"], **_units(checkpoint, keep)})
 
 

@@ -75,6 +75,25 @@ def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequenc
     return Space(choices)
 
 
+def growing(reach: Space, group_size: int, measure: Callable[[Level], float]) -> Space:
+    """Without the counts that take no fewer bytes than a larger one.
+
+    A width that no group divides is stored dense; another number of heads may untie the embedding (see Exit).
+    """
+    whole, choices = reach.at(1.0), dict(reach.choices)
+    for axis, counts in reach.choices.items():
+        if axis == "layer" or (axis == "ffn" and all(n % group_size == 0 for n in counts)):
+            continue
+        kept, above = [], float("inf")
+        for count in reversed(counts):
+            taken = measure(Level(**{**whole.__dict__, axis: count}))
+            if taken < above:
+                kept.append(count)
+                above = taken
+        choices[axis] = kept[::-1]
+    return Space(choices)
+
+
 def _realisable(arch: Architecture, count: int, protected: Sequence[int]) -> bool:
     return best_layers(arch, np.zeros(len(arch.layers)), count, protected) is not None
 
@@ -158,7 +177,7 @@ def _refine(reach: Space, start: Level, measure: Callable[[Level], float], goal:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if measure(at(counts[middle])) <= goal else (low, middle - 1)
     candidates = [c for c in counts[low : low + 2] if not at_most or measure(at(c)) <= goal]
-    return at(min(candidates or counts[:1], key=lambda c: abs(measure(at(c)) - goal)))
+    return at(min(candidates or [getattr(start, axis)], key=lambda c: abs(measure(at(c)) - goal)))
 
 
 def neighbours(

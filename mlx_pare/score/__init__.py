@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import PareError, UsageError
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def score(model: Path, stats: Path, out: Path, name: str = "minitron", seed: int
     chosen = criterion(name)
     checkpoint = Checkpoint(model)
     about = Arrays.load(stats, "statistics").about
+    if about.get("model") != checkpoint.identity():
+        raise PareError(f"{stats} was made from another model than {model}", "calibrate this model first")
     source = Source(checkpoint, mx.load(str(stats)), seed, about)
 
     def unit(axis: str) -> Callable:

@@ -1,0 +1,90 @@
+"""Criterion x axis x cut on a real model: perplexity without any recovery, dense and random rows included.
+
+    python benchmarks/criteria.py --model DIR --calibration TEXTS --test FILE [--windows N] [--keep 0.75 0.5]
+    python benchmarks/criteria.py                     the shipped model on our own texts
+
+Texts are .txt files or folders; a .bin file holds uint16 token ids in rows of --length. Calibration: 128 windows drawn
+with seed 0. Writes a Markdown table to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from mlx_pare import console, corpus, lm
+from mlx_pare.calibrate import calibrate
+from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.errors import PareError
+from mlx_pare.evaluate import evaluate
+from mlx_pare.plan import Options, plan
+from mlx_pare.prune import prune
+from mlx_pare.score import CRITERIA, score
+
+DEMO = Path(corpus.__file__).parent / "demo"
+AXES = (("ffn",), ("kv_head",), ("ffn", "kv_head"), ("layer",), ("hidden",))
+
+
+def rows_of(path: Path, tokenizer, length: int, count: int | None, seed: int | None) -> corpus.Rows:
+    if path.suffix == ".bin":
+        rows = np.fromfile(path, dtype=np.uint16).reshape(-1, length)
+        return corpus.Rows.full(rows[:count])
+    return corpus.windows(tokenizer, corpus.read(path), length, count, seed)
+
+
+def cell(model: Path, scores: Path, axes: tuple[str, ...], keep: float, test: corpus.Rows, scratch: Path) -> str:
+    """ "perplexity (share kept)" of one cut, or why there is none."""
+    try:
+        made = plan(model, scores, Options(keep=keep, axes=axes, protect=True))
+    except PareError:
+        return "-"
+    out = scratch / "cut"
+    prune(model, made, out)
+    found = evaluate(out, test).perplexity
+    for file in out.iterdir():
+        file.unlink()
+    out.rmdir()
+    return f"{found:.2f} ({made.after.non_embedding / made.before.non_embedding:.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO / "model")
+    parser.add_argument("--calibration", type=Path, default=DEMO / "calibration.txt")
+    parser.add_argument("--test", type=Path, default=DEMO / "test.txt")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=50)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.75])
+    parser.add_argument("--criteria", nargs="+", default=["minitron", "magnitude", "wanda", "random"], choices=list(CRITERIA))
+    asked = parser.parse_args()
+    console.configure(quiet=True)
+    tokenizer = lm.tokenizer(asked.model)
+    test = rows_of(asked.test, tokenizer, asked.length, asked.windows, None)
+    calibration = rows_of(asked.calibration, tokenizer, asked.length, 128, 0)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        stats = calibrate(asked.model, calibration, scratch / "stats")
+        dense = evaluate(asked.model, test)
+        kind = "quantized" if Checkpoint(asked.model).quantized else "dense"
+        show(f"{asked.model.name} ({kind}), {test.count} windows of {test.length} tokens: perplexity {dense.perplexity:.3f}")
+        show(f"calibrated on {calibration.count} rows; cells: perplexity (share of non-embedding parameters kept)\n")
+        show("| criterion | axes | " + " | ".join(f"keep {k:g}" for k in asked.keep) + " |")
+        show("|---|---|" + "---|" * len(asked.keep))
+        for criterion in asked.criteria:
+            scores = score(asked.model, stats, scratch / f"{criterion}.safetensors", criterion)
+            for axes in AXES:
+                cells = [cell(asked.model, scores, axes, keep, test, scratch) for keep in asked.keep]
+                show(f"| {criterion} | {'+'.join(axes)} | " + " | ".join(cells) + " |")
+
+
+def show(line: str) -> None:
+    import sys
+
+    print(line, file=sys.__stdout__, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Shared by all tests: an environment without surprises, and tiny models that are built once per session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["MLX_DISABLE_COMPILE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pico
+import pytest
+
+
+@pytest.fixture(scope="session")
+def pico_models(tmp_path_factory) -> Callable[..., Path]:
+    """``pico_models(family, packed=None, tokenizer="bpe", dtype=mx.float32, **config)``: path of a cached model.
+
+    ``packed`` is (bits, group size), applied by mlx-lm's own code. The directories are shared: copy before changing.
+    """
+    root = tmp_path_factory.mktemp("pico")
+    made: dict[tuple, Path] = {}
+
+    def model(
+        family: str = "llama",
+        packed: tuple[int, int] | None = None,
+        tokenizer: str = "bpe",
+        dtype: mx.Dtype = mx.float32,
+        **config,
+    ) -> Path:
+        key = (family, packed, tokenizer, str(dtype), repr(sorted(config.items())))
+        if key not in made:
+            directory = root / f"{len(made)}-{family}"
+            if packed is None:
+                made[key] = pico.make(directory, family, tokenizer, dtype, **config)
+            else:
+                made[key] = pico.quantize(model(family, None, tokenizer, dtype, **config), directory, *packed)
+        return made[key]
+
+    return model

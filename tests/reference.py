@@ -1,0 +1,286 @@
+"""What the numbers should be: plain float64 numpy, written from papers and formulas, sharing no code with the package.
+
+``forward`` runs llama, mistral, qwen2, qwen3, seed_oss and gemma3_text and returns the logits and, per layer, the
+activations that calibration looks at. Below it stand the criteria and metrics, one short function each.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+# ---- reading a model directory ----
+
+NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32}
+
+
+def tensors(file: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file; bfloat16 becomes float32."""
+    data = file.read_bytes()
+    base = 8 + struct.unpack("<Q", data[:8])[0]
+    found = {}
+    for name, info in json.loads(data[8:base]).items():
+        if name == "__metadata__":
+            continue
+        start, end = info["data_offsets"]
+        array = np.frombuffer(data[base + start : base + end], NUMPY[info["dtype"]]).reshape(info["shape"])
+        found[name] = (array.astype(np.uint32) << 16).view(np.float32) if info["dtype"] == "BF16" else array
+    return found
+
+
+def unpack(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
+    """w = scale * code + bias; codes lie in 32-bit words, lowest bits first (bits must divide 32)."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    codes = ((words[..., None] >> shifts) & (2**bits - 1)).reshape(words.shape[0], -1).astype(np.float64)
+    repeat = codes.shape[1] // scales.shape[1]
+    return codes * np.repeat(scales.astype(np.float64), repeat, 1) + np.repeat(biases.astype(np.float64), repeat, 1)
+
+
+def load(directory: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """(config, weights by name in float64); packed matrices are unpacked."""
+    config = json.loads((directory / "config.json").read_text())
+    raw = {k: v for file in sorted(directory.glob("model*.safetensors")) for k, v in tensors(file).items()}
+    weights = {}
+    for name, array in raw.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("scales", "biases"):
+            continue
+        if array.dtype == np.uint32:
+            special = config["quantization"].get(module)
+            bits = (special or config["quantization"])["bits"]
+            array = unpack(array, raw[f"{module}.scales"], raw[f"{module}.biases"], bits)
+        weights[name] = array.astype(np.float64)
+    return config, weights
+
+
+# ---- the forward pass ----
+
+
+def sizes(config: dict) -> tuple[int, int, int]:
+    """(query heads, kv heads, head_dim)."""
+    heads = config["num_attention_heads"]
+    return heads, config["num_key_value_heads"], config.get("head_dim") or config["hidden_size"] // heads
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def rope(x: np.ndarray, base: float) -> np.ndarray:
+    """Rotary embedding of [..., tokens, head_dim] on the halves (i, i + head_dim/2)."""
+    half = x.shape[-1] // 2
+    angle = np.arange(x.shape[-2])[:, None] * base ** (-np.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], axis=-1)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def window_of(config: dict, layer: int) -> int | None:
+    """How many tokens a layer looks back on, itself included; None: all."""
+    if config["model_type"] == "gemma3_text":
+        sliding = (layer + 1) % config["sliding_window_pattern"] != 0
+    else:
+        sliding = (config.get("layer_types") or {layer: ""})[layer] == "sliding_attention"
+    return config["sliding_window"] if sliding else None
+
+
+def forward(config: dict, weights: dict[str, np.ndarray], tokens: np.ndarray) -> tuple[np.ndarray, list[dict]]:
+    """Logits [rows, tokens, vocab], and per layer: ffn, attention (inputs of down_proj and o_proj), attn_ln, ffn_ln
+    (outputs of the norms), before, after (of the block)."""
+    gemma = config["model_type"] == "gemma3_text"
+    eps = config["rms_norm_eps"]
+    heads, kv_heads, head_dim = sizes(config)
+    count, length = tokens.shape
+    scale = (config["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        return rms_norm(x, weights[name] + (1 if gemma else 0), eps)
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+
+    def split(x: np.ndarray, n: int) -> np.ndarray:
+        return x.reshape(count, length, n, head_dim).transpose(0, 2, 1, 3)
+
+    def attend(x: np.ndarray, name: str, window: int | None) -> np.ndarray:
+        q, k, v = (
+            split(linear(x, f"{name}.{p}_proj"), n) for p, n in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
+        )
+        if f"{name}.q_norm.weight" in weights:
+            q, k = norm(q, f"{name}.q_norm.weight"), norm(k, f"{name}.k_norm.weight")
+        base = config["rope_local_base_freq"] if gemma and window else config["rope_theta"]
+        q, k = rope(q, base), rope(k, base)
+        k, v = (np.repeat(a, heads // kv_heads, axis=1) for a in (k, v))
+        back = np.arange(length)[:, None] - np.arange(length)[None, :]
+        seen = (back >= 0) & (back < (window or length))
+        mixed = softmax(np.where(seen, q @ k.transpose(0, 1, 3, 2) * scale, -np.inf)) @ v
+        return mixed.transpose(0, 2, 1, 3).reshape(count, length, heads * head_dim)
+
+    x = weights["model.embed_tokens.weight"][tokens] * (np.sqrt(config["hidden_size"]) if gemma else 1)
+    layers = []
+    for i in range(config["num_hidden_layers"]):
+        block = f"model.layers.{i}"
+        kept = {"before": x, "attn_ln": norm(x, f"{block}.input_layernorm.weight")}
+        kept["attention"] = attend(kept["attn_ln"], f"{block}.self_attn", window_of(config, i))
+        r = linear(kept["attention"], f"{block}.self_attn.o_proj")
+        x = x + (norm(r, f"{block}.post_attention_layernorm.weight") if gemma else r)
+        kept["ffn_ln"] = norm(x, f"{block}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm.weight")
+        gate, up = (linear(kept["ffn_ln"], f"{block}.mlp.{n}_proj") for n in ("gate", "up"))
+        kept["ffn"] = (gelu_tanh(gate) if gemma else silu(gate)) * up
+        r = linear(kept["ffn"], f"{block}.mlp.down_proj")
+        x = x + (norm(r, f"{block}.post_feedforward_layernorm.weight") if gemma else r)
+        layers.append({**kept, "after": x})
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    return norm(x, "model.norm.weight") @ head.T, layers
+
+
+# ---- statistics of activations [rows, tokens, units] of which the first lengths[r] tokens of a row are text ----
+
+
+def valid(x: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The text of each row, [tokens, units]."""
+    return [row[:n] for row, n in zip(x, lengths, strict=True)]
+
+
+def row_sq(x: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Minitron before its root: sum over rows of (mean over tokens of |x|)^2."""
+    return sum(np.abs(row).mean(axis=0) ** 2 for row in valid(x, lengths))
+
+
+def moments(x: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+    text = np.concatenate(valid(x, lengths))
+    return {
+        "row_sq": row_sq(x, lengths),
+        "sum": text.sum(axis=0),
+        "abs_sum": np.abs(text).sum(axis=0),
+        "sq_sum": (text**2).sum(axis=0),
+        "max": np.abs(text).max(axis=0),
+    }
+
+
+def cosine_sum(before: np.ndarray, after: np.ndarray, lengths: np.ndarray) -> float:
+    a, b = np.concatenate(valid(before, lengths)), np.concatenate(valid(after, lengths))
+    return float(((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).sum())
+
+
+def hoyer(x: np.ndarray) -> np.ndarray:
+    """Sparsity of each column over its n entries: (sqrt(n) - L1/L2) / (sqrt(n) - 1); a column of zeros is 1."""
+    root, l2 = np.sqrt(len(x)), np.sqrt((x**2).sum(axis=0))
+    ratio = np.divide(np.abs(x).sum(axis=0), l2, out=np.ones(x.shape[1]), where=l2 > 0)
+    return (root - ratio) / (root - 1)
+
+
+# ---- criteria: importance of units of one layer ----
+
+
+def minitron(x: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return np.sqrt(row_sq(x, lengths))
+
+
+def _layer(weights: dict[str, np.ndarray], layer: int, role: str) -> np.ndarray:
+    part = "mlp" if role in ("gate", "up", "down") else "self_attn"
+    return weights[f"model.layers.{layer}.{part}.{role}_proj.weight"]
+
+
+READS = {"attn_ln": ("q", "k", "v"), "ffn_ln": ("gate", "up")}
+WRITES = {"attn_ln": "o", "ffn_ln": "down"}
+
+
+def magnitude(config: dict, weights: dict, i: int) -> dict[str, np.ndarray]:
+    """L2 norm of everything that leaves with a unit; k and v of a group count in equal shares to its query heads."""
+    w = {role: _layer(weights, i, role) ** 2 for role in ("q", "k", "v", "o", "gate", "up", "down")}
+    heads, kv_heads, d = sizes(config)
+    group = heads // kv_heads
+    attention = []
+    for h in range(heads):
+        own, shared = slice(h * d, (h + 1) * d), slice(h // group * d, (h // group + 1) * d)
+        attention.append(
+            w["q"][own].sum() + w["o"][:, own].sum() + (w["k"][shared].sum() + w["v"][shared].sum()) / group
+        )
+    found = {
+        "mlp": w["gate"].sum(1) + w["up"].sum(1) + w["down"].sum(0),
+        "attention": np.array(attention),
+        "layer": np.array(sum(m.sum() for m in w.values())),
+    }
+    found |= {n: sum(w[r].sum(0) for r in READS[n]) + w[WRITES[n]].sum(1) for n in READS}
+    return {name: np.sqrt(value) for name, value in found.items()}
+
+
+def wanda(x: np.ndarray, lengths: np.ndarray, *readers: np.ndarray) -> np.ndarray:
+    """sum over outputs of |W_ij| * ||x_j||_2, one number per input j."""
+    norms = np.sqrt((np.concatenate(valid(x, lengths)) ** 2).sum(axis=0))
+    return sum(np.abs(w).sum(axis=0) for w in readers) * norms
+
+
+def scores(
+    criterion: str, config: dict, weights: dict, tokens: np.ndarray, lengths: np.ndarray
+) -> dict[str, np.ndarray]:
+    """All scores of a criterion (any but random), as the score verb arranges them."""
+    _, layers = forward(config, weights, tokens)
+    heads, _, d = sizes(config)
+    rows = []
+    for i, a in enumerate(layers):
+        influence = 1 - cosine_sum(a["before"], a["after"], lengths) / lengths.sum()
+        if criterion == "magnitude":
+            row = magnitude(config, weights, i)
+        elif criterion == "wanda":
+            row = {"mlp": wanda(a["ffn"], lengths, _layer(weights, i, "down")), "layer": influence}
+            row["attention"] = wanda(a["attention"], lengths, _layer(weights, i, "o")).reshape(heads, d).sum(1)
+            row |= {n: wanda(a[n], lengths, *(_layer(weights, i, r) for r in READS[n])) for n in READS}
+        else:
+            row = {"mlp": minitron(a["ffn"], lengths), "layer": influence}
+            row["attention"] = np.sqrt(row_sq(a["attention"], lengths).reshape(heads, d).sum(1))
+            row |= {n: minitron(a[n], lengths) for n in READS}
+        rows.append({**row, "sparsity": hoyer(np.concatenate(valid(a["ffn"], lengths)))})
+    stacked = {name: np.stack([r[name] for r in rows]) for name in rows[0]}
+    return {name: values.sum(0) if name in READS else values for name, values in stacked.items()}
+
+
+# ---- metrics ----
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = np.asarray(logits, dtype=np.float64)
+    peak = logits.max(axis=-1, keepdims=True)
+    return logits - peak - np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
+
+
+def kl(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
+    """KL(teacher || student) per token in nats, from logits."""
+    p, q = log_softmax(teacher), log_softmax(student)
+    return (np.exp(p) * (p - q)).sum(axis=-1)
+
+
+def nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return -np.take_along_axis(log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+
+
+def percentile(values: np.ndarray, q: float) -> float:
+    """With linear interpolation between the two nearest values."""
+    ordered = np.sort(values)
+    at = (len(ordered) - 1) * q / 100
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return float(ordered[low] + (at - low) * (ordered[high] - ordered[low]))
+
+
+def clustered_error(rows: list[np.ndarray]) -> float:
+    """Standard error of the mean over all values when values of one row depend on each other (rows are the sample)."""
+    mean, total = np.concatenate(rows).mean(), sum(map(len, rows))
+    off = np.array([(row - mean).sum() for row in rows])
+    return float(np.sqrt((off**2).sum() * len(rows) / (len(rows) - 1)) / total)

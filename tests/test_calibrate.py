@@ -1,0 +1,244 @@
+"""Statistics equal float64 numpy, padding does not count, and an interrupted calibration ends in the same bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pico
+import pytest
+import reference
+
+from mlx_pare import stream
+from mlx_pare.artifacts import Arrays
+from mlx_pare.calibrate import SITES, Statistics, calibrate
+from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.corpus import Rows
+from mlx_pare.errors import Refused
+
+LAYERS = 4
+
+
+def rows(count: int = 5, length: int = 16, lengths: list[int] | None = None) -> Rows:
+    full = Rows.full(np.random.default_rng(0).integers(0, 500, (count, length)))
+    return full if lengths is None else Rows(full.tokens, np.array(lengths, dtype=np.int32))
+
+
+PADDED = rows(lengths=[16, 3, 1, 9, 12])
+
+
+def check(model: Path, data: Rows, directory: Path) -> None:
+    """Every array of every layer and site against the reference, and no other array."""
+    found = Arrays.load(calibrate(model, data, directory), "statistics")
+    _, layers = reference.forward(*reference.load(model), data.tokens)
+    names = set()
+    for i, activations in enumerate(layers):
+        for site in SITES:
+            expected = reference.moments(activations[site], data.lengths)
+            for name, values in expected.items():
+                slack = 1e-5 * expected["abs_sum"].max() if name == "sum" else 1e-6
+                np.testing.assert_allclose(found.arrays[f"{i}.{site}.{name}"], values, rtol=1e-4, atol=slack)
+                names.add(f"{i}.{site}.{name}")
+        cosine = reference.cosine_sum(activations["before"], activations["after"], data.lengths)
+        np.testing.assert_allclose(found.arrays[f"{i}.block.cosine"], cosine, rtol=1e-5)
+        names.add(f"{i}.block.cosine")
+    assert set(found.arrays) == names
+    assert found.about["tokens"] == data.lengths.sum() and found.about["rows"] == data.count
+    assert found.about["layers"] == len(layers) and found.about["data"] == data.digest()
+
+
+@pytest.mark.parametrize("data", [rows(), PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("packed", [None, (4, 32)], ids=["dense", "4 bits"])
+@pytest.mark.parametrize("family", pico.FAMILIES)
+def test_statistics(pico_models, tmp_path, family, packed, data):
+    check(pico_models(family, packed), data, tmp_path / "s")
+
+
+@pytest.mark.parametrize("micro_batch", [1, 32])
+def test_statistics_over_micro_batches(pico_models, tmp_path, monkeypatch, micro_batch):
+    """The greatest value, and the mean of each row, do not lie in the last micro-batch only."""
+    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+    check(pico_models("gemma3_text"), PADDED, tmp_path / "s")
+
+
+def test_what_stands_in_the_padding_does_not_matter(pico_models, tmp_path):
+    other = Rows(np.where(PADDED.mask(), PADDED.tokens, 7), PADDED.lengths)
+    a, b = (Arrays.load(calibrate(pico_models("llama"), d, tmp_path / n), n) for d, n in ((PADDED, "a"), (other, "b")))
+    assert a.about["data"] != b.about["data"]
+    for name, values in a.arrays.items():
+        np.testing.assert_allclose(values, b.arrays[name], rtol=1e-5, atol=1e-5)
+
+
+# ---- the same bytes ----
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module", params=[None, (4, 32)], ids=["dense", "4 bits"])
+def whole(request, pico_models, tmp_path_factory):
+    """(model, rows, stats.safetensors of a calibration that nobody interrupted)."""
+    model = pico_models("llama", request.param)
+    return model, rows(), calibrate(model, rows(), tmp_path_factory.mktemp("whole")).read_bytes()
+
+
+def before_block_is_saved(monkeypatch, block: int) -> None:
+    leave = Statistics.leave
+    monkeypatch.setattr(Statistics, "leave", lambda s, i, h: die() if i == block else leave(s, i, h))
+
+
+def after_block_is_saved(monkeypatch, block: int) -> None:
+    save = Statistics._save_hidden
+    monkeypatch.setattr(Statistics, "_save_hidden", lambda s, n, h: die() if n == block + 1 else save(s, n, h))
+
+
+def after_hidden_is_saved(monkeypatch, block: int) -> None:
+    leave = Statistics.leave
+
+    def then_die(self, index, hidden):
+        leave(self, index, hidden)
+        if index == block:
+            die()
+
+    monkeypatch.setattr(Statistics, "leave", then_die)
+
+
+def die() -> None:
+    raise Killed
+
+
+WHEN = [before_block_is_saved, after_block_is_saved, after_hidden_is_saved]
+
+
+@pytest.mark.parametrize("block", range(LAYERS))
+@pytest.mark.parametrize("when", WHEN, ids=lambda f: f.__name__)
+def test_resumed_after_any_block(whole, tmp_path, monkeypatch, when, block):
+    model, data, expected = whole
+    with monkeypatch.context() as patch:
+        when(patch, block)
+        with pytest.raises(Killed):
+            calibrate(model, data, tmp_path, save_every_s=0)
+    entered = seen_blocks(monkeypatch)
+    assert calibrate(model, data, tmp_path, save_every_s=0).read_bytes() == expected
+    done = block + 1 if when is after_hidden_is_saved else block
+    finished = block == LAYERS - 1 and when is not before_block_is_saved
+    assert entered == ([] if finished else list(range(done, LAYERS)))
+    assert [f.name for f in tmp_path.iterdir()] == ["stats.safetensors"]
+
+
+def seen_blocks(monkeypatch) -> list[int]:
+    entered, enter = [], Statistics.enter
+    monkeypatch.setattr(Statistics, "enter", lambda s, i, b, m: (entered.append(i), enter(s, i, b, m))[1])
+    return entered
+
+
+@pytest.mark.parametrize("block", range(LAYERS))
+def test_resumed_when_no_hidden_states_were_saved(whole, tmp_path, monkeypatch, block):
+    model, data, expected = whole
+    with monkeypatch.context() as patch:
+        after_hidden_is_saved(patch, block)
+        with pytest.raises(Killed):
+            calibrate(model, data, tmp_path, save_every_s=1e9)
+    assert not list(tmp_path.glob("hidden*"))
+    assert calibrate(model, data, tmp_path, save_every_s=1e9).read_bytes() == expected
+
+
+def test_resumed_after_every_block_in_turn(whole, tmp_path, monkeypatch):
+    """A machine that never gets further than one block."""
+    model, data, expected = whole
+    for block in range(LAYERS - 1):
+        with monkeypatch.context() as patch:
+            after_hidden_is_saved(patch, block)
+            with pytest.raises(Killed):
+                calibrate(model, data, tmp_path, save_every_s=0)
+    assert calibrate(model, data, tmp_path, save_every_s=0).read_bytes() == expected
+
+
+def test_half_written_files_are_ignored(whole, tmp_path):
+    model, data, expected = whole
+    (tmp_path / "block-0000.tmp.safetensors").write_bytes(b"half")
+    (tmp_path / "hidden-0003.tmp.safetensors").write_bytes(b"half")
+    assert calibrate(model, data, tmp_path).read_bytes() == expected
+
+
+def test_hidden_states_without_their_blocks_are_not_trusted(whole, tmp_path, monkeypatch):
+    model, data, expected = whole
+    with monkeypatch.context() as patch:
+        after_hidden_is_saved(patch, 2)
+        with pytest.raises(Killed):
+            calibrate(model, data, tmp_path, save_every_s=0)
+    (tmp_path / "block-0001.safetensors").unlink()
+    assert calibrate(model, data, tmp_path, save_every_s=0).read_bytes() == expected
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+from mlx_pare.calibrate import Statistics, calibrate
+import test_calibrate
+leave = Statistics.leave
+def then_die(self, index, hidden):
+    leave(self, index, hidden)
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+Statistics.leave = then_die
+calibrate(Path(sys.argv[1]), test_calibrate.rows(), Path(sys.argv[2]), save_every_s=0)
+"""
+
+
+def test_resumed_after_kill_9(pico_models, tmp_path):
+    model, here = pico_models("gemma3_text"), Path(__file__).resolve().parent
+    paths = [str(here), str(here.parent)]
+    done = subprocess.run([sys.executable, "-c", KILLED, model, tmp_path / "a", *paths], env=os.environ, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == [
+        "block-0000.safetensors",
+        "block-0001.safetensors",
+        "hidden-0002.safetensors",
+    ]
+    resumed = calibrate(model, rows(), tmp_path / "a")
+    assert resumed.read_bytes() == calibrate(model, rows(), tmp_path / "b").read_bytes()
+
+
+def test_same_input_same_bytes(whole, tmp_path):
+    model, data, expected = whole
+    assert calibrate(model, data, tmp_path / "again").read_bytes() == expected
+    assert calibrate(model, data, tmp_path / "often", save_every_s=0).read_bytes() == expected
+    assert calibrate(model, rows(4), tmp_path / "other").read_bytes() != expected
+
+
+def test_statistics_name_their_model(whole, pico_models, tmp_path):
+    model, data, _ = whole
+    about = Arrays.load(calibrate(model, data, tmp_path / "s"), "statistics").about
+    assert about["model"] == Checkpoint(model).identity()
+
+
+def test_the_model_is_not_touched(pico_models, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(pico_models("llama"), model)
+    before = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in model.iterdir()}
+    calibrate(model, rows(), tmp_path / "s")
+    assert {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in model.iterdir()} == before
+
+
+def test_refuses_before_it_starts(pico_models, tmp_path):
+    with pytest.raises(Refused, match="memory-cap"):
+        calibrate(pico_models("llama"), rows(), tmp_path / "s", memory_cap=1000)
+    assert not (tmp_path / "s").exists()
+
+
+def test_hidden_states_on_disk_are_only_the_last(pico_models, tmp_path, monkeypatch):
+    after_hidden_is_saved(monkeypatch, 2)
+    with pytest.raises(Killed):
+        calibrate(pico_models("llama"), rows(), tmp_path, save_every_s=0)
+    saved = list(tmp_path.glob("hidden-*"))
+    assert [f.name for f in saved] == ["hidden-0003.safetensors"]
+    assert mx.load(str(saved[0]))["hidden"].shape == (5, 16, 64)

@@ -1,0 +1,410 @@
+"""The whole job on a pico model: everything is there, a second run does nothing, the report says what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import shutil
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlx_pare import lm, pipeline, steps
+from mlx_pare.artifacts import Metrics, Plan
+from mlx_pare.check import check, repeats
+from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.console import count, gb
+from mlx_pare.errors import PareError, Refused, UsageError
+from mlx_pare.steps import Settings
+
+reporting = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function
+
+STEPS = ["calibrate", "score", "plan", "prune", "evaluate-original", "evaluate-pruned", "recover", "evaluate-recovered",
+         "evaluate-random", "evaluate-fewer-bits", "export", "bench"]  # fmt: skip
+CONTENDERS = {"original", "pruned", "recovered", "random", "fewer-bits"}
+
+
+def hashes(directory: Path) -> dict[str, tuple]:
+    """Contents and times of every file."""
+    files = sorted(f for f in directory.rglob("*") if f.is_file())
+    return {
+        str(f.relative_to(directory)): (hashlib.sha256(f.read_bytes()).digest(), f.stat().st_mtime_ns) for f in files
+    }
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    """A small job, on our own text in two halves."""
+    folder = tmp_path_factory.mktemp("text")
+    lines = (steps.DEMO / "calibration.txt").read_text("utf-8").split("\n")
+    for name, part in (("data", lines[: len(lines) // 2]), ("test", lines[len(lines) // 2 :])):
+        (folder / f"{name}.txt").write_text("\n".join(part), "utf-8")
+    return Settings(
+        data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), keep=0.75, length=32, samples=16,
+        recover_steps=4, trials=1, gguf="f16", context=256,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(pico_models, settings, tmp_path_factory) -> dict:
+    """One whole run: where, and what it returned."""
+    model = pico_models("llama", (4, 32))
+    before, out = hashes(model), tmp_path_factory.mktemp("whole") / "run"
+    return {"model": model, "before": before, "out": out, "summary": pipeline.run(model, out, settings)}
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """The finished run, to be changed."""
+    return Path(shutil.copytree(finished["out"], tmp_path / "copy"))
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+# ---- what a run leaves ----
+
+
+def test_run_gives_all_it_promises(finished):
+    summary, out = finished["summary"], finished["out"]
+    assert set(summary["contenders"]) == CONTENDERS
+    assert Path(summary["model"]) == out / "recover" / "model"
+    assert Path(summary["gguf"]).read_bytes()[:4] == b"GGUF" and Path(summary["gguf"]).suffix == ".gguf"
+    assert Path(summary["report"]).read_text().startswith("# ")
+    assert summary["before"]["kl_divergence"] is None and summary["after"]["kl_divergence"] > 0
+    assert summary["after"] == summary["contenders"]["recovered"]
+    assert summary["verdict"] and json.dumps(summary, allow_nan=False)
+    assert len(summary["fits"]["rows"]) > 50 and len(summary["bench"]["models"]) == 2
+
+
+def test_result_is_as_small_as_asked_and_opens(finished):
+    before, after = (Checkpoint(m) for m in (finished["model"], finished["summary"]["model"]))
+    plan = Plan.load(finished["out"] / "plan" / "plan.json")
+    assert plan.after.non_embedding / plan.before.non_embedding == pytest.approx(0.75, abs=0.1)
+    assert after.nbytes() == plan.after.bytes == finished["summary"]["after"]["bytes"] < before.nbytes()
+    assert lm.load_stock(after.path) is not None
+
+
+def test_contenders_are_of_their_size(finished):
+    sizes = {n: (c["bytes"], c["parameters"]) for n, c in finished["summary"]["contenders"].items()}
+    assert sizes["random"] == sizes["pruned"] == sizes["recovered"]
+    assert sizes["fewer-bits"][1] == sizes["original"][1] and sizes["fewer-bits"][0] <= sizes["recovered"][0]
+    measured = {(c["tokens"], c["windows"], c["length"]) for c in finished["summary"]["contenders"].values()}
+    assert measured == {(16 * 31, 16, 32)}
+
+
+def test_manifest_records_every_step(finished):
+    manifest = read(finished["out"] / "manifest.json")
+    assert list(manifest["steps"]) == STEPS
+    for name, record in manifest["steps"].items():
+        assert record["seconds"] >= 0 and record["peak_bytes"] > 10 << 20, name
+        assert record["inputs"] and record["outputs"], name
+    peaks = [record["peak_bytes"] for record in manifest["steps"].values()]
+    assert peaks == sorted(peaks)
+    assert manifest["source"] == Checkpoint(finished["model"]).identity()
+
+
+def test_recipe_is_what_was_asked(finished, settings):
+    recipe = tomllib.loads((finished["out"] / "recipe.toml").read_text("utf-8"))
+    asked = {k: v for k, v in vars(settings).items() if v is not None}
+    assert recipe == {**asked, "axes": ["ffn", "kv_head"], "model": str(finished["model"])}
+
+
+def test_original_is_not_touched(finished):
+    assert hashes(finished["model"]) == finished["before"]
+
+
+def test_nothing_temporary_is_left(finished):
+    left = [
+        f.name for f in finished["out"].rglob("*") if f.suffix in (".partial", ".tmp", ".part") or ".tmp." in f.name
+    ]
+    assert left == []
+    assert not (finished["out"] / "evaluate-random" / "model").exists()
+
+
+# ---- once more ----
+
+
+def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypatch):
+    before = hashes(finished["out"])
+    for verb in ("calibrate", "prune", "recover", "evaluate", "export", "bench", "plan"):
+        monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
+    assert pipeline.run(finished["model"], finished["out"], settings) == finished["summary"]
+    after = hashes(finished["out"])
+    rewritten = {name for name in after if after[name] != before.get(name)}
+    assert rewritten <= {"report.md", "recipe.toml"}
+    assert {n: h for n, (h, _) in after.items()} == {n: h for n, (h, _) in before.items()}
+
+
+CHANGES = [
+    (dict(samples=15), "calibrate.*rows was 16, now it is 15"),
+    (dict(seed=1), "calibrate.*seed"),
+    (dict(criterion="wanda"), "score.*criterion was 'minitron'"),
+    (dict(keep=0.5), "plan.*keep was 0.75, now it is 0.5"),
+    (dict(recover_steps=5), "recover.*steps was 4"),
+    (dict(gguf="q8_0"), "export.*kind was 'f16'"),
+    (dict(trials=2), "bench.*trials was 1"),
+]
+
+
+@pytest.mark.parametrize("change, words", CHANGES)
+def test_other_settings_are_refused_and_change_nothing(finished, settings, change, words):
+    before = hashes(finished["out"])
+    with pytest.raises(Refused, match=words):
+        pipeline.run(finished["model"], finished["out"], replace(settings, **change))
+    assert hashes(finished["out"]) == before
+
+
+WRONG = [
+    (dict(criterion="magic"), UsageError, "magic.*minitron"),
+    (dict(method="prayer"), UsageError, "prayer.*lora"),
+    (dict(gguf="q9_z"), UsageError, "q9_z.*q8_0"),
+    (dict(axes=("depth",)), UsageError, "depth.*layer"),
+    (dict(keep=None), UsageError, "exactly one target"),
+    (dict(mac="m4-24gb"), UsageError, "exactly one target"),
+    (dict(keep=None, target_size="1kB"), Refused, "smallest possible"),
+    (dict(length=100_000, recover_steps=0), PareError, "tokens, one row needs"),
+    (dict(data="nowhere.txt"), PareError, "no text at nowhere.txt"),
+]
+
+
+@pytest.mark.parametrize("change, error, words", WRONG)
+def test_what_cannot_work_is_found_before_anything_is_written(pico_models, settings, tmp_path, change, error, words):
+    with pytest.raises(error, match=words):
+        pipeline.run(pico_models("llama", (4, 32)), tmp_path / "run", replace(settings, **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_predicts_the_run_and_writes_nothing(finished, settings):
+    before = hashes(finished["out"].parent)
+    found = pipeline.dry_run(finished["model"], settings)
+    assert hashes(finished["out"].parent) == before
+    assert found["after"]["bytes"] == finished["summary"]["after"]["bytes"]
+    assert found["before"]["bytes"] == finished["summary"]["before"]["bytes"] and found["calibration_bytes"] > 0
+
+
+@pytest.fixture(scope="module")
+def plain_run(pico_models, settings, tmp_path_factory) -> dict:
+    """No recovery, no speed, and a model whose name is an attack on the report."""
+    root = tmp_path_factory.mktemp("plain")
+    model = root / "a|b <img src=x onerror=alert(1)> `c` #d"  # mlx-lm itself cannot open a path with [ ] or *
+    shutil.copytree(pico_models("llama", (4, 32)), model)
+    out = root / "run"
+    return {"out": out, "summary": pipeline.run(model, out, replace(settings, recover_steps=0, trials=0))}
+
+
+def test_run_without_recovery_and_bench(plain_run):
+    summary = plain_run["summary"]
+    assert Path(summary["model"]) == plain_run["out"] / "prune" / "model"
+    assert summary["after"] == summary["contenders"]["pruned"] and summary["bench"] is None
+    assert set(summary["contenders"]) == CONTENDERS - {"recovered"}
+    assert not (plain_run["out"] / "recover").exists()
+    text = Path(summary["report"]).read_text()
+    assert "## Recovery" not in text and "## Speed" not in text
+
+
+# ---- the gates ----
+
+
+def test_quality_gate_fails_and_keeps_everything(copied, finished, settings):
+    ratio = finished["summary"]["after"]["perplexity"] / finished["summary"]["before"]["perplexity"]
+    assert ratio > 1.0001
+    with pytest.raises(PareError, match=r"perplexity is .* x the original's, --min-quality allows 1.0001") as error:
+        pipeline.run(finished["model"], copied, replace(settings, min_quality=1.0001))
+    assert error.value.exit_code == 1
+    assert hashes(copied).keys() == hashes(finished["out"]).keys()
+    assert pipeline.run(finished["model"], copied, replace(settings, min_quality=ratio * 1.01))["after"]
+
+
+@pytest.mark.parametrize("harm", ["changed", "missing"])
+def test_changed_tokenizer_is_an_error(finished, copied, harm):
+    model = copied / "prune" / "model"
+    file = model / "tokenizer.json"
+    file.unlink() if harm == "missing" else file.write_text(file.read_text() + " ")
+    with pytest.raises(PareError, match=r"tokenizer\.json differs from the original's"):
+        check(model, finished["model"])
+
+
+def test_model_that_transformers_cannot_open_is_an_error(finished, copied):
+    config = copied / "prune" / "model" / "config.json"
+    config.write_text(json.dumps(read(config) | {"model_type": "no-such-thing"}))
+    with pytest.raises(PareError, match="transformers cannot open"):
+        check(config.parent, finished["model"])
+
+
+TALK = "It was the best of times, it was the worst of times, it was the age of wisdom"
+WRITES = [
+    (TALK, TALK, []),
+    ("", TALK, ["generates nothing"]),
+    ("the the the the " * 8, TALK, ["repeats itself"]),
+    ("the the the the " * 8, "a b " * 20, []),
+    ("", " ", []),
+]
+
+
+@pytest.mark.parametrize("ours, theirs, expected", WRITES)
+def test_strange_text_is_a_warning(finished, monkeypatch, ours, theirs, expected):
+    checking = importlib.import_module("mlx_pare.check")
+    model = Path(finished["summary"]["model"])
+    monkeypatch.setattr(checking, "_text", lambda path: ours if path == model else theirs)
+    found = check(model, finished["model"])
+    assert len(found) == len(expected) and all(e in f for e, f in zip(expected, found, strict=True))
+
+
+REPEATING = ["a" * 48, "ab" * 40, "and then " * 9, TALK + " no" * 60, "once, and " + "the house " * 14, "\n" * 50]
+VARIED = ["", "aaa", "a" * 46, TALK, "the house was " * 2, TALK + TALK[:30], "abcdefghijklmnopqrstuvwxy" * 2]
+
+
+@pytest.mark.parametrize("text, expected", [(t, True) for t in REPEATING] + [(t, False) for t in VARIED])
+def test_repeats(text, expected):
+    assert repeats(text) is expected
+
+
+# ---- the report ----
+
+
+def tables(text: str) -> dict[str, list[list[str]]]:
+    """Section title -> rows of cells of its table, header first; every row has as many cells as the header."""
+    found: dict[str, list[list[str]]] = {}
+    title = ""
+    for line in text.split("\n"):
+        if line.startswith("#"):
+            title = line.lstrip("# ")
+        elif line.startswith("|"):
+            cells = [c.strip() for c in line.replace("\\|", "\0").strip("|").split("|")]
+            found.setdefault(title, []).append(cells)
+            assert len(cells) == len(found[title][0]), line
+    return {t: [r for r in rows if set("".join(r)) != {"-"}] for t, rows in found.items()}
+
+
+@pytest.fixture
+def parsed(finished) -> dict[str, list[list[str]]]:
+    return tables(Path(finished["summary"]["report"]).read_text())
+
+
+def test_report_has_the_measured_contenders(finished, parsed):
+    rows = {row[0]: row[1:] for row in parsed["Contenders"]}
+    titles = dict(reporting.CONTENDERS)
+    assert len(rows) == 1 + len(CONTENDERS)
+    for name in CONTENDERS:
+        m = read(finished["out"] / f"evaluate-{name}" / "metrics.json")
+        size = read(finished["out"] / f"evaluate-{name}" / "size.json")["bytes"]
+        kl = (
+            ["-"] * 3
+            if name == "original"
+            else [f"{m['kl_divergence']:.4f}", f"{m['kl_p95']:.3f}", f"{m['top1_agreement']:.1%}"]
+        )
+        ppl = f"{m['perplexity']:.3f} ± {m['perplexity_stderr']:.3f}"
+        assert rows[titles[name]] == [gb(size), ppl, f"{m['bits_per_byte']:.4f}", *kl]
+
+
+def test_report_has_the_planned_shape(finished, parsed):
+    plan = read(finished["out"] / "plan" / "plan.json")
+    rows = {row[0]: row[1:] for row in parsed["Shape"][1:]}
+    written = {"parameters": count, "non_embedding": count, "bytes": gb}
+    for key in plan["before"]:
+        assert rows[key.replace("_", " ")] == [written.get(key, str)(plan[side][key]) for side in ("before", "after")]
+
+
+def test_report_has_the_recovery_the_speed_and_the_steps(finished, parsed):
+    curve = read(finished["out"] / "recover" / "recovery.json")["curve"]
+    assert parsed["Recovery"][1:] == [[str(step), f"{value:.5f}"] for step, value in curve]
+    bench = read(finished["out"] / "bench" / "bench.json")["models"]
+    assert [float(row[2].split()[0]) for row in parsed["Speed"][1:]] == [
+        round(m["decode_tokens_per_s"]["median"], 1) for m in bench
+    ]
+    manifest = read(finished["out"] / "manifest.json")["steps"]
+    assert [row[0] for row in parsed["Steps"][1:]] == STEPS
+    assert [row[2] for row in parsed["Steps"][1:]] == [gb(record["peak_bytes"]) for record in manifest.values()]
+
+
+def test_report_has_the_verdict_the_gguf_and_the_macs(finished):
+    text = Path(finished["summary"]["report"]).read_text()
+    export, fits = (read(finished["out"] / "export" / f"{n}.json") for n in ("export", "fits"))
+    assert finished["summary"]["verdict"] in text
+    assert f"`{export['path']}`: f16, architecture llama, {gb(export['bytes'])}, {export['tensors']} tensors" in text
+    assert (finished["out"] / export["path"]).stat().st_size == export["bytes"]
+    fitting = sum(row["fits"] for row in fits["rows"])
+    assert f"it fits {fitting} of {len(fits['rows'])} Macs; the original {fits['original_fits']}." in text
+
+
+def test_report_can_be_made_of_a_run_that_is_not_finished(copied):
+    manifest = read(copied / "manifest.json")
+    manifest["steps"] = {"calibrate": manifest["steps"]["calibrate"]}
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    for step in STEPS[1:]:
+        shutil.rmtree(copied / step)
+    text = reporting.report(copied).read_text()
+    assert "Not measured yet." in text and set(tables(text)) == {"Steps"}
+
+
+def harmless(text: str) -> None:
+    assert tables(text).keys() >= {"Contenders", "Shape", "Steps"}
+    assert "<" not in text and text.count("\n# ") == 0 and text.startswith("# ")
+    assert "](javascript" not in text.replace("\\]", "")
+
+
+def test_name_of_a_model_cannot_break_the_report(plain_run):
+    text = Path(plain_run["summary"]["report"]).read_text()
+    harmless(text)
+    assert text.split("\n")[0].startswith("# a\\|b &lt;img src=x")
+
+
+@pytest.mark.parametrize("name", ["x\n| 1 | 2 |", "a\n# Worth it", "<script>", "[a](javascript:b)", "&lt;b>", "```"])
+def test_text_from_outside_cannot_break_the_report(copied, name):
+    manifest = read(copied / "manifest.json")
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"model": f"m/{name}"}))
+    (copied / "prune" / "check.json").write_text(json.dumps({"warnings": [f"repeats itself: {name}"]}))
+    plan = read(copied / "plan" / "plan.json")  # may be edited by hand
+    plan["target"]["asked"] = plan["neighbours"][0] = plan["criterion"] = name
+    (copied / "plan" / "plan.json").write_text(json.dumps(plan))
+    text = reporting.report(copied).read_text()
+    harmless(text)
+    assert "```" not in text
+    assert len(tables(text)["Contenders"]) == 6
+
+
+# ---- the verdict ----
+
+
+@pytest.fixture
+def measured() -> Callable[..., dict]:
+    def make(**perplexities: float) -> dict[str, tuple[Metrics, int]]:
+        sizes = {"original": 1000, "fewer_bits": 700}
+        found = {}
+        for name, value in perplexities.items():
+            numbers = dict(model="m", data="d", tokens=9, windows=3, length=4, perplexity_stderr=0.1, bits_per_byte=1.0)
+            found[name.replace("_", "-")] = Metrics(perplexity=value, **numbers), sizes.get(name, 750)
+        return found
+
+    return make
+
+
+VERDICTS = [
+    (dict(original=10, pruned=12, random=30, fewer_bits=11), "**Not worth it:**"),
+    (dict(original=10, pruned=12, random=30, fewer_bits=12), "**Not worth it:**"),
+    (dict(original=10, pruned=12, random=30, fewer_bits=13), "**Worth it:**"),
+    (dict(original=10, pruned=20, recovered=12, random=30, fewer_bits=13), "**Worth it:**"),
+    (dict(original=10, pruned=12, recovered=14, random=30, fewer_bits=13), "**Not worth it:**"),
+    (dict(original=10, pruned=12), "were not an alternative"),
+    (dict(pruned=12, random=30), "Not measured yet"),
+    (dict(original=10), "Not measured yet"),
+]
+
+
+@pytest.mark.parametrize("perplexities, words", VERDICTS)
+def test_verdict(measured, perplexities, words):
+    text = reporting.verdict(measured(**perplexities))
+    assert words in text
+    assert ("orth it" in words) == ("orth it" in text)
+
+
+def test_verdict_compares_the_result_with_the_random_cut(measured):
+    text = reporting.verdict(measured(original=10, pruned=20, recovered=12.5, random=30, fewer_bits=13))
+    assert "1.00 kB -> 750 B (75%), perplexity 10.00 -> 12.50 (x 1.250)." in text
+    assert "A random cut of the same size, without recovery, has 30.00." in text and "700 B" in text

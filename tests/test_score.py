@@ -1,0 +1,301 @@
+"""Every criterion equals its float64 reference on every axis, points the right way, and random knows the seed alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pico
+import pytest
+import reference
+
+from mlx_pare.artifacts import Arrays
+from mlx_pare.calibrate import calibrate
+from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.corpus import Rows
+from mlx_pare.errors import PareError, UsageError
+from mlx_pare.observers import sparsity
+from mlx_pare.score import CRITERIA, criterion, score
+
+DATA = Rows(
+    np.random.default_rng(0).integers(0, 500, (5, 16)).astype(np.int32), np.array([16, 3, 1, 9, 12], dtype=np.int32)
+)
+MEASURED = [name for name in CRITERIA if name != "random"]
+OF_ACTIVATIONS = [name for name in MEASURED if name != "magnitude"]
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory) -> Callable[..., Arrays]:
+    """``scored(model, criterion, seed=0)``; a model is calibrated once."""
+    stats: dict[Path, Path] = {}
+
+    def scores(model: Path, name: str, seed: int = 0) -> Arrays:
+        directory = tmp_path_factory.mktemp("scores")
+        if model not in stats:
+            stats[model] = calibrate(model, DATA, directory / "stats")
+        return Arrays.load(score(model, stats[model], directory / "scores.safetensors", name, seed), "scores")
+
+    return scores
+
+
+def changed(model: Path, directory: Path, change: Callable[[int, dict], None]) -> Path:
+    """A copy of a dense model in which ``change(layer, matrices by short name)`` has replaced some weights."""
+    shutil.copytree(model, directory)
+    weights = mx.load(str(model / "model.safetensors"))
+    layers = {int(found[1]) for name in weights if (found := re.search(r"layers\.(\d+)\.", name))}
+    for layer in layers:
+        prefix = f"model.layers.{layer}."
+        short = {n.removeprefix(prefix): np.array(w) for n, w in weights.items() if n.startswith(prefix)}
+        change(layer, short)
+        weights |= {prefix + n: mx.array(w) for n, w in short.items()}
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return directory
+
+
+GATE, UP, DOWN = (f"mlp.{n}_proj.weight" for n in ("gate", "up", "down"))
+Q, K, V, O = (f"self_attn.{n}_proj.weight" for n in "qkvo")  # noqa: E741 what the projection is called
+
+# ---- against the reference ----
+
+
+@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("packed", [None, (4, 32)], ids=["dense", "4 bits"])
+@pytest.mark.parametrize("family", pico.FAMILIES)
+def test_scores(pico_models, scored, family, packed, name):
+    model = pico_models(family, packed)
+    found = scored(model, name)
+    config, weights = reference.load(model)
+    expected = reference.scores(name, config, weights, DATA.tokens, DATA.lengths)
+    assert set(found.arrays) == set(expected)
+    for axis, values in expected.items():
+        atol = 1e-6 if axis in ("layer", "sparsity") else 0  # these are differences of numbers near 1
+        np.testing.assert_allclose(found.arrays[axis], values, rtol=1e-4, atol=atol, err_msg=axis)
+    layers, ffn, hidden = (config[k] for k in ("num_hidden_layers", "intermediate_size", "hidden_size"))
+    shapes = {"mlp": (layers, ffn), "attention": (layers, config["num_attention_heads"]), "layer": (layers,)}
+    shapes |= {"attn_ln": (hidden,), "ffn_ln": (hidden,), "sparsity": (layers, ffn)}
+    assert {axis: a.shape for axis, a in found.arrays.items()} == shapes
+    assert found.about["criterion"] == name and found.about["model"] == Checkpoint(model).identity()
+
+
+# ---- planted dead units get the lowest score ----
+
+
+def lowest(values: np.ndarray) -> set[int]:
+    """The index of the lowest score in every layer."""
+    return set(values.argmin(axis=-1).tolist())
+
+
+def dead_channel(layer: int, w: dict) -> None:
+    w[GATE][5], w[UP][5], w[DOWN][:, 5] = 0, 0, 0
+
+
+def unfed_channel(layer: int, w: dict) -> None:
+    w[GATE][5], w[UP][5] = 0, 0
+
+
+def unread_channel(layer: int, w: dict) -> None:
+    w[DOWN][:, 5] = 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("change", "criteria"),
+    [(dead_channel, MEASURED), (unfed_channel, OF_ACTIVATIONS), (unread_channel, ["wanda"])],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_dead_channel(pico_models, scored, tmp_path, family, change, criteria):
+    model = changed(pico_models(family), tmp_path / "m", change)
+    for name in criteria:
+        found = scored(model, name).arrays["mlp"]
+        assert lowest(found) == {5} and found[:, 5].max() == 0, name
+
+
+def test_unfed_channel_counts_as_sparse(pico_models, scored, tmp_path):
+    model = changed(pico_models("llama"), tmp_path / "m", unfed_channel)
+    found = scored(model, "minitron").arrays["sparsity"]
+    assert (found[:, 5] == 1).all() and found[:, :5].max() < 1
+
+
+def dead_heads(layer: int, w: dict) -> None:
+    """The second of two kv heads with its two query heads: no values come out, and nobody reads them."""
+    w[V][16:], w[O][:, 32:] = 0, 0
+
+
+def silent_heads(layer: int, w: dict) -> None:
+    w[V][16:] = 0
+
+
+def unread_head(layer: int, w: dict) -> None:
+    w[O][:, 48:] = 0
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_dead_heads(pico_models, scored, tmp_path, name):
+    found = scored(changed(pico_models("llama"), tmp_path / "m", dead_heads), name).arrays["attention"]
+    assert found[:, 2:].max() < found[:, :2].min()
+
+
+@pytest.mark.parametrize("name", OF_ACTIVATIONS)
+def test_silent_heads(pico_models, scored, tmp_path, name):
+    found = scored(changed(pico_models("llama"), tmp_path / "m", silent_heads), name).arrays["attention"]
+    assert found[:, 2:].max() == 0 < found[:, :2].min()
+
+
+@pytest.mark.parametrize("name", ["wanda", "magnitude"])
+def test_unread_head(pico_models, scored, tmp_path, name):
+    """Criteria that look at o_proj must see it, and see it in this head alone."""
+    found = scored(changed(pico_models("llama"), tmp_path / "m", unread_head), name).arrays["attention"]
+    assert lowest(found) == {3}
+
+
+def identity_layer(layer: int, w: dict) -> None:
+    if layer == 2:
+        w[O][:], w[DOWN][:] = 0, 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", MEASURED)
+def test_layer_that_does_nothing(pico_models, scored, tmp_path, family, name):
+    found = scored(changed(pico_models(family), tmp_path / "m", identity_layer), name).arrays["layer"]
+    assert found.argmin() == 2
+    assert name == "magnitude" or abs(found[2]) < 1e-5
+
+
+def test_layer_that_turns_everything_around(pico_models, scored, tmp_path):
+    """The other end of block influence: a block after which nothing of its input is left."""
+
+    def loud(layer: int, w: dict) -> None:
+        if layer == 1:
+            w[DOWN] *= 1000
+
+    found = scored(changed(pico_models("llama"), tmp_path / "m", loud), "block-influence").arrays["layer"]
+    assert found.argmax() == 1 and found[1] > 0.5
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_dead_hidden_channel(pico_models, scored, tmp_path, name):
+    def dead(layer: int, w: dict) -> None:
+        for norm, readers, writer in (("input", (Q, K, V), O), ("post_attention", (GATE, UP), DOWN)):
+            w[f"{norm}_layernorm.weight"][7], w[writer][7] = 0, 0
+            for reader in readers:
+                w[reader][:, 7] = 0
+
+    found = scored(changed(pico_models("llama"), tmp_path / "m", dead), name).arrays
+    for norm in ("attn_ln", "ffn_ln"):
+        assert found[norm].argmin() == 7 and found[norm][7] == 0
+
+
+# ---- permuting units permutes scores ----
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_permuted_channels(pico_models, scored, tmp_path, name):
+    order = np.random.default_rng(1).permutation(128)
+
+    def permute(layer: int, w: dict) -> None:
+        w[GATE], w[UP], w[DOWN] = w[GATE][order], w[UP][order], w[DOWN][:, order]
+
+    before = scored(pico_models("llama"), name).arrays
+    after = scored(changed(pico_models("llama"), tmp_path / "m", permute), name).arrays
+    np.testing.assert_allclose(after["mlp"], before["mlp"][:, order], rtol=1e-4)
+    np.testing.assert_allclose(after["sparsity"], before["sparsity"][:, order], atol=1e-5)
+    for axis in ("attention", "layer", "attn_ln", "ffn_ln"):
+        np.testing.assert_allclose(after[axis], before[axis], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_permuted_heads(pico_models, scored, tmp_path, name):
+    """The two groups of a kv head and its two query heads change places."""
+    rows = np.r_[32:64, 0:32]
+
+    def permute(layer: int, w: dict) -> None:
+        w[Q], w[O] = w[Q][rows], w[O][:, rows]
+        w[K], w[V] = (np.roll(w[n], 16, axis=0) for n in (K, V))
+
+    before = scored(pico_models("llama"), name).arrays["attention"]
+    after = scored(changed(pico_models("llama"), tmp_path / "m", permute), name).arrays["attention"]
+    np.testing.assert_allclose(after, before[:, [2, 3, 0, 1]], rtol=1e-4)
+
+
+# ---- random ----
+
+
+def test_random_depends_on_the_seed_alone(pico_models, scored, tmp_path):
+    plain, dead = pico_models("llama"), changed(pico_models("llama"), tmp_path / "m", dead_channel)
+    first, again, other = scored(plain, "random", 3), scored(dead, "random", 3), scored(plain, "random", 4)
+    for axis in ("mlp", "attention", "layer", "attn_ln", "ffn_ln"):
+        assert np.array_equal(first.arrays[axis], again.arrays[axis]), axis
+        assert not np.isin(first.arrays[axis], other.arrays[axis]).any(), axis
+    assert first.about["seed"] == 3
+
+
+def test_random_is_drawn_anew_for_every_unit(pico_models, scored):
+    found = scored(pico_models("llama"), "random").arrays
+    every = np.concatenate([found[axis].ravel() for axis in ("mlp", "attention", "layer", "attn_ln", "ffn_ln")])
+    assert len(np.unique(every)) == len(every)
+    assert abs(found["mlp"].mean() - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_same_bytes(pico_models, tmp_path, name):
+    model = pico_models("llama")
+    stats = calibrate(model, DATA, tmp_path / "stats")
+    files = [score(model, stats, tmp_path / f"{i}.safetensors", name, 1).read_bytes() for i in range(2)]
+    assert files[0] == files[1]
+
+
+# ---- what cannot be scored ----
+
+
+def test_unknown_criterion(pico_models, tmp_path):
+    with pytest.raises(UsageError, match="unknown criterion 'tarot'") as found:
+        criterion("tarot")
+    assert all(name in found.value.cure for name in CRITERIA)
+    with pytest.raises(UsageError):
+        score(pico_models("llama"), tmp_path / "none", tmp_path / "out", "tarot")
+
+
+@pytest.mark.parametrize("other", [{"family": "qwen3"}, {"num_hidden_layers": 6}, {"seed": 1}])
+def test_statistics_of_another_model(pico_models, tmp_path, other):
+    """Of another family, of another depth, and of one that differs in its weights alone."""
+    stats = calibrate(pico_models(**other), DATA, tmp_path / "stats")
+    with pytest.raises(PareError, match="another model"):
+        score(pico_models("llama"), stats, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_missing_and_damaged_statistics(pico_models, tmp_path):
+    with pytest.raises(PareError, match="cannot read statistics"):
+        score(pico_models("llama"), tmp_path / "none.safetensors", tmp_path / "out.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10")
+    with pytest.raises(PareError, match="cannot read statistics"):
+        score(pico_models("llama"), tmp_path / "cut.safetensors", tmp_path / "out.safetensors")
+
+
+# ---- sparsity ----
+
+
+def of(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float32)
+    return np.array(sparsity(mx.array(np.abs(x).sum(0)), mx.array((x**2).sum(0)), len(x)))
+
+
+def test_sparsity_of_known_units():
+    x = np.zeros((100, 5))
+    x[:, 0], x[3, 1], x[:, 3], x[::2, 4] = 2, 5, np.tile([1, -1], 50), 1
+    assert of(x) == pytest.approx([0, 1, 1, 0, (10 - 50**0.5) / 9], abs=1e-5)  # constant, one-hot, dead, signs, half
+
+
+def test_sparsity_against_the_reference():
+    x = np.random.default_rng(0).standard_normal((64, 20)) ** np.arange(1, 21)
+    np.testing.assert_allclose(of(x), reference.hoyer(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e6])
+def test_sparsity_ignores_the_scale(scale):
+    x = np.random.default_rng(0).standard_normal((64, 20))
+    np.testing.assert_allclose(of(x * scale), of(x), atol=1e-5)

@@ -1,0 +1,207 @@
+"""The streamed forward equals the stock one of the whole model and a float64 reference, one block in memory at once."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import mlx.core as mx
+import numpy as np
+import pico
+import pytest
+import reference
+
+from mlx_pare import lm, stream
+from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.corpus import Rows
+from mlx_pare.errors import Refused
+
+FORMATS = {
+    "float32": {},
+    "bfloat16": {"dtype": mx.bfloat16},
+    "4 bits": {"packed": (4, 32)},
+    "8 bits": {"packed": (8, 64), "dtype": mx.bfloat16},
+}
+SEED_OSS = {
+    "model_type": "seed_oss",
+    "architectures": ["SeedOssForCausalLM"],
+    "head_dim": 8,
+    "attention_bias": True,
+    "attention_out_bias": False,
+    "mlp_bias": False,
+}
+SLIDING = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 8}
+
+
+def rows(count: int, length: int, seed: int = 0) -> Rows:
+    return Rows.full(np.random.default_rng(seed).integers(0, 500, (count, length)))
+
+
+def streamed(model, data: Rows, **options) -> np.ndarray:
+    return np.array(stream.walk(model, data, **options).all_logits(slice(None)))
+
+
+def stock(model, data: Rows) -> np.ndarray:
+    return np.array(lm.load_stock(model)(mx.array(data.tokens)).astype(mx.float32))
+
+
+def exact(model, data: Rows) -> np.ndarray:
+    return reference.forward(*reference.load(model), data.tokens)[0]
+
+
+def check(model, data: Rows) -> None:
+    """Against the stock model, and in the float32 of the CPU backend against numpy."""
+    found = streamed(model, data)
+    np.testing.assert_allclose(found, stock(model, data), rtol=0, atol=1e-4 if lm.cpu_backend() else 0.1)
+    if lm.cpu_backend():
+        np.testing.assert_allclose(found, exact(model, data), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("family", pico.FAMILIES)
+def test_logits(pico_models, family, stored):
+    check(pico_models(family, **FORMATS[stored]), rows(3, 20))
+
+
+@pytest.mark.parametrize("family", pico.FAMILIES)
+def test_dense_is_the_stock_forward(pico_models, family):
+    model, data = pico_models(family), rows(3, 20)
+    np.testing.assert_allclose(streamed(model, data), stock(model, data), rtol=0, atol=1e-5)
+
+
+def test_family_that_reads_the_embedding_itself_as_head(pico_models):
+    """Stock seed_oss multiplies by embed_tokens.weight; pruned qwen2 models leave as this family."""
+    check(pico_models("qwen2", **SEED_OSS), rows(3, 20))
+
+
+@pytest.mark.parametrize("stored", ["float32", "4 bits"])
+def test_llama_with_sliding_layers(pico_models, stored):
+    check(pico_models("llama", **FORMATS[stored], **SLIDING), rows(3, 20))
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "llama"])
+@pytest.mark.parametrize("micro_batch", [24, 120, 10_000])
+def test_as_many_rows_as_tokens(pico_models, monkeypatch, family, micro_batch):
+    """Then the mask [tokens, tokens] looks like a batch."""
+    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+    changes = SLIDING if family == "llama" else {}
+    check(pico_models(family, **changes), rows(24, 24))
+
+
+@pytest.mark.parametrize("family", pico.FAMILIES)
+@pytest.mark.parametrize("micro_batch", [1, 40])
+def test_micro_batches(pico_models, monkeypatch, family, micro_batch):
+    """One row at a time, and two with a rest."""
+    model, data = pico_models(family), rows(5, 20)
+    whole = streamed(model, data)
+    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+    np.testing.assert_allclose(streamed(model, data), whole, rtol=0, atol=5e-5)  # of logits up to 60
+
+
+def test_pieces_of_tuples_are_joined():
+    """Blocks may answer (hidden, something shared, something without rows)."""
+    a, b = mx.ones((2, 3, 4)), mx.zeros((1, 3, 4))
+    hidden, shared, nothing = stream._join([(a, a + 1, None), (b, b + 1, None)])
+    assert hidden.shape == (3, 3, 4) and nothing is None
+    assert np.array_equal(np.array(shared), np.concatenate([np.array(a), np.array(b)]) + 1)
+
+
+def test_padding_does_not_reach_the_text(pico_models):
+    model, lengths = pico_models("gemma3_text"), np.array([20, 9, 1, 13], dtype=np.int32)
+    a, b = rows(4, 20, 1), rows(4, 20, 2)
+    mask = Rows(a.tokens, lengths).mask()
+    mixed = Rows(np.where(mask, a.tokens, b.tokens), lengths)
+    np.testing.assert_allclose(streamed(model, mixed)[mask], streamed(model, a)[mask], rtol=0, atol=1e-5)
+
+
+# ---- one block at a time ----
+
+
+class Watcher:
+    """An observer that keeps weak references to blocks, and what was alive whenever a new one came in."""
+
+    def __init__(self):
+        self.blocks, self.alive, self.active, self.hidden = [], [], [], {}
+
+    def enter(self, index, block, mask):
+        gc.collect()
+        self.alive.append(sum(ref() is not None for ref in self.blocks))
+        self.blocks.append(weakref.ref(block))
+
+    def seen(self, index, before, after, mask):
+        pass
+
+    def pending(self):
+        return []
+
+    def leave(self, index, hidden):
+        self.hidden[index] = hidden
+        gc.collect()
+        self.active.append(mx.get_active_memory())
+
+
+def test_blocks_are_dropped_behind_the_walk(pico_models):
+    watcher = Watcher()
+    stream.walk(pico_models("llama", num_hidden_layers=8), rows(2, 8), watcher)
+    assert watcher.alive == [0] * 8
+
+
+@pytest.mark.parametrize("packed", [None, (4, 32)])
+def test_memory_does_not_grow_with_depth(pico_models, packed):
+    """The hidden states that the watcher itself keeps are all that may be added."""
+    model, watcher = pico_models("llama", packed, num_hidden_layers=8), Watcher()
+    stream.walk(model, rows(1, 4), watcher)
+    block = (Checkpoint(model).nbytes() - 512 * 64 * 4) / 8
+    assert watcher.active[-1] - watcher.active[0] < 0.5 * block
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_resumed_walk_is_the_same_walk(pico_models, family):
+    model, data, watcher = pico_models(family), rows(3, 20), Watcher()
+    whole = streamed(model, data, observer=watcher)
+    for start in range(1, len(watcher.hidden)):
+        again = Watcher()
+        found = streamed(model, data, observer=again, resume=stream.Resume(start, watcher.hidden[start - 1]))
+        assert np.array_equal(found, whole)
+        assert sorted(again.hidden) == list(range(start, len(watcher.hidden)))
+
+
+# ---- the head ----
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "gemma3_text"])
+@pytest.mark.parametrize("packed", [None, (4, 32)])
+def test_head_in_chunks(pico_models, monkeypatch, family, packed):
+    end = stream.walk(pico_models(family, packed), rows(3, 20))
+    whole = np.array(end.all_logits(slice(None)))
+    monkeypatch.setattr(stream, "HEAD_CHUNK_BYTES", 4 * 64 * 7)  # seven rows of the head, and a rest
+    starts, parts = zip(*end.logits(end.hidden), strict=True)
+    assert list(starts) == list(range(0, end.vocab, 7)) and len(starts) == 74
+    np.testing.assert_allclose(np.concatenate(parts, axis=-1), whole, rtol=0, atol=5e-5)
+    np.testing.assert_allclose(np.array(end.all_logits(mx.array([2]))), whole[2:], rtol=0, atol=5e-5)
+
+
+# ---- memory ----
+
+
+def test_refuses_what_does_not_fit(pico_models):
+    checkpoint, data = Checkpoint(pico_models("llama")), rows(100, 64)
+    with pytest.raises(Refused, match="--memory-cap allows") as found:
+        stream.check_memory(checkpoint, data, 1000)
+    assert found.value.exit_code == 3 and "--samples" in found.value.cure
+
+
+def test_estimate_grows_with_the_rows_and_is_returned(pico_models):
+    checkpoint, hidden = Checkpoint(pico_models("llama")), 64
+    value = 4 if lm.cpu_backend() else 2
+    small, large = (stream.check_memory(checkpoint, rows(n, 64), 1 << 40) for n in (100, 200))
+    assert large - small == 3 * 100 * 64 * hidden * value
+    stream.check_memory(checkpoint, rows(100, 64), small)
+    with pytest.raises(Refused):
+        stream.check_memory(checkpoint, rows(100, 64), small - 1)
+
+
+def test_free_memory_is_the_cap_when_none_is_given(pico_models, monkeypatch):
+    monkeypatch.setattr(stream.machine, "available_bytes", lambda: 1000)
+    with pytest.raises(Refused, match="free are"):
+        stream.check_memory(Checkpoint(pico_models("llama")), rows(4, 8), None)
