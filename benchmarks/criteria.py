@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=50)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75])
-    parser.add_argument("--criteria", nargs="+", default=["minitron", "magnitude", "wanda", "random"], choices=list(CRITERIA))
+    parser.add_argument(
+        "--criteria", nargs="+", default=["minitron", "magnitude", "wanda", "random"], choices=list(CRITERIA)
+    )
     asked = parser.parse_args()
     console.configure(quiet=True)
     tokenizer = lm.tokenizer(asked.model)
@@ -69,7 +71,10 @@ def main() -> None:
         stats = calibrate(asked.model, calibration, scratch / "stats")
         dense = evaluate(asked.model, test)
         kind = "quantized" if Checkpoint(asked.model).quantized else "dense"
-        show(f"{asked.model.name} ({kind}), {test.count} windows of {test.length} tokens: perplexity {dense.perplexity:.3f}")
+        show(
+            f"{asked.model.name} ({kind}), {test.count} windows of {test.length} tokens: perplexity "
+            f"{dense.perplexity:.3f}"
+        )
         show(f"calibrated on {calibration.count} rows; cells: perplexity (share of non-embedding parameters kept)\n")
         show("| criterion | axes | " + " | ".join(f"keep {k:g}" for k in asked.keep) + " |")
         show("|---|---|" + "---|" * len(asked.keep))

@@ -1,4 +1,5 @@
-"""Peak memory of calibrate and prune on a checkpoint far larger than that: 40 blocks, 1.5 GB of float32, 8 x 256 tokens.
+"""Peak memory of calibrate and prune on a checkpoint far larger than that: 40 blocks, 1.5 GB of float32, 8 x 256
+tokens.
 
     python benchmarks/stream_memory.py [--layers 40] [--out DIR]
 
@@ -33,7 +34,11 @@ CONFIG = {
     "eos_token_id": 0,
 }
 
-PEAK = "import resource, sys; scale = 1 if sys.platform == 'darwin' else 1024; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale, file=sys.__stdout__)"
+PEAK = """
+import sys
+from mlx_pare.machine import peak_rss_bytes
+print(peak_rss_bytes(), file=sys.__stdout__)
+"""
 BARE = "import mlx.core as mx, mlx.nn; mx.eval(mx.zeros((8,)))"
 CALIBRATE = """
 import numpy as np
@@ -62,7 +67,7 @@ def synthesize(directory: Path, layers: int) -> int:
     import numpy as np
 
     from mlx_pare.arch import describe
-    from mlx_pare.checkpoint import Planned, ShardWriter, write_config
+    from mlx_pare.shards import Planned, ShardWriter, write_config
 
     directory.mkdir(parents=True)
     config = CONFIG | {"num_hidden_layers": layers}

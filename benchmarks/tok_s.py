@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     asked = parser.parse_args()
     vocab = Checkpoint(asked.model).arch.sizes["vocab"]
-    rows = corpus.Rows.full(np.random.RandomState(0).randint(0, vocab, (4, 64)))  # speed does not depend on what is kept
+    rows = corpus.Rows.full(
+        np.random.RandomState(0).randint(0, vocab, (4, 64))
+    )  # speed does not depend on what is kept
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         stats = calibrate(asked.model, rows, work / "stats")

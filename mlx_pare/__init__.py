@@ -1,4 +1,5 @@
-"""mlx-pare: prune language models on the Mac itself. Every command is also a function: ``from mlx_pare import fit, prune``.
+"""mlx-pare: prune language models on the Mac itself. Every command is also a function: ``from mlx_pare import fit,
+prune``.
 
 Nothing heavy is imported until a function is used.
 """
@@ -14,13 +15,15 @@ __version__ = "0.1.0"
 
 _VERBS = {
     "inspect": "inspect", "fit": "fit", "calibrate": "calibrate", "score": "score", "plan": "plan", "prune": "prune",
-    "recover": "recover", "evaluate": "evaluate", "export": "export", "bench": "bench", "report": "report", "run": "pipeline",
+    "recover": "recover", "evaluate": "evaluate", "export": "export", "bench": "bench", "report": "report",
+    "run": "pipeline",
 }  # fmt: skip
 __all__ = sorted(_VERBS)
 
 
 class _Package(ModuleType):
-    """A verb and the file it lives in share a name; here the name means the verb, the file is mlx_pare.<name> in imports."""
+    """A verb and the file it lives in share a name; here the name means the verb, the file is mlx_pare.<name> in
+    imports."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _VERBS and isinstance(value, ModuleType)):

@@ -70,11 +70,14 @@ class Arrays:
 
 
 class Strict(BaseModel):
+    """A schema in which unknown keys are errors: a typo in an edited file must not pass."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 class Target(Strict):
-    """What was asked: kind "keep" (fraction of non-embedding parameters), "params" (total) or "size" (bytes of weights)."""
+    """What was asked: kind "keep" (fraction of non-embedding parameters), "params" (total) or "size" (bytes of
+    weights)."""
 
     kind: str
     value: float
@@ -216,6 +219,15 @@ def explain(error: ValidationError) -> str:
 
 # ---- metrics ----
 
+# what a run measures: name of the step, title in tables
+CONTENDERS = (
+    ("original", "original"),
+    ("pruned", "pruned"),
+    ("recovered", "pruned + recovered"),
+    ("random", "random cut, same size"),
+    ("fewer-bits", "original, fewer bits"),
+)
+
 
 class Metrics(Strict):
     """What `evaluate` measured. ``tokens`` predictions; KL in nats per token; ``windows`` of ``length`` tokens."""
@@ -239,6 +251,7 @@ class Metrics(Strict):
 
 
 def dump_json(value: Mapping[str, Any] | BaseModel) -> bytes:
+    """A JSON file's bytes; NaN and infinity are refused (ValueError), they are no JSON."""
     if isinstance(value, BaseModel):
         value = value.model_dump()
     return json.dumps(value, indent=1, default=str, allow_nan=False).encode() + b"\n"

@@ -71,7 +71,8 @@ def calibrate(
 ) -> Path:
     """Stream ``rows`` through ``model`` and write ``directory``/stats.safetensors; returns its path.
 
-    Arrays, per layer i: ``{i}.{site}.{name}`` for the sites ffn [ffn] and attention [q_head*head_dim] (inputs of down_proj
+    Arrays, per layer i: ``{i}.{site}.{name}`` for the sites ffn [ffn] and attention [q_head*head_dim] (inputs of
+    down_proj
     and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms), with the names of observers.Moments; and
     ``{i}.block.cosine`` []. A directory with the blocks of an interrupted call is continued: same bytes in the end.
     Raises Refused when the estimate of memory exceeds the cap.

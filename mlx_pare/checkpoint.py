@@ -1,4 +1,4 @@
-"""A model directory: config, tensor headers, lazy arrays; and the writer of new ones.
+"""A model directory: config, tensor headers, lazy arrays. New ones are written by shards.py.
 
 Headers are read here, bounded and without any array library, so that looking at a model costs milliseconds. Nothing of
 a checkpoint is trusted: sizes are checked before anything is allocated, names before anything is opened.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +65,7 @@ class Entry:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file of bounded size; ``what`` it is goes into the PareError when it is not one."""
     try:
         if path.stat().st_size > MAX_HEADER:
             raise PareError(f"{what} {path} is larger than {MAX_HEADER >> 20} MiB")
@@ -182,7 +182,8 @@ class Checkpoint:
         modes = {found.get("mode", "affine")} | {v.get("mode", "affine") for v in found.values() if isinstance(v, dict)}
         if modes != {"affine"}:
             raise PareError(
-                f"{self.path} uses quantization mode {', '.join(sorted(map(str, modes - {'affine'})))!r}, which is not supported",
+                f"{self.path} uses quantization mode {', '.join(sorted(map(str, modes - {'affine'})))!r}, which "
+                f"is not supported",
                 "the supported mode is affine",
             )
         if not any(name.endswith(".scales") for name in self.entries):
@@ -311,107 +312,3 @@ class Checkpoint:
 
     def tokenizer_files(self) -> list[Path]:
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
-
-
-# ---- writing ----
-
-SHARD_BYTES = 4 << 30
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor about to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        size = DTYPE_BYTES[self.dtype]
-        for n in self.shape:
-            size *= n
-        return size
-
-
-class ShardWriter:
-    """Writes safetensors shards one tensor at a time: headers first (all shapes are known), then each tensor's bytes.
-
-    Memory is one tensor. Nothing looks finished before ``close``, which writes the index last; the caller renames the
-    directory. Source of the format: huggingface/safetensors README.
-    """
-
-    def __init__(self, directory: Path, planned: Iterable[Planned], shard_bytes: int = SHARD_BYTES):
-        self.directory = directory
-        self.shards: list[list[Planned]] = [[]]
-        filled = 0
-        for tensor in planned:
-            if self.shards[-1] and filled + tensor.nbytes > shard_bytes:
-                self.shards.append([])
-                filled = 0
-            self.shards[-1].append(tensor)
-            filled += tensor.nbytes
-        self._names = self._file_names(len(self.shards))
-        self._queue = [(name, t) for name, shard in zip(self._names, self.shards, strict=True) for t in shard]
-        self._next = 0
-        self._file = None
-
-    @staticmethod
-    def _file_names(count: int) -> list[str]:
-        if count == 1:
-            return ["model.safetensors"]
-        return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-    def write(self, name: str, data: memoryview | bytes) -> None:
-        """Append the next planned tensor. Raises when it is not the one that was announced."""
-        if self._next == len(self._queue):
-            raise AssertionError(f"wrote {name}, which was not announced")
-        file_name, planned = self._queue[self._next]
-        if planned.name != name or len(data) != planned.nbytes:
-            raise AssertionError(f"wrote {name} ({len(data)} bytes), announced {planned}")
-        if self._file is None or self._file.name != str(self.directory / file_name):
-            self._open(file_name)
-        self._file.write(data)
-        self._next += 1
-
-    def _open(self, file_name: str) -> None:
-        self._flush()
-        shard = self.shards[self._names.index(file_name)]
-        header, offset = {"__metadata__": {"format": "mlx"}}, 0
-        for t in shard:
-            header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
-            offset += t.nbytes
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        self._file = (self.directory / file_name).open("wb")
-        self._file.write(struct.pack("<Q", len(raw)) + raw)
-
-    def _flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-
-    def close(self) -> None:
-        if self._next != len(self._queue):
-            raise AssertionError(f"{len(self._queue) - self._next} announced tensors were not written")
-        self._flush()
-        if len(self.shards) > 1:
-            weight_map = {t.name: f for f, t in self._queue}
-            index = {"metadata": {"total_size": sum(t.nbytes for _, t in self._queue)}, "weight_map": weight_map}
-            (self.directory / "model.safetensors.index.json").write_text(
-                json.dumps(index, indent=1, sort_keys=True) + "\n"
-            )
-
-
-def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    config = {k: v for k, v in config.items() if k != "_name_or_path"}
-    if "quantization" in config:
-        config["quantization_config"] = config["quantization"]  # mlx_lm.utils.save_config mirrors it for the hub
-    (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
-
-
-def copy_tokenizer(source: Checkpoint, directory: Path) -> None:
-    for file in source.tokenizer_files():
-        shutil.copyfile(file, directory / file.name)

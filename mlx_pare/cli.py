@@ -61,30 +61,15 @@ def fit_command(
     from .fit import fit
 
     found = fit(model, mac or [], context, macos)
-    console.table(
-        f"{model.name}: weights {console.gb(found['weights_bytes'])}, {context} tokens of context",
-        [
-            "<mac",
-            "budget",
-            "weights",
-            "KV",
-            "work",
-            "total",
-            "<fits",
-            "headroom",
-            "max context",
-            "decode tok/s",
-            "prefill tok/s",
-        ],
-        [show.fit_row(row) for row in found["rows"]],
-        caption=found["note"],
-    )
+    title = f"{model.name}: weights {console.gb(found['weights_bytes'])}, {context} tokens of context"
+    show.fit_table(title, found["rows"], found["note"])
     return found
 
 
 @command(
     "run",
-    "mlx-pare run MODEL --out RUN --keep 0.75 | mlx-pare run MODEL --out RUN --for m4-24gb --context 8192 --data notes/",
+    "mlx-pare run MODEL --out RUN --keep 0.75 | mlx-pare run MODEL --out RUN --for m4-24gb --context 8192 "
+    "--data notes/",
 )
 def run_command(
     model: Model,
@@ -95,7 +80,7 @@ def run_command(
     mac: For = None,
     context: Context = 8192,
     axes: Axes = "ffn,kv_head",
-    criterion: Criterion = "minitron",
+    criterion: Criterion = "wanda",
     data: Data = None,
     test_data: TestData = None,
     samples: Samples = 128,
@@ -121,7 +106,8 @@ def run_command(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes,
         criterion=criterion, data=data, test_data=test_data, samples=samples, length=length, bits=bits,
         group_size=group_size, step=step, protect=not no_protect, recover_steps=recover_steps, method=method,
-        learning_rate=learning_rate, gguf=gguf, trials=trials, min_quality=min_quality, memory_cap=memory_cap, seed=seed,
+        learning_rate=learning_rate, gguf=gguf, trials=trials, min_quality=min_quality, memory_cap=memory_cap,
+        seed=seed,
     )  # fmt: skip
     return _run(model, out, settings, dry_run)
 
@@ -169,7 +155,8 @@ def evaluate_command(
 
 @command(
     "export",
-    "mlx-pare export MODEL --gguf q8_0 -o model.gguf | mlx-pare export RUN/recover/model --gguf f16 -o m.gguf --for m4-24gb",
+    "mlx-pare export MODEL --gguf q8_0 -o model.gguf | mlx-pare export RUN/recover/model --gguf f16 -o m.gguf "
+    "--for m4-24gb",
 )
 def export_command(
     model: Model,
@@ -193,23 +180,7 @@ def export_command(
     done = export(model, out, gguf or ("q8_0" if checkpoint.quantized else "f16"))
     done["verify"] = {"checked": False, "reason": "not asked"} if no_verify else verify(model, out)
     done["fits"] = planner.fit(checkpoint.arch, done["tensor_bytes"], macs, context)
-    console.table(
-        f"{out}: {done['kind']}, {console.gb(done['bytes'])}, {done['tensors']} tensors",
-        [
-            "<mac",
-            "budget",
-            "weights",
-            "KV",
-            "work",
-            "total",
-            "<fits",
-            "headroom",
-            "max context",
-            "decode tok/s",
-            "prefill tok/s",
-        ],
-        [show.fit_row(r) for r in done["fits"]],
-    )
+    show.fit_table(f"{out}: {done['kind']}, {console.gb(done['bytes'])}, {done['tensors']} tensors", done["fits"])
     checked = done["verify"]
     console.say(
         f"llama.cpp against MLX: largest logit difference {checked['max_abs_difference']:.2g}"

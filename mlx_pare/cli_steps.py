@@ -59,7 +59,7 @@ def calibrate_command(
 
 
 @command("score", "mlx-pare score RUN --criterion wanda")
-def score_command(run: RunDir, criterion: Criterion = "minitron", seed: Seed = 0) -> dict[str, Any]:
+def score_command(run: RunDir, criterion: Criterion = "wanda", seed: Seed = 0) -> dict[str, Any]:
     """Turn statistics into the importance of every channel, head and layer."""
     from . import steps
 
@@ -134,7 +134,8 @@ def recover_command(
     from . import steps
 
     s = settings_of(
-        recover_steps=recover_steps, method=method, learning_rate=learning_rate, data=data, test_data=test_data, length=length,
+        recover_steps=recover_steps, method=method, learning_rate=learning_rate, data=data, test_data=test_data,
+        length=length,
         memory_cap=memory_cap, seed=seed,
     )  # fmt: skip
     with steps.continue_run(run) as opened:

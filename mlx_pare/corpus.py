@@ -1,4 +1,5 @@
-"""Text into token rows: files and folders, windows, splits by hash. Overlap between texts that must differ is an error."""
+"""Text into token rows: files and folders, windows, splits by hash. Overlap between texts that must differ is an
+error."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def windows(
 ) -> Rows:
     """Non-overlapping windows of ``length`` tokens from the documents laid end to end, each after its BOS token.
 
-    The first ``count`` windows, or with a ``seed`` a random choice in the order of the text. All there are when the text
+    The first ``count`` windows, or with a ``seed`` a random choice in the order of the text. All there are when the
+    text
     is shorter. Raises PareError when there is not one whole window.
     """
     bos = tokenizer.bos_token_id

@@ -1,4 +1,5 @@
-"""evaluate: a model on held-out rows -> Metrics; against a teacher also KL and agreement. Streamed, so size does not matter."""
+"""evaluate: a model on held-out rows -> Metrics; against a teacher also KL and agreement. Streamed, so size does
+not matter."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .arch import Architecture, Keep, Tensor, cut
-from .checkpoint import DTYPE_BYTES, Checkpoint, Planned
+from .checkpoint import DTYPE_BYTES, Checkpoint
 from .packing import Packing
+from .shards import Planned
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class Piece:
 
 
 def embedding_packed(checkpoint: Checkpoint, packing: Packing | None) -> bool:
+    """Whether the result's embedding will be quantized, which decides how some families may leave."""
     return packing is not None or checkpoint.packing("model.embed_tokens") is not None
 
 
 def smaller(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Architecture:
+    """The architecture that a cut of this checkpoint leaves."""
     return cut(checkpoint.arch, keep, embedding_packed(checkpoint, packing))
 
 
@@ -69,4 +72,5 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
 
 
 def total_bytes(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> int:
+    """Bytes of all tensors of a cut of this checkpoint, as they will be written."""
     return sum(piece.nbytes for piece in layout(checkpoint, keep, packing))

@@ -24,6 +24,7 @@ from .export import ALIGNMENT, BLOCK_BYTES, Row
 
 
 def available() -> bool:
+    """Whether llama-cpp-python (the extra ``llama``) is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 

@@ -1,6 +1,7 @@
 """The only door to mlx_lm: loading, tokenizing, generating, training, timing.
 
-Device differences live here too. On Metal (and CUDA) models compute in their own dtype with the stock layers. On the CPU
+Device differences live here too. On Metal (and CUDA) models compute in their own dtype with the stock layers. On
+the CPU
 backend every matrix is expanded to float32 for the length of one call (see quantized.Float32Linear), and mx.compile,
 which shells out to a C++ compiler there, is off. The Metal side has never been run by the developers' own machines.
 """
@@ -22,6 +23,7 @@ from .errors import PareError
 
 
 def cpu_backend() -> bool:
+    """Whether MLX computes on the CPU here, as on Linux without CUDA."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 
@@ -41,7 +43,8 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
 
 
 def load_stock(path: Path) -> nn.Module:
-    """The model as mlx-lm itself would run it, in memory; on the CPU backend with float32 arithmetic, which is the faster."""
+    """The model as mlx-lm itself would run it, in memory; on the CPU backend with float32 arithmetic, which is the
+    faster."""
     model = load(path)
     if cpu_backend():
         model.set_dtype(mx.float32)

@@ -1,4 +1,5 @@
-"""This computer: chip, memory, what the GPU may use, versions. What cannot be known is None and printed as "unknown"."""
+"""This computer: chip, memory, what the GPU may use, versions. What cannot be known is None and printed as
+"unknown"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The story of a run. Read this file first: every step below is a few lines in steps.py, every verb a file of its own name.
+"""The story of a run. Read this file first: every step below is a few lines in steps.py, every verb a file of its
+own name.
 
 calibrate -> score -> plan -> prune -> recover -> evaluate (original, pruned, recovered, random, fewer bits)
           -> export -> bench -> report

@@ -1,6 +1,7 @@
 """prune: a model directory and a plan -> a smaller model directory, tensor by tensor. The source is never modified.
 
-Rows and whole groups of columns keep their codes bit for bit. A matrix cut inside its quantization groups is dequantized,
+Rows and whole groups of columns keep their codes bit for bit. A matrix cut inside its quantization groups is
+dequantized,
 cut and quantized again; each one is listed with its error. Memory is one tensor.
 """
 
@@ -15,12 +16,13 @@ import mlx.core as mx
 
 from .arch.spec import select
 from .artifacts import Plan, dump_json
-from .checkpoint import Checkpoint, ShardWriter, copy_tokenizer, write_config
+from .checkpoint import Checkpoint
 from .console import progress
 from .errors import PareError, Refused
 from .layout import Piece, layout, smaller
 from .packing import Packing
 from .quantized import MX_DTYPE, Packed, pack, raw_bytes, relative_error, whole_groups
+from .shards import ShardWriter, copy_tokenizer, write_config
 
 OUR_KEY = "pare"  # config.json key that transformers and mlx-lm ignore
 
@@ -188,8 +190,10 @@ class _Surgeon:
         before, after = self.plan.before, self.plan.after
         return (
             f"# {self.checkpoint.path.resolve().name}, pruned\n\n"
-            f"Made by mlx-pare from `{self.checkpoint.path.resolve().name}` (criterion {self.plan.criterion}; {self.plan.target.asked}).\n"
-            f"{before.layers} -> {after.layers} layers, ffn {before.ffn} -> {after.ffn}, kv heads {before.kv_heads} -> {after.kv_heads}, "
+            f"Made by mlx-pare from `{self.checkpoint.path.resolve().name}` (criterion {self.plan.criterion}; "
+            f"{self.plan.target.asked}).\n"
+            f"{before.layers} -> {after.layers} layers, ffn {before.ffn} -> {after.ffn}, kv heads "
+            f"{before.kv_heads} -> {after.kv_heads}, "
             f"{before.parameters:,} -> {after.parameters:,} parameters.\n"
             "`survivors.json` maps every kept unit to its index in the original. The licence of the original applies.\n"
         )

@@ -29,7 +29,8 @@ def raw_bytes(array: mx.array) -> memoryview:
 
 @dataclass
 class Packed:
-    """A packed matrix of logical shape (rows, columns): words (rows, columns*bits/32), scales and biases (rows, groups)."""
+    """A packed matrix of logical shape (rows, columns): words (rows, columns*bits/32), scales and biases (rows,
+    groups)."""
 
     words: mx.array
     scales: mx.array
@@ -121,10 +122,12 @@ class Float32Embedding(nn.Module):
 
 
 def is_packed(module: nn.Module) -> bool:
+    """Whether a layer holds quantized weights."""
     return isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
 
 
 def packed(module: nn.Module) -> Packed:
+    """A quantized layer's weight as a Packed matrix."""
     return Packed(module.weight, module.scales, module.biases, Packing(module.bits, module.group_size))
 
 

@@ -2,7 +2,8 @@
 
 Full-vocabulary KL; LoRA or all weights of the blocks. The teacher is streamed once over the training rows and only its
 final hidden states and its head stay: the logits made from them are exact, and teacher and student never share the
-memory. The best state by validation KL is kept, merged, packed as the pruned model was, and measured again as it will be
+memory. The best state by validation KL is kept, merged, packed as the pruned model was, and measured again as it
+will be
 loaded: when that is not better than the pruned model, the pruned model is returned and the result says so.
 """
 
@@ -22,11 +23,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import console, lm, machine, stream
-from .checkpoint import Checkpoint, Planned, ShardWriter, copy_tokenizer
+from .checkpoint import Checkpoint
 from .corpus import Rows
 from .divergence import kl
 from .errors import PareError, Refused, UsageError
 from .quantized import MX_DTYPE, pack, raw_bytes
+from .shards import Planned, ShardWriter, copy_tokenizer
 from .stream import Streamed
 
 METHODS = ("lora", "full")
@@ -59,7 +61,8 @@ def recover(
     options: Options,
     memory_cap: int | None = None,
 ) -> dict[str, Any]:
-    """Write the healed model to ``out``; returns validation KL before and after (nats per token), the curve, whether it helped.
+    """Write the healed model to ``out``; returns validation KL before and after (nats per token), the curve,
+    whether it helped.
 
     Raises UsageError for an unknown method, Refused when ``out`` exists or the training does not fit in memory.
     """
@@ -106,7 +109,8 @@ def _partial(out: Path) -> Path:
 
 
 def _resident(path: Path, method: str) -> nn.Module:
-    """A model to compute with, in memory: dense float32 on the CPU backend, else as stored (dense for full training)."""
+    """A model to compute with, in memory: dense float32 on the CPU backend, else as stored (dense for full
+    training)."""
     model = lm.load(path)
     if lm.cpu_backend():
         model = lm.dequantized(model, mx.float32)
@@ -208,7 +212,8 @@ class _Training:
     def _report(self, info: dict) -> None:
         self._bar.advance(
             info["iteration"] - self._bar.done,
-            f"loss {info['train_loss']:.4f}, {info['tokens_per_second']:.0f} tok/s, validation KL {self.curve[-1][1]:.4f}",
+            f"loss {info['train_loss']:.4f}, {info['tokens_per_second']:.0f} tok/s, validation KL "
+            f"{self.curve[-1][1]:.4f}",
         )
 
     def merged(self) -> dict[str, mx.array]:
@@ -234,7 +239,8 @@ def _mean_kl(model: nn.Module, rows: Rows, teacher: Streamed, batch: int) -> flo
 
 
 def _write(checkpoint: Checkpoint, trained: dict[str, mx.array], directory: Path) -> None:
-    """The pruned directory with trained tensors in place of its own, packed the same way; untouched ones byte for byte."""
+    """The pruned directory with trained tensors in place of its own, packed the same way; untouched ones byte for
+    byte."""
     lazy = checkpoint.lazy()
     planned, sources = [], []
     for tensor in checkpoint.arch.tensors():

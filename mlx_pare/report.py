@@ -1,4 +1,5 @@
-"""report: Markdown from a run directory alone. Every number in it was measured by a step of that run, or is said to be missing."""
+"""report: Markdown from a run directory alone. Every number in it was measured by a step of that run, or is said to
+be missing."""
 
 from __future__ import annotations
 
@@ -8,17 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .artifacts import Metrics, Plan, replace_file
+from .artifacts import CONTENDERS, Metrics, Plan, replace_file
 from .console import count, duration, gb
 from .rundir import Manifest
-
-CONTENDERS = (
-    ("original", "original"),
-    ("pruned", "pruned"),
-    ("recovered", "pruned + recovered"),
-    ("random", "random cut, same size"),
-    ("fewer-bits", "original, fewer bits"),
-)
 
 
 def report(run: Path) -> Path:
@@ -62,7 +55,8 @@ def _plain(text: str) -> str:
 
 
 def verdict(found: Mapping[str, tuple[Metrics, int]]) -> str:
-    """Whether pruning was worth it, by the measurements: against fewer bits at the same bytes, and against a random cut."""
+    """Whether pruning was worth it, by the measurements: against fewer bits at the same bytes, and against a random
+    cut."""
     if "original" not in found or "pruned" not in found:
         return "Not measured yet."
     (dense, dense_bytes) = found["original"]
@@ -108,12 +102,14 @@ def _contenders(run: Path) -> str:
     for name, title in CONTENDERS:
         if name in found:
             m, size = found[name]
-            rows.append(
-                _row(title, gb(size), f"{m.perplexity:.3f} ± {m.perplexity_stderr:.3f}", _number(m.bits_per_byte, 4), _number(m.kl_divergence, 4),
-                     _number(m.kl_p95, 3), None if m.top1_agreement is None else f"{m.top1_agreement:.1%}")
-            )  # fmt: skip
+            same = None if m.top1_agreement is None else f"{m.top1_agreement:.1%}"
+            numbers = [_number(m.bits_per_byte, 4), _number(m.kl_divergence, 4), _number(m.kl_p95, 3), same]
+            rows.append(_row(title, gb(size), f"{m.perplexity:.3f} ± {m.perplexity_stderr:.3f}", *numbers))
     first = next(iter(found.values()))[0]
-    note = f"{first.tokens:,} predictions in {first.windows} windows of {first.length} tokens, the same for all; KL in nats against the original."
+    note = (
+        f"{first.tokens:,} predictions in {first.windows} windows of {first.length} tokens, the same for all; "
+        "KL in nats against the original."
+    )
     columns = ["model", "weights", "perplexity", "bits/byte", "KL", "KL 95%", "same top token"]
     return f"## Contenders\n\n{_table(columns, rows)}\n\n{note}"
 
@@ -146,7 +142,8 @@ def _shape(run: Path) -> str:
     text = f"## Shape\n\n{asked}"
     if dropped:
         text += f" Layers removed: {', '.join(map(str, dropped))}."
-    return f"{text}\n\n{_table(['', 'before', 'after'], rows)}\n\nNeighbours: {_plain('; '.join(plan.neighbours)) or 'none'}."
+    neighbours = _plain("; ".join(plan.neighbours)) or "none"
+    return f"{text}\n\n{_table(['', 'before', 'after'], rows)}\n\nNeighbours: {neighbours}."
 
 
 def _requantized(run: Path) -> str:
@@ -155,7 +152,8 @@ def _requantized(run: Path) -> str:
         return ""
     errors = done["requantized"]
     worst = max(errors, key=errors.get)
-    text = f"{len(errors)} matrices were quantized anew, relative error {min(errors.values()):.2%} to {errors[worst]:.2%} (`{worst}`)"
+    span = f"{min(errors.values()):.2%} to {errors[worst]:.2%} (`{worst}`)"
+    text = f"{len(errors)} matrices were quantized anew, relative error {span}"
     dense = f"; left dense: {', '.join(done['dense'])}" if done["dense"] else ""
     return f"## Requantization\n\n{text}{dense}. All other codes are those of the original."
 
@@ -167,9 +165,10 @@ def _recovery(run: Path) -> str:
     rows = [_row(step, f"{value:.5f}") for step, value in done["curve"]]
     outcome = "better" if done["improved"] else "no better, so the pruned model was kept"
     return (
-        f"## Recovery\n\n{done['options']['method']}, {done['options']['steps']} steps, best at {done['best_step']}: validation KL "
-        f"{done['kl_before']:.5f} -> {done['kl_after']:.5f} nats per token, measured on the packed result: {outcome}.\n\n"
-        + _table(["step", "validation KL"], rows)
+        f"## Recovery\n\n{done['options']['method']}, {done['options']['steps']} steps, best at "
+        f"{done['best_step']}: validation KL "
+        f"{done['kl_before']:.5f} -> {done['kl_after']:.5f} nats per token, measured on the packed result: "
+        f"{outcome}.\n\n" + _table(["step", "validation KL"], rows)
     )
 
 
@@ -192,7 +191,8 @@ def _speed(run: Path) -> str:
                 gb(m["peak_bytes"]["median"]),
             )
         )
-    note = f"{done['trials']} trials in turn, prompt {done['prompt_tokens']}, {done['new_tokens']} new tokens; {done['backend']}."
+    turns = f"{done['trials']} trials in turn, prompt {done['prompt_tokens']}, {done['new_tokens']} new tokens"
+    note = f"{turns}; {done['backend']}."
     return f"## Speed\n\n{_table(['', 'prefill tok/s', 'decode tok/s', 'decode ratio', 'peak memory'], rows)}\n\n{note}"
 
 
@@ -200,7 +200,8 @@ def _gguf(run: Path) -> str:
     done = _json(run / "export" / "export.json")
     if not done:
         return ""
-    text = f"`{done['path']}`: {done['kind']}, architecture {done['architecture']}, {gb(done['bytes'])}, {done['tensors']} tensors."
+    facts = [done["kind"], f"architecture {done['architecture']}", gb(done["bytes"]), f"{done['tensors']} tensors"]
+    text = f"`{done['path']}`: {', '.join(facts)}."
     checked = done.get("verify") or {}
     if checked.get("checked"):
         text += (
@@ -212,7 +213,8 @@ def _gguf(run: Path) -> str:
     fits = _json(run / "export" / "fits.json")
     if fits:
         names = [f"{r['mac']} ({gb(r['headroom_bytes'])} free)" for r in fits["rows"] if r["fits"]]
-        text += f"\n\nAt {fits['context']} tokens of context it fits {len(names)} of {len(fits['rows'])} Macs; the original {fits['original_fits']}."
+        share = f"{len(names)} of {len(fits['rows'])} Macs; the original {fits['original_fits']}"
+        text += f"\n\nAt {fits['context']} tokens of context it fits {share}."
         text += f" Smallest: {names[0]}." if names else ""
     return f"## GGUF\n\n{text}"
 

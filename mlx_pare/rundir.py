@@ -112,7 +112,8 @@ class Run:
             manifest = self._read()
             if identity is not None and manifest.source != identity:
                 raise Refused(
-                    f"{self.path} belongs to {manifest.model}, which is another model than {model} or was changed since",
+                    f"{self.path} belongs to {manifest.model}, which is another model than {model} or was "
+                    f"changed since",
                     "use another --out",
                 )
             if model is not None:

@@ -6,34 +6,28 @@ from typing import Any
 
 from . import console
 
+FIT_COLUMNS = ("<mac", "budget", "weights", "KV", "work", "total", "<fits", "headroom", "max context", "decode tok/s")
 
-def fit_row(row: dict[str, Any]) -> list[Any]:
-    """The cells of one Mac."""
-    sizes = [
-        console.gb(row[k]) for k in ("budget_bytes", "weights_bytes", "kv_bytes", "activation_bytes", "total_bytes")
-    ]
+
+def fit_table(title: str, rows: list[dict[str, Any]], caption: str | None = None) -> None:
+    """One line per Mac."""
+    console.table(title, [*FIT_COLUMNS, "prefill tok/s"], [_fit_row(row) for row in rows], caption)
+
+
+def _fit_row(row: dict[str, Any]) -> list[Any]:
+    sizes = ("budget_bytes", "weights_bytes", "kv_bytes", "activation_bytes", "total_bytes")
     speeds = [None if row[k] is None else f"{row[k]:.0f}" for k in ("decode_tokens_per_s", "prefill_tokens_per_s")]
-    return [
-        row["mac"],
-        *sizes,
-        "yes" if row["fits"] else "no",
-        console.gb(row["headroom_bytes"]),
-        row["max_context"],
-        *speeds,
-    ]
+    fits = "yes" if row["fits"] else "no"
+    spare = console.gb(row["headroom_bytes"])
+    return [row["mac"], *(console.gb(row[k]) for k in sizes), fits, spare, row["max_context"], *speeds]
 
 
 def show_summary(summary: dict[str, Any]) -> None:
     """What a run has made: contenders, speed, Macs, paths, verdict."""
-    titles = {
-        "original": "original",
-        "pruned": "pruned",
-        "recovered": "pruned + recovered",
-        "random": "random cut, same size",
-        "fewer-bits": "original, fewer bits",
-    }
+    from .artifacts import CONTENDERS  # pydantic: not for commands that only print a table
+
     rows = []
-    for name, title in titles.items():
+    for name, title in CONTENDERS:
         if (m := summary["contenders"].get(name)) is not None:
             kl = None if m["kl_divergence"] is None else f"{m['kl_divergence']:.4f}"
             rows.append(
@@ -50,12 +44,14 @@ def show_summary(summary: dict[str, Any]) -> None:
         ratio = summary["bench"]["models"][1]["ratio"]
         speeds = [m["decode_tokens_per_s"]["median"] for m in summary["bench"]["models"]]
         console.say(
-            f"decode {speeds[0]:.1f} -> {speeds[1]:.1f} tok/s (x {ratio['decode_tokens_per_s']['median']:.2f}), prefill x {ratio['prefill_tokens_per_s']['median']:.2f}"
+            f"decode {speeds[0]:.1f} -> {speeds[1]:.1f} tok/s (x {ratio['decode_tokens_per_s']['median']:.2f}), "
+            f"prefill x {ratio['prefill_tokens_per_s']['median']:.2f}"
         )
     fits = summary["fits"]
     fitting = [r["mac"] for r in fits["rows"] if r["fits"]]
     console.say(
-        f"fits {len(fitting)} of {len(fits['rows'])} Macs at {fits['context']} tokens (original: {fits['original_fits']}){'; smallest ' + fitting[0] if fitting else ''}"
+        f"fits {len(fitting)} of {len(fits['rows'])} Macs at {fits['context']} tokens (original: "
+        f"{fits['original_fits']}){'; smallest ' + fitting[0] if fitting else ''}"
     )
     for name in ("model", "gguf", "report"):
         console.say(f"{name}: {summary[name]}")

@@ -40,7 +40,7 @@ class Settings:
     test_data: str | None = None
     samples: int = 128
     length: int = 512
-    criterion: str = "minitron"
+    criterion: str = "wanda"
     axes: Sequence[str] = ("ffn", "kv_head")
     keep: float | None = None
     target_params: str | None = None
@@ -93,7 +93,8 @@ class Texts:
 
     @cached_property
     def documents(self) -> dict[str, list[str]]:
-        """ "calibration" (also trains the recovery), "validation" (chooses its best state) and "test" (all that is reported)."""
+        """ "calibration" (also trains the recovery), "validation" (chooses its best state) and "test" (all that is
+        reported)."""
         s = self.settings
         if s.data is None:
             parts = corpus.split(corpus.read(DEMO / "calibration.txt"), {"calibration": 88, "validation": 12})
@@ -117,13 +118,15 @@ class Texts:
         rows = self.rows("calibration", self.settings.samples, self.settings.seed)
         if rows.count < self.settings.samples:
             console.say(
-                f"calibration text holds {rows.count} rows of {rows.length} tokens, {self.settings.samples} were asked: all are used"
+                f"calibration text holds {rows.count} rows of {rows.length} tokens, {self.settings.samples} "
+                f"were asked: all are used"
             )
         return rows
 
     @cached_property
     def training(self) -> corpus.Rows:
-        """As many rows as training can use, at most what is kept of the teacher's hidden states for them (see recover)."""
+        """As many rows as training can use, at most what is kept of the teacher's hidden states for them (see
+        recover)."""
         return self.rows("calibration", max(self.settings.samples, 512), self.settings.seed)
 
     @cached_property

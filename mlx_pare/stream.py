@@ -194,6 +194,7 @@ def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
         raise Refused(
             f"streaming {rows.count} x {rows.length} tokens through {checkpoint.path} needs about {gb(needed)}, "
             f"{'--memory-cap allows' if cap else 'free are'} {gb(limit)}",
-            f"use fewer --samples or a shorter --length (hidden states take {gb(3 * rows.count * rows.length * checkpoint.arch.sizes['hidden'] * 4)})",
+            "use fewer --samples or a shorter --length (hidden states take "
+            f"{gb(3 * rows.count * rows.length * checkpoint.arch.sizes['hidden'] * 4)})",
         )
     return needed

@@ -11,7 +11,9 @@ def problem():
     if sys.platform == "darwin":
         asked = ["/usr/sbin/sysctl", "-n", "sysctl.proc_translated"]
         if platform.machine() != "arm64" or subprocess.run(asked, capture_output=True, text=True).stdout.strip() == "1":
-            return "this Python is an Intel one (or runs under Rosetta): MLX needs an arm64 Python, e.g. from python.org"
+            return (
+                "this Python is an Intel one (or runs under Rosetta): MLX needs an arm64 Python, e.g. from python.org"
+            )
     return None
 
 

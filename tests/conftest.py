@@ -34,11 +34,12 @@ def pico_models(tmp_path_factory) -> Callable[..., Path]:
     ) -> Path:
         key = (family, packed, tokenizer, str(dtype), repr(sorted(config.items())))
         if key not in made:
+            source = packed and model(family, None, tokenizer, dtype, **config)
             directory = root / f"{len(made)}-{family}"
-            if packed is None:
-                made[key] = pico.make(directory, family, tokenizer, dtype, **config)
+            if source:
+                made[key] = pico.quantize(source, directory, *packed)
             else:
-                made[key] = pico.quantize(model(family, None, tokenizer, dtype, **config), directory, *packed)
+                made[key] = pico.make(directory, family, tokenizer, dtype, **config)
         return made[key]
 
     return model

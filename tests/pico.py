@@ -61,7 +61,8 @@ TEXT = Path(__file__).resolve().parents[1] / "mlx_pare" / "demo" / "calibration.
 
 @functools.cache
 def tokenizer_json(kind: str, vocab: int = 512) -> str:
-    """A tokenizer.json trained on our own text: "bpe" byte-level with GPT-2's pattern, "spm" SentencePiece-style with byte fallback."""
+    """A tokenizer.json trained on our own text: "bpe" byte-level with GPT-2's pattern, "spm" SentencePiece-style
+    with byte fallback."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     text = TEXT.read_text("utf-8").split("\n")

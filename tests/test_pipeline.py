@@ -45,7 +45,7 @@ def settings(tmp_path_factory) -> Settings:
         (folder / f"{name}.txt").write_text("\n".join(part), "utf-8")
     return Settings(
         data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), keep=0.75, length=32, samples=16,
-        recover_steps=4, trials=1, gguf="f16", context=256,
+        recover_steps=4, trials=1, gguf="f16", context=256, criterion="minitron",
     )  # fmt: skip
 
 

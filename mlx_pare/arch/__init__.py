@@ -13,10 +13,12 @@ __all__ = ["Architecture", "Keep", "LayerKeep", "Tensor", "can_keep", "cut", "de
 
 
 def supported_types() -> list[str]:
+    """Every model_type that can be described, in alphabetical order."""
     return sorted(t for family in FAMILIES for t in family.model_types)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises PareError, listing the supported types, when there is none."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:

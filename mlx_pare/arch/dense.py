@@ -36,6 +36,7 @@ def attention(qkv_bias: str | None = None, out_bias: str | None = None, biased: 
 
 
 def swiglu(bias: str | None = None):
+    """gate, up and down of a gated feed-forward; with biases when the named config flag is true."""
     rows = [(n, d) for n, d in (("gate_proj", "ffn, hidden"), ("up_proj", "ffn, hidden"), ("down_proj", "hidden, ffn"))]
     table = [tensor(f"mlp.{n}.weight", d, "ffn") for n, d in rows]
     if bias:

@@ -170,6 +170,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Layer:
+    """One layer of a model: its kind (which table describes it) and the sizes of its axes."""
+
     kind: str
     sizes: Mapping[str, int]
 

@@ -120,7 +120,8 @@ def shape(checkpoint: Checkpoint, options: Options) -> Shape:
 
 
 def plan(model: Path, scores: Path, options: Options) -> Plan:
-    """The plan for a target: the shape it leads to, filled with the units of the highest scores. Raises as ``shape``."""
+    """The plan for a target: the shape it leads to, filled with the units of the highest scores. Raises as
+    ``shape``."""
     checkpoint = Checkpoint(model)
     found = _scores_of(checkpoint, scores)
     made = shape(checkpoint, options)
@@ -152,7 +153,8 @@ def redraw(model: Path, scores: Path, like: Plan) -> Plan:
 
 
 def whole(model: Path, like: Plan, limit: int) -> Plan | None:
-    """The uncut model in the widest packing of at most ``limit`` bytes: what pruning competes with; None when none is."""
+    """The uncut model in the widest packing of at most ``limit`` bytes: what pruning competes with; None when none
+    is."""
     checkpoint = Checkpoint(model)
     everything = Keep(tuple(LayerKeep(i) for i in range(len(checkpoint.arch.layers))))
     source = checkpoint.quantization

@@ -24,10 +24,13 @@ CRITERIA = {
     c.name: c
     for c in (
         Criterion("minitron", "minitron", "block_influence", "activations",
-                  "Muralidharan et al. 2024, arXiv 2407.14679; NVIDIA Model-Optimizer modelopt/torch/prune/plugins/mcore_minitron.py"),
-        Criterion("magnitude", "magnitude", "magnitude", "weights", "Li et al. 2017, arXiv 1608.08710, over coupled rows and columns"),
+                  "Muralidharan et al. 2024, arXiv 2407.14679; NVIDIA Model-Optimizer "
+                  "modelopt/torch/prune/plugins/mcore_minitron.py"),
+        Criterion("magnitude", "magnitude", "magnitude", "weights",
+                  "Li et al. 2017, arXiv 1608.08710, over coupled rows and columns"),
         Criterion("wanda", "wanda", "block_influence", "activations and weights",
-                  "Sun et al. 2023, arXiv 2306.11695, summed over a unit as in CASIA-IVA-Lab/FLAP lib/prune.py (Wanda-sp)"),
+                  "Sun et al. 2023, arXiv 2306.11695, summed over a unit as in CASIA-IVA-Lab/FLAP lib/prune.py "
+                  "(Wanda-sp)"),
         Criterion("block-influence", "minitron", "block_influence", "activations",
                   "Men et al. 2024, arXiv 2403.03853 (ShortGPT): for layers; widths as minitron"),
         Criterion("random", "random", "random", "a seed", "the row every comparison needs"),
@@ -36,12 +39,13 @@ CRITERIA = {
 
 
 def criterion(name: str) -> Criterion:
+    """A criterion by name. Raises UsageError, listing the names, when there is none."""
     if name not in CRITERIA:
         raise UsageError(f"unknown criterion {name!r}", f"choose one of {', '.join(CRITERIA)}")
     return CRITERIA[name]
 
 
-def score(model: Path, stats: Path, out: Path, name: str = "minitron", seed: int = 0) -> Path:
+def score(model: Path, stats: Path, out: Path, name: str = "wanda", seed: int = 0) -> Path:
     """Write the scores of one criterion to ``out``: mlp [layers, ffn], attention [layers, q_head], attn_ln [hidden],
     ffn_ln [hidden] (summed over layers), layer [layers]; and sparsity [layers, ffn], for reading.
 

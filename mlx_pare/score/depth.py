@@ -19,4 +19,5 @@ def magnitude(source: Source, layer: int) -> mx.array:
 
 
 def random(source: Source, layer: int) -> mx.array:
+    """A number drawn by lot."""
     return mx.random.uniform(key=source.key(layer, "layer"))

@@ -1,4 +1,5 @@
-"""Importance of units inside a layer: FFN channels [ffn], query heads [q_head], hidden channels [hidden]. Higher: keep."""
+"""Importance of units inside a layer: FFN channels [ffn], query heads [q_head], hidden channels [hidden]. Higher:
+keep."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ def _norm(source: Source, layer: int, site: str) -> mx.array:
 
 
 def minitron_ffn(source: Source, layer: int) -> mx.array:
+    """sqrt(sum over rows of (mean over tokens of |x|)^2) at the input of down_proj."""
     return mx.sqrt(source.stat(layer, "ffn", "row_sq"))
 
 
@@ -30,6 +32,7 @@ def minitron_heads(source: Source, layer: int) -> mx.array:
 
 
 def minitron_hidden(source: Source, layer: int, norm: str) -> mx.array:
+    """The same at the output of a norm; score() sums it over the layers."""
     return mx.sqrt(source.stat(layer, norm, "row_sq"))
 
 
@@ -53,6 +56,7 @@ def magnitude_heads(source: Source, layer: int) -> mx.array:
 
 
 def magnitude_hidden(source: Source, layer: int, norm: str) -> mx.array:
+    """L2 norm of a hidden channel's columns in the matrices that read it and rows in the one that writes it."""
     columns = sum(mx.square(source.weight(layer, role)).sum(axis=0) for role in READERS[norm])
     return mx.sqrt(columns + mx.square(source.weight(layer, WRITER[norm])).sum(axis=1))
 
@@ -61,16 +65,19 @@ def magnitude_hidden(source: Source, layer: int, norm: str) -> mx.array:
 
 
 def wanda_ffn(source: Source, layer: int) -> mx.array:
+    """sum_i |W_ij| * ||x_j||_2 over the outputs i of down_proj."""
     return mx.abs(source.weight(layer, "down_proj")).sum(axis=0) * _norm(source, layer, "ffn")
 
 
 def wanda_heads(source: Source, layer: int) -> mx.array:
+    """The same for o_proj, summed over the channels of a head."""
     q_heads, _, head_dim = source.heads(layer)
     columns = mx.abs(source.weight(layer, "o_proj")).sum(axis=0) * _norm(source, layer, "attention")
     return columns.reshape(q_heads, head_dim).sum(axis=1)
 
 
 def wanda_hidden(source: Source, layer: int, norm: str) -> mx.array:
+    """The same for all matrices that read a norm's output."""
     columns = sum(mx.abs(source.weight(layer, role)).sum(axis=0) for role in READERS[norm])
     return columns * _norm(source, layer, norm)
 
@@ -79,12 +86,15 @@ def wanda_hidden(source: Source, layer: int, norm: str) -> mx.array:
 
 
 def random_ffn(source: Source, layer: int) -> mx.array:
+    """Drawn by lot, uniform in [0, 1)."""
     return mx.random.uniform(shape=(source.arch.layer_sizes(layer)["ffn"],), key=source.key(layer, "ffn"))
 
 
 def random_heads(source: Source, layer: int) -> mx.array:
+    """Drawn by lot, uniform in [0, 1)."""
     return mx.random.uniform(shape=(source.heads(layer)[0],), key=source.key(layer, "heads"))
 
 
 def random_hidden(source: Source, layer: int, norm: str) -> mx.array:
+    """Drawn by lot, uniform in [0, 1); the same draw in every layer."""
     return mx.random.uniform(shape=(source.arch.sizes["hidden"],), key=source.key(0, norm))
