@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # On Linux MLX's CPU backend has a slow reference BLAS; OpenBLAS in front of it is 30 times faster. Optional.
 BLAS   := $(shell sh scripts/openblas.sh find)
-RUN     = env $(if $(BLAS),LD_PRELOAD=$(BLAS)) MLX_DISABLE_COMPILE=1
+RUN     = $(if $(BLAS),env LD_PRELOAD=$(BLAS))
 
 .PHONY: setup demo test lint bench clean
 

@@ -1,5 +1,4 @@
-"""Peak memory of calibrate and prune on a checkpoint far larger than that: 40 blocks, 1.5 GB of float32, 8 x 256
-tokens.
+"""Peak memory of calibrate and prune on a far larger checkpoint: 40 blocks, 1.5 GB of float32, 8 x 256 tokens.
 
     python benchmarks/stream_memory.py [--layers 40] [--out DIR]
 

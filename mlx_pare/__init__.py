@@ -1,5 +1,6 @@
-"""mlx-pare: prune language models on the Mac itself. Every command is also a function: ``from mlx_pare import fit,
-prune``.
+"""mlx-pare: prune language models on the Mac itself.
+
+Every command is also a function: ``from mlx_pare import fit, prune``.
 
 Nothing heavy is imported until a function is used.
 """
@@ -22,8 +23,7 @@ __all__ = sorted(_VERBS)
 
 
 class _Package(ModuleType):
-    """A verb and the file it lives in share a name; here the name means the verb, the file is mlx_pare.<name> in
-    imports."""
+    """A verb and the file it lives in share a name; here the name means the verb; imports find the file."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _VERBS and isinstance(value, ModuleType)):

@@ -76,8 +76,7 @@ class Strict(BaseModel):
 
 
 class Target(Strict):
-    """What was asked: kind "keep" (fraction of non-embedding parameters), "params" (total) or "size" (bytes of
-    weights)."""
+    """What was asked: kind "keep" (share of non-embedding parameters), "params" (total), "size" (bytes) or "for"."""
 
     kind: str
     value: float
@@ -230,7 +229,8 @@ CONTENDERS = (
 
 
 class Metrics(Strict):
-    """What `evaluate` measured. ``tokens`` predictions; KL in nats per token; ``windows`` of ``length`` tokens."""
+    """What `evaluate` measured. ``tokens`` predictions; KL in nats per token; ``windows`` of ``length`` tokens;
+    ``window_nll``: mean NLL of each, for paired comparisons."""
 
     schema_version: int = SCHEMA
     model: str
@@ -244,6 +244,7 @@ class Metrics(Strict):
     kl_divergence: float | None = None
     kl_p95: float | None = None
     top1_agreement: float | None = None
+    window_nll: list[float] = Field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path) -> Metrics:

@@ -36,7 +36,7 @@ def bench(models: Sequence[Path], trials: int = 5, prompt: int = 512, new: int =
                 if trial:
                     raw[number].append(result)
                 bar.advance()
-    backend = "CPU, weights as float32 scales" if lm.cpu_backend() else str(mx.default_device())
+    backend = "CPU backend, arithmetic in float32" if lm.cpu_backend() else str(mx.default_device())
     rows = [
         {"model": str(p), **{n: _spread([r[n] for r in raw[i]]) for n in NUMBERS}, "ratio": _ratios(raw[i], raw[0])}
         for i, p in enumerate(models)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ import mlx.core as mx
 
 from . import stream
 from .arch import Architecture
-from .artifacts import Arrays
+from .artifacts import Arrays, dump_json, replace_file
 from .checkpoint import Checkpoint
 from .corpus import Rows
+from .errors import Refused
 from .observers import BlockCosine, Moments, Tap
 
 # site -> (role of the module in the family's table, which side of it)
@@ -72,8 +74,7 @@ def calibrate(
     """Stream ``rows`` through ``model`` and write ``directory``/stats.safetensors; returns its path.
 
     Arrays, per layer i: ``{i}.{site}.{name}`` for the sites ffn [ffn] and attention [q_head*head_dim] (inputs of
-    down_proj
-    and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms), with the names of observers.Moments; and
+    down_proj and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms), with the names of observers.Moments; and
     ``{i}.block.cosine`` []. A directory with the blocks of an interrupted call is continued: same bytes in the end.
     Raises Refused when the estimate of memory exceeds the cap.
     """
@@ -83,9 +84,18 @@ def calibrate(
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob("*.tmp*"):
         stale.unlink()
+    _same_inputs(directory, {"model": checkpoint.identity(), "data": rows.digest()})
     if len(list(directory.glob("block-*.safetensors"))) < len(arch.layers):
         stream.walk(model, rows, Statistics(arch, directory, save_every_s), _resume(directory), "calibrate: block")
     return _merge(checkpoint, rows, directory)
+
+
+def _same_inputs(directory: Path, inputs: dict[str, str]) -> None:
+    """Blocks of another model or other rows must not be mixed in. Raises Refused when they lie there."""
+    note = directory / "inputs.json"
+    if note.exists() and json.loads(note.read_text()) != inputs:
+        raise Refused(f"{directory} holds statistics begun with another model or other text", "remove it first")
+    replace_file(note, dump_json(inputs))
 
 
 def _resume(directory: Path) -> stream.Resume | None:
@@ -106,6 +116,6 @@ def _merge(checkpoint: Checkpoint, rows: Rows, directory: Path) -> Path:
     about = {"tokens": rows.total, "rows": rows.count, "data": rows.digest(), "layers": len(blocks)}
     about["model"] = checkpoint.identity()
     Arrays(arrays, about).save(path)
-    for file in [*blocks, *directory.glob("hidden-*.safetensors")]:
+    for file in [*blocks, *directory.glob("hidden-*.safetensors"), directory / "inputs.json"]:
         file.unlink()
     return path

@@ -1,5 +1,4 @@
-"""check: is a model that we wrote fit to be handed on? Opened by stock mlx-lm and transformers, made to write,
-compared."""
+"""check: is a model that we wrote fit to be handed on? Opened by stock tools, made to write, compared."""
 
 from __future__ import annotations
 

@@ -123,6 +123,10 @@ def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
     shape = tuple(info["shape"])
     if any(type(n) is not int for n in (start, end, *shape)):
         raise ValueError(f"{info['data_offsets']} and {info['shape']} are not whole numbers")
+    if info["dtype"] not in DTYPE_BYTES:
+        raise PareError(
+            f"{path} holds tensors of type {info['dtype']}, which is not supported", "convert it with mlx_lm.convert"
+        )
     size = DTYPE_BYTES[info["dtype"]]
     for n in shape:
         size *= n
@@ -280,6 +284,11 @@ class Checkpoint:
         """The float dtype of a tensor, of its scales when it is packed: "F32", "F16" or "BF16"."""
         packed = self.packing(tensor.module)
         return self.entries[f"{tensor.module}.scales" if packed and tensor.matrix else tensor.name].dtype
+
+    @property
+    def value_bytes(self) -> int:
+        """Width of the dtype that mlx-lm computes in, and so of its KV cache: that of the embedding (or its scales)."""
+        return DTYPE_BYTES[self.dtype(next(self.arch.tensors()))]
 
     def nbytes(self) -> int:
         """Bytes of the tensors that mlx-lm loads (headers and ignored tensors excluded)."""

@@ -6,6 +6,7 @@ The single steps of a run are in cli_steps.py, the options they share and the ha
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -172,13 +173,14 @@ def export_command(
 ) -> dict[str, Any]:
     """Write a GGUF file, re-read it, compare it in llama.cpp where that is installed, show on which Macs it fits."""
     from .checkpoint import Checkpoint
-    from .export import export, verify
+    from .export import export
     from .fit import planner
+    from .llama_cpp import judged
 
     checkpoint = Checkpoint(model)
     macs = [planner.find(mac)] if mac else planner.macs()
     done = export(model, out, gguf or ("q8_0" if checkpoint.quantized else "f16"))
-    done["verify"] = {"checked": False, "reason": "not asked"} if no_verify else verify(model, out)
+    done["verify"] = {"checked": False, "reason": "not asked"} if no_verify else judged(model, out, done["kind"])
     done["fits"] = planner.fit(checkpoint.arch, done["tensor_bytes"], macs, context)
     show.fit_table(f"{out}: {done['kind']}, {console.gb(done['bytes'])}, {done['tensors']} tensors", done["fits"])
     checked = done["verify"]
@@ -278,6 +280,7 @@ from . import cli_steps  # noqa: E402, F401 its commands come after the everyday
 
 def main() -> None:
     """Entry point of the command line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing may wait for a network

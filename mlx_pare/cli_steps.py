@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,7 @@ def calibrate_command(
 
     s = settings_of(data=data, test_data=test_data, samples=samples, length=length, memory_cap=memory_cap, seed=seed)
     with steps.open_run(model, out) as run:
+        run.write_recipe({"model": str(model), **asdict(s)}, replace=False)
         stats = steps.calibrate_step(run, steps.Texts(run.model, s), s)
     console.say(f"statistics: {stats}")
     return {"stats": str(stats)}
@@ -126,19 +128,22 @@ def recover_command(
     learning_rate: Rate = None,
     data: Data = None,
     test_data: TestData = None,
-    length: Length = 512,
     memory_cap: Cap = None,
     seed: Seed = 0,
 ) -> dict[str, Any]:
-    """Heal the pruned model by distilling the original into it: RUN/recover/model, never worse than before."""
+    """Heal the pruned model by distilling the original into it: RUN/recover/model, never worse than before.
+
+    Trains on the text of the run's calibration, in rows of the same length, unless --data names another.
+    """
     from . import steps
 
-    s = settings_of(
-        recover_steps=recover_steps, method=method, learning_rate=learning_rate, data=data, test_data=test_data,
-        length=length,
-        memory_cap=memory_cap, seed=seed,
-    )  # fmt: skip
     with steps.continue_run(run) as opened:
+        before = opened.recipe()
+        s = settings_of(
+            recover_steps=recover_steps, method=method, learning_rate=learning_rate, data=data or before.get("data"),
+            test_data=test_data or before.get("test_data"), length=before.get("length", 512),
+            memory_cap=memory_cap, seed=seed,
+        )  # fmt: skip
         model = steps.recover_step(opened, steps.Texts(opened.model, s), s)
     console.say(f"model: {model}")
     return {"model": str(model)}

@@ -1,5 +1,4 @@
-"""Text into token rows: files and folders, windows, splits by hash. Overlap between texts that must differ is an
-error."""
+"""Text into token rows: files and folders, windows, splits by hash. Overlap is an error."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ import numpy as np
 from .errors import PareError
 
 SUFFIXES = (".txt", ".md", ".jsonl")
+MANY_DOCUMENTS = 20  # from here on a document is the unit of a split, below that a paragraph
 OVERLAP_CHARS = 60  # shorter paragraphs (headings, "Yes.") may stand in two texts by chance
 
 
@@ -98,23 +98,26 @@ def _record(line: str, file: Path, number: int, tokenizer: Any) -> str:
 def windows(
     tokenizer: Any, documents: Sequence[str], length: int, count: int | None = None, seed: int | None = None
 ) -> Rows:
-    """Non-overlapping windows of ``length`` tokens from the documents laid end to end, each after its BOS token.
+    """Non-overlapping windows of ``length`` tokens from the documents laid end to end, each document after its BOS.
 
-    The first ``count`` windows, or with a ``seed`` a random choice in the order of the text. All there are when the
-    text
-    is shorter. Raises PareError when there is not one whole window.
+    Where the tokenizer itself begins every text with BOS (Llama 3, Gemma), every window begins with one, as the model
+    expects. The first ``count`` windows, or with a ``seed`` a random choice in the order of the text; all there are
+    when the text is shorter. Raises PareError when there is not one whole window.
     """
     bos = tokenizer.bos_token_id
+    every_window = bos is not None and tokenizer.encode("a")[:1] == [bos]
     ids: list[int] = []
     for document in documents:
-        ids += [] if bos is None else [bos]
-        ids += tokenizer.encode(document, add_special_tokens=False, verbose=False)
-    whole = len(ids) // length
+        encoded = tokenizer.encode(document, add_special_tokens=False, verbose=False)
+        ids += [] if bos is None or every_window or encoded[:1] == [bos] else [bos]
+        ids += encoded
+    text = length - 1 if every_window else length
+    whole = len(ids) // text
     if whole == 0:
-        raise PareError(
-            f"the text has {len(ids)} tokens, one row needs {length}", "give more text or a smaller --length"
-        )
-    rows = np.asarray(ids[: whole * length], dtype=np.int32).reshape(whole, length)
+        raise PareError(f"the text has {len(ids)} tokens, one row needs {text}", "give more text or a smaller --length")
+    rows = np.asarray(ids[: whole * text], dtype=np.int32).reshape(whole, text)
+    if every_window:
+        rows = np.concatenate([np.full((whole, 1), bos, dtype=np.int32), rows], axis=1)
     if count is not None and count < whole:
         chosen = range(count) if seed is None else np.sort(np.random.RandomState(seed).permutation(whole)[:count])
         rows = rows[list(chosen)]
@@ -122,22 +125,32 @@ def windows(
 
 
 def split(documents: Sequence[str], parts: dict[str, int]) -> dict[str, list[str]]:
-    """Divide paragraphs by their hash, in shares of 100: the same paragraph always falls on the same side."""
+    """Divide the units of the text by their hash, in the given shares: the same unit always falls on the same side.
+
+    Units are documents when there are many (records of a .jsonl, files of a folder), else paragraphs.
+    """
     bounds, total = {}, 0
     for name, share in parts.items():
         total += share
         bounds[name] = total
     divided: dict[str, list[str]] = {name: [] for name in parts}
+    many = len(documents) >= MANY_DOCUMENTS
     for document in documents:
+        separator, units = ("", [document]) if many else paragraphs(document)
         pieces: dict[str, list[str]] = {name: [] for name in parts}
-        for paragraph in document.split("\n"):
-            if paragraph.strip():
-                bucket = int.from_bytes(hashlib.sha256(paragraph.strip().encode()).digest()[:8]) % total
-                pieces[next(n for n, bound in bounds.items() if bucket < bound)].append(paragraph)
-        for name, paragraphs in pieces.items():
-            if paragraphs:
-                divided[name].append("\n".join(paragraphs) + "\n")
+        for unit in units:
+            bucket = int.from_bytes(hashlib.sha256(unit.strip().encode()).digest()[:8]) % total
+            pieces[next(n for n, bound in bounds.items() if bucket < bound)].append(unit)
+        for name, chosen in pieces.items():
+            if chosen:
+                divided[name].append(separator.join(chosen) + "\n")
     return divided
+
+
+def paragraphs(document: str) -> tuple[str, list[str]]:
+    """(separator, units): paragraphs between blank lines; lines where the text has one paragraph a line."""
+    separator = "\n\n" if "\n\n" in document.strip() else "\n"
+    return separator, [unit for unit in document.split(separator) if unit.strip()]
 
 
 def forbid_overlap(texts: dict[str, Sequence[str]]) -> None:

@@ -56,8 +56,8 @@ class Running:
 def compare(targets: mx.array, student: Iterable, teacher: Iterable | None = None) -> dict[str, mx.array]:
     """Per-token numbers [tokens] from chunked logits of a student, and of a teacher in the same chunks.
 
-    nll always; with a teacher also kl (as ``kl`` above, in one pass: sum p (t - s) - lse_t + lse_s) and agree (same
-    argmax).
+    nll always; with a teacher also kl (as ``kl`` above, in one pass: sum p (t - s) - lse_t + lse_s) and agree
+    (same argmax).
     """
     q = Running(targets)
     if teacher is None:

@@ -1,5 +1,4 @@
-"""evaluate: a model on held-out rows -> Metrics; against a teacher also KL and agreement. Streamed, so size does
-not matter."""
+"""evaluate: a model on held-out rows -> Metrics; against a teacher also KL and agreement. Streamed."""
 
 from __future__ import annotations
 
@@ -39,6 +38,8 @@ def evaluate(
     stream.check_memory(checkpoint, rows, memory_cap)
     if teacher is not None:
         _same_tokenizer(checkpoint, Checkpoint(teacher))
+        kept = rows.count * rows.length * checkpoint.arch.sizes["hidden"] * 4  # the student's, while the teacher runs
+        stream.check_memory(Checkpoint(teacher), rows, memory_cap, kept)
     if rows.tokens.max() >= checkpoint.arch.sizes["vocab"]:
         raise UsageError(f"the data holds token {rows.tokens.max()}, the model knows {checkpoint.arch.sizes['vocab']}")
     predicted = np.maximum(rows.lengths - 1, 0)
@@ -52,6 +53,7 @@ def evaluate(
         if name in found and not math.isfinite(found[name].mean()):
             raise PareError(f"{path} answers NaN or infinity", "the model is broken: do not use it")
     perplexity = math.exp(min(nll, 700.0))
+    windows = np.split(found["nll"], np.cumsum(predicted)[:-1])
     return Metrics(
         model=str(model),
         data=data,
@@ -59,9 +61,10 @@ def evaluate(
         windows=rows.count,
         length=rows.length,
         perplexity=perplexity,
-        perplexity_stderr=perplexity * _error(np.split(found["nll"], np.cumsum(predicted)[:-1])),
+        perplexity_stderr=perplexity * _error(windows),
         bits_per_byte=nll * int(predicted.sum()) / math.log(2) / _bytes(rows, tokenizer) if tokenizer else None,
         **_against(found),
+        window_nll=[float(window.mean()) for window in windows if len(window)],
     )
 
 
@@ -106,7 +109,8 @@ def _measure(rows: Rows, student: Streamed, teacher: Streamed | None) -> dict[st
 
 def _bytes(rows: Rows, tokenizer: Any) -> int:
     return sum(
-        len(tokenizer.decode(row[1:n].tolist()).encode()) for row, n in zip(rows.tokens, rows.lengths, strict=True)
+        len(tokenizer.decode(row[1:n].tolist(), skip_special_tokens=True).encode())
+        for row, n in zip(rows.tokens, rows.lengths, strict=True)
     )
 
 

@@ -91,7 +91,7 @@ def export(model: Path, out: Path, kind: str) -> dict:
     free = shutil.disk_usage(out.parent).free
     if size > free:
         raise PareError(f"{out} needs {console.gb(size)}, {out.parent} has {console.gb(free)} free")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
+    partial = out.with_name(f".{out.name}.part")
     try:
         notes = _write(checkpoint, target, kind, rows, partial)
         llama_cpp.check(partial, rows)
@@ -366,6 +366,7 @@ def verify(model: Path, gguf: Path) -> dict:
     Both compute in float32 on the CPU from the weights as stored, so an F32 file differs by rounding only (gemma3 by up
     to about 0.01: llama.cpp tabulates GELU in float16). Returns checked, tokens, max_abs_difference, same_argmax
     (a fraction), strings, different (those tokenized differently); or checked False and the reason.
+    ``relative_difference``: mean difference over the standard deviation of the logits.
     """
     from . import llama_cpp
 

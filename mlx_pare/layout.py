@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .arch import Architecture, Keep, Tensor, cut
+from .artifacts import Size
 from .checkpoint import DTYPE_BYTES, Checkpoint
+from .fit.footprint import parameters
 from .packing import Packing
 from .shards import Planned
 
@@ -74,3 +76,19 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
 def total_bytes(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> int:
     """Bytes of all tensors of a cut of this checkpoint, as they will be written."""
     return sum(piece.nbytes for piece in layout(checkpoint, keep, packing))
+
+
+def size_of(checkpoint: Checkpoint, keep: Keep | None, packing: Packing | None) -> Size:
+    """Shape, parameters and bytes of the source (``keep`` None) or of a cut of it."""
+    arch = checkpoint.arch if keep is None else smaller(checkpoint, keep, packing)
+    counted = parameters(arch)
+    return Size(
+        layers=len(arch.layers),
+        ffn=arch.uniform("ffn"),
+        kv_heads=arch.uniform("kv_head"),
+        q_heads=arch.uniform("kv_head") * arch.uniform("group"),
+        hidden=arch.sizes["hidden"],
+        parameters=counted["total"],
+        non_embedding=counted["non_embedding"],
+        bytes=checkpoint.nbytes() if keep is None else total_bytes(checkpoint, keep, packing),
+    )

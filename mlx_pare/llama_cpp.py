@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from . import console, machine
+from .checkpoint import Checkpoint
 from .errors import PareError
-from .export import ALIGNMENT, BLOCK_BYTES, Row
+from .export import ALIGNMENT, BLOCK_BYTES, Row, verify
 
 
 def available() -> bool:
@@ -97,6 +99,7 @@ def compare(model: Path, gguf: Path) -> dict:
     return {
         "tokens": len(tokens),
         "max_abs_difference": float(np.abs(here - there).max()),
+        "relative_difference": float(np.abs(here - there).mean() / here.std()),
         "same_argmax": float((here.argmax(-1) == there.argmax(-1)).mean()),
         "strings": len(PROBES),
         "different": [text for text, a, b in zip(PROBES, ours, theirs, strict=True) if a != b],
@@ -118,6 +121,34 @@ def mlx_logits(model: Path, tokens: Sequence[int]) -> Any:
         mx.set_default_device(device)
         if not lm.cpu_backend():
             mx.enable_compile()
+
+
+# mean logit difference over the logits' spread above which a file is rejected; measured: f32 1e-6, f16 1e-3, q8_0 0.03,
+# gemma3 2e-3 in f32 (llama.cpp tabulates GELU in float16)
+LARGEST_DIFFERENCE = {"f32": 0.02, "f16": 0.05, "q8_0": 0.25}
+
+
+def judged(model: Path, gguf: Path, kind: str) -> dict:
+    """export.verify, with consequences: a file that llama.cpp refuses, tokenizes or computes differently is set aside
+    as ``*.rejected`` and a PareError says why. Without room for both models the check is left out, and said so.
+    """
+    size = 4 * sum(t.size for t in Checkpoint(model).arch.tensors()) + gguf.stat().st_size
+    if size > machine.available_bytes():
+        return {"checked": False, "reason": f"it would need {console.gb(size)} of memory"}
+    rejected = gguf.with_name(gguf.name + ".rejected")
+    try:
+        found = verify(model, gguf)
+    except PareError as error:
+        gguf.rename(rejected)
+        raise PareError(f"llama.cpp refuses the file: {error.problem}", f"it was set aside as {rejected}") from error
+    if found["checked"] and (found["different"] or found["relative_difference"] > LARGEST_DIFFERENCE[kind]):
+        gguf.rename(rejected)
+        what = f"tokenizes {found['different'][0]!r} differently" if found["different"] else "computes something else"
+        raise PareError(
+            f"llama.cpp {what} (logits differ by {found['relative_difference']:.2g} of their spread)",
+            f"the file was set aside as {rejected}",
+        )
+    return found
 
 
 # ---- the file itself ----

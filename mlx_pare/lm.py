@@ -1,9 +1,8 @@
 """The only door to mlx_lm: loading, tokenizing, generating, training, timing.
 
-Device differences live here too. On Metal (and CUDA) models compute in their own dtype with the stock layers. On
-the CPU
-backend every matrix is expanded to float32 for the length of one call (see quantized.Float32Linear), and mx.compile,
-which shells out to a C++ compiler there, is off. The Metal side has never been run by the developers' own machines.
+Device differences live here too. On Metal (and CUDA) models compute in their own dtype with the stock layers. On the
+CPU backend every matrix is expanded to float32 for the length of one call (see quantized.Float32Linear), and
+mx.compile, which shells out to a C++ compiler there, is off. The Metal side has never been run so far.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .arch import both_rope_spellings
+from .checkpoint import read_json
 from .errors import PareError
 
 
@@ -35,16 +36,16 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
     """The stock mlx-lm model, weights unread when ``lazy``; never executes code from the model directory."""
     from mlx_lm.utils import load_model
 
+    config = both_rope_spellings(read_json(Path(path) / "config.json", "model config"))
     try:
-        model, _ = load_model(Path(path), lazy=lazy)
+        model, _ = load_model(Path(path), lazy=lazy, model_config=config)
     except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
         raise PareError(f"mlx-lm cannot load {path}: {error}") from error
     return model
 
 
 def load_stock(path: Path) -> nn.Module:
-    """The model as mlx-lm itself would run it, in memory; on the CPU backend with float32 arithmetic, which is the
-    faster."""
+    """The model as mlx-lm itself would run it, in memory; on the CPU backend in float32, which is faster there."""
     model = load(path)
     if cpu_backend():
         model.set_dtype(mx.float32)

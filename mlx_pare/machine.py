@@ -1,5 +1,4 @@
-"""This computer: chip, memory, what the GPU may use, versions. What cannot be known is None and printed as
-"unknown"."""
+"""This computer: chip, memory, what the GPU may use, versions. What cannot be known is None."""
 
 from __future__ import annotations
 
@@ -71,6 +70,12 @@ def peak_rss_bytes() -> int:
     """The largest resident size this process ever had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_bytes() -> int | None:
+    """The most MLX has allocated in this process; on a Mac not part of the resident size. None before MLX is used."""
+    mlx = sys.modules.get("mlx.core")
+    return mlx.get_peak_memory() if mlx else None
 
 
 def versions() -> dict[str, str]:

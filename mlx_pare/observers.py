@@ -1,5 +1,4 @@
-"""Streaming accumulators: what is remembered of activations that are never kept. All sums in float32, padding
-excluded."""
+"""Streaming accumulators: what is remembered of activations. All sums in float32, padding excluded."""
 
 from __future__ import annotations
 
@@ -9,9 +8,8 @@ import mlx.core as mx
 class Moments:
     """Per-unit sums over the last axis of activations [rows, tokens, units].
 
-    ``row_sq``  sum over rows of (mean over tokens of |x|)^2: its root is Minitron's importance (batch=L2, seq=mean
-    of the
-                absolute value), Model-Optimizer modelopt/torch/prune/plugins/mcore_minitron.py.
+    ``row_sq``  sum over rows of (mean over tokens of |x|)^2: its root is Minitron's importance (batch=L2, seq=mean of
+                the absolute value), Model-Optimizer modelopt/torch/prune/plugins/mcore_minitron.py.
     ``sum``, ``abs_sum``, ``sq_sum``, ``max``  of x, |x|, x^2, |x| over all valid tokens.
     """
 
@@ -44,8 +42,7 @@ class Moments:
 
 
 class BlockCosine:
-    """Sum over valid tokens of cos(block input, block output): 1 - mean is the block's influence (ShortGPT, Men et
-    al. 2024)."""
+    """Sum over valid tokens of cos(block input, block output); 1 - mean is block influence (ShortGPT, Men 2024)."""
 
     def __init__(self) -> None:
         self._sums: dict[str, mx.array] = {}

@@ -1,5 +1,4 @@
-"""The story of a run. Read this file first: every step below is a few lines in steps.py, every verb a file of its
-own name.
+"""The story of a run. Read this file first: the steps are a few lines each in steps.py, the verbs files of their own.
 
 calibrate -> score -> plan -> prune -> recover -> evaluate (original, pruned, recovered, random, fewer bits)
           -> export -> bench -> report
@@ -15,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from . import corpus, steps
-from .artifacts import Plan
+from . import console, corpus, steps
+from .artifacts import CONTENDERS, Plan
 from .checkpoint import Checkpoint
-from .errors import PareError, UsageError
+from .errors import PareError, Refused, UsageError
 from .export import FILE_TYPES
+from .fit import planner
 from .plan import shape, whole
 from .recover import METHODS
 from .recover import Options as RecoverOptions
@@ -59,10 +59,13 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
         gguf = steps.export_step(opened, result, s)
         if s.trials > 0:
             steps.bench_step(opened, result, s)
-        written = report(opened.path)
-        summary = _summary(opened, result, gguf, written)
+        absent = {"recovered": s.recover_steps == 0, "fewer-bits": narrow is None}
+        measured = [n for n, _ in CONTENDERS if not absent.get(n)]
+        written = report(opened.path, measured)
+        summary = _summary(opened, result, gguf, written, measured)
         opened.write_recipe(asked)  # only now: a request that was refused on the way leaves the recipe of what was done
     _quality_gate(summary, s)
+    _fit_gate(summary, s)
     return summary
 
 
@@ -88,8 +91,9 @@ def preflight(model: Path, s: Settings) -> None:
     one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
     shape(Checkpoint(model), s.plan_options())
     if s.recover_steps > 0:
-        rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
-        check_recovery(Checkpoint(model), [rows], RecoverOptions(method=s.method, steps=s.recover_steps), s.memory_cap)
+        counts = (steps.TRAINING_ROWS, steps.VALIDATION_ROWS)
+        rows = [corpus.Rows.full(np.zeros((count, s.length))) for count in counts]
+        check_recovery(Checkpoint(model), rows, RecoverOptions(method=s.method, steps=s.recover_steps), s.memory_cap)
 
 
 def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
@@ -98,25 +102,37 @@ def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
         raise UsageError(f"unknown {what} {name!r}", f"choose one of {', '.join(filter(None, known))}")
 
 
-def _summary(run: Run, model: Path, gguf: Path, written: Path) -> dict[str, Any]:
-    last = "recovered" if "evaluate-recovered" in run.manifest.steps else "pruned"
-
+def _summary(run: Run, model: Path, gguf: Path, written: Path, measured: Sequence[str]) -> dict[str, Any]:
     def of(name: str) -> dict[str, Any]:
         step = run.directory(f"evaluate-{name}")
         return json.loads((step / "metrics.json").read_text()) | json.loads((step / "size.json").read_text())
 
-    names = [n.removeprefix("evaluate-") for n in run.manifest.steps if n.startswith("evaluate-")]
+    found = metrics(run.path, measured)
     return {
         "model": str(model),
         "gguf": str(gguf),
         "report": str(written),
-        "verdict": verdict(metrics(run.path)),
+        "verdict": verdict(found),
         "before": of("original"),
-        "after": of(last),
-        "contenders": {name: of(name) for name in names},
+        "after": of("recovered" if "recovered" in found else "pruned"),
+        "contenders": {name: of(name) for name in found},
         "fits": json.loads((run.directory("export") / "fits.json").read_text()),
         "bench": json.loads(p.read_text()) if (p := run.directory("bench") / "bench.json").exists() else None,
     }
+
+
+def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
+    """The Mac that was named must take the model and the GGUF file."""
+    if s.mac is None:
+        return
+    name = planner.find(s.mac).name
+    for what, key in (("the model", "rows"), ("the GGUF file", "gguf_rows")):
+        row = next(r for r in summary["fits"][key] if r["mac"] == name)
+        if not row["fits"]:
+            raise Refused(
+                f"{what} does not fit {name} at {s.context} tokens: {console.gb(-row['headroom_bytes'])} too much",
+                f"everything is kept, see {summary['report']}; ask for a smaller --gguf type, or cut more",
+            )
 
 
 def _quality_gate(summary: dict[str, Any], s: Settings) -> None:

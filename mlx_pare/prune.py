@@ -19,7 +19,7 @@ from .artifacts import Plan, dump_json
 from .checkpoint import Checkpoint
 from .console import progress
 from .errors import PareError, Refused
-from .layout import Piece, layout, smaller
+from .layout import Piece, layout, size_of, smaller
 from .packing import Packing
 from .quantized import MX_DTYPE, Packed, pack, raw_bytes, relative_error, whole_groups
 from .shards import ShardWriter, copy_tokenizer, write_config
@@ -74,8 +74,10 @@ class _Surgeon:
     """Cuts every tensor of a checkpoint by one plan."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, packing: Packing | None, requantize: bool):
-        self.checkpoint, self.plan, self.packing = checkpoint, plan, packing
+        self.checkpoint, self.packing = checkpoint, packing
         self.keep = plan.keep(checkpoint.arch)
+        # people edit plans: what is written down about the result is counted, not believed
+        self.plan = plan.model_copy(update={"after": size_of(checkpoint, self.keep, packing), "neighbours": []})
         self.arch = smaller(checkpoint, self.keep, packing)
         self.pieces = [self._as_asked(p, requantize) for p in layout(checkpoint, self.keep, packing)]
         self.requantized: dict[str, float] = {}

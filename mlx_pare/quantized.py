@@ -29,8 +29,7 @@ def raw_bytes(array: mx.array) -> memoryview:
 
 @dataclass
 class Packed:
-    """A packed matrix of logical shape (rows, columns): words (rows, columns*bits/32), scales and biases (rows,
-    groups)."""
+    """A matrix of logical shape (rows, columns): words (rows, columns*bits/32); scales, biases (rows, groups)."""
 
     words: mx.array
     scales: mx.array
@@ -62,9 +61,12 @@ class Packed:
 
 
 def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:
-    """Quantize a matrix; ``dtype`` of scales and biases. Codes are chosen in float32."""
-    words, scales, biases = mx.quantize(dense.astype(mx.float32), group_size=packing.group_size, bits=packing.bits)
-    return Packed(words, scales.astype(dtype), biases.astype(dtype), packing)
+    """Quantize a matrix as mlx-lm would in this dtype, which scales and biases have too.
+
+    Choosing codes for float32 scales and rounding those to bfloat16 afterwards would cost a tenth more error.
+    """
+    parts = mx.quantize(dense.astype(dtype), group_size=packing.group_size, bits=packing.bits)
+    return Packed(*parts, packing)
 
 
 def whole_groups(columns: Sequence[int], group_size: int) -> list[int] | None:
@@ -83,7 +85,8 @@ def whole_groups(columns: Sequence[int], group_size: int) -> list[int] | None:
 def relative_error(reference: mx.array, packed: Packed) -> float:
     """||Q(W) - W||_F / ||W||_F."""
     reference = reference.astype(mx.float32)
-    return mx.sqrt(mx.square(packed.dense() - reference).sum() / mx.square(reference).sum()).item()
+    lost, whole = mx.square(packed.dense() - reference).sum(), mx.square(reference).sum()
+    return mx.sqrt(lost / whole).item() if whole.item() > 0 else 0.0
 
 
 class Float32Linear(nn.Module):

@@ -2,9 +2,8 @@
 
 Full-vocabulary KL; LoRA or all weights of the blocks. The teacher is streamed once over the training rows and only its
 final hidden states and its head stay: the logits made from them are exact, and teacher and student never share the
-memory. The best state by validation KL is kept, merged, packed as the pruned model was, and measured again as it
-will be
-loaded: when that is not better than the pruned model, the pruned model is returned and the result says so.
+memory. The best state by validation KL is kept, merged, packed as the pruned model was, and measured again from what
+was written: when that is not better than the pruned model, the pruned model is returned and the result says so.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Options:
 
     @property
     def rate(self) -> float:
-        return self.learning_rate or {"lora": 1e-3, "full": 5e-4}[self.method]
+        return {"lora": 1e-3, "full": 5e-4}[self.method] if self.learning_rate is None else self.learning_rate
 
 
 def recover(
@@ -61,8 +60,7 @@ def recover(
     options: Options,
     memory_cap: int | None = None,
 ) -> dict[str, Any]:
-    """Write the healed model to ``out``; returns validation KL before and after (nats per token), the curve,
-    whether it helped.
+    """Write the healed model to ``out``; returns validation KL before and after, the curve, whether it helped.
 
     Raises UsageError for an unknown method, Refused when ``out`` exists or the training does not fit in memory.
     """
@@ -73,6 +71,8 @@ def recover(
     checkpoint = Checkpoint(student)
     check_memory(checkpoint, (train, validation), options, memory_cap)
     mx.random.seed(options.seed)
+    for rows in (train, validation):
+        stream.check_memory(Checkpoint(teacher), rows, memory_cap)
     guides = [stream.walk(teacher, rows, what="teacher: block") for rows in (train, validation)]
     trial = _Training(_resident(student, options.method), train, validation, *guides, options)
     curve = trial.run()
@@ -87,8 +87,10 @@ def recover(
     if best > 0:
         partial = _partial(out)
         _write(checkpoint, trial.merged(), partial)
-        after = _mean_kl(_resident(partial, "full"), validation, guides[1], options.batch)
-        summary |= {"kl_after": after, "improved": after < curve[0][1]}
+        before, after = (
+            _mean_kl(_resident(p, "full"), validation, guides[1], options.batch) for p in (student, partial)
+        )
+        summary |= {"kl_before": before, "kl_after": after, "improved": after < before}
         if summary["improved"]:
             os.rename(partial, out)
             return summary
@@ -109,20 +111,18 @@ def _partial(out: Path) -> Path:
 
 
 def _resident(path: Path, method: str) -> nn.Module:
-    """A model to compute with, in memory: dense float32 on the CPU backend, else as stored (dense for full
-    training)."""
+    """A model to train, in memory. float32 where all weights move (half precision would lose Adam's small steps) and on
+    the CPU backend; under LoRA elsewhere as stored."""
     model = lm.load(path)
-    if lm.cpu_backend():
+    if lm.cpu_backend() or method == "full":
         model = lm.dequantized(model, mx.float32)
-    elif method == "full" and Checkpoint(path).quantized:
-        model = lm.dequantized(model, mx.bfloat16)
     mx.eval(model.parameters())
     return model
 
 
 def required_bytes(student: Checkpoint, rows: Sequence[Rows], options: Options) -> int:
     """Student + optimizer + teacher's hidden states + logits and activations of one batch (an estimate)."""
-    value = 4 if lm.cpu_backend() else 2
+    value = 4 if lm.cpu_backend() or options.method == "full" else 2
     arch = student.arch
     size = sum(t.size for t in arch.tensors())
     trained = size if options.method == "full" else 0
@@ -239,8 +239,7 @@ def _mean_kl(model: nn.Module, rows: Rows, teacher: Streamed, batch: int) -> flo
 
 
 def _write(checkpoint: Checkpoint, trained: dict[str, mx.array], directory: Path) -> None:
-    """The pruned directory with trained tensors in place of its own, packed the same way; untouched ones byte for
-    byte."""
+    """The pruned directory with trained tensors in place, packed the same way; the others byte for byte."""
     lazy = checkpoint.lazy()
     planned, sources = [], []
     for tensor in checkpoint.arch.tensors():

@@ -1,12 +1,13 @@
-"""report: Markdown from a run directory alone. Every number in it was measured by a step of that run, or is said to
-be missing."""
+"""report: Markdown from a run directory alone. Every number in it was measured by a step of that run."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from .artifacts import CONTENDERS, Metrics, Plan, replace_file
@@ -14,10 +15,13 @@ from .console import count, duration, gb
 from .rundir import Manifest
 
 
-def report(run: Path) -> Path:
-    """Write RUN/report.md from the manifest and the steps' outputs; returns its path."""
+def report(run: Path, measured: Sequence[str] | None = None) -> Path:
+    """Write RUN/report.md from the manifest and the steps' outputs; returns its path. ``measured``: the contenders that
+    belong to the result (default: all that are there)."""
     manifest = Manifest.model_validate_json((run / "manifest.json").read_bytes())
-    sections = [_title(manifest), _verdict(run), _contenders(run), _shape(run), _requantized(run), _recovery(run)]
+    found = metrics(run, measured)
+    sections = [_title(manifest), "## Was it worth it?\n\n" + verdict(found), _contenders(found), _shape(run)]
+    sections += [_requantized(run), _recovery(run) if "recovered" in found else ""]
     sections += [_speed(run), _gguf(run), _warnings(run), _steps(manifest)]
     path = run / "report.md"
     replace_file(path, ("\n\n".join(s for s in sections if s) + "\n").encode())
@@ -28,10 +32,10 @@ def _json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def metrics(run: Path) -> dict[str, tuple[Metrics, int]]:
-    """Measured contenders: name -> (metrics, bytes of weights)."""
+def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Metrics, int]]:
+    """Measured contenders: name -> (metrics, bytes of weights); only ``names`` when an earlier call measured more."""
     found = {}
-    for name, _ in CONTENDERS:
+    for name in [n for n, _ in CONTENDERS] if names is None else names:
         path = run / f"evaluate-{name}"
         if (path / "metrics.json").exists():
             found[name] = Metrics.load(path / "metrics.json"), json.loads((path / "size.json").read_text())["bytes"]
@@ -54,36 +58,48 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`\[\]|#])", r"\\\1", line)
 
 
-def verdict(found: Mapping[str, tuple[Metrics, int]]) -> str:
-    """Whether pruning was worth it, by the measurements: against fewer bits at the same bytes, and against a random
-    cut."""
+Found = Mapping[str, tuple[Metrics, int]]
+
+
+def verdict(found: Found) -> str:
+    """Whether pruning was worth it, against the whole model with fewer bits at no more bytes and a random cut."""
     if "original" not in found or "pruned" not in found:
         return "Not measured yet."
-    (dense, dense_bytes) = found["original"]
+    dense, dense_bytes = found["original"]
     ours, ours_bytes = found.get("recovered", found["pruned"])
     text = (
         f"{gb(dense_bytes)} -> {gb(ours_bytes)} ({ours_bytes / dense_bytes:.0%}), perplexity {dense.perplexity:.2f} -> "
         f"{ours.perplexity:.2f} (x {ours.perplexity / dense.perplexity:.3f})."
     )
     if "random" in found:
-        luck = found["random"][0].perplexity
-        text += f" A random cut of the same size, without recovery, has {luck:.2f}."
+        luck, chosen = found["random"][0].perplexity, found["pruned"][0].perplexity
+        text += f" A random cut of the same size has {luck:.2f} (the chosen one {chosen:.2f}, both without recovery)."
+        text += " **The choice was no better than chance.**" if luck <= chosen else ""
+    return f"{text} {_against_fewer_bits(found, ours)}"
+
+
+def _against_fewer_bits(found: Found, ours: Metrics) -> str:
     if "fewer-bits" not in found:
-        return text + " No narrower packing reaches this size, so fewer bits were not an alternative."
-    other, other_bytes = found["fewer-bits"]
-    if other.perplexity <= ours.perplexity:
-        return text + (
-            f" **Not worth it:** the whole model with fewer bits takes {gb(other_bytes)} and has perplexity "
-            f"{other.perplexity:.2f}. Quantize instead of pruning, or prune further than fewer bits can reach."
+        return "No narrower packing reaches this size, so fewer bits were not an alternative."
+    other, size = found["fewer-bits"]
+    rival = f"the whole model with fewer bits, unrecovered, takes {gb(size)} and has perplexity {other.perplexity:.2f}"
+    difference, error = paired(ours, other)
+    if abs(difference) < 2 * error:
+        return (
+            f"**Not worth it:** {rival}, which is no measurable difference ({difference:+.4f} ± {error:.4f} nats per "
+            "token, paired). Quantize instead: it is simpler."
         )
-    return (
-        text
-        + f" **Worth it:** the whole model with fewer bits ({gb(other_bytes)}) has perplexity {other.perplexity:.2f}."
-    )
+    if difference >= 0:
+        return f"**Not worth it:** {rival}. Quantize instead of pruning, or prune further than fewer bits can reach."
+    return f"**Worth it:** {rival}."
 
 
-def _verdict(run: Path) -> str:
-    return "## Was it worth it?\n\n" + verdict(metrics(run))
+def paired(a: Metrics, b: Metrics) -> tuple[float, float]:
+    """Mean difference of NLL in nats per token, and its standard error, over the windows both were measured on."""
+    if len(a.window_nll) != len(b.window_nll) or len(a.window_nll) < 2:
+        return math.log(a.perplexity / b.perplexity), 0.0
+    differences = [x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)]
+    return fmean(differences), stdev(differences) / math.sqrt(len(differences))
 
 
 def _row(*cells: Any) -> str:
@@ -94,8 +110,7 @@ def _table(columns: list[str], rows: list[str]) -> str:
     return "\n".join([_row(*columns), "|" + "---|" * len(columns), *rows])
 
 
-def _contenders(run: Path) -> str:
-    found = metrics(run)
+def _contenders(found: Found) -> str:
     if not found:
         return ""
     rows = []
@@ -119,7 +134,8 @@ def _number(value: float | None, digits: int) -> str | None:
 
 
 def _shape(run: Path) -> str:
-    path = run / "plan" / "plan.json"
+    done, planned = run / "prune" / "model" / "plan.json", run / "plan" / "plan.json"
+    path = done if done.exists() else planned  # what was carried out, if it was
     if not path.exists():
         return ""
     plan = Plan.load(path)
@@ -214,8 +230,9 @@ def _gguf(run: Path) -> str:
     if fits:
         names = [f"{r['mac']} ({gb(r['headroom_bytes'])} free)" for r in fits["rows"] if r["fits"]]
         share = f"{len(names)} of {len(fits['rows'])} Macs; the original {fits['original_fits']}"
-        text += f"\n\nAt {fits['context']} tokens of context it fits {share}."
+        text += f"\n\nAt {fits['context']} tokens of context the MLX result fits {share}."
         text += f" Smallest: {names[0]}." if names else ""
+        text += f" The GGUF file fits {sum(r['fits'] for r in fits['gguf_rows'])}."
     return f"## GGUF\n\n{text}"
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ HARMLESS = {".lock", "manifest.json.tmp", ".DS_Store"}  # what a killed start, o
 
 
 class StepRecord(Strict):
-    """One finished step. ``peak_bytes``: the largest resident size of the process up to its end."""
+    """One finished step. ``peak_bytes``: the largest resident size of the process up to its end, ``peak_mlx_bytes`` the
+    most that MLX had allocated, which on a Mac lies outside of it."""
 
     parameters: dict[str, Any]
     inputs: dict[str, str]
     outputs: dict[str, str]
     seconds: float
     peak_bytes: int
+    peak_mlx_bytes: int | None = None
 
 
 class Manifest(Strict):
@@ -159,6 +162,11 @@ class Run:
             raise PareError(f"{self.path} has no finished {step} step", f"do it first: `mlx-pare {step} {self.path}`")
         return self.path / step / name
 
+    def recipe(self) -> dict[str, Any]:
+        """What was asked when the run was begun, as far as it was more than the defaults."""
+        file = self.path / "recipe.toml"
+        return tomllib.loads(file.read_text("utf-8")) if file.exists() else {}
+
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
         """What was asked, without what was left out; an earlier recipe is kept unless ``replace``."""
         if not replace and (self.path / "recipe.toml").exists():
@@ -175,11 +183,14 @@ class Run:
         inputs: Mapping[str, str],
         work: Callable[[Path], Any],
         editable: bool = False,
+        resumes: bool = False,
     ) -> bool:
         """Do ``work(directory)`` unless it was done the same way before; returns whether it was done now.
 
-        ``editable``: people may change the outputs (plan.json); that is no damage.
-        Raises Refused, naming what changed, when the step was done or begun with other parameters or inputs.
+        ``editable``: people may change the outputs (plan.json); that is no damage. ``resumes``: ``work`` continues what
+        it finds in the directory; the leavings of any other step that did not finish are thrown away.
+        Raises Refused, naming what changed, when the step was done (or, resuming, begun) with other parameters or
+        inputs.
         """
         asked = {"parameters": json.loads(json.dumps(dict(parameters), default=str)), "inputs": dict(inputs)}
         final, partial = self.path / name, self.path / f"{name}.partial"
@@ -189,10 +200,12 @@ class Run:
             self._whole(name, record, editable)
             console.say(f"{name}: done before, kept")
             return False
-        if final.exists():  # finished, but killed before the manifest said so
+        if final.exists():  # finished, but killed before the manifest said so: done again, or continued
             shutil.rmtree(partial, ignore_errors=True)
             os.rename(final, partial)
-        if (partial / "step.json").exists():
+        if not resumes:
+            shutil.rmtree(partial, ignore_errors=True)
+        elif (partial / "step.json").exists():
             self._same(name, _read_begun(partial / "step.json"), asked)
         partial.mkdir(exist_ok=True)
         replace_file(partial / "step.json", dump_json(asked))
@@ -201,7 +214,11 @@ class Run:
         os.rename(partial, final)
         outputs = {str(f.relative_to(final)): fingerprint(f) for f in sorted(final.rglob("*")) if f.is_file()}
         done = StepRecord(
-            **asked, outputs=outputs, seconds=round(time.monotonic() - started, 3), peak_bytes=machine.peak_rss_bytes()
+            **asked,
+            outputs=outputs,
+            seconds=round(time.monotonic() - started, 3),
+            peak_bytes=machine.peak_rss_bytes(),
+            peak_mlx_bytes=machine.peak_gpu_bytes(),
         )
         self.manifest.steps[name] = done
         replace_file(self._file, dump_json(self.manifest))

@@ -18,10 +18,12 @@ from .check import check
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused
 from .evaluate import evaluate
-from .export import export, verify
+from .export import export
 from .fit import planner
+from .layout import size_of
+from .llama_cpp import judged
 from .plan import Options as PlanOptions
-from .plan import parse_amount, plan, redraw, size_of
+from .plan import parse_amount, plan, redraw
 from .prune import prune
 from .recover import Options as RecoverOptions
 from .recover import recover
@@ -29,6 +31,7 @@ from .rundir import Run, fingerprint
 from .score import criterion, score
 
 DEMO = Path(__file__).parent / "demo"
+TRAINING_ROWS, VALIDATION_ROWS = 512, 64  # of recovery, at most: the teacher's hidden states are kept for them
 SHARES = {"calibration": 80, "validation": 10, "test": 10}  # of a text that the user gives, by paragraph
 
 
@@ -93,8 +96,7 @@ class Texts:
 
     @cached_property
     def documents(self) -> dict[str, list[str]]:
-        """ "calibration" (also trains the recovery), "validation" (chooses its best state) and "test" (all that is
-        reported)."""
+        """ "calibration" (also trains the recovery), "validation" (chooses its best state) and "test" (is reported)."""
         s = self.settings
         if s.data is None:
             parts = corpus.split(corpus.read(DEMO / "calibration.txt"), {"calibration": 88, "validation": 12})
@@ -125,13 +127,12 @@ class Texts:
 
     @cached_property
     def training(self) -> corpus.Rows:
-        """As many rows as training can use, at most what is kept of the teacher's hidden states for them (see
-        recover)."""
-        return self.rows("calibration", max(self.settings.samples, 512), self.settings.seed)
+        """The rows that recovery trains on: more of the calibration text than the statistics need."""
+        return self.rows("calibration", TRAINING_ROWS, self.settings.seed)
 
     @cached_property
     def validation(self) -> corpus.Rows:
-        return self.rows("validation", 64)
+        return self.rows("validation", VALIDATION_ROWS)
 
     @cached_property
     def test(self) -> corpus.Rows:
@@ -171,6 +172,7 @@ def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
         {"rows": rows.count, "length": rows.length, "seed": s.seed},
         {"model": run.manifest.source, "data": rows.digest()},
         lambda directory: calibrate(run.model, rows, directory, s.memory_cap),
+        resumes=True,
     )
     return run.output("calibrate", "stats.safetensors")
 
@@ -303,24 +305,27 @@ def export_step(run: Run, model: Path, s: Settings) -> Path:
 
     def work(directory: Path) -> None:
         file = directory / f"model-{kind}.gguf"
-        for stale in (file, *directory.glob(f".{file.name}.*.part")):  # of a killed process
-            stale.unlink(missing_ok=True)
         done = export(model, file, kind)
-        done["verify"] = verify(model, file)
+        done["verify"] = judged(model, file, kind)
         done["path"] = str((run.directory("export") / file.name).relative_to(run.path))
         (directory / "export.json").write_bytes(dump_json(done))
-        (directory / "fits.json").write_bytes(dump_json(fits_of(model, done["tensor_bytes"], run.model, s.context)))
+        (directory / "fits.json").write_bytes(dump_json(fits_of(model, done["tensor_bytes"], run.model, s)))
 
     run.step("export", {"kind": kind, "context": s.context}, {"model": Checkpoint(model).identity()}, work)
     return run.output("export", f"model-{kind}.gguf")
 
 
-def fits_of(model: Path, weight_bytes: int, original: Path, context: int) -> dict[str, Any]:
-    """On which Macs a model fits, and on how many the original does."""
-    rows = planner.fit(Checkpoint(model).arch, weight_bytes, planner.macs(), context)
-    before = Checkpoint(original)
-    originals = planner.fit(before.arch, before.nbytes(), planner.macs(), context)
-    return {"context": context, "rows": rows, "original_fits": sum(r["fits"] for r in originals)}
+def fits_of(model: Path, gguf_bytes: int, original: Path, s: Settings) -> dict[str, Any]:
+    """On which Macs the result fits as it is (``rows``) and as GGUF, and on how many the original does as it is."""
+    macs = planner.macs()
+
+    def rows(path: Path, weights: int | None = None) -> list[dict[str, Any]]:
+        checkpoint = Checkpoint(path)
+        weights = checkpoint.nbytes() if weights is None else weights
+        return planner.fit(checkpoint.arch, weights, macs, s.context, value_bytes=checkpoint.value_bytes)
+
+    found = {"context": s.context, "rows": rows(model), "gguf_rows": rows(model, gguf_bytes)}
+    return found | {"original_fits": sum(r["fits"] for r in rows(original))}
 
 
 def bench_step(run: Run, model: Path, s: Settings) -> None:

@@ -29,7 +29,8 @@ HEAD_CHUNK_BYTES = 64 << 20
 
 
 class Observer(Protocol):
-    """Watches one walk. ``block`` is called before a block runs and may replace its submodules by taps."""
+    """Watches one walk. ``enter`` is called before a block runs and may replace its submodules by taps, ``seen`` after
+    each micro-batch, ``leave`` with the joined result; ``pending`` are arrays to evaluate with each micro-batch."""
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None: ...
     def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None: ...
@@ -74,6 +75,7 @@ class _Walk:
         self.blocks[index] = block = None
         joined = _join(pieces)
         mx.eval(joined)
+        mx.clear_cache()  # or a GPU's allocator would keep the block that was dropped
         if self.observer:
             self.observer.leave(index, joined[0] if isinstance(joined, tuple) else joined)
         self.bar.advance()
@@ -187,9 +189,10 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     return states + block.pop(None, 0) + max(block.values()) + expanded + activations + 4 * HEAD_CHUNK_BYTES
 
 
-def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
-    """The estimate, when it stays under ``cap`` (default: the memory that is free now). Raises Refused otherwise."""
-    needed, limit = required_bytes(checkpoint, rows), cap or machine.available_bytes()
+def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0) -> int:
+    """The estimate, with ``held`` bytes beside it, when it stays under ``cap`` (default: the memory that is free now).
+    Raises Refused otherwise."""
+    needed, limit = required_bytes(checkpoint, rows) + held, cap or machine.available_bytes()
     if needed > limit:
         raise Refused(
             f"streaming {rows.count} x {rows.length} tokens through {checkpoint.path} needs about {gb(needed)}, "

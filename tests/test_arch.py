@@ -242,6 +242,12 @@ def test_layer_types_of_a_uniform_family_are_sliced_too():
     assert cut(arch, depth([0, 3])).config["layer_types"] == ["full_attention"] * 2
 
 
+def test_a_list_that_mlx_lm_ignores_must_match_before_it_is_sliced():
+    arch = describe(pico.config_of("qwen3", vocab_size=512, layer_types=["full_attention"] * 3))
+    with pytest.raises(PareError, match="3 layer_types for 4 layers"):
+        cut(arch, depth([0, 1]))
+
+
 def test_widths_that_differ_between_layers_are_refused():
     arch = describe(pico.config_of("llama", vocab_size=512))
     keep = Keep((LayerKeep(0, {"ffn": range(64)}), LayerKeep(1, {"ffn": range(32)})))

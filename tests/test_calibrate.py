@@ -203,6 +203,7 @@ def test_resumed_after_kill_9(pico_models, tmp_path):
         "block-0000.safetensors",
         "block-0001.safetensors",
         "hidden-0002.safetensors",
+        "inputs.json",
     ]
     resumed = calibrate(model, rows(), tmp_path / "a")
     assert resumed.read_bytes() == calibrate(model, rows(), tmp_path / "b").read_bytes()

@@ -330,7 +330,8 @@ def test_report_has_the_verdict_the_gguf_and_the_macs(finished):
     assert f"`{export['path']}`: f16, architecture llama, {gb(export['bytes'])}, {export['tensors']} tensors" in text
     assert (finished["out"] / export["path"]).stat().st_size == export["bytes"]
     fitting = sum(row["fits"] for row in fits["rows"])
-    assert f"it fits {fitting} of {len(fits['rows'])} Macs; the original {fits['original_fits']}." in text
+    assert f"fits {fitting} of {len(fits['rows'])} Macs; the original {fits['original_fits']}." in text
+    assert f"The GGUF file fits {sum(row['fits'] for row in fits['gguf_rows'])}." in text
 
 
 def test_report_can_be_made_of_a_run_that_is_not_finished(copied):
@@ -404,7 +405,24 @@ def test_verdict(measured, perplexities, words):
     assert ("orth it" in words) == ("orth it" in text)
 
 
+def test_verdict_says_when_the_choice_was_no_better_than_chance(measured):
+    text = reporting.verdict(measured(original=10, pruned=20, recovered=12.5, random=19, fewer_bits=13))
+    assert "no better than chance" in text
+
+
+def test_verdict_compares_window_by_window(measured):
+    """A difference that is smaller than twice its paired error decides nothing."""
+    found = measured(original=10, pruned=12, random=30, fewer_bits=12.1)
+    for name, values in (("pruned", [2.0, 3.0, 2.5, 2.2]), ("fewer-bits", [2.1, 2.9, 2.6, 2.2])):
+        found[name] = (found[name][0].model_copy(update={"window_nll": values}), found[name][1])
+    assert "no measurable difference" in reporting.verdict(found)
+    assert reporting.paired(found["pruned"][0], found["fewer-bits"][0])[0] == pytest.approx(-0.025)
+
+
 def test_verdict_compares_the_result_with_the_random_cut(measured):
     text = reporting.verdict(measured(original=10, pruned=20, recovered=12.5, random=30, fewer_bits=13))
     assert "1.00 kB -> 750 B (75%), perplexity 10.00 -> 12.50 (x 1.250)." in text
-    assert "A random cut of the same size, without recovery, has 30.00." in text and "700 B" in text
+    assert (
+        "A random cut of the same size has 30.00 (the chosen one 20.00, both without recovery)." in text
+        and "700 B" in text
+    )

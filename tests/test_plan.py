@@ -103,22 +103,25 @@ def level_of(found: Plan):
 def test_keep_and_params_are_met_by_the_nearest_point(planned, fraction, axes):
     full = llama_parameters(128, 2, 4)
     goal, levels = fraction * full, reachable(axes, 1)
-    smallest = min(llama_parameters(*level) for level in levels)
-    for target in ({"keep": fraction}, {"params": goal + 512 * 64}):
-        if smallest > goal + 0.02 * full:
-            with pytest.raises(Refused, match="smallest possible"):
-                planned(axes=axes, **target)
-            continue
-        _, found = planned(axes=axes, **target)
-        assert found.after.non_embedding == llama_parameters(*level_of(found))
-        assert found.after.parameters == found.after.non_embedding + 512 * 64
-        near = along(levels, level_of(found), FINEST.get(axes, "ffn"))
-        best = min(abs(llama_parameters(*level) - goal) for level in near)
-        assert abs(found.after.non_embedding - goal) == best
+    if min(llama_parameters(*level) for level in levels) > goal + 0.02 * full:
+        with pytest.raises(Refused, match="smallest possible"):
+            planned(axes=axes, keep=fraction)
+        return
+    _, found = planned(axes=axes, keep=fraction)
+    assert found.after.non_embedding == llama_parameters(*level_of(found))
+    assert found.after.parameters == found.after.non_embedding + 512 * 64
+    near = along(levels, level_of(found), FINEST.get(axes, "ffn"))
+    best = min(abs(llama_parameters(*level) - goal) for level in near)
+    assert abs(found.after.non_embedding - goal) == best
+    if level_of(found) == (128, 2, 4):
+        with pytest.raises(Refused, match=r"nothing needs to be cut: .* whole model"):
+            planned(axes=axes, params=goal + 512 * 64)
+    else:  # the same point, asked in parameters
+        assert planned(axes=axes, params=goal + 512 * 64)[1].layers == found.layers
 
 
 @pytest.mark.parametrize("axes", AXES, ids="+".join)
-@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("fraction", [*FRACTIONS[:-1], 0.999])
 def test_a_size_is_met_by_the_largest_point_below_it(planned, fraction, axes):
     goal, levels = fraction * llama_packed_bytes(128, 2, 4), reachable(axes, 32)
     if min(llama_packed_bytes(*level) for level in levels) > goal:
@@ -159,7 +162,7 @@ UNSTEADY = {
 }
 
 
-@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.999])
 @pytest.mark.parametrize("case", UNSTEADY)
 def test_a_size_is_met_where_less_may_take_more_bytes(pico_models, case, fraction):
     """Groups of 32 columns do not divide every width. Against the sizes of all cuts along the axis."""
@@ -317,9 +320,18 @@ def test_the_smallest_possible_is_possible(planned):
     assert planned(axes=("kv_head",), params=smallest)[1].after.parameters == smallest
 
 
-def test_more_than_the_model_has_is_the_model(planned):
-    _, found = planned(params=1e12)
-    assert found.after == found.before and found.layers[0].ffn == list(range(128))
+@pytest.mark.parametrize("target", [{"params": 1e12}, {"size": 1e12}], ids=str)
+def test_what_the_whole_model_meets_needs_no_cut(planned, target):
+    with pytest.raises(Refused, match=r"nothing needs to be cut: .* holds for the whole model"):
+        planned(**target)
+    _, found = planned(bits=8, group_size=32, **target)  # fewer bits were asked, too
+    assert found.after.parameters == found.before.parameters and found.after.bytes < found.before.bytes
+    assert found.layers[0].ffn == list(range(128))
+
+
+def test_keeping_everything_is_allowed(planned):
+    _, found = planned(keep=1.0)
+    assert found.after == found.before
 
 
 @pytest.mark.parametrize("axes", [("heads",), ("ffn", "vocab"), ("",)], ids=str)

@@ -9,7 +9,18 @@ from ..errors import PareError
 from .dense import FAMILIES
 from .spec import Architecture, Family, Keep, Layer, LayerKeep, Tensor
 
-__all__ = ["Architecture", "Keep", "LayerKeep", "Tensor", "can_keep", "cut", "describe", "positions", "supported_types"]
+__all__ = [
+    "Architecture",
+    "Keep",
+    "LayerKeep",
+    "Tensor",
+    "both_rope_spellings",
+    "can_keep",
+    "cut",
+    "describe",
+    "positions",
+    "supported_types",
+]
 
 
 def supported_types() -> list[str]:
@@ -71,17 +82,15 @@ def _size(config: Mapping[str, Any], key: str, axis: str) -> int:
 
 
 def _kinds(family: Family, config: Mapping[str, Any], count: int) -> list[str]:
-    for key in family.per_layer:
-        listed = config.get(key)
-        if listed is not None and not (isinstance(listed, list) and all(isinstance(v, str) for v in listed)):
-            raise PareError(f"config.json says {key} = {str(listed)[:80]}, expected a list of names")
-        if listed and len(listed) != count:
-            raise PareError(f"config.json lists {len(listed)} {key} for {count} layers")
     if family.kinds == "sliding_window_pattern":
         period = _size(config, "sliding_window_pattern", "every so many layers one has full attention")
         return [_periodic(i, period) for i in range(count)]
     kinds = config.get("layer_types") if family.kinds == "layer_types" else None
-    kinds = kinds or ["full_attention"] * count
+    kinds = ["full_attention"] * count if kinds is None else kinds
+    if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise PareError(f"config.json says layer_types = {str(kinds)[:80]}, expected a list of names")
+    if len(kinds) != count:
+        raise PareError(f"config.json lists {len(kinds)} layer_types for {count} layers")
     unknown = sorted(set(kinds) - set(family.blocks))
     if unknown:
         raise PareError(
@@ -149,6 +158,8 @@ def _config(arch: Architecture, smaller: Architecture, sources: list[int], packe
     config |= {key: widths[axis] for axis, key in arch.family.keys.items()}
     for key in arch.family.per_layer:
         if isinstance(config.get(key), list):
+            if len(config[key]) != len(arch.layers):
+                raise PareError(f"config.json lists {len(config[key])} {key} for {len(arch.layers)} layers")
             config[key] = [config[key][i] for i in sources]
     for exit_ in arch.family.exits:
         if exit_.when(widths, config):
@@ -160,11 +171,13 @@ def _config(arch: Architecture, smaller: Architecture, sources: list[int], packe
             break
     else:
         config["tie_word_embeddings"] = arch.tied
-    return _both_rope_spellings(config)
+    return both_rope_spellings(config)
 
 
-def _both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes rope_parameters only; mlx-lm's llama and qwen2 read rope_theta and rope_scaling only."""
+def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with rope under both names: transformers 5 writes rope_parameters only, of which mlx-lm's llama and
+    qwen2 know nothing: they would silently compute with a theta of 10000."""
+    config = dict(config)
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         config["rope_theta"] = parameters["rope_theta"]

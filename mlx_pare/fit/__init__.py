@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 NOTE = (
-    "weights and KV cache are exact; work memory, the GPU's budget and tok/s are estimates (constants: fit/planner.py)"
+    "weights and mlx-lm's KV cache are counted exactly; work memory, the GPU's budget and tok/s are estimates "
+    "(constants: fit/planner.py)"
 )
 
 
@@ -17,13 +18,14 @@ def fit(model: Path, macs: Sequence[str] = (), context: int = 8192, macos: int =
     Raises UsageError for a Mac nobody makes, PareError for a model that cannot be read.
     """
     from ..checkpoint import Checkpoint
-    from . import planner
+    from . import footprint, planner
 
     checkpoint = Checkpoint(model)
     here = planner.this_mac()
     chosen = [planner.find(name) for name in macs] or ([here] if here else []) + planner.macs()
     weights = checkpoint.nbytes()
-    rows = planner.fit(checkpoint.arch, weights, chosen, context, macos)
+    lookup = footprint.lookup_bytes(checkpoint.arch, footprint.like(checkpoint))
+    rows = planner.fit(checkpoint.arch, weights, chosen, context, macos, lookup, checkpoint.value_bytes)
     return {
         "model": str(model),
         "context": context,

@@ -13,9 +13,9 @@ from ..arch import Keep, LayerKeep
 from ..artifacts import Arrays, Plan, Size, Target
 from ..checkpoint import Checkpoint
 from ..console import count, gb
-from ..errors import PareError, UsageError
+from ..errors import PareError, Refused, UsageError
 from ..fit import footprint
-from ..layout import smaller, total_bytes
+from ..layout import size_of, smaller, total_bytes
 from ..packing import BITS, GROUP_SIZES, Packing
 from . import allocate
 from .allocate import Level
@@ -93,10 +93,10 @@ def shape(checkpoint: Checkpoint, options: Options) -> Shape:
         return allocate.skeleton(arch, level, protected)
 
     def non_embedding(level: Level) -> float:
-        return footprint.parameters(smaller(checkpoint, skeleton(level)))["non_embedding"]
+        return footprint.parameters(smaller(checkpoint, skeleton(level), packing))["non_embedding"]
 
     def parameters(level: Level) -> float:
-        return footprint.parameters(smaller(checkpoint, skeleton(level)))["total"]
+        return footprint.parameters(smaller(checkpoint, skeleton(level), packing))["total"]
 
     def size(level: Level) -> float:
         return total_bytes(checkpoint, skeleton(level), packing)
@@ -108,6 +108,9 @@ def shape(checkpoint: Checkpoint, options: Options) -> Shape:
     if at_most and (packing or checkpoint.quantization):
         reach = allocate.growing(reach, (packing or checkpoint.quantization).group_size, measure)
     level = allocate.solve(reach, measure, goal, at_most, target.asked, show)
+    if level == reach.at(1.0) and packing is None and target.kind != "keep":
+        holds = "holds for the whole model" if measure(level) <= goal else "is met best by the whole model"
+        raise Refused(f"nothing needs to be cut: {target.asked} {holds}", "do not prune it")
     after = size_of(checkpoint, skeleton(level), packing)
     return Shape(
         target,
@@ -120,8 +123,7 @@ def shape(checkpoint: Checkpoint, options: Options) -> Shape:
 
 
 def plan(model: Path, scores: Path, options: Options) -> Plan:
-    """The plan for a target: the shape it leads to, filled with the units of the highest scores. Raises as
-    ``shape``."""
+    """The plan for a target: its shape, filled with the units of the highest scores. Raises as ``shape``."""
     checkpoint = Checkpoint(model)
     found = _scores_of(checkpoint, scores)
     made = shape(checkpoint, options)
@@ -153,8 +155,7 @@ def redraw(model: Path, scores: Path, like: Plan) -> Plan:
 
 
 def whole(model: Path, like: Plan, limit: int) -> Plan | None:
-    """The uncut model in the widest packing of at most ``limit`` bytes: what pruning competes with; None when none
-    is."""
+    """The uncut model in the widest packing of at most ``limit`` bytes, which pruning competes with; or None."""
     checkpoint = Checkpoint(model)
     everything = Keep(tuple(LayerKeep(i) for i in range(len(checkpoint.arch.layers))))
     source = checkpoint.quantization
@@ -228,19 +229,3 @@ def _step(checkpoint: Checkpoint, packing: Packing | None, options: Options) -> 
     if checkpoint.arch.uniform("ffn") >= WIDE_FFN:
         return 256
     return packing.group_size if packing else 1
-
-
-def size_of(checkpoint: Checkpoint, keep, packing: Packing | None) -> Size:
-    """Shape, parameters and bytes of the source (``keep`` None) or of a cut of it."""
-    arch = checkpoint.arch if keep is None else smaller(checkpoint, keep, packing)
-    counted = footprint.parameters(arch)
-    return Size(
-        layers=len(arch.layers),
-        ffn=arch.uniform("ffn"),
-        kv_heads=arch.uniform("kv_head"),
-        q_heads=arch.uniform("kv_head") * arch.uniform("group"),
-        hidden=arch.sizes["hidden"],
-        parameters=counted["total"],
-        non_embedding=counted["non_embedding"],
-        bytes=checkpoint.nbytes() if keep is None else total_bytes(checkpoint, keep, packing),
-    )

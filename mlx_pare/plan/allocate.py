@@ -49,8 +49,7 @@ class Space:
 
 
 def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequence[int]) -> Space:
-    """What can be reached with these axes. ``step`` is the unit of ffn and hidden. Raises UsageError for a wrong
-    axis."""
+    """What can be reached with these axes. ``step``: unit of ffn and hidden. Raises UsageError for a wrong axis."""
     for axis in axes:
         if axis not in AXES:
             raise UsageError(f"unknown axis {axis!r}", f"choose from {', '.join(AXES)}")
@@ -106,8 +105,7 @@ def protected_layers(arch: Architecture) -> list[int]:
 
 
 def best_layers(arch: Architecture, scores: np.ndarray, count: int, protected: Sequence[int]) -> list[int] | None:
-    """The ``count`` layers with the largest sum of scores that keep their kinds and contain the protected ones;
-    None: none.
+    """The ``count`` layers with the largest sum of scores that keep their kinds and contain the protected; or None.
 
     Dynamic programme over (layers seen, layers kept): layer i may become layer j only if position j has i's kind.
     """

@@ -13,8 +13,7 @@ from ..quantized import Packed
 
 
 class Source:
-    """Statistics [units] and dense float32 weights by role, of one model. Weights are read when asked for and not
-    kept."""
+    """Statistics [units] and dense float32 weights by role, of one model. Weights are read when asked for."""
 
     def __init__(self, checkpoint: Checkpoint, stats: Mapping[str, mx.array], seed: int, about: Mapping[str, Any]):
         self.checkpoint, self.arch = checkpoint, checkpoint.arch

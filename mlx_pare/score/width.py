@@ -1,5 +1,4 @@
-"""Importance of units inside a layer: FFN channels [ffn], query heads [q_head], hidden channels [hidden]. Higher:
-keep."""
+"""Importance of FFN channels [ffn], query heads [q_head] and hidden channels [hidden]. Higher: keep."""
 
 from __future__ import annotations
 
