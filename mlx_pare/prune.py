@@ -7,7 +7,6 @@ cut and quantized again; each one is listed with its error. Memory is one tensor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from .console import progress
 from .errors import PareError, Refused
 from .layout import Piece, layout, size_of, smaller
 from .packing import Packing
-from .quantized import MX_DTYPE, Packed, pack, raw_bytes, relative_error, whole_groups
-from .shards import ShardWriter, copy_tokenizer, write_config
+from .quantized import MX_DTYPE, Packed, pack, raw_bytes, read, relative_error, whole_groups
+from .shards import ShardWriter, copy_tokenizer, finish, partial_directory, write_config
 
 OUR_KEY = "pare"  # config.json key that transformers and mlx-lm ignore
 
@@ -45,29 +44,10 @@ def prune(model: Path, plan: Plan, out: Path, requantize: bool = True) -> dict[s
         raise PareError(f"the plan does not suit {model}: {'; '.join(problems)}", "mend plan.json or make it again")
     packing = Packing(plan.bits, plan.group_size) if plan.bits else None
     surgeon = _Surgeon(checkpoint, plan, packing, requantize)
-    partial = out.with_name(out.name + ".partial")
-    _fresh_directory(partial)
+    partial = partial_directory(out)
     surgeon.write(partial)
-    for file in partial.iterdir():
-        _sync(file)
-    os.rename(partial, out)
+    finish(partial, out)
     return {"requantized": surgeon.requantized, "dense": surgeon.left_dense}
-
-
-def _fresh_directory(path: Path) -> None:
-    """An empty directory; what a killed run left there is ours and incomplete."""
-    import shutil
-
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _Surgeon:
@@ -122,11 +102,9 @@ class _Surgeon:
 
     def _cut(self, piece: Piece) -> list[tuple[str, mx.array]]:
         kept = self._kept(piece)
-        source = self.checkpoint.packing(piece.origin.module) if piece.tensor.matrix else None
-        if source is None:
-            dense = _take(self._load(piece.origin.name), kept)
-            return self._store(piece, dense, listed=False)
-        packed = self._load_packed(piece.origin.module, piece.origin.name, source)
+        packed = read(self.checkpoint, piece.origin.name)
+        if not isinstance(packed, Packed):
+            return self._store(piece, _take(packed, kept), listed=False)
         if kept[0] is not None:
             packed = packed.rows(kept[0])
         exact = self._exact_columns(piece) if piece.packing is not None else None
@@ -144,12 +122,6 @@ class _Surgeon:
         packed = pack(dense, piece.packing, MX_DTYPE[piece.dtype])
         self.requantized[piece.tensor.module] = relative_error(dense, packed)
         return _entries(piece, packed)
-
-    def _load(self, name: str) -> mx.array:
-        return mx.load(str(self.checkpoint.entries[name].file))[name]
-
-    def _load_packed(self, module: str, name: str, packing: Packing) -> Packed:
-        return Packed(self._load(name), self._load(f"{module}.scales"), self._load(f"{module}.biases"), packing)
 
     # ---- what goes beside the weights ----
 

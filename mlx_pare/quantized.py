@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from .checkpoint import Checkpoint
 from .packing import Packing
 
 MX_DTYPE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -58,6 +59,20 @@ class Packed:
         per_group = self.packing.group_size * self.packing.bits // 32
         words = self.words.reshape(rows, -1, per_group)[:, index].reshape(rows, -1)
         return Packed(words, self.scales[:, index], self.biases[:, index], self.packing)
+
+
+def read(checkpoint: Checkpoint, name: str) -> Packed | mx.array:
+    """The weight ``name`` of a checkpoint as it is stored, not read yet; a fresh array each time, so that dropping the
+    result frees the memory."""
+
+    def lazy(tensor: str) -> mx.array:
+        return mx.load(str(checkpoint.entries[tensor].file))[tensor]
+
+    module, _, leaf = name.rpartition(".")
+    packing = checkpoint.packing(module) if leaf == "weight" else None
+    if packing is None:
+        return lazy(name)
+    return Packed(lazy(name), lazy(f"{module}.scales"), lazy(f"{module}.biases"), packing)
 
 
 def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:

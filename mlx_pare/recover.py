@@ -9,7 +9,6 @@ was written: when that is not better than the pruned model, the pruned model is 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from .corpus import Rows
 from .divergence import kl
 from .errors import PareError, Refused, UsageError
 from .quantized import MX_DTYPE, pack, raw_bytes
-from .shards import Planned, ShardWriter, copy_tokenizer
+from .shards import Planned, ShardWriter, copy_tokenizer, finish, partial_directory
 from .stream import Streamed
 
 METHODS = ("lora", "full")
@@ -85,29 +84,21 @@ def recover(
         "improved": False,
     }
     if best > 0:
-        partial = _partial(out)
+        partial = partial_directory(out)
         _write(checkpoint, trial.merged(), partial)
         before, after = (
             _mean_kl(_resident(p, "full"), validation, guides[1], options.batch) for p in (student, partial)
         )
         summary |= {"kl_before": before, "kl_after": after, "improved": after < before}
         if summary["improved"]:
-            os.rename(partial, out)
+            finish(partial, out)
             return summary
         shutil.rmtree(partial)
     console.warn("recovery did not improve the validation KL: the pruned model is kept as it was")
-    partial = _partial(out)
+    partial = partial_directory(out)
     shutil.copytree(student, partial, dirs_exist_ok=True)
-    os.rename(partial, out)
+    finish(partial, out)
     return summary | {"kl_after": curve[0][1]}
-
-
-def _partial(out: Path) -> Path:
-    """An empty directory beside ``out``; what a killed run left there is incomplete."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
 
 
 def _resident(path: Path, method: str) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint import Checkpoint
-from ..quantized import Packed
+from ..quantized import Packed, read
 
 
 class Source:
@@ -28,16 +28,9 @@ class Source:
         return self.stats[f"{layer}.{site}.{name}"]
 
     def weight(self, layer: int, role: str) -> mx.array:
-        """A matrix [out, in] in float32. Reads a fresh lazy array, so that dropping the result frees it."""
-        name = self._names[layer, role]
-        module = name.rpartition(".")[0]
-        arrays = mx.load(str(self.checkpoint.entries[name].file))
-        packing = self.checkpoint.packing(module)
-        if packing is None:
-            return arrays[name].astype(mx.float32)
-        scales = self.checkpoint.entries[f"{module}.scales"].file
-        more = arrays if scales == self.checkpoint.entries[name].file else mx.load(str(scales))
-        return Packed(arrays[name], more[f"{module}.scales"], more[f"{module}.biases"], packing).dense()
+        """A matrix [out, in] in float32."""
+        stored = read(self.checkpoint, self._names[layer, role])
+        return stored.dense() if isinstance(stored, Packed) else stored.astype(mx.float32)
 
     def key(self, layer: int, axis: str) -> mx.array:
         """A random key that depends on seed, layer and axis alone."""
