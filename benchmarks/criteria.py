@@ -1,6 +1,7 @@
 """Criterion x axis x cut on a real model: perplexity without any recovery, dense and random rows included.
 
     python benchmarks/criteria.py --model DIR --calibration TEXTS --test FILE [--windows N] [--keep 0.75 0.5]
+                                  [--recover-steps N --train TEXTS]
     python benchmarks/criteria.py                     the shipped model on our own texts
 
 Texts are .txt files or folders; a .bin file holds uint16 token ids in rows of --length. Calibration: 128 windows drawn
@@ -22,6 +23,8 @@ from mlx_pare.errors import PareError
 from mlx_pare.evaluate import evaluate
 from mlx_pare.plan import Options, plan
 from mlx_pare.prune import prune
+from mlx_pare.recover import METHODS, recover
+from mlx_pare.recover import Options as RecoverOptions
 from mlx_pare.score import CRITERIA, score
 
 DEMO = Path(corpus.__file__).parent / "demo"
@@ -50,6 +53,24 @@ def cell(model: Path, scores: Path, axes: tuple[str, ...], keep: float, test: co
     return f"{found:.2f} ({made.after.non_embedding / made.before.non_embedding:.3f})"
 
 
+def recovered(asked: argparse.Namespace, stats: Path, tokenizer, test: corpus.Rows, scratch: Path) -> str:
+    """The line of the distilled cut: perplexity before and after, validation KL before and after."""
+    scores = score(asked.model, stats, scratch / "recover.safetensors", "wanda")
+    cut, healed = scratch / "cut-to-heal", scratch / "healed"
+    prune(asked.model, plan(asked.model, scores, Options(keep=asked.keep[0], axes=("ffn", "kv_head"))), cut)
+    rows = rows_of(asked.train or asked.calibration, tokenizer, asked.length, 576, 1)
+    train, held = corpus.Rows.full(rows.tokens[:-64]), corpus.Rows.full(rows.tokens[-64:])
+    options = RecoverOptions(method=asked.method, steps=asked.recover_steps, batch=asked.batch)
+    done = recover(cut, asked.model, train, held, healed, options)
+    before, after = evaluate(cut, test, teacher=asked.model), evaluate(healed, test, teacher=asked.model)
+    validation = f"{done['kl_before']:.4f} -> {done['kl_after']:.4f}"
+    return (
+        f"distilled (wanda, ffn+kv_head, keep {asked.keep[0]:g}; {asked.method}, {asked.recover_steps} steps of "
+        f"{asked.batch} rows): perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}, "
+        f"KL {before.kl_divergence:.4f} -> {after.kl_divergence:.4f}; validation KL {validation}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO / "model")
@@ -59,7 +80,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=50)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75])
     parser.add_argument(
-        "--criteria", nargs="+", default=["minitron", "magnitude", "wanda", "random"], choices=list(CRITERIA)
+        "--recover-steps", type=int, default=0, help="also distil the wanda cut of ffn+kv_head this long"
+    )
+    parser.add_argument("--train", type=Path, help="text to distil on (default: the calibration text)")
+    parser.add_argument("--method", choices=METHODS, default="lora")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--criteria", nargs="*", default=["minitron", "magnitude", "wanda", "random"], choices=list(CRITERIA)
     )
     asked = parser.parse_args()
     console.configure(quiet=True)
@@ -83,6 +110,8 @@ def main() -> None:
             for axes in AXES:
                 cells = [cell(asked.model, scores, axes, keep, test, scratch) for keep in asked.keep]
                 show(f"| {criterion} | {'+'.join(axes)} | " + " | ".join(cells) + " |")
+        if asked.recover_steps:
+            show("\n" + recovered(asked, stats, tokenizer, test, scratch))
 
 
 def show(line: str) -> None:

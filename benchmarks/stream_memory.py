@@ -20,7 +20,7 @@ CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 768,
-    "intermediate_size": 2816,
+    "intermediate_size": 3392,
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "head_dim": 64,
