@@ -26,13 +26,6 @@ def _stream():
     return sys.stderr if _state["json"] else _state["stdout"]
 
 
-def _rich(stream=None):
-    from rich.console import Console
-
-    out = stream or _stream()
-    return Console(file=out, highlight=False, width=None if out.isatty() else 200)
-
-
 def say(text: str = "") -> None:
     """One line of talk, plain text."""
     if not _state["quiet"]:
@@ -56,20 +49,20 @@ def document(value: Any) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
-    """A table; columns whose name starts with "<" are left-aligned text, all others numbers on the right."""
+    """A table in plain text; columns whose name starts with "<" are left-aligned, all others numbers on the right."""
     if _state["quiet"] or _state["json"]:
         return
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    names = [name.lstrip("<") for name in columns]
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    lefts = [name.startswith("<") for name in columns]
 
-    drawn = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
-    for name in columns:
-        left = name.startswith("<")
-        drawn.add_column(name.lstrip("<"), justify="left" if left else "right", no_wrap=True)
-    for row in rows:
-        drawn.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
-    _rich().print(drawn)
+    def line(row: Sequence[str]) -> str:
+        parts = (c.ljust(w) if left else c.rjust(w) for c, w, left in zip(row, widths, lefts, strict=True))
+        return ("  " + "  ".join(parts)).rstrip()
+
+    rule = "  " + "─" * (sum(widths) + 2 * len(widths) - 2)
+    say("\n".join([title, line(names), rule, *map(line, cells), *([caption] if caption else []), ""]))
 
 
 class Progress:

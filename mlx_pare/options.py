@@ -78,6 +78,8 @@ def command(name: str, examples: str) -> Callable:
                 _fail(error, str(error), error.exit_code, debug)
             except KeyboardInterrupt as error:
                 _fail(error, "interrupted: what is finished is kept, the same command continues", 1, debug)
+            except BrokenPipeError:  # `| head` has seen enough
+                raise
             except OSError as error:
                 where = f" {error.filename}" if error.filename else ""
                 _fail(error, f"{error.strerror or error}{where}", 1, debug)
