@@ -33,7 +33,7 @@ def packed(pico_models, tmp_path) -> Path:
     return Path(shutil.copytree(pico_models("llama", (4, 32)), tmp_path / "packed"))
 
 
-def refused(directory: Path, *words: str) -> None:
+def assert_refused(directory: Path, *words: str) -> None:
     """Opening the model is a PareError whose text holds every word."""
     with pytest.raises(PareError) as caught:
         _ = Checkpoint(directory).arch
@@ -76,37 +76,37 @@ def test_a_whole_model_opens(model, packed):
 
 
 def test_no_directory(tmp_path):
-    refused(tmp_path / "nothing", "no model directory", "nothing")
+    assert_refused(tmp_path / "nothing", "no model directory", "nothing")
 
 
 def test_no_weights(model):
     (model / "model.safetensors").unlink()
-    refused(model, "no model*.safetensors")
+    assert_refused(model, "no model*.safetensors")
 
 
 def test_a_dangling_link_is_named(model):
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").symlink_to(model / "elsewhere")
-    refused(model, "model.safetensors")
+    assert_refused(model, "model.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
 def test_a_truncated_shard(model, keep):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refused(model, "model.safetensors", "cut off")
+    assert_refused(model, "model.safetensors", "cut off")
 
 
 def test_trailing_bytes(model):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes() + b"\0")
-    refused(model, "model.safetensors", "damaged")
+    assert_refused(model, "model.safetensors", "damaged")
 
 
 @pytest.mark.parametrize("length", [2**60, 2**63, 2**64 - 1, 200 << 20])
 def test_a_header_length_bomb_allocates_nothing(model, length):
     (model / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
-    refused(model, "model.safetensors", "not a safetensors file")
+    assert_refused(model, "model.safetensors", "not a safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_header_length_bomb_allocates_nothing(model, length):
 )
 def test_a_header_that_is_no_table(model, header):
     write_raw(model / "model.safetensors", header)
-    refused(model, "model.safetensors", "header")
+    assert_refused(model, "model.safetensors", "header")
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -143,12 +143,12 @@ def test_damaged_entries(model, what):
     table = DAMAGED[what]
     size = max((o for e in table.values() for o in e["data_offsets"] if isinstance(o, int)), default=8)
     write_raw(model / "model.safetensors", json.dumps(table).encode(), bytes(max(size, 0)))
-    refused(model, "model.safetensors", "header")
+    assert_refused(model, "model.safetensors", "header")
 
 
 def test_an_unsupported_type_of_numbers(model):
     write_raw(model / "model.safetensors", json.dumps({"a": entry(dtype="F8_E4M3", offsets=(0, 2))}).encode(), bytes(2))
-    refused(model, "model.safetensors", "F8_E4M3", "not supported")
+    assert_refused(model, "model.safetensors", "F8_E4M3", "not supported")
 
 
 def test_a_header_as_safetensors_writes_it_is_read(model):
@@ -162,49 +162,49 @@ def test_a_header_as_safetensors_writes_it_is_read(model):
 
 def test_no_config(model):
     (model / "config.json").unlink()
-    refused(model, "config.json", "No such file")
+    assert_refused(model, "config.json", "No such file")
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '"llama"', "3", "null"])
 def test_a_config_that_is_no_object(model, text):
     (model / "config.json").write_text(text)
-    refused(model, "config.json", "expected an object")
+    assert_refused(model, "config.json", "expected an object")
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[" * 50000], ids=lambda r: repr(r[:8]))
 def test_a_config_that_is_no_json(model, raw):
     (model / "config.json").write_bytes(raw)
-    refused(model, "config.json", "not valid JSON")
+    assert_refused(model, "config.json", "not valid JSON")
 
 
 def test_an_unknown_model_type(model):
     change_config(model, model_type="mamba2")
-    refused(model, "'mamba2'", "llama", "qwen3")
+    assert_refused(model, "'mamba2'", "llama", "qwen3")
 
 
 def test_a_shape_that_is_not_the_config_s(model):
     change_config(model, intermediate_size=96)
-    refused(model, "model.layers.0.mlp.gate_proj.weight", "[128, 64]", "[96, 64]", "model.safetensors")
+    assert_refused(model, "model.layers.0.mlp.gate_proj.weight", "[128, 64]", "[96, 64]", "model.safetensors")
 
 
 def test_a_packed_shape_that_is_not_the_config_s(packed):
     change_config(packed, vocab_size=511)
-    refused(packed, "model.embed_tokens", "[512, 64]", "[511, 64]")
+    assert_refused(packed, "model.embed_tokens", "[512, 64]", "[511, 64]")
 
 
 def test_a_missing_tensor(model):
     change_tensors(model, lambda arrays: arrays.pop(f"{DOWN}.weight"))
-    refused(model, f"lacks {DOWN}.weight")
+    assert_refused(model, f"lacks {DOWN}.weight")
 
 
 def test_several_missing_tensors_are_counted(model):
     change_config(model, num_hidden_layers=5)
-    refused(model, "model.layers.4.", "8 more tensors")
+    assert_refused(model, "model.layers.4.", "8 more tensors")
 
 
 def test_an_undescribed_tensor(model):
     change_tensors(model, lambda arrays: arrays.update({f"{DOWN}.lora_a": mx.zeros((2, 2))}))
-    refused(model, f"{DOWN}.lora_a", "llama", "does not describe")
+    assert_refused(model, f"{DOWN}.lora_a", "llama", "does not describe")
 
 
 def test_what_mlx_lm_ignores_is_ignored(model):
@@ -216,7 +216,7 @@ def test_what_mlx_lm_ignores_is_ignored(model):
 
 def test_a_matrix_of_integers(model):
     change_tensors(model, lambda arrays: arrays.update({f"{DOWN}.weight": mx.zeros((64, 128), dtype=mx.int32)}))
-    refused(model, f"{DOWN}.weight", "I32")
+    assert_refused(model, f"{DOWN}.weight", "I32")
 
 
 # ---- quantization ----
@@ -225,18 +225,18 @@ def test_a_matrix_of_integers(model):
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
 def test_an_unsupported_mode(packed, mode):
     change_config(packed, quantization={"bits": 4, "group_size": 32, "mode": mode})
-    refused(packed, mode, "affine")
+    assert_refused(packed, mode, "affine")
 
 
 def test_an_unsupported_mode_of_one_module(packed):
     change_config(packed, quantization={"bits": 4, "group_size": 32, DOWN: {"bits": 4, "group_size": 32, "mode": "x"}})
-    refused(packed, "'x'", "affine")
+    assert_refused(packed, "'x'", "affine")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitnet", "fp8"])
 def test_a_foreign_quantization(model, method):
     change_config(model, quantization_config={"quant_method": method, "bits": 4})
-    refused(model, repr(method), "not supported")
+    assert_refused(model, repr(method), "not supported")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_foreign_quantization(model, method):
 )
 def test_a_quantization_that_makes_no_sense(packed, value):
     change_config(packed, quantization=value)
-    refused(packed, "quantization")
+    assert_refused(packed, "quantization")
 
 
 def test_a_quantization_of_nothing(model):
@@ -268,7 +268,7 @@ def test_a_quantization_of_nothing(model):
 @pytest.mark.parametrize("part", ["scales", "biases"])
 def test_packed_parts_that_are_missing(packed, part):
     change_tensors(packed, lambda arrays: arrays.pop(f"{DOWN}.{part}"))
-    refused(packed, DOWN)
+    assert_refused(packed, DOWN)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_packed_parts_that_are_missing(packed, part):
 @pytest.mark.parametrize("part", ["scales", "biases"])
 def test_packed_parts_of_a_wrong_shape(packed, part, shape):
     change_tensors(packed, lambda arrays: arrays.update({f"{DOWN}.{part}": mx.zeros(shape)}))
-    refused(packed, f"{DOWN}.{part}")
+    assert_refused(packed, f"{DOWN}.{part}")
 
 
 @pytest.mark.parametrize("part", ["weight", "scales", "biases"])
@@ -286,17 +286,17 @@ def test_packed_parts_of_a_wrong_dtype(packed, part):
         arrays[f"{DOWN}.{part}"] = arrays[f"{DOWN}.{part}"].astype(mx.int16)
 
     change_tensors(packed, change)
-    refused(packed, DOWN, "I16")
+    assert_refused(packed, DOWN, "I16")
 
 
 def test_words_of_a_wrong_rank(packed):
     change_tensors(packed, lambda arrays: arrays.update({f"{DOWN}.weight": mx.array(1, dtype=mx.uint32)}))
-    refused(packed, f"{DOWN}.weight")
+    assert_refused(packed, f"{DOWN}.weight")
 
 
 def test_other_bits_than_the_config_says(packed):
     change_config(packed, quantization={"bits": 8, "group_size": 32})
-    refused(packed, "model.embed_tokens")
+    assert_refused(packed, "model.embed_tokens")
 
 
 # ---- shards and index ----
@@ -312,19 +312,19 @@ def test_a_tensor_in_two_shards(model):
     arrays = dict(mx.load(str(model / "model.safetensors")))
     mx.eval(arrays)
     shards(model, arrays, {"model.norm.weight": arrays["model.norm.weight"]})
-    refused(model, "model.norm.weight", "model-00001-of-00002", "model-00002-of-00002")
+    assert_refused(model, "model.norm.weight", "model-00001-of-00002", "model-00002-of-00002")
 
 
 def test_a_file_that_the_index_lists_is_missing(model):
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors", "a": "model.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(model, "lacks model-00002-of-00002.safetensors", "index")
+    assert_refused(model, "lacks model-00002-of-00002.safetensors", "index")
 
 
 @pytest.mark.parametrize("text", ["[]", '{"weight_map": [1]}', '{"weight_map": 3}', "{", '{"weight_map": null}'])
 def test_an_index_that_makes_no_sense(model, text):
     (model / "model.safetensors.index.json").write_text(text)
-    refused(model, "index")
+    assert_refused(model, "index")
 
 
 # ---- identity ----
