@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_pare import corpus, divergence, lm, stream
 from mlx_pare.artifacts import Metrics, dump_json
+from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.evaluate import evaluate
