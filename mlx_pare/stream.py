@@ -24,7 +24,7 @@ from .corpus import Rows
 from .errors import Refused
 from .quantized import dense_weight
 
-MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 1024
 HEAD_CHUNK_BYTES = 64 << 20
 
 
