@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_pare import console, corpus
+from mlx_pare import corpus
 from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
@@ -60,5 +60,4 @@ def spread(value: dict, digits: int) -> str:
 
 
 if __name__ == "__main__":
-    console.configure()
     main()
