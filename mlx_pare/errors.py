@@ -20,6 +20,10 @@ class PareError(Exception):
         return f"{self.problem}. {self.cure[0].upper()}{self.cure[1:]}." if self.cure else f"{self.problem}."
 
 
+class Unsupported(PareError):
+    """Nothing is wrong with it, but it is of a kind that mlx-pare cannot cut; some of these can be planned for."""
+
+
 class UsageError(PareError):
     """The command was called with arguments that cannot mean anything."""
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import PareError
-from .dense import FAMILIES
-from .spec import Architecture, Family, Keep, Layer, LayerKeep, Tensor
+from ..errors import PareError, Unsupported
+from . import dense, gemma, hybrid, latent, mamba, moe, plain
+from .rows import KEYS
+from .spec import AXES, Architecture, Family, Keep, Layer, LayerKeep, Tensor, Wrapper, layer_types, whole
+
+_FILES = (dense, plain, gemma, moe, latent, hybrid, mamba)
+FAMILIES: tuple[Family, ...] = tuple(family for file in _FILES for family in file.FAMILIES)
+WRAPPERS: dict[str, Wrapper] = {name: wrapper for file in _FILES for name, wrapper in file.WRAPPERS.items()}
+NEEDED = frozenset(KEYS)  # axes for which 0 is nonsense; of the others it means that there are none
 
 __all__ = [
     "Architecture",
@@ -18,42 +24,81 @@ __all__ = [
     "can_keep",
     "cut",
     "describe",
+    "described_types",
     "positions",
     "supported_types",
 ]
 
 
 def supported_types() -> list[str]:
-    """Every model_type that can be described, in alphabetical order."""
-    return sorted(t for family in FAMILIES for t in family.model_types)
+    """Every model_type that can be cut, in alphabetical order."""
+    return sorted(t for family in FAMILIES if family.cuttable for t in family.model_types)
+
+
+def described_types() -> list[str]:
+    """Every model_type whose tensors are known: those that can be cut, and those that can be planned for only."""
+    return sorted({t for family in FAMILIES for t in family.model_types} | set(WRAPPERS))
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises PareError, listing the supported types, when there is none."""
+    """The family of a config.json. Raises Unsupported, listing the known types, when there is none."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    raise PareError(
+    raise Unsupported(
         f"model type {model_type!r} is not described here", f"supported types are {', '.join(supported_types())}"
     )
 
 
 def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architecture:
-    """The architecture a config.json stands for.
+    """The architecture a config.json stands for; of a multimodal model, its language model.
 
     ``untied``: whether the checkpoint stores lm_head.weight, when known; gemma3 decides by that alone.
-    Raises PareError for an unknown model type, and for sizes that are missing or make no sense.
+    Raises Unsupported for an unknown model type, and PareError for sizes that are missing or make no sense.
     """
+    config, prefix = _unwrapped(config)
     family = family_of(config)
     # a null counts as absent here, but stays in the config: transformers fills an absent key with its own default
     full = {**config, **{k: v for k, v in family.defaults.items() if config.get(k) is None}}
-    sizes = {axis: _size(full, key, axis) for axis, key in family.keys.items() if full.get(key) is not None}
-    missing = [family.keys[a] for a in ("hidden", "vocab", "layer", "ffn", "q_head") if a not in sizes]
+    sizes = _sizes(family, full)
+    kinds = _kinds(family, full, sizes["layer"])
+    per_layer = {axis: n for axis, n in sizes.items() if AXES[axis].scope == "layer" and axis != "q_head"}
+    widths = [family.widths(full, i) if family.widths else {} for i in range(len(kinds))]
+    layers = tuple(Layer(kind, {**per_layer, **wider}) for kind, wider in zip(kinds, widths, strict=True))
+    shared = {axis: n for axis, n in sizes.items() if AXES[axis].scope == "model" and axis != "layer"}
+    _check_complete(family, full, shared, layers)
+    tied = family.tied
+    if tied is None:
+        tied = bool(config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", True)))
+    if family.kinds == "sliding_window_pattern" and untied is not None:
+        tied = not untied
+    return Architecture(family, full, shared, layers, tied, prefix)
+
+
+def _unwrapped(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """(the config of the language model, the prefix of its tensors): of a multimodal config, its ``text_config``."""
+    wrapper = WRAPPERS.get(str(config.get("model_type")))
+    inner = config.get("text_config")
+    if wrapper is None or not (isinstance(inner, dict) or wrapper.bare):
+        return config, ""
+    inner = inner if isinstance(inner, dict) else {k: v for k, v in config.items() if k != "model_type"}
+    shared = {key: config[key] for key in wrapper.shared if config.get(key) is not None}
+    merged = {**wrapper.defaults, **inner, **shared}
+    return {**merged, "model_type": wrapper.model_type or merged.get("model_type")}, wrapper.prefix
+
+
+def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """The size of every axis that the config sets, and of those that follow from them."""
+    given = {axis: key for axis, key in family.keys.items() if config.get(key) is not None}
+    sizes = {axis: whole(config, key, axis) for axis, key in given.items() if axis in NEEDED or config[key] != 0}
+    missing = [
+        family.keys[a] for a in ("hidden", "vocab", "layer", "ffn", "q_head") if a in family.keys and a not in sizes
+    ]
     if missing:
         raise PareError(f"config.json of type {config['model_type']} lacks {', '.join(missing)}")
     sizes.setdefault("kv_head", sizes["q_head"])
-    if "head_dim" not in sizes:
+    if "head_dim" not in sizes and "nope_dim" not in family.keys:
         if sizes["hidden"] % sizes["q_head"]:
             raise PareError(
                 f"hidden_size {sizes['hidden']} is no multiple of {sizes['q_head']} heads and head_dim is not given"
@@ -61,43 +106,47 @@ def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architect
         sizes["head_dim"] = sizes["hidden"] // sizes["q_head"]
     if sizes["q_head"] % sizes["kv_head"]:
         raise PareError(f"{sizes['q_head']} query heads cannot share {sizes['kv_head']} kv heads evenly")
-    per_layer = {
-        "kv_head": sizes["kv_head"],
-        "group": sizes["q_head"] // sizes["kv_head"],
-        "head_dim": sizes["head_dim"],
-        "ffn": sizes["ffn"],
-    }
-    layers = tuple(Layer(kind, per_layer) for kind in _kinds(family, full, sizes["layer"]))
-    tied = bool(config.get("tie_word_embeddings", True))
-    if family.kinds == "sliding_window_pattern" and untied is not None:
-        tied = not untied
-    return Architecture(family, full, {"hidden": sizes["hidden"], "vocab": sizes["vocab"]}, layers, tied)
+    sizes["group"] = sizes["q_head"] // sizes["kv_head"]
+    if "conv_kernel" in sizes:
+        sizes["conv_tail"] = sizes["conv_kernel"] - 1
+    return sizes
 
 
-def _size(config: Mapping[str, Any], key: str, axis: str) -> int:
-    value = config[key]
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise PareError(f"config.json says {key} = {value!r}, expected a positive whole number ({axis})")
-    return value
+def _check_complete(
+    family: Family, config: Mapping[str, Any], sizes: Mapping[str, int], layers: Sequence[Layer]
+) -> None:
+    """Every axis on which a tensor of the model lies must have a size."""
+    tables = [(family.model, {**sizes, "layer": len(layers), "one": 1})]
+    tables += [(family.blocks[kind], {**tables[0][1], **layer_sizes}) for kind, layer_sizes in _distinct(layers)]
+    for table, known in tables:
+        used = {axis for spec in table if spec.present(config) for d in spec.dims for part in d for axis in part}
+        lacking = sorted(family.keys.get(axis, axis) for axis in used - set(known))
+        if lacking:
+            raise PareError(f"config.json of type {config['model_type']} lacks {', '.join(lacking)}")
+
+
+def _distinct(layers: Sequence[Layer]) -> list[tuple[str, Mapping[str, int]]]:
+    """One layer of each kind."""
+    return list({layer.kind: layer.sizes for layer in layers}.items())
 
 
 def _kinds(family: Family, config: Mapping[str, Any], count: int) -> list[str]:
-    if family.kinds == "sliding_window_pattern":
-        period = _size(config, "sliding_window_pattern", "every so many layers one has full attention")
-        return [_periodic(i, period) for i in range(count)]
-    kinds = config.get("layer_types") if family.kinds == "layer_types" else None
-    kinds = ["full_attention"] * count if kinds is None else kinds
-    if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
-        raise PareError(f"config.json says layer_types = {str(kinds)[:80]}, expected a list of names")
-    if len(kinds) != count:
-        raise PareError(f"config.json lists {len(kinds)} layer_types for {count} layers")
+    if callable(family.kinds):
+        kinds = [family.kinds(config, i) for i in range(count)]
+    elif family.kinds == "sliding_window_pattern":
+        period = whole(config, "sliding_window_pattern", "every so many layers one has full attention")
+        kinds = [_periodic(i, period) for i in range(count)]
+    elif family.kinds == "layer_types" and config.get("layer_types") is not None:
+        kinds = layer_types(config, count)
+    else:
+        kinds = [next(iter(family.blocks))] * count
     unknown = sorted(set(kinds) - set(family.blocks))
     if unknown:
         raise PareError(
             f"layers of kind {unknown[0]!r} are not described for {family.name}",
             f"known kinds: {', '.join(family.blocks)}",
         )
-    return list(kinds)
+    return kinds
 
 
 def _periodic(index: int, period: int) -> str:

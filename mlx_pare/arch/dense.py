@@ -1,73 +1,20 @@
-"""The dense families, as data: one table of tensors each, and how their config.json spells the axes."""
+"""The families that can be cut, as data: one table of tensors each, and how their config.json spells the axes."""
 
 from __future__ import annotations
 
-from .spec import Exit, Family, tensor
-
-KEYS = {
-    "hidden": "hidden_size",
-    "vocab": "vocab_size",
-    "layer": "num_hidden_layers",
-    "ffn": "intermediate_size",
-    "q_head": "num_attention_heads",
-    "kv_head": "num_key_value_heads",
-    "head_dim": "head_dim",
-}
-
-EMBED = tensor("model.embed_tokens.weight", "vocab, hidden", "embedding")
-NORM = tensor("model.norm.weight", "hidden", "norm", "final_norm")
-HEAD = tensor("lm_head.weight", "vocab, hidden", "embedding")
-
-
-def attention(qkv_bias: str | None = None, out_bias: str | None = None, biased: bool = False):
-    """q, k, v, o of grouped-query attention; the biases exist when the named config flag is true (or always)."""
-    qkv = [
-        ("q_proj", "q_head*head_dim", ("rope",)),
-        ("k_proj", "kv_head*head_dim", ("rope",)),
-        ("v_proj", "kv_head*head_dim", ()),
-    ]
-    rows = [tensor(f"self_attn.{n}.weight", f"{d}, hidden", "attention", n, None, *tf) for n, d, tf in qkv]
-    if qkv_bias or biased:
-        rows += [tensor(f"self_attn.{n}.bias", d, "attention", f"{n}_bias", qkv_bias, *tf) for n, d, tf in qkv]
-    rows.append(tensor("self_attn.o_proj.weight", "hidden, q_head*head_dim", "attention"))
-    if out_bias:
-        rows.append(tensor("self_attn.o_proj.bias", "hidden", "attention", "o_proj_bias", out_bias))
-    return tuple(rows)
-
-
-def swiglu(bias: str | None = None):
-    """gate, up and down of a gated feed-forward; with biases when the named config flag is true."""
-    rows = [(n, d) for n, d in (("gate_proj", "ffn, hidden"), ("up_proj", "ffn, hidden"), ("down_proj", "hidden, ffn"))]
-    table = [tensor(f"mlp.{n}.weight", d, "ffn") for n, d in rows]
-    if bias:
-        table += [tensor(f"mlp.{n}.bias", d.split(",")[0], "ffn", f"{n}_bias", bias) for n, d in rows]
-    return tuple(table)
-
-
-PRE_NORMS = (
-    tensor("input_layernorm.weight", "hidden", "norm", "attn_norm"),
-    tensor("post_attention_layernorm.weight", "hidden", "norm", "ffn_norm"),
-)
-
-HEAD_NORMS = (
-    tensor("self_attn.q_norm.weight", "head_dim", "norm", "q_norm"),
-    tensor("self_attn.k_norm.weight", "head_dim", "norm", "k_norm"),
-)
+from .rows import AROUND, EMBED, HEAD, HEAD_NORMS, KEYS, NORM, PRE_NORMS, attention, changed, norms, swiglu
+from .spec import Exit, Family, Wrapper, tensor
 
 LLAMA_BLOCK = attention("attention_bias", "attention_bias") + swiglu("mlp_bias") + PRE_NORMS
-QWEN2_BLOCK = attention(biased=True) + swiglu() + PRE_NORMS
+QWEN2_BLOCK = attention(qkv_bias=True) + swiglu() + PRE_NORMS
 QWEN3_BLOCK = attention() + HEAD_NORMS + swiglu() + PRE_NORMS
 SEED_OSS_BLOCK = attention("attention_bias", "attention_out_bias") + swiglu("mlp_bias") + PRE_NORMS
 
 GEMMA3_BLOCK = (
     *attention(),
     *swiglu(),
-    tensor("self_attn.q_norm.weight", "head_dim", "norm", "q_norm", None, "norm+1"),
-    tensor("self_attn.k_norm.weight", "head_dim", "norm", "k_norm", None, "norm+1"),
-    tensor("input_layernorm.weight", "hidden", "norm", "attn_norm", None, "norm+1"),
-    tensor("post_attention_layernorm.weight", "hidden", "norm", "attn_post_norm", None, "norm+1"),
-    tensor("pre_feedforward_layernorm.weight", "hidden", "norm", "ffn_norm", None, "norm+1"),
-    tensor("post_feedforward_layernorm.weight", "hidden", "norm", "ffn_post_norm", None, "norm+1"),
+    *changed(HEAD_NORMS, ("q_norm", "k_norm"), transforms=("norm+1",)),
+    *norms(AROUND, "norm+1"),
 )
 
 # transformers refuses a llama config whose hidden size is no multiple of the number of heads, even with head_dim given
@@ -182,3 +129,13 @@ GEMMA3 = Family(
 )
 
 FAMILIES = (LLAMA, QWEN2, SEED_OSS, QWEN3, GEMMA3)
+WRAPPERS = {
+    "gemma3": Wrapper(
+        "gemma3_text",
+        defaults={"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208},
+        shared=("vocab_size",),
+    ),
+    "qwen2_vl": Wrapper("qwen2", bare=True),
+    "qwen2_5_vl": Wrapper("qwen2", bare=True),
+    "qwen3_vl": Wrapper("qwen3", bare=True),
+}

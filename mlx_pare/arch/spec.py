@@ -44,6 +44,26 @@ AXES = {
         Axis("q_head", "layer", ("kv_head", "group")),
         Axis("head_dim", "layer"),
         Axis("expert", "layer"),
+        Axis("expert_ffn", "layer"),  # width of one expert
+        Axis("shared_ffn", "layer"),  # width of the experts that every token visits
+        Axis("active", "layer"),  # experts one token visits; no tensor has this axis
+        Axis("expert_latent", "layer"),  # what the experts see, where it is not the hidden size
+        Axis("q_latent", "layer"),  # multi-head latent attention: rank of the queries,
+        Axis("kv_latent", "layer"),  # of keys and values,
+        Axis("nope_dim", "layer"),  # and the parts of a head without rope,
+        Axis("rope_dim", "layer"),  # with rope,
+        Axis("v_dim", "layer"),  # and of its values
+        Axis("linear_k_head", "layer"),  # linear attention and state-space layers
+        Axis("linear_v_head", "layer"),
+        Axis("linear_k_dim", "layer"),
+        Axis("linear_v_dim", "layer"),
+        Axis("conv_kernel", "layer"),  # positions a short convolution sees,
+        Axis("conv_tail", "layer"),  # all but the newest of them
+        Axis("layer_vocab", "model"),  # embeddings of their own for every layer
+        Axis("layer_input", "model"),
+        Axis("altup", "model"),  # copies of the hidden state in gemma3n,
+        Axis("laurel", "layer"),  # and the rank of the way around its layers
+        Axis("one", "model"),
     )
 }
 
@@ -89,7 +109,8 @@ class TensorSpec:
     "attn_norm"), ``part`` what it is counted as (embedding, attention, ffn, norm). ``when`` names a boolean of the
     config (with ``!`` in front: its negation) without which the tensor is absent. ``transforms`` are what another
     format must undo or apply: "rope" (rows are rotary pairs, permuted by some GGUF architectures), "norm+1"
-    (the model adds 1 to the weight).
+    (the model adds 1 to the weight). ``stored``: what mlx_lm.convert does with it when it quantizes: "" packs whatever
+    has columns, "float" leaves it, "float32" leaves and never casts it, "8bit" packs it with 8 bits in groups of 64.
     """
 
     name: str
@@ -98,19 +119,71 @@ class TensorSpec:
     part: str
     when: str | None = None
     transforms: tuple[str, ...] = ()
+    stored: str = ""
 
     def present(self, config: Mapping[str, Any]) -> bool:
-        if self.when is None:
-            return True
-        negated, key = self.when.startswith("!"), self.when.lstrip("!")
-        return bool(config.get(key)) != negated
+        flags = self.when.split() if self.when else ()
+        return all(bool(config.get(flag.lstrip("!"))) != flag.startswith("!") for flag in flags)
 
 
-def tensor(name: str, dims: str, part: str, role: str | None = None, when: str | None = None, *transforms: str):
-    """A TensorSpec written on one line; the role defaults to the name of the module."""
-    return TensorSpec(
-        name, tuple(dim(d) for d in dims.split(",")), role or name.split(".")[-2], part, when, tuple(transforms)
-    )
+def tensor(
+    name: str,
+    dims: str,
+    part: str,
+    role: str | None = None,
+    when: str | None = None,
+    *transforms: str,
+    stored: str = "",
+):
+    """A TensorSpec written on one line; the role defaults to the name of the module. A scalar has no ``dims``."""
+    parsed = tuple(dim(d) for d in dims.split(",")) if dims else ()
+    return TensorSpec(name, parsed, role or name.split(".")[-2], part, when, tuple(transforms), stored)
+
+
+_HEAD = dim("head_dim")
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What a kind of layer remembers of earlier positions, in values; the first word of a layer's kind names it.
+
+    ``cache``: for every position (K and V), ``windowed``: of the sliding window only. ``state``: once, whatever the
+    length, in the model's dtype; ``state_f32``: the same in float32. ``attends``: it compares queries with positions,
+    whoever caches them, with heads as wide as ``head``. ``fused``: mlx-lm calls MLX's fused kernel, where it has one.
+    """
+
+    cache: Dim = ()
+    windowed: bool = False
+    state: Dim = ()
+    state_f32: Dim = ()
+    attends: bool = True
+    head: Dim = _HEAD
+    fused: bool = True
+
+
+_KV = dim("kv_head*head_dim + kv_head*head_dim")
+_CONV = dim("conv_tail*linear_k_head*linear_k_dim + conv_tail*linear_k_head*linear_k_dim + "
+            "conv_tail*linear_v_head*linear_v_dim")  # fmt: skip
+
+_SCAN = dim("linear_v_head*linear_v_dim*linear_k_dim")
+
+# Source of each: the make_cache and __call__ of the mlx_lm/models file named; tests/test_families.py holds them to real
+# caches. Where keys and values differ in width MLX has no fused kernel.
+MIXERS = {
+    "full_attention": Mixer(cache=_KV),
+    "sliding_attention": Mixer(cache=_KV, windowed=True),
+    "full_attention_shared": Mixer(),  # gemma4_text, gemma3n: queries only, on the cache of an earlier layer
+    "sliding_attention_shared": Mixer(windowed=True),
+    "mla": Mixer(cache=dim("kv_latent + rope_dim"), head=dim("nope_dim"), fused=False),  # deepseek_v3
+    "mla_expanded": Mixer(  # deepseek_v2 caches keys and values of every head
+        cache=dim("q_head*nope_dim + q_head*rope_dim + q_head*v_dim"), head=dim("nope_dim + rope_dim")
+    ),
+    "linear_attention": Mixer(state=_CONV, state_f32=_SCAN, attends=False),  # gated DeltaNet: qwen3_next, qwen3_5
+    "mamba": Mixer(state=_CONV, state_f32=_SCAN, attends=False),  # Mamba 2: nemotron_h, granitemoehybrid
+    "mamba_and_attention": Mixer(cache=_KV, state=_CONV, state_f32=_SCAN),  # falcon_h1: side by side
+    "conv": Mixer(state=dim("conv_tail*hidden"), attends=False),  # lfm2
+    "feed_forward": Mixer(attends=False),  # nemotron_h: a layer that mixes nothing
+}
 
 
 @dataclass(frozen=True)
@@ -135,7 +208,11 @@ class Family:
     blocks: Mapping[str, tuple[TensorSpec, ...]]  # layer kind -> table
     prefix: str = "model.layers.{layer}."
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of mlx-lm's ModelArgs
-    kinds: str = "uniform"  # "uniform", or the config key: "layer_types" (a list), "sliding_window_pattern" (a period)
+    # "uniform": all as the first of the blocks; or the config key: "layer_types" (a list), "sliding_window_pattern"
+    # (a period); or config, index -> kind
+    kinds: str | Callable[[Mapping[str, Any], int], str] = "uniform"
+    widths: Callable[[Mapping[str, Any], int], Mapping[str, int]] | None = None  # config, index -> sizes that differ
+    tied: bool | None = None  # whether the embedding is the head too; None: tie_word_embeddings says
     per_layer: tuple[str, ...] = ("layer_types",)  # config lists with one entry per layer
     exact: frozenset[str] = frozenset({"layer", "ffn", "kv_head", "vocab"})
     cuttable: frozenset[str] = frozenset({"layer", "ffn", "kv_head"})
@@ -143,6 +220,40 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # stored by old exporters, used by nobody
     gguf: str = "llama"  # llama.cpp architecture
     gguf_rope: str = "neox"  # "norm": q and k rows are permuted there
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A multimodal model type: which language model is in it, under which names.
+
+    ``model_type``: of the language model; None: its ``text_config`` says it. ``shared``: keys of the outer config.
+    ``bare``: the type is also used without a ``text_config``, for the language model alone.
+    """
+
+    model_type: str | None
+    prefix: str = "language_model."
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
+    bare: bool = False
+
+
+def whole(config: Mapping[str, Any], key: str, what: str = "", least: int = 1) -> int:
+    """A whole number of the config. Raises PareError when it is none, below ``least`` or beyond reason."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+        sort = "positive whole number" if least else "whole number"
+        raise PareError(f"config.json says {key} = {value!r}, expected a {sort}" + (f" ({what})" if what else ""))
+    return value
+
+
+def layer_types(config: Mapping[str, Any], count: int) -> list[str]:
+    """The config's list of a kind for every layer. Raises PareError when it is none."""
+    kinds = config.get("layer_types")
+    if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise PareError(f"config.json says layer_types = {str(kinds)[:80]}, expected a list of names")
+    if len(kinds) != count:
+        raise PareError(f"config.json lists {len(kinds)} layer_types for {count} layers")
+    return list(kinds)
 
 
 @dataclass(frozen=True)
@@ -160,8 +271,12 @@ class Tensor:
 
     @property
     def matrix(self) -> bool:
-        """Stored as a matrix, so that MLX packs it when the model is quantized."""
-        return len(self.shape) == 2
+        """Rows and columns (of every expert, when there are three dimensions), so that MLX packs it."""
+        return len(self.shape) > 1 and not self.spec.stored.startswith("float")
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
 
     @property
     def size(self) -> int:
@@ -170,10 +285,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a model: its kind (which table describes it) and the sizes of its axes."""
+    """One layer of a model: its kind (which table describes it) and the sizes of its axes.
+
+    A kind is the name of a mixer, with "+moe" behind it where the table has experts.
+    """
 
     kind: str
     sizes: Mapping[str, int]
+
+    @property
+    def mixer(self) -> Mixer:
+        return MIXERS[self.kind.partition("+")[0]]
 
 
 @dataclass(frozen=True)
@@ -206,26 +328,44 @@ class Architecture:
     sizes: Mapping[str, int]  # hidden, vocab
     layers: tuple[Layer, ...]
     tied: bool
+    prefix: str = ""  # of all names, where the language model is one part of a larger one
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether mlx-pare can cut it; if not, it can be planned for."""
+        return bool(self.family.cuttable) and not self.prefix
+
+    def axes(self, kind: str) -> set[str]:
+        """The axes on which the tensors of this kind of layer lie; a config may give sizes that nothing has."""
+        specs = (spec for spec in self.family.blocks[kind] if spec.present(self.config))
+        return {axis for spec in specs for d in spec.dims for part in d for axis in part}
+
+    def uses(self, axis: str) -> bool:
+        """Whether any tensor of any layer lies on this axis."""
+        return any(axis in self.axes(kind) for kind in {layer.kind for layer in self.layers})
 
     def layer_sizes(self, layer: int | None) -> dict[str, int]:
-        return {**self.sizes, **(self.layers[layer].sizes if layer is not None else {})}
+        sizes = {**self.sizes, "layer": len(self.layers), "one": 1}
+        return sizes if layer is None else {**sizes, **self.layers[layer].sizes}
 
     def tensors(self) -> Iterator[Tensor]:
         """Every stored tensor once, in the order of the model. A tied head is the embedding and is not repeated."""
-        before, after = [], []
-        for spec in self.family.model:
-            (before if spec.role == "embed_tokens" else after).append(spec)
-        yield from self._concrete(before, None)
+        outside = self._shapes(self.family.model, None)
+        yield from (Tensor(self.prefix + s.name, shape, s, None) for s, shape in outside if s.role == "embed_tokens")
+        known: dict[Any, list] = {}  # layers of one kind and size have the same shapes
         for layer, info in enumerate(self.layers):
-            yield from self._concrete(self.family.blocks[info.kind], layer)
-        yield from self._concrete(after, None)
+            alike = (info.kind, frozenset(info.sizes.items()))
+            if alike not in known:
+                known[alike] = self._shapes(self.family.blocks[info.kind], layer)
+            prefix = self.prefix + self.family.prefix.format(layer=layer)
+            for spec, shape in known[alike]:
+                yield Tensor(prefix + spec.name, shape, spec, layer)
+        yield from (Tensor(self.prefix + s.name, shape, s, None) for s, shape in outside if s.role != "embed_tokens")
 
-    def _concrete(self, specs: Sequence[TensorSpec], layer: int | None) -> Iterator[Tensor]:
+    def _shapes(self, specs: Sequence[TensorSpec], layer: int | None) -> list[tuple[TensorSpec, tuple[int, ...]]]:
         sizes = self.layer_sizes(layer)
-        prefix = "" if layer is None else self.family.prefix.format(layer=layer)
-        for spec in specs:
-            if spec.present(self.config) and not (spec.role == "lm_head" and self.tied):
-                yield Tensor(prefix + spec.name, tuple(length(d, sizes) for d in spec.dims), spec, layer)
+        there = (s for s in specs if s.present(self.config) and not (s.role == "lm_head" and self.tied))
+        return [(spec, tuple(length(d, sizes) for d in spec.dims)) for spec in there]
 
     def path(self, layer: int, role: str) -> str:
         """Module path of a role inside its block, e.g. "mlp.down_proj"."""

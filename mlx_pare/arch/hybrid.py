@@ -1,0 +1,192 @@
+"""Families that mix attention with layers that remember a state of fixed size, as data. For planning only, so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import PareError
+from .moe import EXPERTS, experts, gated_shared, is_sparse, router
+from .rows import (
+    EMBED,
+    HEAD_NORMS,
+    KEYS,
+    PRE_NORMS,
+    attention,
+    feed_forward,
+    keys_without,
+    norms,
+    planned,
+    swiglu,
+    without,
+)
+from .spec import Wrapper, layer_types, tensor, whole
+
+# ---- gated DeltaNet: qwen3_next, qwen3_5 ----
+
+LINEAR_KEYS = {
+    "linear_k_head": "linear_num_key_heads",
+    "linear_v_head": "linear_num_value_heads",
+    "linear_k_dim": "linear_key_head_dim",
+    "linear_v_dim": "linear_value_head_dim",
+    "conv_kernel": "linear_conv_kernel_dim",
+}
+K, V = "linear_k_head*linear_k_dim", "linear_v_head*linear_v_dim"
+
+# q_proj makes the queries and, beside them, the gate of the output
+GATED_ATTENTION = (
+    *attention("attention_bias", "attention_bias", queries="q_head*head_dim + q_head*head_dim"),
+    *HEAD_NORMS,
+)
+
+
+def delta_net(inputs: Mapping[str, str], keeps_decay: bool = False):
+    """Gated DeltaNet; ``inputs``: rows of its input projections, which the two families cut up differently.
+
+    ``keeps_decay``: A_log stays float32.
+    """
+    return (
+        tensor("linear_attn.conv1d.weight", f"{K} + {K} + {V}, conv_kernel, one", "attention", stored="float"),
+        *(tensor(f"linear_attn.{name}.weight", f"{rows}, hidden", "attention") for name, rows in inputs.items()),
+        tensor("linear_attn.dt_bias", "linear_v_head", "attention", "dt_bias"),
+        tensor("linear_attn.A_log", "linear_v_head", "attention", "a_log", stored="float32" if keeps_decay else ""),
+        tensor("linear_attn.norm.weight", "linear_v_dim", "norm", "linear_norm"),
+        tensor("linear_attn.out_proj.weight", f"hidden, {V}", "attention"),
+    )
+
+
+def mixed(mixer: tuple):
+    """The four kinds of blocks: full or linear attention, dense or with experts."""
+    return {
+        kind + mark: (*rows, *ffn, *PRE_NORMS)
+        for kind, rows in (("full_attention", GATED_ATTENTION), ("linear_attention", mixer))
+        for mark, ffn in (("", swiglu()), ("+moe", gated_shared("8bit")))
+    }
+
+
+def delta_kind(config: Mapping[str, Any], index: int) -> str:
+    """mlx_lm/models/qwen3_5.py DecoderLayer: every so many layers one has full attention."""
+    full = (index + 1) % whole(config, "full_attention_interval") == 0
+    return ("full_attention" if full else "linear_attention") + ("+moe" if config.get("num_experts") else "")
+
+
+def next_kind(config: Mapping[str, Any], index: int) -> str:
+    """mlx_lm/models/qwen3_next.py Qwen3NextDecoderLayer."""
+    return delta_kind(config, index).partition("+")[0] + ("+moe" if is_sparse(config, index) else "")
+
+
+DELTA_KEYS = {**KEYS, **EXPERTS, **LINEAR_KEYS, "shared_ffn": "shared_expert_intermediate_size"}
+
+QWEN3_5 = planned(
+    "qwen3_5",
+    mixed(
+        delta_net(
+            {
+                "in_proj_qkv": f"{K} + {K} + {V}",
+                "in_proj_z": V,
+                "in_proj_b": "linear_v_head",
+                "in_proj_a": "linear_v_head",
+            },
+            keeps_decay=True,
+        )
+    ),
+    model_types=("qwen3_5_text", "qwen3_5_moe_text"),
+    keys=DELTA_KEYS,
+    kinds=delta_kind,
+    defaults={"intermediate_size": 14336, "full_attention_interval": 4, "tie_word_embeddings": False},
+    gguf="qwen35",
+)
+
+QWEN3_NEXT = planned(
+    "qwen3_next",
+    mixed(
+        delta_net(
+            {"in_proj_qkvz": f"{K} + {K} + {V} + {V}", "in_proj_ba": "linear_v_head + linear_v_head"},
+        )
+    ),
+    keys=DELTA_KEYS,
+    kinds=next_kind,
+    defaults={"full_attention_interval": 4, "tie_word_embeddings": False},
+    gguf="qwen3next",
+)
+
+# ---- short convolutions: lfm2 ----
+
+SHORT_CONV = (
+    tensor("conv.conv.weight", "hidden, conv_kernel, one", "attention", stored="float"),
+    tensor("conv.conv.bias", "hidden", "attention", "conv_bias", "conv_bias"),
+    tensor("conv.in_proj.weight", "hidden + hidden + hidden, hidden", "attention"),
+    tensor("conv.in_proj.bias", "hidden + hidden + hidden", "attention", "in_proj_bias", "conv_bias"),
+    tensor("conv.out_proj.weight", "hidden, hidden", "attention"),
+    tensor("conv.out_proj.bias", "hidden", "attention", "out_proj_bias", "conv_bias"),
+)
+LFM2_ATTENTION = (
+    *without(attention(), "o_proj"),
+    tensor("self_attn.out_proj.weight", "hidden, q_head*head_dim", "attention", "o_proj"),
+    tensor("self_attn.q_layernorm.weight", "head_dim", "norm", "q_norm"),
+    tensor("self_attn.k_layernorm.weight", "head_dim", "norm", "k_norm"),
+)
+LFM2_MIXERS = {"conv": SHORT_CONV, "full_attention": LFM2_ATTENTION}
+LFM2_NORMS = norms({"attn_norm": "operator_norm", "ffn_norm": "ffn_norm"})
+LFM2_MODEL = (EMBED, *norms({"final_norm": "model.embedding_norm"}))
+
+
+def conv_kind(config: Mapping[str, Any], index: int) -> str:
+    """mlx_lm/models/lfm2.py ModelArgs: which layers attend is listed by index, or by name for all."""
+    attending = config.get("full_attn_idxs")
+    if attending is None:
+        return layer_types(config, whole(config, "num_hidden_layers"))[index]
+    if not isinstance(attending, list):
+        raise PareError(f"config.json says full_attn_idxs = {str(attending)[:80]}, expected a list of layers")
+    return "full_attention" if index in attending else "conv"
+
+
+def lfm2_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
+    """mlx_lm/models/lfm2.py MLP: two thirds of the width that the config gives, rounded up, if it says so."""
+    given = "block_ff_dim" if config.get("block_ff_dim") is not None else "intermediate_size"
+    width = whole(config, given)
+    if config.get("block_auto_adjust_ff_dim"):
+        factor, multiple = config.get("block_ffn_dim_multiplier"), whole(config, "block_multiple_of")
+        if not (factor is None or (isinstance(factor, int | float) and 0 < factor < 2**31)):
+            raise PareError(f"config.json says block_ffn_dim_multiplier = {factor!r}, expected a positive number")
+        width = int(2 * width / 3)
+        width = multiple * -(-int(width if factor is None else factor * width) // multiple)
+    return {"ffn": width}
+
+
+LFM2_FFN = feed_forward("feed_forward", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
+LFM2 = planned(
+    "lfm2",
+    {kind: (*mixer, *LFM2_FFN, *LFM2_NORMS) for kind, mixer in LFM2_MIXERS.items()},
+    keys=keys_without("ffn", "head_dim", conv_kernel="conv_L_cache"),
+    model=LFM2_MODEL,
+    kinds=conv_kind,
+    widths=lfm2_widths,
+    tied=True,
+)
+
+LFM2_EXPERTS = (
+    *router("feed_forward.gate", "8bit"),
+    *experts("feed_forward.switch_mlp"),
+    tensor("feed_forward.expert_bias", "expert", "ffn", "router_bias", "use_expert_bias", stored="float32"),
+)
+LFM2_MOE = planned(
+    "lfm2_moe",
+    {
+        kind + mark: (*mixer, *ffn, *LFM2_NORMS)
+        for kind, mixer in LFM2_MIXERS.items()
+        for mark, ffn in (("", swiglu(path="feed_forward")), ("+moe", LFM2_EXPERTS))
+    },
+    keys=keys_without("head_dim", conv_kernel="conv_L_cache", **EXPERTS),
+    model=LFM2_MODEL,
+    kinds=lambda config, i: conv_kind(config, i) + ("+moe" if i >= whole(config, "num_dense_layers", least=0) else ""),
+    tied=True,
+    gguf="lfm2moe",
+)
+
+FAMILIES = (QWEN3_5, QWEN3_NEXT, LFM2, LFM2_MOE)
+WRAPPERS = {
+    "qwen3_5": Wrapper("qwen3_5_text", bare=True),
+    "qwen3_5_moe": Wrapper("qwen3_5_moe_text", bare=True),
+    "lfm2-vl": Wrapper("lfm2"),
+}

@@ -1,0 +1,265 @@
+"""Families with experts, as data. They can be planned for; cutting them is not there yet.
+
+The experts of a layer are one stack (expert, rows, columns), as mlx-lm stores them. Names are those of a checkpoint
+that mlx_lm.convert wrote; on the hub the same weights have other names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .rows import (
+    BEFORE,
+    EMBED,
+    HEAD,
+    HEAD_NORMS,
+    KEYS,
+    PRE_NORMS,
+    WIDE_HEAD_NORMS,
+    Bias,
+    Rows,
+    attention,
+    changed,
+    every,
+    keys_without,
+    listed,
+    norms,
+    planned,
+    shared_expert,
+    swiglu,
+)
+from .spec import Wrapper, tensor, whole
+
+GATED_EXPERTS = {"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"}
+
+
+def experts(
+    path: str = "mlp.switch_mlp",
+    names: Mapping[str, str] = GATED_EXPERTS,
+    bias: Bias = False,
+    inner: str = "hidden",
+    when: str | None = None,
+) -> Rows:
+    """The matrices of all experts of a layer, {role: name}: SwitchGLU in mlx_lm/models/switch_layers.py.
+
+    ``inner``: what they see and give back. Biases have two dimensions but are never packed.
+    """
+    sides = {r: (inner, "expert_ffn") if r == "expert_down" else ("expert_ffn", inner) for r in names}
+    rows = [tensor(f"{path}.{names[r]}.weight", f"expert, {a}, {b}", "ffn", r, when) for r, (a, b) in sides.items()]
+    if bias:
+        flag = bias if isinstance(bias, str) else None
+        rows += [
+            tensor(f"{path}.{names[r]}.bias", f"expert, {a}", "ffn", f"{r}_bias", flag, stored="float")
+            for r, (a, _) in sides.items()
+        ]
+    return tuple(rows)
+
+
+def router(name: str, stored: str = "") -> Rows:
+    """The matrix that chooses the experts of a token."""
+    return (tensor(f"{name}.weight", "expert, hidden", "ffn", "router", stored=stored),)
+
+
+def bare_router(name: str) -> Rows:
+    """mlx_lm/models/deepseek_v3.py MoEGate: a bare array, which is not packed, and a bias that stays float32."""
+    return (
+        *router(name, "float"),
+        tensor(f"{name}.e_score_correction_bias", "expert", "ffn", "router_bias", stored="float32"),
+    )
+
+
+# axis -> config key, of three ways to spell them; in the second nothing else is called intermediate_size
+EXPERTS = {"expert": "num_experts", "active": "num_experts_per_tok", "expert_ffn": "moe_intermediate_size"}
+LOCAL = {"expert": "num_local_experts", "active": "num_experts_per_tok", "expert_ffn": "intermediate_size"}
+ROUTED = {**EXPERTS, "expert": "n_routed_experts"}
+
+
+def is_sparse(config: Mapping[str, Any], index: int) -> bool:
+    """mlx_lm/models/qwen3_moe.py Qwen3MoeDecoderLayer, qwen3_next.py Qwen3NextDecoderLayer."""
+    dense = config.get("mlp_only_layers")
+    chosen = not isinstance(dense, list) or index not in dense
+    return chosen and bool(config.get("num_experts")) and (index + 1) % whole(config, "decoder_sparse_step") == 0
+
+
+QWEN3_MOE = planned(
+    "qwen3_moe",
+    {
+        "full_attention": (*attention(), *HEAD_NORMS, *swiglu(), *PRE_NORMS),
+        "full_attention+moe": (*attention(), *HEAD_NORMS, *router("mlp.gate", "8bit"), *experts(), *PRE_NORMS),
+    },
+    keys={**KEYS, **EXPERTS},
+    kinds=lambda config, index: "full_attention" + ("+moe" if is_sparse(config, index) else ""),
+    defaults={"decoder_sparse_step": 1},
+    gguf="qwen3moe",
+)
+
+
+def gated_shared(stored: str = "") -> Rows:
+    """Experts, and one that every token visits, weighted by a gate: qwen2_moe and its successors."""
+    return (
+        *router("mlp.gate", stored),
+        *experts(),
+        *shared_expert("mlp.shared_expert"),
+        tensor("mlp.shared_expert_gate.weight", "one, hidden", "ffn", "shared_router", stored=stored),
+    )
+
+
+QWEN2_MOE = planned(
+    "qwen2_moe",
+    {"full_attention+moe": (*attention(True), *gated_shared(), *PRE_NORMS)},
+    keys=keys_without("ffn", "head_dim", shared_ffn="shared_expert_intermediate_size", **EXPERTS),
+    tied=False,
+    gguf="qwen2moe",
+)
+
+MIXTRAL_MLP = (*router("block_sparse_moe.gate"), *experts("block_sparse_moe.switch_mlp"))
+MIXTRAL = planned(
+    "mixtral",
+    {"full_attention+moe": (*attention(), *MIXTRAL_MLP, *PRE_NORMS)},
+    keys=keys_without("ffn", "head_dim", **LOCAL),
+    defaults={"tie_word_embeddings": False, "num_local_experts": 8, "num_experts_per_tok": 2},
+    gguf="llama",
+)
+
+PHIMOE = planned(
+    "phimoe",
+    {"full_attention+moe": (*attention(True, True), *MIXTRAL_MLP, *norms(BEFORE, bias=True))},
+    keys=keys_without("ffn", "head_dim", **LOCAL),
+    model=(
+        EMBED,
+        *norms({"final_norm": "model.norm"}, bias=True),
+        HEAD,
+        tensor("lm_head.bias", "vocab", "embedding", "lm_head_bias"),
+    ),
+    defaults={"num_local_experts": 16, "num_experts_per_tok": 2},
+    tied=False,
+)
+
+OLMOE = planned(
+    "olmoe",
+    {
+        "full_attention+moe": (
+            *attention("attention_bias", "attention_bias"),
+            *WIDE_HEAD_NORMS,
+            *router("mlp.gate"),
+            *experts(bias="mlp_bias"),
+            *PRE_NORMS,
+        )
+    },
+    keys=keys_without("ffn", **{**EXPERTS, "expert_ffn": "intermediate_size"}),
+)
+
+_in_turns = listed(every(2))
+GPT_OSS_BLOCK = (
+    *attention(True, True),
+    tensor("self_attn.sinks", "q_head", "attention", "sinks"),
+    *router("mlp.router", "8bit"),
+    tensor("mlp.router.bias", "expert", "ffn", "router_bias"),
+    *experts("mlp.experts", bias=True),
+    *PRE_NORMS,
+)
+GPT_OSS = planned(
+    "gpt_oss",
+    {"full_attention+moe": GPT_OSS_BLOCK, "sliding_attention+moe": GPT_OSS_BLOCK},
+    keys=keys_without("ffn", **LOCAL),
+    kinds=lambda config, index: _in_turns(config, index) + "+moe",
+    defaults={  # mlx_lm/models/gpt_oss.py ModelArgs
+        "num_hidden_layers": 36,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "head_dim": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "vocab_size": 201088,
+        "sliding_window": 128,
+    },
+    tied=False,
+    gguf="gpt-oss",
+)
+
+
+def after_dense(mixer: str):
+    """The kind of a layer where the first few are dense: deepseek_v2 and its successors."""
+
+    def kind(config: Mapping[str, Any], index: int) -> str:
+        first = whole(config, "first_k_dense_replace", least=0)
+        sparse = config.get("n_routed_experts") is not None and index >= first
+        return mixer + ("+moe" if sparse and index % whole(config, "moe_layer_freq") == 0 else "")
+
+    return kind
+
+
+def shared_width(config: Mapping[str, Any], index: int) -> dict[str, int]:
+    """All shared experts are stored as one."""
+    if not config.get("n_shared_experts"):
+        return {}
+    return {"shared_ffn": whole(config, "n_shared_experts") * whole(config, "moe_intermediate_size")}
+
+
+ROUTED_MLP = (*bare_router("mlp.gate"), *experts(), *shared_expert("mlp.shared_experts", when="n_shared_experts"))
+
+GLM4_MOE_ATTENTION = (
+    *attention("attention_bias"),
+    *changed(HEAD_NORMS, ("q_norm", "k_norm"), when="use_qk_norm"),
+    *PRE_NORMS,
+)
+GLM4_MOE = planned(
+    "glm4_moe",
+    {
+        "full_attention": (*GLM4_MOE_ATTENTION, *swiglu()),
+        "full_attention+moe": (*GLM4_MOE_ATTENTION, *ROUTED_MLP),
+    },
+    keys={**KEYS, **ROUTED},
+    kinds=after_dense("full_attention"),
+    widths=shared_width,
+    defaults={"moe_layer_freq": 1},
+    tied=False,
+    gguf="glm4moe",
+)
+
+
+def ernie_kind(config: Mapping[str, Any], index: int) -> str:
+    """mlx_lm/models/ernie4_5_moe.py Ernie4_5_DecoderLayer; the ends may be lists, one for text and one for images."""
+    first, last = config.get("moe_layer_start_index"), config.get("moe_layer_end_index")
+    ends = {
+        "moe_layer_start_index": min(first) if isinstance(first, list) and first else first,
+        "moe_layer_end_index": max(last) if isinstance(last, list) and last else last,
+    }
+    if last is None:
+        ends["moe_layer_end_index"] = whole(config, "num_hidden_layers") - 1
+    first, last = (whole(ends, key, least=0) for key in ends)
+    sparse = first <= index <= last and (index + 1) % whole(config, "moe_layer_interval") == 0
+    return "full_attention" + ("+moe" if sparse else "")
+
+
+def ernie_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
+    """Experts are as wide as the dense feed-forward where the config does not say."""
+    key = "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
+    width, shared = whole(config, key), whole(config, "moe_num_shared_experts", least=0)
+    return {"expert_ffn": width} | ({"shared_ffn": width * shared} if shared else {})
+
+
+ERNIE_ATTENTION = (*attention("use_bias", "use_bias"), *PRE_NORMS)
+ERNIE4_5_MOE = planned(
+    "ernie4_5_moe",
+    {
+        "full_attention": (*ERNIE_ATTENTION, *swiglu("use_bias")),
+        "full_attention+moe": (
+            *ERNIE_ATTENTION,
+            *router("mlp.gate"),
+            *experts(bias="use_bias"),
+            *shared_expert("mlp.shared_experts", "use_bias", "moe_num_shared_experts"),
+        ),
+    },
+    keys={**KEYS, "expert": "moe_num_experts", "active": "moe_k"},
+    kinds=ernie_kind,
+    widths=ernie_widths,
+    defaults={"moe_layer_start_index": 0, "moe_num_shared_experts": 0, "moe_layer_interval": 1, "moe_k": 1},
+    gguf="ernie4_5-moe",
+)
+
+FAMILIES = (QWEN3_MOE, QWEN2_MOE, MIXTRAL, PHIMOE, OLMOE, GPT_OSS, GLM4_MOE, ERNIE4_5_MOE)
+WRAPPERS = {"qwen3_vl_moe": Wrapper("qwen3_moe")}
