@@ -12,19 +12,15 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from . import console
+from . import console, gguf_types
 from .arch import Architecture, Tensor
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # enum llama_ftype, llama.cpp include/llama.h
-BLOCK = 32  # Q8_0 quantizes runs of 32 along a row: one float16 scale and 32 int8
-BLOCK_BYTES = 34
-ALIGNMENT = 32  # of tensor data, the default of the format
 CHUNK = 1 << 24  # weights converted at a time
 
 
@@ -32,13 +28,7 @@ def tensor_type(tensor: Tensor, kind: str) -> str:
     """The GGUF type of a tensor in a file of ``kind`` (f32, f16, q8_0): "F32", "F16" or "Q8_0". Arithmetic only."""
     if kind == "f32" or not tensor.matrix:
         return "F32"
-    return "Q8_0" if kind == "q8_0" and tensor.shape[-1] % BLOCK == 0 else "F16"
-
-
-def type_nbytes(kind: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor of GGUF type ``kind`` and logical ``shape``, without padding."""
-    size = prod(shape)
-    return size // BLOCK * BLOCK_BYTES if kind == "Q8_0" else size * {"F32": 4, "F16": 2}[kind]
+    return "Q8_0" if kind == "q8_0" and gguf_types.fits("Q8_0", tensor.shape[-1]) else "F16"
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        return type_nbytes(self.type, self.shape)
+        return gguf_types.nbytes(self.type, self.shape)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import mmap
 import os
-import struct
 import subprocess
 import sys
 import tempfile
@@ -19,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from . import console, machine
+from . import console, gguf_header, machine
 from .checkpoint import Checkpoint
 from .errors import PareError
-from .export import ALIGNMENT, BLOCK_BYTES, Row, verify
+from .export import Row, verify
+from .gguf_header import ALIGNMENT
+from .gguf_types import TYPES
 
 
 def available() -> bool:
@@ -153,58 +154,6 @@ def judged(model: Path, gguf: Path, kind: str) -> dict:
 
 # ---- the file itself ----
 
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # metadata value type -> bytes
-_TYPES = {"F32": 0, "F16": 1, "Q8_0": 8}  # enum ggml_type
-
-
-class _Header:
-    """A cursor over a GGUF header (specification: ggml docs/gguf.md)."""
-
-    def __init__(self, data: Any):
-        self.data, self.at = data, 0
-
-    def number(self, code: str) -> int:
-        (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
-        self.at += struct.calcsize(code)
-        return value
-
-    def text(self) -> str:
-        length = self.number("Q")
-        raw = bytes(self.data[self.at : self.at + length])
-        self.at += length
-        return raw.decode()
-
-    def skip(self, kind: int) -> None:
-        if kind == 8:
-            length = self.number("Q")
-            self.at += length
-        elif kind == 9:
-            inner, count = self.number("I"), self.number("Q")
-            if inner in _SCALARS:
-                self.at += _SCALARS[inner] * count
-                return
-            for _ in range(count):
-                self.skip(inner)
-        else:
-            self.at += _SCALARS[kind]
-
-
-def _tensor_table(data: Any) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], int]:
-    """Shape (as ours, rows first), type and offset by name, and where the data begins."""
-    header = _Header(data)
-    if header.number("I") != 0x46554747 or header.number("I") != 3:
-        raise ValueError("no GGUF version 3")
-    tensors, keys = header.number("Q"), header.number("Q")
-    for _ in range(keys):
-        header.text()
-        header.skip(header.number("I"))
-    found = {}
-    for _ in range(tensors):
-        name = header.text()
-        shape = tuple(header.number("Q") for _ in range(header.number("I")))[::-1]
-        found[name] = (shape, header.number("I"), header.number("Q"))
-    return found, -(-header.at // ALIGNMENT) * ALIGNMENT
-
 
 def check(path: Path, rows: Sequence[Row]) -> None:
     """Read a file back: every tensor there with its shape and type, a sample of it finite, and nothing else.
@@ -212,28 +161,31 @@ def check(path: Path, rows: Sequence[Row]) -> None:
     Raises PareError; ``rows`` from export.table.
     """
     try:
+        header = gguf_header.read(path)
+        offset = 0
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            found, base = _tensor_table(data)
-            offset = 0
             for row in rows:
-                if found.pop(row.name, None) != (row.shape, _TYPES[row.type], offset):
+                if header.tensors.get(row.name) != (row.shape, row.type, offset, row.nbytes):
                     raise ValueError(f"{row.name} is not where and what it should be")
-                unit = BLOCK_BYTES if row.type == "Q8_0" else 4
+                unit = TYPES[row.type].size if row.type == "Q8_0" else 4
                 size = min(row.nbytes, 1024 * unit) // unit * unit or row.nbytes
-                for start in (base + offset, base + offset + row.nbytes - size):
+                for start in (header.data_start + offset, header.data_start + offset + row.nbytes - size):
                     if not finite(np.frombuffer(data[start : start + size], np.uint8), row.type):
                         raise ValueError(f"{row.name} holds NaN or infinity")
                 offset += -(-row.nbytes // ALIGNMENT) * ALIGNMENT
-            if found or base + offset != len(data):
-                raise ValueError(f"{len(data)} bytes and {len(found)} tensors too many, expected {base + offset} and 0")
-    except (struct.error, ValueError, KeyError) as error:
-        raise PareError(f"{path} reads back wrong: {error}", "the disk may be full or damaged") from error
+        too_many = len(header.tensors) - len(rows)
+        if too_many or header.data_start + offset != header.file_bytes:
+            expected = header.data_start + offset
+            raise ValueError(f"{header.file_bytes} bytes and {too_many} tensors too many, expected {expected} and 0")
+    except (PareError, ValueError) as error:
+        problem = error.problem if isinstance(error, PareError) else error
+        raise PareError(f"{path} reads back wrong: {problem}", "the disk may be full or damaged") from error
 
 
 def finite(raw: Any, kind: str) -> bool:
     """Whether encoded whole values (Q8_0: blocks) are finite; ``raw`` is uint8."""
     if kind == "Q8_0":
-        raw = np.ascontiguousarray(raw.reshape(-1, BLOCK_BYTES)[:, :2]).reshape(-1)
+        raw = np.ascontiguousarray(raw.reshape(-1, TYPES[kind].size)[:, :2]).reshape(-1)
     return bool(np.isfinite(raw.view(np.float32 if kind == "F32" else np.float16)).all())
 
 
