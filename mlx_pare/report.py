@@ -12,17 +12,26 @@ from typing import Any
 
 from .artifacts import CONTENDERS, Metrics, Plan, replace_file
 from .console import count, duration, gb
+from .errors import PareError
+from .fit.bars import by_memory, verdict_of
+from .fit.macs import GIB
+from .fit.plot import draw, drawn
 from .rundir import Manifest
+
+MACS_NOTE = (
+    "Of every memory size the Mac with the least room. Tight: more than nine tenths of the budget. The work memory in "
+    "these sums is an estimate, and so is a budget with a question mark."
+)
 
 
 def report(run: Path, measured: Sequence[str] | None = None) -> Path:
-    """Write RUN/report.md from the manifest and the steps' outputs; returns its path. ``measured``: the contenders that
-    belong to the result (default: all that are there)."""
+    """Write RUN/report.md and its picture from the manifest and the steps' outputs; returns its path. ``measured``: the
+    contenders that belong to the result (default: all that are there)."""
     manifest = Manifest.model_validate_json((run / "manifest.json").read_bytes())
     found = metrics(run, measured)
     sections = [_title(manifest), "## Was it worth it?\n\n" + verdict(found), _contenders(found), _shape(run)]
     sections += [_requantized(run), _recovery(run) if "recovered" in found else ""]
-    sections += [_speed(run), _gguf(run), _warnings(run), _steps(manifest)]
+    sections += [_speed(run), _gguf(run), _macs(run, manifest), _warnings(run), _steps(manifest)]
     path = run / "report.md"
     replace_file(path, ("\n\n".join(s for s in sections if s) + "\n").encode())
     return path
@@ -226,14 +235,54 @@ def _gguf(run: Path) -> str:
         )
     else:
         text += f" Not compared in llama.cpp: {checked.get('reason', 'not asked')}."
-    fits = _json(run / "export" / "fits.json")
-    if fits:
-        names = [f"{r['mac']} ({gb(r['headroom_bytes'])} free)" for r in fits["rows"] if r["fits"]]
-        share = f"{len(names)} of {len(fits['rows'])} Macs; the original {fits['original_fits']}"
-        text += f"\n\nAt {fits['context']} tokens of context the MLX result fits {share}."
-        text += f" Smallest: {names[0]}." if names else ""
-        text += f" The GGUF file fits {sum(r['fits'] for r in fits['gguf_rows'])}."
     return f"## GGUF\n\n{text}"
+
+
+def _macs(run: Path, manifest: Manifest) -> str:
+    """Which Macs take the original, the result and its GGUF file: in a sentence, a table and a picture."""
+    fits = _json(run / "export" / "fits.json")
+    if not fits:
+        return ""
+    rows, original = fits["rows"], by_memory(fits.get("original_rows") or [])
+    sizes = by_memory(rows)
+    fitting = [size for size, row in sizes.items() if row["fits"]]
+    text = (
+        f"At {fits['context']} tokens of context the MLX result fits {sum(row['fits'] for row in rows)} of {len(rows)} "
+        f"Macs; the original {fits['original_fits']}."
+    )
+    if fitting:
+        text += f" Smallest: {fitting[0]:g} GB ({gb(sizes[fitting[0]]['headroom_bytes'])} free)."
+    if gained := [f"{size:g} GB" for size in fitting if size in original and not original[size]["fits"]]:
+        text += f" Memory sizes on which only the result fits: {', '.join(gained)}."
+    text += f" The GGUF file fits {sum(row['fits'] for row in fits['gguf_rows'])}."
+    columns = {"original": original, "result (MLX)": sizes, "GGUF": by_memory(fits["gguf_rows"])}
+    columns = {title: found for title, found in columns.items() if found}  # older runs say nothing of the original
+    lines = [_row(f"{n:g} GB", _budget(sizes[n]), *(_room(found[n]) for found in columns.values())) for n in sizes]
+    table = _table(["memory", "GPU budget", *columns], lines)
+    return f"## Macs\n\n{text}\n\n{table}\n\n{MACS_NOTE}\n\n{_picture(run, fits, manifest)}"
+
+
+def _budget(row: Mapping[str, Any]) -> str:
+    return gb(row["budget_bytes"]) + ("?" if "budget" in row.get("unsure", ()) else "")
+
+
+def _room(row: Mapping[str, Any]) -> str:
+    """One cell: the verdict, what is left or missing, and the longest context."""
+    verdict, amount = verdict_of(row), abs(row["headroom_bytes"])
+    size = f"{gb(amount)} ({amount / GIB:.2f} GiB)"
+    longest = f"up to {row['max_context']:,} tokens" if row["max_context"] else "no context fits"
+    return f"over by {size}; {longest}" if verdict == "over" else f"{verdict}, {size} left; {longest}"
+
+
+def _picture(run: Path, fits: Mapping[str, Any], manifest: Manifest) -> str:
+    """The same as a picture beside the report. What drawing needs may be missing: that is no reason for no report."""
+    found, path = {"model": Path(manifest.model).name, "runtime": "mlx", **fits}, run / "report-fit.svg"
+    try:
+        if not drawn(found, path):
+            draw(found, path)
+    except PareError as error:
+        return _plain(f"No picture: {error}")
+    return f"![Memory of the original and the result on Macs, against what their GPUs may use]({path.name})"
 
 
 def _warnings(run: Path) -> str:

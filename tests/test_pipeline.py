@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -332,6 +333,75 @@ def test_report_has_the_verdict_the_gguf_and_the_macs(finished):
     fitting = sum(row["fits"] for row in fits["rows"])
     assert f"fits {fitting} of {len(fits['rows'])} Macs; the original {fits['original_fits']}." in text
     assert f"The GGUF file fits {sum(row['fits'] for row in fits['gguf_rows'])}." in text
+
+
+def test_report_has_a_line_per_memory_size(finished, parsed):
+    fits = read(finished["out"] / "export" / "fits.json")
+    header, *rows = parsed["Macs"]
+    assert header == ["memory", "GPU budget", "original", "result (MLX)", "GGUF"]
+    assert [row[0] for row in rows] == [f"{size} GB" for size in sorted({r["memory_gb"] for r in fits["rows"]})]
+    for size, budget, *cells in rows:
+        for cell, key in zip(cells, ("original_rows", "rows", "gguf_rows"), strict=True):
+            same = [r for r in fits[key] if f"{r['memory_gb']} GB" == size]
+            least = min(same, key=lambda r: r["headroom_bytes"])
+            assert budget.rstrip("?") == gb(least["budget_bytes"])
+            assert cell == (
+                f"{least['verdict']}, {gb(least['headroom_bytes'])} ({least['headroom_bytes'] / 2**30:.2f} GiB) left; "
+                f"up to {least['max_context']} tokens"
+            )
+
+
+def test_report_has_a_picture_of_original_and_result(finished):
+    text = Path(finished["summary"]["report"]).read_text()
+    assert "](report-fit.svg)" in text
+    picture = (finished["out"] / "report-fit.svg").read_text()
+    assert "8 GB, original" in picture and 'id="budget-8-gb-result"' in picture
+
+
+def test_report_draws_only_what_changed(finished, copied, monkeypatch):
+    """To draw takes longer than everything else in a report."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    before = Path(finished["summary"]["report"]).read_text()
+    assert reporting.report(copied).read_text() == before
+    manifest = read(copied / "manifest.json")
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"model": "another"}))
+    assert "No picture" in reporting.report(copied).read_text()
+
+
+HARD = {"fits": False, "verdict": "over", "headroom_bytes": -(2**30), "max_context": 0}
+
+
+def test_report_says_where_only_the_result_fits(copied):
+    fits = read(copied / "export" / "fits.json")
+    for row in fits["original_rows"]:
+        row.update(HARD if row["memory_gb"] <= 16 else {})
+    for row in fits["rows"] + fits["gguf_rows"]:
+        row.update(HARD if row["memory_gb"] == 8 else {})
+    (copied / "export" / "fits.json").write_text(json.dumps(fits))
+    text = reporting.report(copied).read_text()
+    assert "Memory sizes on which only the result fits: 16 GB." in text and "Smallest: 16 GB" in text
+    assert tables(text)["Macs"][1][2:] == ["over by 1.07 GB (1.00 GiB); no context fits"] * 3
+
+
+def test_report_of_an_older_run_has_its_macs(copied):
+    """Made when rows had no verdict and the original only a number."""
+    fits = read(copied / "export" / "fits.json")
+    old = {key: fits[key] for key in ("context", "rows", "gguf_rows", "original_fits")}
+    for row in old["rows"] + old["gguf_rows"]:
+        for key in ("verdict", "headroom_gb", "headroom_gib", "state_bytes", "scores_bytes", "unsure"):
+            del row[key]
+    (copied / "export" / "fits.json").write_text(json.dumps(old))
+    text = reporting.report(copied).read_text()
+    assert tables(text)["Macs"][0] == ["memory", "GPU budget", "result (MLX)", "GGUF"]
+    assert "](report-fit.svg)" in text
+
+
+def test_report_without_matplotlib_says_so(copied, monkeypatch):
+    (copied / "report-fit.svg").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = reporting.report(copied).read_text()
+    assert "No picture: cannot draw without matplotlib" in text and "report-fit.svg" not in text
+    assert len(tables(text)["Macs"]) > 10 and not (copied / "report-fit.svg").exists()
 
 
 def test_report_can_be_made_of_a_run_that_is_not_finished(copied):
