@@ -16,10 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .arch import Architecture, Tensor, describe
-from .errors import PareError
+from .arch import Architecture, Tensor, describe, supported_types
+from .errors import PareError, Unsupported
 from .packing import BITS, GROUP_SIZES, Packing
 
+MAX_DIMENSIONS = 16
 MAX_HEADER = 100 << 20  # the limit of the safetensors library itself
 DTYPE_BYTES = {
     "F64": 8,
@@ -34,6 +35,9 @@ DTYPE_BYTES = {
     "I8": 1,
     "U8": 1,
     "BOOL": 1,
+    "F8_E4M3": 1,  # counted, not read: mlx-lm unpacks them
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
 }
 FLOATS = {"F32", "F16", "BF16"}
 TOKENIZER_FILES = (
@@ -127,6 +131,8 @@ def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
         raise PareError(
             f"{path} holds tensors of type {info['dtype']}, which is not supported", "convert it with mlx_lm.convert"
         )
+    if len(shape) > MAX_DIMENSIONS:  # the product of a hundred thousand numbers takes hours
+        raise ValueError(f"{len(shape)} dimensions")
     size = DTYPE_BYTES[info["dtype"]]
     for n in shape:
         size *= n
@@ -156,6 +162,13 @@ class Checkpoint:
                 if name in self.entries:
                     raise PareError(f"tensor {name} is in {self.entries[name].file.name} and in {file.name}")
                 self.entries[name] = entry
+        # known to the header, so that fit can count them
+        for entry in self.entries.values():
+            if entry.dtype.startswith("F8"):
+                raise Unsupported(
+                    f"{entry.file} holds tensors of type {entry.dtype}, which is not supported",
+                    "convert it with mlx_lm.convert",
+                )
         self._quantization = self._read_quantization()
 
     def _check_index(self, files: list[Path]) -> None:
@@ -176,7 +189,7 @@ class Checkpoint:
             other = self.config.get("quantization_config")
             if other:
                 method = other.get("quant_method", "unknown") if isinstance(other, dict) else other
-                raise PareError(
+                raise Unsupported(
                     f"{self.path} is quantized by {method!r}, which is not supported",
                     "supported are dense fp32/fp16/bf16 and MLX affine checkpoints: convert it with mlx_lm.convert",
                 )
@@ -185,7 +198,7 @@ class Checkpoint:
             raise PareError(f"{self.path}: config.json says quantization = {found!r}, expected an object")
         modes = {found.get("mode", "affine")} | {v.get("mode", "affine") for v in found.values() if isinstance(v, dict)}
         if modes != {"affine"}:
-            raise PareError(
+            raise Unsupported(
                 f"{self.path} uses quantization mode {', '.join(sorted(map(str, modes - {'affine'})))!r}, which "
                 f"is not supported",
                 "the supported mode is affine",
@@ -217,6 +230,11 @@ class Checkpoint:
     def arch(self) -> Architecture:
         """The architecture, after checking that every tensor is described, present and of its shape."""
         arch = describe(self.config, untied="lm_head.weight" in self.entries)
+        if not arch.cuttable:
+            raise Unsupported(
+                f"{self.path} is of type {self.config['model_type']}, which can be planned for, but not cut",
+                f"supported types are {', '.join(supported_types())}",
+            )
         expected = {t.name: t for t in arch.tensors()}
         self._check_described(arch, expected)
         for tensor in expected.values():

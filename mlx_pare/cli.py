@@ -17,6 +17,7 @@ import typer
 from . import console, show
 from .errors import Refused
 from .options import (
+    AnyModel,
     Axes,
     Bits,
     Cap,
@@ -51,19 +52,59 @@ INTERRUPTED = 130  # what typer returns for Ctrl-C before a command has begun
 # ---- everyday ----
 
 
-@command("fit", "mlx-pare fit MODEL --context 8192 | mlx-pare fit MODEL --mac m4-24gb --json")
+@command(
+    "fit",
+    "mlx-pare fit qwen3-32b --mac m4-24gb | mlx-pare fit MODEL --context 32768 --kv-bits 8 | mlx-pare fit model.gguf "
+    "--memory 16GB --plot fit.svg | mlx-pare fit Qwen/Qwen3-14B --bits 4 --train lora",
+    network=True,
+)
 def fit_command(
-    model: Model,
-    mac: Annotated[list[str] | None, typer.Option(help="Only this Mac; may be repeated.")] = None,
-    context: Context = 8192,
+    model: AnyModel,
+    mac: Annotated[list[str] | None, typer.Option(help="Only this Mac, e.g. m4-24gb; may be repeated.")] = None,
+    memory_size: Annotated[
+        list[str] | None, typer.Option("--memory", help="A Mac of which only the memory is known, e.g. 24GB.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer. Default: 8192; in training 2048 per row.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences at once. Default: 1; in training 4.")] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(help="As MLX would pack it: 2, 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4. Default: as it is."),
+    ] = None,
+    group_size: GroupSize = 64,
+    gguf: Annotated[str | None, typer.Option(help="As a GGUF file of this type would hold it, e.g. q4_k_m.")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="KV cache of 8, 4, 3 or 2 bits. Default: floats.")] = None,
+    prefill_step: Annotated[int, typer.Option(help="Tokens of a prompt read at a time, by mlx-lm.")] = 2048,
+    runtime: Annotated[
+        str | None, typer.Option(help="mlx or llama.cpp. Default: llama.cpp for GGUF, else mlx.")
+    ] = None,
+    train: Annotated[str | None, typer.Option(help="Memory for training instead: lora or full.")] = None,
     macos: Annotated[int, typer.Option(help="macOS version, which sets the GPU's share of memory: 15 or 26.")] = 26,
+    limit: Annotated[str | None, typer.Option(help='GPU memory as set by iogpu.wired_limit_mb, e.g. "20GB".')] = None,
+    reserve: Annotated[str | None, typer.Option(help='Memory to keep free for other programs, e.g. "3GB".')] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: FILE.svg or FILE.png.", metavar="FILE")] = None,
 ) -> dict[str, Any]:
-    """Every Mac: does it fit, with how much to spare, how fast."""
+    """Every Mac: does a model fit, how long a context, how fast, and what would make it fit. Loads nothing."""
     from .fit import fit
+    from .fit.macs import Budget, gib
+    from .fit.memory import TRAIN_BATCH, TRAIN_LENGTH, Use
+    from .fit.subject import Form
 
-    found = fit(model, mac or [], context, macos)
-    title = f"{model.name}: weights {console.gb(found['weights_bytes'])}, {context} tokens of context"
-    show.fit_table(title, found["rows"], found["note"])
+    form = Form.named(bits, group_size, gguf)
+    use = Use(
+        context=context if context is not None else TRAIN_LENGTH if train else 8192,
+        batch=batch if batch is not None else TRAIN_BATCH if train else 1,
+        kv_bits=kv_bits, prefill_step=prefill_step, runtime=runtime, train=train,
+    )  # fmt: skip
+    budget = Budget(macos, memory(limit), memory(reserve) or 0)
+    found = fit(model, [*(mac or []), *(f"{gib(size):g}gb" for size in memory_size or [])], use, form, budget)
+    show.show_fit(found)
+    if plot:
+        from .fit.plot import draw
+
+        found["plot"] = str(draw(found, plot))
+        console.say(f"drawn: {plot}")
     return found
 
 
@@ -174,14 +215,16 @@ def export_command(
     """Write a GGUF file, re-read it, compare it in llama.cpp where that is installed, show on which Macs it fits."""
     from .checkpoint import Checkpoint
     from .export import export
-    from .fit import planner
+    from .fit import macs, planner
+    from .fit.memory import Needs, Use
     from .llama_cpp import judged
 
     checkpoint = Checkpoint(model)
-    macs = [planner.find(mac)] if mac else planner.macs()
+    chosen = [macs.find(mac)] if mac else macs.every()
     done = export(model, out, gguf or ("q8_0" if checkpoint.quantized else "f16"))
     done["verify"] = {"checked": False, "reason": "not asked"} if no_verify else judged(model, out, done["kind"])
-    done["fits"] = planner.fit(checkpoint.arch, done["tensor_bytes"], macs, context)
+    needs = Needs(checkpoint.arch, Use(context, runtime="llama.cpp"))
+    done["fits"] = planner.fit(needs, planner.weights_of(checkpoint.arch, done["tensor_bytes"]), chosen)
     show.fit_table(f"{out}: {done['kind']}, {console.gb(done['bytes'])}, {done['tensors']} tensors", done["fits"])
     checked = done["verify"]
     console.say(
@@ -229,17 +272,20 @@ def bench_command(
 # ---- looking around ----
 
 
-@command("inspect", "mlx-pare inspect MODEL --json")
-def inspect_command(model: Model) -> dict[str, Any]:
+@command("inspect", "mlx-pare inspect MODEL --json | mlx-pare inspect qwen3-30b-a3b", network=True)
+def inspect_command(model: AnyModel) -> dict[str, Any]:
     """What is in a model, what can be cut, which runtimes load it. Reads headers only."""
     from .inspect import inspect
 
     found = inspect(model)
-    parts = found.pop("parameters")
-    rows = [[k.replace("_", " "), show.plain(v)] for k, v in found.items() if k not in ("model", "bytes")]
+    parts = found.pop("parameters", {})
+    told = {k: v for k, v in found.items() if k not in ("model", "bytes", "notes") and v is not None}
+    rows = [[k.replace("_", " "), show.plain(v)] for k, v in told.items()]
     rows += [[f"parameters: {k.replace('_', ' ')}", f"{v:,}"] for k, v in parts.items()]
     rows.append(["weights", console.gb(found["bytes"]["total"])])
-    console.table(str(model), ["<", "<value"], rows)
+    console.table(model, ["<", "<value"], rows)
+    for line in found["notes"]:
+        console.say(f"note: {line}")
     return {**found, "parameters": parts}
 
 
@@ -283,7 +329,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing may wait for a network
     sys.exit(_called())
 
 

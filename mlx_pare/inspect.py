@@ -1,40 +1,63 @@
-"""inspect: what is in a model, what can be cut, which runtimes load it. Reads headers only."""
+"""inspect: what is in a model, what can be cut, which runtimes would load it. Reads headers only."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
-from .checkpoint import Checkpoint
+from .arch import Architecture
 from .fit.footprint import parameters
+from .fit.subject import Form, Subject, open_subject
 
 
-def inspect(model: Path) -> dict[str, Any]:
-    """Facts of a model directory, counted from its tensors. Raises PareError when it is not what its config says."""
-    checkpoint = Checkpoint(model)
-    arch = checkpoint.arch
-    family = arch.family
+def inspect(model: str | PathLike[str]) -> dict[str, Any]:
+    """Facts of a model, counted from its tensors; ``model`` is whatever `fit` takes.
+
+    A size that differs between layers is a list, one that a model does not have is None. Of a model type that nobody
+    described only model, origin and bytes are known. Raises PareError when it is not what its config says.
+    """
+    subject = open_subject(str(model), Form())
+    arch = subject.arch
+    found = {"model": subject.name, "origin": subject.origin, "stored": subject.described}
+    known = _shape(arch, subject) if arch else {"notes": list(subject.notes)}
+    return found | known | {"bytes": {"total": subject.weights.nbytes}}
+
+
+def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
+    family, config = arch.family, arch.config
     kinds: dict[str, int] = {}
     for layer in arch.layers:
         kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
-    packing = checkpoint.quantization
+    packing = subject.checkpoint.quantization if subject.checkpoint else None
+    cuttable = sorted(family.cuttable) if arch.cuttable else []
     return {
-        "model": str(model),
-        "model_type": checkpoint.config["model_type"],
+        "model_type": config["model_type"],
         "family": family.name,
         "layers": len(arch.layers),
         "layer_kinds": kinds,
         "hidden": arch.sizes["hidden"],
         "vocab": arch.sizes["vocab"],
-        "ffn": arch.uniform("ffn"),
-        "q_heads": arch.uniform("kv_head") * arch.uniform("group"),
-        "kv_heads": arch.uniform("kv_head"),
-        "head_dim": arch.uniform("head_dim"),
+        "ffn": _size(arch, "ffn"),
+        "experts": _size(arch, "expert"),
+        "expert_ffn": _size(arch, "expert_ffn"),
+        "q_heads": _product(_size(arch, "kv_head"), _size(arch, "group")),
+        "kv_heads": _size(arch, "kv_head"),
+        "head_dim": _size(arch, "head_dim"),
         "tied_embedding": arch.tied,
         "parameters": parameters(arch),
-        "bytes": {"total": checkpoint.nbytes()},
         "quantization": packing.as_config() if packing else None,
-        "cuttable": {axis: "exact" if axis in family.exact else "approximate" for axis in sorted(family.cuttable)},
+        "cuttable": {axis: "exact" if axis in family.exact else "approximate" for axis in cuttable},
         "leaves_as": sorted({e.model_type for e in family.exits}),
-        "runtimes": {"mlx-lm": family.name, "llama.cpp": family.gguf, "transformers": checkpoint.config["model_type"]},
+        "runtimes": {"mlx-lm": family.name, "llama.cpp": family.gguf, "transformers": config["model_type"]},
+        "notes": list(subject.notes),
     }
+
+
+def _size(arch: Architecture, axis: str) -> int | list[int] | None:
+    """The size of a layer axis, all of them where layers differ, None where no layer has it."""
+    sizes = sorted({layer.sizes[axis] for layer in arch.layers if axis in layer.sizes}) if arch.uses(axis) else []
+    return sizes[0] if len(sizes) == 1 else sizes or None
+
+
+def _product(a: int | list[int] | None, b: int | list[int] | None) -> int | None:
+    return a * b if isinstance(a, int) and isinstance(b, int) else None

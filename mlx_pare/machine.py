@@ -21,6 +21,7 @@ class Machine:
     gpu_cores: int | None
     wired_limit_bytes: int | None  # iogpu.wired_limit_mb when the user has set it
     rosetta: bool
+    working_set_bytes: int | None = None  # Metal's recommendedMaxWorkingSetSize
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -46,7 +47,17 @@ def this_machine() -> Machine:
         gpu_cores=_gpu_cores(),
         wired_limit_bytes=int(limit) << 20 if limit and int(limit) > 0 else None,
         rosetta=sysctl("sysctl.proc_translated") == "1",
+        working_set_bytes=_working_set(),
     )
+
+
+def _working_set() -> int | None:
+    """As MLX reads it from Metal; on other systems nothing is imported for it."""
+    if sys.platform != "darwin":
+        return None
+    import mlx.core as mx
+
+    return mx.device_info().get("max_recommended_working_set_size")
 
 
 def _gpu_cores() -> int | None:

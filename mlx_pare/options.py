@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect as signatures
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,14 @@ app = typer.Typer(
 
 Model = Annotated[
     Path, typer.Argument(help="Model directory (config.json, *.safetensors, tokenizer).", metavar="MODEL")
+]
+AnyModel = Annotated[
+    str,
+    typer.Argument(
+        help="A directory, a config.json, a .gguf file, a run directory or its plan.json, a hub id (org/name), or a "
+        "well-known name such as qwen3-32b.",
+        metavar="MODEL",
+    ),
 ]
 RunDir = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, talk on stderr.")]
@@ -65,13 +74,18 @@ Rate = Annotated[float | None, typer.Option(help="Default: 1e-3 for lora, 5e-4 f
 Gguf = Annotated[str | None, typer.Option(help="f32, f16 or q8_0. Default: f16, q8_0 for a quantized model.")]
 
 
-def command(name: str, examples: str) -> Callable:
-    """Register a command: modes are set, errors become one line and an exit code, the result is the JSON document."""
+def command(name: str, examples: str, network: bool = False) -> Callable:
+    """Register a command: modes are set, errors become one line and an exit code, the result is the JSON document.
+
+    Only with ``network`` may it ask the hub, as long as the user has not set HF_HUB_OFFLINE.
+    """
 
     def wrap(function: Callable) -> Callable:
         @functools.wraps(function)
         def called(*args: Any, as_json: bool, quiet: bool, debug: bool, **kwargs: Any) -> None:
             console.configure(as_json, quiet)
+            if not network:  # everything is local, nothing may wait; huggingface_hub reads it once, when it is imported
+                os.environ.setdefault("HF_HUB_OFFLINE", "1")
             try:
                 console.document(function(*args, **kwargs))
             except PareError as error:
@@ -116,7 +130,7 @@ def memory(text: str | None) -> int | None:
     """Bytes of "4GB"; None stays None. Raises UsageError."""
     if text is None:
         return None
-    from .plan import parse_amount
+    from .amounts import parse_amount
 
     return int(parse_amount(text, "bytes"))
 

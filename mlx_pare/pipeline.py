@@ -19,7 +19,7 @@ from .artifacts import CONTENDERS, Plan
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
 from .export import FILE_TYPES
-from .fit import planner
+from .fit import macs
 from .plan import shape, whole
 from .recover import METHODS
 from .recover import Options as RecoverOptions
@@ -125,7 +125,7 @@ def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
     """The Mac that was named must take the model and the GGUF file."""
     if s.mac is None:
         return
-    name = planner.find(s.mac).name
+    name = macs.find(s.mac).name
     for what, key in (("the model", "rows"), ("the GGUF file", "gguf_rows")):
         row = next(r for r in summary["fits"][key] if r["mac"] == name)
         if not row["fits"]:

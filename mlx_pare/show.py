@@ -6,20 +6,90 @@ from typing import Any
 
 from . import console
 
-FIT_COLUMNS = ("<mac", "budget", "weights", "KV", "work", "total", "<fits", "headroom", "max context", "decode tok/s")
+FIT_COLUMNS = (
+    "<mac", "budget", "weights", "KV", "work", "total", "<verdict", "headroom", "(GiB)", "max context", "decode tok/s",
+    "prefill tok/s",
+)  # fmt: skip
+CHANGES_SHOWN = 8
 
 
 def fit_table(title: str, rows: list[dict[str, Any]], caption: str | None = None) -> None:
-    """One line per Mac."""
-    console.table(title, [*FIT_COLUMNS, "prefill tok/s"], [_fit_row(row) for row in rows], caption)
+    """One line per Mac; a question mark where what it rests on could not be verified."""
+    console.table(title, FIT_COLUMNS, [_fit_row(row) for row in rows], caption)
 
 
 def _fit_row(row: dict[str, Any]) -> list[Any]:
-    sizes = ("budget_bytes", "weights_bytes", "kv_bytes", "activation_bytes", "total_bytes")
-    speeds = [None if row[k] is None else f"{row[k]:.0f}" for k in ("decode_tokens_per_s", "prefill_tokens_per_s")]
-    fits = "yes" if row["fits"] else "no"
-    spare = console.gb(row["headroom_bytes"])
-    return [row["mac"], *(console.gb(row[k]) for k in sizes), fits, spare, row["max_context"], *speeds]
+    def size(key: str) -> str | None:
+        return None if row[key] is None else console.gb(row[key])
+
+    def speed(key: str, cell: str) -> str | None:
+        if row[key] is None:
+            return None
+        return f"{row[key]:.0f} ±{row['speed_error'] * row[key]:.0f}" + ("?" if cell in row["unsure"] else "")
+
+    mark = {cell: "?" if cell in row["unsure"] else "" for cell in ("memory", "budget")}
+    gib = None if row["headroom_gib"] is None else f"{row['headroom_gib']:.2f}"
+    return [
+        row["mac"] + mark["memory"],
+        console.gb(row["budget_bytes"]) + mark["budget"],
+        *(size(key) for key in ("weights_bytes", "kv_bytes", "activation_bytes", "total_bytes")),
+        row["verdict"],
+        size("headroom_bytes"),
+        gib,
+        row["max_context"],
+        speed("decode_tokens_per_s", "bandwidth"),
+        speed("prefill_tokens_per_s", "tflops"),
+    ]
+
+
+def show_fit(found: dict[str, Any]) -> None:
+    """What `fit` answers: a row per Mac, what would make it fit, and what is not known."""
+    here = found["here"]
+    if here is None:
+        console.say("this computer is not a Mac: its own limits are unknown, the table's are used")
+    else:
+        free = console.gb(here["available_bytes"])
+        console.say(f"this Mac: {here['mac']}, budget {console.gb(here['budget_bytes'])}, {free} free now")
+    fit_table(_fit_title(found), found["rows"], found["note"])
+    for line in found["notes"]:
+        console.say(f"note: {line}")
+    for mac, changes in found["alternatives"].items():
+        _show_changes(mac, changes)
+
+
+def _fit_title(found: dict[str, Any]) -> str:
+    parts = [found["form"], f"weights {console.gb(found['weights_bytes'])}"]
+    if found["parameters"]:
+        parts.insert(1, f"{console.count(found['parameters']['total'])} parameters")
+    tokens = found["context"]
+    use = f"{found['train']} training on rows of {tokens} tokens" if found["train"] else f"{tokens} tokens of context"
+    parts += [use, *([f"batch {found['batch']}"] if found["batch"] > 1 else []), found["runtime"]]
+    return f"{found['model']}: {', '.join(parts)}"
+
+
+def _show_changes(mac: str, changes: list[dict[str, Any]]) -> None:
+    if not changes:
+        console.say(f"nothing makes it fit {mac}: not fewer bits, nor a shorter context, nor a cut")
+        return
+    console.say(
+        f"\nWhat would make it fit {mac}, with the loss of perplexity to expect (an order of magnitude to sort by: "
+        "`mlx-pare run` measures it):"
+    )
+    for change in changes[:CHANGES_SHOWN]:
+        spare, longest = console.gb(change["headroom_bytes"]), change["max_context"]
+        console.say(f"  {loss(change['expected_loss']):>7}  {change['change']}")
+        console.say(f"           leaves {spare}, up to {longest} tokens    {change['how']}")
+    if len(changes) > CHANGES_SHOWN:
+        console.say(f"  and {len(changes) - CHANGES_SHOWN} more: --json lists them")
+
+
+def loss(share: float | None) -> str:
+    """An expected relative loss in words: none, <1 %, ~7 %."""
+    if share is None:
+        return "unknown"
+    return (
+        "none" if share == 0 else "<1 %" if share < 0.01 else f"~{round(100 * share, -1 if share > 0.2 else 0):.0f} %"
+    )
 
 
 def show_summary(summary: dict[str, Any]) -> None:
@@ -48,10 +118,11 @@ def show_summary(summary: dict[str, Any]) -> None:
             f"prefill x {ratio['prefill_tokens_per_s']['median']:.2f}"
         )
     fits = summary["fits"]
-    fitting = [r["mac"] for r in fits["rows"] if r["fits"]]
+    fitting = sorted((r for r in fits["rows"] if r["fits"]), key=lambda r: r["memory_gb"])
+    smallest = f"; smallest {fitting[0]['mac']}" if fitting else ""
     console.say(
         f"fits {len(fitting)} of {len(fits['rows'])} Macs at {fits['context']} tokens (original: "
-        f"{fits['original_fits']}){'; smallest ' + fitting[0] if fitting else ''}"
+        f"{fits['original_fits']}){smallest}"
     )
     for name in ("model", "gguf", "report"):
         console.say(f"{name}: {summary[name]}")

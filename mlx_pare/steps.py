@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import console, corpus, lm
+from .amounts import parse_amount
 from .artifacts import Metrics, Plan, dump_json
 from .bench import bench
 from .calibrate import calibrate
@@ -19,11 +20,12 @@ from .checkpoint import Checkpoint
 from .errors import PareError, Refused
 from .evaluate import evaluate
 from .export import export
-from .fit import planner
+from .fit import macs, planner
+from .fit.memory import Needs, Use
 from .layout import size_of
 from .llama_cpp import judged
 from .plan import Options as PlanOptions
-from .plan import parse_amount, plan, redraw
+from .plan import plan, redraw
 from .prune import prune
 from .recover import Options as RecoverOptions
 from .recover import recover
@@ -76,10 +78,10 @@ class Settings:
         )
         if self.mac is None:
             return options
-        mac = planner.find(self.mac)
+        mac, use = macs.find(self.mac), Use(self.context)
         return replace(
             options,
-            budget=lambda arch: planner.max_weight_bytes(arch, mac, self.context),
+            budget=lambda arch, value_bytes: planner.max_weight_bytes(Needs(arch, use, value_bytes), mac),
             budget_name=f"{mac.name} with {self.context} tokens of context",
         )
 
@@ -316,16 +318,21 @@ def export_step(run: Run, model: Path, s: Settings) -> Path:
 
 
 def fits_of(model: Path, gguf_bytes: int, original: Path, s: Settings) -> dict[str, Any]:
-    """On which Macs the result fits as it is (``rows``) and as GGUF, and on how many the original does as it is."""
-    macs = planner.macs()
+    """How every Mac takes the result in mlx-lm (``rows``), its GGUF file in llama.cpp and the original, and how result
+    and original grow with the context."""
+    every = macs.every()
 
-    def rows(path: Path, weights: int | None = None) -> list[dict[str, Any]]:
+    def of(path: Path, gguf: int | None = None) -> tuple[list[dict[str, Any]], list[dict[str, int]]]:
         checkpoint = Checkpoint(path)
-        weights = checkpoint.nbytes() if weights is None else weights
-        return planner.fit(checkpoint.arch, weights, macs, s.context, value_bytes=checkpoint.value_bytes)
+        use = Use(s.context, runtime="llama.cpp" if gguf else "mlx")
+        weights = planner.weights_of(checkpoint.arch, gguf or checkpoint.nbytes())
+        needs = Needs(checkpoint.arch, use, 2 if gguf else checkpoint.value_bytes)
+        return planner.fit(needs, weights, every), planner.curve(needs, weights, every[0])
 
-    found = {"context": s.context, "rows": rows(model), "gguf_rows": rows(model, gguf_bytes)}
-    return found | {"original_fits": sum(r["fits"] for r in rows(original))}
+    (rows, curve), (gguf_rows, _), (original_rows, original_curve) = of(model), of(model, gguf_bytes), of(original)
+    found = {"context": s.context, "rows": rows, "gguf_rows": gguf_rows, "original_rows": original_rows}
+    found |= {"curve": curve, "original_curve": original_curve}
+    return found | {"original_fits": sum(r["fits"] for r in original_rows)}
 
 
 def bench_step(run: Run, model: Path, s: Settings) -> None:

@@ -258,9 +258,9 @@ def checked(pare, tmp_path) -> Callable[..., None]:
 @pytest.mark.parametrize("what, words", HARMS)
 def test_broken_models(checked, model, tmp_path, texts, what, words):
     broken = harmed(model, tmp_path, what)
+    planning = [] if what in ("type", "mode") else [["fit"], ["inspect"]]  # these two can be planned for
     for command in (
-        ["inspect"],
-        ["fit"],
+        *planning,
         ["export", "-o", tmp_path / "x.gguf"],
         ["bench"],
         ["run", "--out", tmp_path / "run"],
@@ -272,8 +272,10 @@ def test_broken_models(checked, model, tmp_path, texts, what, words):
 
 RUN = ["run", "MODEL", "--out", "NEW"]
 REFUSALS = {
-    "missing model": (1, "no model directory at", ["inspect", "NEW"]),
-    "file as model": (1, "no model directory at", ["inspect", "TEXTS/data.txt"]),
+    "missing model": (1, "no model directory at", ["bench", "NEW"]),
+    "file as model": (1, "no model directory at", ["bench", "TEXTS/data.txt"]),
+    "nothing to plan for": (2, "there is no file, directory or known model", ["fit", "no-such-model"]),
+    "a text to plan for": (1, "is not valid JSON", ["inspect", "TEXTS/data.txt"]),
     "no text": (1, "no text at", ["evaluate", "MODEL", "--data", "NEW"]),
     "empty text": (1, "holds no text", ["evaluate", "MODEL", "--data", "TEXTS/empty.txt"]),
     "short text": (1, "one row needs 512", ["evaluate", "MODEL", "--data", "TEXTS/short.txt"]),
@@ -342,7 +344,7 @@ def test_other_teacher_is_refused(checked, model, pico_models, texts):
 
 
 def test_debug_shows_where_and_keeps_the_code(pare, tmp_path):
-    done = pare("inspect", tmp_path / "nowhere", "--debug", "--json")
+    done = pare("bench", tmp_path / "nowhere", "--debug", "--json")
     assert done.code == 1 and "Traceback" in done.err and done.document["exit_code"] == 1
     assert done.err.strip().split("\n")[-1].startswith("mlx-pare: no model directory")
 
@@ -401,13 +403,15 @@ def test_inspect_keys(pare, model):
 
 FIT_KEYS = {"mac", "chip", "memory_gb", "budget_bytes", "weights_bytes", "kv_bytes", "activation_bytes", "total_bytes",
             "fits", "headroom_bytes", "max_context", "decode_tokens_per_s", "prefill_tokens_per_s"}  # fmt: skip
+MORE_FIT_KEYS = {"verdict", "headroom_gb", "headroom_gib", "state_bytes", "scores_bytes", "load_peak_bytes",
+                 "speed_error", "unsure"}  # fmt: skip
 
 
 def test_fit_keys(pare, model):
     found = pare("fit", model, "--json", "--mac", "m4-24gb", "--mac", "M4 Pro 24GB", "--context", "4096").document
     assert [row["mac"] for row in found["rows"]] == ["m4-10c-24gb", "m4-pro-20c-24gb"] and found["context"] == 4096
     for row in found["rows"]:
-        assert set(row) == FIT_KEYS
+        assert set(row) == FIT_KEYS | MORE_FIT_KEYS
         assert row["total_bytes"] == row["weights_bytes"] + row["kv_bytes"] + row["activation_bytes"]
         assert row["headroom_bytes"] == row["budget_bytes"] - row["total_bytes"] and row["fits"]
 

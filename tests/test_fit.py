@@ -17,7 +17,8 @@ from mlx_pare import lm, machine
 from mlx_pare.arch import describe
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import UsageError
-from mlx_pare.fit import footprint, planner
+from mlx_pare.fit import footprint, macs, memory, planner
+from mlx_pare.fit.memory import Needs, Use
 from mlx_pare.packing import Packing
 
 
@@ -41,13 +42,17 @@ Q4, Q8 = footprint.packed(Packing(4, 64)), footprint.packed(Packing(8, 64))
 BF16 = footprint.dense(2)
 
 
-def rows_of(config, storage, context=8192, macs=None):
+def rows_of(config, storage, context=8192, chosen=None, **use):
     arch = describe(config)
-    return planner.fit(arch, footprint.weight_bytes(arch, storage), macs or planner.macs(), context)
+    return planner.fit(Needs(arch, Use(context, **use)), planner.stored(arch, storage), chosen or macs.every())
 
 
-def row_of(config, storage, mac, context=8192):
-    return rows_of(config, storage, context, [planner.find(mac)])[0]
+def row_of(config, storage, mac, context=8192, **use):
+    return rows_of(config, storage, context, [macs.find(mac)], **use)[0]
+
+
+def assessed(arch, weights, mac, context, **use):
+    return planner.assess(Needs(arch, Use(context, **use)), planner.weights_of(arch, weights), mac)
 
 
 # ---- files ----
@@ -105,7 +110,8 @@ def test_parameters_are_those_on_disk(stored):
     assert counted["non_embedding"] == counted["total"] - counted["embedding"]
     assert footprint.parameters(Checkpoint(stored["q4"][0]).arch) == counted
     table = 0 if checkpoint.arch.tied else checkpoint.entries["model.embed_tokens.weight"].nbytes
-    assert footprint.lookup_bytes(checkpoint.arch, footprint.dense(4)) == table
+    everything = footprint.weight_bytes(checkpoint.arch, footprint.dense(4))
+    assert everything - footprint.read_bytes(checkpoint.arch, footprint.dense(4)) == table
 
 
 def test_a_matrix_no_group_divides_is_counted_dense():
@@ -121,9 +127,9 @@ def test_gguf_bytes():
     arch = describe({**pico.config_of("qwen2"), "vocab_size": 96})
     vectors = sum(t.size for t in arch.tensors() if not t.matrix)
     matrices = sum(t.size for t in arch.tensors() if t.matrix)
-    assert footprint.weight_bytes(arch, footprint.gguf("f32")) == 4 * (vectors + matrices)
-    assert footprint.weight_bytes(arch, footprint.gguf("f16")) == 4 * vectors + 2 * matrices
-    assert footprint.weight_bytes(arch, footprint.gguf("q8_0")) == 4 * vectors + matrices // 32 * 34
+    assert footprint.weight_bytes(arch, footprint.gguf(arch, "f32")) == 4 * (vectors + matrices)
+    assert footprint.weight_bytes(arch, footprint.gguf(arch, "f16")) == 4 * vectors + 2 * matrices
+    assert footprint.weight_bytes(arch, footprint.gguf(arch, "q8_0")) == 4 * vectors + matrices // 32 * 34
 
 
 # ---- caches ----
@@ -176,12 +182,11 @@ def test_the_sliding_overhang_is_what_a_prompt_leaves_in_the_cache(tmp_path, mon
         model(mx.ones((1, chunk), dtype=mx.int32), cache=cache)
     rows = {c.keys.shape[2] for c in cache if hasattr(c, "max_size")}
     assert rows == {arch.config["sliding_window"] - 1 + chunk}
-    monkeypatch.setattr(planner, "PREFILL_CHUNK", chunk)
-    monkeypatch.setattr(planner, "ACTIVATION_BYTES", 0)
-    monkeypatch.setattr(planner, "SCORE_BYTES", 0)
-    needs = planner.Needs(arch, value_bytes=4)
+    monkeypatch.setattr(memory, "ACTIVATIONS", {"dense": (0.0, 1)})
+    monkeypatch.setattr(memory, "SCORE_BYTES", 0)
+    needs = Needs(arch, Use(context, prefill_step=chunk), value_bytes=4)
     real = sum(c.nbytes for c in cache if hasattr(c, "max_size"))
-    steady = footprint.kv_rates(arch, 4)[1] * arch.config["sliding_window"]
+    steady = 4 * footprint.cache_values(arch).windowed * arch.config["sliding_window"]
     assert needs.activations(context, 4) == real - steady
 
 
@@ -220,31 +225,31 @@ def test_peak_of_measured_runs():
 
 
 def test_macs_are_named_canonically_and_once():
-    macs = planner.macs()
-    assert len({m.name for m in macs}) == len(macs) > 80
-    for mac in macs:
-        assert planner.find(mac.name) == mac
-        assert mac.name == planner.mac_name(mac.chip, mac.gpu_cores, mac.memory_gb)
+    known = macs.every()
+    assert len({m.name for m in known}) == len(known) > 80
+    for mac in known:
+        assert macs.find(mac.name) == mac
+        assert mac.name == macs.mac_name(mac.chip, mac.gpu_cores, mac.memory_gb)
         assert len(mac.flags.split("/")) == 3
         assert mac.memory_gb >= 8 and mac.bandwidth_gb_s > 60
-    assert {m.chip for m in macs if m.tflops is None} == {"M6"}
-    macs.clear()
-    assert planner.macs()
+    assert {m.chip for m in known if m.tflops is None} == {"M6"}
+    known.clear()
+    assert macs.every()
 
 
 def test_a_name_without_cores_is_the_largest_bin_of_that_memory():
-    assert planner.find("m4-pro-24gb").name == "m4-pro-20c-24gb"
-    assert planner.find("m4-24gb").name == "m4-10c-24gb"
-    assert planner.find("m3-ultra-96gb").gpu_cores == 80
-    assert planner.find("m4-max-36gb").bandwidth_gb_s == 410
-    assert planner.find("Apple M4 Pro 16c 48GB").name == "m4-pro-16c-48gb"
-    assert planner.find("m6-16gb").bandwidth_gb_s == 153 and planner.find("m6-24gb").bandwidth_gb_s == 170
+    assert macs.find("m4-pro-24gb").name == "m4-pro-20c-24gb"
+    assert macs.find("m4-24gb").name == "m4-10c-24gb"
+    assert macs.find("m3-ultra-96gb").gpu_cores == 80
+    assert macs.find("m4-max-36gb").bandwidth_gb_s == 410
+    assert macs.find("Apple M4 Pro 16c 48GB").name == "m4-pro-16c-48gb"
+    assert macs.find("m6-16gb").bandwidth_gb_s == 153 and macs.find("m6-24gb").bandwidth_gb_s == 170
 
 
 def test_an_unknown_mac_is_a_usage_error_with_near_names():
     for name, near in [("m4-pro-96gb", "m4-pro-64gb"), ("m4pro-24gb", "m4-pro-24gb"), ("gpu", "m4-24gb")]:
         with pytest.raises(UsageError) as caught:
-            planner.find(name)
+            macs.find(name)
         assert near in str(caught.value) and name in str(caught.value)
 
 
@@ -254,27 +259,27 @@ def test_budgets_are_the_measured_ones():
     old = {"m4-16gb": 11453.25, "m2-24gb": 17179.89, "m1-max-32gb": 22906.50, "m3-max-48gb": 38654.71}
     for macos, table in ((26, new), (15, old)):
         for mac, megabytes in table.items():
-            assert planner.budget_bytes(planner.find(mac), macos) / 1e6 == pytest.approx(megabytes, rel=1e-5)
+            assert macs.Budget(macos).of(macs.find(mac)) / 1e6 == pytest.approx(megabytes, rel=1e-5)
     for macos in (15, 26):
-        found = sorted({(m.memory_gb, planner.budget_bytes(m, macos)) for m in planner.macs()})
+        found = sorted({(m.memory_gb, macs.Budget(macos).of(m)) for m in macs.every()})
         assert [b for _, b in found] == sorted(b for _, b in found)
-        assert all(0.6 < budget / (memory * 2**30) < 0.9 for memory, budget in found)
+        assert all(0.6 < budget / (memory * 2**30) < 0.91 for memory, budget in found)
 
 
 def test_this_mac(monkeypatch):
-    assert planner.this_mac() is None or sys.platform == "darwin"
+    assert macs.here() is None or sys.platform == "darwin"
     here = machine.Machine("Darwin", "Apple M4 Pro", 24 * 2**30, 16, 20000 << 20, False)
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(planner.platform, "mac_ver", lambda: ("15.5", ("", "", ""), "arm64"))
+    monkeypatch.setattr(macs.platform, "mac_ver", lambda: ("15.5", ("", "", ""), "arm64"))
     monkeypatch.setattr(machine, "this_machine", lambda: here)
-    mac = planner.this_mac()
-    assert (mac.name, mac.bandwidth_gb_s, planner.budget_bytes(mac)) == ("m4-pro-16c-24gb", 273, 20000 << 20)
+    mac = macs.here()
+    assert (mac.name, mac.bandwidth_gb_s, macs.Budget().of(mac)) == ("m4-pro-16c-24gb", 273, 20000 << 20)
     here = dataclasses.replace(here, wired_limit_bytes=None)
-    assert planner.budget_bytes(planner.this_mac(), 26) == 24 * 2**30 * 2 // 3  # its own macOS is the older one
+    assert macs.Budget(26).of(macs.here()) == 24 * 2**30 * 2 // 3  # its own macOS is the older one
     here = dataclasses.replace(here, chip="Apple M9 Max", gpu_cores=50, memory_bytes=256 * 2**30)
-    unknown = planner.this_mac()
+    unknown = macs.here()
     assert (unknown.name, unknown.bandwidth_gb_s) == ("m9-max-50c-256gb", None)
-    row = planner.assess(describe(QWEN3_4B), 10**9, unknown, 4096)
+    row = assessed(describe(QWEN3_4B), 10**9, unknown, 4096)
     assert row["fits"] and row["decode_tokens_per_s"] is None and row["prefill_tokens_per_s"] is None
 
 
@@ -289,7 +294,7 @@ CONTRACT = [
 def test_rows_add_up():
     for config in (QWEN3_4B, QWEN25_32B, GEMMA3_4B, GEMMA3_27B):
         for row in rows_of(config, Q4, 16384):
-            assert list(row) == CONTRACT
+            assert list(row) == list(planner.ROW) and list(row)[: len(CONTRACT)] == CONTRACT
             assert row["total_bytes"] == row["weights_bytes"] + row["kv_bytes"] + row["activation_bytes"]
             assert row["headroom_bytes"] == row["budget_bytes"] - row["total_bytes"]
             assert row["fits"] == (row["headroom_bytes"] >= 0) == (row["max_context"] >= 16384)
@@ -302,20 +307,20 @@ def test_max_context_is_the_last_that_fits(model):
     arch = describe(model)
     weights = footprint.weight_bytes(arch, Q4)
     limit = model["max_position_embeddings"]
-    for mac in planner.macs():
-        longest = planner.assess(arch, weights, mac, 1)["max_context"]
+    for mac in macs.every():
+        longest = assessed(arch, weights, mac, 1)["max_context"]
         assert longest % 256 == 0 and 0 <= longest <= limit
         if longest:
-            assert planner.assess(arch, weights, mac, longest)["fits"]
+            assert assessed(arch, weights, mac, longest)["fits"]
         if longest < limit:
-            assert not planner.assess(arch, weights, mac, longest + 256)["fits"]
+            assert not assessed(arch, weights, mac, longest + 256)["fits"]
 
 
 def test_max_context_ends_where_the_model_does():
     arch = describe({**QWEN3_4B, "max_position_embeddings": 1000})
-    assert planner.assess(arch, 10**9, planner.find("m4-24gb"), 512)["max_context"] == 1000
+    assert assessed(arch, 10**9, macs.find("m4-24gb"), 512)["max_context"] == 1000
     with pytest.raises(UsageError):
-        planner.assess(arch, 10**9, planner.find("m4-24gb"), 0)
+        assessed(arch, 10**9, macs.find("m4-24gb"), 0)
 
 
 def test_more_context_never_fits_better():
@@ -336,22 +341,27 @@ def test_fewer_bytes_and_more_memory_never_fit_worse():
 
 
 def test_max_weight_bytes_is_the_edge_of_fits():
-    arch, mac = describe(QWEN25_32B), planner.find("m4-24gb")
-    most = planner.max_weight_bytes(arch, mac, 8192)
-    assert planner.assess(arch, most, mac, 8192)["headroom_bytes"] == 0
-    assert not planner.assess(arch, most + 1, mac, 8192)["fits"]
-    assert planner.max_weight_bytes(arch, planner.find("m1-8gb"), 32768) == 0
+    arch, mac = describe(QWEN25_32B), macs.find("m4-24gb")
+    most = planner.max_weight_bytes(Needs(arch), mac)
+    assert assessed(arch, most, mac, 8192)["headroom_bytes"] == 0
+    assert not assessed(arch, most + 1, mac, 8192)["fits"]
+    assert planner.max_weight_bytes(Needs(arch, Use(32768)), macs.find("m1-8gb")) == 0
 
 
 def test_unfused_scores_are_counted_where_mlx_has_no_kernel():
-    """Head size 256 before M5: heads x chunk x context x 2 bytes; head size 128: none."""
-    old, new = planner.find("m4-24gb"), planner.find("m5-24gb")
-    gemma = describe(GEMMA3_4B)
-    before, since = (planner.activation_bytes(gemma, mac, 8192) for mac in (old, new))
-    assert before - since == 8 * 2048 * 8192 * 2
-    assert planner.activation_bytes(describe(QWEN3_4B), old, 8192) == 700_000_000
-    wide = describe({**QWEN3_4B, "head_dim": 192})
-    assert planner.activation_bytes(wide, new, 8192) > planner.activation_bytes(wide, new, 4096)
+    """Head size 256 before M5: heads x chunk x context x 2 bytes; head size 128: none. The larger of them and of the
+    other work counts."""
+    old, new = macs.find("m4-24gb"), macs.find("m5-24gb")
+    gemma = Needs(describe(GEMMA3_4B), Use(65536))
+    scores = 8 * 2048 * 65536 * 2
+    sliding = 8 * 2048 * (1024 - 1 + 2048) * 2  # an array as mask, which no kernel takes
+    assert (gemma.scores(65536, 4), gemma.scores(65536, 5)) == (scores, sliding)
+    overhang = gemma.cache.windowed * 2 * (2048 - 1)
+    assert gemma.activations(65536, 4) == scores + overhang
+    assert 0.6e9 < gemma.activations(65536, 5) - overhang < 0.8e9
+    assert Needs(describe(QWEN3_4B)).activations(8192, old.generation) == 700_000_000
+    wide = Needs(describe({**QWEN3_4B, "head_dim": 192}))
+    assert wide.scores(8192, new.generation) > wide.scores(4096, new.generation) > 0
 
 
 def test_decode_speed_of_measured_runs():
@@ -362,15 +372,17 @@ def test_decode_speed_of_measured_runs():
 
 
 def test_only_untied_embeddings_are_not_read():
-    arch, mac = describe(QWEN3_8B), planner.find("m4-pro-24gb")
-    weights = footprint.weight_bytes(arch, Q4)
-    given = planner.assess(arch, weights, mac, 300, lookup_bytes=footprint.lookup_bytes(arch, Q4))
-    guessed = planner.assess(arch, weights, mac, 300)
-    whole = planner.assess(arch, weights, mac, 300, lookup_bytes=0)
-    assert guessed["decode_tokens_per_s"] == pytest.approx(given["decode_tokens_per_s"], rel=1e-3)
-    assert whole["decode_tokens_per_s"] < 0.95 * given["decode_tokens_per_s"]
-    read = weights - footprint.lookup_bytes(arch, Q4) + footprint.kv_bytes(arch, 300)
-    assert 1 / given["decode_tokens_per_s"] == pytest.approx(read / (0.9 * 273e9) + 36 * 95e-6)
+    arch, mac = describe(QWEN3_8B), macs.find("m4-pro-24gb")
+    weights, needs = planner.stored(arch, Q4), Needs(arch, Use(300))
+    table = Q4(next(arch.tensors()))
+    assert weights.read_bytes == weights.nbytes - table
+    tied = planner.stored(describe(QWEN3_4B), Q4)
+    assert tied.read_bytes == tied.nbytes
+    guessed = planner.weights_of(arch, weights.nbytes)
+    assert guessed.read_bytes == pytest.approx(weights.read_bytes, rel=1e-3)
+    speed_of = planner.assess(needs, weights, mac)["decode_tokens_per_s"]
+    read = weights.read_bytes + footprint.kv_bytes_per_token(arch) * 300
+    assert 1 / speed_of == pytest.approx(read / (0.9 * 273e9) + 36 * 95e-6)
 
 
 def test_prefill_speed():
@@ -386,11 +398,12 @@ def test_planning_imports_nothing_heavy():
     script = f"""
 import sys, time
 from mlx_pare.arch import describe
-from mlx_pare.fit import footprint, planner
+from mlx_pare.fit import footprint, macs, memory, planner, speed
+from mlx_pare.fit.memory import Needs, Use
 from mlx_pare.packing import Packing
 arch = describe({QWEN25_32B!r})
 for bits in (4, 8):
-    planner.fit(arch, footprint.weight_bytes(arch, footprint.packed(Packing(bits, 64))), planner.macs(), 8192)
+    planner.fit(Needs(arch), planner.stored(arch, footprint.packed(Packing(bits, 64))), macs.every())
 heavy = {{"mlx", "numpy", "gguf", "transformers", "pydantic", "rich", "mlx_lm"}} & set(sys.modules)
 assert not heavy, heavy
 assert time.process_time() < 0.5, time.process_time()

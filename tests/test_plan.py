@@ -15,13 +15,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_pare import lm
+from mlx_pare.amounts import parse_amount
 from mlx_pare.arch import Keep, LayerKeep, describe
 from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.console import gb
 from mlx_pare.errors import PareError, Refused, UsageError
+from mlx_pare.fit import reach
 from mlx_pare.layout import total_bytes
-from mlx_pare.plan import Options, allocate, parse_amount, plan, redraw, shape, whole
+from mlx_pare.plan import Options, allocate, plan, redraw, shape, whole
 from mlx_pare.prune import prune
 
 ALL_AXES = ("ffn", "kv_head", "layer")
@@ -138,7 +140,7 @@ def test_a_size_is_met_by_the_largest_point_below_it(planned, fraction, axes):
 @pytest.mark.parametrize("bytes_allowed", [60_000, 90_000, 120_000])
 def test_for_a_mac_is_met_below_its_budget(planned, bytes_allowed):
     """The budget depends on the architecture: here every layer costs 1000 bytes of cache."""
-    options = {"budget": lambda arch: bytes_allowed - 1000 * len(arch.layers), "budget_name": "m1-8gb"}
+    options = {"budget": lambda arch, value_bytes: bytes_allowed - 1000 * len(arch.layers), "budget_name": "m1-8gb"}
     _, found = planned(packed=(4, 32), axes=ALL_AXES, **options)
     assert found.after.bytes <= bytes_allowed - 1000 * found.after.layers
     ffn, heads, layers = level_of(found)
@@ -232,7 +234,7 @@ def test_a_kv_head_counts_with_all_its_query_heads(planned):
     arch = Checkpoint(model).arch
     scores = {"mlp": np.zeros((4, 128)), "layer": np.zeros(4), "attn_ln": np.zeros(64), "ffn_ln": np.zeros(64)}
     scores["attention"] = np.tile([5.0, 0.0, 3.0, 3.0], (4, 1))
-    keep = allocate.choose_units(arch, allocate.Level(128, 1, 4, 64), scores, [])
+    keep = allocate.choose_units(arch, reach.Level(128, 1, 4, 64), scores, [])
     assert [layer.keep["kv_head"] for layer in keep.layers] == [[1]] * 4
 
 
@@ -264,7 +266,7 @@ def test_gemma_depth_is_the_best_of_all_subsets():
     config = pico.config_of("gemma3_text", vocab_size=512, num_hidden_layers=9)
     config["layer_types"] = ["sliding_attention", "sliding_attention", "full_attention"] * 3
     arch = describe(config)
-    protected = allocate.protected_layers(arch)
+    protected = reach.protected_layers(arch)
     assert protected == [0, 8]
     for seed, count in itertools.product(range(5), range(1, 10)):
         scores = np.random.RandomState(seed).randn(9)
@@ -275,7 +277,7 @@ def test_gemma_depth_is_the_best_of_all_subsets():
             and all((arch.layers[i].kind == "full_attention") == (n % 3 == 2) for n, i in enumerate(layers))
             and set(protected) <= set(layers)
         ]
-        found = allocate.best_layers(arch, scores, count, protected)
+        found = reach.best_layers(arch, scores, count, protected)
         assert (found is None) is (not valid)
         if valid:
             assert tuple(found) in valid
@@ -286,7 +288,7 @@ def test_uniform_depth_is_the_best_of_all_subsets():
     arch = describe(pico.config_of("llama", vocab_size=512, num_hidden_layers=8))
     for seed, count in itertools.product(range(5), range(2, 9)):
         scores = np.random.RandomState(seed).randn(8)
-        found = allocate.best_layers(arch, scores, count, [0, 7])
+        found = reach.best_layers(arch, scores, count, [0, 7])
         best = max(scores[[0, *v, 7]].sum() for v in itertools.combinations(range(1, 7), count - 2))
         assert {0, 7} <= set(found) and scores[found].sum() == pytest.approx(best)
 

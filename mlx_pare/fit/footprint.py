@@ -1,4 +1,4 @@
-"""The one counter of parameters and bytes: of weights, however they are stored, and of the KV cache.
+"""The one counter of parameters and bytes: of weights, however they are stored, and of what a model remembers.
 
 Everything is summed over the tensor table of the architecture, so what is predicted is what is written. No arrays.
 """
@@ -6,15 +6,18 @@ Everything is summed over the tensor table of the architecture, so what is predi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..arch import Architecture, Tensor
+from ..arch.spec import MIXERS, Layer, dim, length
 from ..checkpoint import DTYPE_BYTES, Checkpoint
 from ..packing import Packing
 
 Storage = Callable[[Tensor], int]  # bytes one tensor takes
 
 KV_STEP = 256  # positions; KVCache.step in mlx_lm/models/cache.py: full-attention caches grow in these steps
-GGUF_BLOCKS = {"F32": (1, 4), "F16": (1, 2), "Q8_0": (32, 34)}  # values and bytes per block, ggml-common.h
+EXPERTS = (dim("expert"),)  # the first dimension of a stack of which a token visits a few
+LOOKUPS = {"embed_tokens", "embed_per_layer"}  # tables of which a token needs one row
 
 
 def parameters(arch: Architecture) -> dict[str, int]:
@@ -35,19 +38,33 @@ def parameters(arch: Architecture) -> dict[str, int]:
 
 def dense(bytes_per_value: int) -> Storage:
     """Every value as a float of this many bytes: 2 for bf16 and f16, 4 for f32."""
-    return lambda tensor: tensor.size * bytes_per_value
+    return lambda tensor: _floats(tensor, bytes_per_value)
+
+
+def _floats(tensor: Tensor, width: int) -> int:
+    return tensor.size * (4 if tensor.spec.stored == "float32" else width)
 
 
 def packed(packing: Packing, float_bytes: int = 2) -> Storage:
-    """As MLX quantizes a model: every matrix, embeddings and head too; norms and biases stay floats.
+    """As MLX quantizes a model: every matrix, embeddings and head too; norms and biases stay floats, routers: 8 bits.
 
     A matrix whose columns the group size does not divide takes the next smaller group that does, or stays dense with
     ``float_bytes`` per value (Packing.fitted). mlx_lm.convert leaves both cases dense.
     """
+    router = Packing(8, 64, float_bytes)
+
+    def count(tensor: Tensor) -> int:
+        wanted = router if tensor.spec.stored == "8bit" else packing
+        fitted = wanted.fitted(tensor.shape[-1]) if tensor.matrix else None
+        return fitted.nbytes(tensor.rows, tensor.shape[-1]) if fitted else _floats(tensor, float_bytes)
+
+    known: dict[tuple, int] = {}  # thousands of tensors have a dozen shapes, and a search asks for all of them
 
     def stored(tensor: Tensor) -> int:
-        fitted = packing.fitted(tensor.shape[-1]) if tensor.matrix else None
-        return fitted.nbytes(*tensor.shape) if fitted else tensor.size * float_bytes
+        alike = (tensor.spec.stored, tensor.shape)
+        if alike not in known:
+            known[alike] = count(tensor)
+        return known[alike]
 
     return stored
 
@@ -62,15 +79,14 @@ def like(checkpoint: Checkpoint) -> Storage:
     return stored
 
 
-def gguf(kind: str) -> Storage:
-    """As our export writes a GGUF of ``kind``: "f32", "f16" or "q8_0". Tensor data only: no header, no padding."""
-    from ..export import tensor_type  # here, because export is a verb and brings more along than a counter needs
+def gguf(arch: Architecture, kind: str) -> Storage:
+    """As a GGUF file of ``kind`` ("f16", "q8_0", "q4_k_m") holds them. Tensor data only: no header, no padding.
 
-    def stored(tensor: Tensor) -> int:
-        values, size = GGUF_BLOCKS[tensor_type(tensor, kind)]
-        return tensor.size // values * size
+    Raises UsageError for an unknown kind.
+    """
+    from .gguf_mix import storage
 
-    return stored
+    return storage(arch, kind)
 
 
 def weight_bytes(arch: Architecture, storage: Storage) -> int:
@@ -78,29 +94,50 @@ def weight_bytes(arch: Architecture, storage: Storage) -> int:
     return sum(storage(tensor) for tensor in arch.tensors())
 
 
-def lookup_bytes(arch: Architecture, storage: Storage) -> int:
-    """Bytes of the input embedding when it is untied: resident, but of it a decoding step reads one row only."""
-    return sum(storage(t) for t in arch.tensors() if t.spec.role == "embed_tokens") if not arch.tied else 0
+def read_bytes(arch: Architecture, storage: Storage) -> int:
+    """Bytes of weights that one decoding step reads: of the experts the active ones, of an untied embedding one row."""
+    return round(sum(storage(tensor) * _share_read(arch, tensor) for tensor in arch.tensors()))
 
 
-# ---- KV cache ----
+def active_parameters(arch: Architecture) -> int:
+    """Parameters a token is multiplied with on its way through the blocks: without embeddings, head, idle experts."""
+    tensors = (t for t in arch.tensors() if t.spec.part != "embedding")
+    return round(sum(tensor.size * _share_read(arch, tensor) for tensor in tensors))
 
 
-def kv_rates(arch: Architecture, value_bytes: int = 2) -> tuple[int, int]:
-    """Bytes of K and V for one position of one sequence: (all full-attention layers, all sliding-window layers)."""
-    full = sliding = 0
-    for layer in arch.layers:
-        size = 2 * layer.sizes["kv_head"] * layer.sizes["head_dim"] * value_bytes
-        if layer.kind == "sliding_attention":
-            sliding += size
-        else:
-            full += size
-    return full, sliding
+def _share_read(arch: Architecture, tensor: Tensor) -> float:
+    if tensor.spec.role in LOOKUPS:
+        return 1.0 if tensor.spec.role == "embed_tokens" and arch.tied else 0.0
+    if tensor.layer is not None and tensor.spec.dims[:1] == EXPERTS and tensor.spec.role != "router":
+        sizes = arch.layers[tensor.layer].sizes
+        return min(sizes.get("active", sizes["expert"]) / sizes["expert"], 1.0)
+    return 1.0
 
 
-def kv_bytes_per_token(arch: Architecture, value_bytes: int = 2) -> int:
-    """The part that grows with every token for ever: that of the full-attention layers."""
-    return kv_rates(arch, value_bytes)[0]
+# ---- KV cache and state ----
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Values one sequence leaves in memory: per position in full attention, per position of a window, and once."""
+
+    growing: int = 0
+    windowed: int = 0
+    state: int = 0
+    state_f32: int = 0
+
+
+def cache_values(arch: Architecture, latent: bool = False) -> Cache:
+    """What all layers together remember. ``latent``: latent attention caches latents in every family (llama.cpp)."""
+    growing = windowed = state = state_f32 = 0
+    for index, layer in enumerate(arch.layers):
+        mixer, sizes = layer.mixer, arch.layer_sizes(index)
+        values = length(MIXERS["mla"].cache if latent and "kv_latent" in sizes else mixer.cache, sizes)
+        windowed += values if mixer.windowed else 0
+        growing += 0 if mixer.windowed else values
+        state += length(mixer.state, sizes)
+        state_f32 += length(mixer.state_f32, sizes)
+    return Cache(growing, windowed, state, state_f32)
 
 
 def kv_positions(context: int, window: int | None = None) -> int:
@@ -118,11 +155,22 @@ def window_of(arch: Architecture, context: int) -> int:
     return arch.config.get("sliding_window") or context
 
 
+def kv_bytes_per_token(arch: Architecture, value_bytes: int = 2) -> int:
+    """The part that grows with every token for ever: that of the full-attention layers."""
+    return cache_values(arch).growing * value_bytes
+
+
 def kv_bytes(arch: Architecture, context: int, batch: int = 1, value_bytes: int = 2) -> int:
-    """Bytes of mlx-lm's KV cache after ``context`` tokens of each of ``batch`` sequences.
+    """Bytes of mlx-lm's KV cache and states after ``context`` tokens of each of ``batch`` sequences.
 
     ``value_bytes`` is the width of the model's compute dtype: 2 for bf16 and f16. Source: mlx_lm/models/cache.py,
-    checked against real caches in tests/test_fit.py.
+    checked against real caches in tests/test_fit.py and tests/test_families.py.
     """
-    full, sliding = kv_rates(arch, value_bytes)
-    return batch * (full * kv_positions(context) + sliding * kv_positions(context, window_of(arch, context)))
+    values = cache_values(arch)
+    kept = values.growing * kv_positions(context) + values.windowed * kv_positions(context, window_of(arch, context))
+    return batch * (value_bytes * (kept + values.state) + 4 * values.state_f32)
+
+
+def query_heads(layer: Layer) -> int:
+    """Heads that compare queries with positions in one layer."""
+    return layer.sizes["kv_head"] * layer.sizes["group"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,17 @@ from ..artifacts import Arrays, Plan, Size, Target
 from ..checkpoint import Checkpoint
 from ..console import count, gb
 from ..errors import PareError, Refused, UsageError
-from ..fit import footprint
+from ..fit import footprint, reach
+from ..fit.reach import DEFAULT_AXES, Level
 from ..layout import size_of, smaller, total_bytes
 from ..packing import BITS, GROUP_SIZES, Packing
 from . import allocate
-from .allocate import Level
-
-DEFAULT_AXES = ("ffn", "kv_head")
-WIDE_FFN = 4096  # from here on the step is 256: MLX's fast kernels and llama.cpp's K-quants want it
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `plan` was asked: exactly one of keep, params, size (bytes) or budget (bytes by architecture: --for)."""
+    """What `plan` was asked: exactly one of keep, params, size (bytes) or budget (--for: bytes of
+    weights, given the architecture and the width of a cached value)."""
 
     keep: float | None = None
     params: float | None = None
@@ -38,25 +34,6 @@ class Options:
     group_size: int = 64
     step: int | None = None
     protect: bool = True
-
-
-def parse_amount(text: str, what: str) -> float:
-    """ "24B" parameters, "15GB" bytes (decimal), "900M", "1.5e9". Raises UsageError."""
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*((?:[kKMGT]i?)?B?)\s*", text)
-    units = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "B": 1e9 if what == "parameters" else 1.0}
-    if found:
-        unit = found[2] if what == "parameters" else found[2].removesuffix("B") if found[2] != "B" else "B"
-        binary = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-        scale = binary.get(unit) if what == "bytes" else None
-        scale = scale or units.get(unit)
-        try:
-            if scale and 0 < (value := float(found[1]) * scale) < inf:
-                return value
-        except ValueError:
-            pass
-    raise UsageError(
-        f"cannot read {text!r} as {what}", 'write "24B" or "900M" for parameters, "15GB" or "14GiB" for bytes'
-    )
 
 
 def packing_of(options: Options, checkpoint: Checkpoint) -> Packing | None:
@@ -86,11 +63,11 @@ def shape(checkpoint: Checkpoint, options: Options) -> Shape:
     Raises UsageError for a target or axis that means nothing, Refused when the target cannot be reached.
     """
     arch, packing = checkpoint.arch, packing_of(options, checkpoint)
-    protected = allocate.protected_layers(arch) if options.protect else []
-    reach = allocate.space(arch, options.axes, _step(checkpoint, packing, options), protected)
+    protected = reach.protected_layers(arch) if options.protect else []
+    space = reach.space(arch, options.axes, _step(checkpoint, packing, options), protected)
 
     def skeleton(level: Level) -> Keep:
-        return allocate.skeleton(arch, level, protected)
+        return reach.skeleton(arch, level, protected)
 
     def non_embedding(level: Level) -> float:
         return footprint.parameters(smaller(checkpoint, skeleton(level), packing))["non_embedding"]
@@ -102,13 +79,16 @@ def shape(checkpoint: Checkpoint, options: Options) -> Shape:
         return total_bytes(checkpoint, skeleton(level), packing)
 
     def over_budget(level: Level) -> float:
-        return size(level) - options.budget(smaller(checkpoint, skeleton(level), packing))
+        return size(level) - options.budget(smaller(checkpoint, skeleton(level), packing), checkpoint.value_bytes)
 
-    target, measure, goal, at_most, show = _goal(options, non_embedding, parameters, size, over_budget, reach)
-    if at_most and (packing or checkpoint.quantization):
-        reach = allocate.growing(reach, (packing or checkpoint.quantization).group_size, measure)
-    level = allocate.solve(reach, measure, goal, at_most, target.asked, show)
-    if level == reach.at(1.0) and packing is None and target.kind != "keep":
+    target, measure, goal, at_most, show = _goal(options, non_embedding, parameters, size, over_budget, space)
+    if at_most:
+        stored = packing or checkpoint.quantization
+        group = stored.group_size if stored else None
+        space, level = reach.largest_within(space, group, measure, goal, target.asked, show)
+    else:
+        level = reach.solve(space, measure, goal, False, target.asked, show)
+    if level == space.at(1.0) and packing is None and target.kind != "keep":
         holds = "holds for the whole model" if measure(level) <= goal else "is met best by the whole model"
         raise Refused(f"nothing needs to be cut: {target.asked} {holds}", "do not prune it")
     after = size_of(checkpoint, skeleton(level), packing)
@@ -118,7 +98,7 @@ def shape(checkpoint: Checkpoint, options: Options) -> Shape:
         protected,
         size_of(checkpoint, None, None),
         after,
-        allocate.neighbours(reach, level, measure, show),
+        reach.neighbours(space, level, measure, show),
     )
 
 
@@ -149,7 +129,7 @@ def redraw(model: Path, scores: Path, like: Plan) -> Plan:
     hidden = len(like.hidden) if like.hidden else checkpoint.arch.sizes["hidden"]
     level = Level(len(like.layers[0].ffn), len(like.layers[0].kv_head), len(like.layers), hidden)
     kept = {layer.source for layer in like.layers}
-    protected = [i for i in allocate.protected_layers(checkpoint.arch) if i in kept]  # --no-protect may have cut them
+    protected = [i for i in reach.protected_layers(checkpoint.arch) if i in kept]  # --no-protect may have cut them
     keep = allocate.choose_units(checkpoint.arch, level, found.arrays, protected)
     return Plan.model_validate({**like.model_dump(), "criterion": found.about["criterion"], **_units(checkpoint, keep)})
 
@@ -193,7 +173,7 @@ def _units(checkpoint: Checkpoint, keep: Keep) -> dict[str, Any]:
     return {"layers": layers, "hidden": list(keep.hidden) if cut_hidden else None}
 
 
-def _goal(options: Options, non_embedding, parameters, size, over_budget, reach):
+def _goal(options: Options, non_embedding, parameters, size, over_budget, space):
     """(target, measure, goal, whether it is an upper bound, how a measure is written)."""
     given = [n for n in ("keep", "params", "size", "budget") if getattr(options, n) is not None]
     if len(given) != 1:
@@ -206,7 +186,7 @@ def _goal(options: Options, non_embedding, parameters, size, over_budget, reach)
                 f"--keep {options.keep} is not between 0 and 1",
                 "0.75 keeps three quarters of the non-embedding parameters",
             )
-        whole = non_embedding(reach.at(1.0))
+        whole = non_embedding(space.at(1.0))
         target = Target(
             kind="keep", value=options.keep, asked=f"keeping {options.keep:g} of the non-embedding parameters"
         )
@@ -222,10 +202,5 @@ def _goal(options: Options, non_embedding, parameters, size, over_budget, reach)
 
 
 def _step(checkpoint: Checkpoint, packing: Packing | None, options: Options) -> int:
-    """Unit of ffn (and hidden): 1 for dense results, a whole group for quantized ones, 256 for wide models."""
-    if options.step is not None:
-        return options.step
     packing = packing or checkpoint.quantization
-    if checkpoint.arch.uniform("ffn") >= WIDE_FFN:
-        return 256
-    return packing.group_size if packing else 1
+    return options.step or reach.unit(checkpoint.arch, packing.group_size if packing else None)

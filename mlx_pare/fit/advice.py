@@ -1,0 +1,319 @@
+"""What would make it fit: every single change that brings a model under a Mac's budget, the one expected to cost least
+first, the smallest cut among them.
+
+Losses are relative increases of perplexity, an order of magnitude to sort by and no promise: `mlx-pare run` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from ..arch import Architecture, Keep, cut
+from ..arch.spec import Layer
+from ..console import gb
+from ..errors import PareError, Refused
+from ..packing import BITS, Packing
+from . import footprint, planner, reach
+from .macs import Budget, Mac
+from .memory import Needs, kv_bits_refused
+from .subject import Form, Subject
+
+# What fewer bits cost. GGUF: Llama-3-8B without importance matrix (llama.cpp's perplexity README, pull request 6936).
+# MLX, rounded to nearest: 4 bits in groups of 64 cost 0.18 to 0.26 on three small models (mlx-lm pull request 202) and
+# 0.014 on novelist-9m, where 3 bits cost five times that (benchmarks/LOG.md); larger models lose less. Taken between.
+BITS_LOSS = {8: 0.0, 6: 0.005, 5: 0.02, 4: 0.10, 3: 0.40, 2: 2.5}
+GGUF_LOSS = {8: 0.0, 6: 0.005, 5: 0.009, 4: 0.028, 3: 0.10, 2: 0.57}
+KV_LOSS = {8: 0.0005, 4: 0.02}  # q8_0: 0.00035 on Llama-3-8B (llama.cpp pull request 7412); 4 bits assumed
+GGUF_BITS = {8: "q8_0", 6: "q6_k", 5: "q5_k_m", 4: "q4_k_m", 3: "q3_k_m", 2: "q2_k"}
+# What a cut costs grows with its square: the best published pruner without training, FLAP, has 0.16, 0.40 and 1.52 for
+# 20, 30 and 50 % of LLaMA-7B; ours are in benchmarks/LOG.md.
+CUT_LOSS = 5.0
+STEPS = (1024, 512, 256)  # of prefill: smaller ones begin to cost speed
+FRUGAL_STEP, FRUGAL_BITS = 512, 8  # what is tried together with fewer bits and with cuts
+CUTS = (reach.DEFAULT_AXES, ("layer",), ("ffn",))
+
+
+@dataclass(frozen=True)
+class Change:
+    """One way to make it fit. ``loss``: expected relative increase of perplexity; 0: none, None: nobody knows.
+
+    ``how``: what to do. ``row``: the row of the planner afterwards.
+    """
+
+    kind: str
+    what: str
+    loss: float | None
+    how: str
+    row: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "change": self.what,
+            "expected_loss": self.loss,
+            "how": self.how,
+            "fits": self.row["fits"],
+            "total_bytes": self.row["total_bytes"],
+            "headroom_bytes": self.row["headroom_bytes"],
+            "max_context": self.row["max_context"],
+            "decode_tokens_per_s": self.row["decode_tokens_per_s"],
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a use and a Mac for which it is too much."""
+
+    subject: Subject
+    needs: Needs
+    mac: Mac
+    budget: Budget
+
+    def row(self, **changed: Any) -> dict[str, Any]:
+        """The planner's row with another ``needs``, ``weights`` or ``budget``."""
+        given = {"needs": self.needs, "weights": self.subject.weights, "budget": self.budget} | changed
+        return planner.assess(given["needs"], given["weights"], self.mac, given["budget"])
+
+    @property
+    def axes(self) -> Sequence:
+        """Along what it may be cut: sets of axes, or single ones where a cut can only be counted."""
+        arch = self.needs.arch
+        if arch.cuttable:
+            return CUTS
+        return [axis for axis in ("expert", "expert_ffn", "ffn", "layer") if axis == "layer" or arch.uses(axis)]
+
+    def using(self, **changed: Any) -> Needs:
+        return replace(self.needs, use=replace(self.needs.use, **changed))
+
+
+def changes(case: Case) -> list[Change]:
+    """What makes it fit, the least expected loss first, then the largest headroom: every single change, and fewer bits
+    and the smallest cut also beside a smaller prefill step and a quantized cache."""
+    found = [c for way in (_limit, _prefill, _kv_bits, _context, _train, _bits, _cuts) for c in way(case)]
+    known = {change.what for change in found}
+    for label, loss, frugal in _frugal(case):
+        for change in (c for c in (*_bits(frugal), *_cuts(frugal, frugal.axes[:1])) if c.what not in known):
+            known.add(change.what)
+            how = change.how.replace(f"--for {case.mac.name}", f"--target-size {change.row['weights_bytes']}B")
+            found.append(replace(change, what=f"{change.what}; {label}", loss=(change.loss or 0) + loss, how=how))
+    return sorted(
+        (c for c in found if c.row["fits"]),
+        key=lambda c: (float("inf") if c.loss is None else c.loss, -c.row["headroom_bytes"]),
+    )
+
+
+def _frugal(case: Case) -> Iterator[tuple[str, float, Case]]:
+    """The same case in uses that cost almost nothing, in words, with their expected loss."""
+    use = case.needs.use
+    if use.train or case.needs.llama or use.prefill_step <= FRUGAL_STEP:
+        return
+    step = f"prompts {FRUGAL_STEP} tokens at a time"
+    yield step, 0.0, replace(case, needs=case.using(prefill_step=FRUGAL_STEP))
+    if not use.kv_bits and not kv_bits_refused(case.needs.arch, use.kv_group):
+        needs = case.using(prefill_step=FRUGAL_STEP, kv_bits=FRUGAL_BITS)
+        yield f"{step}, KV cache with {FRUGAL_BITS} bits", KV_LOSS[FRUGAL_BITS], replace(case, needs=needs)
+
+
+# ---- without touching the model ----
+
+
+def _limit(case: Case) -> Iterator[Change]:
+    """A higher wired limit, as far as macOS can live beside it."""
+    total, most = case.row()["total_bytes"], case.budget.most(case.mac)
+    if case.budget.limit_bytes or not total <= most:
+        return
+    megabytes = min(-(-(total + case.budget.reserve_bytes) // (1 << 20)) + 256, most >> 20)
+    raised = replace(case.budget, limit_bytes=megabytes << 20)
+    yield Change(
+        "limit",
+        f"let the GPU wire {gb(megabytes << 20)} until the next restart",
+        0.0,
+        f"sudo sysctl iogpu.wired_limit_mb={megabytes}",
+        case.row(budget=raised),
+    )
+
+
+def _prefill(case: Case) -> Iterator[Change]:
+    if case.needs.llama or case.needs.use.train:
+        return
+    for step in (s for s in STEPS if s < case.needs.use.prefill_step):
+        row = case.row(needs=case.using(prefill_step=step))
+        if row["fits"]:
+            yield Change(
+                "prefill_step", f"read prompts {step} tokens at a time", 0.0, f"--prefill-step-size {step}", row
+            )
+            return
+
+
+def _kv_bits(case: Case) -> Iterator[Change]:
+    """In mlx-lm attention on a quantized cache is not fused: the peak gets smaller with a small prefill step only."""
+    needs = case.needs
+    if needs.use.kv_bits or needs.use.train or (not needs.llama and kv_bits_refused(needs.arch, needs.use.kv_group)):
+        return
+    for bits, loss in KV_LOSS.items():
+        if needs.llama:
+            row = case.row(needs=case.using(kv_bits=bits))
+            yield Change("kv_bits", f"KV cache with {bits} bits", loss, f"-ctk q{bits}_0 -ctv q{bits}_0 -fa on", row)
+            continue
+        for step in (needs.use.prefill_step, *(s for s in STEPS if s < needs.use.prefill_step)):
+            row = case.row(needs=case.using(kv_bits=bits, prefill_step=step))
+            if row["fits"]:
+                what = f"KV cache with {bits} bits, prompts {step} tokens at a time"
+                yield Change("kv_bits", what, loss, f"--kv-bits {bits} --prefill-step-size {step}", row)
+                break
+
+
+def _context(case: Case) -> Iterator[Change]:
+    """No perplexity is lost, but what the model was asked to do: behind the changes that lose almost nothing."""
+    longest = case.row()["max_context"]
+    if 0 < longest < case.needs.use.context:
+        row = case.row(needs=case.using(context=longest))
+        what = "rows" if case.needs.use.train else "a context"
+        yield Change("context", f"{what} of {longest} tokens", 0.002, f"--context {longest}", row)
+
+
+def _train(case: Case) -> Iterator[Change]:
+    """Gradient checkpointing and smaller batches: slower, nothing else."""
+    use = case.needs.use
+    if use.train:
+        for batch in (b for b in (2, 1) if b < use.batch):
+            yield Change(
+                "batch", f"batches of {batch}", 0.0, f"--batch-size {batch}", case.row(needs=case.using(batch=batch))
+            )
+        checkpointed = case.needs.checkpointed()
+        yield Change(
+            "grad_checkpoint", "gradient checkpointing", 0.0, "--grad-checkpoint", case.row(needs=checkpointed)
+        )
+
+
+# ---- fewer bits ----
+
+
+def _bits(case: Case) -> Iterator[Change]:
+    """The most bits that fit, below those it has now."""
+    subject, arch = case.subject, case.needs.arch
+    now = 8 * subject.weights.nbytes / footprint.parameters(arch)["total"]
+    losses = GGUF_LOSS if subject.llama else BITS_LOSS
+    lost = min((losses[b] for b in BITS if b <= now), default=losses[2])
+    for bits in sorted((b for b in BITS if b + 0.6 < now), reverse=True):
+        packing = replace(subject.form.packing or Packing(bits, 64), bits=bits, mode="affine")
+        packing = packing if packing.group_size in (32, 64, 128) else Packing(bits, 64)
+        form = Form(gguf=GGUF_BITS[bits]) if subject.llama else Form(packing)
+        row = case.row(weights=planner.stored(arch, form.storage(arch)))
+        if row["fits"]:
+            how = f"llama-quantize ... {form.gguf}" if form.gguf else f"mlx_lm.convert -q --q-bits {bits}"
+            yield Change("bits", f"{form}", max(losses[bits] - lost, 0.0), how, row)
+            return
+
+
+# ---- cuts ----
+
+
+def _cuts(case: Case, ways: Sequence | None = None) -> Iterator[Change]:
+    """The smallest cut along each of these sets of axes; of families that cannot be cut yet, along single axes."""
+    if case.subject.storage is not None or case.subject.checkpoint is not None:
+        search = smallest_cut if case.needs.arch.cuttable else _shrunk
+        yield from filter(None, (search(case, way) for way in (ways or case.axes)))
+
+
+def smallest_cut(case: Case, axes: Sequence[str] = reach.DEFAULT_AXES) -> Change | None:
+    """The largest size along ``axes`` that fits, exactly as `plan --for` finds it; None when there is none.
+
+    Source of the search: fit/reach.py, which plan uses as well.
+    """
+    subject, arch = case.subject, case.needs.arch
+    checkpoint, packing = subject.checkpoint, subject.form.packing
+    stored = packing or (checkpoint.quantization if checkpoint else None)
+    group = stored.group_size if stored else None
+    protected = reach.protected_layers(arch)
+    space = reach.space(arch, axes, reach.unit(arch, group), protected)
+
+    def left(level: reach.Level) -> tuple[Architecture, int]:
+        return _after(case, reach.skeleton(arch, level, protected), bool(stored))
+
+    @cache
+    def over(level: reach.Level) -> float:
+        smaller, nbytes = left(level)
+        return nbytes - planner.max_weight_bytes(replace(case.needs, arch=smaller), case.mac, case.budget)
+
+    try:
+        _, level = reach.largest_within(space, group, over, 0.0, case.mac.name, gb)
+    except (Refused, PareError):
+        return None
+    smaller, nbytes = left(level)
+    how = f"mlx-pare run MODEL --out RUN --for {case.mac.name} --axes {','.join(axes)}"
+    whole = space.at(1.0)
+    shape = ", ".join(f"{axis} {getattr(level, axis)} of {getattr(whole, axis)}" for axis in axes)
+    return _cut(case, shape, smaller, nbytes, how)
+
+
+def _after(case: Case, keep: Keep, packed: bool) -> tuple[Architecture, int]:
+    """What a cut leaves, and its bytes: as the surgeon will write them where there is a directory, else predicted."""
+    subject = case.subject
+    if subject.checkpoint and not subject.form.gguf:
+        from ..layout import smaller, total_bytes
+
+        packing = subject.form.packing
+        return smaller(subject.checkpoint, keep, packing), total_bytes(subject.checkpoint, keep, packing)
+    arch = cut(case.needs.arch, keep, packed)
+    return arch, _predicted(case, arch)
+
+
+def _predicted(case: Case, arch: Architecture) -> int:
+    """Bytes of a smaller architecture, stored as the subject is."""
+    return footprint.weight_bytes(arch, case.subject.form.storage(arch) or case.subject.storage)
+
+
+def _cut(case: Case, shape: str, smaller: Architecture, nbytes: int, how: str) -> Change:
+    whole, left = (footprint.parameters(a)["non_embedding"] for a in (case.needs.arch, smaller))
+    kept = left / whole
+    what = f"keep {kept:.3f} of the non-embedding parameters: {shape}"
+    row = case.row(needs=replace(case.needs, arch=smaller), weights=planner.weights_of(smaller, nbytes))
+    return Change("cut", what, CUT_LOSS * (1 - kept) ** 2, how, row)
+
+
+def _shrunk(case: Case, axis: str) -> Change | None:
+    """The smallest cut of one axis of a family that mlx-pare cannot cut yet: arithmetic only."""
+    arch = case.needs.arch
+    counts = _counts(arch, axis)
+    low, high, best = 0, len(counts) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        smaller = _resized(arch, axis, counts[middle])
+        nbytes = _predicted(case, smaller)
+        if nbytes <= planner.max_weight_bytes(replace(case.needs, arch=smaller), case.mac, case.budget):
+            best, low = (counts[middle], smaller, nbytes), middle + 1
+        else:
+            high = middle - 1
+    if best is None or best[0] == _whole(arch, axis):
+        return None
+    how = f"mlx-pare cannot cut {arch.family.name} yet"
+    return _cut(case, f"{axis} {best[0]} of {_whole(arch, axis)}", best[1], best[2], how)
+
+
+def _whole(arch: Architecture, axis: str) -> int:
+    return len(arch.layers) if axis == "layer" else max((m.sizes.get(axis, 0) for m in arch.layers), default=0)
+
+
+def _counts(arch: Architecture, axis: str) -> list[int]:
+    """Reachable counts of an axis, ascending: at least as many experts as are active, widths in steps of 64 or 256."""
+    whole = _whole(arch, axis)
+    if axis == "expert":
+        return list(range(max((m.sizes.get("active", 1) for m in arch.layers), default=1), whole + 1))
+    step = 1 if axis == "layer" else 256 if whole >= reach.WIDE_FFN else 64
+    return sorted({*range(step, whole + 1, step), *([whole] if whole else [])})
+
+
+def _resized(arch: Architecture, axis: str, size: int) -> Architecture:
+    """The architecture with ``size`` of an axis; of layers, evenly spread ones, so that every kind keeps its share."""
+    if axis == "layer":
+        total = len(arch.layers)
+        layers: Sequence[Layer] = [arch.layers[i * total // size] for i in range(size)]
+    else:
+        layers = [
+            replace(m, sizes={**m.sizes, axis: min(size, m.sizes[axis])}) if axis in m.sizes else m for m in arch.layers
+        ]
+    return replace(arch, layers=tuple(layers))

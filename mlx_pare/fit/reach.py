@@ -1,0 +1,218 @@
+"""Which sizes a cut can reach, and which of them meets a target: arithmetic on counts, before any unit is chosen.
+
+All axes are cut by the same fraction as far as their steps allow; the finest axis makes up the difference. Per-layer
+allocation is another allocator's business: the Plan holds indices per layer already. plan fills these sizes with units,
+the fit planner answers with them what would fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..arch import Architecture, Keep, LayerKeep, can_keep, positions
+from ..errors import Refused, UsageError
+
+AXES = ("ffn", "kv_head", "layer", "hidden")
+DEFAULT_AXES = ("ffn", "kv_head")
+WIDE_FFN = 4096  # from here on the step is 256: MLX's fast kernels and llama.cpp's K-quants want it
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much of each axis is kept, as counts."""
+
+    ffn: int
+    kv_head: int
+    layer: int
+    hidden: int
+
+    def __str__(self) -> str:
+        return f"{self.layer} layers, ffn {self.ffn}, {self.kv_head} kv heads, hidden {self.hidden}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The reachable counts of each axis, ascending; an axis that is not cut has one."""
+
+    choices: Mapping[str, Sequence[int]]
+
+    def at(self, fraction: float) -> Level:
+        """Every axis at the reachable count nearest to ``fraction`` of the whole."""
+        return Level(**{a: min(c, key=lambda n: (abs(n - fraction * c[-1]), n)) for a, c in self.choices.items()})
+
+    def smallest(self) -> Level:
+        return Level(**{a: c[0] for a, c in self.choices.items()})
+
+    @property
+    def finest(self) -> str:
+        return max(self.choices, key=lambda a: len(self.choices[a]))
+
+
+def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequence[int]) -> Space:
+    """What can be reached with these axes. ``step``: unit of ffn and hidden. Raises UsageError for a wrong axis."""
+    for axis in axes:
+        if axis not in AXES:
+            raise UsageError(f"unknown axis {axis!r}", f"choose from {', '.join(AXES)}")
+        if axis not in arch.family.cuttable:
+            raise UsageError(
+                f"{arch.family.name} cannot be cut along {axis}",
+                f"choose from {', '.join(sorted(arch.family.cuttable))}",
+            )
+    full = {
+        "ffn": arch.uniform("ffn"),
+        "kv_head": arch.uniform("kv_head"),
+        "layer": len(arch.layers),
+        "hidden": arch.sizes["hidden"],
+    }
+    choices: dict[str, list[int]] = {axis: [size] for axis, size in full.items()}
+    for axis in axes:
+        if axis == "layer":
+            depths = range(max(1, len(protected)), full["layer"] + 1)
+            choices[axis] = [n for n in depths if _realisable(arch, n, protected)]
+        else:
+            unit = step if axis in ("ffn", "hidden") else 1
+            choices[axis] = sorted({*range(unit, full[axis] + 1, unit), full[axis]})
+    return Space(choices)
+
+
+def unit(arch: Architecture, group_size: int | None) -> int:
+    """Unit of ffn (and hidden): 1 for dense results, a whole group for quantized ones, 256 for wide models."""
+    return 256 if arch.uniform("ffn") >= WIDE_FFN else group_size or 1
+
+
+def growing(reach: Space, group_size: int, measure: Callable[[Level], float]) -> Space:
+    """Without the counts that take no fewer bytes than a larger one.
+
+    A width that no group divides is stored dense; another number of heads may untie the embedding (see Exit).
+    """
+    whole, choices = reach.at(1.0), dict(reach.choices)
+    for axis, counts in reach.choices.items():
+        if axis == "layer" or (axis == "ffn" and all(n % group_size == 0 for n in counts)):
+            continue
+        kept, above = [], float("inf")
+        for count in reversed(counts):
+            taken = measure(Level(**{**whole.__dict__, axis: count}))
+            if taken < above:
+                kept.append(count)
+                above = taken
+        choices[axis] = kept[::-1]
+    return Space(choices)
+
+
+def _realisable(arch: Architecture, count: int, protected: Sequence[int]) -> bool:
+    return best_layers(arch, [0.0] * len(arch.layers), count, protected) is not None
+
+
+def protected_layers(arch: Architecture) -> list[int]:
+    """First, last, and last full-attention layer: cutting them hurts most (every depth paper keeps the ends)."""
+    full = [i for i, layer in enumerate(arch.layers) if layer.kind == "full_attention"]
+    return sorted({0, len(arch.layers) - 1, *full[-1:]})
+
+
+def best_layers(arch: Architecture, scores: Sequence[float], count: int, protected: Sequence[int]) -> list[int] | None:
+    """The ``count`` layers with the largest sum of scores that keep their kinds and contain the protected; or None.
+
+    Dynamic programme over (layers seen, layers kept): layer i may become layer j only if position j has i's kind.
+    """
+    total = len(arch.layers)
+    if count == total:
+        return list(range(total)) if can_keep(arch, range(total)) else None
+    kinds = positions(arch, count)
+    best: list[tuple[float, list[int]] | None] = [(0.0, [])] + [None] * count
+    for i in range(total):
+        new = [None if i in protected else entry for entry in best]
+        for j in range(count):
+            fits = kinds[j] is None or kinds[j] == arch.layers[i].kind
+            if best[j] is not None and fits:
+                value, kept = best[j]
+                candidate = (value + float(scores[i]), [*kept, i])
+                if new[j + 1] is None or candidate[0] > new[j + 1][0]:
+                    new[j + 1] = candidate
+        best = new
+    return best[count][1] if best[count] is not None and can_keep(arch, best[count][1]) else None
+
+
+def skeleton(arch: Architecture, level: Level, protected: Sequence[int]) -> Keep:
+    """Any cut of that shape: enough to count parameters and bytes."""
+    layers = best_layers(arch, [0.0] * len(arch.layers), level.layer, protected)
+    keep = {}
+    if level.ffn != arch.uniform("ffn"):
+        keep["ffn"] = range(level.ffn)
+    if level.kv_head != arch.uniform("kv_head"):
+        keep["kv_head"] = range(level.kv_head)
+    hidden = range(level.hidden) if level.hidden != arch.sizes["hidden"] else None
+    return Keep(tuple(LayerKeep(i, keep) for i in layers), hidden)
+
+
+def solve(
+    reach: Space,
+    measure: Callable[[Level], float],
+    goal: float,
+    at_most: bool,
+    asked: str,
+    show: Callable[[float], str],
+) -> Level:
+    """The reachable level whose measure is nearest to ``goal`` (``at_most``: not above it).
+
+    ``measure`` grows with every axis. First one fraction for all axes is bisected, then the finest axis is moved to
+    the nearest step. Raises Refused when even the smallest level is above the goal.
+    """
+    smallest, largest = reach.smallest(), reach.at(1.0)
+    tolerance = 0.01 * measure(largest)
+    if measure(smallest) > goal + (0 if at_most else tolerance):
+        raise Refused(
+            f"{asked} cannot be reached: the smallest possible is {show(measure(smallest))} ({smallest})",
+            "allow more --axes, or ask for less",
+        )
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measure(reach.at(middle)) <= goal else (low, middle)
+    return _refine(reach, reach.at(low), measure, goal, at_most)
+
+
+def largest_within(
+    reach: Space,
+    group_size: int | None,
+    measure: Callable[[Level], float],
+    goal: float,
+    asked: str,
+    show: Callable[[float], str],
+) -> tuple[Space, Level]:
+    """The smallest cut: the largest reachable level whose measure is not above ``goal``, and the space it lies in.
+
+    ``group_size``: of the packing of the result; None when it is dense. Raises Refused as ``solve``.
+    """
+    if group_size:
+        reach = growing(reach, group_size, measure)
+    return reach, solve(reach, measure, goal, True, asked, show)
+
+
+def _refine(reach: Space, start: Level, measure: Callable[[Level], float], goal: float, at_most: bool) -> Level:
+    """Move the finest axis so that the goal is met best, the other axes as they are."""
+    axis = reach.finest
+    counts = reach.choices[axis]
+
+    def at(count: int) -> Level:
+        return Level(**{**start.__dict__, axis: count})
+
+    low, high = 0, len(counts) - 1  # the last count whose measure is not above the goal
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if measure(at(counts[middle])) <= goal else (low, middle - 1)
+    candidates = [c for c in counts[low : low + 2] if not at_most or measure(at(c)) <= goal]
+    return at(min(candidates or [getattr(start, axis)], key=lambda c: abs(measure(at(c)) - goal)))
+
+
+def neighbours(
+    reach: Space, level: Level, measure: Callable[[Level], float], describe: Callable[[float], str]
+) -> list[str]:
+    """One step down and up on each axis that is cut, in words."""
+    found = []
+    for axis, counts in reach.choices.items():
+        at = list(counts).index(getattr(level, axis))
+        for other in counts[max(0, at - 1) : at] + counts[at + 1 : at + 2]:
+            moved = Level(**{**level.__dict__, axis: other})
+            found.append(f"{axis} {other}: {describe(measure(moved))}")
+    return found

@@ -1,0 +1,107 @@
+"""How fast: tokens per second of writing and of reading a prompt, from the bandwidth and the arithmetic of a chip.
+
+    decode    seconds per token = bytes read / (share * bandwidth) + layers * seconds per layer
+    prefill   tokens per second = share * FLOPS / floating-point operations per token
+
+Both shares and the seconds per layer were fitted on published measurements; benchmarks/fit_accuracy.py prints how far
+off they are, model by model.
+"""
+
+from __future__ import annotations
+
+from ..arch.spec import length
+from . import footprint
+from .macs import Mac
+from .memory import Needs
+
+# Share of the bandwidth that decoding reaches, by runtime and kind of chip ("" is the base one).
+BANDWIDTH_SHARE = {
+    "mlx": {"": 0.90, "Pro": 0.90, "Max": 0.91, "Ultra": 0.85},
+    "llama.cpp": {"": 0.88, "Pro": 0.88, "Max": 0.90, "Ultra": 0.82},
+}
+# Seconds per layer that no bandwidth shortens: launching kernels, waiting for one another.
+LAYER_SECONDS = {
+    "mlx": {"": 95e-6, "Pro": 95e-6, "Max": 64e-6, "Ultra": 80e-6},
+    "llama.cpp": {"": 75e-6, "Pro": 75e-6, "Max": 90e-6, "Ultra": 120e-6},
+}
+OLD_LAYERS = {
+    1: 1.9,
+    2: 1.5,
+    3: 1.3,
+}  # factor on it for llama.cpp, by generation (and by the age of those measurements)
+POST_NORMS = 1.6  # factor: blocks with norms behind attention and ffn as well (Gemma, OLMo 2)
+EXPERTS = 1.5  # factor: routing and gathering experts
+PREFILL_SHARE = {"mlx": 0.65, "llama.cpp": 0.67}  # of FP32 FLOPS
+# llama.cpp's K-quants take arithmetic to unpack: FLOPs per weight, which decide on chips with little of it per byte of
+# bandwidth. Fitted on Llama 3 8B and 70B (M1 Max, M2 Ultra, M3 Max); the M4 Pro shows no such limit.
+K_QUANT_FLOPS = {1: 28, 2: 28, 3: 28}
+K_QUANT_PREFILL = 0.87  # factor on the share, same source
+KV_WITHOUT_FLASH = 6  # times its bytes, without flash attention: fitted on Llama 3, 512 to 8192 tokens (builds of 2024)
+NEURAL_TFLOPS_PER_CORE = 1.0  # M5, effective: 0.91 (Ministral-3B on M5 Max) to 1.07 (LLaMA-2 7B on M5 Pro and Max)
+NEURAL_SINCE = 5
+
+# How far off estimates were at worst on models and chips like those they were fitted on; assumed elsewhere.
+ERROR_MEASURED, ERROR_ELSEWHERE = 0.20, 0.35
+
+
+def decode(needs: Needs, read_bytes: int, mac: Mac, k_quants: int = 0) -> float | None:
+    """Tokens per second of writing, all sequences of a batch together; None where the bandwidth is not known.
+
+    ``read_bytes``: of weights, for one token (footprint.read_bytes). ``k_quants``: planner.Weights. A larger batch
+    reads more experts, which is not counted.
+    """
+    if mac.bandwidth_gb_s is None:
+        return None
+    share, layer_seconds = constants(needs.runtime, mac)
+    moved, layers = work(needs)
+    speed = share * mac.bandwidth_gb_s * 1e9
+    flops = K_QUANT_FLOPS.get(mac.generation, 0) * k_quants
+    unpacking = flops / (mac.tflops * 1e12) if mac.tflops else 0.0
+    return needs.use.batch / (max(read_bytes / speed, unpacking) + moved / speed + layers * layer_seconds)
+
+
+def constants(runtime: str, mac: Mac) -> tuple[float, float]:
+    """(share of the bandwidth, seconds per layer) on a Mac."""
+    kind = mac.chip.rpartition(" ")[2] if " " in mac.chip else ""
+    old = OLD_LAYERS.get(mac.generation, 1.0) if runtime == "llama.cpp" else 1.0
+    shares, seconds = BANDWIDTH_SHARE[runtime], LAYER_SECONDS[runtime]
+    return shares.get(kind, shares[""]), old * seconds.get(kind, seconds[""])
+
+
+def work(needs: Needs) -> tuple[float, float]:
+    """What one step of writing has to do besides the weights: bytes of cache and states through memory, and layers,
+    heavier ones counted as more than one."""
+    arch, layers = needs.arch, 0.0
+    for layer in arch.layers:
+        roles = {spec.role for spec in arch.family.blocks[layer.kind]}
+        layers += (POST_NORMS if "ffn_post_norm" in roles else 1) * (EXPERTS if layer.kind.endswith("+moe") else 1)
+    slower = KV_WITHOUT_FLASH if needs.llama and not needs.use.flash else 1
+    return slower * needs.kv_read(needs.use.context) + needs.state, layers
+
+
+def prefill(needs: Needs, mac: Mac, k_quants: int = 0) -> float | None:
+    """Tokens per second of reading a prompt; None where the chip is not known. Unfused attention is slower."""
+    if mac.tflops is None:
+        return None
+    if mac.generation >= NEURAL_SINCE and mac.gpu_cores:
+        return NEURAL_TFLOPS_PER_CORE * mac.gpu_cores * 1e12 / prompt_flops(needs)
+    share = PREFILL_SHARE[needs.runtime] * (K_QUANT_PREFILL if k_quants else 1)
+    return share * mac.tflops * 1e12 / prompt_flops(needs)
+
+
+def prompt_flops(needs: Needs) -> float:
+    """Floating-point operations per prompt token, averaged over a prompt; the head works on the last token only."""
+    arch, context = needs.arch, needs.use.context
+    window, attention = footprint.window_of(arch, context), 0.0
+    for layer in arch.layers:
+        if layer.mixer.attends:
+            seen = min(context / 2, window) if layer.mixer.windowed else context / 2
+            attention += 4 * footprint.query_heads(layer) * length(layer.mixer.head, layer.sizes) * seen
+    return 2 * needs.active + attention
+
+
+def error(needs: Needs, mac: Mac) -> float:
+    """The band around an estimate, as a share of it: 0.2 means from 0.8 to 1.2 times."""
+    ordinary = all(m.kind in ("full_attention", "sliding_attention") for m in needs.arch.layers)
+    known = 1 <= mac.generation < NEURAL_SINCE and not mac.unsure("bandwidth")
+    return ERROR_MEASURED if ordinary and known else ERROR_ELSEWHERE

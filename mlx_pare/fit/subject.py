@@ -1,0 +1,372 @@
+"""What fit is asked about: a directory, a config.json, a GGUF file, a run, a model on the hub, a name of the catalogue.
+
+Whatever it is, a Subject comes out: an architecture, and bytes that are counted where tensors are listed and predicted
+where only a config is known. Headers are read, weights never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import console
+from ..arch import Architecture, describe
+from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_header, read_json
+from ..errors import PareError, Unsupported, UsageError
+from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
+from . import catalogue, footprint, planner, quantization
+from .footprint import Storage
+from .planner import Weights
+
+if TYPE_CHECKING:
+    from ..hub import RemoteTensor
+
+    Listed = Mapping[str, Entry | RemoteTensor]  # tensors by name: of a directory, or of the hub
+
+USUAL = Packing(4, 64)  # what most people run, and what mlx_lm.convert -q makes
+# Parts of a checkpoint that mlx-lm drops when it loads a language model (the sanitize methods in mlx_lm/models).
+DROPPED = ("vision_tower", "visual.", "vision_model", "multi_modal_projector", "mtp.", "audio_tower", "embed_vision",
+           "embed_audio", "rotary_emb.inv_freq")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the weights are to be stored: packed by MLX, as GGUF of a kind like "q4_k_m", or as floats of 2 or 4 bytes;
+    none of them: as they are."""
+
+    packing: Packing | None = None
+    gguf: str | None = None
+    floats: int | None = None
+
+    @classmethod
+    def named(cls, bits: str | None = None, group_size: int = 64, gguf: str | None = None) -> Form:
+        """From what the command line gives: "4" or "mxfp4", "q4_k_m". Raises UsageError."""
+        if bits and gguf:
+            raise UsageError("--bits and --gguf are two forms", "give one of them")
+        if gguf:
+            from .gguf_mix import known
+
+            return cls(gguf=known(gguf))
+        if bits is None:
+            return cls()
+        if bits in ("16", "32"):
+            return cls(floats=int(bits) // 8)
+        if bits.lower() in FLOAT_MODES:
+            return cls(Packing.named(bits.lower()))
+        if not (bits.isdecimal() and int(bits) in BITS and group_size in GROUP_SIZES):
+            known = ", ".join([*map(str, BITS), "16", "32", *FLOAT_MODES])
+            raise UsageError(
+                f"MLX cannot pack {bits} bits in groups of {group_size}", f"bits are {known}, groups 32, 64, 128"
+            )
+        return cls(Packing(int(bits), group_size))
+
+    def storage(self, arch: Architecture, width: int = 2) -> Storage | None:
+        """How any tensor is stored in this form, beside floats of ``width`` bytes; None: as it is."""
+        if self.gguf:
+            return footprint.gguf(arch, self.gguf)
+        if self.floats:
+            return footprint.dense(self.floats)
+        return footprint.packed(replace(self.packing, scale_bytes=width), width) if self.packing else None
+
+    def weights(self, arch: Architecture, storage: Storage) -> Weights:
+        """What is known of weights stored so."""
+        found = planner.stored(arch, storage)
+        k_quants = footprint.read_bytes(arch, footprint.dense(1)) if self.gguf and "_k" in self.gguf else 0
+        return replace(found, k_quants=k_quants)
+
+    @property
+    def given(self) -> bool:
+        """Whether a form was asked for."""
+        return bool(self.packing or self.gguf or self.floats)
+
+    def __str__(self) -> str:
+        if self.floats:
+            return "16-bit floats" if self.floats == 2 else "32-bit floats"
+        return f"GGUF {self.gguf}" if self.gguf else str(self.packing or "as stored")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model in one form. ``arch`` is None for a type nobody described: then only ``weights`` is known.
+
+    ``storage``: how any tensor of this architecture, or of a smaller one, is stored; None where only the sum is known.
+    ``packing``: of most of its matrices, None for floats and GGUF. ``value_bytes``: width of what it computes in.
+    ``checkpoint``: a directory that could be cut. ``notes``: what is not known, or was assumed.
+    """
+
+    name: str
+    origin: str
+    form: Form
+    described: str
+    weights: Weights
+    arch: Architecture | None
+    storage: Storage | None = None
+    packing: Packing | None = None
+    value_bytes: int = 2
+    checkpoint: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def llama(self) -> bool:
+        """Whether it is, or is to be, a GGUF file."""
+        return bool(self.form.gguf) or (self.origin == "gguf" and not self.form.given)
+
+
+def open_subject(asked: str, form: Form) -> Subject:
+    """The model that somebody means. Raises PareError for what cannot be read, UsageError for what is nothing."""
+    path = Path(asked)
+    if asked and path.is_dir():
+        planned = path / "plan" / "plan.json"
+        if planned.exists() and not (path / "config.json").exists():
+            return _planned(planned, form)
+        return _directory(path, form)
+    if path.is_file():
+        return _file(path, form)
+    if (entry := catalogue.find(asked)) and "/" not in asked:
+        return _catalogued(entry, form)
+    from .. import hub
+
+    if hub.looks_like_repo(asked):
+        return _remote(asked, form)
+    close = catalogue.near(asked)
+    cure = f"did you mean {', '.join(close)}?" if close else "give a directory, a config.json, a .gguf file or a hub id"
+    raise UsageError(f"there is no file, directory or known model {asked!r}", cure)
+
+
+def _file(path: Path, form: Form) -> Subject:
+    if path.suffix.lower() == ".gguf":
+        return _gguf(path, form)
+    found = read_json(path, "file")
+    if "criterion" in found and "layers" in found:
+        return _planned(path, form)
+    if "model_type" not in found:
+        raise UsageError(f"{path} is neither a config.json nor a plan.json", "a config.json says its model_type")
+    return _configured(str(path), "config", found, form)
+
+
+# ---- from a config alone ----
+
+
+def _catalogued(entry: catalogue.Entry, form: Form) -> Subject:
+    notes = () if entry.flag == "V" else (f"recalled in part: {entry.note}",)
+    if not (form.given or quantization.stays_packed(entry.config)):
+        form = Form(USUAL)
+        notes = ("4 bits in groups of 64 are assumed, the usual packing: --bits or --gguf for another", *notes)
+    found = _configured(entry.name, "catalogue", entry.config, form)
+    return replace(found, notes=(*found.notes, *notes))
+
+
+def _configured(name: str, origin: str, config: Mapping[str, Any], form: Form) -> Subject:
+    return _predicted(name, origin, config, describe(config), form, quantization.value_bytes(config))
+
+
+def _predicted(
+    name: str, origin: str, config: Mapping[str, Any], arch: Architecture, form: Form, width: int
+) -> Subject:
+    """A subject of which no byte is counted: stored in the form that was asked for, else as the config says."""
+    own, described, packing = quantization.described(config, width)
+    if form.given:
+        described, packing = str(form), form.packing
+    storage = form.storage(arch, width) or own
+    weights = form.weights(arch, storage)
+    return Subject(name, origin, form, described, weights, arch, storage, packing, form.floats or width)
+
+
+# ---- from listed tensors ----
+
+
+def _directory(path: Path, form: Form) -> Subject:
+    """A model directory: bytes as they are there. One that could be cut is opened as the surgeon would."""
+    if not (path / "config.json").exists():
+        if ggufs := sorted(path.glob("*.gguf")):
+            return _first_of(ggufs, form)
+        if (path / "manifest.json").exists():
+            raise PareError(f"{path} is a run without a plan", f"make one with `mlx-pare plan {path}`")
+    config = read_json(path / "config.json", "model config")
+    listed = {n: e for file in sorted(path.glob("model*.safetensors")) for n, e in read_header(file).items()}
+    if not listed and not (path / "model.safetensors.index.json").exists():
+        found = _configured(str(path), "config", config, form)
+        return replace(found, notes=(*found.notes, "no weights are there: predicted from config.json"))
+    found = _listed(str(path), "directory", config, listed, form)
+    try:
+        checkpoint = Checkpoint(path)
+        arch = checkpoint.arch
+    except Unsupported:
+        return found  # can be planned for, not cut
+    if form.given:
+        return replace(found, checkpoint=checkpoint)
+    like, packing, width = footprint.like(checkpoint), checkpoint.quantization, checkpoint.value_bytes
+    weights = replace(planner.stored(arch, like), nbytes=checkpoint.nbytes())
+    return replace(
+        found, weights=weights, arch=arch, storage=like, packing=packing, value_bytes=width, checkpoint=checkpoint
+    )
+
+
+def _first_of(files: list[Path], form: Form) -> Subject:
+    """Of several GGUF files the first, projectors of images aside."""
+    files = [file for file in files if not file.name.startswith("mmproj")] or files
+    found = _gguf(files[0], form)
+    others = [file for file in files if "-of-" not in file.name]
+    note = f"of {len(files)} .gguf files this is {files[0].name}: give the path of another"
+    return replace(found, notes=(*found.notes, note)) if len(others) > 1 else found
+
+
+def _remote(asked: str, form: Form) -> Subject:
+    """A model on the hub: its config and headers. Where the hub cannot be reached, the catalogue if it knows it."""
+    from .. import hub
+
+    try:
+        found = hub.remote(asked, console.say)
+    except hub.HubError as error:  # also one that asks for a licence first
+        if entry := catalogue.find(asked.partition("@")[0]):
+            known = _catalogued(entry, form)
+            return replace(known, notes=(f"{error.problem}: answered from the catalogue", *known.notes))
+        raise
+    if not found.tensors:
+        files = ", ".join(name for name, _ in found.gguf[:3])
+        raise PareError(
+            f"{asked} holds no safetensors weights" + (f" but GGUF files ({files})" if files else ""),
+            "download a .gguf file and give its path" if files else "give another model",
+        )
+    return _listed(asked, "hub", found.config, found.tensors, form)
+
+
+def _listed(name: str, origin: str, config: Mapping[str, Any], listed: Listed, form: Form) -> Subject:
+    """A subject from its config and its tensors, which may have names of the hub or of mlx-lm."""
+    try:
+        arch = describe(config, untied=any(n.endswith("lm_head.weight") for n in listed))
+    except Unsupported as error:
+        return _unknown(name, origin, _total(_loaded(listed, None)), error.problem, form)
+    _check_present(name, arch, listed)
+    loaded = _loaded(listed, arch)
+    if not any(n.endswith("scales") for n in loaded):  # nothing is packed: mlx-lm loads it dense, whatever this says
+        config = {**config, "quantization": None}
+    found = _predicted(name, origin, config, arch, form, _width(loaded, config))
+    if form.given:
+        return found
+    if any(entry.dtype.startswith("F8_E4") for entry in loaded.values()) and found.packing is None:
+        return replace(found, notes=("stored as 8-bit floats, which mlx-lm unpacks on loading",))
+    weights = planner.weights_of(arch, _total(loaded))
+    return replace(found, weights=weights, notes=_doubts(arch, loaded))
+
+
+def _width(loaded: Listed, config: Mapping[str, Any]) -> int:
+    """Width of the floats that take most of the bytes, which it computes in."""
+    taken: dict[str, int] = {}
+    for entry in loaded.values():
+        if entry.dtype in FLOATS:
+            taken[entry.dtype] = taken.get(entry.dtype, 0) + entry.nbytes
+    return DTYPE_BYTES[max(taken, key=taken.__getitem__)] if taken else quantization.value_bytes(config)
+
+
+def _check_present(name: str, arch: Architecture, listed: Listed) -> None:
+    """A tensor that one layer has under its own name and another lacks was lost; other names are the hub's."""
+    tensors = list(arch.tensors())
+    there = {tensor.spec.name for tensor in tensors if tensor.name in listed}
+    lost = [t.name for t in tensors if t.name not in listed and t.spec.name in there]
+    if lost:
+        more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""
+        raise PareError(f"{name} lacks {lost[0]}{more}", "download or copy it again")
+
+
+def _doubts(arch: Architecture, loaded: Listed) -> tuple[str, ...]:
+    """Whether plain floats are as many as the config means."""
+    counted, expected = sum(_elements(e.shape) for e in loaded.values()), footprint.parameters(arch)["total"]
+    if any(e.dtype not in FLOATS for e in loaded.values()) or abs(counted - expected) <= 0.01 * expected:
+        return ()
+    why = "parts that mlx-lm does not load may have been counted" if counted > expected else "files may be missing"
+    return (f"the files hold {console.count(counted)} values, the config means {console.count(expected)}: {why}",)
+
+
+def _elements(shape: Iterable[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def _total(listed: Listed) -> int:
+    return sum(entry.nbytes for entry in listed.values())
+
+
+def _loaded(listed: Listed, arch: Architecture | None) -> Listed:
+    """The tensors that mlx-lm loads."""
+    kept = {name: entry for name, entry in listed.items() if not any(part in name for part in DROPPED)}
+    if arch is None:
+        return kept
+    count = len(arch.layers)
+    return {n: e for n, e in kept.items() if not (arch.tied and "lm_head." in n) and not _beyond(n, count)}
+
+
+def _beyond(name: str, layers: int) -> bool:
+    """Whether a tensor lies in a block behind the last one: DeepSeek stores what predicts further tokens there."""
+    _, found, rest = name.partition("layers.")
+    index = rest.partition(".")[0]
+    return bool(found) and index.isdigit() and int(index) >= layers
+
+
+def _unknown(name: str, origin: str, nbytes: int, why: str, form: Form) -> Subject:
+    notes = [f"{why}: its weights are counted, its KV cache, activations and speed cannot be known"]
+    if form.given:
+        notes.append(f"nor what it would take as {form}: counted as it is stored")
+    return Subject(name, origin, Form(), "as stored", Weights(nbytes, nbytes), None, notes=tuple(notes))
+
+
+# ---- GGUF ----
+
+
+def _gguf(path: Path, form: Form) -> Subject:
+    """A GGUF file, or all parts of one: the header says types and bytes of every tensor."""
+    from ..gguf_header import read_all
+    from .gguf_config import config_of
+
+    header = read_all(path)
+    try:
+        config = config_of(header)
+        arch = describe(config)
+    except Unsupported as error:
+        return _unknown(str(path), "gguf", header.tensor_bytes, error.problem, form)
+    if form.given:
+        return _predicted(str(path), "gguf", config, arch, form, 2)
+    total = sum(_elements(t.shape) for t in header.tensors.values())
+    k_types = sum(_elements(t.shape) for t in header.tensors.values() if t.type.endswith("_K"))
+    weights = planner.weights_of(arch, header.tensor_bytes)
+    weights = replace(weights, k_quants=round(footprint.read_bytes(arch, footprint.dense(1)) * k_types / total))
+    described = f"GGUF, {8 * header.tensor_bytes / footprint.parameters(arch)['total']:.2f} bits per weight"
+    return Subject(str(path), "gguf", form, described, weights, arch)
+
+
+# ---- what a plan will leave ----
+
+
+def _planned(path: Path, form: Form) -> Subject:
+    """The model that a plan.json will leave, before it exists; the manifest beside it names the model it cuts."""
+    from ..artifacts import Plan
+    from ..layout import smaller, total_bytes
+
+    manifest = path.absolute().parent.parent / "manifest.json"
+    if not manifest.exists():
+        raise PareError(f"{path} has no manifest.json of its run two levels up", "give the run directory it belongs to")
+    plan = Plan.load(path)
+    model = read_json(manifest, "run manifest").get("model")
+    if not isinstance(model, str):
+        raise PareError(f"{manifest} does not say which model it is about", "restore it, or start a new run")
+    checkpoint = Checkpoint(model)
+    if problems := plan.problems(checkpoint.arch):
+        raise PareError(f"{path} does not suit {checkpoint.path}: {'; '.join(problems)}", "make the plan again")
+    packing = Packing(plan.bits, plan.group_size) if plan.bits else None
+    keep, width = plan.keep(checkpoint.arch), checkpoint.value_bytes
+    arch = smaller(checkpoint, keep, packing)
+    changed = f"{checkpoint.path} changed since the plan was made: `prune` will refuse it"
+    notes = () if plan.source == checkpoint.identity() else (changed,)
+    if form.given:
+        return replace(_predicted(str(path), "plan", arch.config, arch, form, width), notes=notes)
+    weights = planner.weights_of(arch, total_bytes(checkpoint, keep, packing))
+    described = str(packing or "as the original is stored")
+    stored = packing or checkpoint.quantization
+    return Subject(str(path), "plan", form, described, weights, arch, None, stored, width, notes=notes)
+
+
+__all__ = ["Form", "Subject", "open_subject"]
