@@ -36,6 +36,7 @@ def fit(
     A model type that nobody described has rows with weights alone; what cannot be known is None. Raises UsageError for
     a Mac nobody makes, PareError for a model that cannot be read.
     """
+    from ..errors import UsageError
     from . import footprint
     from . import macs as table
     from .memory import Use
@@ -44,6 +45,10 @@ def fit(
     budget, use = budget or table.Budget(), use or Use()
     named, here = [table.find(name) for name in macs], table.here()
     subject = open_subject(str(model), form or Form())
+    if use.train == "full" and subject.packing:
+        raise UsageError(
+            f"{subject.described}: packed weights cannot be trained in full", "add --bits 16, or use --train lora"
+        )
     use = replace(use, runtime=use.runtime or ("llama.cpp" if subject.llama else "mlx"))
     asked = named or ([here] if here else [])
     about = {

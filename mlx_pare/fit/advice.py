@@ -7,18 +7,18 @@ Losses are relative increases of perplexity, an order of magnitude to sort by an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from ..arch import Architecture, Keep, cut
-from ..arch.spec import Layer
+from ..arch import Architecture, Keep, cut, describe
 from ..console import gb
-from ..errors import PareError, Refused
-from ..packing import BITS, Packing
-from . import footprint, planner, reach
+from ..errors import PareError
+from ..packing import BITS, GROUP_SIZES, Packing
+from . import footprint, macs, planner, reach
 from .macs import Budget, Mac
-from .memory import Needs, kv_bits_refused
+from .memory import Needs, Use, kv_bits_refused
 from .subject import Form, Subject
 
 # What fewer bits cost. GGUF: Llama-3-8B without importance matrix (llama.cpp's perplexity README, pull request 6936).
@@ -85,6 +85,24 @@ class Case:
             return CUTS
         return [axis for axis in ("expert", "expert_ffn", "ffn", "layer") if axis == "layer" or arch.uses(axis)]
 
+    @property
+    def usual(self) -> bool:
+        """Whether `plan --for` would be asked the same: its use and its budget, and a Mac that it knows by name."""
+        use = Use(self.needs.use.context, runtime="mlx")
+        known = self.mac in macs.every() or self.mac == macs.of_memory(self.mac.memory_gb)
+        return known and self.budget == Budget() and self.needs.use == use
+
+    @property
+    def gguf(self) -> bool:
+        """Whether fewer bits mean another GGUF file."""
+        return self.subject.llama or self.needs.llama
+
+    @property
+    def written(self) -> bool:
+        """Whether the surgeon writes the form that was asked for; otherwise a cut is followed by another tool."""
+        form = self.subject.form
+        return not form.given or bool(form.packing and form.packing.mode == "affine")
+
     def using(self, **changed: Any) -> Needs:
         return replace(self.needs, use=replace(self.needs.use, **changed))
 
@@ -95,10 +113,11 @@ def changes(case: Case) -> list[Change]:
     found = [c for way in (_limit, _prefill, _kv_bits, _context, _train, _bits, _cuts) for c in way(case)]
     known = {change.what for change in found}
     for label, loss, frugal in _frugal(case):
+        if frugal.row()["fits"]:
+            continue  # that alone is enough, and was found above
         for change in (c for c in (*_bits(frugal), *_cuts(frugal, frugal.axes[:1])) if c.what not in known):
             known.add(change.what)
-            how = change.how.replace(f"--for {case.mac.name}", f"--target-size {change.row['weights_bytes']}B")
-            found.append(replace(change, what=f"{change.what}; {label}", loss=(change.loss or 0) + loss, how=how))
+            found.append(replace(change, what=f"{change.what}; {label}", loss=(change.loss or 0) + loss))
     return sorted(
         (c for c in found if c.row["fits"]),
         key=lambda c: (float("inf") if c.loss is None else c.loss, -c.row["headroom_bytes"]),
@@ -122,10 +141,11 @@ def _frugal(case: Case) -> Iterator[tuple[str, float, Case]]:
 
 def _limit(case: Case) -> Iterator[Change]:
     """A higher wired limit, as far as macOS can live beside it."""
-    total, most = case.row()["total_bytes"], case.budget.most(case.mac)
-    if case.budget.limit_bytes or not total <= most:
+    reserve = case.budget.reserve_bytes
+    needed, most = case.row()["total_bytes"] + reserve, case.budget.most(case.mac) + reserve
+    if case.budget.limit_bytes or needed > most:
         return
-    megabytes = min(-(-(total + case.budget.reserve_bytes) // (1 << 20)) + 256, most >> 20)
+    megabytes = max(min(-(-needed // (1 << 20)) + 256, most >> 20), -(-needed // (1 << 20)))
     raised = replace(case.budget, limit_bytes=megabytes << 20)
     yield Change(
         "limit",
@@ -143,7 +163,11 @@ def _prefill(case: Case) -> Iterator[Change]:
         row = case.row(needs=case.using(prefill_step=step))
         if row["fits"]:
             yield Change(
-                "prefill_step", f"read prompts {step} tokens at a time", 0.0, f"--prefill-step-size {step}", row
+                "prefill_step",
+                f"read prompts {step} tokens at a time",
+                0.0,
+                f"mlx_lm.generate --prefill-step-size {step}",
+                row,
             )
             return
 
@@ -156,56 +180,67 @@ def _kv_bits(case: Case) -> Iterator[Change]:
     for bits, loss in KV_LOSS.items():
         if needs.llama:
             row = case.row(needs=case.using(kv_bits=bits))
-            yield Change("kv_bits", f"KV cache with {bits} bits", loss, f"-ctk q{bits}_0 -ctv q{bits}_0 -fa on", row)
+            yield Change(
+                "kv_bits", f"KV cache with {bits} bits", loss, f"llama-cli -ctk q{bits}_0 -ctv q{bits}_0 -fa on", row
+            )
             continue
         for step in (needs.use.prefill_step, *(s for s in STEPS if s < needs.use.prefill_step)):
             row = case.row(needs=case.using(kv_bits=bits, prefill_step=step))
             if row["fits"]:
                 what = f"KV cache with {bits} bits, prompts {step} tokens at a time"
-                yield Change("kv_bits", what, loss, f"--kv-bits {bits} --prefill-step-size {step}", row)
+                yield Change("kv_bits", what, loss, f"mlx_lm.generate --kv-bits {bits} --prefill-step-size {step}", row)
                 break
 
 
 def _context(case: Case) -> Iterator[Change]:
     """No perplexity is lost, but what the model was asked to do: behind the changes that lose almost nothing."""
-    longest = case.row()["max_context"]
-    if 0 < longest < case.needs.use.context:
+    longest, use = case.row()["max_context"], case.needs.use
+    if 0 < longest < use.context:
         row = case.row(needs=case.using(context=longest))
-        what = "rows" if case.needs.use.train else "a context"
-        yield Change("context", f"{what} of {longest} tokens", 0.002, f"--context {longest}", row)
+        what = "rows" if use.train else "a context"
+        how = "mlx_lm.lora --max-seq-length" if use.train else "llama-cli -c" if case.needs.llama else "--context"
+        yield Change("context", f"{what} of {longest} tokens", 0.002, f"{how} {longest}", row)
 
 
 def _train(case: Case) -> Iterator[Change]:
-    """Gradient checkpointing and smaller batches: slower, nothing else."""
+    """The largest batch that fits, and the same with gradient checkpointing: slower, nothing else."""
     use = case.needs.use
-    if use.train:
-        for batch in (b for b in (2, 1) if b < use.batch):
-            yield Change(
-                "batch", f"batches of {batch}", 0.0, f"--batch-size {batch}", case.row(needs=case.using(batch=batch))
-            )
-        checkpointed = case.needs.checkpointed()
-        yield Change(
-            "grad_checkpoint", "gradient checkpointing", 0.0, "--grad-checkpoint", case.row(needs=checkpointed)
-        )
+    batches = [use.batch, *(b for b in (2, 1) if b < use.batch)] if use.train else []
+    for kind in ("batch", "grad_checkpoint"):
+        for batch in batches:
+            needs = case.using(batch=batch)
+            row = case.row(needs=needs.checkpointed() if kind == "grad_checkpoint" else needs)
+            if row["fits"]:
+                parts = [(f"batches of {batch}", f"--batch-size {batch}")] if batch < use.batch else []
+                parts += [("gradient checkpointing", "--grad-checkpoint")] if kind == "grad_checkpoint" else []
+                what, flags = " with ".join(p[0] for p in parts), " ".join(p[1] for p in parts)
+                yield Change(kind, what, 0.0, f"mlx_lm.lora {flags}", row)
+                break
 
 
 # ---- fewer bits ----
 
 
 def _bits(case: Case) -> Iterator[Change]:
-    """The most bits that fit, below those it has now."""
-    subject, arch = case.subject, case.needs.arch
+    """The most bits that fit, below those it has now. Packed weights cannot be trained in full."""
+    subject, arch, use = case.subject, case.needs.arch, case.needs.use
+    if use.train == "full":
+        return
     now = 8 * subject.weights.nbytes / footprint.parameters(arch)["total"]
-    losses = GGUF_LOSS if subject.llama else BITS_LOSS
+    if subject.packing:  # a model of 4 bits does not get better by packing it with 5
+        now = min(now, subject.packing.bits + 0.5)
+    losses = GGUF_LOSS if case.gguf else BITS_LOSS
     lost = min((losses[b] for b in BITS if b <= now), default=losses[2])
-    for bits in sorted((b for b in BITS if b + 0.6 < now), reverse=True):
-        packing = replace(subject.form.packing or Packing(bits, 64), bits=bits, mode="affine")
-        packing = packing if packing.group_size in (32, 64, 128) else Packing(bits, 64)
-        form = Form(gguf=GGUF_BITS[bits]) if subject.llama else Form(packing)
-        row = case.row(weights=planner.stored(arch, form.storage(arch)))
+    asked = subject.form.packing
+    group = asked.group_size if asked and asked.group_size in GROUP_SIZES else 64
+    size = "" if group == 64 else f" --q-group-size {group}"
+    for bits in (b for b in sorted(BITS, reverse=True) if b + 0.6 < now):
+        form = Form(gguf=GGUF_BITS[bits]) if case.gguf else Form(Packing(bits, group))
+        row = case.row(weights=form.weights(arch, form.storage(arch, subject.value_bytes)))
         if row["fits"]:
-            how = f"llama-quantize ... {form.gguf}" if form.gguf else f"mlx_lm.convert -q --q-bits {bits}"
-            yield Change("bits", f"{form}", max(losses[bits] - lost, 0.0), how, row)
+            how = f"llama-quantize MODEL {form.gguf}" if form.gguf else f"mlx_lm.convert -q --q-bits {bits}{size}"
+            again = ", from the original weights" if subject.packing and not asked else ""
+            yield Change("bits", f"{form}{again}", max(losses[bits] - lost, 0.0), how, row)
             return
 
 
@@ -224,12 +259,9 @@ def smallest_cut(case: Case, axes: Sequence[str] = reach.DEFAULT_AXES) -> Change
 
     Source of the search: fit/reach.py, which plan uses as well.
     """
-    subject, arch = case.subject, case.needs.arch
-    checkpoint, packing = subject.checkpoint, subject.form.packing
-    stored = packing or (checkpoint.quantization if checkpoint else None)
+    arch, stored = case.needs.arch, case.subject.packing
     group = stored.group_size if stored else None
     protected = reach.protected_layers(arch)
-    space = reach.space(arch, axes, reach.unit(arch, group), protected)
 
     def left(level: reach.Level) -> tuple[Architecture, int]:
         return _after(case, reach.skeleton(arch, level, protected), bool(stored))
@@ -240,20 +272,21 @@ def smallest_cut(case: Case, axes: Sequence[str] = reach.DEFAULT_AXES) -> Change
         return nbytes - planner.max_weight_bytes(replace(case.needs, arch=smaller), case.mac, case.budget)
 
     try:
+        space = reach.space(arch, axes, reach.unit(arch, group), protected)
         _, level = reach.largest_within(space, group, over, 0.0, case.mac.name, gb)
-    except (Refused, PareError):
+    except PareError:  # nothing is small enough, or it cannot be cut along these
         return None
-    smaller, nbytes = left(level)
-    how = f"mlx-pare run MODEL --out RUN --for {case.mac.name} --axes {','.join(axes)}"
-    whole = space.at(1.0)
+    smaller, nbytes, whole = *left(level), space.at(1.0)
+    if level == whole:
+        return None
     shape = ", ".join(f"{axis} {getattr(level, axis)} of {getattr(whole, axis)}" for axis in axes)
-    return _cut(case, shape, smaller, nbytes, how)
+    return _cut(case, shape, smaller, nbytes, _command(case, axes, smaller, nbytes))
 
 
 def _after(case: Case, keep: Keep, packed: bool) -> tuple[Architecture, int]:
     """What a cut leaves, and its bytes: as the surgeon will write them where there is a directory, else predicted."""
     subject = case.subject
-    if subject.checkpoint and not subject.form.gguf:
+    if subject.checkpoint and case.written:
         from ..layout import smaller, total_bytes
 
         packing = subject.form.packing
@@ -262,9 +295,25 @@ def _after(case: Case, keep: Keep, packed: bool) -> tuple[Architecture, int]:
     return arch, _predicted(case, arch)
 
 
+def _command(case: Case, axes: Sequence[str], smaller: Architecture, nbytes: int) -> str:
+    """What makes this cut. Only the usual use can be left to `--for`, which knows no other."""
+    form = case.subject.form
+    if not case.written:
+        quantize = f"mlx_lm.convert -q --q-mode {form.packing.mode}" if form.packing else "mlx_lm.convert"
+        quantize = f"llama-quantize MODEL {form.gguf}" if form.gguf else quantize
+        target, then = f"--target-params {footprint.parameters(smaller)['total']}", f" && {quantize}"
+    elif case.usual:
+        target, then = f"--for {case.mac.name} --context {case.needs.use.context}", ""
+    else:
+        target, then = f"--target-size {nbytes}B", ""
+    bits = f" --bits {form.packing.bits} --group-size {form.packing.group_size}" if form.packing and not then else ""
+    return f"mlx-pare run MODEL --out RUN {target} --axes {','.join(axes)}{bits}{then}"
+
+
 def _predicted(case: Case, arch: Architecture) -> int:
     """Bytes of a smaller architecture, stored as the subject is."""
-    return footprint.weight_bytes(arch, case.subject.form.storage(arch) or case.subject.storage)
+    subject = case.subject
+    return footprint.weight_bytes(arch, subject.form.storage(arch, subject.value_bytes) or subject.storage)
 
 
 def _cut(case: Case, shape: str, smaller: Architecture, nbytes: int, how: str) -> Change:
@@ -308,12 +357,17 @@ def _counts(arch: Architecture, axis: str) -> list[int]:
 
 
 def _resized(arch: Architecture, axis: str, size: int) -> Architecture:
-    """The architecture with ``size`` of an axis; of layers, evenly spread ones, so that every kind keeps its share."""
+    """The architecture with ``size`` of an axis; of layers, evenly spread ones, so that every kind keeps its share.
+
+    Of other axes that which the smaller config means, because sizes may depend on one another.
+    """
+    total = len(arch.layers)
     if axis == "layer":
-        total = len(arch.layers)
-        layers: Sequence[Layer] = [arch.layers[i * total // size] for i in range(size)]
-    else:
-        layers = [
-            replace(m, sizes={**m.sizes, axis: min(size, m.sizes[axis])}) if axis in m.sizes else m for m in arch.layers
-        ]
-    return replace(arch, layers=tuple(layers))
+        return replace(arch, layers=tuple(arch.layers[i * total // size] for i in range(size)))
+    key = arch.family.keys.get(axis, "")
+    if arch.config.get(key) == _whole(arch, axis):
+        with suppress(PareError):
+            smaller = describe({**arch.config, key: size})
+            return replace(smaller, tied=arch.tied, prefix=arch.prefix)
+    layers = [{**m.sizes, axis: min(size, m.sizes[axis])} if axis in m.sizes else m.sizes for m in arch.layers]
+    return replace(arch, layers=tuple(replace(m, sizes=s) for m, s in zip(arch.layers, layers, strict=True)))

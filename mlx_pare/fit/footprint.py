@@ -152,7 +152,8 @@ def kv_positions(context: int, window: int | None = None) -> int:
 
 def window_of(arch: Architecture, context: int) -> int:
     """Positions a sliding layer looks back; ``context`` when the config sets no window."""
-    return arch.config.get("sliding_window") or context
+    window = arch.config.get("sliding_window")
+    return window if isinstance(window, int) and window > 0 else context
 
 
 def kv_bytes_per_token(arch: Architecture, value_bytes: int = 2) -> int:

@@ -294,15 +294,15 @@ class Needs:
         ]
         held = max(kept) + len(layers) * 4 * hidden if self.grad_checkpoint else sum(kept)
         copies = 2 * max(footprint.query_heads(m) for m in layers) * length_ * SCORE_BYTES
-        return int(
-            self._optimizer(count - len(layers)) + tokens * (LOGIT_BYTES * self.arch.sizes["vocab"] + held + copies)
-        )
+        return int(self._optimizer + tokens * (LOGIT_BYTES * self.arch.sizes["vocab"] + held + copies))
 
-    def _optimizer(self, first: int) -> int:
-        tensors = [t for t in self.arch.tensors() if t.matrix]
+    @cached_property
+    def _optimizer(self) -> int:
+        """Weights of its own, gradients and moments, whatever the length."""
         if self.use.train == "full":
             return ADAM_BYTES_FULL * sum(t.size for t in self.arch.tensors())
-        adapted = [t for t in tensors if t.layer is not None and t.layer >= first]
+        first = len(self.arch.layers) - LORA_LAYERS
+        adapted = [t for t in self.arch.tensors() if t.matrix and t.layer is not None and t.layer >= first]
         stacks = [t.shape[0] if len(t.shape) == 3 else 1 for t in adapted]
         return (
             ADAM_BYTES_LORA

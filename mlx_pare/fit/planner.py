@@ -14,7 +14,7 @@ from typing import Any
 from ..arch import Architecture
 from . import footprint, speed
 from .macs import GIB, Budget, Mac
-from .memory import Needs
+from .memory import MOST, Needs
 
 LONGEST_CONTEXT = 1 << 20  # for a config without max_position_embeddings
 ROW = (
@@ -142,7 +142,7 @@ def max_weight_bytes(needs: Needs, mac: Mac, budget: Budget | None = None) -> in
 def curve(needs: Needs, weights: Weights, mac: Mac) -> list[dict[str, int]]:
     """How memory grows with the context on one Mac: context, weights_bytes, kv_bytes, activation_bytes (with
     scores_bytes of it), total_bytes at every doubling from 1024 tokens to what the model was made for."""
-    limit = needs.arch.config.get("max_position_embeddings") or LONGEST_CONTEXT
+    limit = longest(needs.arch)
     contexts = [c for c in (1024 << i for i in range(11)) if c < limit] + [limit]
     points = []
     for context in contexts:
@@ -155,9 +155,15 @@ def curve(needs: Needs, weights: Weights, mac: Mac) -> list[dict[str, int]]:
     return points
 
 
+def longest(arch: Architecture) -> int:
+    """The context that a model was made for."""
+    found = arch.config.get("max_position_embeddings")
+    return found if isinstance(found, int) and 0 < found <= MOST else LONGEST_CONTEXT
+
+
 def max_context(needs: Needs, room: int, mac: Mac) -> int:
     """The largest multiple of 256 tokens whose cache and activations take at most ``room`` bytes."""
-    limit = needs.arch.config.get("max_position_embeddings") or LONGEST_CONTEXT
+    limit = longest(needs.arch)
     step = footprint.KV_STEP
     low, high = 0, -(-limit // step)  # in steps; memory grows with context, so halving finds the last that fits
     while low < high:

@@ -101,6 +101,8 @@ def growing(reach: Space, group_size: int, measure: Callable[[Level], float]) ->
 
 
 def _realisable(arch: Architecture, count: int, protected: Sequence[int]) -> bool:
+    if not any(positions(arch, count)) and "full_attention" in {arch.layers[i].kind for i in protected}:
+        return count >= len(protected)  # any others will do
     return best_layers(arch, [0.0] * len(arch.layers), count, protected) is not None
 
 

@@ -6,6 +6,7 @@ where only a config is known. Headers are read, weights never.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     Listed = Mapping[str, Entry | RemoteTensor]  # tensors by name: of a directory, or of the hub
 
 USUAL = Packing(4, 64)  # what most people run, and what mlx_lm.convert -q makes
+# No model is as large as this (the deepest merges have 315 layers): beyond it counting would take minutes.
+LIMITS = {r"n(um)?_(hidden_)?layers": 500, r".*(size|heads|experts|_dim)(_per_.*)?": 10**7}
 # Parts of a checkpoint that mlx-lm drops when it loads a language model (the sanitize methods in mlx_lm/models).
 DROPPED = ("vision_tower", "visual.", "vision_model", "multi_modal_projector", "mtp.", "audio_tower", "embed_vision",
            "embed_audio", "rotary_emb.inv_freq")  # fmt: skip
@@ -159,7 +162,17 @@ def _catalogued(entry: catalogue.Entry, form: Form) -> Subject:
 
 
 def _configured(name: str, origin: str, config: Mapping[str, Any], form: Form) -> Subject:
-    return _predicted(name, origin, config, describe(config), form, quantization.value_bytes(config))
+    return _predicted(name, origin, config, _described(config), form, quantization.value_bytes(config))
+
+
+def _described(config: Mapping[str, Any], untied: bool | None = None) -> Architecture:
+    """The architecture, unless it is beyond reason: a config is somebody else's."""
+    inner = config.get("text_config")
+    for key, value in [*config.items(), *(inner.items() if isinstance(inner, dict) else ())]:
+        most = next((most for pattern, most in LIMITS.items() if re.fullmatch(pattern, key)), None)
+        if most and isinstance(value, int) and value > most:
+            raise PareError(f"config.json says {key} = {str(value)[:30]}, more than any model has ({most})")
+    return describe(config, untied)
 
 
 def _predicted(
@@ -236,7 +249,7 @@ def _remote(asked: str, form: Form) -> Subject:
 def _listed(name: str, origin: str, config: Mapping[str, Any], listed: Listed, form: Form) -> Subject:
     """A subject from its config and its tensors, which may have names of the hub or of mlx-lm."""
     try:
-        arch = describe(config, untied=any(n.endswith("lm_head.weight") for n in listed))
+        arch = _described(config, untied=any(n.endswith("lm_head.weight") for n in listed))
     except Unsupported as error:
         return _unknown(name, origin, _total(_loaded(listed, None)), error.problem, form)
     _check_present(name, arch, listed)
@@ -325,7 +338,7 @@ def _gguf(path: Path, form: Form) -> Subject:
     header = read_all(path)
     try:
         config = config_of(header)
-        arch = describe(config)
+        arch = _described(config)
     except Unsupported as error:
         return _unknown(str(path), "gguf", header.tensor_bytes, error.problem, form)
     if form.given:
