@@ -15,9 +15,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = {
-    "inspect": "inspect", "fit": "fit", "calibrate": "calibrate", "score": "score", "plan": "plan", "prune": "prune",
-    "recover": "recover", "evaluate": "evaluate", "export": "export", "bench": "bench", "report": "report",
-    "run": "pipeline",
+    "inspect": "inspect", "fit": "fit", "calibrate": "calibrate", "score": "score", "plan": "plan",
+    "reconstruct": "reconstruct", "prune": "prune", "recover": "recover", "evaluate": "evaluate", "export": "export",
+    "bench": "bench", "report": "report", "run": "pipeline",
 }  # fmt: skip
 __all__ = sorted(_VERBS)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .arch import Architecture, Keep, LayerKeep, can_keep
-from .errors import PareError
+from .checkpoint import Checkpoint
+from .errors import PareError, Refused
 from .packing import BITS, GROUP_SIZES
 
 SCHEMA = 1
@@ -53,17 +54,31 @@ class Arrays:
     @classmethod
     def load(cls, path: Path, what: str) -> Arrays:
         """As numpy arrays, float32. Raises PareError when the file is missing, damaged or of another schema."""
+        return cls._read(path, what, lambda name: True)
+
+    @classmethod
+    def described(cls, path: Path, what: str) -> dict[str, Any]:
+        """The description alone; the arrays are not read. Raises PareError as ``load`` does."""
+        return cls._read(path, what, lambda name: False).about
+
+    @classmethod
+    def _read(cls, path: Path, what: str, wanted: Callable[[str], bool]) -> Arrays:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="numpy") as file:
                 about = json.loads((file.metadata() or {}).get("pare", "{}"))
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+                arrays = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 no dict
         except (OSError, SafetensorError, ValueError) as error:
             raise PareError(f"cannot read {what} {path}: {error}") from error
         if about.get("schema") != SCHEMA:
             raise PareError(f"{path} has schema {about.get('schema')}, this version reads {SCHEMA}", "make it again")
         return cls(arrays, about)
+
+
+def repair_file(directory: Path, layer: int) -> Path:
+    """Where reconstruct leaves the matrices of a layer of the pruned model, and prune finds them."""
+    return directory / f"{layer:04d}.safetensors"
 
 
 # ---- plan ----
@@ -133,8 +148,11 @@ class Plan(Strict):
             sizes = arch.layers[layer.source].sizes
             kept = {"ffn": layer.ffn, "kv_head": layer.kv_head}
             layers.append(LayerKeep(layer.source, {a: k for a, k in kept.items() if len(k) != sizes[a]}))
-        hidden = self.hidden if self.hidden is not None and len(self.hidden) != arch.sizes["hidden"] else None
-        return Keep(tuple(layers), hidden)
+        return Keep(tuple(layers), self.hidden if self.cuts_hidden(arch) else None)
+
+    def cuts_hidden(self, arch: Architecture) -> bool:
+        """Whether less of the hidden size is kept than there is."""
+        return self.hidden is not None and len(self.hidden) != arch.sizes["hidden"]
 
     def problems(self, arch: Architecture) -> list[str]:
         """Everything that is wrong with the plan for this model, not only the first thing."""
@@ -159,11 +177,23 @@ class Plan(Strict):
                 )
         if self.hidden is not None:
             found += _index_problems("hidden", self.hidden, arch.sizes["hidden"])
-            if len(self.hidden) != arch.sizes["hidden"] and "hidden" not in arch.family.cuttable:
+            if self.cuts_hidden(arch) and "hidden" not in arch.family.cuttable:
                 found.append(f"the hidden size of {arch.family.name} cannot be cut")
         if not found and not can_keep(arch, sources):
             found.append(f"keeping layers {sources} would change the attention kind of a survivor")
         return found
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises Refused when the plan is of another model, PareError with every reason when it does not suit."""
+        if self.source != checkpoint.identity():
+            raise Refused(
+                f"the plan was made for another model than {checkpoint.path}, or its files changed since",
+                "make the plan again",
+            )
+        if problems := self.problems(checkpoint.arch):
+            raise PareError(
+                f"the plan does not suit {checkpoint.path}: {'; '.join(problems)}", "mend plan.json or make it again"
+            )
 
     def dump(self) -> bytes:
         """JSON with one line per list of indices, so that people can edit it."""

@@ -16,7 +16,7 @@ from .artifacts import Arrays, dump_json, replace_file
 from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import Refused
-from .observers import BlockCosine, Moments, Tap
+from .observers import BlockCosine, Moments, Tap, replace_module
 
 # site -> (role of the module in the family's table, which side of it)
 SITES = {
@@ -40,12 +40,8 @@ class Statistics:
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
         self.moments, self.cosine = {}, BlockCosine()
         for site, (role, side) in SITES.items():
-            parent_path, _, leaf = self.arch.path(index, role).rpartition(".")
-            parent = block
-            for part in filter(None, parent_path.split(".")):
-                parent = getattr(parent, part)
-            self.moments[site] = Moments()
-            setattr(parent, leaf, Tap(getattr(parent, leaf), self.moments[site], mask, side))
+            seen = self.moments[site] = Moments()
+            replace_module(block, self.arch.path(index, role), lambda m, seen=seen, side=side: Tap(m, seen, mask, side))
 
     def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
         self.cosine.update(before, after, mask)

@@ -33,6 +33,7 @@ from .options import (
     Method,
     Model,
     NoProtect,
+    NoReconstruct,
     Rate,
     Samples,
     Seed,
@@ -74,14 +75,20 @@ def fit_command(
     ] = None,
     group_size: GroupSize = 64,
     gguf: Annotated[str | None, typer.Option(help="As a GGUF file of this type would hold it, e.g. q4_k_m.")] = None,
-    kv_bits: Annotated[int | None, typer.Option(help="KV cache of 8, 4, 3 or 2 bits. Default: floats.")] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="KV cache of 8, 4, 3 or 2 bits, in llama.cpp 8, 5 or 4. Default: floats.")
+    ] = None,
     prefill_step: Annotated[int, typer.Option(help="Tokens of a prompt read at a time, by mlx-lm.")] = 2048,
     runtime: Annotated[
         str | None, typer.Option(help="mlx or llama.cpp. Default: llama.cpp for GGUF, else mlx.")
     ] = None,
     train: Annotated[str | None, typer.Option(help="Memory for training instead: lora or full.")] = None,
-    macos: Annotated[int, typer.Option(help="macOS version, which sets the GPU's share of memory: 15 or 26.")] = 26,
-    limit: Annotated[str | None, typer.Option(help='GPU memory as set by iogpu.wired_limit_mb, e.g. "20GB".')] = None,
+    macos: Annotated[
+        int, typer.Option(min=11, help="macOS version, which sets the GPU's share of memory: 15 or 26.")
+    ] = 26,
+    limit: Annotated[
+        str | None, typer.Option(help='GPU memory as iogpu.wired_limit_mb sets it: "20480" or "20GB".')
+    ] = None,
     reserve: Annotated[str | None, typer.Option(help='Memory to keep free for other programs, e.g. "3GB".')] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it: FILE.svg or FILE.png.", metavar="FILE")] = None,
 ) -> dict[str, Any]:
@@ -97,7 +104,8 @@ def fit_command(
         batch=batch if batch is not None else TRAIN_BATCH if train else 1,
         kv_bits=kv_bits, prefill_step=prefill_step, runtime=runtime, train=train,
     )  # fmt: skip
-    budget = Budget(macos, memory(limit), memory(reserve) or 0)
+    megabytes = "MiB" if limit and limit.isdecimal() else ""  # as sysctl takes them
+    budget = Budget(macos, memory(limit and limit + megabytes), memory(reserve) or 0)
     found = fit(model, [*(mac or []), *(f"{gib(size):g}gb" for size in memory_size or [])], use, form, budget)
     show.show_fit(found)
     if plot:
@@ -122,7 +130,8 @@ def run_command(
     mac: For = None,
     context: Context = 8192,
     axes: Axes = "ffn,kv_head",
-    criterion: Criterion = "wanda",
+    criterion: Criterion = "obs",
+    no_reconstruct: NoReconstruct = False,
     data: Data = None,
     test_data: TestData = None,
     samples: Samples = 128,
@@ -143,13 +152,13 @@ def run_command(
     seed: Seed = 0,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
-    """All of it: calibrate, score, plan, prune, recover, evaluate, export, bench, report. Resumable."""
+    """All of it: calibrate, score, plan, reconstruct, prune, recover, evaluate, export, bench, report. Resumable."""
     settings = settings_of(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes,
-        criterion=criterion, data=data, test_data=test_data, samples=samples, length=length, bits=bits,
-        group_size=group_size, step=step, protect=not no_protect, recover_steps=recover_steps, method=method,
-        learning_rate=learning_rate, gguf=gguf, trials=trials, min_quality=min_quality, memory_cap=memory_cap,
-        seed=seed,
+        criterion=criterion, reconstruct=not no_reconstruct, data=data, test_data=test_data, samples=samples,
+        length=length, bits=bits, group_size=group_size, step=step, protect=not no_protect,
+        recover_steps=recover_steps, method=method, learning_rate=learning_rate, gguf=gguf, trials=trials,
+        min_quality=min_quality, memory_cap=memory_cap, seed=seed,
     )  # fmt: skip
     return _run(model, out, settings, dry_run)
 
@@ -296,9 +305,7 @@ def demo_command(
     """The whole job on the small real model that comes with mlx-pare, in a few minutes."""
     from .steps import DEMO
 
-    return _run(
-        DEMO / "model", out, settings_of(keep=0.75, length=256, recover_steps=60, criterion="wanda", context=512)
-    )
+    return _run(DEMO / "model", out, settings_of(keep=0.75, length=256, recover_steps=60, context=512))
 
 
 @command("doctor", "mlx-pare doctor")

@@ -24,6 +24,7 @@ from .options import (
     Method,
     Model,
     NoProtect,
+    NoReconstruct,
     Rate,
     RunDir,
     Samples,
@@ -61,7 +62,7 @@ def calibrate_command(
 
 
 @command("score", "mlx-pare score RUN --criterion wanda")
-def score_command(run: RunDir, criterion: Criterion = "wanda", seed: Seed = 0) -> dict[str, Any]:
+def score_command(run: RunDir, criterion: Criterion = "obs", seed: Seed = 0) -> dict[str, Any]:
     """Turn statistics into the importance of every channel, head and layer."""
     from . import steps
 
@@ -109,13 +110,33 @@ def plan_command(
     }
 
 
-@command("prune", "mlx-pare prune RUN")
-def prune_command(run: RunDir) -> dict[str, Any]:
-    """Cut the model by the run's plan into RUN/prune/model; the source is never modified."""
+@command("reconstruct", "mlx-pare reconstruct RUN")
+def reconstruct_command(run: RunDir, memory_cap: Cap = None) -> dict[str, Any]:
+    """Solve the matrices behind the cut anew, so that they make up for it; `prune` then takes them.
+
+    Streams the calibration text of the run once more. With criterion obs it also chooses the units.
+    """
     from . import steps
 
     with steps.continue_run(run) as opened:
-        model = steps.prune_step(opened)
+        before = opened.recipe()
+        known = {k: before[k] for k in ("data", "test_data", "samples", "length", "seed") if k in before}
+        s = settings_of(**known, memory_cap=memory_cap)
+        repair = steps.reconstruct_step(opened, steps.Texts(opened.model, s), s)
+    console.say(f"repair: {repair}")
+    return {"repair": None if repair is None else str(repair)}
+
+
+@command("prune", "mlx-pare prune RUN | mlx-pare prune RUN --no-reconstruct")
+def prune_command(run: RunDir, no_reconstruct: NoReconstruct = False) -> dict[str, Any]:
+    """Cut the model by the run's plan into RUN/prune/model; the source is never modified.
+
+    Takes the matrices that `reconstruct` made of the same plan, if it did.
+    """
+    from . import steps
+
+    with steps.continue_run(run) as opened:
+        model = steps.prune_step(opened, not no_reconstruct)
     console.say(f"model: {model}")
     return {"model": str(model)}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 
 
@@ -70,6 +73,17 @@ class Tap:
         y = self.module(x)
         self.accumulator.update(x if self.side == "input" else y, self.mask())
         return y
+
+
+def replace_module(block: Any, path: str, make: Callable[[Any], Any]) -> Any:
+    """Put ``make(module)`` in the place of a submodule of a block, named by its path such as "mlp.down_proj"."""
+    parent_path, _, leaf = path.rpartition(".")
+    parent = block
+    for part in filter(None, parent_path.split(".")):
+        parent = getattr(parent, part)
+    made = make(getattr(parent, leaf))
+    setattr(parent, leaf, made)
+    return made
 
 
 def sparsity(abs_sum: mx.array, sq_sum: mx.array, tokens: int) -> mx.array:

@@ -22,7 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="Make a model smaller on the Mac itself, and say whether it was worth it.\n\n"
-    "Everyday: fit, run, evaluate, export, bench.  Single steps: calibrate, score, plan, prune, recover, report.  "
+    "Everyday: fit, run, evaluate, export, bench.  Single steps: calibrate, score, plan, reconstruct, prune, recover, "
+    "report.  "
     "Looking around: inspect, demo, doctor.\n\n"
     "Exit codes: 0 done, 1 failed, 2 usage, 3 refused (would overwrite, inputs changed, does not fit).",
 )
@@ -53,7 +54,7 @@ Samples = Annotated[int, typer.Option(min=1, help="Calibration rows.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a row (the window of evaluate).")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 Cap = Annotated[str | None, typer.Option(help='Memory that may be used, e.g. "4GB". Default: what is free.')]
-Criterion = Annotated[str, typer.Option(help="minitron, magnitude, wanda, block-influence or random.")]
+Criterion = Annotated[str, typer.Option(help="obs, minitron, magnitude, wanda, block-influence or random.")]
 Axes = Annotated[str, typer.Option(help="What may be cut: ffn, kv_head, layer, hidden; separated by commas.")]
 Keep = Annotated[float | None, typer.Option(help="Target: share of the non-embedding parameters to keep, e.g. 0.75.")]
 TargetParams = Annotated[str | None, typer.Option(help='Target: total parameters, e.g. "24B".')]
@@ -65,6 +66,9 @@ Context = Annotated[int, typer.Option(min=1, help="Tokens of context it must hol
 Bits = Annotated[int | None, typer.Option(help="Pack the result with 2, 3, 4, 5, 6 or 8 bits. Default: as the source.")]
 GroupSize = Annotated[int, typer.Option(help="Group size for --bits: 32, 64 or 128.")]
 Step = Annotated[int | None, typer.Option(min=1, help="Widths are multiples of this. Default: 1, the group, or 256.")]
+NoReconstruct = Annotated[
+    bool, typer.Option("--no-reconstruct", help="Cut the matrices as they are, without making up for the cut.")
+]
 NoProtect = Annotated[
     bool, typer.Option("--no-protect", help="First, last and last full-attention layer may be cut too.")
 ]

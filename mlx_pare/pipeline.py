@@ -1,14 +1,14 @@
 """The story of a run. Read this file first: the steps are a few lines each in steps.py, the verbs files of their own.
 
-calibrate -> score -> plan -> prune -> recover -> evaluate (original, pruned, recovered, random, fewer bits)
-          -> export -> bench -> report
+calibrate -> score -> plan -> reconstruct -> prune -> recover -> evaluate (original, pruned, recovered, random, fewer
+bits) -> export -> bench -> report
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .errors import PareError, Refused, UsageError
 from .export import FILE_TYPES
 from .fit import macs
 from .plan import shape, whole
+from .reconstruct import check_memory as check_reconstruction
 from .recover import METHODS
 from .recover import Options as RecoverOptions
 from .recover import check_memory as check_recovery
@@ -36,7 +37,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
 
     Raises Refused for a run directory of something else, PareError when a gate finds the result broken.
     """
-    s = settings
+    s = affordable(model, settings)
     preflight(model, s)
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
@@ -46,7 +47,9 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
         steps.calibrate_step(opened, texts, s)
         steps.score_step(opened, s)
         steps.plan_step(opened, s)
-        result = steps.prune_step(opened)
+        if s.reconstruct:
+            steps.reconstruct_step(opened, texts, s)
+        result = steps.prune_step(opened, s.reconstruct)
         steps.evaluate_step(opened, "original", opened.model, texts, s)
         steps.evaluate_step(opened, "pruned", result, texts, s)
         if s.recover_steps > 0:
@@ -90,10 +93,25 @@ def preflight(model: Path, s: Settings) -> None:
     one_of("recovery method", s.method, METHODS)
     one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
     shape(Checkpoint(model), s.plan_options())
+    if s.reconstruct:
+        rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
+        check_reconstruction(Checkpoint(model), rows, s.memory_cap)
     if s.recover_steps > 0:
         counts = (steps.TRAINING_ROWS, steps.VALIDATION_ROWS)
         rows = [corpus.Rows.full(np.zeros((count, s.length))) for count in counts]
         check_recovery(Checkpoint(model), rows, RecoverOptions(method=s.method, steps=s.recover_steps), s.memory_cap)
+
+
+def affordable(model: Path, s: Settings) -> Settings:
+    """Without reconstruction where the memory that is free does not suffice for it (a wide model on a small Mac), which
+    is said; under a --memory-cap, which somebody chose, it is for ``preflight`` to refuse."""
+    if s.reconstruct and s.memory_cap is None:
+        try:
+            check_reconstruction(Checkpoint(model), corpus.Rows.full(np.zeros((s.samples, s.length))), None)
+        except Refused as error:
+            console.warn(f"going on without reconstruction: {error.problem}")
+            return replace(s, reconstruct=False)
+    return s
 
 
 def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:

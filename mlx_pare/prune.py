@@ -1,8 +1,7 @@
 """prune: a model directory and a plan -> a smaller model directory, tensor by tensor. The source is never modified.
 
-Rows and whole groups of columns keep their codes bit for bit. A matrix cut inside its quantization groups is
-dequantized,
-cut and quantized again; each one is listed with its error. Memory is one tensor.
+Rows and whole groups of columns keep their codes bit for bit. A matrix cut inside its quantization groups, or
+solved anew by reconstruct, is quantized again; each one is listed with its error. Memory is one tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .arch.spec import select
-from .artifacts import Plan, dump_json
+from .artifacts import Arrays, Plan, dump_json, repair_file
 from .checkpoint import Checkpoint
 from .console import progress
 from .errors import PareError, Refused
@@ -26,35 +25,58 @@ from .shards import ShardWriter, copy_tokenizer, finish, partial_directory, writ
 OUR_KEY = "pare"  # config.json key that transformers and mlx-lm ignore
 
 
-def prune(model: Path, plan: Plan, out: Path, requantize: bool = True) -> dict[str, Any]:
+def prune(model: Path, plan: Plan, out: Path, requantize: bool = True, repair: Path | None = None) -> dict[str, Any]:
     """Write the pruned model to ``out`` (which must not exist); returns what was done to each requantized tensor.
 
-    ``requantize`` False leaves a matrix that is cut inside its groups dense instead.
+    ``requantize`` False leaves a matrix that is cut inside its groups dense instead. ``repair``: what reconstruct wrote
+    for this plan; its matrices take the place of the cut ones.
     Raises PareError for a plan that does not suit the model (all reasons at once), Refused when ``out`` exists.
     """
     checkpoint = Checkpoint(model)
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
-    if plan.source != checkpoint.identity():
-        raise Refused(
-            f"the plan was made for another model than {model}, or its files changed since", "make the plan again"
-        )
-    problems = plan.problems(checkpoint.arch)
-    if problems:
-        raise PareError(f"the plan does not suit {model}: {'; '.join(problems)}", "mend plan.json or make it again")
+    plan.check(checkpoint)
     packing = Packing(plan.bits, plan.group_size) if plan.bits else None
-    surgeon = _Surgeon(checkpoint, plan, packing, requantize)
+    surgeon = _Surgeon(checkpoint, plan, packing, requantize, _repairs(repair, checkpoint, plan))
     partial = partial_directory(out)
     surgeon.write(partial)
     finish(partial, out)
     return {"requantized": surgeon.requantized, "dense": surgeon.left_dense}
 
 
+def _repairs(repair: Path | None, checkpoint: Checkpoint, plan: Plan) -> list[Path]:
+    """What reconstruct wrote, a file per layer, after a look at what each was made for; none without it."""
+    if repair is None:
+        return []
+    files = [repair_file(repair, new) for new in range(len(plan.layers))]
+    if repair_file(repair, len(files)).exists():
+        raise PareError(f"{repair} was made for another plan: one of more layers", "reconstruct this plan again")
+    for file, layer in zip(files, plan.layers, strict=True):
+        about = Arrays.described(file, "reconstruction")
+        if about["model"] != checkpoint.identity():
+            raise PareError(
+                f"{repair} was made from another model than {checkpoint.path}", "reconstruct this model first"
+            )
+        if about["units"] != layer.model_dump():
+            raise PareError(
+                f"{repair} was made for another plan: layer {layer.source} keeps other units there",
+                "reconstruct this plan again",
+            )
+    return files
+
+
 class _Surgeon:
     """Cuts every tensor of a checkpoint by one plan."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, packing: Packing | None, requantize: bool):
-        self.checkpoint, self.packing = checkpoint, packing
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        packing: Packing | None,
+        requantize: bool,
+        repairs: list[Path],
+    ):
+        self.checkpoint, self.packing, self.repairs = checkpoint, packing, repairs
         self.keep = plan.keep(checkpoint.arch)
         # people edit plans: what is written down about the result is counted, not believed
         self.plan = plan.model_copy(update={"after": size_of(checkpoint, self.keep, packing), "neighbours": []})
@@ -64,7 +86,8 @@ class _Surgeon:
         self.left_dense: list[str] = []
 
     def _as_asked(self, piece: Piece, requantize: bool) -> Piece:
-        if requantize or piece.packing is None or self._exact_columns(piece) is not None:
+        untouched = self._solved(piece) is None and piece.packing and self._exact_columns(piece) is not None
+        if requantize or piece.packing is None or untouched:
             return piece
         return Piece(piece.tensor, piece.origin, None, piece.dtype)
 
@@ -101,6 +124,9 @@ class _Surgeon:
         return "all" if columns is None else whole_groups(columns, source.group_size)
 
     def _cut(self, piece: Piece) -> list[tuple[str, mx.array]]:
+        solved = self._solved(piece)
+        if solved is not None:
+            return self._store(piece, solved, listed=self.checkpoint.packing(piece.origin.module) is not None)
         kept = self._kept(piece)
         packed = read(self.checkpoint, piece.origin.name)
         if not isinstance(packed, Packed):
@@ -112,6 +138,12 @@ class _Surgeon:
             return _entries(piece, packed if exact == "all" else packed.groups(exact))
         dense = _take(packed.dense(), [None, kept[1]])
         return self._store(piece, dense, listed=True)
+
+    def _solved(self, piece: Piece) -> mx.array | None:
+        """The matrix that reconstruct made for this tensor, unread; most have none."""
+        if not self.repairs or piece.tensor.layer is None or not piece.tensor.matrix:
+            return None
+        return mx.load(str(self.repairs[piece.tensor.layer])).get(piece.tensor.spec.role)
 
     def _store(self, piece: Piece, dense: mx.array, listed: bool) -> list[tuple[str, mx.array]]:
         """A dense tensor as the layout wants it stored; ``listed``: it was packed before, so say what happened."""

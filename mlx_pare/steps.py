@@ -23,10 +23,12 @@ from .export import export
 from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .layout import size_of
+from .least_squares import DAMPING
 from .llama_cpp import judged
 from .plan import Options as PlanOptions
 from .plan import plan, redraw
 from .prune import prune
+from .reconstruct import reconstruct
 from .recover import Options as RecoverOptions
 from .recover import recover
 from .rundir import Run, fingerprint
@@ -45,7 +47,8 @@ class Settings:
     test_data: str | None = None
     samples: int = 128
     length: int = 512
-    criterion: str = "wanda"
+    criterion: str = "obs"
+    reconstruct: bool = True
     axes: Sequence[str] = ("ffn", "kv_head")
     keep: float | None = None
     target_params: str | None = None
@@ -209,17 +212,45 @@ def plan_step(run: Run, s: Settings) -> Path:
     return run.output("plan", "plan.json")
 
 
-def prune_step(run: Run) -> Path:
-    """The cut model, checked."""
+def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
+    """The matrices that make up for the cut, and the plan they belong to; None where nothing can be made up for."""
     path = run.output("plan", "plan.json")
+    if Plan.load(path).cuts_hidden(Checkpoint(run.model).arch):
+        console.warn("a cut of the hidden size cannot be reconstructed: the matrices are cut as they are")
+        return None
+
+    def work(directory: Path) -> None:
+        rows, out = texts.calibration, directory / "repair"
+        made = reconstruct(run.model, Plan.load(path), rows, out, memory_cap=s.memory_cap)
+        (directory / "plan.json").write_bytes(made.dump())
+
+    inputs = {"model": run.manifest.source, "plan": fingerprint(path), "data": texts.calibration.digest()}
+    run.step("reconstruct", {"damping": DAMPING}, inputs, work)
+    return run.output("reconstruct", "repair")
+
+
+def prune_step(run: Run, repaired: bool = True) -> Path:
+    """The cut model, checked; ``repaired``: with what reconstruct made of the same plan, if it did."""
+    path = run.output("plan", "plan.json")
+    inputs = {"model": run.manifest.source, "plan": fingerprint(path)}
+    record = run.manifest.steps.get("reconstruct")
+    repair = None
+    if repaired and record:
+        chosen, repair = run.output("reconstruct", "plan.json"), run.output("reconstruct", "repair")
+        if record.inputs["plan"] != inputs["plan"]:
+            raise Refused(
+                f"{path} changed since it was reconstructed",
+                f"delete {run.directory('reconstruct')} and reconstruct again, or use --no-reconstruct",
+            )
+        path, inputs["repair"] = chosen, hashlib.sha256(dump_json(record.outputs)).hexdigest()
 
     def work(directory: Path) -> None:
         shutil.rmtree(directory / "model", ignore_errors=True)
-        done = prune(run.model, Plan.load(path), directory / "model")
+        done = prune(run.model, Plan.load(path), directory / "model", repair=repair)
         (directory / "done.json").write_bytes(dump_json(done))
         _gate(directory / "model", run.model, directory)
 
-    run.step("prune", {}, {"model": run.manifest.source, "plan": fingerprint(path)}, work)
+    run.step("prune", {}, inputs, work)
     return run.output("prune", "model")
 
 

@@ -30,12 +30,20 @@ HEAD_CHUNK_BYTES = 64 << 20
 
 class Observer(Protocol):
     """Watches one walk. ``enter`` is called before a block runs and may replace its submodules by taps, ``seen`` after
-    each micro-batch, ``leave`` with the joined result; ``pending`` are arrays to evaluate with each micro-batch."""
+    each micro-batch, ``leave`` with the joined result; ``pending`` are arrays to evaluate with each micro-batch.
+
+    An observer may also have ``again(index, before, after, run)``, called before ``leave`` while the block is still
+    there: ``run`` sends other hidden states of all rows through it, in the same micro-batches.
+    """
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None: ...
     def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None: ...
     def pending(self) -> list[mx.array]: ...
     def leave(self, index: int, hidden: mx.array) -> None: ...
+
+
+class Enough(Exception):
+    """Raised by a tap that has what it came for: the rest of the block is not computed for this micro-batch."""
 
 
 @dataclass
@@ -68,22 +76,31 @@ class _Walk:
         block = self.blocks[index]
         if self.observer:
             self.observer.enter(index, block, self.current_mask)
-        pieces = []
-        for start in range(0, self.rows.count, self.step):
-            self.part = slice(start, min(start + self.step, self.rows.count))
-            pieces.append(self._micro_batch(index, block, x, args, kwargs))
-        self.blocks[index] = block = None
-        joined = _join(pieces)
-        mx.eval(joined)
-        mx.clear_cache()  # or a GPU's allocator would keep the block that was dropped
+        joined = self._all(lambda: self._watched(index, block, x, args, kwargs))
+        again = getattr(self.observer, "again", None)
+        if again:
+            first = joined[0] if isinstance(joined, tuple) else joined
+            again(index, x, first, lambda y: self._all(lambda: self._unwatched(block, y, args, kwargs)))
+        self.blocks[index] = block = again = None
         if self.observer:
             self.observer.leave(index, joined[0] if isinstance(joined, tuple) else joined)
+        mx.clear_cache()  # or a GPU's allocator would keep the block that was dropped
         self.bar.advance()
         return joined
 
-    def _micro_batch(self, index: int, block: Any, x: mx.array, args: tuple, kwargs: dict) -> Any:
+    def _all(self, micro_batch: Callable[[], Any]) -> Any:
+        """All micro-batches, put together again; None when they were not computed to their end."""
+        pieces = []
+        for start in range(0, self.rows.count, self.step):
+            self.part = slice(start, min(start + self.step, self.rows.count))
+            pieces.append(micro_batch())
+        joined = None if pieces[0] is None else _join(pieces)
+        mx.eval(joined)
+        return joined
+
+    def _watched(self, index: int, block: Any, x: mx.array, args: tuple, kwargs: dict) -> Any:
         before = x[self.part]
-        after = block(before, *(self._rows_of(a) for a in args), **{k: self._rows_of(v) for k, v in kwargs.items()})
+        after = self._block(block, before, args, kwargs)
         pending: list = []
         if self.observer:
             hidden = after[0] if isinstance(after, tuple) else after
@@ -91,6 +108,18 @@ class _Walk:
             pending = self.observer.pending()
         mx.eval(after, pending)
         return after
+
+    def _unwatched(self, block: Any, x: mx.array, args: tuple, kwargs: dict) -> mx.array | None:
+        try:
+            after = self._block(block, x[self.part], args, kwargs)
+        except Enough:
+            return None
+        hidden = after[0] if isinstance(after, tuple) else after
+        mx.eval(hidden)
+        return hidden
+
+    def _block(self, block: Any, x: mx.array, args: tuple, kwargs: dict) -> Any:
+        return block(x, *(self._rows_of(a) for a in args), **{k: self._rows_of(v) for k, v in kwargs.items()})
 
     def _rows_of(self, value: Any) -> Any:
         """The micro-batch's share of an argument: anything whose first axis is the batch.
@@ -189,15 +218,15 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     return states + block.pop(None, 0) + max(block.values()) + expanded + activations + 4 * HEAD_CHUNK_BYTES
 
 
-def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0) -> int:
+def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0, instead: str = "") -> int:
     """The estimate, with ``held`` bytes beside it, when it stays under ``cap`` (default: the memory that is free now).
-    Raises Refused otherwise."""
+    Raises Refused otherwise; ``instead``: what else could be done about it."""
     needed, limit = required_bytes(checkpoint, rows) + held, cap or machine.available_bytes()
     if needed > limit:
         raise Refused(
             f"streaming {rows.count} x {rows.length} tokens through {checkpoint.path} needs about {gb(needed)}, "
             f"{'--memory-cap allows' if cap else 'free are'} {gb(limit)}",
             "use fewer --samples or a shorter --length (hidden states take "
-            f"{gb(3 * rows.count * rows.length * checkpoint.arch.sizes['hidden'] * 4)})",
+            f"{gb(3 * rows.count * rows.length * checkpoint.arch.sizes['hidden'] * 4)}){instead}",
         )
     return needed

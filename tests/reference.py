@@ -284,3 +284,85 @@ def clustered_error(rows: list[np.ndarray]) -> float:
     mean, total = np.concatenate(rows).mean(), sum(map(len, rows))
     off = np.array([(row - mean).sum() for row in rows])
     return float(np.sqrt((off**2).sum() * len(rows) / (len(rows) - 1)) / total)
+
+
+# ---- reconstruction: ridge least squares towards the old weights, and the two streams ----
+
+
+def ridge_of(x: np.ndarray, damping: float) -> float:
+    return damping * float((x**2).sum(axis=0).mean())
+
+
+def ridge(x: np.ndarray, target: np.ndarray, old: np.ndarray, weight: float, kept: list[int]) -> np.ndarray:
+    """Weights [out, kept] of least squares on the stacked system: data rows, and a row towards each old weight."""
+    rows = np.concatenate([x[:, kept], np.sqrt(weight) * np.eye(len(kept))])
+    return np.linalg.lstsq(rows, np.concatenate([target, np.sqrt(weight) * old[:, kept].T]), rcond=None)[0].T
+
+
+def loss(x: np.ndarray, target: np.ndarray, old: np.ndarray, weight: float, kept: list[int]) -> float:
+    """What is left of the objective when only these inputs are; the ridge pulls the others' weights on both sides."""
+    new = ridge(x, target, old, weight, kept)
+    away = np.delete(old, kept, axis=1)
+    return float(
+        ((x[:, kept] @ new.T - target) ** 2).sum() + weight * (((new - old[:, kept]) ** 2).sum() + (away**2).sum())
+    )
+
+
+def inputs_of(units: list[int], size: int) -> list[int]:
+    return [unit * size + i for unit in units for i in range(size)]
+
+
+def greedy(
+    x: np.ndarray, target: np.ndarray, old: np.ndarray, weight: float, size: int, count: int, batch: int = 1
+) -> list[int]:
+    """The units that are left when always those go whose removal leaves the least loss, everything solved again."""
+    alive = list(range(x.shape[1] // size))
+    while len(alive) > count:
+        left = [loss(x, target, old, weight, inputs_of([v for v in alive if v != u], size)) for u in alive]
+        gone = {alive[i] for i in np.argsort(left, kind="stable")[: min(batch, len(alive) - count)]}
+        alive = [u for u in alive if u not in gone]
+    return alive
+
+
+def two_streams(
+    config: dict,
+    weights: dict[str, np.ndarray],
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    kept: dict[int, tuple[list[int], list[int]]],
+    damping: float,
+    residual: bool = True,
+) -> dict[str, np.ndarray]:
+    """The weights of the original with o_proj and down_proj solved anew, zero at what is cut.
+
+    ``kept``: (kv heads, channels) of every layer that stays; ``residual`` False: the target is what the dense matrix
+    gave, without the error that the pruned stream brings along. The pruned stream is a whole forward each time.
+    """
+    gemma = config["model_type"] == "gemma3_text"
+    heads, kv_heads, d = sizes(config)
+    text = np.arange(tokens.shape[1])[None] < lengths[:, None]
+    dense, new, passed = forward(config, weights, tokens)[1], dict(weights), np.zeros(())
+    for i, a in enumerate(dense):
+        names = [f"model.layers.{i}.{n}" for n in ("self_attn.o_proj", "mlp.down_proj")]
+        if i not in kept:  # nothing is added to the stream: the layer is not there
+            new |= {n: np.zeros_like(weights[n]) for n in weights if n.rpartition(".")[0] in names}
+            continue
+        columns = [inputs_of(kept[i][0], heads // kv_heads * d), kept[i][1]]
+        middle = None if gemma else a["before"] + a["attention"] @ weights[f"{names[0]}.weight"].T
+        if not gemma:
+            middle = middle + weights.get(f"{names[0]}.bias", 0.0)
+        for name, site, chosen in zip(names, ("attention", "ffn"), columns, strict=True):
+            own = forward(config, new, tokens)[1][i]
+            old = weights[f"{name}.weight"]
+            if gemma or not residual:
+                target = a[site] @ old.T
+            else:
+                past = own["before"] if site == "attention" else passed
+                target = (middle if site == "attention" else a["after"]) - past - weights.get(f"{name}.bias", 0.0)
+            x = own[site][text]
+            solved = np.zeros_like(old)
+            solved[:, chosen] = ridge(x, target[text], old, ridge_of(x, damping), chosen)
+            new[f"{name}.weight"] = solved
+            if site == "attention":
+                passed = own["before"] + own[site] @ solved.T + weights.get(f"{name}.bias", 0.0)
+    return new

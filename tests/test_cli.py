@@ -25,7 +25,7 @@ from mlx_pare import cli, console
 from mlx_pare.options import app
 
 EVERYDAY = ["fit", "run", "evaluate", "export", "bench"]
-OTHERS = ["inspect", "demo", "doctor", "calibrate", "score", "plan", "prune", "recover", "report"]
+OTHERS = ["inspect", "demo", "doctor", "calibrate", "score", "plan", "reconstruct", "prune", "recover", "report"]
 SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--recover-steps", "2", "--trials", "0", "--gguf", "f16",
          "--context", "256"]  # fmt: skip
 
@@ -469,18 +469,23 @@ def test_single_steps_make_what_run_makes(pare, model, texts, whole, tmp_path):
         ["calibrate", model, "--out", out, "--samples", "4", *data],
         ["score", out],
         ["plan", out, "--keep", "0.75", "--context", "256"],
+        ["reconstruct", out],
         ["prune", out],
         ["report", out],
     ):
         done = pare(*arguments, "--json")
         assert done.code == 0, done.err
         assert all(
-            Path(v).exists() for k, v in done.document.items() if k in ("stats", "scores", "plan", "model", "report")
+            Path(v).exists()
+            for k, v in done.document.items()
+            if k in ("stats", "scores", "plan", "repair", "model", "report")
         )
     for file in (
         "calibrate/stats.safetensors",
         "score/scores.safetensors",
         "plan/plan.json",
+        "reconstruct/plan.json",
+        "reconstruct/repair/0003.safetensors",
         "prune/model/model.safetensors",
     ):
         assert (out / file).read_bytes() == (whole["out"] / file).read_bytes(), file
@@ -513,19 +518,86 @@ def test_plan_may_be_edited_until_it_was_pruned(pare, whole, tmp_path):
     assert refused.code == 3 and "its input plan changed since" in refused.line
 
 
-@pytest.mark.parametrize("edit, words", [("kv_head", "there are 2"), ("nonsense", "not valid")])
+@pytest.fixture
+def reconstructed(whole, tmp_path) -> Path:
+    """The finished run as it was before its plan was pruned."""
+    out = tmp_path / "reconstructed"
+    manifest = json.loads((whole["out"] / "manifest.json").read_text())
+    first = ("calibrate", "score", "plan", "reconstruct")
+    manifest["steps"] = {step: manifest["steps"][step] for step in first}
+    for step in first:
+        shutil.copytree(whole["out"] / step, out / step)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copy(whole["out"] / "recipe.toml", out)
+    return out
+
+
+def test_reconstruction_is_never_combined_with_another_plan(checked, pare, reconstructed):
+    """After an edit both steps refuse; done again, or left out, it is the edited plan that is cut."""
+    out, file = reconstructed, reconstructed / "plan" / "plan.json"
+    plan = json.loads(file.read_text())
+    plan["criterion"] = "by hand"
+    plan["layers"][0]["ffn"] = list(range(len(plan["layers"][0]["ffn"])))
+    file.write_text(json.dumps(plan))
+    checked(3, "its input plan changed since.*delete .*reconstruct", "reconstruct", out)
+    checked(3, "changed since it was reconstructed.*--no-reconstruct", "prune", out)
+
+    def units() -> list:
+        return json.loads((out / "prune" / "model" / "survivors.json").read_text())["layers"][0]["ffn"]
+
+    assert pare("prune", out, "--no-reconstruct").code == 0
+    assert units() == plan["layers"][0]["ffn"]
+    plain = (out / "prune" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "reconstruct")
+    checked(1, "no finished reconstruct step", "prune", out)
+    assert pare("reconstruct", out).code == 0
+    refused = pare("prune", out)  # the model that was cut without it is not overwritten
+    assert refused.code == 3 and "its input repair changed since" in refused.line
+    shutil.rmtree(out / "prune")
+    assert pare("prune", out).code == 0
+    assert units() == plan["layers"][0]["ffn"]
+    assert (out / "prune" / "model" / "model.safetensors").read_bytes() != plain
+
+
+def test_changed_reconstruction_is_refused(checked, pare, small, reconstructed):
+    file = reconstructed / "reconstruct" / "plan.json"
+    plan = json.loads(file.read_text())
+    kept = plan["layers"][0]["ffn"]
+    kept[-1] = next(i for i in range(127, -1, -1) if i not in kept)
+    file.write_text(json.dumps(plan | {"layers": [plan["layers"][0] | {"ffn": sorted(kept)}, *plan["layers"][1:]]}))
+    refused = pare(*small(reconstructed), "--quiet")
+    assert refused.code == 3 and "plan.json changed since it was written" in refused.line
+    refused = pare("prune", reconstructed, "--quiet")
+    assert refused.code == 1 and "made for another plan" in refused.line
+    assert not (reconstructed / "prune").exists()
+
+
+def test_too_little_memory_to_reconstruct(pare, reconstructed):
+    shutil.rmtree(reconstructed / "reconstruct")
+    refused = pare("reconstruct", reconstructed, "--memory-cap", "500kB")
+    assert refused.code == 3 and re.search("--memory-cap allows.*--no-reconstruct", refused.line)
+    assert not (reconstructed / "reconstruct").exists()
+
+
+@pytest.mark.parametrize(
+    "edit, words", [("kv_head", "there are 2"), ("source", "index 7, there are 4"), ("nonsense", "not valid")]
+)
 def test_broken_plan_is_an_error(pare, copied, edit, words):
     shutil.rmtree(copied / "prune")
     file = copied / "plan" / "plan.json"
     plan = json.loads(file.read_text())
-    plan["layers"][1]["kv_head" if edit == "kv_head" else "surprise"] = [7]
+    plan["layers"][-1][edit] = 7 if edit == "source" else [7]
     file.write_text(json.dumps(plan))
     manifest = json.loads((copied / "manifest.json").read_text())
     del manifest["steps"]["prune"]
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    done = pare("prune", copied, "--quiet")
+    done = pare("prune", copied, "--quiet", "--no-reconstruct")
     assert done.code == 1 and words in done.line
     assert not (copied / "prune").exists()
+    shutil.rmtree(copied / "reconstruct")
+    done = pare("reconstruct", copied, "--quiet")
+    assert done.code == 1 and words in done.line
+    assert not (copied / "reconstruct").exists()
 
 
 @pytest.mark.parametrize("command", ["run", "score", "report"])
@@ -593,7 +665,7 @@ def wait_for(process: subprocess.Popen, seen: Callable[[], bool]) -> None:
 
 def results(out: Path) -> Iterator[Path]:
     """The files of a run that must not depend on when it was killed."""
-    for pattern in ("*/*.safetensors", "*/model/*", "plan/plan.json", "export/*.gguf"):
+    for pattern in ("*/*.safetensors", "*/repair/*", "*/model/*", "*/plan.json", "export/*.gguf"):
         yield from (f.relative_to(out) for f in sorted(out.glob(pattern)) if f.is_file())
 
 
@@ -622,6 +694,7 @@ def test_interrupted_run_says_so_in_one_line_and_goes_on(small, whole, tmp_path)
 
 MOMENTS = [
     "calibrate.partial",
+    "reconstruct.partial/repair/0000.safetensors",
     "recover.partial/step.json",
     "evaluate-random.partial",
     "export.partial/.*.part",

@@ -20,12 +20,13 @@ from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.console import count, gb
 from mlx_pare.errors import PareError, Refused, UsageError
+from mlx_pare.prune import prune
 from mlx_pare.steps import Settings
 
 reporting = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function
 
-STEPS = ["calibrate", "score", "plan", "prune", "evaluate-original", "evaluate-pruned", "recover", "evaluate-recovered",
-         "evaluate-random", "evaluate-fewer-bits", "export", "bench"]  # fmt: skip
+STEPS = ["calibrate", "score", "plan", "reconstruct", "prune", "evaluate-original", "evaluate-pruned", "recover",
+         "evaluate-recovered", "evaluate-random", "evaluate-fewer-bits", "export", "bench"]  # fmt: skip
 CONTENDERS = {"original", "pruned", "recovered", "random", "fewer-bits"}
 
 
@@ -133,7 +134,7 @@ def test_nothing_temporary_is_left(finished):
 
 def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypatch):
     before = hashes(finished["out"])
-    for verb in ("calibrate", "prune", "recover", "evaluate", "export", "bench", "plan"):
+    for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate", "export", "bench", "plan"):
         monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
     assert pipeline.run(finished["model"], finished["out"], settings) == finished["summary"]
     after = hashes(finished["out"])
@@ -147,6 +148,7 @@ CHANGES = [
     (dict(seed=1), "calibrate.*seed"),
     (dict(criterion="wanda"), "score.*criterion was 'minitron'"),
     (dict(keep=0.5), "plan.*keep was 0.75, now it is 0.5"),
+    (dict(reconstruct=False), "prune.*its input repair changed"),
     (dict(recover_steps=5), "recover.*steps was 4"),
     (dict(gguf="q8_0"), "export.*kind was 'f16'"),
     (dict(trials=2), "bench.*trials was 1"),
@@ -169,7 +171,8 @@ WRONG = [
     (dict(keep=None), UsageError, "exactly one target"),
     (dict(mac="m4-24gb"), UsageError, "exactly one target"),
     (dict(keep=None, target_size="1kB"), Refused, "smallest possible"),
-    (dict(length=100_000, recover_steps=0), PareError, "tokens, one row needs"),
+    (dict(memory_cap=10_000), Refused, "--memory-cap allows"),
+    (dict(length=100_000, recover_steps=0, reconstruct=False), PareError, "tokens, one row needs"),
     (dict(data="nowhere.txt"), PareError, "no text at nowhere.txt"),
 ]
 
@@ -207,6 +210,20 @@ def test_run_without_recovery_and_bench(plain_run):
     assert not (plain_run["out"] / "recover").exists()
     text = Path(summary["report"]).read_text()
     assert "## Recovery" not in text and "## Speed" not in text
+
+
+@pytest.mark.parametrize("change", [dict(reconstruct=False), dict(axes=("hidden",))], ids=["not asked", "hidden"])
+def test_run_without_reconstruction(pico_models, settings, tmp_path, capsys, change):
+    """The matrices are cut as they are; a cut of the hidden size cannot be made up for, which is said."""
+    model, out = pico_models("llama", (4, 32)), tmp_path / "run"
+    asked = replace(settings, criterion="obs", recover_steps=0, trials=0, **change)
+    summary = pipeline.run(model, out, asked)
+    assert not list(out.glob("reconstruct*"))
+    assert ("cannot be reconstructed" in capsys.readouterr().err) == ("axes" in change)
+    prune(model, Plan.load(out / "plan" / "plan.json"), tmp_path / "cut")
+    written = Path(summary["model"]) / "model.safetensors"
+    assert written.read_bytes() == (tmp_path / "cut" / "model.safetensors").read_bytes()
+    assert summary == pipeline.run(model, out, asked)
 
 
 # ---- the gates ----
@@ -496,3 +513,17 @@ def test_verdict_compares_the_result_with_the_random_cut(measured):
         "A random cut of the same size has 30.00 (the chosen one 20.00, both without recovery)." in text
         and "700 B" in text
     )
+
+
+def test_a_run_without_the_memory_for_reconstruction_goes_on_without(pico_models, monkeypatch):
+    """What is free decides: said, not refused; under a cap that somebody chose it is refused."""
+    model = pico_models("llama")
+
+    def refuse(*_):
+        raise Refused("streaming needs 99 GB, free are 1 GB")
+
+    monkeypatch.setattr(pipeline, "check_reconstruction", refuse)
+    assert not pipeline.affordable(model, Settings(keep=0.75)).reconstruct
+    assert pipeline.affordable(model, Settings(keep=0.75, memory_cap=10**9)).reconstruct
+    with pytest.raises(Refused):
+        pipeline.preflight(model, Settings(keep=0.75, memory_cap=10**9))

@@ -69,7 +69,7 @@ def test_scores(pico_models, scored, family, packed, name):
     model = pico_models(family, packed)
     found = scored(model, name)
     config, weights = reference.load(model)
-    expected = reference.scores(name, config, weights, DATA.tokens, DATA.lengths)
+    expected = reference.scores("wanda" if name == "obs" else name, config, weights, DATA.tokens, DATA.lengths)
     assert set(found.arrays) == set(expected)
     for axis, values in expected.items():
         atol = 1e-6 if axis in ("layer", "sparsity") else 0  # these are differences of numbers near 1
@@ -104,7 +104,7 @@ def unread_channel(layer: int, w: dict) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize(
     ("change", "criteria"),
-    [(dead_channel, MEASURED), (unfed_channel, OF_ACTIVATIONS), (unread_channel, ["wanda"])],
+    [(dead_channel, MEASURED), (unfed_channel, OF_ACTIVATIONS), (unread_channel, ["wanda", "obs"])],
     ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_dead_channel(pico_models, scored, tmp_path, family, change, criteria):

@@ -23,6 +23,9 @@ class Criterion:
 CRITERIA = {
     c.name: c
     for c in (
+        Criterion("obs", "wanda", "block_influence", "activations and weights",
+                  "optimal brain surgeon, Hassibi & Stork 1993, greedy: reconstruct chooses the units while it repairs "
+                  "(least_squares.py); until then, and for layers and the hidden size, as wanda"),
         Criterion("minitron", "minitron", "block_influence", "activations",
                   "Muralidharan et al. 2024, arXiv 2407.14679; NVIDIA Model-Optimizer "
                   "modelopt/torch/prune/plugins/mcore_minitron.py"),
@@ -45,7 +48,7 @@ def criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def score(model: Path, stats: Path, out: Path, name: str = "wanda", seed: int = 0) -> Path:
+def score(model: Path, stats: Path, out: Path, name: str = "obs", seed: int = 0) -> Path:
     """Write the scores of one criterion to ``out``: mlp [layers, ffn], attention [layers, q_head], attn_ln [hidden],
     ffn_ln [hidden] (summed over layers), layer [layers]; and sparsity [layers, ffn], for reading.
 

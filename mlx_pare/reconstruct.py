@@ -1,0 +1,278 @@
+"""reconstruct: model + plan + calibration rows -> the plan's units chosen again, and weights that make up for the cut.
+
+A second pass, two streams at once: the dense one, as it is, and the pruned one, which carries the errors of all
+earlier blocks. In every block the matrices that write to the residual stream, o_proj and then down_proj, are solved
+anew so that the pruned stream comes back to the dense one: their target is what the dense stream has after them, minus
+what the pruned stream carries past them. The block runs in full, with the cut units left out at the input of those two
+matrices, which is the same as cut (the axes are exact). Up to the first cut the streams are one, and nothing is solved.
+Memory: hidden states of both streams, one block and its inputs of the two matrices, a few Gram matrices.
+
+Where a norm stands behind those matrices (Gemma) the residual is out of reach of a linear solve; there the target is
+what the dense matrix itself gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import lm, stream
+from .arch import Architecture
+from .artifacts import Arrays, LayerPlan, Plan, repair_file
+from .checkpoint import Checkpoint
+from .console import gb
+from .corpus import Rows
+from .errors import PareError
+from .least_squares import DAMPING, Problem
+from .observers import replace_module
+from .quantized import dense_weight
+
+CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are
+MATRICES = 5  # float64, as wide as down_proj: the Gram matrix, and four while numpy inverts it
+
+
+def reconstruct(
+    model: Path, plan: Plan, rows: Rows, out: Path, damping: float = DAMPING, memory_cap: int | None = None
+) -> Plan:
+    """Write the new matrices of every kept layer to the directory ``out``; returns the plan they belong to.
+
+    ``out``: a safetensors file per layer of the pruned model, with "o_proj" and "down_proj", float32 [hidden, kept
+    inputs], as far as they were solved; its description names the units and the error (the share of the target that is
+    missed, in squares) of each matrix before and after. An earlier reconstruction there is replaced.
+    The plan is the given one, its ffn channels and kv heads chosen again, as many per layer, when its criterion is
+    "obs". Raises PareError for a plan that cuts the hidden size (what is cut there cannot be made up for so) or does
+    not suit the model, Refused when the estimate of memory exceeds the cap.
+    """
+    checkpoint = Checkpoint(model)
+    plan.check(checkpoint)
+    if plan.cuts_hidden(checkpoint.arch):
+        raise PareError("reconstruction cannot make up for a cut of the hidden size", "leave hidden out of --axes")
+    check_memory(checkpoint, rows, memory_cap)
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("[0-9]*.safetensors"):
+        old.unlink()
+    pair = _Pair(checkpoint, plan, rows, damping, out)
+    stream.walk(model, rows, pair, what="reconstruct: block")
+    return plan.model_copy(update={"layers": pair.layers})
+
+
+def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
+    """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
+    held = held_bytes(checkpoint, rows)
+    instead = f"; --no-reconstruct needs {gb(held)} less"
+    return stream.check_memory(checkpoint, rows, cap, held, instead)
+
+
+def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+    """What a pair of streams needs beyond a plain walk: more hidden states, the inputs of both matrices, and float64
+    matrices as wide as down_proj."""
+    arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
+    sizes = arch.layer_sizes(0)
+    attention = sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
+    states = 6 if behind_norm(arch, 0) else 3
+    tokens = rows.count * rows.length
+    return (
+        value * tokens * (states * arch.sizes["hidden"] + sizes["ffn"] + attention)
+        + MATRICES * 8 * max(sizes["ffn"], attention) ** 2
+    )
+
+
+def behind_norm(arch: Architecture, index: int) -> bool:
+    """Whether what the two matrices of a block give goes through a norm before it joins the residual stream."""
+    return "attn_post_norm" in {spec.role for spec in arch.family.blocks[arch.layers[index].kind]}
+
+
+class _Site:
+    """A matrix of the block that writes to the residual stream: passed through, listened to, or replaced."""
+
+    def __init__(self, module: Any):
+        self.module = module
+        self.listening = False
+        self.inputs: list[mx.array] = []  # of the pruned stream, one array per micro-batch
+        self.outputs: list[mx.array] | None = None  # of the dense stream, where they are the target
+        self.new: tuple[mx.array, mx.array] | None = None  # kept inputs, weight [out, kept]
+        self.replay: Iterator[mx.array] = iter(())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.listening:
+            mx.eval(x)
+            self.inputs.append(x)
+            raise stream.Enough
+        if self.new is not None:  # its inputs are known, so MLX never computes x and what is only there for it
+            return self._replaced(next(self.replay))
+        y = self.module(x)
+        if self.outputs is not None:
+            self.outputs.append(y)
+        return y
+
+    def _replaced(self, x: mx.array) -> mx.array:
+        """What the solved matrix gives for its inputs, of which only the kept ones count."""
+        kept, weight = self.new
+        y = mx.take(x, kept, axis=-1).astype(mx.float32) @ weight.T
+        return (y + self.bias).astype(x.dtype)
+
+    @property
+    def _inner(self) -> Any:
+        return getattr(self.module, "inner", self.module)
+
+    @property
+    def bias(self) -> mx.array:
+        """Its bias, zero where it has none, float32."""
+        return self._inner.bias.astype(mx.float32) if "bias" in self._inner else mx.zeros((1,))
+
+    def weight(self) -> np.ndarray:
+        """Its own weight [out, in], float64."""
+        return np.array(dense_weight(self._inner)).astype(np.float64)
+
+
+class _Before:
+    """A norm whose input, the residual stream in the middle of a block, is remembered."""
+
+    def __init__(self, module: Any):
+        self.module = module
+        self.seen: list[mx.array] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.seen.append(x)
+        return self.module(x)
+
+    def taken(self) -> list[mx.array]:
+        """What was seen since the last time, one array per micro-batch."""
+        seen, self.seen = self.seen, []
+        return seen
+
+
+class _Pair:
+    """The observer of a walk of the dense model that leads the pruned stream along."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, rows: Rows, damping: float, out: Path):
+        self.arch, self.plan, self.damping, self.out = checkpoint.arch, plan, damping, out
+        self.mask = mx.array(rows.mask())
+        self.about = {"model": checkpoint.identity(), "tokens": rows.total, "damping": damping}
+        self.planned = {layer.source: layer for layer in plan.layers}
+        self.layers: list[LayerPlan] = []
+        self.pruned: mx.array | None = None  # hidden states of the pruned stream; None while the two are one
+
+    # ---- what the engine calls ----
+
+    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
+        def at(role: str, make: Callable[[Any], Any]) -> Any:
+            return replace_module(block, self.arch.path(index, role), make)
+
+        self.attention, self.ffn, self.middle = at("o_proj", _Site), at("down_proj", _Site), at("ffn_norm", _Before)
+        if behind_norm(self.arch, index):
+            self.attention.outputs, self.ffn.outputs = [], []
+
+    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        pass
+
+    def pending(self) -> list[mx.array]:
+        return [*self.middle.seen, *(self.attention.outputs or ()), *(self.ffn.outputs or ())]
+
+    def leave(self, index: int, hidden: mx.array) -> None:
+        del self.attention, self.ffn, self.middle
+
+    def again(self, index: int, before: mx.array, after: mx.array, run: Callable) -> None:
+        """Solve the block ``index`` for the pruned stream and send that through it."""
+        pruned, middle = before if self.pruned is None else self.pruned, self.middle.taken()
+        planned = self.planned.get(index)
+        if planned is None:  # a layer that is cut: the pruned stream walks past it
+            self.pruned = pruned
+            return
+        wanted, errors = self.attention.outputs, {}
+        self.attention.outputs = None
+        size = self.arch.layers[index].sizes["group"] * self.arch.layers[index].sizes["head_dim"]
+        heads, channels = planned.kv_head, planned.ffn
+        if self.pruned is not None or len(heads) < self.arch.layers[index].sizes["kv_head"]:
+            self._listen(self.attention, run, pruned)
+            target = _difference(middle, _parts(pruned, middle)) if wanted is None else wanted
+            heads, errors["o_proj"] = self._fit(self.attention, target, size, heads)
+        del middle
+        wanted, self.ffn.outputs = self.ffn.outputs, None
+        if self.pruned is not None or errors or len(channels) < self.arch.layers[index].sizes["ffn"]:
+            self._listen(self.ffn, run, pruned)
+            middle = self.middle.taken()
+            target = _difference(_parts(after, middle), middle) if wanted is None else wanted
+            channels, errors["down_proj"] = self._fit(self.ffn, target, 1, channels)
+            del middle, target
+            self._begin()
+            self.pruned = run(pruned)
+        self._save(LayerPlan(source=index, ffn=channels, kv_head=heads), errors)
+
+    def _listen(self, site: _Site, run: Callable, hidden: mx.array) -> None:
+        """Remember the inputs of a matrix when these hidden states go through the block."""
+        self._begin()
+        site.listening = True
+        run(hidden)
+        site.listening = False
+
+    def _begin(self) -> None:
+        """Before another run through the block."""
+        self.middle.seen = []
+        for site in (self.attention, self.ffn):
+            site.replay = iter(site.inputs)
+
+    def _fit(
+        self, site: _Site, target: Iterable[mx.array], size: int, planned: Sequence[int]
+    ) -> tuple[list[int], list[float]]:
+        """Choose the units of a matrix, or take the plan's; solve what is left; replace the matrix by it. Returns the
+        units and the errors before and after."""
+        gram, cross, energy = _sums(site.inputs, target, _parts(self.mask, site.inputs), site.bias)
+        problem = Problem(gram, cross, site.weight(), self.damping)
+        chosen = list(planned)
+        if self.plan.criterion == CHOOSES and len(chosen) * size < len(gram):
+            chosen = problem.choose(size, len(chosen))
+        kept = (np.array(chosen)[:, None] * size + np.arange(size)).reshape(-1)
+        new = problem.solve(kept)
+        site.new = (mx.array(kept), mx.array(new.astype(np.float32)))
+        return chosen, [problem.error(weight, kept, energy) for weight in (problem.weight[:, kept], new)]
+
+    def _save(self, layer: LayerPlan, errors: dict[str, list[float]]) -> None:
+        sites = {"o_proj": self.attention, "down_proj": self.ffn}
+        about = {**self.about, "units": layer.model_dump(), "errors": errors}
+        solved = {role: sites[role].new[1] for role in errors}
+        Arrays(solved, about).save(repair_file(self.out, len(self.layers)))
+        self.layers.append(layer)
+
+
+def _parts(joined: mx.array, like: Sequence[mx.array]) -> Iterator[mx.array]:
+    """The rows of each micro-batch of ``like``."""
+    for start, stop in pairwise(np.cumsum([0, *(x.shape[0] for x in like)]).tolist()):
+        yield joined[start:stop]
+
+
+def _difference(a: Iterable[mx.array], b: Iterable[mx.array]) -> Iterator[mx.array]:
+    """In float32: two residual streams in 16 bits are much larger than what one matrix adds to them."""
+    return (x.astype(mx.float32) - y.astype(mx.float32) for x, y in zip(a, b, strict=True))
+
+
+def _sums(
+    inputs: Sequence[mx.array], target: Iterable[mx.array], mask: Iterable[mx.array], bias: mx.array
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Gram matrix [n, n], cross terms [n, out] and sum of squares of the target without the bias, over the text alone;
+    products of a micro-batch in float32, their sums in float64."""
+    gram = cross = None
+    energy = 0.0
+    for x, t, m in zip(inputs, target, mask, strict=True):
+        x, t = (mx.where(m[..., None], a.astype(mx.float32), 0).reshape(-1, a.shape[-1]) for a in (x, t - bias))
+        parts = x.T @ x, x.T @ t, mx.square(t).sum()
+        mx.eval(parts)
+        if gram is None:
+            gram, cross = (np.zeros(part.shape) for part in parts[:2])
+        for total, part in zip((gram, cross), parts[:2], strict=True):
+            total += np.asarray(part)
+        energy += parts[2].item()
+    if not np.isfinite(energy + gram.trace() + cross.sum()):
+        raise PareError("the model computes infinite numbers on this text", "use other text, or --no-reconstruct")
+    return gram, cross, energy

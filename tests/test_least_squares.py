@@ -1,0 +1,156 @@
+"""Units and weights of a linear layer equal what brute force and lstsq say, also where inputs repeat or are dead."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+
+from mlx_pare import least_squares
+from mlx_pare.least_squares import DAMPING, Problem
+
+
+def data(inputs: int, outputs: int = 5, tokens: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs [tokens, n] of different sizes and somewhat alike, weights [out, n], targets near what these give."""
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((tokens, inputs)) @ (np.eye(inputs) + 0.3 * random.standard_normal((inputs, inputs)))
+    x *= random.uniform(0.5, 2, inputs)
+    weight = random.standard_normal((outputs, inputs))
+    return x, weight, x @ weight.T + 0.5 * random.standard_normal((tokens, outputs))
+
+
+def problem(x: np.ndarray, weight: np.ndarray, target: np.ndarray, damping: float = DAMPING) -> Problem:
+    return Problem(x.T @ x, x.T @ target, weight, damping)
+
+
+def far(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+# ---- weights ----
+
+
+@pytest.mark.parametrize("damping", [1e-6, DAMPING, 1e-1])
+@pytest.mark.parametrize("kept", [range(20), range(0, 20, 3), [7]], ids=["all", "some", "one"])
+def test_solve(kept, damping):
+    x, weight, target = data(20)
+    expected = reference.ridge(x, target, weight, reference.ridge_of(x, damping), list(kept))
+    assert far(problem(x, weight, target, damping).solve(list(kept)), expected) < 1e-8
+
+
+def test_a_layer_that_is_asked_for_its_own_output_stays_as_it_is():
+    x, weight, _ = data(20)
+    for damping in (DAMPING, 1.0):
+        assert far(problem(x, weight, x @ weight.T, damping).solve(range(20)), weight) < 1e-10
+
+
+SINGULAR = {
+    "copies": lambda x: x[:, np.r_[0:10, 0:10]],
+    "dead": lambda x: x * (np.arange(20) % 3 > 0),
+    "all dead": lambda x: x * 0,
+    "fewer tokens than inputs": lambda x: x[:7],
+    "one token": lambda x: x[:1],
+}
+
+
+@pytest.mark.parametrize("how", SINGULAR)
+def test_singular_inputs(how):
+    x, weight, _ = data(20)
+    x = SINGULAR[how](x)
+    target = x @ weight.T
+    made = problem(x, weight, target)
+    assert far(made.solve(range(20)), weight) < 1e-6  # nothing is known that speaks against the old weights
+    for size, count in ((1, 1), (1, 9), (4, 2)):
+        chosen = made.choose(size, count)
+        assert len(set(chosen)) == count and chosen == sorted(chosen)
+        kept = reference.inputs_of(chosen, size)
+        found = made.solve(kept)
+        assert np.isfinite(found).all()
+        if how != "all dead":
+            expected = reference.ridge(x, target, weight, reference.ridge_of(x, DAMPING), kept)
+            assert far(found, expected) < 1e-8
+
+
+@pytest.mark.parametrize("kept", [range(20), range(4, 16)])
+def test_error_is_the_residual(kept):
+    x, weight, target = data(20)
+    other = weight[:, list(kept)] * 1.1
+    expected = ((x[:, list(kept)] @ other.T - target) ** 2).sum() / (target**2).sum()
+    found = problem(x, weight, target).error(other, list(kept), float((target**2).sum()))
+    assert found == pytest.approx(expected, rel=1e-10)
+    assert problem(x, weight, x @ weight.T).error(weight, range(20), float(((x @ weight.T) ** 2).sum())) < 1e-12
+
+
+@pytest.mark.parametrize("count", [1, 5, 19, 20])
+def test_solving_never_makes_it_worse(count):
+    x, weight, target = data(20)
+    made, energy = problem(x, weight, target), float((target**2).sum())
+    kept = made.choose(1, count)
+    assert made.error(made.solve(kept), kept, energy) <= made.error(weight[:, kept], kept, energy)
+
+
+# ---- units ----
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("inputs", "size", "count"), [(14, 1, 5), (14, 1, 1), (15, 3, 2), (16, 4, 1), (12, 6, 1)])
+def test_choose_is_greedy(inputs, size, count, seed):
+    x, weight, target = data(inputs, seed=seed)
+    for damping in (DAMPING, 1e-2):
+        made = problem(x, weight, target, damping)
+        strong = reference.ridge_of(x, damping)
+        assert made.choose(size, count) == reference.greedy(x, target, weight, strong, size, count)
+
+
+@pytest.mark.parametrize(("inputs", "rounds", "batch"), [(16, 8, 2), (16, 4, 4), (17, 4, 4), (9, 256, 1)])
+def test_choose_in_batches(monkeypatch, inputs, rounds, batch):
+    """Several units go at once by the costs of one moment; the last batch is smaller."""
+    monkeypatch.setattr(least_squares, "ROUNDS", rounds)
+    x, weight, target = data(inputs)
+    expected = reference.greedy(x, target, weight, reference.ridge_of(x, DAMPING), 1, 5, batch)
+    assert problem(x, weight, target).choose(1, 5) == expected
+
+
+@pytest.mark.parametrize("panel", [1, 5, 1000])
+def test_panels_change_nothing(monkeypatch, panel):
+    made = problem(*data(30))
+    expected = made.choose(2, 6)
+    monkeypatch.setattr(least_squares, "PANEL", panel)
+    assert made.choose(2, 6) == expected
+
+
+def test_all_and_again():
+    made = problem(*data(20))
+    gram = made.gram.copy()
+    assert made.choose(1, 20) == list(range(20)) and made.choose(5, 4) == [0, 1, 2, 3]
+    assert made.choose(1, 7) == made.choose(1, 7) and np.array_equal(made.gram, gram)  # it is not worked on in place
+    assert set(made.choose(1, 5)) < set(made.choose(1, 9))  # greedy: what is kept of less was kept of more
+
+
+@pytest.mark.parametrize(("size", "units"), [(1, 12), (3, 8)])
+def test_planted_units_go_first(size, units):
+    """Copies, sums of others and dead units cost nothing; the layer says the same without them."""
+    x, weight, _ = data(units * size)
+    random = np.random.default_rng(1)
+    copies, dead = x[:, : 2 * size], np.zeros((len(x), size))
+    mixed = x @ random.standard_normal((units * size, size))
+    x = np.concatenate([x, copies, dead, mixed], axis=1)
+    weight = np.concatenate([weight, random.standard_normal((5, 4 * size))], axis=1)
+    order = random.permutation(units + 4)
+    places = reference.inputs_of(order.tolist(), size)
+    x, weight = x[:, places], weight[:, places]
+    target = x @ weight.T
+    made = problem(x, weight, target, 1e-8)
+    kept = made.choose(size, units)
+    assert units + 2 not in order[kept]  # the dead one; of the others it may be any of those that say the same
+    columns = reference.inputs_of(kept, size)
+    assert far(x[:, columns] @ made.solve(columns).T, target) < 1e-4
+    one_less = reference.inputs_of(made.choose(size, units - 1), size)
+    assert far(x[:, one_less] @ made.solve(one_less).T, target) > 1e-3  # and no more than those was free
+
+
+def test_equal_units_go_in_their_order():
+    x, weight, _ = data(4)
+    x, weight = np.repeat(x[:, :1], 6, axis=1), np.repeat(weight[:, :1], 6, axis=1)
+    made = problem(x, weight, x @ weight.T)
+    assert made.choose(1, 3) == made.choose(1, 3) and len(made.choose(1, 3)) == 3
