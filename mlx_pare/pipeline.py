@@ -31,6 +31,9 @@ from .score import criterion
 from .steps import Settings, Texts
 from .stream import check_memory as check_stream
 
+# Choosing and solving one layer took 5 s at a width of 4096 on two cores and grows with its cube: five minutes here.
+WIDEST = 16384
+
 
 def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """Do everything for one model, resumable at any point; returns paths and the metrics before and after.
@@ -103,8 +106,15 @@ def preflight(model: Path, s: Settings) -> None:
 
 
 def affordable(model: Path, s: Settings) -> Settings:
-    """Without reconstruction where the memory that is free does not suffice for it (a wide model on a small Mac), which
-    is said; under a --memory-cap, which somebody chose, it is for ``preflight`` to refuse."""
+    """Without reconstruction where it would take hours, or where the memory that is free does not suffice (a wide model
+    on a small Mac), which is said; under a --memory-cap, which somebody chose, it is for ``preflight`` to refuse."""
+    widest = max(layer.sizes["ffn"] for layer in Checkpoint(model).arch.layers)
+    if s.reconstruct and widest > WIDEST:
+        console.warn(
+            f"going on without reconstruction: an ffn of {widest} would take hours; the commands calibrate, "
+            "score, plan, reconstruct, prune do it all the same"
+        )
+        return replace(s, reconstruct=False)
     if s.reconstruct and s.memory_cap is None:
         try:
             check_reconstruction(Checkpoint(model), corpus.Rows.full(np.zeros((s.samples, s.length))), None)
