@@ -15,6 +15,7 @@ from mlx_pare.arch import FAMILIES, describe, described_types
 from mlx_pare.arch.spec import length
 from mlx_pare.errors import PareError
 from mlx_pare.fit import catalogue, footprint
+from mlx_pare.fit.memory import Needs
 from mlx_pare.packing import Packing
 
 WINDOW, CONTEXT = 64, 300
@@ -388,7 +389,7 @@ def test_cache_bytes(name):
         positions = WINDOW if mixer.windowed else 512  # steps of 256
         expected += 2 * length(mixer.cache, sizes) * positions
         expected += 2 * length(mixer.state, sizes) + 4 * length(mixer.state_f32, sizes)
-    assert sum(c.nbytes for c in cache) == expected == footprint.kv_bytes(arch, CONTEXT)
+    assert sum(c.nbytes for c in cache) == expected == Needs(arch).kv(CONTEXT) + Needs(arch).state
 
 
 def test_every_kind_of_layer_is_tried():

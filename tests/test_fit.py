@@ -55,6 +55,11 @@ def assessed(arch, weights, mac, context, **use):
     return planner.assess(Needs(arch, Use(context, **use)), planner.weights_of(arch, weights), mac)
 
 
+def kv_bytes(arch, context, batch=1, value_bytes=2):
+    needs = Needs(arch, Use(context, batch=batch), value_bytes)
+    return needs.kv(context) + needs.state
+
+
 # ---- files ----
 
 
@@ -151,22 +156,22 @@ def test_kv_bytes_are_those_of_a_real_cache(stored, batch, context):
     for name, width in (("f32", 4), ("bf16", 2)):
         directory = stored[name][0]
         arch = Checkpoint(directory).arch
-        assert footprint.kv_bytes(arch, context, batch, width) == cache_bytes(directory, context, batch), name
+        assert kv_bytes(arch, context, batch, width) == cache_bytes(directory, context, batch), name
 
 
 def test_kv_bytes_of_sliding_llama_layers(tmp_path):
     more = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16}
     directory = pico.make(tmp_path / "m", "llama", **more)
     arch = Checkpoint(directory).arch
-    assert footprint.kv_bytes(arch, 300, value_bytes=4) == cache_bytes(directory, 300, 1)
-    assert footprint.kv_bytes_per_token(arch, 4) == 2 * (2 * 2 * 16 * 4)  # two full layers, K and V, 2 heads of 16
+    assert kv_bytes(arch, 300, value_bytes=4) == cache_bytes(directory, 300, 1)
+    assert 4 * footprint.cache_values(arch).growing == 2 * (2 * 2 * 16 * 4)  # two full layers, K and V, 2 heads of 16
 
 
 def test_kv_bytes_of_known_models():
     """The table of published configs: bytes per token, and GB at 8k, 32k and 128k of Gemma 3's mixed layers."""
     models = [describe(c) for c in (LLAMA31_8B, QWEN3_4B, GEMMA3_27B)]
-    assert [footprint.kv_bytes_per_token(m) for m in models] == [131072, 147456, 81920]
-    found = [footprint.kv_bytes(models[2], t) / 1e9 for t in (8192, 32768, 131072)]
+    assert [2 * footprint.cache_values(m).growing for m in models] == [131072, 147456, 81920]
+    found = [kv_bytes(models[2], t) / 1e9 for t in (8192, 32768, 131072)]
     assert found == pytest.approx([1.107, 3.121, 11.174], abs=1e-3)
 
 
@@ -177,7 +182,7 @@ def test_the_sliding_overhang_is_what_a_prompt_leaves_in_the_cache(tmp_path, mon
     model = lm.load(directory)
     short, cache = make_prompt_cache(model), make_prompt_cache(model)
     model(mx.ones((1, 5), dtype=mx.int32), cache=short)
-    assert sum(c.nbytes for c in short) == footprint.kv_bytes(arch, 5, value_bytes=4)
+    assert sum(c.nbytes for c in short) == kv_bytes(arch, 5, value_bytes=4)
     for _ in range(context // chunk):
         model(mx.ones((1, chunk), dtype=mx.int32), cache=cache)
     rows = {c.keys.shape[2] for c in cache if hasattr(c, "max_size")}
@@ -381,7 +386,7 @@ def test_only_untied_embeddings_are_not_read():
     guessed = planner.weights_of(arch, weights.nbytes)
     assert guessed.read_bytes == pytest.approx(weights.read_bytes, rel=1e-3)
     speed_of = planner.assess(needs, weights, mac)["decode_tokens_per_s"]
-    read = weights.read_bytes + footprint.kv_bytes_per_token(arch) * 300
+    read = weights.read_bytes + 2 * footprint.cache_values(arch).growing * 300
     assert 1 / speed_of == pytest.approx(read / (0.9 * 273e9) + 36 * 95e-6)
 
 

@@ -156,7 +156,8 @@ def test_a_directory_is_what_its_files_hold(pico_models, family, packed, dtype):
     assert subject.weights.nbytes == on_disk(model) and subject.value_bytes == width
     assert subject.described == ("MLX, 4 bits in groups of 32" if packed else "float32" if width == 4 else "bfloat16")
     assert footprint.weight_bytes(subject.arch, subject.storage) == on_disk(model)
-    assert answer(model)["rows"][0]["kv_bytes"] == footprint.kv_bytes(subject.arch, 8192, 1, width)
+    values, window = footprint.cache_values(subject.arch), subject.arch.config.get("sliding_window") or 8192
+    assert answer(model)["rows"][0]["kv_bytes"] == width * (8192 * values.growing + window * values.windowed)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])

@@ -156,22 +156,6 @@ def window_of(arch: Architecture, context: int) -> int:
     return window if isinstance(window, int) and window > 0 else context
 
 
-def kv_bytes_per_token(arch: Architecture, value_bytes: int = 2) -> int:
-    """The part that grows with every token for ever: that of the full-attention layers."""
-    return cache_values(arch).growing * value_bytes
-
-
-def kv_bytes(arch: Architecture, context: int, batch: int = 1, value_bytes: int = 2) -> int:
-    """Bytes of mlx-lm's KV cache and states after ``context`` tokens of each of ``batch`` sequences.
-
-    ``value_bytes`` is the width of the model's compute dtype: 2 for bf16 and f16. Source: mlx_lm/models/cache.py,
-    checked against real caches in tests/test_fit.py and tests/test_families.py.
-    """
-    values = cache_values(arch)
-    kept = values.growing * kv_positions(context) + values.windowed * kv_positions(context, window_of(arch, context))
-    return batch * (value_bytes * (kept + values.state) + 4 * values.state_f32)
-
-
 def query_heads(layer: Layer) -> int:
     """Heads that compare queries with positions in one layer."""
     return layer.sizes["kv_head"] * layer.sizes["group"]
