@@ -95,7 +95,8 @@ def main() -> None:
     calibration = rows_of(asked.calibration, tokenizer, asked.length, 128, 0)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        stats = calibrate(asked.model, calibration, scratch / "stats")
+        extra = {e for name in asked.criteria for e in CRITERIA[name].extra}
+        stats = calibrate(asked.model, calibration, scratch / "stats", extra=sorted(extra))
         dense = evaluate(asked.model, test)
         kind = "quantized" if Checkpoint(asked.model).quantized else "dense"
         show(

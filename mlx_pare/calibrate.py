@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from . import stream
+from . import gradients, stream
 from .arch import Architecture
 from .artifacts import Arrays, dump_json, replace_file
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import Refused
-from .observers import BlockCosine, Moments, Tap, replace_module
+from .errors import Refused, UsageError
+from .observers import BlockCosine, HeadContribution, Moments, Removal, Tap, replace_module
+from .quantized import matrix
 
 # site -> (role of the module in the family's table, which side of it)
 SITES = {
@@ -25,33 +26,49 @@ SITES = {
     "attn_ln": ("attn_norm", "output"),
     "ffn_ln": ("ffn_norm", "output"),
 }
+# What is measured only when asked for, because it costs more; what a criterion wants of it its table says.
+EXTRA = ("contributions", "gradients")
 SAVE_EVERY_S = 30.0
 
 
 class Statistics:
     """The observer of calibration. After each block its sums go to ``directory``; hidden states from time to time."""
 
-    def __init__(self, arch: Architecture, directory: Path, save_every_s: float):
-        self.arch, self.directory, self.save_every_s = arch, directory, save_every_s
-        self.moments: dict[str, Moments] = {}
+    def __init__(self, arch: Architecture, directory: Path, save_every_s: float, rounds: int | None = None):
+        """``rounds``: number of micro-batches, when contributions are asked for."""
+        self.arch, self.directory, self.save_every_s, self.rounds = arch, directory, save_every_s, rounds
+        self.sums: list[tuple[str, Any]] = []
         self.cosine = BlockCosine()
         self._last_save = time.monotonic()
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
-        self.moments, self.cosine = {}, BlockCosine()
-        for site, (role, side) in SITES.items():
-            seen = self.moments[site] = Moments()
-            replace_module(block, self.arch.path(index, role), lambda m, seen=seen, side=side: Tap(m, seen, mask, side))
+        self.cosine = BlockCosine()
+        self.sums = [("block", self.cosine)]
+
+        def watch(site: str, accumulator: Callable[[Any], Any]) -> None:
+            role, side = SITES[site]
+
+            def tap(module: Any) -> Tap:
+                self.sums.append((site, accumulator(module)))
+                return Tap(module, self.sums[-1][1], mask, side)
+
+            replace_module(block, self.arch.path(index, role), tap)
+
+        if self.rounds:
+            kv_heads = self.arch.layer_sizes(index)["kv_head"]
+            watch("ffn", lambda m: Removal(matrix(m), self.rounds))
+            watch("attention", lambda m: HeadContribution(matrix(m), kv_heads))
+        for site in SITES:
+            watch(site, lambda m: Moments())
 
     def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
         self.cosine.update(before, after, mask)
 
     def pending(self) -> list[mx.array]:
-        return [a for m in (*self.moments.values(), self.cosine) for a in m.arrays().values()]
+        return [a for _, m in self.sums for a in m.arrays().values()]
 
     def leave(self, index: int, hidden: mx.array) -> None:
-        arrays = {f"{site}.{name}": a for site, m in self.moments.items() for name, a in m.arrays().items()}
-        arrays |= {f"block.{name}": a for name, a in self.cosine.arrays().items()}
+        arrays = {f"{site}.{name}": a for site, m in self.sums for name, a in m.arrays().items()}
         Arrays(arrays, {}).save(self.directory / f"block-{index:04d}.safetensors")
         if time.monotonic() - self._last_save >= self.save_every_s:
             self._save_hidden(index + 1, hidden)
@@ -65,32 +82,63 @@ class Statistics:
 
 
 def calibrate(
-    model: Path, rows: Rows, directory: Path, memory_cap: int | None = None, save_every_s: float = SAVE_EVERY_S
+    model: Path,
+    rows: Rows,
+    directory: Path,
+    memory_cap: int | None = None,
+    save_every_s: float = SAVE_EVERY_S,
+    extra: Sequence[str] = (),
 ) -> Path:
     """Stream ``rows`` through ``model`` and write ``directory``/stats.safetensors; returns its path.
 
     Arrays, per layer i: ``{i}.{site}.{name}`` for the sites ffn [ffn] and attention [q_head*head_dim] (inputs of
     down_proj and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms), with the names of observers.Moments; and
-    ``{i}.block.cosine`` []. A directory with the blocks of an interrupted call is continued: same bytes in the end.
-    Raises Refused when the estimate of memory exceeds the cap.
+    ``{i}.block.cosine`` []. With ``extra`` "contributions" also ``{i}.ffn.removal`` [ffn] and
+    ``{i}.attention.contribution`` [kv_head] (observers.Removal, HeadContribution); with "gradients" the arrays of
+    gradients.measure. A directory with the blocks of an interrupted call is continued (gradients, which use few rows,
+    from their beginning): same bytes in the end.
+    Raises Refused when the estimate of memory exceeds the cap, UsageError for an extra that is not known.
     """
     checkpoint = Checkpoint(model)
-    arch = checkpoint.arch
-    stream.check_memory(checkpoint, rows, memory_cap)
+    extra = sorted(set(extra))
+    check_memory(checkpoint, rows, memory_cap, extra)
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob("*.tmp*"):
         stale.unlink()
-    _same_inputs(directory, {"model": checkpoint.identity(), "data": rows.digest()})
-    if len(list(directory.glob("block-*.safetensors"))) < len(arch.layers):
-        stream.walk(model, rows, Statistics(arch, directory, save_every_s), _resume(directory), "calibrate: block")
-    return _merge(checkpoint, rows, directory)
+    _same_inputs(directory, {"model": checkpoint.identity(), "data": rows.digest(), "extra": ", ".join(extra)})
+    if len(list(directory.glob("block-*.safetensors"))) < len(checkpoint.arch.layers):
+        rounds = len(stream.micro_batches(rows)) if "contributions" in extra else None
+        observer = Statistics(checkpoint.arch, directory, save_every_s, rounds)
+        stream.walk(model, rows, observer, _resume(directory), "calibrate: block")
+    more = gradients.measure(model, rows) if "gradients" in extra else {}
+    return _merge(checkpoint, rows, directory, more, extra)
+
+
+def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, extra: Sequence[str] = ()) -> int:
+    """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
+    if unknown := sorted({*extra} - {*EXTRA}):
+        raise UsageError(f"unknown extra statistics {', '.join(unknown)}", f"choose of {', '.join(EXTRA)}")
+    held = contribution_bytes(checkpoint, rows) if "contributions" in extra else 0
+    needed = stream.check_memory(checkpoint, rows, cap, held)
+    return max(needed, gradients.check_memory(checkpoint, rows, cap)) if "gradients" in extra else needed
+
+
+def contribution_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+    """What contributions need beyond a plain walk: both matrices and the Gram matrices of the heads in float32, and a
+    few arrays [tokens, ffn] and [tokens, hidden] of a micro-batch."""
+    sizes, hidden = checkpoint.arch.layer_sizes(0), checkpoint.arch.sizes["hidden"]
+    wide = sizes["group"] * sizes["head_dim"]
+    attention = sizes["kv_head"] * wide
+    tokens = (stream.micro_batches(rows)[0].stop) * rows.length
+    matrices = (sizes["ffn"] + attention) * hidden + sizes["kv_head"] * wide**2
+    return 4 * (matrices + tokens * (4 * sizes["ffn"] + 2 * attention + hidden))
 
 
 def _same_inputs(directory: Path, inputs: dict[str, str]) -> None:
     """Blocks of another model or other rows must not be mixed in. Raises Refused when they lie there."""
     note = directory / "inputs.json"
     if note.exists() and json.loads(note.read_text()) != inputs:
-        raise Refused(f"{directory} holds statistics begun with another model or other text", "remove it first")
+        raise Refused(f"{directory} holds statistics begun with another model, other text or extras", "remove it first")
     replace_file(note, dump_json(inputs))
 
 
@@ -103,14 +151,16 @@ def _resume(directory: Path) -> stream.Resume | None:
     return None
 
 
-def _merge(checkpoint: Checkpoint, rows: Rows, directory: Path) -> Path:
-    arrays: dict[str, mx.array] = {}
+def _merge(
+    checkpoint: Checkpoint, rows: Rows, directory: Path, more: dict[str, mx.array], extra: Sequence[str]
+) -> Path:
+    arrays = dict(more)
     blocks = [directory / f"block-{i:04d}.safetensors" for i in range(len(checkpoint.arch.layers))]
     for index, file in enumerate(blocks):
         arrays |= {f"{index}.{name}": array for name, array in mx.load(str(file)).items()}
     path = directory / "stats.safetensors"
     about = {"tokens": rows.total, "rows": rows.count, "data": rows.digest(), "layers": len(blocks)}
-    about["model"] = checkpoint.identity()
+    about |= {"model": checkpoint.identity(), "extra": list(extra)}
     Arrays(arrays, about).save(path)
     for file in [*blocks, *directory.glob("hidden-*.safetensors"), directory / "inputs.json"]:
         file.unlink()

@@ -43,6 +43,7 @@ from .options import (
 def calibrate_command(
     model: Model,
     out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.")],
+    criterion: Criterion = "obs",
     data: Data = None,
     test_data: TestData = None,
     samples: Samples = 128,
@@ -50,10 +51,16 @@ def calibrate_command(
     memory_cap: Cap = None,
     seed: Seed = 0,
 ) -> dict[str, Any]:
-    """Stream calibration text through the blocks: statistics of every unit. Resumes after the last finished block."""
+    """Stream calibration text through the blocks: statistics of every unit. Resumes after the last finished block.
+
+    The criterion only decides whether more is measured: taylor and taylor2 need gradients, iterative contributions.
+    """
     from . import steps
 
-    s = settings_of(data=data, test_data=test_data, samples=samples, length=length, memory_cap=memory_cap, seed=seed)
+    s = settings_of(
+        data=data, test_data=test_data, samples=samples, length=length, memory_cap=memory_cap, seed=seed,
+        criterion=criterion,
+    )  # fmt: skip
     with steps.open_run(model, out) as run:
         run.write_recipe({"model": str(model), **asdict(s)}, replace=False)
         stats = steps.calibrate_step(run, steps.Texts(run.model, s), s)

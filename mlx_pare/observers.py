@@ -60,10 +60,68 @@ class BlockCosine:
         return self._sums
 
 
+class Removal:
+    """The order in which channels would be removed one after the other, the least missed first; ``removal`` [units]: 0
+    for the first. NVIDIA Model-Optimizer modelopt/torch/prune/importance_hooks/base_hooks.py,
+    IterativeChannelContributionHook, without its scale_by_magnitude.
+
+    The contribution of channel i is what would be missing in the output without it and without those removed already:
+    sum over tokens of || s + a_i w_i || = sqrt(|s|^2 + 2 a_i (s . w_i) + a_i^2 |w_i|^2 + 1e-8), s what they gave. It is
+    summed over a micro-batch, after which a share of the channels goes, the greater shares first, and the sums start
+    anew: so ``rounds`` must be the number of micro-batches. Memory: [tokens, units] a few times.
+    """
+
+    def __init__(self, weight: mx.array, rounds: int):
+        units = weight.shape[1]
+        self.weight, self.norms = weight, mx.square(weight).sum(axis=0)
+        self.schedule = [units // rounds + (r < units % rounds) for r in range(rounds)]
+        self.removed, self.order = 0, mx.full((units,), mx.inf)
+
+    def update(self, x: mx.array, mask: mx.array) -> None:
+        """Add activations [rows, tokens, units]; ``mask`` [rows, tokens] is 1 where there is text."""
+        count = self.schedule.pop(0)
+        if not count:
+            return
+        x, kept = x.astype(mx.float32).reshape(-1, x.shape[-1]), self.order == mx.inf
+        squared = mx.square(x) * self.norms
+        if self.removed:
+            missing = mx.where(kept, 0, x) @ self.weight.T
+            squared = squared + mx.square(missing).sum(axis=-1, keepdims=True) + 2 * x * (missing @ self.weight)
+        contribution = (mx.sqrt(mx.maximum(squared, 0) + 1e-8) * mask.reshape(-1, 1)).sum(axis=0)
+        least = mx.argsort(mx.where(kept, contribution, mx.inf))[:count]
+        self.order[least] = mx.arange(self.removed, self.removed + count).astype(mx.float32)
+        self.removed += count
+
+    def arrays(self) -> dict[str, mx.array]:
+        return {"removal": self.order}
+
+
+class HeadContribution:
+    """Sum over valid tokens of || A_g W_g^T ||_2, what each kv head with its query heads adds to the output of o_proj;
+    ``contribution`` [kv_head]. Same file, IndependentKvHeadContributionHook.
+
+    Through the Gram matrices W_g^T W_g, so that [kv_head, tokens, hidden] is never made.
+    """
+
+    def __init__(self, weight: mx.array, kv_heads: int):
+        columns = weight.T.reshape(kv_heads, -1, weight.shape[0])
+        self.grams = columns @ columns.swapaxes(1, 2)
+        self.sums = mx.zeros((kv_heads,))
+
+    def update(self, x: mx.array, mask: mx.array) -> None:
+        """Add activations [rows, tokens, q_head*head_dim]; ``mask`` [rows, tokens] is 1 where there is text."""
+        heads = x.astype(mx.float32).reshape(mask.size, len(self.grams), -1).swapaxes(0, 1)
+        energy = ((heads @ self.grams) * heads).sum(axis=-1)
+        self.sums = self.sums + (mx.sqrt(mx.maximum(energy, 0)) * mask.reshape(1, -1)).sum(axis=1)
+
+    def arrays(self) -> dict[str, mx.array]:
+        return {"contribution": self.sums}
+
+
 class Tap:
     """Stands in for a module and shows an accumulator what goes in (or comes out); otherwise it is the module."""
 
-    def __init__(self, module, accumulator: Moments, mask, side: str):
+    def __init__(self, module, accumulator: Any, mask, side: str):
         self.module, self.accumulator, self.mask, self.side = module, accumulator, mask, side
 
     def __getattr__(self, name):

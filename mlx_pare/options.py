@@ -13,6 +13,7 @@ import typer
 
 from . import console
 from .errors import PareError
+from .score import CRITERIA
 
 app = typer.Typer(
     name="mlx-pare",
@@ -54,7 +55,7 @@ Samples = Annotated[int, typer.Option(min=1, help="Calibration rows.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a row (the window of evaluate).")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 Cap = Annotated[str | None, typer.Option(help='Memory that may be used, e.g. "4GB". Default: what is free.')]
-Criterion = Annotated[str, typer.Option(help="obs, minitron, magnitude, wanda, block-influence or random.")]
+Criterion = Annotated[str, typer.Option(help=f"What tells which units matter: {', '.join(CRITERIA)}.")]
 Axes = Annotated[str, typer.Option(help="What may be cut: ffn, kv_head, layer, hidden; separated by commas.")]
 Keep = Annotated[float | None, typer.Option(help="Target: share of the non-embedding parameters to keep, e.g. 0.75.")]
 TargetParams = Annotated[str | None, typer.Option(help='Target: total parameters, e.g. "24B".')]

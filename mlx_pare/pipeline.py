@@ -16,6 +16,7 @@ import numpy as np
 
 from . import console, corpus, steps
 from .artifacts import CONTENDERS, Plan
+from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
 from .export import FILE_TYPES
@@ -29,7 +30,6 @@ from .report import metrics, report, verdict
 from .rundir import Run
 from .score import criterion
 from .steps import Settings, Texts
-from .stream import check_memory as check_stream
 
 # Choosing and solving one layer took 5 s at a width of 4096 on two cores and grows with its cube: five minutes here.
 WIDEST = 16384
@@ -78,8 +78,9 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
 def dry_run(model: Path, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
     preflight(model, s)
-    rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
-    return shape_of(model, s) | {"calibration_bytes": check_stream(Checkpoint(model), rows, s.memory_cap)}
+    rows, extra = corpus.Rows.full(np.zeros((s.samples, s.length))), criterion(s.criterion).extra
+    needed = check_calibration(Checkpoint(model), rows, s.memory_cap, extra)
+    return shape_of(model, s) | {"calibration_bytes": needed}
 
 
 def shape_of(model: Path, s: Settings) -> dict[str, Any]:

@@ -157,6 +157,11 @@ def dense_weight(module: nn.Module, start: int = 0, stop: int | None = None) -> 
     return Packed(p.words[start:stop], p.scales[start:stop], p.biases[start:stop], p.packing).dense()
 
 
+def matrix(module: nn.Module) -> mx.array:
+    """The weight [out, in] of a linear layer in float32, whether a Float32Linear is around it or not."""
+    return dense_weight(getattr(module, "inner", module))
+
+
 def dense_rows(module: nn.Module, index: mx.array) -> mx.array:
     """Chosen rows of a module's weight in float32: an embedding lookup that expands nothing else."""
     if not is_packed(module):

@@ -170,13 +170,17 @@ def continue_run(out: Path) -> Run:
 
 
 def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
-    """Statistics of every unit on the calibration rows."""
-    rows = texts.calibration
+    """Statistics of every unit on the calibration rows, those that the criterion needs among them."""
+    rows, asked = texts.calibration, {"rows": texts.calibration.count, "length": texts.calibration.length}
+    before = run.manifest.steps.get("calibrate")
+    extra = {*criterion(s.criterion).extra, *(before.parameters.get("extra", ()) if before else ())}
+    if extra:  # more than is needed now is no reason to do it again
+        asked["extra"] = sorted(extra)
     run.step(
         "calibrate",
-        {"rows": rows.count, "length": rows.length, "seed": s.seed},
+        {**asked, "seed": s.seed},
         {"model": run.manifest.source, "data": rows.digest()},
-        lambda directory: calibrate(run.model, rows, directory, s.memory_cap),
+        lambda directory: calibrate(run.model, rows, directory, s.memory_cap, extra=sorted(extra)),
         resumes=True,
     )
     return run.output("calibrate", "stats.safetensors")

@@ -33,7 +33,8 @@ class Observer(Protocol):
     each micro-batch, ``leave`` with the joined result; ``pending`` are arrays to evaluate with each micro-batch.
 
     An observer may also have ``again(index, before, after, run)``, called before ``leave`` while the block is still
-    there: ``run`` sends other hidden states of all rows through it, in the same micro-batches.
+    there: ``run`` sends other hidden states of all rows through it, in the same micro-batches; and
+    ``called(index, x, args, kwargs)``, called before ``enter`` with what the stock forward gives to the block.
     """
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None: ...
@@ -59,7 +60,7 @@ class _Walk:
 
     def __init__(self, rows: Rows, blocks: list, observer: Observer | None, resume: Resume | None, bar: Any):
         self.rows, self.blocks, self.observer, self.resume, self.bar = rows, blocks, observer, resume, bar
-        self.step = max(1, MICRO_BATCH_TOKENS // rows.length)
+        self.parts = micro_batches(rows)
         self.mask = mx.array(rows.mask())
         self.part = slice(0, 0)
 
@@ -74,6 +75,9 @@ class _Walk:
             x = self.resume.hidden
             self.resume = None
         block = self.blocks[index]
+        called = getattr(self.observer, "called", None)
+        if called:
+            called(index, x, args, kwargs)
         if self.observer:
             self.observer.enter(index, block, self.current_mask)
         joined = self._all(lambda: self._watched(index, block, x, args, kwargs))
@@ -91,8 +95,8 @@ class _Walk:
     def _all(self, micro_batch: Callable[[], Any]) -> Any:
         """All micro-batches, put together again; None when they were not computed to their end."""
         pieces = []
-        for start in range(0, self.rows.count, self.step):
-            self.part = slice(start, min(start + self.step, self.rows.count))
+        for part in self.parts:
+            self.part = part
             pieces.append(micro_batch())
         joined = None if pieces[0] is None else _join(pieces)
         mx.eval(joined)
@@ -119,18 +123,26 @@ class _Walk:
         return hidden
 
     def _block(self, block: Any, x: mx.array, args: tuple, kwargs: dict) -> Any:
-        return block(x, *(self._rows_of(a) for a in args), **{k: self._rows_of(v) for k, v in kwargs.items()})
+        def share(value: Any) -> Any:
+            return value[self.part] if per_row(value, self.rows) else value
 
-    def _rows_of(self, value: Any) -> Any:
-        """The micro-batch's share of an argument: anything whose first axis is the batch.
+        return block(x, *map(share, args), **{k: share(v) for k, v in kwargs.items()})
 
-        A boolean matrix is an attention mask [length, length] shared by all rows, also when there are as many rows.
-        """
-        if not isinstance(value, mx.array) or value.ndim < 2 or value.shape[0] != self.rows.count:
-            return value
-        if value.ndim == 2 and value.dtype == mx.bool_:
-            return value
-        return value[self.part]
+
+def micro_batches(rows: Rows) -> list[slice]:
+    """The rows that go through a block at a time."""
+    step = max(1, MICRO_BATCH_TOKENS // rows.length)
+    return [slice(start, min(start + step, rows.count)) for start in range(0, rows.count, step)]
+
+
+def per_row(value: Any, rows: Rows) -> bool:
+    """Whether an argument of a block has a share for each row: an array whose first axis is the batch.
+
+    A boolean matrix is an attention mask [length, length] shared by all rows, also when there are as many rows.
+    """
+    if not isinstance(value, mx.array) or value.ndim < 2 or value.shape[0] != rows.count:
+        return False
+    return value.ndim > 2 or value.dtype != mx.bool_
 
 
 def _join(pieces: list) -> Any:
@@ -164,13 +176,18 @@ class Streamed:
     head: Any
     vocab: int
 
+    def chunks(self, hidden: mx.array) -> Iterator[tuple[int, mx.array]]:
+        """(first token id, float32 weight [chunk, hidden]) over the vocabulary; the logits of some hidden states in a
+        chunk take no more memory than it does, or HEAD_CHUNK_BYTES."""
+        width = max(1, HEAD_CHUNK_BYTES // (4 * max(hidden.shape[-1], hidden.size // hidden.shape[-1])))
+        for start in range(0, self.vocab, width):
+            yield start, dense_weight(self.head, start, min(start + width, self.vocab))
+
     def logits(self, hidden: mx.array) -> Iterator[tuple[int, mx.array]]:
         """(first token id, float32 logits [..., chunk]) over the vocabulary, for some of the hidden states."""
-        width = max(1, HEAD_CHUNK_BYTES // (4 * max(hidden.shape[-1], hidden.size // hidden.shape[-1])))
         x = hidden.astype(mx.float32)
-        for start in range(0, self.vocab, width):
-            stop = min(start + width, self.vocab)
-            yield start, x @ dense_weight(self.head, start, stop).T
+        for start, weight in self.chunks(hidden):
+            yield start, x @ weight.T
 
     def all_logits(self, rows: Any) -> mx.array:
         """Float32 logits [rows, length, vocab] of a few rows (indices or a slice)."""
@@ -210,12 +227,18 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
         block[tensor.layer] = block.get(tensor.layer, 0) + stored
         if tensor.layer is not None:
             widest = max(widest, tensor.size)
-    layer = arch.layer_sizes(0)
+    expanded = 4 * widest if lm.cpu_backend() else 0
+    blocks = block.pop(None, 0) + max(block.values())
+    return states + blocks + expanded + activation_bytes(checkpoint, rows) + 4 * HEAD_CHUNK_BYTES
+
+
+def activation_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+    """What is computed inside a block for a micro-batch: an estimate."""
+    layer, hidden = checkpoint.arch.layer_sizes(0), checkpoint.arch.sizes["hidden"]
     heads = layer["kv_head"] * layer["group"]
     tokens = min(rows.count, max(1, MICRO_BATCH_TOKENS // rows.length)) * rows.length
-    activations = tokens * (3 * layer["ffn"] + 4 * heads * layer["head_dim"] + 4 * hidden + heads * rows.length) * value
-    expanded = 4 * widest if lm.cpu_backend() else 0
-    return states + block.pop(None, 0) + max(block.values()) + expanded + activations + 4 * HEAD_CHUNK_BYTES
+    units = 3 * layer["ffn"] + 4 * heads * layer["head_dim"] + 4 * hidden + heads * rows.length
+    return tokens * units * (4 if lm.cpu_backend() else 2)
 
 
 def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0, instead: str = "") -> int:

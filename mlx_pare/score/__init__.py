@@ -5,38 +5,69 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import PareError, UsageError
+
+AXES = ("ffn", "kv_head", "hidden", "layer")
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """``width``: prefix of the functions in width.py; ``layer``: function in depth.py; ``needs``: what it looks at."""
+    """One way to tell what matters.
+
+    ``ffn``, ``kv_head``, ``hidden``: prefix of the functions in width.py; ``layer``: function in depth.py. ``own``: the
+    axes that the source has a formula for; on the others the named one stands in. ``needs``: what it looks at;
+    ``extra``: what calibrate measures for it only when asked (calibrate.EXTRA).
+    """
 
     name: str
-    width: str
+    ffn: str
+    kv_head: str
+    hidden: str
     layer: str
+    own: tuple[str, ...]
     needs: str
     source: str
+    extra: tuple[str, ...] = ()
 
 
 CRITERIA = {
     c.name: c
     for c in (
-        Criterion("obs", "wanda", "block_influence", "activations and weights",
+        Criterion("obs", "wanda", "wanda", "wanda", "block_influence", (), "activations and weights",
                   "optimal brain surgeon, Hassibi & Stork 1993, greedy: reconstruct chooses the units while it repairs "
-                  "(least_squares.py); until then, and for layers and the hidden size, as wanda"),
-        Criterion("minitron", "minitron", "block_influence", "activations",
+                  "(least_squares.py); what stands in decides until then"),
+        Criterion("minitron", "minitron", "minitron", "minitron", "block_influence", AXES, "activations",
                   "Muralidharan et al. 2024, arXiv 2407.14679; NVIDIA Model-Optimizer "
                   "modelopt/torch/prune/plugins/mcore_minitron.py"),
-        Criterion("magnitude", "magnitude", "magnitude", "weights",
+        Criterion("magnitude", "magnitude", "magnitude", "magnitude", "magnitude", AXES, "weights",
                   "Li et al. 2017, arXiv 1608.08710, over coupled rows and columns"),
-        Criterion("wanda", "wanda", "block_influence", "activations and weights",
+        Criterion("wanda", "wanda", "wanda", "wanda", "block_influence", ("ffn", "kv_head", "hidden"),
+                  "activations and weights",
                   "Sun et al. 2023, arXiv 2306.11695, summed over a unit as in CASIA-IVA-Lab/FLAP lib/prune.py "
-                  "(Wanda-sp)"),
-        Criterion("block-influence", "minitron", "block_influence", "activations",
-                  "Men et al. 2024, arXiv 2403.03853 (ShortGPT): for layers; widths as minitron"),
-        Criterion("random", "random", "random", "a seed", "the row every comparison needs"),
+                  "(Wanda-sp); for the hidden size the same over all readers"),
+        Criterion("flap", "flap", "flap", "wanda", "block_influence", ("ffn", "kv_head"), "activations and weights",
+                  "An et al. 2024, arXiv 2312.11983; CASIA-IVA-Lab/FLAP lib/prune.py, WIFV: how much a unit's output "
+                  "fluctuates"),
+        Criterion("composite", "composite", "composite", "composite", "block_influence", ("ffn", "kv_head", "hidden"),
+                  "activations and weights",
+                  "our own: magnitude of the weights, variance and sparsity of the activations, each as a rank within "
+                  "its layer, weighted (width.COMPOSITE)"),
+        Criterion("taylor", "taylor", "taylor", "minitron", "taylor", ("ffn", "kv_head", "layer"), "gradients",
+                  "Molchanov et al. 2017, arXiv 1611.06440: first order, |a * dL/da| per row of text",
+                  ("gradients",)),
+        Criterion("taylor2", "taylor2", "taylor2", "minitron", "taylor2", ("ffn", "kv_head", "layer"), "gradients",
+                  "Molchanov et al. 2019, arXiv 1906.10771: second order by the empirical Fisher matrix, "
+                  "(a * dL/da)^2 per row of text", ("gradients",)),
+        Criterion("iterative", "iterative", "iterative", "minitron", "block_influence", ("ffn", "kv_head"),
+                  "activations and weights",
+                  "NVIDIA Model-Optimizer modelopt/torch/prune/importance_hooks/base_hooks.py "
+                  "(IterativeChannelContributionHook, IndependentKvHeadContributionHook): what is missing from the "
+                  "output", ("contributions",)),
+        Criterion("block-influence", "minitron", "minitron", "minitron", "block_influence", ("layer",), "activations",
+                  "Men et al. 2024, arXiv 2403.03853 (ShortGPT)"),
+        Criterion("random", "random", "random", "random", "random", AXES, "a seed", "the row every comparison needs"),
     )
 }  # fmt: skip
 
@@ -48,11 +79,27 @@ def criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
+def _described(stats: Path, chosen: Criterion, model: Path, identity: str) -> dict[str, Any]:
+    """What statistics say of themselves, when they are of this model and hold what the criterion needs."""
+    from ..artifacts import Arrays
+
+    about = Arrays.described(stats, "statistics")
+    if about.get("model") != identity:
+        raise PareError(f"{stats} was made from another model than {model}", "calibrate this model first")
+    if missing := set(chosen.extra) - set(about.get("extra", ())):
+        raise PareError(
+            f"{stats} holds no {' and '.join(sorted(missing))}, which the criterion {chosen.name} needs",
+            f"calibrate with --criterion {chosen.name}, into another --out",
+        )
+    return about
+
+
 def score(model: Path, stats: Path, out: Path, name: str = "obs", seed: int = 0) -> Path:
     """Write the scores of one criterion to ``out``: mlp [layers, ffn], attention [layers, q_head], attn_ln [hidden],
     ffn_ln [hidden] (summed over layers), layer [layers]; and sparsity [layers, ffn], for reading.
 
-    Raises UsageError for an unknown criterion, PareError when the statistics are of another model.
+    Raises UsageError for an unknown criterion, PareError when the statistics are of another model or hold too little
+    for it.
     """
     import mlx.core as mx
 
@@ -65,13 +112,12 @@ def score(model: Path, stats: Path, out: Path, name: str = "obs", seed: int = 0)
 
     chosen = criterion(name)
     checkpoint = Checkpoint(model)
-    about = Arrays.load(stats, "statistics").about
-    if about.get("model") != checkpoint.identity():
-        raise PareError(f"{stats} was made from another model than {model}", "calibrate this model first")
+    about = _described(stats, chosen, model, checkpoint.identity())
     source = Source(checkpoint, mx.load(str(stats)), seed, about)
 
     def unit(axis: str) -> Callable:
-        return getattr(width, f"{chosen.width}_{axis}")
+        prefix = {"ffn": chosen.ffn, "heads": chosen.kv_head, "hidden": chosen.hidden}[axis]
+        return getattr(width, f"{prefix}_{axis}")
 
     per_layer: dict[str, list[mx.array]] = {"mlp": [], "attention": [], "layer": [], "sparsity": []}
     hidden = {norm: mx.zeros((checkpoint.arch.sizes["hidden"],)) for norm in ("attn_ln", "ffn_ln")}

@@ -18,6 +18,16 @@ def magnitude(source: Source, layer: int) -> mx.array:
     return mx.sqrt(sum(mx.square(source.weight(layer, role)).sum() for role in roles))
 
 
+def taylor(source: Source, layer: int) -> mx.array:
+    """Mean over rows of the |slope| of the loss with a factor on all that the layer adds to the stream."""
+    return source.stat(layer, "block", "gradient_abs")
+
+
+def taylor2(source: Source, layer: int) -> mx.array:
+    """Mean over rows of that slope squared."""
+    return source.stat(layer, "block", "gradient_sq")
+
+
 def random(source: Source, layer: int) -> mx.array:
     """A number drawn by lot."""
     return mx.random.uniform(key=source.key(layer, "layer"))

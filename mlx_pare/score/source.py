@@ -40,3 +40,13 @@ class Source:
         """(q heads, kv heads, head_dim)."""
         sizes = self.arch.layer_sizes(layer)
         return sizes["kv_head"] * sizes["group"], sizes["kv_head"], sizes["head_dim"]
+
+    def per_head(self, layer: int, channels: mx.array) -> mx.array:
+        """Channels of the input of o_proj as [q_head, head_dim]."""
+        q_heads, _, head_dim = self.heads(layer)
+        return channels.reshape(q_heads, head_dim)
+
+    def shared(self, layer: int, kv_heads: mx.array) -> mx.array:
+        """Scores of kv heads [kv_head] in equal parts for their query heads [q_head]: plan adds them up again."""
+        q_heads, count, _ = self.heads(layer)
+        return mx.repeat(kv_heads / (q_heads // count), q_heads // count)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
+from ..observers import sparsity
 from .source import Source
 
 # The matrices that read the output of each norm, and the one that writes back to the residual stream after them.
@@ -79,6 +81,108 @@ def wanda_hidden(source: Source, layer: int, norm: str) -> mx.array:
     """The same for all matrices that read a norm's output."""
     columns = sum(mx.abs(source.weight(layer, role)).sum(axis=0) for role in READERS[norm])
     return columns * _norm(source, layer, norm)
+
+
+# ---- flap: how much a unit's output fluctuates around its mean, which a bias could stand for ----
+
+
+def variance(source: Source, layer: int, site: str) -> mx.array:
+    """Variance of each channel over all calibration tokens."""
+    mean = source.stat(layer, site, "sum") / source.tokens
+    return mx.maximum(source.stat(layer, site, "sq_sum") / source.tokens - mx.square(mean), 0)
+
+
+def flap_ffn(source: Source, layer: int) -> mx.array:
+    """WIFV: var_j * sum_i W_ij^2 over the outputs i of down_proj."""
+    return variance(source, layer, "ffn") * mx.square(source.weight(layer, "down_proj")).sum(axis=0)
+
+
+def flap_heads(source: Source, layer: int) -> mx.array:
+    """The same for o_proj, summed over the channels of a head (FLAP squares it first, for its z-scores)."""
+    columns = variance(source, layer, "attention") * mx.square(source.weight(layer, "o_proj")).sum(axis=0)
+    return source.per_head(layer, columns).sum(axis=1)
+
+
+# ---- composite: three views of a unit, as ranks within the layer, weighted ----
+
+COMPOSITE = {"magnitude": 1 / 3, "variance": 1 / 3, "activity": 1 / 3}  # activity: 1 - sparsity
+
+
+def rank(values: mx.array) -> mx.array:
+    """Ranks from 0 (lowest) to 1 (highest); equal values share their mean rank.
+
+    Ranks, not z-scores: of the three some have a few values a thousand times the rest, which would decide alone.
+    """
+    found = np.array(values)
+    ordered = np.sort(found)
+    below, upto = (np.searchsorted(ordered, found, side) for side in ("left", "right"))
+    return mx.array(((below + upto - 1) / max(2 * (len(found) - 1), 1)).astype(np.float32))
+
+
+def composite(views: dict[str, mx.array]) -> mx.array:
+    """The weighted sum of the ranks of the views that COMPOSITE names, each [units]."""
+    return sum(weight * rank(views[name]) for name, weight in COMPOSITE.items())
+
+
+def _activity(source: Source, layer: int, site: str) -> mx.array:
+    """1 - Hoyer's sparsity of each channel over the tokens."""
+    return 1 - sparsity(source.stat(layer, site, "abs_sum"), source.stat(layer, site, "sq_sum"), source.tokens)
+
+
+def composite_ffn(source: Source, layer: int) -> mx.array:
+    """magnitude as ``magnitude_ffn``; variance and activity at the input of down_proj."""
+    activity = _activity(source, layer, "ffn")
+    magnitude = magnitude_ffn(source, layer)
+    return composite({"magnitude": magnitude, "variance": variance(source, layer, "ffn"), "activity": activity})
+
+
+def composite_heads(source: Source, layer: int) -> mx.array:
+    """The same at the input of o_proj: variances summed, activities averaged over the channels of a head."""
+    spread = source.per_head(layer, variance(source, layer, "attention")).sum(axis=1)
+    activity = source.per_head(layer, _activity(source, layer, "attention")).mean(axis=1)
+    return composite({"magnitude": magnitude_heads(source, layer), "variance": spread, "activity": activity})
+
+
+def composite_hidden(source: Source, layer: int, norm: str) -> mx.array:
+    """The same at the output of a norm."""
+    magnitude, activity = magnitude_hidden(source, layer, norm), _activity(source, layer, norm)
+    return composite({"magnitude": magnitude, "variance": variance(source, layer, norm), "activity": activity})
+
+
+# ---- taylor, taylor2: what the loss would do; gradients.py has the formulas ----
+
+
+def taylor_ffn(source: Source, layer: int) -> mx.array:
+    """Mean over rows of |sum over tokens of a * dL/da| at the input of down_proj."""
+    return source.stat(layer, "ffn", "gradient_abs")
+
+
+def taylor_heads(source: Source, layer: int) -> mx.array:
+    """The same for a kv head with all that its query heads give to o_proj, in equal parts for these."""
+    return source.shared(layer, source.stat(layer, "attention", "gradient_abs"))
+
+
+def taylor2_ffn(source: Source, layer: int) -> mx.array:
+    """Mean over rows of (sum over tokens of a * dL/da)^2 at the input of down_proj."""
+    return source.stat(layer, "ffn", "gradient_sq")
+
+
+def taylor2_heads(source: Source, layer: int) -> mx.array:
+    """The same for a kv head with all that its query heads give to o_proj, in equal parts for these."""
+    return source.shared(layer, source.stat(layer, "attention", "gradient_sq"))
+
+
+# ---- iterative: what would be missing from the output; observers.py has the formulas ----
+
+
+def iterative_ffn(source: Source, layer: int) -> mx.array:
+    """When a channel would be removed: 0 first, ffn - 1 last."""
+    return source.stat(layer, "ffn", "removal")
+
+
+def iterative_heads(source: Source, layer: int) -> mx.array:
+    """Mean over tokens of ||A_g W_g^T||_2 of a kv head, in equal parts for its query heads."""
+    return source.shared(layer, source.stat(layer, "attention", "contribution") / source.tokens)
 
 
 # ---- random: the row every table needs ----

@@ -1,0 +1,198 @@
+"""How the loss would move with every unit: exact gradients of a language model with one block in memory at a time.
+
+Forward as everywhere (stream.py), but the hidden states before every block are kept. The loss is the sum over the rows
+of the nats of their predicted tokens; its gradient at the last hidden states is computed in chunks of the vocabulary.
+Then backward, the last block first: each is loaded anew and differentiated (mx.vjp) once, with the inputs of down_proj
+and o_proj multiplied by masks of ones [rows, units]. What comes out for a mask is the slope of a row's loss with that
+unit; what comes out for the hidden states is the cotangent of the block before.
+
+Memory: hidden states x (layers + 3) of few rows (MOST_ROWS), and one block with the activations of a micro-batch and
+their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import lm, stream
+from .arch import Architecture
+from .checkpoint import Checkpoint
+from .console import progress
+from .corpus import Rows
+from .divergence import Running
+from .errors import PareError
+from .observers import replace_module
+from .quantized import dense_rows
+
+MOST_ROWS = 32  # the first ones (LLM-Pruner's Taylor criterion takes 10 rows of 64 tokens)
+SITES = {"ffn": ("down_proj", "ffn"), "attention": ("o_proj", "kv_head")}  # site -> (role of the matrix, axis)
+
+
+def used(rows: Rows) -> Rows:
+    """The rows that gradients are computed on."""
+    return Rows(rows.tokens[:MOST_ROWS], rows.lengths[:MOST_ROWS])
+
+
+def measure(model: Path, rows: Rows) -> dict[str, mx.array]:
+    """Statistics of the gradients on ``used(rows)``, float32, per layer i.
+
+    ``{i}.ffn.gradient_abs``, ``gradient_sq`` [ffn], ``{i}.attention...`` [kv_head], ``{i}.block...`` []: mean over rows
+    of |s| and of s^2, where s = sum over tokens of a * dL/da is the slope of the row's loss with a factor on the unit's
+    input of down_proj (on a kv head's input of o_proj; on all that the block adds to the stream).
+    |s|: Molchanov et al. 2017, arXiv 1611.06440; s^2: Molchanov et al. 2019, arXiv 1906.10771, the diagonal of the
+    empirical Fisher matrix of those factors. ``{i}.block.cotangent_sq`` []: mean over the tokens of |dL/dh|^2, h the
+    hidden states after the block.
+    Raises PareError for rows in which nothing is predicted, and for blocks that hand on more than hidden states.
+    """
+    rows = used(rows)
+    if rows.lengths.max() < 2:
+        raise PareError("gradients need rows of at least two tokens", "calibrate on longer text")
+    kept = _Kept(rows)
+    end = stream.walk(model, rows, kept, what="gradients: forward, block")
+    arch, fresh = Checkpoint(model).arch, lm.for_backend(lm.load(model))
+    blocks, after = lm.blocks(fresh), kept.last
+    cotangent = _joined(rows, lambda part: _of_head(end, fresh.model.norm, after, rows, part))[0]
+    arrays: dict[str, mx.array] = {}
+    with progress("gradients: backward, block", len(blocks)) as bar:
+        for index in reversed(range(len(blocks))):
+            backward = _Backward(blocks[index], arch, index, kept.calls.pop(), kept.states.pop(), after, rows)
+            arrays |= {f"{index}.{name}": a for name, a in backward.statistics(cotangent).items()}
+            cotangent, after, blocks[index] = backward.cotangent, backward.before, None
+            mx.clear_cache()
+            bar.advance()
+    return arrays
+
+
+def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
+    """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
+    few = used(rows)
+    return stream.check_memory(checkpoint, few, cap, held_bytes(checkpoint, few))
+
+
+def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+    """What the gradients of these rows need beyond a plain walk: the states before every block, after the last, the
+    cotangents before and after a block; what a micro-batch computes is kept until it is differentiated, and on the CPU
+    backend the expanded matrices with it."""
+    arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
+    states = (len(arch.layers) + 3) * rows.count * rows.length * arch.sizes["hidden"] * value
+    block = sum(t.size for t in arch.tensors() if t.layer == 0)
+    return states + 2 * stream.activation_bytes(checkpoint, rows) + (4 * block if lm.cpu_backend() else 0)
+
+
+def _joined(rows: Rows, micro_batch: Callable[[slice], tuple[mx.array, ...]]) -> list[mx.array]:
+    """What a function of the rows of a micro-batch gives, for all of them."""
+    pieces = []
+    for part in stream.micro_batches(rows):
+        pieces.append(micro_batch(part))
+        mx.eval(pieces[-1])
+    joined = [mx.concatenate(same) for same in zip(*pieces, strict=True)]
+    mx.eval(joined)
+    return joined
+
+
+class _Kept:
+    """The observer of the forward walk: what goes into every block, as it went in, and what comes out of the last."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        self.states: list[mx.array] = []
+        self.calls: list[tuple[tuple, dict]] = []
+
+    def called(self, index: int, x: mx.array, args: tuple, kwargs: dict) -> None:
+        mx.eval(x)
+        for value in (*args, *kwargs.values()):
+            if stream.per_row(value, self.rows) and mx.issubdtype(value.dtype, mx.floating):
+                raise PareError("gradients cannot follow blocks that hand on more than hidden states")
+        self.states.append(x)
+        self.calls.append((args, kwargs))
+
+    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
+        pass
+
+    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        pass
+
+    def pending(self) -> list[mx.array]:
+        return []
+
+    def leave(self, index: int, hidden: mx.array) -> None:
+        self.last = hidden
+
+
+def _of_head(end: stream.Streamed, norm: Any, hidden: mx.array, rows: Rows, part: slice) -> tuple[mx.array]:
+    """dL/dh [rows, length, hidden] at the states before the final norm: softmax minus what was to be predicted, times
+    the head; two passes over its chunks, the first for the denominators."""
+    x = end.hidden[part].astype(mx.float32)
+    inner = x[:, :-1].reshape(-1, x.shape[-1])
+    targets = mx.array(rows.tokens[part, 1:].reshape(-1))
+    total = Running(targets)
+    for start, logits in end.logits(inner):
+        total.update(start, logits)
+        mx.eval(total.mass, total.peak, total.target, total.top)
+    slope = -dense_rows(end.head, targets)
+    for _, weight in end.chunks(inner):
+        slope = slope + mx.exp(inner @ weight.T - total.lse[:, None]) @ weight
+        mx.eval(slope)
+    predicted = mx.array(rows.mask()[part, 1:])[..., None]
+    slope = mx.where(predicted, slope.reshape(len(x), -1, x.shape[-1]), 0)
+    slope = mx.pad(slope, [(0, 0), (0, 1), (0, 0)])
+    return tuple(mx.vjp(norm, [hidden[part]], [slope.astype(hidden.dtype)])[1])
+
+
+class _Mask:
+    """Stands in for a matrix and multiplies its input by ``mask`` [rows, units]; a unit has adjacent channels."""
+
+    def __init__(self, module: Any):
+        self.module, self.mask = module, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        wide = mx.repeat(self.mask, x.shape[-1] // self.mask.shape[-1], axis=-1)[:, None]
+        return self.module((x.astype(mx.float32) * wide).astype(x.dtype))  # float32: so are the sums over the tokens
+
+
+class _Backward:
+    """One block of the backward walk, from the cotangent of what comes out to the one of what goes in."""
+
+    def __init__(
+        self, block: Any, arch: Architecture, index: int, call: tuple, before: mx.array, after: mx.array, rows: Rows
+    ):
+        self.block, self.call, self.before, self.after, self.rows = block, call, before, after, rows
+        self.sites = [replace_module(block, arch.path(index, role), _Mask) for role, _ in SITES.values()]
+        self.units = [arch.layer_sizes(index)[axis] for _, axis in SITES.values()]
+        self.cotangent: mx.array | None = None
+
+    def statistics(self, cotangent: mx.array) -> dict[str, mx.array]:
+        """The statistics of this block, named as in ``measure`` without the layer; sets ``cotangent``."""
+        whole, spread, *slopes, self.cotangent = _joined(self.rows, lambda part: self._rows(cotangent[part], part))
+        found = {"block.cotangent_sq": spread.sum() / self.rows.total}
+        for site, slope in zip(("block", *SITES), (whole, *slopes), strict=True):
+            found |= {f"{site}.gradient_abs": mx.abs(slope).mean(axis=0)}
+            found |= {f"{site}.gradient_sq": mx.square(slope).mean(axis=0)}
+        mx.eval(found)
+        return found
+
+    def _rows(self, cotangent: mx.array, part: slice) -> tuple[mx.array, ...]:
+        """For some rows: slope with the block [rows], |dL/dh|^2 [rows], slopes with its units [rows, units], dL/dh of
+        what goes in [rows, length, hidden]."""
+
+        def share(value: Any) -> Any:
+            return value[part] if stream.per_row(value, self.rows) else value
+
+        def run(x: mx.array, *masks: mx.array) -> mx.array:
+            for site, mask in zip(self.sites, masks, strict=True):
+                site.mask = mask
+            args, kwargs = self.call
+            return self.block(x, *map(share, args), **{k: share(v) for k, v in kwargs.items()})
+
+        x, slope = self.before[part], cotangent.astype(mx.float32)
+        added = self.after[part].astype(mx.float32) - x.astype(mx.float32)
+        masks = [mx.ones((len(x), units)) for units in self.units]
+        _, (inward, *slopes) = mx.vjp(run, [x, *masks], [cotangent])
+        return (slope * added).sum(axis=(1, 2)), mx.square(slope).sum(axis=(1, 2)), *slopes, inward
