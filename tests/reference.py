@@ -99,9 +99,11 @@ def window_of(config: dict, layer: int) -> int | None:
     return config["sliding_window"] if sliding else None
 
 
-def forward(config: dict, weights: dict[str, np.ndarray], tokens: np.ndarray) -> tuple[np.ndarray, list[dict]]:
+def forward(
+    config: dict, weights: dict[str, np.ndarray], tokens: np.ndarray, factors: dict[int, float] | None = None
+) -> tuple[np.ndarray, list[dict]]:
     """Logits [rows, tokens, vocab], and per layer: ffn, attention (inputs of down_proj and o_proj), attn_ln, ffn_ln
-    (outputs of the norms), before, after (of the block)."""
+    (outputs of the norms), before, after (of the block). ``factors``: on what a layer adds to the stream."""
     gemma = config["model_type"] == "gemma3_text"
     eps = config["rms_norm_eps"]
     heads, kv_heads, head_dim = sizes(config)
@@ -144,6 +146,8 @@ def forward(config: dict, weights: dict[str, np.ndarray], tokens: np.ndarray) ->
         kept["ffn"] = (gelu_tanh(gate) if gemma else silu(gate)) * up
         r = linear(kept["ffn"], f"{block}.mlp.down_proj")
         x = x + (norm(r, f"{block}.post_feedforward_layernorm.weight") if gemma else r)
+        if i in (factors or {}):
+            x = kept["before"] + factors[i] * (x - kept["before"])
         layers.append({**kept, "after": x})
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     return norm(x, "model.norm.weight") @ head.T, layers
@@ -227,6 +231,11 @@ def wanda(x: np.ndarray, lengths: np.ndarray, *readers: np.ndarray) -> np.ndarra
     return sum(np.abs(w).sum(axis=0) for w in readers) * norms
 
 
+def flap(x: np.ndarray, lengths: np.ndarray, reader: np.ndarray) -> np.ndarray:
+    """WIFV: var_j * sum_i W_ij^2, one number per input j."""
+    return np.concatenate(valid(x, lengths)).var(axis=0) * (reader**2).sum(axis=0)
+
+
 def scores(
     criterion: str, config: dict, weights: dict, tokens: np.ndarray, lengths: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -241,6 +250,10 @@ def scores(
         elif criterion == "wanda":
             row = {"mlp": wanda(a["ffn"], lengths, _layer(weights, i, "down")), "layer": influence}
             row["attention"] = wanda(a["attention"], lengths, _layer(weights, i, "o")).reshape(heads, d).sum(1)
+            row |= {n: wanda(a[n], lengths, *(_layer(weights, i, r) for r in READS[n])) for n in READS}
+        elif criterion == "flap":
+            row = {"mlp": flap(a["ffn"], lengths, _layer(weights, i, "down")), "layer": influence}
+            row["attention"] = flap(a["attention"], lengths, _layer(weights, i, "o")).reshape(heads, d).sum(1)
             row |= {n: wanda(a[n], lengths, *(_layer(weights, i, r) for r in READS[n])) for n in READS}
         else:
             row = {"mlp": minitron(a["ffn"], lengths), "layer": influence}
