@@ -57,6 +57,7 @@ def calibrate_command(
     """
     from . import steps
 
+    steps.criterion(criterion)  # a wrong name must not leave a run directory behind
     s = settings_of(
         data=data, test_data=test_data, samples=samples, length=length, memory_cap=memory_cap, seed=seed,
         criterion=criterion,

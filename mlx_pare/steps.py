@@ -32,7 +32,7 @@ from .reconstruct import reconstruct
 from .recover import Options as RecoverOptions
 from .recover import recover
 from .rundir import Run, fingerprint
-from .score import criterion, score
+from .score import criterion, described, score
 
 DEMO = Path(__file__).parent / "demo"
 TRAINING_ROWS, VALIDATION_ROWS = 512, 64  # of recovery, at most: the teacher's hidden states are kept for them
@@ -189,7 +189,7 @@ def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
 def score_step(run: Run, s: Settings) -> Path:
     """The importance of every unit by the criterion that was asked."""
     stats = run.output("calibrate", "stats.safetensors")
-    criterion(s.criterion)
+    described(stats, s.criterion)
     run.step(
         "score",
         {"criterion": s.criterion, "seed": s.seed},

@@ -15,12 +15,12 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import stream
+from mlx_pare import gradients, stream
 from mlx_pare.artifacts import Arrays
-from mlx_pare.calibrate import SITES, Statistics, calibrate
+from mlx_pare.calibrate import EXTRA, SITES, Statistics, calibrate, check_memory
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import Refused
+from mlx_pare.errors import Refused, UsageError
 
 LAYERS = 4
 
@@ -243,3 +243,89 @@ def test_hidden_states_on_disk_are_only_the_last(pico_models, tmp_path, monkeypa
     saved = list(tmp_path.glob("hidden-*"))
     assert [f.name for f in saved] == ["hidden-0003.safetensors"]
     assert mx.load(str(saved[0]))["hidden"].shape == (5, 16, 64)
+
+
+# ---- what is measured only when asked for ----
+
+
+@pytest.fixture(scope="module")
+def extended(pico_models, tmp_path_factory) -> tuple[Path, bytes]:
+    """(model, statistics with all extras of PADDED) that nobody interrupted."""
+    model = pico_models("llama")
+    return model, calibrate(model, PADDED, tmp_path_factory.mktemp("extended"), extra=EXTRA).read_bytes()
+
+
+def test_extras_come_beside_the_rest(extended, tmp_path):
+    model, expected = extended
+    plain = Arrays.load(calibrate(model, PADDED, tmp_path / "plain"), "statistics")
+    (tmp_path / "more.safetensors").write_bytes(expected)
+    more = Arrays.load(tmp_path / "more.safetensors", "statistics")
+    assert all(np.array_equal(more.arrays[name], values) for name, values in plain.arrays.items())
+    added = {name.split(".", 1)[1] for name in set(more.arrays) - set(plain.arrays)}
+    assert added == {
+        "ffn.removal", "attention.contribution", "block.cotangent_sq",
+        *(f"{site}.gradient_{n}" for site in ("ffn", "attention", "block") for n in ("abs", "sq")),
+    }  # fmt: skip
+    assert plain.about["extra"] == [] and more.about["extra"] == sorted(EXTRA)
+
+
+def test_padding_does_not_matter_to_extras(extended, tmp_path):
+    model, expected = extended
+    (tmp_path / "a.safetensors").write_bytes(expected)
+    other = Rows(np.where(PADDED.mask(), PADDED.tokens, 7), PADDED.lengths)
+    a = Arrays.load(tmp_path / "a.safetensors", "statistics").arrays
+    b = Arrays.load(calibrate(model, other, tmp_path / "b", extra=EXTRA), "statistics").arrays
+    for name, values in a.items():
+        np.testing.assert_allclose(values, b[name], rtol=1e-5, atol=1e-5 * np.abs(values).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("block", range(LAYERS))
+def test_extras_after_an_interruption(extended, tmp_path, monkeypatch, block):
+    model, expected = extended
+    with monkeypatch.context() as patch:
+        after_hidden_is_saved(patch, block)
+        with pytest.raises(Killed):
+            calibrate(model, PADDED, tmp_path, save_every_s=0, extra=EXTRA)
+    assert calibrate(model, PADDED, tmp_path, save_every_s=0, extra=EXTRA).read_bytes() == expected
+    assert [f.name for f in tmp_path.iterdir()] == ["stats.safetensors"]
+
+
+def test_extras_interrupted_on_the_way_back(extended, tmp_path, monkeypatch):
+    """The blocks that were observed are not observed again; the gradients begin anew."""
+    model, expected = extended
+    with monkeypatch.context() as patch:
+        patch.setattr(gradients._Backward, "statistics", lambda *_: die())
+        with pytest.raises(Killed):
+            calibrate(model, PADDED, tmp_path, extra=EXTRA)
+    entered = seen_blocks(monkeypatch)
+    assert calibrate(model, PADDED, tmp_path, extra=EXTRA).read_bytes() == expected and entered == []
+
+
+def test_begun_with_other_extras(extended, tmp_path, monkeypatch):
+    model, _ = extended
+    with monkeypatch.context() as patch:
+        after_hidden_is_saved(patch, 1)
+        with pytest.raises(Killed):
+            calibrate(model, PADDED, tmp_path, save_every_s=0)
+    with pytest.raises(Refused, match="begun with another model, other text or extras"):
+        calibrate(model, PADDED, tmp_path, extra=["contributions"])
+
+
+def test_memory_of_extras(pico_models, tmp_path):
+    """Each costs something, and a cap below it is refused before anything is written."""
+    checkpoint, data = Checkpoint(pico_models("llama")), rows(32, 64)
+    needed = [check_memory(checkpoint, data, None, extra) for extra in ((), EXTRA[:1], EXTRA[1:])]
+    assert needed[0] < needed[1] < needed[2]
+    for extra, least in zip(((), EXTRA[:1], EXTRA[1:]), needed, strict=True):
+        with pytest.raises(Refused, match="memory-cap"):
+            calibrate(checkpoint.path, data, tmp_path / "s", memory_cap=least - 1, extra=extra)
+        assert not (tmp_path / "s").exists()
+    mx.reset_peak_memory()
+    calibrate(checkpoint.path, data, tmp_path / "s", extra=EXTRA[:1])
+    assert mx.get_peak_memory() < needed[1]
+
+
+def test_unknown_extra(pico_models, tmp_path):
+    with pytest.raises(UsageError, match="unknown extra statistics dreams"):
+        calibrate(pico_models("llama"), rows(), tmp_path / "s", extra=["dreams"])
+    assert not (tmp_path / "s").exists()

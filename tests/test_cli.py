@@ -491,6 +491,17 @@ def test_single_steps_make_what_run_makes(pare, model, texts, whole, tmp_path):
         assert (out / file).read_bytes() == (whole["out"] / file).read_bytes(), file
 
 
+def test_calibrate_for_a_criterion(pare, checked, model, texts, tmp_path):
+    """With it score goes on, without it the line says what to do; a wrong name leaves nothing behind."""
+    data = ["--data", texts / "data.txt", "--length", "32", "--samples", "4"]
+    checked(2, "unknown criterion 'magic'", "calibrate", model, "--out", tmp_path / "no", *data, "--criterion", "magic")
+    assert not (tmp_path / "no").exists()
+    assert pare("calibrate", model, "--out", tmp_path / "a", *data, "--criterion", "taylor").code == 0
+    assert pare("score", tmp_path / "a", "--criterion", "taylor2").code == 0
+    assert pare("calibrate", model, "--out", tmp_path / "b", *data).code == 0
+    checked(1, "holds no gradients.*alibrate with --criterion taylor", "score", tmp_path / "b", "--criterion", "taylor")
+
+
 def test_step_before_its_time_says_what_to_do_first(checked, model, texts, pare, tmp_path):
     assert pare("calibrate", model, "--out", tmp_path / "run", "--data", texts / "data.txt", "--length", "32").code == 0
     checked(1, "no finished score step.*Do it first: `mlx-pare score", "plan", tmp_path / "run", "--keep", "0.5")

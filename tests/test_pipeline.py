@@ -21,6 +21,7 @@ from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.console import count, gb
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.prune import prune
+from mlx_pare.score import CRITERIA
 from mlx_pare.steps import Settings
 
 reporting = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function
@@ -455,6 +456,44 @@ def test_text_from_outside_cannot_break_the_report(copied, name):
     harmless(text)
     assert "```" not in text
     assert len(tables(text)["Contenders"]) == 6
+
+
+# ---- criteria that need more than a plain calibration ----
+
+
+@pytest.mark.parametrize("name", ["taylor", "iterative"])
+def test_a_run_measures_what_its_criterion_needs(pico_models, settings, tmp_path, name):
+    asked = replace(settings, criterion=name, recover_steps=0, trials=0)
+    pipeline.run(pico_models("llama"), tmp_path / "run", asked)
+    assert read(tmp_path / "run" / "plan" / "plan.json")["criterion"] == name
+    recorded = read(tmp_path / "run" / "manifest.json")["steps"]["calibrate"]["parameters"]
+    assert recorded["extra"] == list(CRITERIA[name].extra)
+
+
+def test_statistics_with_more_than_is_needed_are_kept(pico_models, settings, tmp_path):
+    """A calibration with gradients serves other criteria; one without is not silently taken for taylor."""
+    model, texts = pico_models("llama"), steps.Texts(pico_models("llama"), settings)
+    with steps.open_run(model, tmp_path / "more") as run:
+        stats = steps.calibrate_step(run, texts, replace(settings, criterion="taylor2")).read_bytes()
+        for name in ("taylor", "minitron"):
+            assert steps.calibrate_step(run, texts, replace(settings, criterion=name)).read_bytes() == stats
+        with pytest.raises(Refused, match=r"extra was .'gradients'., now it is .'contributions', 'gradients'."):
+            steps.calibrate_step(run, texts, replace(settings, criterion="iterative"))
+    with steps.open_run(model, tmp_path / "less") as run:
+        steps.calibrate_step(run, texts, settings)
+        assert "extra" not in run.manifest.steps["calibrate"].parameters
+        with pytest.raises(Refused, match=r"extra was None, now it is .'gradients'."):
+            steps.calibrate_step(run, texts, replace(settings, criterion="taylor"))
+        with pytest.raises(PareError, match=r"holds no gradients.*--criterion taylor"):
+            steps.score_step(run, replace(settings, criterion="taylor"))
+
+
+def test_dry_run_counts_what_the_criterion_needs(pico_models):
+    needed = [
+        pipeline.dry_run(pico_models("llama"), Settings(keep=0.75, samples=32, length=64, criterion=name))
+        for name in ("obs", "taylor")
+    ]
+    assert needed[0]["calibration_bytes"] < needed[1]["calibration_bytes"]
 
 
 # ---- the verdict ----

@@ -79,17 +79,16 @@ def criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def _described(stats: Path, chosen: Criterion, model: Path, identity: str) -> dict[str, Any]:
-    """What statistics say of themselves, when they are of this model and hold what the criterion needs."""
+def described(stats: Path, name: str) -> dict[str, Any]:
+    """What statistics say of themselves, when they hold what a criterion needs; raises PareError otherwise, UsageError
+    for an unknown criterion."""
     from ..artifacts import Arrays
 
-    about = Arrays.described(stats, "statistics")
-    if about.get("model") != identity:
-        raise PareError(f"{stats} was made from another model than {model}", "calibrate this model first")
+    chosen, about = criterion(name), Arrays.described(stats, "statistics")
     if missing := set(chosen.extra) - set(about.get("extra", ())):
         raise PareError(
-            f"{stats} holds no {' and '.join(sorted(missing))}, which the criterion {chosen.name} needs",
-            f"calibrate with --criterion {chosen.name}, into another --out",
+            f"{stats} holds no {' and '.join(sorted(missing))}, which the criterion {name} needs",
+            f"calibrate with --criterion {name}, into another --out",
         )
     return about
 
@@ -112,7 +111,9 @@ def score(model: Path, stats: Path, out: Path, name: str = "obs", seed: int = 0)
 
     chosen = criterion(name)
     checkpoint = Checkpoint(model)
-    about = _described(stats, chosen, model, checkpoint.identity())
+    about = described(stats, name)
+    if about.get("model") != checkpoint.identity():
+        raise PareError(f"{stats} was made from another model than {model}", "calibrate this model first")
     source = Source(checkpoint, mx.load(str(stats)), seed, about)
 
     def unit(axis: str) -> Callable:
