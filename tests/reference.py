@@ -313,12 +313,20 @@ def inputs_of(units: list[int], size: int) -> list[int]:
 
 
 def greedy(
-    x: np.ndarray, target: np.ndarray, old: np.ndarray, weight: float, size: int, count: int, batch: int = 1
+    x: np.ndarray,
+    target: np.ndarray,
+    old: np.ndarray,
+    weight: float,
+    size: int,
+    count: int,
+    batch: int = 1,
+    fixed: int = 0,
 ) -> list[int]:
-    """The units that are left when always those go whose removal leaves the least loss, everything solved again."""
-    alive = list(range(x.shape[1] // size))
+    """The units that are left when always those go whose removal leaves the least loss, everything solved again; the
+    last ``fixed`` inputs stay."""
+    alive, stay = list(range((x.shape[1] - fixed) // size)), list(range(x.shape[1] - fixed, x.shape[1]))
     while len(alive) > count:
-        left = [loss(x, target, old, weight, inputs_of([v for v in alive if v != u], size)) for u in alive]
+        left = [loss(x, target, old, weight, inputs_of([v for v in alive if v != u], size) + stay) for u in alive]
         gone = {alive[i] for i in np.argsort(left, kind="stable")[: min(batch, len(alive) - count)]}
         alive = [u for u in alive if u not in gone]
     return alive
