@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 
 ROUNDS = 256  # a unit's cost is looked at again after every 256th part of them has gone
-PANEL = 64  # rows that are down-dated at a time: few enough to stay in the cache
-WIDE = 512  # columns of the tokens that are float64 at a time
+WIDE = 2048  # columns of the tokens that are float64 at a time
+PANEL = 256  # rows of a square matrix that are copied at a time
 LAZY = 64  # inputs whose removal waits: the inverse is touched once for all of them
 TINY = 1e-30
 ROUNDING = 1e-7  # of a Gram matrix whose products were made in float32
@@ -49,8 +49,7 @@ class Inverse:
         """What ``rows`` gave last is removed; ``low``: lower factor of its own block, ``half`` = low^-1 rows."""
         self.waiting = np.concatenate([self.waiting, half])
         if len(self.waiting) >= LAZY:
-            for rows in panels(len(self.inverse), PANEL):  # one product of all rows would be another matrix as large
-                self.inverse[rows] -= self.waiting[:, rows].T @ self.waiting
+            _add(self.inverse, -1, self.waiting, self.waiting)
             self.waiting = self.waiting[:0]
 
     def own_blocks(self, width: int, size: int) -> np.ndarray:
@@ -86,8 +85,7 @@ class Tokens:
     def remove(self, half: np.ndarray, low: np.ndarray) -> np.ndarray:
         """As ``Inverse.remove``, by Woodbury: K is less by what these inputs gave. Returns low^-1 X_S^T A / lambda."""
         seen = _lower_solve(low, self.seen) / self.ridge
-        for rows in panels(len(self.within), PANEL):
-            self.within[rows] += self.ridge * (seen[:, rows].T @ seen)
+        _add(self.within, self.ridge, seen, seen)
         return seen
 
     def own_blocks(self, width: int, size: int) -> np.ndarray:
@@ -114,10 +112,8 @@ def greedy(state: Inverse | Tokens, weights: np.ndarray, width: int, size: int, 
         low = factor(rows[:, gone])
         half = _lower_solve(low, rows)
         change = _lower_solve(low, weights[gone])
-        for part in panels(len(weights), PANEL):  # the squares while the panel is in the cache
-            own = weights[part]
-            own -= half[:, part].T @ change
-            np.einsum("no,no->n", own, own, out=squares[part])
+        _add(weights, -1, half, change)
+        np.einsum("no,no->n", weights, weights, out=squares)
         if size == 1:
             blocks[:, 0, 0] -= np.einsum("sn,sn->n", half[:, :width], half[:, :width])
         else:
@@ -212,14 +208,21 @@ def inverse(matrix: np.ndarray) -> np.ndarray:
 
 def _mirror(matrix: np.ndarray) -> None:
     """Copy what is above the diagonal below it."""
-    for rows in panels(len(matrix), WIDE):
+    for rows in panels(len(matrix), PANEL):
         matrix[rows, : rows.start] = matrix[: rows.start, rows].T
         own = np.triu(matrix[rows, rows], 1)
         matrix[rows, rows] = own + own.T + np.diag(matrix[rows, rows].diagonal())
 
 
 def _lower_solve(low: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """low^-1 right."""
+    """low^-1 right, in C order."""
     from scipy.linalg import solve_triangular
 
-    return solve_triangular(low, right, lower=True, check_finite=False)
+    return np.ascontiguousarray(solve_triangular(low, right, lower=True, check_finite=False))
+
+
+def _add(into: np.ndarray, scale: float, left: np.ndarray, right: np.ndarray) -> None:
+    """into += scale left^T right, all in C order. In place: the product alone would be another matrix as large."""
+    from scipy.linalg import blas
+
+    blas.dgemm(scale, right.T, left.T, beta=1.0, c=into.T, trans_b=1, overwrite_c=1)

@@ -76,7 +76,7 @@ class Problem(_Layer):
         """sum |W x - t|^2 / sum |t|^2 of weights as ``solve`` gives them, without the ridge; ``energy``: sum |t|^2."""
         kept = self.with_fixed(chosen)
         square = -2 * np.vdot(weight.T, self.cross[kept])
-        for part in by.panels(len(kept), by.WIDE):
+        for part in by.panels(len(kept), by.PANEL):
             square += np.vdot(weight @ self.gram[np.ix_(kept, kept[part])], weight[:, part])
         return max(
             0.0, float((square + energy) / max(energy, by.TINY))
@@ -178,28 +178,25 @@ class Dual(_Layer):
 # ---- what it takes ----
 
 
-def problem_bytes(inputs: int, outputs: int) -> int:
-    """Memory of a Problem at its peak: its Gram matrix and the inverse, cross terms, weights and new ones."""
-    return 16 * inputs**2 + 28 * inputs * outputs + 24 * by.LAZY * inputs
+@dataclass(frozen=True)
+class Cost:
+    """What choosing and solving one matrix takes, half of its inputs removed: which form, bytes, operations."""
+
+    dual: bool
+    nbytes: int
+    flops: float
 
 
-def dual_bytes(tokens: int, inputs: int, outputs: int) -> int:
-    """Memory of a Dual at its peak: tokens, targets and residuals, weights and new ones, K; a round of removals."""
+def cost(tokens: int, inputs: int, outputs: int) -> Cost:
+    """Of the form that is taken: by tokens where those are fewer than inputs."""
+    through = inputs * outputs
+    if tokens >= inputs:  # Gram matrix and inverse; cross terms, weights and new ones
+        nbytes = 16 * inputs**2 + 28 * through + 24 * by.LAZY * inputs
+        return Cost(False, nbytes, 2.0 * inputs**3 + 3.0 * inputs * through)
     batch = max(1, inputs // by.ROUNDS)
-    return (
-        4 * tokens * inputs + 20 * tokens * outputs + 12 * inputs * outputs + 16 * tokens**2
+    nbytes = (  # tokens, targets and residuals; weights and new ones; two K; a round of removals
+        4 * tokens * inputs + 20 * tokens * outputs + 12 * through + 16 * tokens**2
         + 32 * batch * inputs + 8 * by.WIDE * (tokens + outputs)
     )  # fmt: skip
-
-
-def problem_flops(inputs: int, outputs: int) -> float:
-    """Operations, when half of the inputs go: factor and inverse, removals, weights."""
-    return 2.0 * inputs**3 + 3.0 * inputs**2 * outputs
-
-
-def dual_flops(tokens: int, inputs: int, outputs: int) -> float:
-    """The same of a Dual."""
-    return (
-        1.0 * tokens**3 + 4.0 * tokens**2 * inputs + 4.0 * tokens * inputs * outputs
-        + 1.0 * inputs**2 * (tokens + outputs)
-    )  # fmt: skip
+    flops = 1.0 * tokens**3 + 4.0 * tokens**2 * inputs + 4.0 * tokens * through + 1.0 * inputs**2 * (tokens + outputs)
+    return Cost(True, nbytes, flops)

@@ -341,7 +341,7 @@ def two_streams(
     damping: float,
     residual: bool = True,
 ) -> dict[str, np.ndarray]:
-    """The weights of the original with o_proj and down_proj solved anew, zero at what is cut.
+    """The weights of the original with o_proj and down_proj (and their biases) solved anew, zero at what is cut.
 
     ``kept``: (kv heads, channels) of every layer that stays; ``residual`` False: the target is what the dense matrix
     gave, without the error that the pruned stream brings along. The pruned stream is a whole forward each time.
@@ -361,16 +361,24 @@ def two_streams(
             middle = middle + weights.get(f"{names[0]}.bias", 0.0)
         for name, site, chosen in zip(names, ("attention", "ffn"), columns, strict=True):
             own = forward(config, new, tokens)[1][i]
-            old = weights[f"{name}.weight"]
+            old, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+            added = 0.0 if bias is None else bias
             if gemma or not residual:
-                target = a[site] @ old.T
+                target = a[site] @ old.T + added
             else:
-                past = own["before"] if site == "attention" else passed
-                target = (middle if site == "attention" else a["after"]) - past - weights.get(f"{name}.bias", 0.0)
-            x = own[site][text]
+                target = (middle if site == "attention" else a["after"]) - (
+                    own["before"] if site == "attention" else passed
+                )
+            x, data, before, left = own[site][text], own[site][text], old, chosen
+            if bias is not None:  # a constant input that always stays
+                data = np.hstack([x, np.ones((len(x), 1))])
+                before, left = np.hstack([old, bias[:, None]]), [*chosen, old.shape[1]]
+            found = ridge(data, target[text], before, ridge_of(x, damping), left)
             solved = np.zeros_like(old)
-            solved[:, chosen] = ridge(x, target[text], old, ridge_of(x, damping), chosen)
+            solved[:, chosen] = found[:, : len(chosen)]
             new[f"{name}.weight"] = solved
+            if bias is not None:
+                added = new[f"{name}.bias"] = found[:, -1]
             if site == "attention":
-                passed = own["before"] + own[site] @ solved.T + weights.get(f"{name}.bias", 0.0)
+                passed = own["before"] + own[site] @ solved.T + added
     return new

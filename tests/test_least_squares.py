@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import reference
 
 from mlx_pare import elimination
-from mlx_pare.least_squares import DAMPING, Dual, Problem
+from mlx_pare.least_squares import DAMPING, Dual, Problem, cost
 
 
 def data(inputs: int, outputs: int = 5, tokens: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -121,11 +123,11 @@ def test_choose_in_batches(problem, monkeypatch, inputs, rounds, batch):
     assert problem(x, weight, target).choose(1, 5) == expected
 
 
-@pytest.mark.parametrize("panel", [1, 5, 1000])
-def test_panels_change_nothing(problem, monkeypatch, panel):
-    made = problem(*data(30))
+@pytest.mark.parametrize("lazy", [1, 5, 1000])
+def test_waiting_changes_nothing(monkeypatch, lazy):
+    made = gram(*data(30))
     expected = made.choose(2, 6)
-    monkeypatch.setattr(elimination, "PANEL", panel)
+    monkeypatch.setattr(elimination, "LAZY", lazy)
     assert made.choose(2, 6) == expected
 
 
@@ -227,3 +229,32 @@ def test_a_fixed_input_is_solved_and_never_goes(problem, size, count):
     energy = float((target**2).sum())
     without = problem(x, weight, target)
     assert made.error(found, kept, energy) < without.error(without.solve(kept), kept, energy)
+
+
+# ---- what it takes ----
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(3000, 1000, 250), (300, 2000, 400), (900, 1200, 1500)])
+def test_stated_memory(tokens, inputs, outputs):
+    """No less than numpy really has at once, no more than twice as much; also for error feedback."""
+    stated = cost(tokens, inputs, outputs)
+    assert stated.dual == (tokens < inputs)
+    x, weight = np.zeros((tokens, inputs), np.float32), np.zeros((outputs, inputs), np.float32)
+    x[:] = np.random.default_rng(0).standard_normal(x.shape)
+    gram(*data(8)).choose(1, 4)  # scipy is imported before anything is measured
+    tracemalloc.start()
+    if stated.dual:
+        made = Dual(x.copy(), np.zeros((tokens, outputs), np.float32), weight.copy())
+    else:
+        square = (x.T @ x).astype(np.float64)
+        made = Problem(square, np.zeros((inputs, outputs)), weight.copy())
+        del square
+    chosen = made.choose(1, inputs * 3 // 4)
+    new = made.solve(chosen)
+    made.error(new, chosen, 1.0)
+    feedback = made.feedback(chosen)
+    feedback.group(0, 64)
+    feedback.missed(np.zeros((outputs, 64)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= stated.nbytes <= 2 * peak

@@ -523,7 +523,7 @@ def test_a_run_without_the_memory_for_reconstruction_goes_on_without(pico_models
         raise Refused("streaming needs 99 GB, free are 1 GB")
 
     assert pipeline.affordable(model, Settings(keep=0.75)).reconstruct
-    monkeypatch.setattr(pipeline, "WIDEST", 100)
+    monkeypatch.setattr(pipeline, "AFFORDABLE", 100)
     assert not pipeline.affordable(model, Settings(keep=0.75, memory_cap=10**9)).reconstruct
     monkeypatch.undo()
     monkeypatch.setattr(pipeline, "check_reconstruction", refuse)
