@@ -340,16 +340,18 @@ def two_streams(
     kept: dict[int, tuple[list[int], list[int]]],
     damping: float,
     residual: bool = True,
+    stored: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """The weights of the original with o_proj and down_proj (and their biases) solved anew, zero at what is cut.
 
     ``kept``: (kv heads, channels) of every layer that stays; ``residual`` False: the target is what the dense matrix
-    gave, without the error that the pruned stream brings along. The pruned stream is a whole forward each time.
+    gave, without the error that the pruned stream brings along. ``stored``: what the pruned stream goes
+    through in place of what is solved (rounded, say). The pruned stream is a whole forward each time.
     """
     gemma = config["model_type"] == "gemma3_text"
     heads, kv_heads, d = sizes(config)
     text = np.arange(tokens.shape[1])[None] < lengths[:, None]
-    dense, new, passed = forward(config, weights, tokens)[1], dict(weights), np.zeros(())
+    dense, new, result, passed = forward(config, weights, tokens)[1], dict(weights), {}, np.zeros(())
     for i, a in enumerate(dense):
         names = [f"model.layers.{i}.{n}" for n in ("self_attn.o_proj", "mlp.down_proj")]
         if i not in kept:  # nothing is added to the stream: the layer is not there
@@ -376,9 +378,12 @@ def two_streams(
             found = ridge(data, target[text], before, ridge_of(x, damping), left)
             solved = np.zeros_like(old)
             solved[:, chosen] = found[:, : len(chosen)]
-            new[f"{name}.weight"] = solved
+            result[f"{name}.weight"] = solved
             if bias is not None:
-                added = new[f"{name}.bias"] = found[:, -1]
+                result[f"{name}.bias"] = found[:, -1]
+            for leaf in ("weight", "bias"):
+                if f"{name}.{leaf}" in result:
+                    new[f"{name}.{leaf}"] = (stored or result)[f"{name}.{leaf}"]
             if site == "attention":
-                passed = own["before"] + own[site] @ solved.T + added
-    return new
+                passed = own["before"] + own[site] @ new[f"{name}.weight"].T + new.get(f"{name}.bias", 0.0)
+    return {**new, **result}

@@ -311,6 +311,93 @@ def test_result_is_the_reference_in_stock_mlx_lm(model, tmp_path, variant, store
         assert 0 < error < 0.2 and error == pytest.approx(measured, rel=1e-3)
 
 
+@pytest.mark.parametrize("variant", ["llama with biases", "seed_oss with biases"])
+def test_new_biases_reach_stock_mlx_lm(model, tmp_path, variant):
+    path = model(variant)
+    made, _, _ = repaired(path, plan_of(path, 64, heads=1), tmp_path / "repair")
+    prune(path, made, tmp_path / "out", repair=tmp_path / "repair")
+    config, old = reference.load(path)
+    wanted = reference.forward(config, expected(path, made), TOKENS)[0]
+    assert np.abs(logits(tmp_path / "out") - wanted).max() < 1e-3 * max(1.0, wanted.std())
+    _, new = reference.load(tmp_path / "out")
+    for name in ("self_attn.o_proj.bias", "mlp.down_proj.bias"):
+        assert far(new[f"model.layers.1.{name}"], old[f"model.layers.1.{name}"]) > 1e-2
+
+
+def test_no_bias_where_there_is_none(model, tmp_path):
+    path = model("qwen2")  # it has some on q, k and v
+    _, arrays, _ = repaired(path, plan_of(path), tmp_path / "repair")
+    assert not any("bias" in name for name in arrays)
+
+
+SHORT = Rows(DATA.tokens[:3], np.array([24, 15, 20], np.int32))  # 59 tokens of text
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "gemma3_text", "llama with biases"])
+def test_fewer_tokens_than_inputs(model, tmp_path, monkeypatch, variant):
+    """The other form: no matrix as wide as the layer, and the same weights, choice included."""
+    path = model(variant)
+    given = plan_of(path)
+    chosen = {}
+    for name in ("Dual", "Problem"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "Problem" if name == "Dual" else "Dual", None)
+            if name == "Problem":
+                patch.setattr(module, "cost", lambda *_: Cost(False, 0, 0.0))
+            chosen[name], arrays, errors = repaired(path, given, tmp_path / name, SHORT)
+        assert all(0 <= pair[1] <= pair[0] for pair in errors.values())
+        wanted = expected(path, chosen[name], SHORT)
+        compare(path, chosen[name], arrays, wanted, 1e-2)  # rounding of activations weighs more with so few
+    assert chosen["Dual"].layers[0] == chosen["Problem"].layers[0]
+
+
+@pytest.mark.parametrize("data", [DATA, SHORT], ids=["gram", "tokens"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma3_text", "seed_oss with biases"])
+def test_packed_with_error_feedback(model, tmp_path, variant, data):
+    """prune writes those codes; later blocks are solved for the stream that went through them."""
+    path = model(variant, packed=(4, 32))
+    half = Checkpoint(path).arch.layers[0].sizes["kv_head"] // 2  # whole groups of columns
+    made = reconstruct(path, plan_of(path, heads=max(1, half)), data, tmp_path / "repair")
+    done = prune(path, made, tmp_path / "out", repair=tmp_path / "repair")
+    raw, (_, written) = reference.tensors(tmp_path / "out" / "model.safetensors"), reference.load(tmp_path / "out")
+    _, original = reference.load(path)
+    stored = {}
+    for new, layer in enumerate(made.layers):
+        repair = reference.tensors(repair_file(tmp_path / "repair", new))
+        for role, part in (("o_proj", "self_attn"), ("down_proj", "mlp")):
+            name, kept = f"model.layers.{new}.{part}.{role}", columns(path, layer, role)
+            for leaf in ("weight", "scales", "biases"):
+                assert np.array_equal(repair[f"{role}.{leaf}"], raw[f"{name}.{leaf}"])
+            old = f"model.layers.{layer.source}.{part}.{role}"
+            whole = np.zeros_like(original[f"{old}.weight"])
+            whole[:, kept] = written[f"{name}.weight"]
+            stored[f"{old}.weight"] = whole
+            if "biases" in variant:
+                assert np.array_equal(repair[f"{role}_bias"], raw[f"{name}.bias"])
+                stored[f"{old}.bias"] = written[f"{name}.bias"]
+    solved = expected(path, made, data, stored=stored)
+    assert set(done["requantized"]) == {n.removesuffix(".weight") for n in stored if n.endswith("weight")}
+    for name, error in done["requantized"].items():
+        wanted = far(stored[f"{name}.weight"], solved[f"{name}.weight"])
+        assert error == pytest.approx(wanted, rel=1e-2) and 0 < error < 1
+    for new in range(len(made.layers)):
+        about = Arrays.described(repair_file(tmp_path / "repair", new), "reconstruction")
+        assert all(before >= after <= packed for before, after, packed in about["errors"].values())
+
+
+def test_packed_otherwise_than_prune_wants(model, tmp_path):
+    """Codes for 4 bits are no codes for 8: what they say is packed again, or left dense."""
+    path = model(packed=(4, 32))
+    made = reconstruct(path, plan_of(path), DATA, tmp_path / "repair")
+    prune(path, made, tmp_path / "4", repair=tmp_path / "repair")
+    prune(path, made.model_copy(update={"bits": 8, "group_size": 32}), tmp_path / "8", repair=tmp_path / "repair")
+    done = prune(path, made, tmp_path / "dense", requantize=False, repair=tmp_path / "repair")
+    assert not done["requantized"] and len(done["dense"]) == 8
+    (_, four), (_, eight), (_, dense) = (reference.load(tmp_path / name) for name in ("4", "8", "dense"))
+    for name in (f"model.layers.{n}.{role}.weight" for n in range(4) for role in ("self_attn.o_proj", "mlp.down_proj")):
+        assert 0 < far(eight[name], four[name]) < 0.01 and far(dense[name], four[name]) < 1e-3
+
+
 def test_a_solved_matrix_that_cannot_be_packed_is_listed(model, tmp_path):
     """77 columns are no whole groups, and who asks for no requantizing gets none."""
     path = model(packed=(4, 32))
