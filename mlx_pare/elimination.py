@@ -169,6 +169,7 @@ class Ahead:
 
 
 def panels(length: int, step: int) -> Iterator[slice]:
+    """Slices of ``step`` over a length; the last may be shorter."""
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 

@@ -80,7 +80,7 @@ def _repairs(repair: Path | None, checkpoint: Checkpoint, plan: Plan) -> list[_R
                 f"{repair} was made for another plan: layer {layer.source} keeps other units there",
                 "reconstruct this plan again",
             )
-        repairs.append(_Repair(file, about["packed"]))
+        repairs.append(_Repair(file, about.get("packed", {})))
     return repairs
 
 
