@@ -1,7 +1,14 @@
 """Which inputs of a linear layer to keep, and the weights with which those do best: least squares in float64.
 
-A layer y = W x is judged on calibration data alone: G = sum of x x^T (inputs), C = sum of x t^T (inputs with targets).
-Both functions minimise sum |W x - t|^2 + lambda |W - W0|^2, with lambda a small share of the mean diagonal of G.
+A layer y = W x is judged on calibration data alone: inputs x, targets t. Everything here minimises
+sum |W x - t|^2 + lambda |W - W0|^2, with lambda a small share of the mean square sum of an input. Two forms of it:
+``Problem`` knows the sums G = sum of x x^T and C = sum of x t^T and works on H = G + lambda [inputs, inputs]; ``Dual``
+knows the tokens themselves, X [tokens, inputs], and works on K = X X^T + lambda [tokens, tokens], much less for a wide
+layer and few tokens: with A = K^-1 and R = t - X W0^T the weights are W0^T + X^T A R and H^-1 = (1 - X^T A X) / lambda
+(Sherman-Morrison-Woodbury).
+
+The last ``fixed`` inputs are no candidates: a constant one, whose weight is the change of a bias, which so makes up for
+the mean of what is cut (FLAP, An et al. 2024, arXiv 2312.11983, by least squares).
 
 Sources: optimal brain surgeon, Hassibi & Stork 1993, for layers as in Frantar et al. 2022 (Optimal Brain Compression,
 arXiv 2208.11580), here with removed units of several inputs; the ridge towards the old weights is ours.
@@ -11,84 +18,185 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from . import elimination as by
+
 DAMPING = 1e-4  # share of the mean diagonal; 1e-2 was worse on both reference models (benchmarks/LOG.md)
-ROUNDS = 256  # a unit's cost is looked at again after every 256th part of them has gone
-PANEL = 64  # rows that are down-dated at a time: few enough to stay in the cache
-TINY = 1e-30
+
+Indices = Sequence[int] | np.ndarray
+
+
+class _Layer:
+    """What both forms share."""
+
+    weight: np.ndarray
+    fixed: int
+
+    @property
+    def width(self) -> int:
+        """How many inputs are candidates."""
+        return self.weight.shape[1] - self.fixed
+
+    def with_fixed(self, chosen: Indices) -> np.ndarray:
+        """The inputs that are left when these candidates are."""
+        return np.concatenate([np.asarray(chosen, int), np.arange(self.width, self.width + self.fixed)])
+
+    def old(self, chosen: Indices) -> np.ndarray:
+        """The weights [out, chosen + fixed] as they were."""
+        return self.weight[:, self.with_fixed(chosen)]
 
 
 @dataclass(frozen=True)
-class Problem:
-    """``gram`` [n, n], ``cross`` [n, out], ``weight`` [out, n] (what the layer has now): float64."""
+class Problem(_Layer):
+    """``gram`` [n, n], ``cross`` [n, out], ``weight`` [out, n] (what the layer has now): float64; n with the fixed."""
 
     gram: np.ndarray
     cross: np.ndarray
     weight: np.ndarray
     damping: float = DAMPING
+    fixed: int = 0
 
     @property
     def ridge(self) -> float:
-        return self.damping * max(float(np.diag(self.gram).mean()), TINY)
+        """lambda."""
+        return self.damping * max(float(np.diag(self.gram)[: self.width].mean()), by.TINY)
 
-    def solve(self, kept: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The best weights [out, len(kept)] when only these inputs are left."""
-        kept = np.asarray(kept)
-        left = self.gram[np.ix_(kept, kept)]
-        np.fill_diagonal(left, left.diagonal() + self.ridge)
-        return np.linalg.solve(left, self.cross[kept] + self.ridge * self.weight[:, kept].T).T
+    def solve(self, chosen: Indices) -> np.ndarray:
+        """The best weights [out, chosen + fixed] when only these inputs are left."""
+        from scipy.linalg import lapack
 
-    def error(self, weight: np.ndarray, kept: Sequence[int] | np.ndarray, energy: float) -> float:
-        """sum |W x - t|^2 / sum |t|^2 of weights [out, len(kept)], without the ridge; ``energy`` is sum |t|^2."""
-        kept = np.asarray(kept)
-        square = np.vdot(weight @ self.gram[np.ix_(kept, kept)], weight) - 2 * np.vdot(weight.T, self.cross[kept])
-        return max(0.0, float((square + energy) / max(energy, TINY)))  # rounding may leave a little less than nothing
+        kept = self.with_fixed(chosen)
+        right = self.cross[kept] + self.ridge * self.weight[:, kept].T
+        return lapack.dpotrs(by.factor(self._damped(kept)), right, lower=1)[0].T
+
+    def error(self, weight: np.ndarray, chosen: Indices, energy: float) -> float:
+        """sum |W x - t|^2 / sum |t|^2 of weights as ``solve`` gives them, without the ridge; ``energy``: sum |t|^2."""
+        kept = self.with_fixed(chosen)
+        square = -2 * np.vdot(weight.T, self.cross[kept])
+        for part in by.panels(len(kept), by.PANEL):
+            square += np.vdot(weight @ self.gram[np.ix_(kept, kept[part])], weight[:, part])
+        return max(
+            0.0, float((square + energy) / max(energy, by.TINY))
+        )  # rounding may leave a little less than nothing
 
     def choose(self, size: int, count: int) -> list[int]:
         """The ``count`` units, of ``size`` neighbouring inputs each, whose removal costs most; ascending.
 
         Greedy: always the unit that costs least goes, given that the weights of all others are solved again, which its
         removal changes: cost = tr(B_u^T (H^-1_uu)^-1 B_u) for weights B and H = G + lambda. Where there are more than
-        ROUNDS units, several go before costs are looked at again.
+        by.ROUNDS units, several go before costs are looked at again.
         """
-        inverse = self.gram.copy()
-        np.fill_diagonal(inverse, inverse.diagonal() + self.ridge)
-        inverse = np.linalg.inv(inverse)
-        weights = inverse @ (self.cross + self.ridge * self.weight.T)
-        alive = np.arange(len(self.gram) // size)
-        batch = max(1, len(alive) // ROUNDS)
-        while len(alive) > count:
-            costs = _costs(inverse, weights, alive, size)
-            least = np.argsort(costs, kind="stable")[: min(batch, len(alive) - count)]
-            _remove(inverse, weights, _inputs(alive[least], size))
-            alive = np.delete(alive, least)
-        return alive.tolist()
+        whole = by.inverse(self._damped(np.arange(len(self.gram))))
+        weights = whole @ (self.cross + self.ridge * self.weight.T)
+        return by.greedy(by.Inverse(whole), weights, self.width, size, count)
+
+    def feedback(self, chosen: Indices) -> by.Feedback:
+        """For the columns of ``solve(chosen)`` in their order."""
+        from scipy.linalg import lapack
+
+        kept = self.with_fixed(chosen)[::-1]  # H = R R^T with an upper R is the usual factor of H backwards
+        lower = lapack.dtrtri(by.factor(self._damped(kept)), lower=1, overwrite_c=1)[0]
+        return by.Backlog(lower[::-1, ::-1], len(self.weight))
+
+    def _damped(self, kept: np.ndarray) -> np.ndarray:
+        left = self.gram[np.ix_(kept, kept)]
+        np.fill_diagonal(left, left.diagonal() + self.ridge)
+        return left
 
 
-def _inputs(units: np.ndarray, size: int) -> np.ndarray:
-    return (units[:, None] * size + np.arange(size)).reshape(-1)
+@dataclass(frozen=True)
+class Dual(_Layer):
+    """``inputs`` [tokens, n], ``target`` [tokens, out], ``weight`` [out, n]: float32 will do, n with the fixed.
+
+    The same functions as a Problem has, for more inputs than tokens: nothing is [n, n] here."""
+
+    inputs: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+    damping: float = DAMPING
+    fixed: int = 0
+
+    @cached_property
+    def ridge(self) -> float:
+        """lambda."""
+        square = sum(np.square(part).sum() for _, part in by.columns(self.inputs, np.arange(self.width)))
+        return self.damping * max(float(square) / self.width, by.TINY)
+
+    def solve(self, chosen: Indices) -> np.ndarray:
+        """The best weights [out, chosen + fixed] when only these inputs are left."""
+        from scipy.linalg import lapack
+
+        kept = self.with_fixed(chosen)
+        short = lapack.dpotrs(by.factor(self._gram(kept)), self._residual(self.weight, kept), lower=1)[0].T
+        solved = np.empty((len(short), len(kept)))
+        for part, x in by.columns(self.inputs, kept):
+            solved[:, part] = self.weight[:, kept[part]] + short @ x
+        return solved
+
+    def error(self, weight: np.ndarray, chosen: Indices, energy: float) -> float:
+        """sum |W x - t|^2 / sum |t|^2 of weights as ``solve`` gives them, without the ridge; ``energy``: sum |t|^2."""
+        kept = self.with_fixed(chosen)
+        left = self._residual(weight, kept, np.arange(len(kept)))
+        return float(np.vdot(left, left) / max(energy, by.TINY))
+
+    def choose(self, size: int, count: int) -> list[int]:
+        """As ``Problem.choose``."""
+        every = np.arange(self.inputs.shape[1])
+        within = by.inverse(self._gram(every))
+        short = within @ self._residual(self.weight, every)
+        weights = np.empty((len(every), len(self.weight)))
+        for part, x in by.columns(self.inputs, every):
+            weights[part] = self.weight[:, part].T + x.T @ short
+        del short
+        return by.greedy(by.Tokens(self.inputs, within, self.ridge), weights, self.width, size, count)
+
+    def feedback(self, chosen: Indices) -> by.Feedback:
+        """For the columns of ``solve(chosen)`` in their order."""
+        kept = self.with_fixed(chosen)
+        return by.Ahead(by.Tokens(self.inputs[:, kept], by.inverse(self._gram(kept)), self.ridge), len(self.weight))
+
+    def _gram(self, kept: np.ndarray) -> np.ndarray:
+        """K of these inputs."""
+        gram = np.zeros((len(self.inputs), len(self.inputs)))
+        for _, x in by.columns(self.inputs, kept):
+            gram += x @ x.T
+        np.fill_diagonal(gram, gram.diagonal() + self.ridge)
+        return gram
+
+    def _residual(self, weight: np.ndarray, kept: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
+        """target - X W^T over these inputs, float64; ``own``: which columns of ``weight`` are theirs, if others."""
+        left = self.target.astype(np.float64)
+        own = kept if own is None else own
+        for part, x in by.columns(self.inputs, kept):
+            left -= x @ weight[:, own[part]].T
+        return left
 
 
-def _costs(inverse: np.ndarray, weights: np.ndarray, alive: np.ndarray, size: int) -> np.ndarray:
-    """What the removal of each living unit alone would cost."""
-    if size == 1:
-        return np.square(weights[alive]).sum(axis=1) / np.maximum(np.diag(inverse)[alive], TINY)
-    costs = []
-    for unit in alive:
-        own = slice(unit * size, (unit + 1) * size)
-        costs.append(np.vdot(weights[own], np.linalg.solve(inverse[own, own], weights[own])))
-    return np.array(costs)
+# ---- what it takes ----
 
 
-def _remove(inverse: np.ndarray, weights: np.ndarray, gone: np.ndarray) -> None:
-    """Down-date both in place to what they are without these inputs, whose own rows become zero."""
-    gain = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[gone]).T  # [n, gone]
-    own = inverse[gone]
-    weights -= gain @ weights[gone]
-    for start in range(0, len(inverse), PANEL):  # one product of all rows would be another matrix as large
-        rows = slice(start, start + PANEL)
-        inverse[rows] -= gain[rows] @ own
-    weights[gone] = 0
-    inverse[gone], inverse[:, gone] = 0, 0
+@dataclass(frozen=True)
+class Cost:
+    """What choosing and solving one matrix takes, half of its inputs removed: which form, bytes, operations."""
+
+    dual: bool
+    nbytes: int
+    flops: float
+
+
+def cost(tokens: int, inputs: int, outputs: int) -> Cost:
+    """Of the form that is taken: by tokens where those are fewer than inputs."""
+    through = inputs * outputs
+    if tokens >= inputs:  # Gram matrix and inverse; cross terms, weights and new ones
+        nbytes = 16 * inputs**2 + 28 * through + 24 * by.LAZY * inputs
+        return Cost(False, nbytes, 2.0 * inputs**3 + 3.0 * inputs * through)
+    batch = max(1, inputs // by.ROUNDS)
+    nbytes = (  # tokens, targets and residuals; weights and new ones; two K; a round of removals
+        4 * tokens * inputs + 20 * tokens * outputs + 12 * through + 16 * tokens**2
+        + 32 * batch * inputs + 8 * by.WIDE * (tokens + outputs)
+    )  # fmt: skip
+    flops = 1.0 * tokens**3 + 4.0 * tokens**2 * inputs + 4.0 * tokens * through + 1.0 * inputs**2 * (tokens + outputs)
+    return Cost(True, nbytes, flops)

@@ -23,6 +23,7 @@ from .export import FILE_TYPES
 from .fit import macs
 from .plan import shape, whole
 from .reconstruct import check_memory as check_reconstruction
+from .reconstruct import costs as reconstruction_costs
 from .recover import METHODS
 from .recover import Options as RecoverOptions
 from .recover import check_memory as check_recovery
@@ -31,8 +32,8 @@ from .rundir import Run
 from .score import criterion
 from .steps import Settings, Texts
 
-# Choosing and solving one layer took 5 s at a width of 4096 on two cores and grows with its cube: five minutes here.
-WIDEST = 16384
+# Operations to choose and solve one matrix: an ffn of 16384 that is solved by its Gram matrix, minutes on two cores.
+AFFORDABLE = 1.5e13
 
 
 def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
@@ -109,16 +110,16 @@ def preflight(model: Path, s: Settings) -> None:
 def affordable(model: Path, s: Settings) -> Settings:
     """Without reconstruction where it would take hours, or where the memory that is free does not suffice (a wide model
     on a small Mac), which is said; under a --memory-cap, which somebody chose, it is for ``preflight`` to refuse."""
-    widest = max(layer.sizes["ffn"] for layer in Checkpoint(model).arch.layers)
-    if s.reconstruct and widest > WIDEST:
+    rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
+    if s.reconstruct and max(each.flops for each in reconstruction_costs(Checkpoint(model), rows)) > AFFORDABLE:
         console.warn(
-            f"going on without reconstruction: an ffn of {widest} would take hours; the commands calibrate, "
-            "score, plan, reconstruct, prune do it all the same"
+            f"going on without reconstruction: with {rows.total} tokens it would take hours (fewer than the ffn is "
+            "wide take less); the commands calibrate, score, plan, reconstruct, prune do it all the same"
         )
         return replace(s, reconstruct=False)
     if s.reconstruct and s.memory_cap is None:
         try:
-            check_reconstruction(Checkpoint(model), corpus.Rows.full(np.zeros((s.samples, s.length))), None)
+            check_reconstruction(Checkpoint(model), rows, None)
         except Refused as error:
             console.warn(f"going on without reconstruction: {error.problem}")
             return replace(s, reconstruct=False)

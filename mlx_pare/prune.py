@@ -6,7 +6,8 @@ solved anew by reconstruct, is quantized again; each one is listed with its erro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,27 @@ def prune(model: Path, plan: Plan, out: Path, requantize: bool = True, repair: P
     return {"requantized": surgeon.requantized, "dense": surgeon.left_dense}
 
 
-def _repairs(repair: Path | None, checkpoint: Checkpoint, plan: Plan) -> list[Path]:
+@dataclass(frozen=True)
+class _Repair:
+    """What reconstruct wrote for a layer; ``packed``: how it packed which roles."""
+
+    file: Path
+    packed: Mapping[str, Mapping[str, Any]]
+
+    def of(self, role: str) -> Packed | mx.array | None:
+        """Its tensor for this role, unread; most have none."""
+        arrays = mx.load(str(self.file))
+        if role not in self.packed:
+            return arrays.get(role)
+        packing = Packing(self.packed[role]["bits"], self.packed[role]["group_size"])
+        return Packed(*(arrays[f"{role}.{part}"] for part in ("weight", "scales", "biases")), packing)
+
+
+def _repairs(repair: Path | None, checkpoint: Checkpoint, plan: Plan) -> list[_Repair]:
     """What reconstruct wrote, a file per layer, after a look at what each was made for; none without it."""
     if repair is None:
         return []
+    repairs = []
     files = [repair_file(repair, new) for new in range(len(plan.layers))]
     if repair_file(repair, len(files)).exists():
         raise PareError(f"{repair} was made for another plan: one of more layers", "reconstruct this plan again")
@@ -62,7 +80,8 @@ def _repairs(repair: Path | None, checkpoint: Checkpoint, plan: Plan) -> list[Pa
                 f"{repair} was made for another plan: layer {layer.source} keeps other units there",
                 "reconstruct this plan again",
             )
-    return files
+        repairs.append(_Repair(file, about.get("packed", {})))
+    return repairs
 
 
 class _Surgeon:
@@ -74,7 +93,7 @@ class _Surgeon:
         plan: Plan,
         packing: Packing | None,
         requantize: bool,
-        repairs: list[Path],
+        repairs: list[_Repair],
     ):
         self.checkpoint, self.packing, self.repairs = checkpoint, packing, repairs
         self.keep = plan.keep(checkpoint.arch)
@@ -126,7 +145,7 @@ class _Surgeon:
     def _cut(self, piece: Piece) -> list[tuple[str, mx.array]]:
         solved = self._solved(piece)
         if solved is not None:
-            return self._store(piece, solved, listed=self.checkpoint.packing(piece.origin.module) is not None)
+            return self._repaired(piece, solved)
         kept = self._kept(piece)
         packed = read(self.checkpoint, piece.origin.name)
         if not isinstance(packed, Packed):
@@ -139,11 +158,22 @@ class _Surgeon:
         dense = _take(packed.dense(), [None, kept[1]])
         return self._store(piece, dense, listed=True)
 
-    def _solved(self, piece: Piece) -> mx.array | None:
-        """The matrix that reconstruct made for this tensor, unread; most have none."""
-        if not self.repairs or piece.tensor.layer is None or not piece.tensor.matrix:
+    def _solved(self, piece: Piece) -> Packed | mx.array | None:
+        """What reconstruct made for this tensor, unread; most have none."""
+        if not self.repairs or piece.tensor.layer is None:
             return None
-        return mx.load(str(self.repairs[piece.tensor.layer])).get(piece.tensor.spec.role)
+        return self.repairs[piece.tensor.layer].of(piece.tensor.spec.role)
+
+    def _repaired(self, piece: Piece, solved: Packed | mx.array) -> list[tuple[str, mx.array]]:
+        """What reconstruct made: its very codes where they are packed as the layout wants them."""
+        if isinstance(solved, Packed):
+            if piece.packing is not None and solved.packing.as_config() == piece.packing.as_config():
+                about = self.repairs[piece.tensor.layer].packed[piece.tensor.spec.role]
+                self.requantized[piece.tensor.module] = about["error"]
+                return _entries(piece, solved)
+            solved = solved.dense()
+        listed = piece.tensor.matrix and self.checkpoint.packing(piece.origin.module) is not None
+        return self._store(piece, solved, listed)
 
     def _store(self, piece: Piece, dense: mx.array, listed: bool) -> list[tuple[str, mx.array]]:
         """A dense tensor as the layout wants it stored; ``listed``: it was packed before, so say what happened."""

@@ -84,6 +84,12 @@ def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:
     return Packed(*parts, packing)
 
 
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The words [rows, columns*bits/32] of codes [rows, columns]: a row is one stream of bits, lowest first."""
+    stream = (np.ascontiguousarray(codes, np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")
+
+
 def whole_groups(columns: Sequence[int], group_size: int) -> list[int] | None:
     """The groups that ``columns`` consists of, or None when some group is cut."""
     if len(columns) % group_size:

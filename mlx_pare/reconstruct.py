@@ -5,7 +5,9 @@ earlier blocks. In every block the matrices that write to the residual stream, o
 anew so that the pruned stream comes back to the dense one: their target is what the dense stream has after them, minus
 what the pruned stream carries past them. The block runs in full, with the cut units left out at the input of those two
 matrices, which is the same as cut (the axes are exact). Up to the first cut the streams are one, and nothing is solved.
-Memory: hidden states of both streams, one block and its inputs of the two matrices, a few Gram matrices.
+A bias behind such a matrix is solved with it. A matrix that will be stored packed is packed here, with error feedback
+(gptq.py), so that later blocks make up for that as well.
+Memory: hidden states of both streams, one block and its inputs of the two matrices, what least squares take (``cost``).
 
 Where a norm stands behind those matrices (Gemma) the residual is out of reach of a linear solve; there the target is
 what the dense matrix itself gave.
@@ -14,6 +16,7 @@ what the dense matrix itself gave.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,19 +24,21 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import lm, stream
+from . import gptq, lm, stream
 from .arch import Architecture
 from .artifacts import Arrays, LayerPlan, Plan, repair_file
 from .checkpoint import Checkpoint
 from .console import gb
 from .corpus import Rows
 from .errors import PareError
-from .least_squares import DAMPING, Problem
+from .layout import Piece, layout
+from .least_squares import DAMPING, Cost, Dual, Problem, cost
 from .observers import replace_module
-from .quantized import dense_weight
+from .packing import Packing
+from .quantized import MX_DTYPE, Packed, dense_weight, relative_error
 
 CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are
-MATRICES = 5  # float64, as wide as down_proj: the Gram matrix, and four while numpy inverts it
+SOLVED = ("o_proj", "down_proj")
 
 
 def reconstruct(
@@ -42,8 +47,10 @@ def reconstruct(
     """Write the new matrices of every kept layer to the directory ``out``; returns the plan they belong to.
 
     ``out``: a safetensors file per layer of the pruned model, with "o_proj" and "down_proj", float32 [hidden, kept
-    inputs], as far as they were solved; its description names the units and the error (the share of the target that is
-    missed, in squares) of each matrix before and after. An earlier reconstruction there is replaced.
+    inputs], as far as they were solved, or, where they will be stored packed, "o_proj.weight", "o_proj.scales" and
+    "o_proj.biases"; "o_proj_bias", float32 [hidden], where there is one. Its description names the units and the error
+    (the share of the target that is missed, in squares) of each matrix before and after, and packed, where it is. An
+    earlier reconstruction there is replaced.
     The plan is the given one, its ffn channels and kv heads chosen again, as many per layer, when its criterion is
     "obs". Raises PareError for a plan that cuts the hidden size (what is cut there cannot be made up for so) or does
     not suit the model, Refused when the estimate of memory exceeds the cap.
@@ -69,17 +76,23 @@ def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
 
 
 def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
-    """What a pair of streams needs beyond a plain walk: more hidden states, the inputs of both matrices, and float64
-    matrices as wide as down_proj."""
+    """What a pair of streams needs beyond a plain walk: more hidden states, the inputs of both matrices, and what the
+    wider one takes to be solved, in the form that it will be."""
     arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
     sizes = arch.layer_sizes(0)
     attention = sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
     states = 6 if behind_norm(arch, 0) else 3
     tokens = rows.count * rows.length
-    return (
-        value * tokens * (states * arch.sizes["hidden"] + sizes["ffn"] + attention)
-        + MATRICES * 8 * max(sizes["ffn"], attention) ** 2
-    )
+    held = tokens * (states * arch.sizes["hidden"] + sizes["ffn"] + attention)
+    new = 4 * arch.sizes["hidden"] * (sizes["ffn"] + attention)
+    return value * held + new + max(each.nbytes for each in costs(checkpoint, rows))
+
+
+def costs(checkpoint: Checkpoint, rows: Rows) -> list[Cost]:
+    """What solving o_proj and down_proj of the first layer takes."""
+    sizes = checkpoint.arch.layer_sizes(0)
+    widths = sizes["kv_head"] * sizes["group"] * sizes["head_dim"], sizes["ffn"]
+    return [cost(rows.total, width, sizes["hidden"]) for width in widths]
 
 
 def behind_norm(arch: Architecture, index: int) -> bool:
@@ -95,7 +108,7 @@ class _Site:
         self.listening = False
         self.inputs: list[mx.array] = []  # of the pruned stream, one array per micro-batch
         self.outputs: list[mx.array] | None = None  # of the dense stream, where they are the target
-        self.new: tuple[mx.array, mx.array] | None = None  # kept inputs, weight [out, kept]
+        self.new: tuple[mx.array, mx.array] | None = None  # weight [out, in], zero at what is cut; bias
         self.replay: Iterator[mx.array] = iter(())
 
     def __getattr__(self, name: str) -> Any:
@@ -114,23 +127,28 @@ class _Site:
         return y
 
     def _replaced(self, x: mx.array) -> mx.array:
-        """What the solved matrix gives for its inputs, of which only the kept ones count."""
-        kept, weight = self.new
-        y = mx.take(x, kept, axis=-1).astype(mx.float32) @ weight.T
-        return (y + self.bias).astype(x.dtype)
+        """What the solved matrix gives for its inputs: multiplying by zeros is faster than gathering the kept ones."""
+        weight, bias = self.new
+        return (x.astype(mx.float32) @ weight.T + bias).astype(x.dtype)
 
     @property
     def _inner(self) -> Any:
         return getattr(self.module, "inner", self.module)
 
     @property
+    def biased(self) -> bool:
+        """Whether it has a bias."""
+        return "bias" in self._inner
+
+    @property
     def bias(self) -> mx.array:
         """Its bias, zero where it has none, float32."""
-        return self._inner.bias.astype(mx.float32) if "bias" in self._inner else mx.zeros((1,))
+        return self._inner.bias.astype(mx.float32) if self.biased else mx.zeros((1,))
 
     def weight(self) -> np.ndarray:
-        """Its own weight [out, in], float64."""
-        return np.array(dense_weight(self._inner)).astype(np.float64)
+        """Its own weight [out, in], float32; with a bias a column of zeros behind it, for how much that changes."""
+        own = np.array(dense_weight(self._inner))
+        return np.pad(own, ((0, 0), (0, 1))) if self.biased else own
 
 
 class _Before:
@@ -158,7 +176,8 @@ class _Pair:
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, rows: Rows, damping: float, out: Path):
         self.arch, self.plan, self.damping, self.out = checkpoint.arch, plan, damping, out
-        self.mask = mx.array(rows.mask())
+        self.mask, self.tokens = rows.mask(), rows.total
+        self.pieces = _pieces(checkpoint, plan)
         self.about = {"model": checkpoint.identity(), "tokens": rows.total, "damping": damping}
         self.planned = {layer.source: layer for layer in plan.layers}
         self.layers: list[LayerPlan] = []
@@ -190,25 +209,25 @@ class _Pair:
         if planned is None:  # a layer that is cut: the pruned stream walks past it
             self.pruned = pruned
             return
-        wanted, errors = self.attention.outputs, {}
+        wanted, self.made = self.attention.outputs, {}
         self.attention.outputs = None
         size = self.arch.layers[index].sizes["group"] * self.arch.layers[index].sizes["head_dim"]
         heads, channels = planned.kv_head, planned.ffn
         if self.pruned is not None or len(heads) < self.arch.layers[index].sizes["kv_head"]:
             self._listen(self.attention, run, pruned)
             target = _difference(middle, _parts(pruned, middle)) if wanted is None else wanted
-            heads, errors["o_proj"] = self._fit(self.attention, target, size, heads)
+            heads = self._fit("o_proj", target, size, heads)
         del middle
         wanted, self.ffn.outputs = self.ffn.outputs, None
-        if self.pruned is not None or errors or len(channels) < self.arch.layers[index].sizes["ffn"]:
+        if self.pruned is not None or self.made or len(channels) < self.arch.layers[index].sizes["ffn"]:
             self._listen(self.ffn, run, pruned)
             middle = self.middle.taken()
             target = _difference(_parts(after, middle), middle) if wanted is None else wanted
-            channels, errors["down_proj"] = self._fit(self.ffn, target, 1, channels)
+            channels = self._fit("down_proj", target, 1, channels)
             del middle, target
             self._begin()
             self.pruned = run(pruned)
-        self._save(LayerPlan(source=index, ffn=channels, kv_head=heads), errors)
+        self._save(LayerPlan(source=index, ffn=channels, kv_head=heads))
 
     def _listen(self, site: _Site, run: Callable, hidden: mx.array) -> None:
         """Remember the inputs of a matrix when these hidden states go through the block."""
@@ -223,30 +242,87 @@ class _Pair:
         for site in (self.attention, self.ffn):
             site.replay = iter(site.inputs)
 
-    def _fit(
-        self, site: _Site, target: Iterable[mx.array], size: int, planned: Sequence[int]
-    ) -> tuple[list[int], list[float]]:
-        """Choose the units of a matrix, or take the plan's; solve what is left; replace the matrix by it. Returns the
-        units and the errors before and after."""
-        gram, cross, energy = _sums(site.inputs, target, _parts(self.mask, site.inputs), site.bias)
-        problem = Problem(gram, cross, site.weight(), self.damping)
+    def _fit(self, role: str, target: Iterable[mx.array], size: int, planned: Sequence[int]) -> list[int]:
+        """Choose the units of a matrix, or take the plan's; solve what is left, pack it if it will be stored so;
+        replace the matrix by that. Returns the units."""
+        site = self.attention if role == "o_proj" else self.ffn
+        problem, energy = self._problem(site, target)
         chosen = list(planned)
-        if self.plan.criterion == CHOOSES and len(chosen) * size < len(gram):
+        if self.plan.criterion == CHOOSES and len(chosen) * size < problem.width:
             chosen = problem.choose(size, len(chosen))
         kept = (np.array(chosen)[:, None] * size + np.arange(size)).reshape(-1)
-        new = problem.solve(kept)
-        site.new = (mx.array(kept), mx.array(new.astype(np.float32)))
-        return chosen, [problem.error(weight, kept, energy) for weight in (problem.weight[:, kept], new)]
+        new, count = problem.solve(kept), len(kept)
+        errors = [problem.error(weight, kept, energy) for weight in (problem.old(kept), new)]
+        made = self.made[role] = _Made(errors, mx.array(new[:, :count].astype(np.float32)))
+        piece, rest = self.pieces[len(self.layers), role], new[:, count:]
+        if piece.packing is not None:
+            feedback = problem.feedback(kept)
+            made.packed, rest = gptq.quantize(new, piece.packing, MX_DTYPE[piece.dtype], feedback)
+            made.rounding = relative_error(made.weight, made.packed)
+            made.weight = made.packed.dense()
+            errors.append(problem.error(np.concatenate([np.array(made.weight), rest], axis=1), kept, energy))
+        if site.biased:
+            made.bias = site.bias + mx.array(rest[:, 0].astype(np.float32))
+        whole = np.zeros((len(new), problem.width), np.float32)
+        whole[:, kept] = np.array(made.weight)
+        site.new = mx.array(whole), site.bias if made.bias is None else made.bias
+        return chosen
 
-    def _save(self, layer: LayerPlan, errors: dict[str, list[float]]) -> None:
-        sites = {"o_proj": self.attention, "down_proj": self.ffn}
-        about = {**self.about, "units": layer.model_dump(), "errors": errors}
-        solved = {role: sites[role].new[1] for role in errors}
-        Arrays(solved, about).save(repair_file(self.out, len(self.layers)))
+    def _problem(self, site: _Site, target: Iterable[mx.array]) -> tuple[Problem | Dual, float]:
+        """What is to be solved, in the form that takes less, and the sum of squares of its target."""
+        weight, fixed = site.weight(), int(site.biased)
+        width = weight.shape[1] - fixed
+        parts = _text(site.inputs, target, _parts(self.mask, site.inputs), site.bias, fixed)
+        if cost(self.tokens, width, len(weight)).dual:
+            inputs, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            energy = float(np.square(targets, dtype=np.float64).sum())
+            _check_finite(energy + float(np.abs(inputs).max()))
+            return Dual(inputs, targets, weight, self.damping, fixed), energy
+        gram, cross, energy = _sums(parts)
+        _check_finite(energy + gram.trace() + cross.sum())
+        return Problem(gram, cross, weight, self.damping, fixed), energy
+
+    def _save(self, layer: LayerPlan) -> None:
+        arrays = {name: array for role, made in self.made.items() for name, array in made.arrays(role).items()}
+        about = {**self.about, "units": layer.model_dump()}
+        about["errors"] = {role: made.errors for role, made in self.made.items()}
+        about["packed"] = {role: made.about() for role, made in self.made.items() if made.packed}
+        Arrays(arrays, about).save(repair_file(self.out, len(self.layers)))
         self.layers.append(layer)
 
 
-def _parts(joined: mx.array, like: Sequence[mx.array]) -> Iterator[mx.array]:
+@dataclass
+class _Made:
+    """A solved matrix [out, kept] and its errors: before, after, and packed if it is."""
+
+    errors: list[float]
+    weight: mx.array
+    packed: Packed | None = None
+    rounding: float = 0.0
+    bias: mx.array | None = None
+
+    def arrays(self, role: str) -> dict[str, mx.array]:
+        """What the repair file holds of it."""
+        found = {role: self.weight}
+        if self.packed:
+            parts = {"weight": self.packed.words, "scales": self.packed.scales, "biases": self.packed.biases}
+            found = {f"{role}.{name}": array for name, array in parts.items()}
+        return found if self.bias is None else {**found, f"{role}_bias": self.bias}
+
+    def about(self) -> dict[str, float]:
+        """How it is packed, and the relative error of that, as prune gives it."""
+        packing = self.packed.packing
+        return {"bits": packing.bits, "group_size": packing.group_size, "error": self.rounding}
+
+
+def _pieces(checkpoint: Checkpoint, plan: Plan) -> dict[tuple[int | None, str], Piece]:
+    """How prune will store what is solved, by layer of the pruned model and role."""
+    packing = Packing(plan.bits, plan.group_size) if plan.bits else None
+    pieces = layout(checkpoint, plan.keep(checkpoint.arch), packing)
+    return {(p.tensor.layer, p.tensor.spec.role): p for p in pieces if p.tensor.spec.role in SOLVED}
+
+
+def _parts(joined: Any, like: Sequence[mx.array]) -> Iterator[Any]:
     """The rows of each micro-batch of ``like``."""
     for start, stop in pairwise(np.cumsum([0, *(x.shape[0] for x in like)]).tolist()):
         yield joined[start:stop]
@@ -257,22 +333,36 @@ def _difference(a: Iterable[mx.array], b: Iterable[mx.array]) -> Iterator[mx.arr
     return (x.astype(mx.float32) - y.astype(mx.float32) for x, y in zip(a, b, strict=True))
 
 
-def _sums(
-    inputs: Sequence[mx.array], target: Iterable[mx.array], mask: Iterable[mx.array], bias: mx.array
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Gram matrix [n, n], cross terms [n, out] and sum of squares of the target without the bias, over the text alone;
-    products of a micro-batch in float32, their sums in float64."""
+def _text(
+    inputs: Sequence[mx.array], target: Iterable[mx.array], mask: Iterable[np.ndarray], bias: mx.array, fixed: int
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """Inputs [tokens, n + fixed], ones behind the others, and targets without the bias [tokens, out] of a micro-batch:
+    the text alone, float32."""
+    for x, t, m in zip(inputs, target, mask, strict=True):
+        x, t = (a.astype(mx.float32).reshape(-1, a.shape[-1]) for a in (x, t - bias))
+        if not m.all():
+            text = mx.array(np.flatnonzero(m))
+            x, t = x[text], t[text]
+        yield (mx.concatenate([x, mx.ones((len(x), fixed))], axis=1) if fixed else x), t
+
+
+def _sums(parts: Iterable[tuple[mx.array, mx.array]]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Gram matrix [n, n], cross terms [n, out] and sum of squares of the target; products of a micro-batch in float32,
+    their sums in float64."""
     gram = cross = None
     energy = 0.0
-    for x, t, m in zip(inputs, target, mask, strict=True):
-        x, t = (mx.where(m[..., None], a.astype(mx.float32), 0).reshape(-1, a.shape[-1]) for a in (x, t - bias))
-        parts = x.T @ x, x.T @ t, mx.square(t).sum()
-        mx.eval(parts)
+    for x, t in parts:
+        products = x.T @ x, x.T @ t, mx.square(t).sum()
+        mx.eval(products)
         if gram is None:
-            gram, cross = (np.zeros(part.shape) for part in parts[:2])
-        for total, part in zip((gram, cross), parts[:2], strict=True):
-            total += np.asarray(part)
-        energy += parts[2].item()
-    if not np.isfinite(energy + gram.trace() + cross.sum()):
-        raise PareError("the model computes infinite numbers on this text", "use other text, or --no-reconstruct")
+            gram, cross = (np.zeros(product.shape) for product in products[:2])
+        for total, product in zip((gram, cross), products[:2], strict=True):
+            total += np.asarray(product)
+        energy += products[2].item()
     return gram, cross, energy
+
+
+def _check_finite(total: float) -> None:
+    """Raises PareError unless it is a number."""
+    if not np.isfinite(total):
+        raise PareError("the model computes infinite numbers on this text", "use other text, or --no-reconstruct")

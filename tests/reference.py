@@ -326,12 +326,20 @@ def inputs_of(units: list[int], size: int) -> list[int]:
 
 
 def greedy(
-    x: np.ndarray, target: np.ndarray, old: np.ndarray, weight: float, size: int, count: int, batch: int = 1
+    x: np.ndarray,
+    target: np.ndarray,
+    old: np.ndarray,
+    weight: float,
+    size: int,
+    count: int,
+    batch: int = 1,
+    fixed: int = 0,
 ) -> list[int]:
-    """The units that are left when always those go whose removal leaves the least loss, everything solved again."""
-    alive = list(range(x.shape[1] // size))
+    """The units that are left when always those go whose removal leaves the least loss, everything solved again; the
+    last ``fixed`` inputs stay."""
+    alive, stay = list(range((x.shape[1] - fixed) // size)), list(range(x.shape[1] - fixed, x.shape[1]))
     while len(alive) > count:
-        left = [loss(x, target, old, weight, inputs_of([v for v in alive if v != u], size)) for u in alive]
+        left = [loss(x, target, old, weight, inputs_of([v for v in alive if v != u], size) + stay) for u in alive]
         gone = {alive[i] for i in np.argsort(left, kind="stable")[: min(batch, len(alive) - count)]}
         alive = [u for u in alive if u not in gone]
     return alive
@@ -345,16 +353,18 @@ def two_streams(
     kept: dict[int, tuple[list[int], list[int]]],
     damping: float,
     residual: bool = True,
+    stored: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The weights of the original with o_proj and down_proj solved anew, zero at what is cut.
+    """The weights of the original with o_proj and down_proj (and their biases) solved anew, zero at what is cut.
 
     ``kept``: (kv heads, channels) of every layer that stays; ``residual`` False: the target is what the dense matrix
-    gave, without the error that the pruned stream brings along. The pruned stream is a whole forward each time.
+    gave, without the error that the pruned stream brings along. ``stored``: what the pruned stream goes
+    through in place of what is solved (rounded, say). The pruned stream is a whole forward each time.
     """
     gemma = config["model_type"] == "gemma3_text"
     heads, kv_heads, d = sizes(config)
     text = np.arange(tokens.shape[1])[None] < lengths[:, None]
-    dense, new, passed = forward(config, weights, tokens)[1], dict(weights), np.zeros(())
+    dense, new, result, passed = forward(config, weights, tokens)[1], dict(weights), {}, np.zeros(())
     for i, a in enumerate(dense):
         names = [f"model.layers.{i}.{n}" for n in ("self_attn.o_proj", "mlp.down_proj")]
         if i not in kept:  # nothing is added to the stream: the layer is not there
@@ -366,16 +376,27 @@ def two_streams(
             middle = middle + weights.get(f"{names[0]}.bias", 0.0)
         for name, site, chosen in zip(names, ("attention", "ffn"), columns, strict=True):
             own = forward(config, new, tokens)[1][i]
-            old = weights[f"{name}.weight"]
+            old, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+            added = 0.0 if bias is None else bias
             if gemma or not residual:
-                target = a[site] @ old.T
+                target = a[site] @ old.T + added
             else:
-                past = own["before"] if site == "attention" else passed
-                target = (middle if site == "attention" else a["after"]) - past - weights.get(f"{name}.bias", 0.0)
-            x = own[site][text]
+                target = (middle if site == "attention" else a["after"]) - (
+                    own["before"] if site == "attention" else passed
+                )
+            x, data, before, left = own[site][text], own[site][text], old, chosen
+            if bias is not None:  # a constant input that always stays
+                data = np.hstack([x, np.ones((len(x), 1))])
+                before, left = np.hstack([old, bias[:, None]]), [*chosen, old.shape[1]]
+            found = ridge(data, target[text], before, ridge_of(x, damping), left)
             solved = np.zeros_like(old)
-            solved[:, chosen] = ridge(x, target[text], old, ridge_of(x, damping), chosen)
-            new[f"{name}.weight"] = solved
+            solved[:, chosen] = found[:, : len(chosen)]
+            result[f"{name}.weight"] = solved
+            if bias is not None:
+                result[f"{name}.bias"] = found[:, -1]
+            for leaf in ("weight", "bias"):
+                if f"{name}.{leaf}" in result:
+                    new[f"{name}.{leaf}"] = (stored or result)[f"{name}.{leaf}"]
             if site == "attention":
-                passed = own["before"] + own[site] @ solved.T + weights.get(f"{name}.bias", 0.0)
-    return new
+                passed = own["before"] + own[site] @ new[f"{name}.weight"].T + new.get(f"{name}.bias", 0.0)
+    return {**new, **result}

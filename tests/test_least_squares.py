@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import reference
 
-from mlx_pare import least_squares
-from mlx_pare.least_squares import DAMPING, Problem
+from mlx_pare import elimination
+from mlx_pare.least_squares import DAMPING, Dual, Problem, cost
 
 
 def data(inputs: int, outputs: int = 5, tokens: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -19,8 +21,18 @@ def data(inputs: int, outputs: int = 5, tokens: int = 60, seed: int = 0) -> tupl
     return x, weight, x @ weight.T + 0.5 * random.standard_normal((tokens, outputs))
 
 
-def problem(x: np.ndarray, weight: np.ndarray, target: np.ndarray, damping: float = DAMPING) -> Problem:
-    return Problem(x.T @ x, x.T @ target, weight, damping)
+def gram(x: np.ndarray, weight: np.ndarray, target: np.ndarray, damping: float = DAMPING, fixed: int = 0) -> Problem:
+    return Problem(x.T @ x, x.T @ target, weight, damping, fixed)
+
+
+def dual(x: np.ndarray, weight: np.ndarray, target: np.ndarray, damping: float = DAMPING, fixed: int = 0) -> Dual:
+    return Dual(x, target, weight, damping, fixed)
+
+
+@pytest.fixture(params=[gram, dual], ids=["gram", "tokens"])
+def problem(request):
+    """Everything holds for both forms, whatever there is more of."""
+    return request.param
 
 
 def far(found: np.ndarray, expected: np.ndarray) -> float:
@@ -32,13 +44,13 @@ def far(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("damping", [1e-6, DAMPING, 1e-1])
 @pytest.mark.parametrize("kept", [range(20), range(0, 20, 3), [7]], ids=["all", "some", "one"])
-def test_solve(kept, damping):
+def test_solve(problem, kept, damping):
     x, weight, target = data(20)
     expected = reference.ridge(x, target, weight, reference.ridge_of(x, damping), list(kept))
     assert far(problem(x, weight, target, damping).solve(list(kept)), expected) < 1e-8
 
 
-def test_a_layer_that_is_asked_for_its_own_output_stays_as_it_is():
+def test_a_layer_that_is_asked_for_its_own_output_stays_as_it_is(problem):
     x, weight, _ = data(20)
     for damping in (DAMPING, 1.0):
         assert far(problem(x, weight, x @ weight.T, damping).solve(range(20)), weight) < 1e-10
@@ -54,7 +66,7 @@ SINGULAR = {
 
 
 @pytest.mark.parametrize("how", SINGULAR)
-def test_singular_inputs(how):
+def test_singular_inputs(problem, how):
     x, weight, _ = data(20)
     x = SINGULAR[how](x)
     target = x @ weight.T
@@ -72,7 +84,7 @@ def test_singular_inputs(how):
 
 
 @pytest.mark.parametrize("kept", [range(20), range(4, 16)])
-def test_error_is_the_residual(kept):
+def test_error_is_the_residual(problem, kept):
     x, weight, target = data(20)
     other = weight[:, list(kept)] * 1.1
     expected = ((x[:, list(kept)] @ other.T - target) ** 2).sum() / (target**2).sum()
@@ -82,7 +94,7 @@ def test_error_is_the_residual(kept):
 
 
 @pytest.mark.parametrize("count", [1, 5, 19, 20])
-def test_solving_never_makes_it_worse(count):
+def test_solving_never_makes_it_worse(problem, count):
     x, weight, target = data(20)
     made, energy = problem(x, weight, target), float((target**2).sum())
     kept = made.choose(1, count)
@@ -94,7 +106,7 @@ def test_solving_never_makes_it_worse(count):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("inputs", "size", "count"), [(14, 1, 5), (14, 1, 1), (15, 3, 2), (16, 4, 1), (12, 6, 1)])
-def test_choose_is_greedy(inputs, size, count, seed):
+def test_choose_is_greedy(problem, inputs, size, count, seed):
     x, weight, target = data(inputs, seed=seed)
     for damping in (DAMPING, 1e-2):
         made = problem(x, weight, target, damping)
@@ -103,32 +115,35 @@ def test_choose_is_greedy(inputs, size, count, seed):
 
 
 @pytest.mark.parametrize(("inputs", "rounds", "batch"), [(16, 8, 2), (16, 4, 4), (17, 4, 4), (9, 256, 1)])
-def test_choose_in_batches(monkeypatch, inputs, rounds, batch):
+def test_choose_in_batches(problem, monkeypatch, inputs, rounds, batch):
     """Several units go at once by the costs of one moment; the last batch is smaller."""
-    monkeypatch.setattr(least_squares, "ROUNDS", rounds)
+    monkeypatch.setattr(elimination, "ROUNDS", rounds)
     x, weight, target = data(inputs)
     expected = reference.greedy(x, target, weight, reference.ridge_of(x, DAMPING), 1, 5, batch)
     assert problem(x, weight, target).choose(1, 5) == expected
 
 
-@pytest.mark.parametrize("panel", [1, 5, 1000])
-def test_panels_change_nothing(monkeypatch, panel):
-    made = problem(*data(30))
+@pytest.mark.parametrize("lazy", [1, 5, 1000])
+def test_waiting_changes_nothing(monkeypatch, lazy):
+    made = gram(*data(30))
     expected = made.choose(2, 6)
-    monkeypatch.setattr(least_squares, "PANEL", panel)
+    monkeypatch.setattr(elimination, "LAZY", lazy)
     assert made.choose(2, 6) == expected
 
 
-def test_all_and_again():
-    made = problem(*data(20))
-    gram = made.gram.copy()
+def test_all_and_again(problem):
+    given = data(20)
+    made = problem(*given)
     assert made.choose(1, 20) == list(range(20)) and made.choose(5, 4) == [0, 1, 2, 3]
-    assert made.choose(1, 7) == made.choose(1, 7) and np.array_equal(made.gram, gram)  # it is not worked on in place
+    assert made.choose(1, 7) == made.choose(1, 7)
+    again = problem(*data(20))  # what is given is not worked on in place
+    for mine, other in zip(vars(made).values(), vars(again).values(), strict=False):
+        assert np.array_equal(mine, other)
     assert set(made.choose(1, 5)) < set(made.choose(1, 9))  # greedy: what is kept of less was kept of more
 
 
 @pytest.mark.parametrize(("size", "units"), [(1, 12), (3, 8)])
-def test_planted_units_go_first(size, units):
+def test_planted_units_go_first(problem, size, units):
     """Copies, sums of others and dead units cost nothing; the layer says the same without them."""
     x, weight, _ = data(units * size)
     random = np.random.default_rng(1)
@@ -149,8 +164,97 @@ def test_planted_units_go_first(size, units):
     assert far(x[:, one_less] @ made.solve(one_less).T, target) > 1e-3  # and no more than those was free
 
 
-def test_equal_units_go_in_their_order():
+def test_equal_units_go_in_their_order(problem):
     x, weight, _ = data(4)
     x, weight = np.repeat(x[:, :1], 6, axis=1), np.repeat(weight[:, :1], 6, axis=1)
     made = problem(x, weight, x @ weight.T)
     assert made.choose(1, 3) == made.choose(1, 3) and len(made.choose(1, 3)) == 3
+
+
+# ---- both forms ----
+
+
+@pytest.mark.parametrize("fixed", [0, 1])
+@pytest.mark.parametrize(("size", "count"), [(1, 450), (1, 300), (12, 30), (100, 2)])
+def test_tokens_say_what_the_gram_matrix_says(size, count, fixed):
+    """Wide layers of few tokens, several units at a time; the same units, and weights to 1e-8."""
+    x, weight, target = data(600, outputs=7, tokens=90)
+    x = np.concatenate([x, np.ones((90, fixed))], axis=1)
+    weight = np.concatenate([weight, np.zeros((7, fixed))], axis=1)
+    a, b = (make(x, weight, target, fixed=fixed) for make in (gram, dual))
+    assert a.ridge == pytest.approx(b.ridge, rel=1e-12)
+    chosen = a.choose(size, count)
+    assert b.choose(size, count) == chosen and len(chosen) == count
+    kept = reference.inputs_of(chosen, size)
+    assert far(b.solve(kept), a.solve(kept)) < 1e-8
+    assert far(b.solve(kept), reference.ridge(x, target, weight, a.ridge, [*kept, *range(600, 600 + fixed)])) < 1e-8
+    energy = float((target**2).sum())
+    for weights in (a.old(kept), 0.99 * a.solve(kept)):
+        assert b.error(weights, kept, energy) == pytest.approx(a.error(weights, kept, energy), rel=1e-6)
+
+
+def test_tokens_in_float32(monkeypatch):
+    """As they come from the model; all arithmetic is float64, and what is too wide goes in parts."""
+    monkeypatch.setattr(elimination, "WIDE", 64)
+    x, weight, target = (a.astype(np.float32) for a in data(300, outputs=7, tokens=90))
+    exact = dual(*(a.astype(np.float64) for a in (x, weight, target)))
+    made = dual(x, weight, target)
+    chosen = made.choose(4, 50)
+    assert chosen == exact.choose(4, 50)
+    kept = reference.inputs_of(chosen, 4)
+    assert far(made.solve(kept), exact.solve(kept)) < 1e-10
+
+
+# ---- a constant input: the bias ----
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 6), (3, 3)])
+def test_a_fixed_input_is_solved_and_never_goes(problem, size, count):
+    """Means of the inputs that go are made up for by it, and the choice knows that."""
+    x, weight, target = data(15)
+    x = x + 3 * np.arange(15)
+    target = target + 2.0
+    ones, nothing = np.ones((len(x), 1)), np.zeros((5, 1))
+    made = problem(np.hstack([x, ones]), np.hstack([weight, nothing]), target, fixed=1)
+    ridge = reference.ridge_of(x, DAMPING)
+    assert made.ridge == pytest.approx(ridge, rel=1e-10)
+    chosen = made.choose(size, count)
+    assert chosen == reference.greedy(
+        np.hstack([x, ones]), target, np.hstack([weight, nothing]), ridge, size, count, fixed=1
+    )
+    kept = reference.inputs_of(chosen, size)
+    found = made.solve(kept)
+    expected = reference.ridge(np.hstack([x, ones]), target, np.hstack([weight, nothing]), ridge, [*kept, 15])
+    assert found.shape == (5, len(kept) + 1) and far(found, expected) < 1e-8
+    energy = float((target**2).sum())
+    without = problem(x, weight, target)
+    assert made.error(found, kept, energy) < without.error(without.solve(kept), kept, energy)
+
+
+# ---- what it takes ----
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(3000, 1000, 250), (300, 2000, 400), (900, 1200, 1500)])
+def test_stated_memory(tokens, inputs, outputs):
+    """No less than numpy really has at once, no more than twice as much; also for error feedback."""
+    stated = cost(tokens, inputs, outputs)
+    assert stated.dual == (tokens < inputs)
+    x, weight = np.zeros((tokens, inputs), np.float32), np.zeros((outputs, inputs), np.float32)
+    x[:] = np.random.default_rng(0).standard_normal(x.shape)
+    gram(*data(8)).choose(1, 4)  # scipy is imported before anything is measured
+    tracemalloc.start()
+    if stated.dual:
+        made = Dual(x.copy(), np.zeros((tokens, outputs), np.float32), weight.copy())
+    else:
+        square = (x.T @ x).astype(np.float64)
+        made = Problem(square, np.zeros((inputs, outputs)), weight.copy())
+        del square
+    chosen = made.choose(1, inputs * 3 // 4)
+    new = made.solve(chosen)
+    made.error(new, chosen, 1.0)
+    feedback = made.feedback(chosen)
+    feedback.group(0, 64)
+    feedback.missed(np.zeros((outputs, 64)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= stated.nbytes <= 2 * peak

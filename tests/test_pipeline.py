@@ -562,8 +562,13 @@ def test_a_run_without_the_memory_for_reconstruction_goes_on_without(pico_models
         raise Refused("streaming needs 99 GB, free are 1 GB")
 
     assert pipeline.affordable(model, Settings(keep=0.75)).reconstruct
-    monkeypatch.setattr(pipeline, "WIDEST", 100)
+    monkeypatch.setattr(pipeline, "AFFORDABLE", 100)
     assert not pipeline.affordable(model, Settings(keep=0.75, memory_cap=10**9)).reconstruct
+    monkeypatch.setattr(pipeline, "AFFORDABLE", 5e6)
+    assert not pipeline.affordable(model, Settings(keep=0.75, samples=8, length=64)).reconstruct
+    assert pipeline.affordable(
+        model, Settings(keep=0.75, samples=1, length=16)
+    ).reconstruct  # fewer tokens than the ffn
     monkeypatch.undo()
     monkeypatch.setattr(pipeline, "check_reconstruction", refuse)
     assert not pipeline.affordable(model, Settings(keep=0.75)).reconstruct

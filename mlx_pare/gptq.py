@@ -1,0 +1,56 @@
+"""Codes of a quantized matrix chosen with error feedback, for what a layer is to compute instead of for its weights.
+
+Columns are rounded in their order, and those that are not reached yet make up for each error as the inputs allow: GPTQ,
+Frantar et al. 2022 (arXiv 2210.17323). Scale and bias of a group are MLX's own for what its weights have become when it
+is reached, in the dtype in which they are stored, and its codes are chosen for those.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from .elimination import Feedback
+from .packing import Packing
+from .quantized import Packed, pack, pack_codes
+
+
+def quantize(weight: np.ndarray, packing: Packing, dtype: mx.Dtype, feedback: Feedback) -> tuple[Packed, np.ndarray]:
+    """The matrix and what its packing made of the other columns. ``weight`` [out, n + fixed]: the first n, whole
+    groups, are packed; those behind them (of fixed inputs, such as a bias) only make up for errors.
+
+    ``feedback``: of the inputs of all these columns, in their order. All rows are worked on at once.
+    """
+    words, scales, biases = [], [], []
+    whole = weight.shape[1] // packing.group_size * packing.group_size
+    for start in range(0, whole, packing.group_size):
+        stop = start + packing.group_size
+        upper, owed = feedback.group(start, stop)
+        own = weight[:, start:stop] + owed
+        group = pack(mx.array(own.astype(np.float32)), packing, dtype)
+        scale, bias = (np.array(a.astype(mx.float32)).astype(np.float64)[:, 0] for a in (group.scales, group.biases))
+        codes, errors = _round(np.ascontiguousarray(own.T), scale, bias, upper, 2**packing.bits - 1)
+        feedback.missed(errors.T)
+        words.append(pack_codes(codes.T, packing.bits))
+        scales.append(group.scales)
+        biases.append(group.biases)
+    packed = Packed(
+        mx.array(np.concatenate(words, axis=1)), *(mx.concatenate(a, axis=1) for a in (scales, biases)), packing
+    )
+    mx.eval(packed.scales, packed.biases)
+    rest = weight[:, whole:]
+    return packed, rest + feedback.group(whole, weight.shape[1])[1] if rest.size else rest
+
+
+def _round(
+    own: np.ndarray, scale: np.ndarray, bias: np.ndarray, upper: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [n, out] of the columns ``own`` [n, out] of a group, and their errors over the diagonal of ``upper``."""
+    codes, errors = np.empty(own.shape, np.uint8), np.empty(own.shape)
+    step = np.where(scale == 0, 1, scale)
+    for i, column in enumerate(own):
+        code = np.clip(np.rint((column - bias) / step), 0, top)
+        errors[i] = (column - (scale * code + bias)) / upper[i, i]
+        own[i + 1 :] -= upper[i, i + 1 :, None] * errors[i]
+        codes[i] = code
+    return codes, errors
