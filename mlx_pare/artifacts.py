@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .arch import Architecture, Keep, LayerKeep, can_keep
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused
-from .packing import BITS, GROUP_SIZES
+from .packing import BITS, GROUP_SIZES, Packing
 
 SCHEMA = 1
 
@@ -112,15 +112,24 @@ class Size(Strict):
 
 
 class LayerPlan(Strict):
-    """One surviving layer: where it comes from and which units it keeps (indices in the original)."""
+    """One surviving layer: where it comes from and which units it keeps (indices in the original).
+
+    ``attention_bits``, ``ffn_bits``: of the matrices of that part, in groups of the plan's ``group_size``; None: as the
+    plan's ``bits``, or else as in the source.
+    """
 
     source: int
     ffn: list[int]
     kv_head: list[int]
+    attention_bits: int | None = None
+    ffn_bits: int | None = None
 
 
 class Plan(Strict):
-    """Which indices to keep on each axis. Made to be read and edited; ``problems`` checks it against a model."""
+    """Which indices to keep on each axis. Made to be read and edited; ``problems`` checks it against a model.
+
+    ``bits``: of the result (None: as the source); ``embedding_bits``: of the embedding and the head alone.
+    """
 
     schema_version: int = SCHEMA
     source: str
@@ -129,6 +138,7 @@ class Plan(Strict):
     target: Target
     bits: int | None = None
     group_size: int | None = None
+    embedding_bits: int | None = None
     before: Size
     after: Size
     neighbours: list[str] = Field(default_factory=list)
@@ -147,8 +157,18 @@ class Plan(Strict):
         for layer in self.layers:
             sizes = arch.layers[layer.source].sizes
             kept = {"ffn": layer.ffn, "kv_head": layer.kv_head}
-            layers.append(LayerKeep(layer.source, {a: k for a, k in kept.items() if len(k) != sizes[a]}))
-        return Keep(tuple(layers), self.hidden if self.cuts_hidden(arch) else None)
+            packings = self._packings(attention=layer.attention_bits, ffn=layer.ffn_bits)
+            layers.append(LayerKeep(layer.source, {a: k for a, k in kept.items() if len(k) != sizes[a]}, packings))
+        hidden = self.hidden if self.cuts_hidden(arch) else None
+        return Keep(tuple(layers), hidden, self._packings(embedding=self.embedding_bits))
+
+    def _packings(self, **bits: int | None) -> dict[str, Packing]:
+        return {part: Packing(n, self.group_size) for part, n in bits.items() if n is not None}
+
+    @property
+    def packing(self) -> Packing | None:
+        """What the result is packed as, but for parts with bits of their own; None: each tensor as in the source."""
+        return Packing(self.bits, self.group_size) if self.bits else None
 
     def cuts_hidden(self, arch: Architecture) -> bool:
         """Whether less of the hidden size is kept than there is."""
@@ -159,8 +179,10 @@ class Plan(Strict):
         found = []
         if not self.layers:
             return ["no layer is kept"]
-        if self.bits is not None and (self.bits not in BITS or self.group_size not in GROUP_SIZES):
-            found.append(f"MLX cannot pack {self.bits} bits in groups of {self.group_size}")
+        parts = {layer.attention_bits for layer in self.layers} | {layer.ffn_bits for layer in self.layers}
+        for bits in sorted({self.bits, self.embedding_bits, *parts} - {None}):
+            if bits not in BITS or self.group_size not in GROUP_SIZES:
+                found.append(f"MLX cannot pack {bits} bits in groups of {self.group_size}")
         sources = [layer.source for layer in self.layers]
         found += _index_problems("layers", sources, len(arch.layers))
         for layer in self.layers:

@@ -42,20 +42,22 @@ class Piece:
         return sum(planned.nbytes for planned in self.stored())
 
 
-def embedding_packed(checkpoint: Checkpoint, packing: Packing | None) -> bool:
+def embedding_packed(checkpoint: Checkpoint, keep: Keep, packing: Packing | None) -> bool:
     """Whether the result's embedding will be quantized, which decides how some families may leave."""
-    return packing is not None or checkpoint.packing("model.embed_tokens") is not None
+    asked = keep.packing(None, "embedding") or packing
+    return asked is not None or checkpoint.packing("model.embed_tokens") is not None
 
 
 def smaller(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Architecture:
     """The architecture that a cut of this checkpoint leaves."""
-    return cut(checkpoint.arch, keep, embedding_packed(checkpoint, packing))
+    return cut(checkpoint.arch, keep, embedding_packed(checkpoint, keep, packing))
 
 
 def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Iterator[Piece]:
     """The pieces of the cut model in the order of the new model.
 
-    ``packing``: quantize the result so (None: each tensor as it is in the source). A matrix whose columns no group size
+    ``packing``: quantize the result so (None: each tensor as it is in the source), but for the parts for which ``keep``
+    asks otherwise. A matrix whose columns no group size
     divides stays dense: the caller can see it, nothing happens silently.
     """
     new = smaller(checkpoint, keep, packing)
@@ -67,8 +69,10 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
             role = "embed_tokens"  # a head that is untied by the cut starts as the embedding
         origin = old[layer, role]
         dtype = checkpoint.dtype(origin)
-        wanted = (packing or checkpoint.packing(origin.module)) if tensor.matrix else None
-        if wanted is not None:
+        wanted = keep.packing(tensor.layer, tensor.spec.part) or packing or checkpoint.packing(origin.module)
+        if not tensor.matrix:
+            wanted = None
+        elif wanted is not None:
             wanted = Packing(wanted.bits, wanted.group_size, DTYPE_BYTES[dtype]).fitted(tensor.shape[-1])
         yield Piece(tensor, origin, wanted, dtype)
 

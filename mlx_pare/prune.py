@@ -18,7 +18,6 @@ from .checkpoint import Checkpoint
 from .console import progress
 from .errors import PareError, Refused
 from .layout import Piece, layout, size_of, smaller
-from .packing import Packing
 from .quantized import MX_DTYPE, Packed, pack, raw_bytes, read, relative_error, whole_groups
 from .shards import ShardWriter, copy_tokenizer, finish, partial_directory, write_config
 
@@ -36,8 +35,7 @@ def prune(model: Path, plan: Plan, out: Path, requantize: bool = True, repair: P
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
     plan.check(checkpoint)
-    packing = Packing(plan.bits, plan.group_size) if plan.bits else None
-    surgeon = _Surgeon(checkpoint, plan, packing, requantize, _repairs(repair, checkpoint, plan))
+    surgeon = _Surgeon(checkpoint, plan, requantize, _repairs(repair, checkpoint, plan))
     partial = partial_directory(out)
     surgeon.write(partial)
     finish(partial, out)
@@ -72,11 +70,11 @@ class _Surgeon:
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        packing: Packing | None,
         requantize: bool,
         repairs: list[Path],
     ):
-        self.checkpoint, self.packing, self.repairs = checkpoint, packing, repairs
+        self.checkpoint, self.packing, self.repairs = checkpoint, plan.packing, repairs
+        packing = plan.packing
         self.keep = plan.keep(checkpoint.arch)
         # people edit plans: what is written down about the result is counted, not believed
         self.plan = plan.model_copy(update={"after": size_of(checkpoint, self.keep, packing), "neighbours": []})
@@ -164,8 +162,8 @@ class _Surgeon:
         packings = {p.tensor.module: p.packing for p in self.pieces if p.tensor.matrix}
         used = [p for p in packings.values() if p]
         if used:
-            default = self.packing or self.checkpoint.quantization
-            default = max(used, key=lambda p: (p.as_config() == default.as_config(), used.count(p)))
+            usual = self.packing or self.checkpoint.quantization  # of neither when only parts are packed
+            default = max(used, key=lambda p: (usual is not None and p.as_config() == usual.as_config(), used.count(p)))
             overrides = {
                 module: p.as_config() if p else False
                 for module, p in packings.items()

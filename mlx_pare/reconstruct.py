@@ -208,7 +208,7 @@ class _Pair:
             del middle, target
             self._begin()
             self.pruned = run(pruned)
-        self._save(LayerPlan(source=index, ffn=channels, kv_head=heads), errors)
+        self._save(planned.model_copy(update={"ffn": channels, "kv_head": heads}), errors)
 
     def _listen(self, site: _Site, run: Callable, hidden: mx.array) -> None:
         """Remember the inputs of a matrix when these hidden states go through the block."""

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..errors import PareError, Unsupported
 from . import dense, gemma, hybrid, latent, mamba, moe, plain
+from .keep import Keep, LayerKeep
 from .rows import KEYS
-from .spec import AXES, Architecture, Family, Keep, Layer, LayerKeep, Tensor, Wrapper, layer_types, whole
+from .spec import AXES, Architecture, Family, Layer, Tensor, Wrapper, layer_types, whole
 
 _FILES = (dense, plain, gemma, moe, latent, hybrid, mamba)
 FAMILIES: tuple[Family, ...] = tuple(family for file in _FILES for family in file.FAMILIES)

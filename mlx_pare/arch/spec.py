@@ -299,27 +299,6 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class LayerKeep:
-    """A surviving layer: its index in the original, and the kept indices per axis (an absent axis keeps all)."""
-
-    source: int
-    keep: Mapping[str, Sequence[int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Keep:
-    """What survives a cut, in indices of the original."""
-
-    layers: tuple[LayerKeep, ...]
-    hidden: Sequence[int] | None = None
-
-    def of(self, layer: int | None) -> dict[str, Sequence[int]]:
-        """Kept indices per axis for the tensors of one *new* layer, or (None) of the model."""
-        shared = {} if self.hidden is None else {"hidden": self.hidden}
-        return shared if layer is None else {**shared, **self.layers[layer].keep}
-
-
-@dataclass(frozen=True)
 class Architecture:
     """A family with concrete sizes: what is in one model."""
 

@@ -148,6 +148,7 @@ def whole(model: Path, like: Plan, limit: int) -> Plan | None:
                 "axes": [],
                 "bits": bits,
                 "group_size": group,
+                "embedding_bits": None,
                 "after": after.model_dump(),
                 "neighbours": [],
             }
