@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import stream
-from .arch import Architecture
+from .arch import Architecture, require_cuttable
 from .artifacts import Arrays, dump_json, replace_file
 from .checkpoint import Checkpoint
 from .corpus import Rows
@@ -72,10 +72,11 @@ def calibrate(
     Arrays, per layer i: ``{i}.{site}.{name}`` for the sites ffn [ffn] and attention [q_head*head_dim] (inputs of
     down_proj and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms), with the names of observers.Moments; and
     ``{i}.block.cosine`` []. A directory with the blocks of an interrupted call is continued: same bytes in the end.
-    Raises Refused when the estimate of memory exceeds the cap.
+    Raises Unsupported for a model that cannot be cut, Refused when the estimate of memory exceeds the cap.
     """
     checkpoint = Checkpoint(model)
     arch = checkpoint.arch
+    require_cuttable(arch)
     stream.check_memory(checkpoint, rows, memory_cap)
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob("*.tmp*"):

@@ -45,8 +45,9 @@ def reconstruct(
     inputs], as far as they were solved; its description names the units and the error (the share of the target that is
     missed, in squares) of each matrix before and after. An earlier reconstruction there is replaced.
     The plan is the given one, its ffn channels and kv heads chosen again, as many per layer, when its criterion is
-    "obs". Raises PareError for a plan that cuts the hidden size (what is cut there cannot be made up for so) or does
-    not suit the model, Refused when the estimate of memory exceeds the cap.
+    "obs". A layer that loses its attention or feed-forward has no such matrix. Raises PareError for a plan that cuts
+    the hidden size (what is cut there cannot be made up for so) or does not suit the model, Refused when the estimate
+    of memory exceeds the cap.
     """
     checkpoint = Checkpoint(model)
     plan.check(checkpoint)
@@ -96,6 +97,7 @@ class _Site:
         self.inputs: list[mx.array] = []  # of the pruned stream, one array per micro-batch
         self.outputs: list[mx.array] | None = None  # of the dense stream, where they are the target
         self.new: tuple[mx.array, mx.array] | None = None  # kept inputs, weight [out, kept]
+        self.gone = False  # nothing feeds it any more: it gives zero, without its bias
         self.replay: Iterator[mx.array] = iter(())
 
     def __getattr__(self, name: str) -> Any:
@@ -111,7 +113,7 @@ class _Site:
         y = self.module(x)
         if self.outputs is not None:
             self.outputs.append(y)
-        return y
+        return mx.zeros_like(y) if self.gone else y
 
     def _replaced(self, x: mx.array) -> mx.array:
         """What the solved matrix gives for its inputs, of which only the kept ones count."""
@@ -190,22 +192,23 @@ class _Pair:
         if planned is None:  # a layer that is cut: the pruned stream walks past it
             self.pruned = pruned
             return
-        wanted, errors = self.attention.outputs, {}
-        self.attention.outputs = None
-        size = self.arch.layers[index].sizes["group"] * self.arch.layers[index].sizes["head_dim"]
+        sizes, errors = self.arch.layers[index].sizes, {}
         heads, channels = planned.kv_head, planned.ffn
-        if self.pruned is not None or len(heads) < self.arch.layers[index].sizes["kv_head"]:
+        wanted, self.attention.outputs = self.attention.outputs, None
+        self.attention.gone, self.ffn.gone = not heads, not channels
+        if heads and (self.pruned is not None or len(heads) < sizes["kv_head"]):
             self._listen(self.attention, run, pruned)
             target = _difference(middle, _parts(pruned, middle)) if wanted is None else wanted
-            heads, errors["o_proj"] = self._fit(self.attention, target, size, heads)
+            heads, errors["o_proj"] = self._fit(self.attention, target, sizes["group"] * sizes["head_dim"], heads)
         del middle
         wanted, self.ffn.outputs = self.ffn.outputs, None
-        if self.pruned is not None or errors or len(channels) < self.arch.layers[index].sizes["ffn"]:
-            self._listen(self.ffn, run, pruned)
-            middle = self.middle.taken()
-            target = _difference(_parts(after, middle), middle) if wanted is None else wanted
-            channels, errors["down_proj"] = self._fit(self.ffn, target, 1, channels)
-            del middle, target
+        if self.pruned is not None or len(planned.kv_head) < sizes["kv_head"] or len(channels) < sizes["ffn"]:
+            if channels:
+                self._listen(self.ffn, run, pruned)
+                middle = self.middle.taken()
+                target = _difference(_parts(after, middle), middle) if wanted is None else wanted
+                channels, errors["down_proj"] = self._fit(self.ffn, target, 1, channels)
+                del middle, target
             self._begin()
             self.pruned = run(pruned)
         self._save(planned.model_copy(update={"ffn": channels, "kv_head": heads}), errors)

@@ -182,8 +182,7 @@ def walk(
 ) -> Streamed:
     """Run the model in ``path`` over ``rows``; the observer sees every block from ``resume.start`` on."""
     model = lm.load(path)
-    embedding, head = model.model.embed_tokens, getattr(model, "lm_head", None)
-    head = embedding if head is None else head
+    vocab, head = lm.embedding(model).weight.shape[0], lm.head(model)
     model = lm.for_backend(model)
     blocks = lm.blocks(model)
     own = list(blocks)
@@ -192,9 +191,9 @@ def walk(
         state = _Walk(rows, own, observer, resume, bar)
         for index in range(len(own)):
             blocks[index] = _BlockProxy(state, index)
-        hidden = model.model(mx.array(rows.tokens))  # up to the final norm: the head is not applied
+        hidden = lm.body(model)(mx.array(rows.tokens))  # up to the final norm: the head is not applied
         mx.eval(hidden)
-    return Streamed(hidden, head, embedding.weight.shape[0])
+    return Streamed(hidden, head, vocab)
 
 
 def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
@@ -210,10 +209,9 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
         block[tensor.layer] = block.get(tensor.layer, 0) + stored
         if tensor.layer is not None:
             widest = max(widest, tensor.size)
-    layer = arch.layer_sizes(0)
-    heads = layer["kv_head"] * layer["group"]
+    heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
     tokens = min(rows.count, max(1, MICRO_BATCH_TOKENS // rows.length)) * rows.length
-    activations = tokens * (3 * layer["ffn"] + 4 * heads * layer["head_dim"] + 4 * hidden + heads * rows.length) * value
+    activations = tokens * (3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length) * value
     expanded = 4 * widest if lm.cpu_backend() else 0
     return states + block.pop(None, 0) + max(block.values()) + expanded + activations + 4 * HEAD_CHUNK_BYTES
 

@@ -1,4 +1,4 @@
-"""What survives a cut: which layers, which units of each, and how the result is packed where that is asked for a part."""
+"""What survives a cut: which layers, which units of each, and the packing of parts that have one of their own."""
 
 from __future__ import annotations
 
