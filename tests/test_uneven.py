@@ -1,7 +1,8 @@
-"""Layers that differ in width, or have lost a part, through STOCK mlx-lm: what comes out equals the original, masked."""
+"""Layers that differ in width, or have lost a part, through STOCK mlx-lm: the result is the original, masked."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mlx_lm.models import openelm
 from test_prune import DENSE, FUSED, PACKED, TOKENS, arrays_of, largest, masked, opened
 from transformers import AutoTokenizer
 
-from mlx_pare import lm
+from mlx_pare import console, lm
 from mlx_pare.arch import (
     Keep,
     LayerKeep,
@@ -99,12 +100,11 @@ def in_groups(source: Path, counts: list[tuple[int, int]]) -> Plan:
     run = max(1, FUSED // (sizes["group"] * sizes["head_dim"]))  # heads that share a group
     for number, layer in enumerate(plan.layers):
         ffn, heads = len(layer.ffn) // FUSED, len(layer.kv_head) // run
-        layer.ffn = [g * FUSED + i for g in np.roll(range(sizes["ffn"] // FUSED), number)[:ffn] for i in range(FUSED)]
-        layer.kv_head = [
-            g * run + i for g in np.roll(range(sizes["kv_head"] // run), number)[:heads] for i in range(run)
-        ]
-        layer.ffn.sort(), layer.kv_head.sort()
-    return Plan.model_validate(plan.model_dump())
+        layer.ffn, layer.kv_head = (
+            sorted(g * width + i for g in np.roll(range(total // width), number)[:count].tolist() for i in range(width))
+            for total, width, count in ((sizes["ffn"], FUSED, ffn), (sizes["kv_head"], run, heads))
+        )
+    return plan
 
 
 def stock(directory: Path) -> np.ndarray:
@@ -187,13 +187,13 @@ def test_packed_inside_groups(model, tmp_path, name, requantize):
         assert largest(stock(out), masked(source, plan)) < PACKED
         return
     assert {n for n in done["requantized"] if "proj_2" in n} == names - {"transformer.layers.2.ffn.proj_2"}
-    assert done["dense"] == ["transformer.layers.2.ffn.proj_2"]  # 77 columns
+    assert [n for n in done["dense"] if "ffn" in n] == ["transformer.layers.2.ffn.proj_2"]  # 77 columns
     before, after = arrays_of(source), arrays_of(out)
     for n in (0, 1, 3):
         wanted = opened(before, f"model.layers.{n}.mlp.down_proj", 4)[:, plan.layers[n].ffn]
         measured = reference.relative_error(wanted, opened(after, f"transformer.layers.{n}.ffn.proj_2", 4))
         assert done["requantized"][f"transformer.layers.{n}.ffn.proj_2"] == pytest.approx(measured, rel=1e-3)
-    assert all(map(np.isfinite, stock(out).ravel()[:100]))
+    assert np.isfinite(stock(out)).all()
 
 
 @pytest.mark.parametrize("axis", ["ffn", "kv_head"])
@@ -329,12 +329,10 @@ def test_widths_in_steps_of_256_of_a_model_with_scaled_rope(model, tmp_path):
 @pytest.mark.parametrize("hidden", [64, 576, 896, 1536, 2048, 2560, 3072, 4096, 5120, 7168, 8192, 16384])
 def test_every_width_comes_back(hidden):
     """As mlx-lm computes it, from a number that went through JSON."""
-    from mlx_lm.models import qwen3  # noqa: F401 the module beside has a dash in its name
-
     for width in range(1, 40000, 1 if hidden < 1000 else 7):
         multiplier = json.loads(json.dumps(width / hidden))
         assert int(openelm.make_divisible(multiplier * hidden, 1)) == width == divisible(multiplier * hidden, 1)
-    nas = __import__("importlib").import_module("mlx_lm.models.nemotron-nas")
+    nas = importlib.import_module("mlx_lm.models.nemotron-nas")
     for width in range(256, 256 * 300, 256):
         kept = nas.FFNConfig(ffn_mult=json.loads(json.dumps(round(1.5 * (width - 128) / hidden, 6)))).ffn_mult
         assert nas._ffn_mult_to_intermediate_size(kept, hidden) == width == nas_width(kept, hidden)
@@ -372,14 +370,14 @@ def test_refusals_say_why(model, tmp_path):
     )
     gemma = refused(model("gemma3_text"), [(64, 2)] * 5 + [(32, 2)])
     assert "attn_post_norm" in gemma and "layers differ" in gemma
-    assert "has no attention" in refused(model("qwen3"), no_attention).replace("have", "has")
+    assert "layers have no attention (1 of 4)" in refused(model("qwen3"), no_attention)
     scaled = refused(model("qwen3", rope_scaling={"rope_type": "linear", "factor": 2.0}), uneven)
     assert "openelm has no rope scaling (linear)" in scaled and "nemotron-nas has no k_norm, q_norm" in scaled
     sliding = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
     assert "no sliding windows" in refused(model("llama", **sliding), uneven)
     assert "pairs neighbours" in refused(model("llama", rope_traditional=True), uneven)
     source = model("qwen2")
-    with pytest.raises(PareError, match="does not suit .*has no biases"):
+    with pytest.raises(PareError, match=r"does not suit .*has no biases"):
         prune(source, plan_of(source, [(64, 4), (32, 4), (64, 4), (64, 4)]), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -471,7 +469,7 @@ def test_stock_tools_open_it(result, tmp_path):
 
 
 def test_it_is_inspected_and_fitted(result):
-    source, out, plan = result
+    _, out, _ = result
     found, checkpoint = inspect(out), Checkpoint(out)
     assert found["parameters"]["total"] == size_of(checkpoint, None, None).parameters
     assert found["ffn"] == sorted({layer.sizes["ffn"] for layer in checkpoint.arch.layers})
@@ -530,15 +528,17 @@ def test_redraw_keeps_the_sizes_of_every_layer(model, tmp_path):
     assert made[0] == made[1]
 
 
-def test_sizes_are_shown_as_a_span(model, tmp_path, capsys):
+def test_sizes_are_shown_as_a_span(model, tmp_path, monkeypatch):
     source = model("llama")
     checkpoint = Checkpoint(source)
     plan = plan_of(source, [(96, 4), (128, 4), (100, 4), (128, 4)])
     after = size_of(checkpoint, plan.keep(checkpoint.arch), None)
     plan = plan.model_copy(update={"before": size_of(checkpoint, None, None), "after": after})
     assert Plan.model_validate_json(plan.dump()).after == after
+    shown = []
+    monkeypatch.setattr(console, "table", lambda title, columns, rows, caption: shown.extend(rows))
     show_shape({"asked": "half", "before": plan.before.model_dump(), "after": after.model_dump(), "neighbours": []})
-    assert "96 to 128" in capsys.readouterr().out
+    assert ["ffn", "128", "96 to 128"] in shown
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "plan.json").write_bytes(plan.dump())
     assert "| ffn | 128 | 96 to 128 |" in _shape(tmp_path)

@@ -180,6 +180,10 @@ NEMOTRON_NAS = planned(
 def nas_config(smaller: Architecture) -> dict[str, Any]:
     """What the class reads."""
     hidden, config, present = smaller.sizes["hidden"], smaller.config, roles(smaller)
+    # transformers 5 reads rope_type while it looks for the tokenizer, and fails at these types for models it does not
+    # know (modeling_rope_utils.py standardize_rope_params); mlx-lm reads type first (models/rope_utils.py)
+    scaling = rope_scaling(config)
+    scaling = {**scaling, "type": scaling["rope_type"], "rope_type": "default"} if scaling else None
 
     def block(sizes: Mapping[str, int]) -> dict[str, Any]:
         mixer = {"n_heads_in_group": sizes["group"]} if sizes["kv_head"] else {"no_op": True}
@@ -197,7 +201,7 @@ def nas_config(smaller: Architecture) -> dict[str, Any]:
         "mlp_bias": "down_proj_bias" in present,
         "tie_word_embeddings": smaller.tied,
         "rope_theta": number("rope_theta", both_rope_spellings(config).get("rope_theta")),
-        "rope_scaling": rope_scaling(config) or None,
+        "rope_scaling": scaling,
     }
 
 
@@ -297,13 +301,15 @@ def config(smaller: Architecture) -> dict[str, Any]:
 
 
 def _difference(smaller: Architecture) -> str:
-    for axis, part in (("ffn", "feed-forward"), ("kv_head", "attention")):
-        sizes = [layer.sizes[axis] for layer in smaller.layers]
-        if 0 in sizes:
-            return f"layers have no {part} ({sizes.count(0)} of {len(sizes)})"
-        if len(set(sizes)) > 1:
-            return f"layers differ in {axis} ({min(sizes)} to {max(sizes)})"
-    raise AssertionError("the layers are alike")
+    sizes = {axis: [layer.sizes[axis] for layer in smaller.layers] for axis in ("kv_head", "ffn")}
+    for axis, part in (("kv_head", "attention"), ("ffn", "feed-forward")):
+        if 0 in sizes[axis]:
+            return f"layers have no {part} ({sizes[axis].count(0)} of {len(sizes[axis])})"
+    return " and ".join(
+        f"layers differ in {axis} ({min(counts)} to {max(counts)})"
+        for axis, counts in sizes.items()
+        if len(set(counts)) > 1
+    )
 
 
 # ---- what a planner may ask before it chooses ----
