@@ -15,10 +15,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .arch import Architecture, Keep, LayerKeep, can_keep
+from .arch import Architecture, Keep, LayerKeep, cut
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused
-from .packing import BITS, GROUP_SIZES
+from .packing import BITS, GROUP_SIZES, Packing
 
 SCHEMA = 1
 
@@ -99,12 +99,12 @@ class Target(Strict):
 
 
 class Size(Strict):
-    """Shape and size of a model, before or after."""
+    """Shape and size of a model, before or after. What differs between layers is a list with an entry for each."""
 
     layers: int
-    ffn: int
-    kv_heads: int
-    q_heads: int
+    ffn: int | list[int]
+    kv_heads: int | list[int]
+    q_heads: int | list[int]
     hidden: int
     parameters: int
     non_embedding: int
@@ -112,15 +112,26 @@ class Size(Strict):
 
 
 class LayerPlan(Strict):
-    """One surviving layer: where it comes from and which units it keeps (indices in the original)."""
+    """One surviving layer: where it comes from and which units it keeps (indices in the original).
+
+    Layers may keep different numbers of units, and one of the lists may be empty: the layer then loses its feed-forward
+    or its attention. Where stock mlx-lm has no class for such layers, the plan does not suit the model.
+    ``attention_bits``, ``ffn_bits``: of the matrices of that part, in groups of the plan's ``group_size``; None: as the
+    plan's ``bits``, or else as in the source.
+    """
 
     source: int
     ffn: list[int]
     kv_head: list[int]
+    attention_bits: int | None = None
+    ffn_bits: int | None = None
 
 
 class Plan(Strict):
-    """Which indices to keep on each axis. Made to be read and edited; ``problems`` checks it against a model."""
+    """Which indices to keep on each axis. Made to be read and edited; ``problems`` checks it against a model.
+
+    ``bits``: of the result (None: as the source); ``embedding_bits``: of the embedding and the head alone.
+    """
 
     schema_version: int = SCHEMA
     source: str
@@ -129,6 +140,7 @@ class Plan(Strict):
     target: Target
     bits: int | None = None
     group_size: int | None = None
+    embedding_bits: int | None = None
     before: Size
     after: Size
     neighbours: list[str] = Field(default_factory=list)
@@ -147,8 +159,18 @@ class Plan(Strict):
         for layer in self.layers:
             sizes = arch.layers[layer.source].sizes
             kept = {"ffn": layer.ffn, "kv_head": layer.kv_head}
-            layers.append(LayerKeep(layer.source, {a: k for a, k in kept.items() if len(k) != sizes[a]}))
-        return Keep(tuple(layers), self.hidden if self.cuts_hidden(arch) else None)
+            packings = self._packings(attention=layer.attention_bits, ffn=layer.ffn_bits)
+            layers.append(LayerKeep(layer.source, {a: k for a, k in kept.items() if len(k) != sizes[a]}, packings))
+        hidden = self.hidden if self.cuts_hidden(arch) else None
+        return Keep(tuple(layers), hidden, self._packings(embedding=self.embedding_bits))
+
+    def _packings(self, **bits: int | None) -> dict[str, Packing]:
+        return {part: Packing(n, self.group_size) for part, n in bits.items() if n is not None}
+
+    @property
+    def packing(self) -> Packing | None:
+        """What the result is packed as, but for parts with bits of their own; None: each tensor as in the source."""
+        return Packing(self.bits, self.group_size) if self.bits else None
 
     def cuts_hidden(self, arch: Architecture) -> bool:
         """Whether less of the hidden size is kept than there is."""
@@ -157,30 +179,33 @@ class Plan(Strict):
     def problems(self, arch: Architecture) -> list[str]:
         """Everything that is wrong with the plan for this model, not only the first thing."""
         found = []
+        if not arch.cuttable:
+            return [f"{arch.family.name} is not cut again"]
         if not self.layers:
             return ["no layer is kept"]
-        if self.bits is not None and (self.bits not in BITS or self.group_size not in GROUP_SIZES):
-            found.append(f"MLX cannot pack {self.bits} bits in groups of {self.group_size}")
+        parts = {layer.attention_bits for layer in self.layers} | {layer.ffn_bits for layer in self.layers}
+        for bits in sorted({self.bits, self.embedding_bits, *parts} - {None}):
+            if bits not in BITS or self.group_size not in GROUP_SIZES:
+                found.append(f"MLX cannot pack {bits} bits in groups of {self.group_size}")
         sources = [layer.source for layer in self.layers]
         found += _index_problems("layers", sources, len(arch.layers))
         for layer in self.layers:
             if not 0 <= layer.source < len(arch.layers):
                 continue
-            sizes = arch.layers[layer.source].sizes
-            found += _index_problems(f"layer {layer.source}: ffn", layer.ffn, sizes["ffn"])
-            found += _index_problems(f"layer {layer.source}: kv_head", layer.kv_head, sizes["kv_head"])
-        for axis in ("ffn", "kv_head"):
-            widths = sorted({len(getattr(layer, axis)) for layer in self.layers})
-            if len(widths) > 1:
-                found.append(
-                    f"layers keep different numbers of {axis} ({', '.join(map(str, widths))}): stock mlx-lm needs one"
-                )
+            sizes, lists = arch.layers[layer.source].sizes, {"ffn": layer.ffn, "kv_head": layer.kv_head}
+            if not (layer.ffn or layer.kv_head):
+                found.append(f"layer {layer.source} keeps nothing: leave it out of the layers")
+            for axis, kept in lists.items():
+                found += _index_problems(f"layer {layer.source}: {axis}", kept, sizes[axis]) if kept else []
         if self.hidden is not None:
             found += _index_problems("hidden", self.hidden, arch.sizes["hidden"])
             if self.cuts_hidden(arch) and "hidden" not in arch.family.cuttable:
                 found.append(f"the hidden size of {arch.family.name} cannot be cut")
-        if not found and not can_keep(arch, sources):
-            found.append(f"keeping layers {sources} would change the attention kind of a survivor")
+        if not found:
+            try:
+                cut(arch, self.keep(arch))
+            except PareError as error:
+                found.append(error.problem)
         return found
 
     def check(self, checkpoint: Checkpoint) -> None:

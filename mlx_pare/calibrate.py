@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import gradients, stream
-from .arch import Architecture
+from .arch import Architecture, require_cuttable
 from .artifacts import Arrays, dump_json, replace_file
 from .checkpoint import Checkpoint
 from .corpus import Rows
@@ -97,9 +97,11 @@ def calibrate(
     ``{i}.attention.contribution`` [kv_head] (observers.Removal, HeadContribution); with "gradients" the arrays of
     gradients.measure. A directory with the blocks of an interrupted call is continued (gradients, which use few rows,
     from their beginning): same bytes in the end.
-    Raises Refused when the estimate of memory exceeds the cap, UsageError for an extra that is not known.
+    Raises Unsupported for a model that cannot be cut, Refused when the estimate of memory exceeds the cap, UsageError
+    for an extra that is not known.
     """
     checkpoint = Checkpoint(model)
+    require_cuttable(checkpoint.arch)
     extra = sorted(set(extra))
     check_memory(checkpoint, rows, memory_cap, extra)
     directory.mkdir(parents=True, exist_ok=True)

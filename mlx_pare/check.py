@@ -39,10 +39,12 @@ def _text(path: Path) -> str:
 
 
 def _transformers(model: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+    """Its tokenizer, and its config where transformers knows the type: openelm and nemotron-nas it does not."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
     try:
-        AutoConfig.from_pretrained(model)
+        if Checkpoint(model).config["model_type"] in CONFIG_MAPPING:
+            AutoConfig.from_pretrained(model)
         AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises whatever it likes
         raise PareError(f"transformers cannot open {model}: {error}") from error

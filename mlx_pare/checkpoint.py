@@ -230,7 +230,7 @@ class Checkpoint:
     def arch(self) -> Architecture:
         """The architecture, after checking that every tensor is described, present and of its shape."""
         arch = describe(self.config, untied="lm_head.weight" in self.entries)
-        if not arch.cuttable:
+        if not (arch.cuttable or arch.family.result):
             raise Unsupported(
                 f"{self.path} is of type {self.config['model_type']}, which can be planned for, but not cut",
                 f"supported types are {', '.join(supported_types())}",

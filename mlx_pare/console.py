@@ -120,6 +120,11 @@ def gb(count: float) -> str:
     return f"{sign}{size:.0f} B"
 
 
+def span(sizes: int | Sequence[int]) -> str:
+    """A size, or the sizes of all layers as their smallest and largest: 96 to 128."""
+    return str(sizes) if isinstance(sizes, int) else f"{min(sizes)} to {max(sizes)}"
+
+
 def count(number: float) -> str:
     """Parameters: 32.76B, 8.92M."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -112,6 +112,11 @@ def _refuse_existing(out: Path) -> None:
 def target_of(checkpoint: Checkpoint) -> Target:
     """The llama.cpp architecture for a checkpoint. Raises PareError when none computes the same."""
     arch, config, family = checkpoint.arch, checkpoint.arch.config, checkpoint.arch.family
+    if family.result:
+        raise PareError(
+            f"{checkpoint.path} is of type {family.name}, its layers differ: GGUF of such models is not there yet",
+            "export a model whose layers keep as many units as each other",
+        )
     theta, scaling = _rope(checkpoint)
     target = Target(family.gguf, family.gguf_rope == "norm", theta, scaling)
     biased = config.get("attention_out_bias") or config.get("mlp_bias")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
 from os import PathLike
 from typing import Any
 
-from .arch import Architecture
+from .arch import Architecture, uneven_types
 from .fit.footprint import parameters
 from .fit.subject import Form, Subject, open_subject
 
@@ -40,24 +41,24 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
         "ffn": _size(arch, "ffn"),
         "experts": _size(arch, "expert"),
         "expert_ffn": _size(arch, "expert_ffn"),
-        "q_heads": _product(_size(arch, "kv_head"), _size(arch, "group")),
+        "q_heads": _size(arch, "kv_head", "group"),
         "kv_heads": _size(arch, "kv_head"),
         "head_dim": _size(arch, "head_dim"),
         "tied_embedding": arch.tied,
         "parameters": parameters(arch),
         "quantization": packing.as_config() if packing else None,
         "cuttable": {axis: "exact" if axis in family.exact else "approximate" for axis in cuttable},
-        "leaves_as": sorted({e.model_type for e in family.exits}),
-        "runtimes": {"mlx-lm": family.name, "llama.cpp": family.gguf, "transformers": config["model_type"]},
+        "leaves_as": sorted({e.model_type for e in family.exits} | set(uneven_types(arch) if arch.cuttable else ())),
+        "runtimes": {"mlx-lm": family.name, "llama.cpp": family.gguf, "transformers": config["model_type"]}
+        | ({"llama.cpp": None, "transformers": None} if family.result else {}),
         "notes": list(subject.notes),
     }
 
 
-def _size(arch: Architecture, axis: str) -> int | list[int] | None:
-    """The size of a layer axis, all of them where layers differ, None where no layer has it."""
-    sizes = sorted({layer.sizes[axis] for layer in arch.layers if axis in layer.sizes}) if arch.uses(axis) else []
+def _size(arch: Architecture, *axes: str) -> int | list[int] | None:
+    """The size of a layer axis, or of a product of some; all sizes where layers differ, None where no layer has it."""
+    if not all(arch.uses(axis) for axis in axes):
+        return None
+    there = (layer.sizes for layer in arch.layers if all(axis in layer.sizes for axis in axes))
+    sizes = sorted({prod(sizes[axis] for axis in axes) for sizes in there})
     return sizes[0] if len(sizes) == 1 else sizes or None
-
-
-def _product(a: int | list[int] | None, b: int | list[int] | None) -> int | None:
-    return a * b if isinstance(a, int) and isinstance(b, int) else None

@@ -5,7 +5,7 @@ plan counts bytes with it, prune writes by it, so predicted bytes and bytes on d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .arch import Architecture, Keep, Tensor, cut
@@ -15,13 +15,21 @@ from .fit.footprint import parameters
 from .packing import Packing
 from .shards import Planned
 
+FUSED = {  # roles that some families store as one matrix, rows one after the other
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the cut model. ``dtype``: of its values, or of its scales and biases when it is packed."""
+    """One tensor of the cut model. ``origins``: the tensors it is cut from, joined along their rows; none: it is zero.
+
+    ``dtype``: of its values, or of its scales and biases when it is packed.
+    """
 
     tensor: Tensor
-    origin: Tensor
+    origins: tuple[Tensor, ...]
     packing: Packing | None
     dtype: str
 
@@ -42,35 +50,66 @@ class Piece:
         return sum(planned.nbytes for planned in self.stored())
 
 
-def embedding_packed(checkpoint: Checkpoint, packing: Packing | None) -> bool:
+def embedding_packed(checkpoint: Checkpoint, keep: Keep, packing: Packing | None) -> bool:
     """Whether the result's embedding will be quantized, which decides how some families may leave."""
-    return packing is not None or checkpoint.packing("model.embed_tokens") is not None
+    asked = keep.packing(None, "embedding") or packing
+    return asked is not None or checkpoint.packing("model.embed_tokens") is not None
 
 
 def smaller(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Architecture:
     """The architecture that a cut of this checkpoint leaves."""
-    return cut(checkpoint.arch, keep, embedding_packed(checkpoint, packing))
+    return cut(checkpoint.arch, keep, embedding_packed(checkpoint, keep, packing))
 
 
 def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Iterator[Piece]:
     """The pieces of the cut model in the order of the new model.
 
-    ``packing``: quantize the result so (None: each tensor as it is in the source). A matrix whose columns no group size
-    divides stays dense: the caller can see it, nothing happens silently.
+    ``packing``: quantize the result so (None: each tensor as it is in the source), but for the parts for which ``keep``
+    asks otherwise. A matrix whose columns no group size divides stays dense: the caller can see it, nothing happens
+    silently.
     """
     new = smaller(checkpoint, keep, packing)
     old = {(t.layer, t.spec.role): t for t in checkpoint.arch.tensors()}
     for tensor in new.tensors():
         layer = None if tensor.layer is None else keep.layers[tensor.layer].source
-        role = tensor.spec.role
-        if role == "lm_head" and checkpoint.arch.tied:
-            role = "embed_tokens"  # a head that is untied by the cut starts as the embedding
-        origin = old[layer, role]
-        dtype = checkpoint.dtype(origin)
-        wanted = (packing or checkpoint.packing(origin.module)) if tensor.matrix else None
+        origins = _origins(tensor, layer, old, checkpoint.arch.tied)
+        dtype = checkpoint.dtype(origins[0]) if origins else checkpoint.dtype(old[None, "embed_tokens"])
+        wanted = None
+        if tensor.matrix:
+            own = [checkpoint.packing(origin.module) for origin in origins]
+            wanted = keep.packing(tensor.layer, tensor.spec.part) or packing or _common(own)
         if wanted is not None:
             wanted = Packing(wanted.bits, wanted.group_size, DTYPE_BYTES[dtype]).fitted(tensor.shape[-1])
-        yield Piece(tensor, origin, wanted, dtype)
+        if _emptied(tensor, keep):
+            origins = ()
+        yield Piece(tensor, origins, wanted, dtype)
+
+
+def _origins(
+    tensor: Tensor, layer: int | None, old: Mapping[tuple[int | None, str], Tensor], tied: bool
+) -> tuple[Tensor, ...]:
+    """The tensors of the source that a new one is made of. None for a bias that its family wants and ours has not."""
+    role = tensor.spec.role
+    if role == "lm_head" and tied:
+        role = "embed_tokens"  # a head that is untied by the cut starts as the embedding
+    if (layer, role) not in old and role.endswith("_bias"):
+        return ()
+    roles = (role,) if (layer, role) in old else FUSED[role]
+    return tuple(old[layer, part] for part in roles)
+
+
+def _emptied(tensor: Tensor, keep: Keep) -> bool:
+    """Whether it lies on an axis of which its layer keeps nothing: the family had to leave something in its place."""
+    kept = keep.of(tensor.layer)
+    axes = {axis for dim in tensor.spec.dims for segment in dim for axis in segment}
+    return any(axis in axes and not len(index) for axis, index in kept.items())
+
+
+def _common(packings: Sequence[Packing | None]) -> Packing | None:
+    """What matrices become that are joined: dense when one is dense, else packed as the one with most bits."""
+    if not packings or None in packings:
+        return None
+    return max(packings, key=lambda p: (p.bits, -p.group_size))
 
 
 def total_bytes(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> int:
@@ -84,9 +123,9 @@ def size_of(checkpoint: Checkpoint, keep: Keep | None, packing: Packing | None) 
     counted = parameters(arch)
     return Size(
         layers=len(arch.layers),
-        ffn=arch.uniform("ffn"),
-        kv_heads=arch.uniform("kv_head"),
-        q_heads=arch.uniform("kv_head") * arch.uniform("group"),
+        ffn=arch.each("ffn"),
+        kv_heads=arch.each("kv_head"),
+        q_heads=arch.each("kv_head", "group"),
         hidden=arch.sizes["hidden"],
         parameters=counted["total"],
         non_embedding=counted["non_embedding"],

@@ -88,9 +88,26 @@ def tokenizer(path: Path) -> Any:
         ) from error
 
 
+def body(model: nn.Module) -> nn.Module:
+    """The model up to its final norm, without the head."""
+    return model.transformer if "transformer" in model else model.model  # openelm has names of its own
+
+
 def blocks(model: nn.Module) -> list:
     """The list of transformer blocks itself, so that entries can be replaced."""
-    return model.model.layers
+    return body(model).layers
+
+
+def embedding(model: nn.Module) -> nn.Module:
+    """The table of token embeddings."""
+    inner = body(model)
+    return inner.token_embeddings if "token_embeddings" in inner else inner.embed_tokens
+
+
+def head(model: nn.Module) -> nn.Module:
+    """What makes logits of hidden states: a matrix of its own, or the embedding."""
+    own = getattr(model, "lm_head", None)
+    return embedding(model) if own is None else own
 
 
 def generate(model: nn.Module, tok: Any, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> str:

@@ -7,20 +7,19 @@ solved anew by reconstruct, is quantized again; each one is listed with its erro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from .arch.spec import select
+from .arch.spec import Tensor, select
 from .artifacts import Arrays, Plan, dump_json, repair_file
 from .checkpoint import Checkpoint
-from .console import progress
+from .console import progress, span
 from .errors import PareError, Refused
 from .layout import Piece, layout, size_of, smaller
-from .packing import Packing
-from .quantized import MX_DTYPE, Packed, pack, raw_bytes, read, relative_error, whole_groups
+from .quantized import MX_DTYPE, Packed, joined, pack, raw_bytes, read, relative_error, whole_groups
 from .shards import ShardWriter, copy_tokenizer, finish, partial_directory, write_config
 
 OUR_KEY = "pare"  # config.json key that transformers and mlx-lm ignore
@@ -37,8 +36,7 @@ def prune(model: Path, plan: Plan, out: Path, requantize: bool = True, repair: P
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
     plan.check(checkpoint)
-    packing = Packing(plan.bits, plan.group_size) if plan.bits else None
-    surgeon = _Surgeon(checkpoint, plan, packing, requantize, _repairs(repair, checkpoint, plan))
+    surgeon = _Surgeon(checkpoint, plan, requantize, _repairs(repair, checkpoint, plan))
     partial = partial_directory(out)
     surgeon.write(partial)
     finish(partial, out)
@@ -91,11 +89,11 @@ class _Surgeon:
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        packing: Packing | None,
         requantize: bool,
         repairs: list[_Repair],
     ):
-        self.checkpoint, self.packing, self.repairs = checkpoint, packing, repairs
+        self.checkpoint, self.packing, self.repairs = checkpoint, plan.packing, repairs
+        packing = plan.packing
         self.keep = plan.keep(checkpoint.arch)
         # people edit plans: what is written down about the result is counted, not believed
         self.plan = plan.model_copy(update={"after": size_of(checkpoint, self.keep, packing), "neighbours": []})
@@ -105,10 +103,8 @@ class _Surgeon:
         self.left_dense: list[str] = []
 
     def _as_asked(self, piece: Piece, requantize: bool) -> Piece:
-        untouched = self._solved(piece) is None and piece.packing and self._exact_columns(piece) is not None
-        if requantize or piece.packing is None or untouched:
-            return piece
-        return Piece(piece.tensor, piece.origin, None, piece.dtype)
+        untouched = self._solved(piece) is None and (not piece.origins or self._exact_columns(piece) is not None)
+        return piece if requantize or piece.packing is None or untouched else replace(piece, packing=None)
 
     def write(self, directory: Path) -> None:
         planned = [entry for piece in self.pieces for entry in piece.stored()]
@@ -127,36 +123,47 @@ class _Surgeon:
 
     # ---- one tensor ----
 
-    def _kept(self, piece: Piece) -> list[list[int] | None]:
-        """Kept indices along each dimension of the original tensor, None where all are."""
-        origin = piece.origin
+    def _kept(self, piece: Piece, origin: Tensor) -> list[list[int] | None]:
+        """Kept indices along each dimension of an original tensor, None where all are."""
         sizes = self.checkpoint.arch.layer_sizes(origin.layer)
         keep = self.keep.of(piece.tensor.layer)
         return [select(dim, sizes, keep) for dim in origin.spec.dims]
 
     def _exact_columns(self, piece: Piece) -> list[int] | str | None:
-        """How the columns of a packed tensor can be cut without touching a code: "all", a list of groups, or None."""
-        source = self.checkpoint.packing(piece.origin.module)
-        if source is None or (source.bits, source.group_size) != (piece.packing.bits, piece.packing.group_size):
+        """How the columns of packed tensors can be cut without touching a code: "all", a list of groups, or None."""
+        if piece.packing is None:
             return None
-        columns = self._kept(piece)[-1]
-        return "all" if columns is None else whole_groups(columns, source.group_size)
+        for origin in piece.origins:
+            source = self.checkpoint.packing(origin.module)
+            if source is None or (source.bits, source.group_size) != (piece.packing.bits, piece.packing.group_size):
+                return None
+            if self.checkpoint.dtype(origin) != piece.dtype:
+                return None
+        columns = self._kept(piece, piece.origins[0])[-1]  # those of matrices that are joined are the same
+        return "all" if columns is None else whole_groups(columns, piece.packing.group_size)
 
     def _cut(self, piece: Piece) -> list[tuple[str, mx.array]]:
+        """The entries of one tensor, as they are written."""
+        listed = any(self.checkpoint.packing(origin.module) for origin in piece.origins if piece.tensor.matrix)
         solved = self._solved(piece)
         if solved is not None:
-            return self._repaired(piece, solved)
-        kept = self._kept(piece)
-        packed = read(self.checkpoint, piece.origin.name)
-        if not isinstance(packed, Packed):
-            return self._store(piece, _take(packed, kept), listed=False)
-        if kept[0] is not None:
-            packed = packed.rows(kept[0])
-        exact = self._exact_columns(piece) if piece.packing is not None else None
+            return self._repaired(piece, solved, listed)
+        if not piece.origins:
+            return _zeros(piece)
+        rows = [self._rows(piece, origin) for origin in piece.origins]
+        exact = self._exact_columns(piece)
         if exact is not None:
-            return _entries(piece, packed if exact == "all" else packed.groups(exact))
-        dense = _take(packed.dense(), [None, kept[1]])
-        return self._store(piece, dense, listed=True)
+            return _entries(piece, joined(rows if exact == "all" else [part.groups(exact) for part in rows]))
+        dense = [_take(p.dense() if isinstance(p, Packed) else p, [None, *self._kept(piece, o)[1:]])
+                 for p, o in zip(rows, piece.origins, strict=True)]  # fmt: skip
+        return self._store(piece, dense[0] if len(dense) == 1 else mx.concatenate(dense), listed)
+
+    def _rows(self, piece: Piece, origin: Tensor) -> Packed | mx.array:
+        """The kept rows of an original tensor, packed if it is."""
+        kept, stored = self._kept(piece, origin)[0], read(self.checkpoint, origin.name)
+        if kept is None:
+            return stored
+        return stored.rows(kept) if isinstance(stored, Packed) else _take(stored, [kept])
 
     def _solved(self, piece: Piece) -> Packed | mx.array | None:
         """What reconstruct made for this tensor, unread; most have none."""
@@ -164,7 +171,7 @@ class _Surgeon:
             return None
         return self.repairs[piece.tensor.layer].of(piece.tensor.spec.role)
 
-    def _repaired(self, piece: Piece, solved: Packed | mx.array) -> list[tuple[str, mx.array]]:
+    def _repaired(self, piece: Piece, solved: Packed | mx.array, listed: bool) -> list[tuple[str, mx.array]]:
         """What reconstruct made: its very codes where they are packed as the layout wants them."""
         if isinstance(solved, Packed):
             if piece.packing is not None and solved.packing.as_config() == piece.packing.as_config():
@@ -172,7 +179,6 @@ class _Surgeon:
                 self.requantized[piece.tensor.module] = about["error"]
                 return _entries(piece, solved)
             solved = solved.dense()
-        listed = piece.tensor.matrix and self.checkpoint.packing(piece.origin.module) is not None
         return self._store(piece, solved, listed)
 
     def _store(self, piece: Piece, dense: mx.array, listed: bool) -> list[tuple[str, mx.array]]:
@@ -194,8 +200,8 @@ class _Surgeon:
         packings = {p.tensor.module: p.packing for p in self.pieces if p.tensor.matrix}
         used = [p for p in packings.values() if p]
         if used:
-            default = self.packing or self.checkpoint.quantization
-            default = max(used, key=lambda p: (p.as_config() == default.as_config(), used.count(p)))
+            usual = self.packing or self.checkpoint.quantization  # of neither when only parts are packed
+            default = max(used, key=lambda p: (usual is not None and p.as_config() == usual.as_config(), used.count(p)))
             overrides = {
                 module: p.as_config() if p else False
                 for module, p in packings.items()
@@ -228,11 +234,19 @@ class _Surgeon:
             f"# {self.checkpoint.path.resolve().name}, pruned\n\n"
             f"Made by mlx-pare from `{self.checkpoint.path.resolve().name}` (criterion {self.plan.criterion}; "
             f"{self.plan.target.asked}).\n"
-            f"{before.layers} -> {after.layers} layers, ffn {before.ffn} -> {after.ffn}, kv heads "
-            f"{before.kv_heads} -> {after.kv_heads}, "
+            f"{before.layers} -> {after.layers} layers, ffn {span(before.ffn)} -> {span(after.ffn)}, kv heads "
+            f"{span(before.kv_heads)} -> {span(after.kv_heads)}, "
             f"{before.parameters:,} -> {after.parameters:,} parameters.\n"
             "`survivors.json` maps every kept unit to its index in the original. The licence of the original applies.\n"
         )
+
+
+def _zeros(piece: Piece) -> list[tuple[str, mx.array]]:
+    """The entries of a tensor that is zero, whichever way it is stored."""
+    zeros = mx.zeros(piece.tensor.shape, MX_DTYPE[piece.dtype])
+    if piece.packing is None:
+        return [(piece.tensor.name, zeros)]
+    return _entries(piece, pack(zeros, piece.packing, zeros.dtype))
 
 
 def _take(array: mx.array, kept: Sequence[list[int] | None]) -> mx.array:

@@ -61,6 +61,14 @@ class Packed:
         return Packed(words, self.scales[:, index], self.biases[:, index], self.packing)
 
 
+def joined(parts: Sequence[Packed]) -> Packed:
+    """Exact: the rows of matrices of one packing, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    arrays = zip(*((part.words, part.scales, part.biases) for part in parts), strict=True)
+    return Packed(*(mx.concatenate(same) for same in arrays), parts[0].packing)
+
+
 def read(checkpoint: Checkpoint, name: str) -> Packed | mx.array:
     """The weight ``name`` of a checkpoint as it is stored, not read yet; a fresh array each time, so that dropping the
     result frees the memory."""

@@ -34,7 +34,6 @@ from .errors import PareError
 from .layout import Piece, layout
 from .least_squares import DAMPING, Cost, Dual, Problem, cost
 from .observers import replace_module
-from .packing import Packing
 from .quantized import MX_DTYPE, Packed, dense_weight, relative_error
 
 CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are
@@ -52,8 +51,9 @@ def reconstruct(
     (the share of the target that is missed, in squares) of each matrix before and after, and packed, where it is. An
     earlier reconstruction there is replaced.
     The plan is the given one, its ffn channels and kv heads chosen again, as many per layer, when its criterion is
-    "obs". Raises PareError for a plan that cuts the hidden size (what is cut there cannot be made up for so) or does
-    not suit the model, Refused when the estimate of memory exceeds the cap.
+    "obs". A layer that loses its attention or feed-forward has no such matrix. Raises PareError for a plan that cuts
+    the hidden size (what is cut there cannot be made up for so) or does not suit the model, Refused when the estimate
+    of memory exceeds the cap.
     """
     checkpoint = Checkpoint(model)
     plan.check(checkpoint)
@@ -109,6 +109,7 @@ class _Site:
         self.inputs: list[mx.array] = []  # of the pruned stream, one array per micro-batch
         self.outputs: list[mx.array] | None = None  # of the dense stream, where they are the target
         self.new: tuple[mx.array, mx.array] | None = None  # weight [out, in], zero at what is cut; bias
+        self.gone = False  # nothing feeds it any more: it gives zero, without its bias
         self.replay: Iterator[mx.array] = iter(())
 
     def __getattr__(self, name: str) -> Any:
@@ -124,7 +125,7 @@ class _Site:
         y = self.module(x)
         if self.outputs is not None:
             self.outputs.append(y)
-        return y
+        return mx.zeros_like(y) if self.gone else y
 
     def _replaced(self, x: mx.array) -> mx.array:
         """What the solved matrix gives for its inputs: multiplying by zeros is faster than gathering the kept ones."""
@@ -209,25 +210,26 @@ class _Pair:
         if planned is None:  # a layer that is cut: the pruned stream walks past it
             self.pruned = pruned
             return
-        wanted, self.made = self.attention.outputs, {}
-        self.attention.outputs = None
-        size = self.arch.layers[index].sizes["group"] * self.arch.layers[index].sizes["head_dim"]
+        sizes, self.made = self.arch.layers[index].sizes, {}
         heads, channels = planned.kv_head, planned.ffn
-        if self.pruned is not None or len(heads) < self.arch.layers[index].sizes["kv_head"]:
+        wanted, self.attention.outputs = self.attention.outputs, None
+        self.attention.gone, self.ffn.gone = not heads, not channels
+        if heads and (self.pruned is not None or len(heads) < sizes["kv_head"]):
             self._listen(self.attention, run, pruned)
             target = _difference(middle, _parts(pruned, middle)) if wanted is None else wanted
-            heads = self._fit("o_proj", target, size, heads)
+            heads = self._fit("o_proj", target, sizes["group"] * sizes["head_dim"], heads)
         del middle
         wanted, self.ffn.outputs = self.ffn.outputs, None
-        if self.pruned is not None or self.made or len(channels) < self.arch.layers[index].sizes["ffn"]:
-            self._listen(self.ffn, run, pruned)
-            middle = self.middle.taken()
-            target = _difference(_parts(after, middle), middle) if wanted is None else wanted
-            channels = self._fit("down_proj", target, 1, channels)
-            del middle, target
+        if self.pruned is not None or len(planned.kv_head) < sizes["kv_head"] or len(channels) < sizes["ffn"]:
+            if channels:
+                self._listen(self.ffn, run, pruned)
+                middle = self.middle.taken()
+                target = _difference(_parts(after, middle), middle) if wanted is None else wanted
+                channels = self._fit("down_proj", target, 1, channels)
+                del middle, target
             self._begin()
             self.pruned = run(pruned)
-        self._save(LayerPlan(source=index, ffn=channels, kv_head=heads))
+        self._save(planned.model_copy(update={"ffn": channels, "kv_head": heads}))
 
     def _listen(self, site: _Site, run: Callable, hidden: mx.array) -> None:
         """Remember the inputs of a matrix when these hidden states go through the block."""
@@ -317,8 +319,7 @@ class _Made:
 
 def _pieces(checkpoint: Checkpoint, plan: Plan) -> dict[tuple[int | None, str], Piece]:
     """How prune will store what is solved, by layer of the pruned model and role."""
-    packing = Packing(plan.bits, plan.group_size) if plan.bits else None
-    pieces = layout(checkpoint, plan.keep(checkpoint.arch), packing)
+    pieces = layout(checkpoint, plan.keep(checkpoint.arch), plan.packing)
     return {(p.tensor.layer, p.tensor.spec.role): p for p in pieces if p.tensor.spec.role in SOLVED}
 
 

@@ -117,12 +117,11 @@ def required_bytes(student: Checkpoint, rows: Sequence[Rows], options: Options) 
     arch = student.arch
     size = sum(t.size for t in arch.tensors())
     trained = size if options.method == "full" else 0
-    layer = arch.layer_sizes(0)
-    heads = layer["kv_head"] * layer["group"]
+    heads = arch.largest("kv_head", "group")
     length = rows[0].length
     tokens = options.batch * length
     hidden = sum(3 * r.count * r.length for r in rows) * arch.sizes["hidden"] * 4
-    per_layer = tokens * (6 * layer["ffn"] + 8 * arch.sizes["hidden"] + 3 * heads * length) * value
+    per_layer = tokens * (6 * arch.largest("ffn") + 8 * arch.sizes["hidden"] + 3 * heads * length) * value
     logits = 5 * tokens * arch.sizes["vocab"] * 4
     return size * value + trained * 3 * 4 + hidden + logits + per_layer * len(arch.layers)
 

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .artifacts import CONTENDERS, Metrics, Plan, replace_file
-from .console import count, duration, gb
+from .console import count, duration, gb, span
 from .errors import PareError
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
@@ -150,9 +150,9 @@ def _shape(run: Path) -> str:
     plan = Plan.load(path)
     fields = [
         ("layers", str),
-        ("ffn", str),
-        ("q_heads", str),
-        ("kv_heads", str),
+        ("ffn", span),
+        ("q_heads", span),
+        ("kv_heads", span),
         ("hidden", str),
         ("parameters", count),
         ("non_embedding", count),

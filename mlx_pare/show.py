@@ -140,6 +140,6 @@ def show_shape(made: dict[str, Any]) -> dict[str, Any]:
     """Sizes before and after a cut; returns them unchanged."""
     before, after = made["before"], made["after"]
     written = {"parameters": console.count, "non_embedding": console.count, "bytes": console.gb}
-    rows = [[k.replace("_", " "), written.get(k, str)(before[k]), written.get(k, str)(after[k])] for k in before]
+    rows = [[k.replace("_", " "), *(written.get(k, console.span)(size[k]) for size in (before, after))] for k in before]
     console.table(made["asked"], ["<", "before", "after"], rows, caption="neighbours: " + "; ".join(made["neighbours"]))
     return made

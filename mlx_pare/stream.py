@@ -199,8 +199,7 @@ def walk(
 ) -> Streamed:
     """Run the model in ``path`` over ``rows``; the observer sees every block from ``resume.start`` on."""
     model = lm.load(path)
-    embedding, head = model.model.embed_tokens, getattr(model, "lm_head", None)
-    head = embedding if head is None else head
+    vocab, head = lm.embedding(model).weight.shape[0], lm.head(model)
     model = lm.for_backend(model)
     blocks = lm.blocks(model)
     own = list(blocks)
@@ -209,9 +208,9 @@ def walk(
         state = _Walk(rows, own, observer, resume, bar)
         for index in range(len(own)):
             blocks[index] = _BlockProxy(state, index)
-        hidden = model.model(mx.array(rows.tokens))  # up to the final norm: the head is not applied
+        hidden = lm.body(model)(mx.array(rows.tokens))  # up to the final norm: the head is not applied
         mx.eval(hidden)
-    return Streamed(hidden, head, embedding.weight.shape[0])
+    return Streamed(hidden, head, vocab)
 
 
 def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
@@ -234,10 +233,10 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
 
 def activation_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     """What is computed inside a block for a micro-batch: an estimate."""
-    layer, hidden = checkpoint.arch.layer_sizes(0), checkpoint.arch.sizes["hidden"]
-    heads = layer["kv_head"] * layer["group"]
+    arch, hidden = checkpoint.arch, checkpoint.arch.sizes["hidden"]
+    heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
     tokens = min(rows.count, max(1, MICRO_BATCH_TOKENS // rows.length)) * rows.length
-    units = 3 * layer["ffn"] + 4 * heads * layer["head_dim"] + 4 * hidden + heads * rows.length
+    units = 3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length
     return tokens * units * (4 if lm.cpu_backend() else 2)
 
 

@@ -357,9 +357,9 @@ def two_streams(
 ) -> dict[str, np.ndarray]:
     """The weights of the original with o_proj and down_proj (and their biases) solved anew, zero at what is cut.
 
-    ``kept``: (kv heads, channels) of every layer that stays; ``residual`` False: the target is what the dense matrix
-    gave, without the error that the pruned stream brings along. ``stored``: what the pruned stream goes
-    through in place of what is solved (rounded, say). The pruned stream is a whole forward each time.
+    ``kept``: (kv heads, channels) of every layer that stays, none where it loses that part; ``residual`` False: the
+    target is what the dense matrix gave, without the error that the pruned stream brings along. ``stored``: what the
+    pruned stream goes through in place of what is solved (rounded, say). The pruned stream is a whole forward each time.
     """
     gemma = config["model_type"] == "gemma3_text"
     heads, kv_heads, d = sizes(config)
@@ -376,6 +376,10 @@ def two_streams(
             middle = middle + weights.get(f"{names[0]}.bias", 0.0)
         for name, site, chosen in zip(names, ("attention", "ffn"), columns, strict=True):
             own = forward(config, new, tokens)[1][i]
+            if not chosen:
+                new |= {n: np.zeros_like(weights[n]) for n in weights if n.rpartition(".")[0] == name}
+                passed = own["before"] if site == "attention" else passed
+                continue
             old, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
             added = 0.0 if bias is None else bias
             if gemma or not residual:

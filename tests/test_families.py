@@ -143,6 +143,21 @@ NEMOTRON_H = {
     "head_dim": 64,
     **PLAIN,
 }
+OPENELM = {
+    "model_dim": 128,
+    "num_transformer_layers": 4,
+    "head_dim": 64,
+    "num_query_heads": [4, 4, 6, 2],
+    "num_kv_heads": [2, 4, 3, 1],
+    "ffn_multipliers": [1.5, 1 / 128, 2.5, 4.0],  # a width of 1 stays dense
+    "ffn_dim_divisor": 1,
+    "normalize_qk_projections": True,
+    "share_input_output_layers": True,
+}
+NAS_BLOCKS = [
+    {"attention": {"n_heads_in_group": group} if group else {"no_op": True}, "ffn": ffn}
+    for group, ffn in ((2, {"ffn_mult": 1.6}), (0, {"ffn_mult": 4.5}), (4, {"no_op": True}), (0, {"no_op": True}))
+]
 MINISTRAL_ROPE = {
     "rope_parameters": {
         "rope_type": "default",
@@ -326,6 +341,12 @@ CONFIGS = {
         moe_latent_size=64,
         moe_shared_expert_intermediate_size=128,
     ),
+    # what a cut leaves whose layers differ
+    "openelm": cfg("openelm", OPENELM),
+    "openelm untied": cfg("openelm", OPENELM, normalize_qk_projections=False, share_input_output_layers=False),
+    "openelm of others": cfg("openelm", OPENELM, ffn_multipliers=[0.5, 1.0, 1.7, 4.0], ffn_dim_divisor=64),
+    "nemotron-nas": cfg("nemotron-nas", BIASED, block_configs=NAS_BLOCKS, rope_scaling=None),
+    "nemotron-nas tied": cfg("nemotron-nas", TIED, PLAIN, block_configs=NAS_BLOCKS, rope_scaling=None),
 }
 
 

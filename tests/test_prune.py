@@ -111,14 +111,14 @@ def masked(model: Path, plan: Plan) -> np.ndarray:
     kept = {layer.source: layer for layer in plan.layers}
     for index, block in enumerate(module.model.layers):
         layer, mlp, attention = kept.get(index), block.mlp, block.self_attn
-        _silence(mlp.down_proj, set(layer.ffn) if layer else None, 1)
+        _silence(mlp.down_proj, set(layer.ffn) if layer and layer.ffn else None, 1)
         columns = attention.o_proj.weight.shape[1] // attention.n_kv_heads
-        _silence(attention.o_proj, set(layer.kv_head) if layer else None, columns)
+        _silence(attention.o_proj, set(layer.kv_head) if layer and layer.kv_head else None, columns)
     return logits(module)
 
 
 def _silence(linear, kept: set[int] | None, width: int) -> None:
-    """Zero the columns of the units that are not kept; None: the whole layer is gone, its bias too."""
+    """Zero the columns of the units that are not kept; None: all of it is gone, its bias too."""
     weight = np.array(linear.weight)
     for unit in range(weight.shape[1] // width):
         if kept is None or unit not in kept:

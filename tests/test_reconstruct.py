@@ -398,6 +398,57 @@ def test_packed_otherwise_than_prune_wants(model, tmp_path):
         assert 0 < far(eight[name], four[name]) < 0.01 and far(dense[name], four[name]) < 1e-3
 
 
+# (ffn, kv heads) layer by layer: a whole one first, so that the streams part later
+UNEVEN = {
+    "openelm": ("llama", {}, [(128, 2), (96, 1), (0, 2), (33, 1)]),
+    "openelm of qwen3": ("qwen3", {}, [(96, 2), (0, 1), (128, 2), (50, 1)]),
+    "nemotron-nas": ("llama-untied", {"intermediate_size": 768}, [(768, 2), (256, 0), (0, 2), (512, 2)]),
+    "nemotron-nas first": ("llama", {"intermediate_size": 768} | BIASES, [(256, 0), (512, 2), (0, 2), (256, 2)]),
+}
+
+
+@pytest.mark.parametrize("packed", [None, (8, 32)], ids=str)
+@pytest.mark.parametrize("case", UNEVEN)
+def test_layers_that_differ(pico_models, tmp_path, case, packed):
+    """Every layer keeps as many units as it is told; a part that goes gives nothing, and the others make up for it."""
+    family, changes, counts = UNEVEN[case]
+    path, random = pico_models(family, packed, **changes), np.random.default_rng(0)
+    given, width = plan_of(path), changes.get("intermediate_size", 128)
+    for layer, (ffn, heads) in zip(given.layers, counts, strict=True):
+        layer.ffn = sorted(random.permutation(width)[:ffn].tolist())
+        layer.kv_head = sorted(random.permutation(2)[:heads].tolist())
+    made, arrays, _ = repaired(path, given, tmp_path / "repair")
+    assert [(len(x.ffn), len(x.kv_head)) for x in made.layers] == counts
+    wanted = expected(path, made)
+    for new, layer in enumerate(made.layers):
+        for role, part in (("o_proj", "self_attn"), ("down_proj", "mlp")):
+            kept, name = columns(path, layer, role), f"model.layers.{layer.source}.{part}.{role}.weight"
+            untouched = new == 0 and (role == "o_proj" or counts[0] == (width, 2))
+            assert (f"{new}.{role}" in arrays) is (bool(kept) and not untouched), (new, role)
+            if f"{new}.{role}" in arrays:
+                assert far(arrays[f"{new}.{role}"], wanted[name][:, kept]) < 1e-4, (new, role)
+    done = prune(path, made, tmp_path / "out", repair=tmp_path / "repair")
+    assert Checkpoint(tmp_path / "out").config["model_type"] == case.split()[0]
+    config, _ = reference.load(path)
+    reached = reference.forward(config, wanted, TOKENS)[0]
+    within = 1e-3 if packed is None else 5e-2  # eight bits of the solved matrices
+    assert np.abs(logits(tmp_path / "out") - reached).max() < within * max(1.0, reached.std())
+    names = {"o_proj": "out_proj", "down_proj": "proj_2"} if "openelm" in case else {}
+    solved = {(int(n.split(".")[0]), names.get(n.split(".")[1], n.split(".")[1])) for n in arrays}
+    listed = {(int(n.split(".")[2]), n.split(".")[4]) for n in (*done["requantized"], *done["dense"])}
+    assert listed == (solved if packed else set())
+
+
+def test_bits_of_parts_survive_reconstruction(pico_models, tmp_path):
+    path = pico_models("llama")
+    given = plan_of(path, group_size=32)
+    given.layers[1].ffn_bits, given.layers[2].attention_bits = 8, 4
+    made = reconstruct(path, given, DATA, tmp_path / "repair")
+    assert [(x.attention_bits, x.ffn_bits) for x in made.layers] == [(None, None), (None, 8), (4, None), (None, None)]
+    prune(path, made, tmp_path / "out", repair=tmp_path / "repair")
+    assert Checkpoint(tmp_path / "out").packing("model.layers.1.mlp.down_proj").bits == 8
+
+
 def test_a_solved_matrix_that_cannot_be_packed_is_listed(model, tmp_path):
     """77 columns are no whole groups, and who asks for no requantizing gets none."""
     path = model(packed=(4, 32))

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import PareError, Unsupported
-from . import dense, gemma, hybrid, latent, mamba, moe, plain
+from . import dense, gemma, hybrid, latent, mamba, moe, plain, uneven
+from .keep import Keep, LayerKeep
+from .rope import both_rope_spellings
 from .rows import KEYS
-from .spec import AXES, Architecture, Family, Keep, Layer, LayerKeep, Tensor, Wrapper, layer_types, whole
+from .spec import AXES, Architecture, Family, Layer, Tensor, Wrapper, layer_types, whole
+from .uneven import uneven_types, uneven_unit, why_no_sublayer_drops, why_uniform
 
-_FILES = (dense, plain, gemma, moe, latent, hybrid, mamba)
+_FILES = (dense, plain, gemma, moe, latent, hybrid, mamba, uneven)
 FAMILIES: tuple[Family, ...] = tuple(family for file in _FILES for family in file.FAMILIES)
-WRAPPERS: dict[str, Wrapper] = {name: wrapper for file in _FILES for name, wrapper in file.WRAPPERS.items()}
+WRAPPERS: dict[str, Wrapper] = {name: wrapper for file in _FILES[:-1] for name, wrapper in file.WRAPPERS.items()}
 NEEDED = frozenset(KEYS)  # axes for which 0 is nonsense; of the others it means that there are none
 
 __all__ = [
@@ -26,7 +29,12 @@ __all__ = [
     "describe",
     "described_types",
     "positions",
+    "require_cuttable",
     "supported_types",
+    "uneven_types",
+    "uneven_unit",
+    "why_no_sublayer_drops",
+    "why_uniform",
 ]
 
 
@@ -70,7 +78,7 @@ def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architect
     _check_complete(family, full, shared, layers)
     tied = family.tied
     if tied is None:
-        tied = bool(config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", True)))
+        tied = bool(config.get(family.tied_key, family.defaults.get(family.tied_key, True)))
     if family.kinds == "sliding_window_pattern" and untied is not None:
         tied = not untied
     return Architecture(family, full, shared, layers, tied, prefix)
@@ -97,6 +105,8 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     ]
     if missing:
         raise PareError(f"config.json of type {config['model_type']} lacks {', '.join(missing)}")
+    if "q_head" not in family.keys:  # layer by layer
+        return sizes
     sizes.setdefault("kv_head", sizes["q_head"])
     if "head_dim" not in sizes and "nope_dim" not in family.keys:
         if sizes["hidden"] % sizes["q_head"]:
@@ -156,6 +166,14 @@ def _periodic(index: int, period: int) -> str:
 # ---- cutting ----
 
 
+def require_cuttable(arch: Architecture) -> None:
+    """Raises Unsupported for a model that cannot be cut."""
+    if arch.family.result:
+        raise Unsupported(f"{arch.family.name} is what a cut left, and is not cut again", "cut the original instead")
+    if not arch.cuttable:
+        raise Unsupported(f"{arch.family.name} can be planned for, but not cut")
+
+
 def positions(arch: Architecture, count: int) -> list[str | None]:
     """The kind each layer of a model cut to ``count`` layers must have; None: any. See ``can_keep``."""
     if arch.family.kinds != "sliding_window_pattern":
@@ -175,9 +193,12 @@ def can_keep(arch: Architecture, layers: Sequence[int]) -> bool:
 def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
     """The architecture that is left, with the config.json that stock mlx-lm loads it by.
 
-    ``packed``: the embedding will be stored quantized, which decides whether it may stay tied (see Exit).
-    Raises PareError for layers whose kind would change, and for widths that differ between layers.
+    Layers that differ in width, or have lost attention or feed-forward, leave as what uneven.py knows; all others stay
+    in their family, or take one of its exits. ``packed``: the embedding will be stored quantized, which decides whether
+    it may stay tied (see Exit). Raises PareError for layers whose kind would change, and where no class of stock mlx-lm
+    can hold what is left, saying why.
     """
+    require_cuttable(arch)
     sources = [layer.source for layer in keep.layers]
     if not can_keep(arch, sources):
         raise PareError(
@@ -191,6 +212,8 @@ def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
         kept_sizes.append(Layer(old.kind, {**old.sizes, **{a: len(i) for a, i in layer.keep.items()}}))
     sizes = dict(arch.sizes) if keep.hidden is None else {**arch.sizes, "hidden": len(keep.hidden)}
     smaller = Architecture(arch.family, arch.config, sizes, tuple(kept_sizes), arch.tied)
+    if uneven.differ(smaller):
+        return describe(uneven.config(smaller))
     left = describe(_config(arch, smaller, sources, packed), untied=not arch.tied)
     if [layer.kind for layer in left.layers] != [layer.kind for layer in kept_sizes]:
         raise PareError(
@@ -221,20 +244,3 @@ def _config(arch: Architecture, smaller: Architecture, sources: list[int], packe
     else:
         config["tie_word_embeddings"] = arch.tied
     return both_rope_spellings(config)
-
-
-def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with rope under both names: transformers 5 writes rope_parameters only, of which mlx-lm's llama and
-    qwen2 know nothing: they would silently compute with a theta of 10000."""
-    config = dict(config)
-    parameters = config.get("rope_parameters")
-    if isinstance(parameters, dict) and "rope_theta" in parameters:
-        config["rope_theta"] = parameters["rope_theta"]
-        scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
-        if scaling.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
-            config["rope_scaling"] = scaling
-    elif parameters is None and config.get("rope_theta") is not None and config.get("rope_local_base_freq") is None:
-        scaling = config.get("rope_scaling") or {}
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"], "rope_type": kind}
-    return config

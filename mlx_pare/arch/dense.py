@@ -55,6 +55,7 @@ LLAMA = Family(
             for biased in (True, False)
         ),
     ),
+    plain=True,
     gguf="llama",
     gguf_rope="norm",
 )
@@ -77,6 +78,7 @@ QWEN2 = Family(
             unties_packed=True,
         ),
     ),
+    plain=True,
     gguf="qwen2",
 )
 
@@ -88,6 +90,7 @@ SEED_OSS = Family(
     blocks={"full_attention": SEED_OSS_BLOCK},
     defaults={"tie_word_embeddings": True, "rope_theta": 10000.0},
     cuttable=frozenset({"layer", "ffn", "kv_head", "hidden"}),
+    plain=True,
     gguf="seed_oss",
 )
 
@@ -98,6 +101,7 @@ QWEN3 = Family(
     model=(EMBED, NORM, HEAD),
     blocks={"full_attention": QWEN3_BLOCK},
     cuttable=frozenset({"layer", "ffn", "kv_head", "hidden"}),
+    plain=True,
     gguf="qwen3",
 )
 

@@ -212,11 +212,14 @@ class Family:
     # (a period); or config, index -> kind
     kinds: str | Callable[[Mapping[str, Any], int], str] = "uniform"
     widths: Callable[[Mapping[str, Any], int], Mapping[str, int]] | None = None  # config, index -> sizes that differ
-    tied: bool | None = None  # whether the embedding is the head too; None: tie_word_embeddings says
+    tied: bool | None = None  # whether the embedding is the head too; None: the config says, under
+    tied_key: str = "tie_word_embeddings"
     per_layer: tuple[str, ...] = ("layer_types",)  # config lists with one entry per layer
     exact: frozenset[str] = frozenset({"layer", "ffn", "kv_head", "vocab"})
     cuttable: frozenset[str] = frozenset({"layer", "ffn", "kv_head"})
     exits: tuple[Exit, ...] = ()
+    plain: bool = False  # its blocks compute what llama's do, but for what the rows and the rope say (see uneven.py)
+    result: bool = False  # what a cut may leave as: opened and measured like a source, not cut again
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # stored by old exporters, used by nobody
     gguf: str = "llama"  # llama.cpp architecture
     gguf_rope: str = "neox"  # "norm": q and k rows are permuted there
@@ -287,7 +290,7 @@ class Tensor:
 class Layer:
     """One layer of a model: its kind (which table describes it) and the sizes of its axes.
 
-    A kind is the name of a mixer, with "+moe" behind it where the table has experts.
+    A kind is the name of a mixer, with "+moe" behind it where the table has experts, "+no_ffn" where nothing follows.
     """
 
     kind: str
@@ -296,27 +299,6 @@ class Layer:
     @property
     def mixer(self) -> Mixer:
         return MIXERS[self.kind.partition("+")[0]]
-
-
-@dataclass(frozen=True)
-class LayerKeep:
-    """A surviving layer: its index in the original, and the kept indices per axis (an absent axis keeps all)."""
-
-    source: int
-    keep: Mapping[str, Sequence[int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Keep:
-    """What survives a cut, in indices of the original."""
-
-    layers: tuple[LayerKeep, ...]
-    hidden: Sequence[int] | None = None
-
-    def of(self, layer: int | None) -> dict[str, Sequence[int]]:
-        """Kept indices per axis for the tensors of one *new* layer, or (None) of the model."""
-        shared = {} if self.hidden is None else {"hidden": self.hidden}
-        return shared if layer is None else {**shared, **self.layers[layer].keep}
 
 
 @dataclass(frozen=True)
@@ -373,6 +355,15 @@ class Architecture:
             if spec.role == role:
                 return spec.name.rpartition(".")[0]
         raise KeyError(role)
+
+    def each(self, *axes: str) -> int | list[int]:
+        """The size of a layer axis, or of a product of some: one number where all layers agree, else one per layer."""
+        sizes = [prod(layer.sizes[axis] for axis in axes) for layer in self.layers]
+        return sizes[0] if len(set(sizes)) == 1 else sizes
+
+    def largest(self, *axes: str) -> int:
+        """The size of a layer axis, or of a product of some, in the widest layer."""
+        return max(prod(layer.sizes[axis] for axis in axes) for layer in self.layers)
 
     def uniform(self, axis: str) -> int:
         """The size of a layer axis when all layers agree, as stock mlx-lm classes need."""

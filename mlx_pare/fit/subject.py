@@ -369,8 +369,7 @@ def _planned(path: Path, form: Form) -> Subject:
     checkpoint = Checkpoint(model)
     if problems := plan.problems(checkpoint.arch):
         raise PareError(f"{path} does not suit {checkpoint.path}: {'; '.join(problems)}", "make the plan again")
-    packing = Packing(plan.bits, plan.group_size) if plan.bits else None
-    keep, width = plan.keep(checkpoint.arch), checkpoint.value_bytes
+    keep, packing, width = plan.keep(checkpoint.arch), plan.packing, checkpoint.value_bytes
     arch = smaller(checkpoint, keep, packing)
     changed = f"{checkpoint.path} changed since the plan was made: `prune` will refuse it"
     notes = () if plan.source == checkpoint.identity() else (changed,)

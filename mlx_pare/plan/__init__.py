@@ -123,15 +123,20 @@ def plan(model: Path, scores: Path, options: Options) -> Plan:
 
 
 def redraw(model: Path, scores: Path, like: Plan) -> Plan:
-    """A plan of exactly the same sizes as ``like`` with the units that other scores choose."""
+    """A plan of exactly the same sizes as ``like``, layer by layer, with the units that other scores choose."""
     checkpoint = Checkpoint(model)
-    found = _scores_of(checkpoint, scores)
-    hidden = len(like.hidden) if like.hidden else checkpoint.arch.sizes["hidden"]
-    level = Level(len(like.layers[0].ffn), len(like.layers[0].kv_head), len(like.layers), hidden)
+    arch, found = checkpoint.arch, _scores_of(checkpoint, scores)
     kept = {layer.source for layer in like.layers}
-    protected = [i for i in reach.protected_layers(checkpoint.arch) if i in kept]  # --no-protect may have cut them
-    keep = allocate.choose_units(checkpoint.arch, level, found.arrays, protected)
-    return Plan.model_validate({**like.model_dump(), "criterion": found.about["criterion"], **_units(checkpoint, keep)})
+    protected = [i for i in reach.protected_layers(arch) if i in kept]  # --no-protect may have cut them
+    sources = reach.best_layers(arch, found.arrays["layer"], len(like.layers), protected)
+    layers = []
+    for source, layer in zip(sources, like.layers, strict=True):
+        units = allocate.units_of(arch, source, found.arrays, len(layer.ffn), len(layer.kv_head))
+        layers.append({**layer.model_dump(), "source": source, **units})
+    changes = {"criterion": found.about["criterion"], "layers": layers}
+    if like.hidden:
+        changes["hidden"] = allocate.hidden_of(found.arrays, len(like.hidden))
+    return Plan.model_validate({**like.model_dump(), **changes})
 
 
 def whole(model: Path, like: Plan, limit: int) -> Plan | None:
@@ -148,6 +153,7 @@ def whole(model: Path, like: Plan, limit: int) -> Plan | None:
                 "axes": [],
                 "bits": bits,
                 "group_size": group,
+                "embedding_bits": None,
                 "after": after.model_dump(),
                 "neighbours": [],
             }

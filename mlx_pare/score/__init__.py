@@ -103,6 +103,7 @@ def score(model: Path, stats: Path, out: Path, name: str = "obs", seed: int = 0)
     import mlx.core as mx
 
     from .. import observers
+    from ..arch import require_cuttable
     from ..artifacts import Arrays
     from ..checkpoint import Checkpoint
     from ..console import progress
@@ -111,6 +112,7 @@ def score(model: Path, stats: Path, out: Path, name: str = "obs", seed: int = 0)
 
     chosen = criterion(name)
     checkpoint = Checkpoint(model)
+    require_cuttable(checkpoint.arch)
     about = described(stats, name)
     if about.get("model") != checkpoint.identity():
         raise PareError(f"{stats} was made from another model than {model}", "calibrate this model first")
