@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint
 from .console import progress, span
 from .errors import PareError, Refused
 from .layout import Piece, layout, size_of, smaller
+from .packing import Packing
 from .quantized import MX_DTYPE, Packed, joined, pack, raw_bytes, read, relative_error, whole_groups
 from .shards import ShardWriter, copy_tokenizer, finish, partial_directory, write_config
 

@@ -359,7 +359,7 @@ def two_streams(
 
     ``kept``: (kv heads, channels) of every layer that stays, none where it loses that part; ``residual`` False: the
     target is what the dense matrix gave, without the error that the pruned stream brings along. ``stored``: what the
-    pruned stream goes through in place of what is solved (rounded, say). The pruned stream is a whole forward each time.
+    pruned stream goes through in place of what is solved (rounded, say). That stream is a whole forward each time.
     """
     gemma = config["model_type"] == "gemma3_text"
     heads, kv_heads, d = sizes(config)
