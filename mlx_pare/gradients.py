@@ -44,9 +44,9 @@ def measure(model: Path, rows: Rows) -> dict[str, mx.array]:
     of |s| and of s^2, where s = sum over tokens of a * dL/da is the slope of the row's loss with a factor on the unit's
     input of down_proj (on a kv head's input of o_proj; on all that the block adds to the stream).
     |s|: Molchanov et al. 2017, arXiv 1611.06440, row by row: over all text slopes cancel, since training has brought
-    their sum near zero, and what is left of it chooses badly (benchmarks/LOG.md); s^2: Molchanov et al. 2019, arXiv 1906.10771, the diagonal of the
-    empirical Fisher matrix of those factors. ``{i}.block.cotangent_sq`` []: mean over the tokens of |dL/dh|^2, h the
-    hidden states after the block.
+    their sum near zero, and what is left of it chooses badly (benchmarks/LOG.md).
+    s^2: Molchanov et al. 2019, arXiv 1906.10771, the diagonal of the empirical Fisher matrix of those factors.
+    ``{i}.block.cotangent_sq`` []: mean over the tokens of |dL/dh|^2, h the hidden states after the block.
     Raises PareError for rows in which nothing is predicted, and for blocks that hand on more than hidden states.
     """
     rows = used(rows)
