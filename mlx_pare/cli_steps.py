@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from .options import (
     Axes,
     Bits,
     Cap,
+    ChooseBits,
     Context,
     Criterion,
     Data,
@@ -34,6 +35,8 @@ from .options import (
     TargetParams,
     TargetSize,
     TestData,
+    Tries,
+    Widths,
     command,
     settings_of,
 )
@@ -96,20 +99,26 @@ def plan_command(
     group_size: GroupSize = 64,
     step: Step = None,
     no_protect: NoProtect = False,
+    widths: Widths = "uniform",
+    tries: Tries = None,
+    choose_bits: ChooseBits = None,
+    memory_cap: Cap = None,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Choose what to keep for a target; plan.json may be edited before `prune`."""
-    from . import pipeline, steps
+    from . import pipeline, planning, steps
     from .artifacts import Plan
 
     s = settings_of(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes, bits=bits,
-        group_size=group_size, step=step, protect=not no_protect,
+        group_size=group_size, step=step, protect=not no_protect, widths=widths, tries=tries,
+        choose_bits=choose_bits, memory_cap=memory_cap,
     )  # fmt: skip
     with steps.continue_run(run) as opened:
         if dry_run:
             return show.show_shape(pipeline.shape_of(opened.model, s))
-        path = steps.plan_step(opened, s)
+        s = replace(s, **steps.of_calibration(opened), memory_cap=s.memory_cap)
+        path = planning.plan_step(opened, steps.Texts(opened.model, s), s)
     made = Plan.load(path).model_dump()
     console.say(f"plan: {path}")
     return {
@@ -127,9 +136,7 @@ def reconstruct_command(run: RunDir, memory_cap: Cap = None) -> dict[str, Any]:
     from . import steps
 
     with steps.continue_run(run) as opened:
-        before = opened.recipe()
-        known = {k: before[k] for k in ("data", "test_data", "samples", "length", "seed") if k in before}
-        s = settings_of(**known, memory_cap=memory_cap)
+        s = settings_of(**steps.of_calibration(opened), memory_cap=memory_cap)
         repair = steps.reconstruct_step(opened, steps.Texts(opened.model, s), s)
     console.say(f"repair: {repair}")
     return {"repair": None if repair is None else str(repair)}

@@ -31,6 +31,16 @@ class Rows:
         tokens = np.ascontiguousarray(tokens, dtype=np.int32)
         return cls(tokens, np.full(len(tokens), tokens.shape[1], dtype=np.int32))
 
+    def joined(self, other: Rows) -> Rows:
+        """These rows and then others of the same length. Raises PareError when they are not."""
+        if self.length != other.length:
+            raise PareError(f"rows of {self.length} and of {other.length} tokens cannot go through a model together")
+        return Rows(*(np.concatenate(pair) for pair in ((self.tokens, other.tokens), (self.lengths, other.lengths))))
+
+    def first(self, count: int) -> Rows:
+        """So many of them, or all there are."""
+        return Rows(self.tokens[:count], self.lengths[:count])
+
     @property
     def count(self) -> int:
         return len(self.tokens)

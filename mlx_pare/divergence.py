@@ -10,6 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import mlx.core as mx
+import numpy as np
+
+from .corpus import Rows
+from .stream import Streamed
+
+TOKENS_AT_ONCE = 1024
 
 
 def kl(teacher: mx.array, student: mx.array) -> mx.array:
@@ -72,3 +78,23 @@ def compare(targets: mx.array, student: Iterable, teacher: Iterable | None = Non
         difference = difference * p.shrink + (weights * (t - s)).sum(axis=-1)
         mx.eval(difference, *(a for r in (p, q) for a in (r.mass, r.peak, r.target, r.top)))
     return {"nll": q.nll, "kl": difference / p.mass - p.lse + q.lse, "agree": p.top == q.top}
+
+
+def measure(rows: Rows, student: Streamed, teacher: Streamed | None = None) -> dict[str, np.ndarray]:
+    """What ``compare`` says of every predicted token, in the order of the rows, float64 [predicted]."""
+    step = max(1, TOKENS_AT_ONCE // rows.length)
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, rows.count, step):
+        part = slice(start, start + step)
+        valid = rows.mask()[part, 1:].reshape(-1)
+        targets = mx.array(rows.tokens[part, 1:].reshape(-1))
+
+        def chunks(streamed: Streamed | None, part: slice = part):
+            if streamed is None:
+                return None
+            hidden = streamed.hidden[part, :-1]
+            return streamed.logits(hidden.reshape(-1, hidden.shape[-1]))
+
+        for name, values in compare(targets, chunks(student), chunks(teacher)).items():
+            found.setdefault(name, []).append(np.array(values).astype(np.float64)[valid])
+    return {name: np.concatenate(parts) for name, parts in found.items()}

@@ -99,14 +99,20 @@ class Tokens:
         return (np.eye(size) - blocks) / self.ridge
 
 
-def greedy(state: Inverse | Tokens, weights: np.ndarray, width: int, size: int, count: int) -> list[int]:
-    """``Problem.choose`` on H^-1 and the weights [n, out] that are best with all inputs, which is spoilt."""
+def greedy(
+    state: Inverse | Tokens, weights: np.ndarray, width: int, size: int, count: int
+) -> tuple[list[int], list[float]]:
+    """``Problem.path`` on H^-1 and the weights [n, out] that are best with all inputs, which is spoilt."""
     blocks, squares = state.own_blocks(width, size), np.einsum("no,no->n", weights, weights)
     alive = np.arange(len(blocks))
+    order: list[int] = []
+    prices: list[float] = []
     batch = max(1, len(alive) // ROUNDS)
     while len(alive) > count:
         costs = _costs(blocks, weights, squares, alive)
         least = np.argsort(costs, kind="stable")[: min(batch, len(alive) - count)]
+        order += alive[least].tolist()
+        prices += costs[least].tolist()
         gone = (alive[least][:, None] * size + np.arange(size)).reshape(-1)
         rows = state.rows(gone)
         low = factor(rows[:, gone])
@@ -121,7 +127,7 @@ def greedy(state: Inverse | Tokens, weights: np.ndarray, width: int, size: int, 
                 blocks[unit] -= half[:, part].T @ half[:, part]
         state.remove(half, low)
         alive = np.delete(alive, least)
-    return alive.tolist()
+    return order, prices
 
 
 def _costs(blocks: np.ndarray, weights: np.ndarray, squares: np.ndarray, alive: np.ndarray) -> np.ndarray:

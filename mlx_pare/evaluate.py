@@ -6,18 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from . import stream
 from .artifacts import Metrics
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .divergence import compare
+from .divergence import measure
 from .errors import PareError, UsageError
-from .stream import Streamed
-
-TOKENS_AT_ONCE = 1024
 
 
 def evaluate(
@@ -47,7 +43,7 @@ def evaluate(
         raise UsageError(f"{rows.total} tokens are too little to measure", "give more text or a larger --length")
     student = stream.walk(model, rows, what=f"evaluate {model.name}: block")
     reference = stream.walk(teacher, rows, what="teacher: block") if teacher is not None else None
-    found = _measure(rows, student, reference)
+    found = measure(rows, student, reference)
     nll = float(found["nll"].mean())
     for path, name in ((model, "nll"), (teacher, "kl")):
         if name in found and not math.isfinite(found[name].mean()):
@@ -85,26 +81,6 @@ def _against(found: dict[str, np.ndarray]) -> dict[str, float]:
         "kl_p95": float(np.percentile(found["kl"], 95)),
         "top1_agreement": float(found["agree"].mean()),
     }
-
-
-def _measure(rows: Rows, student: Streamed, teacher: Streamed | None) -> dict[str, np.ndarray]:
-    """Numbers of every predicted token in the order of the rows, float64."""
-    step = max(1, TOKENS_AT_ONCE // rows.length)
-    found: dict[str, list[np.ndarray]] = {}
-    for start in range(0, rows.count, step):
-        part = slice(start, start + step)
-        valid = rows.mask()[part, 1:].reshape(-1)
-        targets = mx.array(rows.tokens[part, 1:].reshape(-1))
-
-        def chunks(streamed: Streamed | None, part: slice = part):
-            if streamed is None:
-                return None
-            hidden = streamed.hidden[part, :-1]
-            return streamed.logits(hidden.reshape(-1, hidden.shape[-1]))
-
-        for name, values in compare(targets, chunks(student), chunks(teacher)).items():
-            found.setdefault(name, []).append(np.array(values).astype(np.float64)[valid])
-    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _bytes(rows: Rows, tokenizer: Any) -> int:

@@ -44,6 +44,11 @@ class _Layer:
         """The inputs that are left when these candidates are."""
         return np.concatenate([np.asarray(chosen, int), np.arange(self.width, self.width + self.fixed)])
 
+    def choose(self, size: int, count: int) -> list[int]:
+        """The ``count`` units that are left at the end of ``path``; ascending."""
+        gone = set(self.path(size, count)[0])
+        return [unit for unit in range(self.width // size) if unit not in gone]
+
     def old(self, chosen: Indices) -> np.ndarray:
         """The weights [out, chosen + fixed] as they were."""
         return self.weight[:, self.with_fixed(chosen)]
@@ -82,8 +87,9 @@ class Problem(_Layer):
             0.0, float((square + energy) / max(energy, by.TINY))
         )  # rounding may leave a little less than nothing
 
-    def choose(self, size: int, count: int) -> list[int]:
-        """The ``count`` units, of ``size`` neighbouring inputs each, whose removal costs most; ascending.
+    def path(self, size: int, count: int = 0) -> tuple[list[int], list[float]]:
+        """The order in which units, of ``size`` neighbouring inputs each, go until ``count`` are left, and by how much
+        each adds to the sum that is minimised.
 
         Greedy: always the unit that costs least goes, given that the weights of all others are solved again, which its
         removal changes: cost = tr(B_u^T (H^-1_uu)^-1 B_u) for weights B and H = G + lambda. Where there are more than
@@ -142,8 +148,8 @@ class Dual(_Layer):
         left = self._residual(weight, kept, np.arange(len(kept)))
         return float(np.vdot(left, left) / max(energy, by.TINY))
 
-    def choose(self, size: int, count: int) -> list[int]:
-        """As ``Problem.choose``."""
+    def path(self, size: int, count: int = 0) -> tuple[list[int], list[float]]:
+        """As ``Problem.path``."""
         every = np.arange(self.inputs.shape[1])
         within = by.inverse(self._gram(every))
         short = within @ self._residual(self.weight, every)

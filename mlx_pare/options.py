@@ -66,6 +66,23 @@ For = Annotated[
 Context = Annotated[int, typer.Option(min=1, help="Tokens of context it must hold.")]
 Bits = Annotated[int | None, typer.Option(help="Pack the result with 2, 3, 4, 5, 6 or 8 bits. Default: as the source.")]
 GroupSize = Annotated[int, typer.Option(help="Group size for --bits: 32, 64 or 128.")]
+Widths = Annotated[
+    str,
+    typer.Option(
+        help="even: every axis is cut by the same share. uniform: all layers alike, every division between the axes "
+        "tried. per-layer: widths of their own, by an integer programme, tried, the best few reconstructed (no GGUF yet)."
+    ),
+]
+Tries = Annotated[
+    int | None,
+    typer.Option("--try", min=1, help="Candidate plans to try by true KL. Default: 12, 50 for per-layer widths."),
+]
+ChooseBits = Annotated[
+    str | None,
+    typer.Option(
+        help='With --widths per-layer and a size in bytes: also choose the bits of every part, e.g. "2,3,4,6,8".'
+    ),
+]
 Step = Annotated[int | None, typer.Option(min=1, help="Widths are multiples of this. Default: 1, the group, or 256.")]
 NoReconstruct = Annotated[
     bool, typer.Option("--no-reconstruct", help="Cut the matrices as they are, without making up for the cut.")
@@ -140,10 +157,22 @@ def memory(text: str | None) -> int | None:
     return int(parse_amount(text, "bytes"))
 
 
+def _bits(text: str | None) -> tuple[int, ...]:
+    """Numbers of bits, separated by commas. Raises UsageError for others than MLX packs."""
+    from .errors import UsageError
+    from .packing import BITS
+
+    found = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if wrong := [part for part in found if part not in map(str, BITS)]:
+        raise UsageError(f"MLX cannot pack {wrong[0]} bits", f"choose from {', '.join(map(str, BITS))}")
+    return tuple(sorted({int(part) for part in found}))
+
+
 def settings_of(**given: Any):
     """Settings from what the command line gives: axes and memory as text."""
     from .steps import Settings
 
     given["axes"] = tuple(a.strip() for a in given.pop("axes", "ffn,kv_head").split(",") if a.strip())
     given["memory_cap"] = memory(given.pop("memory_cap", None))
+    given["choose_bits"] = _bits(given.pop("choose_bits", None))
     return Settings(**given)

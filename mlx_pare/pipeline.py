@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, corpus, steps
+from . import console, corpus, planning, steps
 from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
@@ -50,7 +50,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
         opened.write_recipe(asked, replace=False)
         steps.calibrate_step(opened, texts, s)
         steps.score_step(opened, s)
-        steps.plan_step(opened, s)
+        planning.plan_step(opened, texts, s)
         if s.reconstruct:
             steps.reconstruct_step(opened, texts, s)
         result = steps.prune_step(opened, s.reconstruct)
@@ -96,6 +96,7 @@ def preflight(model: Path, s: Settings) -> None:
     (the uncut model bounds the cut one)."""
     criterion(s.criterion)
     one_of("recovery method", s.method, METHODS)
+    one_of("way to choose widths", s.widths, planning.WIDTHS)
     one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
     shape(Checkpoint(model), s.plan_options())
     if s.reconstruct:

@@ -176,6 +176,23 @@ def matrix(module: nn.Module) -> mx.array:
     return dense_weight(getattr(module, "inner", module))
 
 
+def packed_layer(layer: nn.Module, packing: Packing) -> nn.Module:
+    """A linear layer with its matrix packed, in groups that divide it; the layer itself where none does."""
+    weight = matrix(layer)
+    fitted = packing.fitted(weight.shape[-1])
+    if fitted is None:
+        return layer
+    made = nn.QuantizedLinear(
+        weight.shape[-1], weight.shape[0], bias="bias" in layer, group_size=fitted.group_size, bits=fitted.bits
+    )
+    dtype = layer.scales.dtype if is_packed(layer) else layer.weight.dtype
+    parts = pack(weight, fitted, dtype)
+    made.weight, made.scales, made.biases = parts.words, parts.scales, parts.biases
+    if "bias" in layer:
+        made.bias = layer.bias
+    return made
+
+
 def dense_rows(module: nn.Module, index: mx.array) -> mx.array:
     """Chosen rows of a module's weight in float32: an embedding lookup that expands nothing else."""
     if not is_packed(module):

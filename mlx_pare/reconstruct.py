@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from . import gptq, lm, stream
+from . import divergence, gptq, lm, stream
 from .arch import Architecture
 from .artifacts import Arrays, LayerPlan, Plan, repair_file
 from .checkpoint import Checkpoint
@@ -32,9 +31,10 @@ from .console import gb
 from .corpus import Rows
 from .errors import PareError
 from .layout import Piece, layout
-from .least_squares import DAMPING, Cost, Dual, Problem, cost
+from .least_squares import DAMPING, Cost
 from .observers import replace_module
-from .quantized import MX_DTYPE, Packed, dense_weight, relative_error
+from .quantized import MX_DTYPE, Packed, relative_error
+from .site import Site, parts, solve_costs
 
 CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are
 SOLVED = ("o_proj", "down_proj")
@@ -55,6 +55,25 @@ def reconstruct(
     the hidden size (what is cut there cannot be made up for so) or does not suit the model, Refused when the estimate
     of memory exceeds the cap.
     """
+    return _lead(model, plan, rows, rows.count, out, damping, memory_cap)[0]
+
+
+def reconstructed_kl(
+    model: Path, plan: Plan, rows: Rows, held: Rows, scratch: Path, memory_cap: int | None = None
+) -> float:
+    """The KL divergence, nats per token, that a plan reaches on ``held`` rows (of the same length) when it is
+    reconstructed on ``rows``: nothing is cut for that. Raises as ``reconstruct``, which would write to ``scratch``."""
+    _, pair, dense = _lead(model, plan, rows.joined(held), rows.count, scratch, DAMPING, memory_cap)
+    if pair.pruned is None:
+        return 0.0
+    reference, made = (hidden[rows.count :] for hidden in (dense.hidden, pair.pruned))
+    return float(divergence.measure(held, dense.ended(made), dense.of(reference))["kl"].mean())
+
+
+def _lead(
+    model: Path, plan: Plan, rows: Rows, count: int, out: Path, damping: float, memory_cap: int | None
+) -> tuple[Plan, _Pair, stream.Streamed]:
+    """Both streams through the model; only the first ``count`` rows count when something is solved."""
     checkpoint = Checkpoint(model)
     plan.check(checkpoint)
     if plan.cuts_hidden(checkpoint.arch):
@@ -63,9 +82,9 @@ def reconstruct(
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("[0-9]*.safetensors"):
         old.unlink()
-    pair = _Pair(checkpoint, plan, rows, damping, out)
-    stream.walk(model, rows, pair, what="reconstruct: block")
-    return plan.model_copy(update={"layers": pair.layers})
+    pair = _Pair(checkpoint, plan, rows, count, damping, out)
+    dense = stream.walk(model, rows, pair, what="reconstruct: block")
+    return plan.model_copy(update={"layers": pair.layers}), pair, dense
 
 
 def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
@@ -90,66 +109,12 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
 
 def costs(checkpoint: Checkpoint, rows: Rows) -> list[Cost]:
     """What solving o_proj and down_proj of the first layer takes."""
-    sizes = checkpoint.arch.layer_sizes(0)
-    widths = sizes["kv_head"] * sizes["group"] * sizes["head_dim"], sizes["ffn"]
-    return [cost(rows.total, width, sizes["hidden"]) for width in widths]
+    return solve_costs(checkpoint, rows.total)
 
 
 def behind_norm(arch: Architecture, index: int) -> bool:
     """Whether what the two matrices of a block give goes through a norm before it joins the residual stream."""
     return "attn_post_norm" in {spec.role for spec in arch.family.blocks[arch.layers[index].kind]}
-
-
-class _Site:
-    """A matrix of the block that writes to the residual stream: passed through, listened to, or replaced."""
-
-    def __init__(self, module: Any):
-        self.module = module
-        self.listening = False
-        self.inputs: list[mx.array] = []  # of the pruned stream, one array per micro-batch
-        self.outputs: list[mx.array] | None = None  # of the dense stream, where they are the target
-        self.new: tuple[mx.array, mx.array] | None = None  # weight [out, in], zero at what is cut; bias
-        self.gone = False  # nothing feeds it any more: it gives zero, without its bias
-        self.replay: Iterator[mx.array] = iter(())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if self.listening:
-            mx.eval(x)
-            self.inputs.append(x)
-            raise stream.Enough
-        if self.new is not None:  # its inputs are known, so MLX never computes x and what is only there for it
-            return self._replaced(next(self.replay))
-        y = self.module(x)
-        if self.outputs is not None:
-            self.outputs.append(y)
-        return mx.zeros_like(y) if self.gone else y
-
-    def _replaced(self, x: mx.array) -> mx.array:
-        """What the solved matrix gives for its inputs: multiplying by zeros is faster than gathering the kept ones."""
-        weight, bias = self.new
-        return (x.astype(mx.float32) @ weight.T + bias).astype(x.dtype)
-
-    @property
-    def _inner(self) -> Any:
-        return getattr(self.module, "inner", self.module)
-
-    @property
-    def biased(self) -> bool:
-        """Whether it has a bias."""
-        return "bias" in self._inner
-
-    @property
-    def bias(self) -> mx.array:
-        """Its bias, zero where it has none, float32."""
-        return self._inner.bias.astype(mx.float32) if self.biased else mx.zeros((1,))
-
-    def weight(self) -> np.ndarray:
-        """Its own weight [out, in], float32; with a bias a column of zeros behind it, for how much that changes."""
-        own = np.array(dense_weight(self._inner))
-        return np.pad(own, ((0, 0), (0, 1))) if self.biased else own
 
 
 class _Before:
@@ -175,11 +140,12 @@ class _Before:
 class _Pair:
     """The observer of a walk of the dense model that leads the pruned stream along."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, rows: Rows, damping: float, out: Path):
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, rows: Rows, count: int, damping: float, out: Path):
         self.arch, self.plan, self.damping, self.out = checkpoint.arch, plan, damping, out
-        self.mask, self.tokens = rows.mask(), rows.total
+        self.mask = rows.mask()
+        self.mask[count:] = False
         self.pieces = _pieces(checkpoint, plan)
-        self.about = {"model": checkpoint.identity(), "tokens": rows.total, "damping": damping}
+        self.about = {"model": checkpoint.identity(), "tokens": rows.first(count).total, "damping": damping}
         self.planned = {layer.source: layer for layer in plan.layers}
         self.layers: list[LayerPlan] = []
         self.pruned: mx.array | None = None  # hidden states of the pruned stream; None while the two are one
@@ -190,7 +156,7 @@ class _Pair:
         def at(role: str, make: Callable[[Any], Any]) -> Any:
             return replace_module(block, self.arch.path(index, role), make)
 
-        self.attention, self.ffn, self.middle = at("o_proj", _Site), at("down_proj", _Site), at("ffn_norm", _Before)
+        self.attention, self.ffn, self.middle = at("o_proj", Site), at("down_proj", Site), at("ffn_norm", _Before)
         if behind_norm(self.arch, index):
             self.attention.outputs, self.ffn.outputs = [], []
 
@@ -216,7 +182,7 @@ class _Pair:
         self.attention.gone, self.ffn.gone = not heads, not channels
         if heads and (self.pruned is not None or len(heads) < sizes["kv_head"]):
             self._listen(self.attention, run, pruned)
-            target = _difference(middle, _parts(pruned, middle)) if wanted is None else wanted
+            target = _difference(middle, parts(pruned, middle)) if wanted is None else wanted
             heads = self._fit("o_proj", target, sizes["group"] * sizes["head_dim"], heads)
         del middle
         wanted, self.ffn.outputs = self.ffn.outputs, None
@@ -224,14 +190,14 @@ class _Pair:
             if channels:
                 self._listen(self.ffn, run, pruned)
                 middle = self.middle.taken()
-                target = _difference(_parts(after, middle), middle) if wanted is None else wanted
+                target = _difference(parts(after, middle), middle) if wanted is None else wanted
                 channels = self._fit("down_proj", target, 1, channels)
                 del middle, target
             self._begin()
             self.pruned = run(pruned)
         self._save(planned.model_copy(update={"ffn": channels, "kv_head": heads}))
 
-    def _listen(self, site: _Site, run: Callable, hidden: mx.array) -> None:
+    def _listen(self, site: Site, run: Callable, hidden: mx.array) -> None:
         """Remember the inputs of a matrix when these hidden states go through the block."""
         self._begin()
         site.listening = True
@@ -248,7 +214,7 @@ class _Pair:
         """Choose the units of a matrix, or take the plan's; solve what is left, pack it if it will be stored so;
         replace the matrix by that. Returns the units."""
         site = self.attention if role == "o_proj" else self.ffn
-        problem, energy = self._problem(site, target)
+        problem, energy = site.problem(target, self.mask, self.damping)
         chosen = list(planned)
         if self.plan.criterion == CHOOSES and len(chosen) * size < problem.width:
             chosen = problem.choose(size, len(chosen))
@@ -269,20 +235,6 @@ class _Pair:
         whole[:, kept] = np.array(made.weight)
         site.new = mx.array(whole), site.bias if made.bias is None else made.bias
         return chosen
-
-    def _problem(self, site: _Site, target: Iterable[mx.array]) -> tuple[Problem | Dual, float]:
-        """What is to be solved, in the form that takes less, and the sum of squares of its target."""
-        weight, fixed = site.weight(), int(site.biased)
-        width = weight.shape[1] - fixed
-        parts = _text(site.inputs, target, _parts(self.mask, site.inputs), site.bias, fixed)
-        if cost(self.tokens, width, len(weight)).dual:
-            inputs, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-            energy = float(np.square(targets, dtype=np.float64).sum())
-            _check_finite(energy + float(np.abs(inputs).max()))
-            return Dual(inputs, targets, weight, self.damping, fixed), energy
-        gram, cross, energy = _sums(parts)
-        _check_finite(energy + gram.trace() + cross.sum())
-        return Problem(gram, cross, weight, self.damping, fixed), energy
 
     def _save(self, layer: LayerPlan) -> None:
         arrays = {name: array for role, made in self.made.items() for name, array in made.arrays(role).items()}
@@ -323,47 +275,6 @@ def _pieces(checkpoint: Checkpoint, plan: Plan) -> dict[tuple[int | None, str], 
     return {(p.tensor.layer, p.tensor.spec.role): p for p in pieces if p.tensor.spec.role in SOLVED}
 
 
-def _parts(joined: Any, like: Sequence[mx.array]) -> Iterator[Any]:
-    """The rows of each micro-batch of ``like``."""
-    for start, stop in pairwise(np.cumsum([0, *(x.shape[0] for x in like)]).tolist()):
-        yield joined[start:stop]
-
-
 def _difference(a: Iterable[mx.array], b: Iterable[mx.array]) -> Iterator[mx.array]:
     """In float32: two residual streams in 16 bits are much larger than what one matrix adds to them."""
     return (x.astype(mx.float32) - y.astype(mx.float32) for x, y in zip(a, b, strict=True))
-
-
-def _text(
-    inputs: Sequence[mx.array], target: Iterable[mx.array], mask: Iterable[np.ndarray], bias: mx.array, fixed: int
-) -> Iterator[tuple[mx.array, mx.array]]:
-    """Inputs [tokens, n + fixed], ones behind the others, and targets without the bias [tokens, out] of a micro-batch:
-    the text alone, float32."""
-    for x, t, m in zip(inputs, target, mask, strict=True):
-        x, t = (a.astype(mx.float32).reshape(-1, a.shape[-1]) for a in (x, t - bias))
-        if not m.all():
-            text = mx.array(np.flatnonzero(m))
-            x, t = x[text], t[text]
-        yield (mx.concatenate([x, mx.ones((len(x), fixed))], axis=1) if fixed else x), t
-
-
-def _sums(parts: Iterable[tuple[mx.array, mx.array]]) -> tuple[np.ndarray, np.ndarray, float]:
-    """Gram matrix [n, n], cross terms [n, out] and sum of squares of the target; products of a micro-batch in float32,
-    their sums in float64."""
-    gram = cross = None
-    energy = 0.0
-    for x, t in parts:
-        products = x.T @ x, x.T @ t, mx.square(t).sum()
-        mx.eval(products)
-        if gram is None:
-            gram, cross = (np.zeros(product.shape) for product in products[:2])
-        for total, product in zip((gram, cross), products[:2], strict=True):
-            total += np.asarray(product)
-        energy += products[2].item()
-    return gram, cross, energy
-
-
-def _check_finite(total: float) -> None:
-    """Raises PareError unless it is a number."""
-    if not np.isfinite(total):
-        raise PareError("the model computes infinite numbers on this text", "use other text, or --no-reconstruct")

@@ -26,7 +26,7 @@ from .layout import size_of
 from .least_squares import DAMPING
 from .llama_cpp import judged
 from .plan import Options as PlanOptions
-from .plan import plan, redraw
+from .plan import redraw
 from .prune import prune
 from .reconstruct import reconstruct
 from .recover import Options as RecoverOptions
@@ -59,6 +59,9 @@ class Settings:
     group_size: int = 64
     step: int | None = None
     protect: bool = True
+    widths: str = "uniform"
+    tries: int | None = None
+    choose_bits: Sequence[int] = ()
     recover_steps: int = 100
     method: str = "lora"
     learning_rate: float | None = None
@@ -166,6 +169,12 @@ def continue_run(out: Path) -> Run:
     return run
 
 
+def of_calibration(run: Run) -> dict[str, Any]:
+    """What was asked of the calibration of a run, as settings."""
+    known = run.recipe()
+    return {k: known[k] for k in ("data", "test_data", "samples", "length", "seed") if k in known}
+
+
 # ---- the steps, each a verb wrapped in a record ----
 
 
@@ -197,23 +206,6 @@ def score_step(run: Run, s: Settings) -> Path:
         lambda directory: score(run.model, stats, directory / "scores.safetensors", s.criterion, s.seed),
     )
     return run.output("score", "scores.safetensors")
-
-
-def plan_step(run: Run, s: Settings) -> Path:
-    """What to keep; plan.json may be edited afterwards."""
-    scores = run.output("score", "scores.safetensors")
-    asked = {
-        k: getattr(s, k)
-        for k in ("keep", "target_params", "target_size", "mac", "context", "bits", "group_size", "step", "protect")
-    }
-    run.step(
-        "plan",
-        {**asked, "axes": list(s.axes)},
-        {"model": run.manifest.source, "scores": fingerprint(scores)},
-        lambda directory: (directory / "plan.json").write_bytes(plan(run.model, scores, s.plan_options()).dump()),
-        editable=True,
-    )
-    return run.output("plan", "plan.json")
 
 
 def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:

@@ -11,7 +11,7 @@ Peak memory = embedding + one block + three times the hidden states (in, out, jo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,7 +84,7 @@ class _Walk:
         again = getattr(self.observer, "again", None)
         if again:
             first = joined[0] if isinstance(joined, tuple) else joined
-            again(index, x, first, lambda y: self._all(lambda: self._unwatched(block, y, args, kwargs)))
+            again(index, x, first, lambda y, start=0: self._apart(block, y, start, args, kwargs))
         self.blocks[index] = block = again = None
         if self.observer:
             self.observer.leave(index, joined[0] if isinstance(joined, tuple) else joined)
@@ -92,10 +92,10 @@ class _Walk:
         self.bar.advance()
         return joined
 
-    def _all(self, micro_batch: Callable[[], Any]) -> Any:
+    def _all(self, micro_batch: Callable[[], Any], parts: list[slice] | None = None) -> Any:
         """All micro-batches, put together again; None when they were not computed to their end."""
         pieces = []
-        for part in self.parts:
+        for part in parts or self.parts:
             self.part = part
             pieces.append(micro_batch())
         joined = None if pieces[0] is None else _join(pieces)
@@ -113,9 +113,14 @@ class _Walk:
         mx.eval(after, pending)
         return after
 
-    def _unwatched(self, block: Any, x: mx.array, args: tuple, kwargs: dict) -> mx.array | None:
+    def _apart(self, block: Any, x: mx.array, start: int, args: tuple, kwargs: dict) -> mx.array | None:
+        """Other hidden states of the rows from ``start`` on through the same block."""
+        parts = micro_batches(self.rows, start) if start else None
+        return self._all(lambda: self._unwatched(block, x, start, args, kwargs), parts)
+
+    def _unwatched(self, block: Any, x: mx.array, start: int, args: tuple, kwargs: dict) -> mx.array | None:
         try:
-            after = self._block(block, x[self.part], args, kwargs)
+            after = self._block(block, x[self.part.start - start : self.part.stop - start], args, kwargs)
         except Enough:
             return None
         hidden = after[0] if isinstance(after, tuple) else after
@@ -129,10 +134,10 @@ class _Walk:
         return block(x, *map(share, args), **{k: share(v) for k, v in kwargs.items()})
 
 
-def micro_batches(rows: Rows) -> list[slice]:
-    """The rows that go through a block at a time."""
+def micro_batches(rows: Rows, first: int = 0) -> list[slice]:
+    """The rows, from ``first`` on, that go through a block at a time."""
     step = max(1, MICRO_BATCH_TOKENS // rows.length)
-    return [slice(start, min(start + step, rows.count)) for start in range(0, rows.count, step)]
+    return [slice(start, min(start + step, rows.count)) for start in range(first, rows.count, step)]
 
 
 def per_row(value: Any, rows: Rows) -> bool:
@@ -175,6 +180,15 @@ class Streamed:
     hidden: mx.array
     head: Any
     vocab: int
+    norm: Callable[[mx.array], mx.array]
+
+    def of(self, hidden: mx.array) -> Streamed:
+        """The same head for other hidden states, after the final norm."""
+        return replace(self, hidden=hidden)
+
+    def ended(self, hidden: mx.array) -> Streamed:
+        """The same head for hidden states as the last block gives them."""
+        return self.of(self.norm(hidden))
 
     def chunks(self, hidden: mx.array) -> Iterator[tuple[int, mx.array]]:
         """(first token id, float32 weight [chunk, hidden]) over the vocabulary; the logits of some hidden states in a
@@ -210,7 +224,7 @@ def walk(
             blocks[index] = _BlockProxy(state, index)
         hidden = lm.body(model)(mx.array(rows.tokens))  # up to the final norm: the head is not applied
         mx.eval(hidden)
-    return Streamed(hidden, head, vocab)
+    return Streamed(hidden, head, vocab, lm.body(model).norm)
 
 
 def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:

@@ -1,0 +1,105 @@
+"""What a plan is asked to reach: a target as a measure of cuts and a bound on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..arch import Architecture, Keep, LayerKeep
+from ..artifacts import Target
+from ..checkpoint import Checkpoint
+from ..console import count, gb
+from ..errors import UsageError
+from ..fit import footprint
+from ..fit.reach import DEFAULT_AXES
+from ..layout import smaller, total_bytes
+from ..packing import BITS, GROUP_SIZES, Packing
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `plan` was asked: exactly one of keep, params, size (bytes) or budget (--for: bytes of weights, given the
+    architecture and the width of a cached value)."""
+
+    keep: float | None = None
+    params: float | None = None
+    size: float | None = None
+    budget: Callable | None = None
+    budget_name: str = ""
+    axes: Sequence[str] = DEFAULT_AXES
+    bits: int | None = None
+    group_size: int = 64
+    step: int | None = None
+    protect: bool = True
+
+
+def packing_of(options: Options) -> Packing | None:
+    """The packing the result is asked to have; None: as the source."""
+    if options.bits is None:
+        return None
+    if options.bits not in BITS or options.group_size not in GROUP_SIZES:
+        raise UsageError(f"MLX packs {', '.join(map(str, BITS))} bits in groups of {', '.join(map(str, GROUP_SIZES))}")
+    return Packing(options.bits, options.group_size)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``measure`` of a cut shall come to ``value``, or stay at or below it (``at_most``). ``counts`` "parameters" or
+    "bytes"; ``show``: a measure in words."""
+
+    target: Target
+    measure: Callable[[Keep], float]
+    value: float
+    at_most: bool
+    counts: str
+    show: Callable[[float], str]
+
+
+def everything(arch: Architecture) -> Keep:
+    """The cut that cuts nothing."""
+    return Keep(tuple(LayerKeep(i) for i in range(len(arch.layers))))
+
+
+def goal(checkpoint: Checkpoint, options: Options) -> Goal:
+    """The one target that was given. Raises UsageError when it is not one, or means nothing."""
+    packing = packing_of(options)
+
+    def parameters(keep: Keep, what: str = "total") -> float:
+        return footprint.parameters(smaller(checkpoint, keep, packing))[what]
+
+    def size(keep: Keep) -> float:
+        return total_bytes(checkpoint, keep, packing)
+
+    given = [n for n in ("keep", "params", "size", "budget") if getattr(options, n) is not None]
+    if len(given) != 1:
+        raise UsageError(
+            "give exactly one target", "--keep 0.75, --target-params 24B, --target-size 15GB or --for m4-24gb"
+        )
+    if options.keep is not None:
+        if not 0 < options.keep <= 1:
+            raise UsageError(
+                f"--keep {options.keep} is not between 0 and 1",
+                "0.75 keeps three quarters of the non-embedding parameters",
+            )
+        whole = parameters(everything(checkpoint.arch), "non_embedding")
+        asked = f"keeping {options.keep:g} of the non-embedding parameters"
+        return Goal(
+            Target(kind="keep", value=options.keep, asked=asked),
+            lambda keep: parameters(keep, "non_embedding"),
+            options.keep * whole,
+            False,
+            "parameters",
+            lambda v: f"keep {v / whole:.3f}",
+        )
+    if options.params is not None:
+        target = Target(kind="params", value=options.params, asked=f"{count(options.params)} parameters")
+        return Goal(target, parameters, options.params, False, "parameters", count)
+    if options.size is not None:
+        target = Target(kind="size", value=options.size, asked=f"{gb(options.size)} of weights")
+        return Goal(target, size, options.size, True, "bytes", gb)
+
+    def over_budget(keep: Keep) -> float:
+        return size(keep) - options.budget(smaller(checkpoint, keep, packing), checkpoint.value_bytes)
+
+    target = Target(kind="for", value=0, asked=f"fitting {options.budget_name}")
+    return Goal(target, over_budget, 0.0, True, "bytes", lambda v: f"{gb(-v)} of headroom")

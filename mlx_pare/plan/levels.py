@@ -1,0 +1,100 @@
+"""Targets as sizes that all layers share, before any unit is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..arch import Architecture
+from ..artifacts import Size, Target
+from ..checkpoint import Checkpoint
+from ..errors import Refused
+from ..fit import reach
+from ..fit.reach import Level
+from ..layout import size_of
+from .goal import Goal, Options, everything, goal, packing_of
+
+SAME = 0.01  # of the whole: levels that differ by less meet a target alike
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes a target leads to, before any unit is chosen."""
+
+    target: Target
+    level: Level
+    protected: Sequence[int]
+    before: Size
+    after: Size
+    neighbours: list[str]
+
+
+def shape(checkpoint: Checkpoint, options: Options, level: Level | None = None) -> Shape:
+    """The reachable sizes nearest to the target, with uniform widths, or those of a level; needs no scores.
+
+    Raises UsageError for a target or axis that means nothing, Refused when the target cannot be reached.
+    """
+    arch, packing = checkpoint.arch, packing_of(options)
+    protected = reach.protected_layers(arch) if options.protect else []
+    space = reach.space(arch, options.axes, step_of(checkpoint, options), protected)
+    wanted = goal(checkpoint, options)
+    level = level or _nearest(checkpoint, options, wanted, space, protected)
+    return Shape(
+        wanted.target,
+        level,
+        protected,
+        size_of(checkpoint, None, None),
+        size_of(checkpoint, reach.skeleton(arch, level, protected), packing),
+        reach.neighbours(space, level, _measure(arch, wanted, protected), wanted.show),
+    )
+
+
+def splits(checkpoint: Checkpoint, options: Options, most: int) -> list[Level]:
+    """Levels that meet the target, each dividing the cut otherwise between the axes: for every number of kv heads, and
+    of layers, the ffn that is left. At most so many, those nearest to the even split, which is the first.
+
+    Raises as ``shape``."""
+    arch, wanted = checkpoint.arch, goal(checkpoint, options)
+    protected = reach.protected_layers(arch) if options.protect else []
+    space = reach.space(arch, options.axes, step_of(checkpoint, options), protected)
+    even, measure = _nearest(checkpoint, options, wanted, space, protected), _measure(arch, wanted, protected)
+    tolerance = SAME * measure(space.at(1.0)) if not wanted.at_most else SAME * wanted.measure(everything(arch))
+    found = [even]
+    pairs = [(n, k) for n in space.choices["layer"] for k in space.choices["kv_head"]]
+    for layers, heads in sorted(pairs, key=lambda pair: abs(pair[0] - even.layer) + abs(pair[1] - even.kv_head)):
+        narrowed = reach.Space({**space.choices, "layer": [layers], "kv_head": [heads]})
+        try:
+            level = _nearest(checkpoint, options, wanted, narrowed, protected)
+        except Refused:
+            continue
+        if level not in found and abs(measure(level) - measure(even)) <= tolerance:
+            found.append(level)
+    return found[:most]
+
+
+def _nearest(
+    checkpoint: Checkpoint, options: Options, wanted: Goal, space: reach.Space, protected: Sequence[int]
+) -> Level:
+    """The reachable level that meets a goal best. Raises Refused when there is none, or nothing needs to be cut."""
+    measure = _measure(checkpoint.arch, wanted, protected)
+    packing = packing_of(options)
+    if wanted.at_most:
+        stored = packing or checkpoint.quantization
+        group, asked = stored.group_size if stored else None, wanted.target.asked
+        space, level = reach.largest_within(space, group, measure, wanted.value, asked, wanted.show)
+    else:
+        level = reach.solve(space, measure, wanted.value, False, wanted.target.asked, wanted.show)
+    if level == space.at(1.0) and packing is None and wanted.target.kind != "keep":
+        holds = "holds for the whole model" if measure(level) <= wanted.value else "is met best by the whole model"
+        raise Refused(f"nothing needs to be cut: {wanted.target.asked} {holds}", "do not prune it")
+    return level
+
+
+def _measure(arch: Architecture, wanted: Goal, protected: Sequence[int]) -> Callable[[Level], float]:
+    return lambda level: wanted.measure(reach.skeleton(arch, level, protected))
+
+
+def step_of(checkpoint: Checkpoint, options: Options) -> int:
+    """The unit of ffn and hidden."""
+    packing = packing_of(options) or checkpoint.quantization
+    return options.step or reach.unit(checkpoint.arch, packing.group_size if packing else None)

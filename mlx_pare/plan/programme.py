@@ -1,0 +1,139 @@
+"""The integer programme: one variant for every part of every layer, least expected loss within a budget.
+
+    minimise    the sum of the losses of what is chosen
+    subject to  one variant of each part of a layer, or the whole layer dropped; sum of costs <= budget
+
+A multiple-choice knapsack, solved by HiGHS (scipy.optimize.milp). That the losses of single changes add up is an
+approximation (as in Puzzle, Bercovich et al. 2024, arXiv 2411.19146), which gets worse the more is cut: so the caller
+solves it for several sets of losses and tries what comes out (trial.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import Refused
+
+SECONDS = 20.0  # HiGHS stops then, with the best it has; models of 100 layers take a second
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to keep a part of a layer: how many units, with how many bits (None: as they are stored), the expected
+    loss (KL divergence, nats per token), and what it costs of the budget (bytes or parameters)."""
+
+    units: int
+    bits: int | None
+    loss: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What may become of one layer: the variants of each of its parts, what keeping it costs whatever becomes of its
+    parts, and the loss of dropping it (None: it stays)."""
+
+    parts: tuple[tuple[Variant, ...], ...]
+    cost: float = 0.0
+    drop: float | None = None
+
+
+Choice = tuple[int, ...] | None  # the position of the variant of each part; None: the layer is dropped
+
+
+def solve(menus: Sequence[Menu], budget: float, tied: bool = False) -> list[Choice]:
+    """The best choice for every layer. ``tied``: all layers that stay take the variants at the same positions, and
+    layers are dropped in the order of their losses. Raises Refused when even the cheapest choice is above the budget.
+    """
+    found = _tied(menus, budget) if tied else _solve(menus, budget)
+    if found is None:
+        least = sum(0 if m.drop is not None else _cheapest(m) for m in menus)
+        raise Refused(
+            f"the target cannot be reached: the smallest choice costs {least:,.0f}, the budget is {budget:,.0f}",
+            "allow more --axes, or ask for less",
+        )
+    return found
+
+
+def loss_of(menus: Sequence[Menu], chosen: Sequence[Choice]) -> float:
+    """The sum that ``solve`` minimises."""
+    return sum(_value(menu, choice, "loss") for menu, choice in zip(menus, chosen, strict=True))
+
+
+def cost_of(menus: Sequence[Menu], chosen: Sequence[Choice]) -> float:
+    """What ``solve`` keeps below the budget."""
+    fixed = sum(menu.cost for menu, choice in zip(menus, chosen, strict=True) if choice is not None)
+    return fixed + sum(_value(menu, choice, "cost") for menu, choice in zip(menus, chosen, strict=True))
+
+
+def _value(menu: Menu, choice: Choice, field: str) -> float:
+    if choice is None:
+        return menu.drop if field == "loss" else 0.0
+    return sum(getattr(part[position], field) for part, position in zip(menu.parts, choice, strict=True))
+
+
+def _cheapest(menu: Menu) -> float:
+    return menu.cost + sum(min(v.cost for v in part) for part in menu.parts)
+
+
+def _tied(menus: Sequence[Menu], budget: float) -> list[Choice] | None:
+    """For every number of dropped layers the best variants of the others; of those the best."""
+    order = sorted((i for i, menu in enumerate(menus) if menu.drop is not None), key=lambda i: menus[i].drop)
+    best: tuple[float, list[Choice]] | None = None
+    for count in range(min(len(order), len(menus) - 1) + 1):
+        gone = set(order[:count])
+        one = _solve([_sum([menu for i, menu in enumerate(menus) if i not in gone])], budget)
+        if one is not None:
+            chosen = [None if i in gone else one[0] for i in range(len(menus))]
+            best = min(filter(None, (best, (loss_of(menus, chosen), chosen))), key=lambda found: found[0])
+    return best and best[1]
+
+
+def _sum(menus: Sequence[Menu]) -> Menu:
+    """Layers that are chosen for together, as one."""
+    parts = []
+    for alike in zip(*(menu.parts for menu in menus), strict=True):
+        variants = zip(*alike, strict=True)
+        parts.append(tuple(replace(v[0], loss=sum(x.loss for x in v), cost=sum(x.cost for x in v)) for v in variants))
+    return Menu(tuple(parts), sum(menu.cost for menu in menus))
+
+
+def _solve(menus: Sequence[Menu], budget: float) -> list[Choice] | None:
+    """A binary variable per variant, and one per layer that may be dropped; None when nothing is within the budget."""
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    columns: list[tuple[int, int, int]] = []  # layer, part (-1: drop), position
+    for layer, menu in enumerate(menus):
+        columns += [(layer, part, i) for part, variants in enumerate(menu.parts) for i in range(len(variants))]
+        columns += [(layer, -1, 0)] if menu.drop is not None else []
+    losses, costs = np.zeros(len(columns)), np.zeros(len(columns))
+    rows: dict[tuple[int, int], int] = {}
+    entries = []
+    for column, (layer, part, i) in enumerate(columns):
+        menu = menus[layer]
+        if part < 0:
+            losses[column], costs[column] = menu.drop, -menu.cost
+            entries += [(rows.setdefault((layer, other), len(rows)), column) for other in range(len(menu.parts))]
+        else:
+            losses[column], costs[column] = menu.parts[part][i].loss, menu.parts[part][i].cost
+            entries.append((rows.setdefault((layer, part), len(rows)), column))
+    once = csr_array((np.ones(len(entries)), tuple(zip(*entries, strict=True))), shape=(len(rows), len(columns)))
+    left, scale = budget - sum(menu.cost for menu in menus), max(float(np.abs(costs).max()), 1.0)
+    found = milp(
+        losses / max(float(np.abs(losses).max()), 1e-30),
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(costs[None] / scale, -np.inf, left / scale)],
+        integrality=np.ones(len(columns)),
+        bounds=Bounds(0, 1),
+        options={"time_limit": SECONDS, "mip_rel_gap": 1e-6},
+    )
+    if found.x is None:
+        return None
+    taken = [columns[i] for i in np.flatnonzero(found.x > 0.5)]
+    chosen: list[Choice] = [None if (layer, -1, 0) in taken else () for layer in range(len(menus))]
+    for layer, part, i in sorted(taken):
+        if part >= 0:
+            chosen[layer] = (*chosen[layer], i)
+    return chosen

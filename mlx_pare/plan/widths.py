@@ -1,0 +1,268 @@
+"""Sensitivities + a goal -> candidates: how many units every part of every layer keeps, by the integer programme.
+
+That single losses add up holds for small cuts only: with larger ones, damage in many places at once weighs more than
+its sum. So the programme is solved for several powers of the losses (a higher power spreads a cut over more places),
+for widths that all layers share as well as for widths of their own, and for losses that are disturbed at random. Which
+of the candidates is best, trial.py finds out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from ..arch import Architecture, Keep, LayerKeep, Tensor, uneven_types, why_no_sublayer_drops, why_uniform
+from ..arch.spec import length
+from ..checkpoint import DTYPE_BYTES, Checkpoint
+from ..errors import Refused
+from ..fit import reach
+from ..packing import Packing
+from ..trial import PARTS, Candidate, Width, whole
+from . import programme
+from .goal import Goal, Options, packing_of
+from .programme import Menu, Variant
+
+POWERS = (1.0, 1.25, 1.5, 2.0, 0.75)  # of the losses
+NOISE = 0.2  # standard deviation of the logarithm of disturbed losses
+LEVELS = 32  # widths of an ffn that are considered, at most
+REPAIRS = 12  # times a solution that misses the goal is looked for again
+
+
+@dataclass(frozen=True)
+class Space:
+    """Which widths may be chosen. ``ffn``, ``kv_head``: counts, the whole last; ``drops``: layers that may go."""
+
+    ffn: Sequence[int]
+    kv_head: Sequence[int]
+    drops: frozenset[int]
+    bits: Sequence[int | None]
+    tied: bool
+
+
+def spaces(checkpoint: Checkpoint, options: Options, per_layer: bool, bits: Sequence[int] = ()) -> list[Space]:
+    """Where to look: widths that all layers share, and, where stock mlx-lm has classes that hold them, widths of their
+    own. ``bits``: what a part may be packed with. Raises UsageError for a wrong axis, as ``reach.space``."""
+    arch, packing = checkpoint.arch, packing_of(options) or checkpoint.quantization
+    step = options.step or reach.unit(arch, packing.group_size if packing else None)
+    protected = reach.protected_layers(arch) if options.protect else []
+    counts = reach.space(arch, options.axes, step, protected).choices
+    moves = arch.family.kinds == "sliding_window_pattern"  # dropping any layer would change the kind of others
+    drops = (
+        frozenset(range(len(arch.layers))) - set(protected) if "layer" in options.axes and not moves else frozenset()
+    )
+    shared = Space(_thinned(counts["ffn"]), counts["kv_head"], drops, tuple(bits) or (None,), True)
+    found = [shared]
+    if per_layer and why_uniform(arch) is None:
+        found.append(replace(shared, ffn=_with_none(arch, options, shared.ffn), tied=False))
+    if per_layer and "nemotron-nas" in uneven_types(arch):
+        unit = [n for n in counts["ffn"] if n % 256 == 0]
+        heads = [0, counts["kv_head"][-1]] if len(counts["kv_head"]) > 1 else counts["kv_head"]
+        if unit and unit[-1] == counts["ffn"][-1] and why_no_sublayer_drops(arch) is None:
+            found.append(replace(shared, ffn=_with_none(arch, options, unit), kv_head=heads, tied=False))
+    return found
+
+
+def _with_none(arch, options: Options, counts: Sequence[int]) -> Sequence[int]:
+    free = "ffn" in options.axes and why_no_sublayer_drops(arch, "ffn") is None
+    return [0, *counts] if free and len(counts) > 1 else counts
+
+
+def _thinned(counts: Sequence[int]) -> list[int]:
+    """At most LEVELS of them, evenly spread, the last among them."""
+    if len(counts) <= LEVELS:
+        return list(counts)
+    places = np.linspace(0, len(counts) - 1, LEVELS).round().astype(int)
+    return [counts[i] for i in sorted(set(places.tolist()))]
+
+
+class Losses:
+    """What sensitivity found: the KL to expect of single changes."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], bits: Sequence[int]):
+        self.arrays, self.bits = arrays, list(bits)
+
+    def units(self, layer: int, part: str, count: int) -> float:
+        return float(self.arrays[f"{layer}.{part}.kl"][count])
+
+    def packed(self, layer: int, part: str, bits: int | None) -> float:
+        return 0.0 if bits is None else float(self.arrays[f"{layer}.{part}.bits"][self.bits.index(bits)])
+
+    def drop(self, layer: int) -> float:
+        return float(self.arrays[f"{layer}.drop"])
+
+    def count(self, layer: int, part: str) -> int:
+        """How many units a part has."""
+        return len(self.arrays[f"{layer}.{part}.order"])
+
+    def kept(self, layer: int, part: str, count: int) -> list[int]:
+        """The units that are left, ascending."""
+        order = self.arrays[f"{layer}.{part}.order"].astype(int)
+        return sorted(order[len(order) - count :].tolist())
+
+
+def propose(
+    checkpoint: Checkpoint, losses: Losses, goal: Goal, options: Options, spaces: Sequence[Space], count: int, seed: int
+) -> list[Candidate]:
+    """Up to ``count`` different candidates that meet the goal. The first is the one with the least sum of losses.
+
+    Raises Refused when nothing that may be chosen meets it.
+    """
+    found: dict[Candidate, float] = {}
+    for number, (space, power, noise) in enumerate(_attempts(spaces, seed)):
+        if len(found) >= count or number >= 4 * count + len(spaces) * len(POWERS):
+            break
+        made, loss = _solve(checkpoint, losses, goal, options, space, power, noise)
+        found.setdefault(made, loss)
+    return sorted(found, key=found.__getitem__)
+
+
+def _attempts(spaces: Sequence[Space], seed: int) -> Iterator[tuple[Space, float, np.random.Generator | None]]:
+    for power in POWERS:
+        for space in spaces:
+            yield space, power, None
+    random = np.random.default_rng(seed)
+    while True:
+        for power in POWERS[:-1]:
+            for space in spaces[::-1]:
+                yield space, power, random
+
+
+def _solve(
+    checkpoint: Checkpoint, losses: Losses, goal: Goal, options: Options, space: Space, power: float,
+    random: np.random.Generator | None,
+) -> tuple[Candidate, float]:  # fmt: skip
+    """The best candidate of a space that really meets the goal, and its sum of losses (not raised to the power).
+
+    What a variant costs is counted tensor by tensor; how a cut leaves as another family, or its KV cache in whole
+    steps, is not: the budget is moved by what the exact measure says, until that holds.
+    """
+    arch = checkpoint.arch
+    price = _Price(checkpoint, goal, options)
+    menus = [_menu(arch, losses, space, price, layer) for layer in range(len(arch.layers))]
+    judged = _disturbed(menus, power, random, space.tied)
+    full = whole(arch)
+    whole_choice = [tuple(len(part) - 1 for part in menu.parts) for menu in menus]
+    budget = goal.value - goal.measure(keep_of(full, losses, options)) + programme.cost_of(menus, whole_choice)
+    for _ in range(REPAIRS):
+        chosen = programme.solve(judged, budget, space.tied)
+        made = _candidate(menus, chosen)
+        missed = goal.measure(keep_of(made, losses, options)) - goal.value
+        if missed <= 0:
+            return made, programme.loss_of(menus, chosen)
+        budget -= missed
+    raise Refused(f"{goal.target.asked} cannot be met", "ask for less")
+
+
+def _menu(arch: Architecture, losses: Losses, space: Space, price: _Price, layer: int) -> Menu:
+    """What may become of one layer."""
+    parts = []
+    for part, counts in (("attention", space.kv_head), ("ffn", space.ffn)):
+        variants = [
+            Variant(
+                units,
+                bits if units else None,
+                losses.units(layer, part, units) + (losses.packed(layer, part, bits) if units else 0.0),
+                price.part(layer, part, units, bits),
+            )
+            for bits in space.bits
+            for units in counts
+        ]
+        parts.append(tuple(variants))
+    return Menu(tuple(parts), price.rest(layer), losses.drop(layer) if layer in space.drops else None)
+
+
+def _disturbed(menus: Sequence[Menu], power: float, random: np.random.Generator | None, tied: bool) -> list[Menu]:
+    """The same menus with losses raised to a power, and multiplied by chance: each part of each layer, or, when all
+    layers are chosen for together, each part."""
+
+    def factors(count: int) -> np.ndarray:
+        return np.exp(random.normal(0, NOISE, count)) if random is not None else np.ones(count)
+
+    shared, found = factors(len(menus[0].parts)), []
+    for menu in menus:
+        own = shared if tied else factors(len(menu.parts))
+        parts = (
+            tuple(replace(v, loss=float(factor) * max(v.loss, 0.0) ** power) for v in part)
+            for factor, part in zip(own, menu.parts, strict=True)
+        )
+        drop = None if menu.drop is None else float(factors(1)[0]) * menu.drop**power
+        found.append(Menu(tuple(parts), menu.cost, drop))
+    return found
+
+
+def _candidate(menus: Sequence[Menu], chosen: Sequence[programme.Choice]) -> Candidate:
+    found: list[Width | None] = []
+    for menu, choice in zip(menus, chosen, strict=True):
+        if choice is None:
+            found.append(None)
+            continue
+        attention, ffn = (part[i] for part, i in zip(menu.parts, choice, strict=True))
+        gone = not attention.units and not ffn.units
+        found.append(None if gone else Width(attention.units, ffn.units, attention.bits, ffn.bits))
+    return tuple(found)
+
+
+def keep_of(candidate: Candidate, losses: Losses, options: Options) -> Keep:
+    """The cut that a candidate stands for, with the units that greedy OBS keeps."""
+    layers = []
+    for source, width in enumerate(candidate):
+        if width is None:
+            continue
+        kept, packings = {}, {}
+        for part, of in PARTS.items():
+            units = losses.kept(source, part, width.units(part))
+            if len(units) < losses.count(source, part):
+                kept[of.axis] = units
+            if width.bits(part) is not None:
+                packings[part] = Packing(width.bits(part), options.group_size)
+        layers.append(LayerKeep(source, kept, packings))
+    return Keep(tuple(layers))
+
+
+class _Price:
+    """What the tensors of a layer cost: parameters, or bytes as they will be stored and cached."""
+
+    def __init__(self, checkpoint: Checkpoint, goal: Goal, options: Options):
+        self.checkpoint, self.arch, self.goal = checkpoint, checkpoint.arch, goal
+        self.packing, self.options = packing_of(options), options
+        self.tensors = {(t.layer, t.spec.role): t for t in self.arch.tensors()}
+        self.cached = self._cached() if options.budget else 0.0
+
+    def part(self, layer: int, part: str, units: int, bits: int | None) -> float:
+        """Of a part with so many units."""
+        sizes = {**self.arch.layer_sizes(layer), PARTS[part].axis: units}
+        cached = units * self.cached if part == "attention" else 0.0
+        return cached + (self._sum(layer, part, sizes, bits) if units else 0.0)
+
+    def rest(self, layer: int) -> float:
+        """Of its norms."""
+        return self._sum(layer, "norm", self.arch.layer_sizes(layer), None)
+
+    def _sum(self, layer: int, part: str, sizes: Mapping[str, int], bits: int | None) -> float:
+        specs = self.arch.family.blocks[self.arch.layers[layer].kind]
+        there = (spec for spec in specs if spec.part == part and spec.present(self.arch.config))
+        return sum(self._tensor(self.tensors[layer, spec.role], sizes, bits) for spec in there)
+
+    def _tensor(self, tensor: Tensor, sizes: Mapping[str, int], bits: int | None) -> float:
+        shape = [length(dim, sizes) for dim in tensor.spec.dims]
+        if self.goal.counts == "parameters":
+            return prod(shape)
+        width, packing = DTYPE_BYTES[self.checkpoint.dtype(tensor)], None
+        if tensor.matrix:
+            packing = self.packing or self.checkpoint.packing(tensor.module)
+            packing = Packing(bits, self.options.group_size) if bits else packing
+        fitted = packing and replace(packing, scale_bytes=width).fitted(shape[-1])
+        return fitted.nbytes(*shape) if fitted else prod(shape) * width
+
+    def _cached(self) -> float:
+        """Bytes of cache that one kv head of one layer takes from the weights."""
+        fewer = [replace(layer, sizes={**layer.sizes, "kv_head": 1}) for layer in self.arch.layers]
+        more = [replace(layer, sizes={**layer.sizes, "kv_head": 2}) for layer in self.arch.layers]
+        left = [
+            self.options.budget(replace(self.arch, layers=tuple(layers)), self.checkpoint.value_bytes)
+            for layers in (fewer, more)
+        ]
+        return (left[0] - left[1]) / len(self.arch.layers)

@@ -1,0 +1,262 @@
+"""Many cuts of one model tried side by side: the KL divergence of each, by one walk and without writing anything.
+
+Beside the dense stream, which carries calibration and held-out rows, every candidate has a stream of its own over the
+held-out rows. Where a candidate narrows a part of a block (attention, ffn), the units that go are the first in greedy
+OBS order on the calibration rows, and the matrix behind them is solved again so that it gives what the dense one gave
+(least_squares.py): a candidate is as repaired as it can be without knowing what it lost in earlier blocks. Candidates
+that keep as much share that work; each weight is read once for all of them. A stream whose error has become as large as
+the dense stream itself is given up at once.
+
+The difference to reconstruct: that makes up for the errors of earlier blocks as well, one plan at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import divergence, lm, stream
+from .arch import Architecture
+from .checkpoint import Checkpoint
+from .corpus import Rows
+from .observers import replace_module
+from .packing import Packing
+from .quantized import pack, packed_layer
+from .site import Site, solve_costs
+
+TINY = 1e-30
+LOST = 1.0  # error of a stream, relative to the dense one in squares, at which a candidate is given up
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a block whose units can go: the axis they lie on, its matrices, the last of which writes to the
+    residual stream."""
+
+    axis: str
+    roles: tuple[str, ...]
+
+
+PARTS = {
+    "attention": Part("kv_head", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    "ffn": Part("ffn", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+@dataclass(frozen=True)
+class Width:
+    """What one layer keeps: how many units of each part (0: the part goes), and the bits of its matrices (None: as they
+    are)."""
+
+    kv_head: int
+    ffn: int
+    attention_bits: int | None = None
+    ffn_bits: int | None = None
+
+    def units(self, part: str) -> int:
+        """How many of a part's units are kept."""
+        return getattr(self, PARTS[part].axis)
+
+    def bits(self, part: str) -> int | None:
+        """With how many bits a part is packed."""
+        return getattr(self, f"{part}_bits")
+
+
+Candidate = tuple[Width | None, ...]  # one per layer of the source; None: the layer is dropped
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a part of a layer gives way. ``order`` int [units]: the units as greedy OBS removes them, first gone first.
+    ``loss`` [units + 1]: by how much of its own square the part's output is missed when so many units are kept."""
+
+    order: np.ndarray
+    loss: np.ndarray
+
+    def kept(self, count: int) -> list[int]:
+        """The last ``count`` units to go, ascending."""
+        return sorted(self.order[len(self.order) - count :].tolist())
+
+
+Curves = dict[tuple[int, str], Curve]
+
+
+@dataclass
+class Tried:
+    """``kl``: of each candidate, nats per token, infinite where it was given up; ``curves``: of every part that was
+    narrowed, or of all."""
+
+    kl: list[float]
+    curves: Curves = field(default_factory=dict)
+
+
+def whole(arch: Architecture) -> Candidate:
+    """The candidate that keeps everything."""
+    return tuple(Width(layer.sizes["kv_head"], layer.sizes["ffn"]) for layer in arch.layers)
+
+
+def try_out(
+    model: Path,
+    candidates: Sequence[Candidate],
+    calibration: Rows,
+    held: Rows,
+    curves: Mapping[tuple[int, str], Curve] | None = None,
+    group_size: int = 64,
+    memory_cap: int | None = None,
+) -> Tried:
+    """Try candidates on ``held`` rows, repaired by ``calibration`` rows of the same length.
+
+    ``curves``: of an earlier call, whose orders are then taken; without them the curve of every part of every layer is
+    found and returned. ``group_size``: of parts that get bits of their own.
+    Raises Refused when the estimate of memory exceeds the cap.
+    """
+    checkpoint = Checkpoint(model)
+    check_memory(checkpoint, calibration, held, len(candidates), memory_cap)
+    rows = calibration.joined(held)
+    side_by_side = _SideBySide(checkpoint.arch, candidates, rows, calibration.count, curves, group_size)
+    dense = stream.walk(model, rows, side_by_side, what=f"try {len(candidates)}: block")
+    reference = dense.of(dense.hidden[calibration.count :])
+    found = []
+    for state in side_by_side.states:
+        if state is None or isinstance(state, float):
+            found.append(state or 0.0)
+        else:
+            found.append(float(divergence.measure(held, dense.ended(state), reference)["kl"].mean()))
+    return Tried([kl if math.isfinite(kl) else math.inf for kl in found], side_by_side.curves)
+
+
+def check_memory(checkpoint: Checkpoint, calibration: Rows, held: Rows, count: int, cap: int | None) -> int:
+    """The estimate of memory of ``try_out``, when it stays under ``cap``. Raises Refused otherwise."""
+    value, sizes = 4 if lm.cpu_backend() else 2, checkpoint.arch.layer_sizes(0)
+    streams = (count + 1) * held.count * held.length * sizes["hidden"] * value
+    inputs = calibration.total * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
+    needed = streams + inputs + max(each.nbytes for each in solve_costs(checkpoint, calibration.total))
+    return stream.check_memory(checkpoint, calibration.joined(held), cap, needed, "; or try fewer candidates")
+
+
+class _SideBySide:
+    """The observer of a walk of the dense model that leads all candidates along. The state of a candidate is None while
+    its stream is the dense one, then its hidden states, and infinity once it has been given up."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        candidates: Sequence[Candidate],
+        rows: Rows,
+        first: int,
+        curves: Mapping[tuple[int, str], Curve] | None,
+        group_size: int,
+    ):
+        self.arch, self.candidates, self.first, self.group_size = arch, candidates, first, group_size
+        self.states: list[mx.array | float | None] = [None] * len(candidates)
+        self.every, self.curves = curves is None, dict(curves or {})
+        self.whole = whole(arch)
+        self.mask = rows.mask()
+        self.mask[first:] = False  # held-out rows do not count when something is solved
+
+    # ---- what the engine calls ----
+
+    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
+        self.block = block
+        self.sites = {part: Site.put(block, self.arch.path(index, of.roles[-1])) for part, of in PARTS.items()}
+        for part, site in self.sites.items():
+            site.remembering = bool(self.every or self._counts(index, part))
+
+    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        pass
+
+    def pending(self) -> list[mx.array]:
+        return [x for site in self.sites.values() for x in site.inputs]
+
+    def leave(self, index: int, hidden: mx.array) -> None:
+        del self.sites, self.block
+
+    def again(self, index: int, before: mx.array, after: mx.array, run: Callable) -> None:
+        """Send every candidate through the block ``index``."""
+        solved = {part: self._solved(index, part) for part, site in self.sites.items() if site.remembering}
+        for site in self.sites.values():
+            site.remembering, site.inputs = False, []
+        reference = after[self.first :].astype(mx.float32)
+        energy = mx.square(reference).sum()
+        for number, candidate in enumerate(self.candidates):
+            state, width = self.states[number], candidate[index]
+            if isinstance(state, float) or (state is None and width == self.whole[index]):
+                continue
+            state = before[self.first :] if state is None else state
+            if width is not None:
+                with self._changed(index, width, solved):
+                    state = run(state, self.first)
+            missed = mx.square(state.astype(mx.float32) - reference).sum()
+            self.states[number] = state if (missed < LOST * energy).item() else math.inf
+
+    # ---- one block ----
+
+    def _counts(self, index: int, part: str) -> set[int]:
+        """How many units candidates keep of a part, where it is some but not all."""
+        kept = {candidate[index].units(part) for candidate in self.candidates if candidate[index] is not None}
+        return kept - {0, self.whole[index].units(part)}
+
+    def _solved(self, index: int, part: str) -> dict[int, tuple[mx.array, mx.array]]:
+        """Weight [out, in], zero at what is cut, and bias, for every number of units that some candidate keeps."""
+        site, sizes = self.sites[part], self.arch.layers[index].sizes
+        size = sizes["group"] * sizes["head_dim"] if part == "attention" else 1
+        problem, energy = site.problem(None, self.mask)
+        if (index, part) not in self.curves:
+            self.curves[index, part] = _curve(*problem.path(size), energy)
+        found = {}
+        for count in self._counts(index, part):
+            kept = np.array(self.curves[index, part].kept(count))
+            columns = (kept[:, None] * size + np.arange(size)).reshape(-1)
+            found[count] = site.made_of(problem.solve(columns), columns)
+        return found
+
+    @contextmanager
+    def _changed(self, index: int, width: Width, solved: Mapping[str, Mapping[int, tuple]]) -> Iterator[None]:
+        """The block as a candidate has it."""
+        replaced = []
+        for part, site in self.sites.items():
+            units, bits = width.units(part), width.bits(part)
+            site.gone = units == 0
+            if not site.gone:
+                site.new = solved[part][units] if units < self.whole[index].units(part) else None
+                if bits is not None:
+                    replaced += self._pack(index, part, bits)
+        try:
+            yield
+        finally:
+            for path, module in replaced:
+                replace_module(self.block, path, lambda _, module=module: module)
+            for site in self.sites.values():
+                site.gone, site.new = False, None
+
+    def _pack(self, index: int, part: str, bits: int) -> list[tuple[str, Any]]:
+        """Pack the matrices of a part; returns what stood where."""
+        site, before = self.sites[part], []
+        for role in PARTS[part].roles[:-1]:
+            path = self.arch.path(index, role)
+
+            def packed(module: Any, path: str = path) -> Any:
+                before.append((path, module))
+                return lm.for_backend(packed_layer(getattr(module, "inner", module), self._packing(bits)))
+
+            replace_module(self.block, path, packed)
+        weight, bias = site.new or (site.own(), site.bias)
+        packing = self._packing(bits).fitted(weight.shape[-1])
+        site.new = (pack(weight, packing, mx.float32).dense() if packing else weight, bias)
+        return before
+
+    def _packing(self, bits: int) -> Packing:
+        return Packing(bits, self.group_size)
+
+
+def _curve(order: Sequence[int], prices: Sequence[float], energy: float) -> Curve:
+    """From the order in which units go and what each adds to the squares that are missed, of ``energy`` in all."""
+    loss = np.cumsum([0.0, *np.maximum(prices, 0.0)])[::-1] / max(energy, TINY)
+    return Curve(np.array(order), loss)
