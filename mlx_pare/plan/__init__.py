@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arch import Keep, LayerKeep
+from ..arch import Keep, LayerKeep, require_cuttable
 from ..artifacts import Arrays, Plan, Size, Target
 from ..checkpoint import Checkpoint
 from ..console import count, gb
@@ -60,9 +60,11 @@ class Shape:
 def shape(checkpoint: Checkpoint, options: Options) -> Shape:
     """The reachable sizes nearest to the target, with uniform widths; needs no scores.
 
-    Raises UsageError for a target or axis that means nothing, Refused when the target cannot be reached.
+    Raises Unsupported for a model that cannot be cut, UsageError for a target or axis that means nothing, Refused when
+    the target cannot be reached.
     """
     arch, packing = checkpoint.arch, packing_of(options, checkpoint)
+    require_cuttable(arch)
     protected = reach.protected_layers(arch) if options.protect else []
     space = reach.space(arch, options.axes, _step(checkpoint, packing, options), protected)
 
