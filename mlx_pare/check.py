@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import lm, machine
+from .arch import RESULT_TYPES
 from .checkpoint import Checkpoint
 from .console import gb
 from .errors import PareError
@@ -39,11 +40,11 @@ def _text(path: Path) -> str:
 
 
 def _transformers(model: Path) -> None:
-    """Its tokenizer, and its config where transformers knows the type: openelm and nemotron-nas it does not."""
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+    """Its config and its tokenizer. Of what only mlx-lm has a class for (arch/uneven.py), the tokenizer alone."""
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
-        if Checkpoint(model).config["model_type"] in CONFIG_MAPPING:
+        if Checkpoint(model).config.get("model_type") not in RESULT_TYPES:
             AutoConfig.from_pretrained(model)
         AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises whatever it likes

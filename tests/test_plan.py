@@ -488,7 +488,7 @@ def test_an_edited_plan_lists_all_its_faults(written):
         "layers keeps index 9, there are 4",
         "layer 0: ffn keeps index 128, there are 128",
         "ffn is not in ascending order without repeats",
-        "layer 2 keeps nothing: leave it out",
+        "layer 3 keeps nothing: leave it out",
         "hidden keeps index -1",
     ):
         assert words in text
@@ -501,7 +501,7 @@ FAULTS = {
     "a layer twice": (lambda d: d["layers"].append(d["layers"][-1]), "layers is not in ascending order"),
     "a negative index": (lambda d: d["layers"][0]["ffn"].__setitem__(0, -1), "ffn keeps index -1"),
     "a layer without units": (lambda d: d["layers"][0].update(ffn=[], kv_head=[]), "layer 0 keeps nothing"),
-    "no attention at all": (lambda d: [x.update(kv_head=[]) for x in d["layers"]], "have no attention (4 of 4)"),
+    "no attention at all": (lambda d: [x.update(kv_head=[]) for x in d["layers"]], "layers have no attention"),
     "no hidden channel": (lambda d: d.update(hidden=[]), "hidden keeps nothing"),
     "seven bits": (lambda d: d.update(bits=7, group_size=64), "7 bits"),
     "bits without a group": (lambda d: d.update(bits=4, group_size=None), "4 bits"),

@@ -431,8 +431,8 @@ def test_layers_that_differ(pico_models, tmp_path, case, packed):
     assert Checkpoint(tmp_path / "out").config["model_type"] == case.split()[0]
     config, _ = reference.load(path)
     reached = reference.forward(config, wanted, TOKENS)[0]
-    within = 1e-3 if packed is None else 5e-2  # eight bits of the solved matrices
-    assert np.abs(logits(tmp_path / "out") - reached).max() < within * max(1.0, reached.std())
+    within = 1e-4 if packed is None else 3e-2  # eight bits of the solved matrices
+    assert far(logits(tmp_path / "out"), reached) < within
     names = {"o_proj": "out_proj", "down_proj": "proj_2"} if "openelm" in case else {}
     solved = {(int(n.split(".")[0]), names.get(n.split(".")[1], n.split(".")[1])) for n in arrays}
     listed = {(int(n.split(".")[2]), n.split(".")[4]) for n in (*done["requantized"], *done["dense"])}

@@ -40,7 +40,8 @@ from mlx_pare.export import export
 from mlx_pare.fit import fit
 from mlx_pare.inspect import inspect
 from mlx_pare.layout import size_of
-from mlx_pare.plan import redraw
+from mlx_pare.plan import Options as PlanOptions
+from mlx_pare.plan import redraw, shape
 from mlx_pare.prune import prune
 from mlx_pare.recover import Options, recover
 from mlx_pare.report import _shape
@@ -262,6 +263,24 @@ def test_a_layer_without_ffn_adds_exactly_nothing(model, tmp_path, packed):
         assert ffn.proj_2.weight.shape == (64, 1)
 
 
+@pytest.mark.parametrize("packed", [None, (4, FUSED)], ids=str)
+def test_the_dtype_stays(model, tmp_path, packed):
+    source = model("qwen3", packed, mx.bfloat16)
+    prune(source, plan_of(source, [(64, 2), (0, 4), (77, 1), (128, 4)]), tmp_path / "out")
+    floats = {array.dtype for array in arrays_of(tmp_path / "out").values()} - {mx.uint32}
+    assert floats == {mx.bfloat16}
+    assert np.isfinite(stock(tmp_path / "out")).all()
+
+
+def test_a_hidden_cut_too(model, tmp_path):
+    """Approximate by nature, so: shapes, and finite numbers."""
+    source = model("llama")
+    plan = plan_of(source, COUNTS["no ffn"], hidden=list(range(0, 64, 2)))
+    prune(source, plan, tmp_path / "out")
+    assert np.isfinite(stock(tmp_path / "out")).all()
+    assert Checkpoint(tmp_path / "out").arch.sizes["hidden"] == 32
+
+
 # ---- nemotron-nas ----
 
 NAS = [(768, 4), (256, 0), (512, 4), (0, 4)]
@@ -411,6 +430,8 @@ def test_a_result_is_not_cut_again(model, tmp_path):
         prune(out, again, tmp_path / "again")
     with pytest.raises(Unsupported, match="is what a cut left"):
         calibrate(out, ROWS, tmp_path / "stats")
+    with pytest.raises(Unsupported, match="is what a cut left"):
+        shape(Checkpoint(out), PlanOptions(keep=0.5))
     with pytest.raises(Unsupported, match="is what a cut left"):
         score(out, tmp_path / "stats", tmp_path / "scores")
 

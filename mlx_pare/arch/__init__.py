@@ -16,9 +16,11 @@ from .uneven import uneven_types, uneven_unit, why_no_sublayer_drops, why_unifor
 _FILES = (dense, plain, gemma, moe, latent, hybrid, mamba, uneven)
 FAMILIES: tuple[Family, ...] = tuple(family for file in _FILES for family in file.FAMILIES)
 WRAPPERS: dict[str, Wrapper] = {name: wrapper for file in _FILES[:-1] for name, wrapper in file.WRAPPERS.items()}
+RESULT_TYPES = frozenset(family.name for family in FAMILIES if family.result)  # of no runtime but mlx-lm so far
 NEEDED = frozenset(KEYS)  # axes for which 0 is nonsense; of the others it means that there are none
 
 __all__ = [
+    "RESULT_TYPES",
     "Architecture",
     "Keep",
     "LayerKeep",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..arch import Architecture, Keep, LayerKeep, can_keep, positions, require_cuttable
+from ..arch import Architecture, Keep, LayerKeep, can_keep, positions
 from ..errors import Refused, UsageError
 
 AXES = ("ffn", "kv_head", "layer", "hidden")
@@ -50,9 +50,7 @@ class Space:
 
 
 def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequence[int]) -> Space:
-    """What can be reached with these axes. ``step``: unit of ffn and hidden. Raises UsageError for a wrong axis,
-    Unsupported for a model that cannot be cut."""
-    require_cuttable(arch)
+    """What can be reached with these axes. ``step``: unit of ffn and hidden. Raises UsageError for a wrong axis."""
     for axis in axes:
         if axis not in AXES:
             raise UsageError(f"unknown axis {axis!r}", f"choose from {', '.join(AXES)}")

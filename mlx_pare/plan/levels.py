@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..arch import Architecture
+from ..arch import Architecture, require_cuttable
 from ..artifacts import Size, Target
 from ..checkpoint import Checkpoint
 from ..errors import Refused
@@ -32,9 +32,11 @@ class Shape:
 def shape(checkpoint: Checkpoint, options: Options, level: Level | None = None) -> Shape:
     """The reachable sizes nearest to the target, with uniform widths, or those of a level; needs no scores.
 
-    Raises UsageError for a target or axis that means nothing, Refused when the target cannot be reached.
+    Raises Unsupported for a model that cannot be cut, UsageError for a target or axis that means nothing, Refused when
+    the target cannot be reached.
     """
     arch, packing = checkpoint.arch, packing_of(options)
+    require_cuttable(arch)
     protected = reach.protected_layers(arch) if options.protect else []
     space = reach.space(arch, options.axes, step_of(checkpoint, options), protected)
     wanted = goal(checkpoint, options)
