@@ -140,9 +140,8 @@ def nas_width(multiplier: float, hidden: int) -> int:
 
 
 def nas_multiplier(width: int, hidden: int) -> float:
-    """The multiplier that gives a width: of half a step below it, so that whatever rounding to six digits does, rounding
-    up gives the width."""
-    return round(1.5 * (width - UNIT / 2) / hidden, 6)
+    """The multiplier that gives a width. What rounding to six digits adds is cut off, what it takes is rounded up."""
+    return round(1.5 * width / hidden, 6)
 
 
 def nas_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
