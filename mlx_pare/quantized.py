@@ -176,6 +176,11 @@ def matrix(module: nn.Module) -> mx.array:
     return dense_weight(getattr(module, "inner", module))
 
 
+def stored_dtype(layer: nn.Module) -> mx.Dtype:
+    """Of the weight of a layer, or of its scales and biases."""
+    return layer.scales.dtype if is_packed(layer) else layer.weight.dtype
+
+
 def packed_layer(layer: nn.Module, packing: Packing) -> nn.Module:
     """A linear layer with its matrix packed, in groups that divide it; the layer itself where none does."""
     weight = matrix(layer)
@@ -185,8 +190,7 @@ def packed_layer(layer: nn.Module, packing: Packing) -> nn.Module:
     made = nn.QuantizedLinear(
         weight.shape[-1], weight.shape[0], bias="bias" in layer, group_size=fitted.group_size, bits=fitted.bits
     )
-    dtype = layer.scales.dtype if is_packed(layer) else layer.weight.dtype
-    parts = pack(weight, fitted, dtype)
+    parts = pack(weight, fitted, stored_dtype(layer))
     made.weight, made.scales, made.biases = parts.words, parts.scales, parts.biases
     if "bias" in layer:
         made.bias = layer.bias
