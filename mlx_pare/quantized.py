@@ -206,7 +206,8 @@ def dense_rows(module: nn.Module, index: mx.array) -> mx.array:
 
 
 def to_float32(module: nn.Module) -> nn.Module:
-    """Put Float32Linear and Float32Embedding around every matrix below ``module``; small parameters become float32."""
+    """Put Float32Linear and Float32Embedding around every matrix in ``module``, or around itself where it is one; small
+    parameters become float32."""
 
     def wrap(leaf: nn.Module) -> nn.Module:
         if isinstance(leaf, nn.Linear | nn.QuantizedLinear):
@@ -216,6 +217,8 @@ def to_float32(module: nn.Module) -> nn.Module:
         leaf.apply(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a)
         return leaf
 
+    if not module.children():
+        return wrap(module)
     leaves = tree_map(wrap, module.leaf_modules(), is_leaf=nn.Module.is_module)
     module.update_modules(leaves)
     return module

@@ -1,7 +1,8 @@
 """The integer programme: one variant for every part of every layer, least expected loss within a budget.
 
     minimise    the sum of the losses of what is chosen
-    subject to  one variant of each part of a layer, or the whole layer dropped; sum of costs <= budget
+    subject to  one variant of each part of a layer, or the whole layer dropped (not all); sum of costs <= budget;
+                nothing whose loss is infinite
 
 A multiple-choice knapsack, solved by HiGHS (scipy.optimize.milp). That the losses of single changes add up is an
 approximation (as in Puzzle, Bercovich et al. 2024, arXiv 2411.19146), which gets worse the more is cut: so the caller
