@@ -21,7 +21,9 @@ def menus(random: np.random.Generator, layers: int, tied: bool = False) -> list[
         for count in widths if tied else random.integers(2, 5, 2):
             costs = np.cumsum(random.integers(1, 9, count))
             losses = np.sort(random.exponential(1, count))[::-1] * (np.arange(count) < count - 1)
-            parts.append(tuple(Variant(i, None, float(x), float(c)) for i, (x, c) in enumerate(zip(losses, costs, strict=True))))
+            parts.append(
+                tuple(Variant(i, None, float(x), float(c)) for i, (x, c) in enumerate(zip(losses, costs, strict=True)))
+            )
         drop = float(random.exponential(2)) if random.random() < 0.6 else None
         found.append(Menu(tuple(parts), float(random.integers(0, 3)), drop))
     return found
@@ -41,7 +43,9 @@ def loss(given: list[Menu], chosen: tuple) -> float:
 
 def cost(given: list[Menu], chosen: tuple) -> float:
     kept = [(menu, choice) for menu, choice in zip(given, chosen, strict=True) if choice is not None]
-    return sum(menu.cost + sum(part[i].cost for part, i in zip(menu.parts, choice, strict=True)) for menu, choice in kept)
+    return sum(
+        menu.cost + sum(part[i].cost for part, i in zip(menu.parts, choice, strict=True)) for menu, choice in kept
+    )
 
 
 def every(given: list[Menu], tied: bool) -> list[tuple]:
@@ -100,7 +104,11 @@ def test_dominated_variants_are_never_chosen(seed):
     worse = [
         Menu(
             tuple(
-                tuple(w for v in part for w in (v, Variant(v.units, 2, v.loss + 0.1, v.cost), Variant(v.units, 3, v.loss, v.cost + 1)))
+                tuple(
+                    w
+                    for v in part
+                    for w in (v, Variant(v.units, 2, v.loss + 0.1, v.cost), Variant(v.units, 3, v.loss, v.cost + 1))
+                )
                 for part in menu.parts
             ),
             menu.cost,
@@ -111,7 +119,9 @@ def test_dominated_variants_are_never_chosen(seed):
     costs = [cost(plain, c) for c in every(plain, False)]
     for budget in random.choice(costs, 5):
         chosen = solve(worse, budget)
-        taken = [menu.parts[p][i] for menu, choice in zip(worse, chosen, strict=True) if choice for p, i in enumerate(choice)]
+        taken = [
+            menu.parts[p][i] for menu, choice in zip(worse, chosen, strict=True) if choice for p, i in enumerate(choice)
+        ]
         assert {v.bits for v in taken} <= {None, 3}  # a budget may leave room for the same at a higher cost
         assert loss(worse, chosen) == pytest.approx(loss(plain, solve(plain, budget)), abs=1e-6)
 
@@ -119,7 +129,9 @@ def test_dominated_variants_are_never_chosen(seed):
 @pytest.mark.parametrize("tied", [False, True])
 def test_infinite_losses_are_never_chosen(tied):
     lost = Variant(0, None, math.inf, 0.0)
-    menu = Menu(((lost, Variant(1, None, 0.5, 1.0), Variant(2, None, 0.0, 5.0)), (Variant(1, None, 0.0, 1.0),)), 0.0, math.inf)
+    menu = Menu(
+        ((lost, Variant(1, None, 0.5, 1.0), Variant(2, None, 0.0, 5.0)), (Variant(1, None, 0.0, 1.0),)), 0.0, math.inf
+    )
     assert solve([menu, menu], 4.0, tied) == [(1, 0), (1, 0)]
     with pytest.raises(Refused, match="smallest choice costs 4"):
         solve([menu, menu], 3.0, tied)

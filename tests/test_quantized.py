@@ -227,7 +227,9 @@ def test_dense_weight_takes_rows(bits):
     assert np.array_equal(np.array(quantized.dense_rows(module, mx.array([9, 0]))), whole[[9, 0]])
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(64, 8), nn.QuantizedLinear(64, 8), nn.Embedding(8, 64)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(64, 8), nn.QuantizedLinear(64, 8), nn.Embedding(8, 64)], ids=lambda x: type(x).__name__
+)
 def test_a_single_matrix_computes_in_float32_too(layer):
     made = to_float32(layer)
     assert type(made).__name__ == ("Float32Embedding" if isinstance(layer, nn.Embedding) else "Float32Linear")

@@ -29,7 +29,12 @@ def found(pico_models, tmp_path_factory) -> tuple[Path, Arrays]:
 
 def test_arrays(found):
     path, made = found
-    names = {f"{i}.{part}.{what}" for i in range(4) for part in ("attention", "ffn") for what in ("order", "loss", "kl", "bits")}
+    names = {
+        f"{i}.{part}.{what}"
+        for i in range(4)
+        for part in ("attention", "ffn")
+        for what in ("order", "loss", "kl", "bits")
+    }
     assert set(made.arrays) == names | {f"{i}.drop" for i in range(4)}
     for i in range(4):
         for part, units in (("attention", 4), ("ffn", 128)):
@@ -129,13 +134,18 @@ def test_a_width_that_was_given_up_is_worth_nothing():
 
 def test_rank_correlations_by_hand():
     """Spearman: 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks that differ by d."""
-    curves = {(i, part): curve(1, loss, 0) for i, loss in enumerate([0.1, 0.2, 0.3, 0.4]) for part in ("attention", "ffn")}
+    curves = {
+        (i, part): curve(1, loss, 0) for i, loss in enumerate([0.1, 0.2, 0.3, 0.4]) for part in ("attention", "ffn")
+    }
     kl = {"ffn": [1.0, 2.0, 3.0, 4.0], "attention": [0.2, 0.1, 0.4, 0.3]}
     measured = {(i, part, 1): value for part, values in kl.items() for i, value in enumerate(values)}
     measured |= {(0, "layer", 0): 9.0, (0, "ffn bits", 3): 9.0}
     found = rank_correlations(curves, measured)
     assert found["ffn"] == pytest.approx(1) and found["attention"] == pytest.approx(1 - 6 * 4 / (4 * 15))
-    losses, all_kl = np.array([0, 2, 4, 6, 0, 2, 4, 6]) + 0.5, np.array([5, 6, 7, 8, 2, 1, 4, 3]) - 1  # ranks, ties shared
+    losses, all_kl = (
+        np.array([0, 2, 4, 6, 0, 2, 4, 6]) + 0.5,
+        np.array([5, 6, 7, 8, 2, 1, 4, 3]) - 1,
+    )  # ranks, ties shared
     wanted = np.corrcoef(losses, all_kl)[0, 1]
     assert found["all"] == pytest.approx(wanted)
     assert set(found) == {"ffn", "attention", "all"}

@@ -11,7 +11,7 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import lm, stream, trial
+from mlx_pare import stream, trial
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused
@@ -93,16 +93,12 @@ def weights_of(path: Path, made: Candidate, tried: Tried, calibration: Rows = DA
         for i, width in enumerate(made)
         if width is not None
     }
-    return config, reference.repaired_alone(
-        config, weights, calibration.tokens, calibration.lengths, kept, DAMPING
-    )
+    return config, reference.repaired_alone(config, weights, calibration.tokens, calibration.lengths, kept, DAMPING)
 
 
 def kl_of(path: Path, config: dict, weights: dict, held: Rows = HELD) -> float:
     """Over every predicted token of the text."""
-    dense, cut = (
-        reference.forward(config, w, held.tokens)[0][:, :-1] for w in (reference.load(path)[1], weights)
-    )
+    dense, cut = (reference.forward(config, w, held.tokens)[0][:, :-1] for w in (reference.load(path)[1], weights))
     return float(reference.kl(dense, cut)[held.mask()[:, 1:]].mean())
 
 

@@ -79,7 +79,9 @@ def _value(menu: Menu, choice: Choice, field: str) -> float:
 def _cheapest(menus: Sequence[Menu], tied: bool) -> float:
     """The least that a choice costs."""
     if tied:
-        return min(_cheapest([_sum([m for i, m in enumerate(menus) if i not in gone])], False) for gone in _drops(menus))
+        return min(
+            _cheapest([_sum([m for i, m in enumerate(menus) if i not in gone])], False) for gone in _drops(menus)
+        )
     least = [m.cost + sum(min(v.cost for v in part if isfinite(v.loss)) for part in m.parts) for m in menus]
     left = [cost for cost, menu in zip(least, menus, strict=True) if not _may_go(menu)]
     return sum(left) if left else min(least)
