@@ -21,6 +21,7 @@ from .options import (
     For,
     GroupSize,
     Keep,
+    LayersBy,
     Length,
     Method,
     Model,
@@ -100,6 +101,7 @@ def plan_command(
     step: Step = None,
     no_protect: NoProtect = False,
     widths: Widths = "uniform",
+    layers_by: LayersBy = None,
     tries: Tries = None,
     choose_bits: ChooseBits = None,
     memory_cap: Cap = None,
@@ -111,7 +113,7 @@ def plan_command(
 
     s = settings_of(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes, bits=bits,
-        group_size=group_size, step=step, protect=not no_protect, widths=widths, tries=tries,
+        group_size=group_size, step=step, protect=not no_protect, widths=widths, layers_by=layers_by, tries=tries,
         choose_bits=choose_bits, memory_cap=memory_cap,
     )  # fmt: skip
     with steps.continue_run(run) as opened:

@@ -73,6 +73,14 @@ Widths = Annotated[
         "tried. per-layer: widths of their own, by an integer programme, tried, the best few reconstructed (no GGUF yet)."
     ),
 ]
+LayersBy = Annotated[
+    str | None,
+    typer.Option(
+        help="How the layers that go are chosen: block-influence; angular, the block of neighbours that turns the text "
+        "least; kl, one after the other, the least missed on held-out text. Default: kl, where candidates are tried and "
+        "the criterion has no formula for layers."
+    ),
+]
 Tries = Annotated[
     int | None,
     typer.Option("--try", min=1, help="Candidate plans to try by true KL. Default: 12, 50 for per-layer widths."),
