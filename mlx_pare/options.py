@@ -76,9 +76,9 @@ Widths = Annotated[
 LayersBy = Annotated[
     str | None,
     typer.Option(
-        help="How the layers that go are chosen: block-influence; angular, the block of neighbours that turns the text "
-        "least; kl, one after the other, the least missed on held-out text. Default: kl, where candidates are tried and "
-        "the criterion has no formula for layers."
+        help="How the layers that go are chosen: block-influence; angular, the block of neighbours that turns text "
+        "least; kl, one after the other, the least missed on held-out text. Default: kl, where candidates are tried "
+        "and the criterion has no formula for layers."
     ),
 ]
 Tries = Annotated[
