@@ -45,6 +45,18 @@ def texts(asked: argparse.Namespace, tokenizer) -> tuple[Rows, Rows]:
     return rows[0], rows[1]
 
 
+def cells(asked: argparse.Namespace, plan: Plan, calibration: Rows, test: Rows, scratch: Path) -> list[str]:
+    """Perplexity of a plan, without and with reconstruction."""
+    found = []
+    for repaired in (False, True):
+        out = Path(tempfile.mkdtemp(dir=scratch)) / "cut"
+        repair = out.with_name("repair") if repaired else None
+        made = reconstruct(asked.model, plan, calibration, repair) if repaired else plan
+        prune(asked.model, made, out, repair=repair)
+        found.append(f"{evaluate(out, test).perplexity:.2f}")
+    return found
+
+
 def keeping(model: Path, scores: Path, layers: list[int]) -> Plan:
     """The plan that drops all other layers and cuts nothing else."""
     whole = plan(model, scores, Options(keep=1.0, axes=("ffn",)))
@@ -78,6 +90,7 @@ def main() -> None:
         dense = evaluate(asked.model, test).perplexity
         show(f"{asked.model.name}, {test.count} windows of {test.length} tokens: perplexity {dense:.3f}\n")
         show("| layers chosen by | removed | perplexity | reconstructed |\n|---|---|---|---|")
+        known: dict[tuple[int, ...], list[str]] = {}
         for count in asked.counts:
             for by in (*SCORED, "kl"):
                 gone = [drop.layer for drop in drops[:count]]
@@ -86,15 +99,11 @@ def main() -> None:
                     arrays = Arrays.load(files[by], "scores").arrays
                     kept = allocate.layers_of(arch, arrays, total - count, protected)
                     gone = sorted({*range(total)} - {*kept})
-                made, cells = keeping(asked.model, files[SCORED[0]], kept), []
-                for repaired in (False, True):
-                    out = scratch / f"{by}-{count}-{repaired}"
-                    repair = out.with_suffix(".repair") if repaired else None
-                    if repaired:
-                        made = reconstruct(asked.model, made, calibration, repair)
-                    prune(asked.model, made, out, repair=repair)
-                    cells.append(f"{evaluate(out, test).perplexity:.2f}")
-                show(f"| {by} | {', '.join(map(str, gone))} | " + " | ".join(cells) + " |")
+                if tuple(kept) not in known:
+                    known[tuple(kept)] = cells(
+                        asked, keeping(asked.model, files[SCORED[0]], kept), calibration, test, scratch
+                    )
+                show(f"| {by} | {', '.join(map(str, gone))} | " + " | ".join(known[tuple(kept)]) + " |")
         told = ", ".join(f"{drop.layer} ({drop.kl:.4f})" for drop in drops)
         show(f"\nby kl, one after the other, with the KL divergence on {held.total} held-out tokens: {told}")
         show(f"choosing by kl took {spent / passed:.1f} times the processor time of the calibration pass")

@@ -97,7 +97,6 @@ def preflight(model: Path, s: Settings) -> None:
     criterion(s.criterion)
     one_of("recovery method", s.method, METHODS)
     one_of("way to choose widths", s.widths, planning.WIDTHS)
-    one_of("way to choose layers", s.layers_by, (None, *planning.LAYERS_BY))
     planning.layers_by_of(s, s.criterion, s.widths)
     one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
     shape(Checkpoint(model), s.plan_options())

@@ -98,7 +98,9 @@ def tries(s: Settings, how: str) -> int:
 def layers_by_of(s: Settings, by_units: str, how: str) -> str | None:
     """How the layers that go are chosen; None: by the scores of the criterion ``by_units``. When nobody says: by KL,
     unless nothing else is tried either or the criterion has a formula of its own for layers.
-    Raises UsageError where no layers can go."""
+    Raises UsageError for a way that is not known, and where no layers can go."""
+    if s.layers_by not in (None, *LAYERS_BY):
+        raise UsageError(f"unknown way to choose layers {s.layers_by!r}", f"choose one of {', '.join(LAYERS_BY)}")
     if s.layers_by is None:
         return "kl" if "layer" in s.axes and how != "even" and "layer" not in criterion(by_units).own else None
     if "layer" not in s.axes:
