@@ -1,80 +1,385 @@
-"""What a cut costs before any training: with and without reconstruction, at several sizes, on a real model.
+"""What a cut costs before any training, against every other pruner, at several sizes and under byte budgets.
 
-    python benchmarks/quality.py --model DIR --calibration TEXTS --test FILE [--windows N] [--keep 0.9 0.75 0.5]
-    python benchmarks/quality.py                       the shipped model on our own texts
+    python benchmarks/quality.py --reference DIR      the reference models (DIR/models, DIR/data; see LOG.md)
+    python benchmarks/quality.py                      the shipped model on our own texts, two sizes
 
-Texts as in criteria.py. Calibration: 128 windows drawn with seed 0. Cells: perplexity, and in brackets the excess
-log-perplexity over the dense model. Writes a Markdown table, and the time of a pass through the blocks beside that of
-selection and reconstruction.
+Tables: sizes (ours with all layers alike and with widths of their own, against the published pruners in
+measured/pruners.csv and against the best of them again in our engine, window by window), bytes (fewer bits, fewer
+units, or both), costs (time of selection and reconstruction beside a calibration pass; time and memory of one wide
+block). They are printed, and written to --out. Nothing is trained. What is done lies in --work and is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
+import shutil
 import tempfile
 import time
-from math import log
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import exp, log
 from pathlib import Path
 
-from criteria import DEMO, rows_of, show
+import numpy as np
+import pruners
+from criteria import DEMO, show
 
-from mlx_pare import console, corpus, lm
-from mlx_pare.calibrate import calibrate
-from mlx_pare.evaluate import evaluate
-from mlx_pare.plan import Options, plan
-from mlx_pare.prune import prune
-from mlx_pare.reconstruct import reconstruct
-from mlx_pare.score import score
+from mlx_pare import console, corpus, lm, planning, steps
+from mlx_pare.artifacts import Metrics, Plan
+from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.errors import PareError
+from mlx_pare.plan import whole
+from mlx_pare.steps import Settings, Texts
 
-WAYS = (("obs", True), ("wanda", True), ("random", True), ("wanda", False))  # criterion, whether it is reconstructed
-AXES = ("ffn", "kv_head")
+HERE = Path(__file__).parent
+WINDOW, CALIBRATION, SELECTION = 256, 128, 16  # tokens; windows
+LEVELS = (10, 20, 25, 30, 50)  # percent of the non-embedding parameters removed
+T95 = 1.98  # of Student's t, two-sided, for 100 windows; 1.97 for 200
+BUDGETS = (0.56, 0.34, 0.26, 0.2)  # of the bytes of the model as it is; the first is half of its blocks in float16
 
 
-def cut(model: Path, scores: Path, keep: float, repaired: bool, calibration: corpus.Rows, out: Path) -> float:
-    """Write the cut model to ``out``; returns the seconds that reconstruction took."""
-    made, repair, seconds = plan(model, scores, Options(keep=keep, axes=AXES)), None, 0.0
-    if repaired:
-        repair, start = out.with_suffix(".safetensors"), time.perf_counter()
-        made = reconstruct(model, made, calibration, repair)
-        seconds = time.perf_counter() - start
-    prune(model, made, out, repair=repair)
-    return seconds
+@dataclass(frozen=True)
+class Subject:
+    """A model with the rows it is calibrated, selected and tested on, which are disjoint."""
+
+    name: str
+    model: Path
+    calibration: corpus.Rows
+    selection: corpus.Rows
+    test: corpus.Rows
+
+    def texts(self, settings: Settings) -> Texts:
+        """As a run sees them."""
+        texts = Texts(self.model, settings)
+        texts.__dict__ |= {"calibration": self.calibration, "validation": self.selection, "test": self.test}
+        return texts
+
+
+def subjects(reference: Path | None) -> Iterator[Subject]:
+    """stories260K on stories it wrote itself, novelist-9m on novels; or the shipped model on our own text."""
+    if reference is None:
+        tokenizer = lm.tokenizer(DEMO / "model")
+        rows = corpus.windows(tokenizer, corpus.read(DEMO / "calibration.txt"), WINDOW, None)
+        test = corpus.windows(tokenizer, corpus.read(DEMO / "test.txt"), WINDOW, None)
+        held = rows.count // 6
+        yield Subject("shipped", DEMO / "model", _rows(rows.tokens[held:]), _rows(rows.tokens[:held]), test)
+        return
+    stories = reference / "models" / "stories260K"
+    train, val, spare = (
+        np.fromfile(stories / f"{n}.bin", np.uint16).reshape(-1, WINDOW) for n in ("train", "val", "kd")
+    )
+    yield Subject("stories260K", stories, _drawn(train.reshape(-1))[0], _rows(spare[:SELECTION]), _rows(val[:100]))
+    novelist, novels = reference / "models" / "novelist-9m", reference / "data" / "novels"
+    tokenizer = lm.tokenizer(novelist)
+    seen = [f.read_text("utf-8") for f in sorted(novels.glob("*.txt")) if f.stem != "two_cities"]
+    calibration, selection = _drawn(_ids(tokenizer, seen))
+    unseen = _ids(tokenizer, [(novels / "two_cities.txt").read_text("utf-8")])
+    test = _rows(unseen[: 200 * WINDOW].reshape(-1, WINDOW))
+    yield Subject("novelist-9m", novelist, calibration, selection, test)
+
+
+def _rows(tokens: np.ndarray) -> corpus.Rows:
+    return corpus.Rows.full(tokens.astype(np.int32))
+
+
+def _ids(tokenizer, documents: Sequence[str]) -> np.ndarray:
+    return np.concatenate([[0, *tokenizer.encode(d, add_special_tokens=False, verbose=False)] for d in documents])
+
+
+def _drawn(ids: np.ndarray) -> tuple[corpus.Rows, corpus.Rows]:
+    """The calibration windows that the published pruners got, and others that share no token with them."""
+    starts = np.random.RandomState(0).randint(0, len(ids) - WINDOW, CALIBRATION)
+    more = np.random.RandomState(1).randint(0, len(ids) - WINDOW, 50 * SELECTION)
+    apart = [s for s in more if np.abs(starts - s).min() >= WINDOW][:SELECTION]
+    return tuple(_rows(np.stack([ids[s : s + WINDOW] for s in chosen])) for chosen in (starts, apart))
+
+
+# ---- one cut ----
+
+
+class Bench:
+    """Runs of one subject, each in a directory of its own; calibration and sensitivity are shared."""
+
+    def __init__(self, subject: Subject, work: Path, tries: int):
+        self.subject, self.work, self.tries = subject, work, tries
+        self.base = work / f"{subject.name}-base"
+
+    def settings(self, **asked) -> Settings:
+        """What all cuts have in common."""
+        return Settings(samples=CALIBRATION, length=WINDOW, recover_steps=0, trials=0, tries=self.tries, **asked)
+
+    def prepare(self, bits: Sequence[int] = (), group_size: int = 64) -> None:
+        """Statistics, scores, sensitivities."""
+        s = self.settings(keep=0.5, choose_bits=tuple(bits), group_size=group_size)
+        with steps.open_run(self.subject.model, self.base) as run:
+            texts = self.subject.texts(s)
+            steps.calibrate_step(run, texts, s)
+            steps.score_step(run, s)
+            planning.sensitivity_step(run, texts, s)
+            steps.evaluate_step(run, "original", run.model, texts, s)
+
+    def cut(self, name: str, s: Settings) -> tuple[Metrics, Plan]:
+        """Plan, reconstruct, prune and measure one cut."""
+        out = self.work / f"{self.subject.name}-{name}"
+        if not out.exists():
+            shutil.copytree(self.base, out)
+        with steps.open_run(self.subject.model, out) as run:
+            texts = self.subject.texts(s)
+            planning.plan_step(run, texts, s)
+            if s.reconstruct:
+                steps.reconstruct_step(run, texts, s)
+            model = steps.prune_step(run, s.reconstruct)
+            found = steps.evaluate_step(run, "pruned", model, texts, s)
+            return found, Plan.load(model / "plan.json")
+
+    @property
+    def dense(self) -> Metrics:
+        """The uncut model."""
+        return Metrics.load(self.base / "evaluate-original" / "metrics.json")
+
+    def cached(self, name: str, make) -> list[float]:
+        """Numbers that are computed once."""
+        file = self.work / f"{self.subject.name}-{name}.json"
+        if not file.exists():
+            file.write_text(json.dumps(make()))
+        return json.loads(file.read_text())
+
+
+# ---- sizes ----
+
+
+def published(model: str, level: int, peers: bool) -> tuple[float, str]:
+    """The best perplexity that another pruner reached at a size (``peers``: with its own code), and its name."""
+    with (HERE / "measured" / "pruners.csv").open(encoding="utf-8", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["model"] == model and r["level"] == str(level)]
+    if peers:
+        rows = [r for r in rows if r["code"] != "re-implementation"]
+    best = min(rows, key=lambda r: float(r["perplexity"]), default=None)
+    return (float(best["perplexity"]), f"{best['method']} ({best['code']})") if best else (float("nan"), "-")
+
+
+def again(bench: Bench, level: int) -> tuple[str, np.ndarray]:
+    """The best of Wanda-sp and FLAP on this subject in our engine: name, NLL of every window."""
+    subject, share = bench.subject, 1 - level / 100
+    of = pruners.units(Checkpoint(subject.model))
+    total = sum(unit.parameters * unit.count for unit in of.values())
+    heads = max(1, round(share * of["attention"].count))
+    left = share * total - heads * of["attention"].parameters
+    alike = {"attention": heads, "ffn": round(left / of["ffn"].parameters)}
+    ways = {
+        "Wanda-sp": lambda: pruners.wanda_sp(subject.model, subject.calibration, alike),
+        "FLAP UL-UM": lambda: pruners.flap(subject.model, subject.calibration, share, alike=True),
+        "FLAP AL-AM": lambda: pruners.flap(subject.model, subject.calibration, share, alike=False),
+    }
+    found = {
+        name: np.array(
+            bench.cached(
+                f"{name.replace(' ', '-')}-{level}",
+                lambda make=make: pruners.windows(subject.model, make(), subject.test).tolist(),
+            )
+        )
+        for name, make in ways.items()
+    }
+    name = min(found, key=lambda n: found[n].mean())
+    return name, found[name]
+
+
+def interval(difference: np.ndarray) -> str:
+    """Mean of a paired difference of NLL per window, with its 95 % interval."""
+    half = T95 * difference.std(ddof=1) / len(difference) ** 0.5
+    return f"{difference.mean():+.4f} ± {half:.4f}"
+
+
+def sizes(bench: Bench, levels: Sequence[int]) -> Iterator[str]:
+    """A line per size."""
+    bench.prepare()
+    dense, name = bench.dense, bench.subject.name
+    yield (
+        f"\n{name}: dense perplexity {dense.perplexity:.3f} ({dense.windows} windows of {dense.length} tokens), "
+        f"calibrated on {bench.subject.calibration.total} tokens, plans selected on "
+        f"{bench.subject.selection.total} others\n"
+    )
+    yield (
+        "| removed | best published pruner | best published row | same in our engine | all layers alike "
+        "| widths of their own | excess against the best pruner | own widths - best pruner, NLL per window "
+        "| own widths - alike |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for level in levels:
+        s = bench.settings(keep=1 - level / 100)
+        alike, _ = bench.cut(f"uniform-{level}", replace(s, widths="uniform", tries=None))
+        own, made = bench.cut(f"per-layer-{level}", replace(s, widths="per-layer"))
+        (peer, peer_name), (best, best_name) = (published(name, level, peers) for peers in (True, False))
+        other, other_nll = again(bench, level)
+        base = peer if peer == peer else exp(other_nll.mean())
+        excess = 1 - log(own.perplexity / dense.perplexity) / log(base / dense.perplexity)
+        nll = [np.array(m.window_nll) for m in (own, alike)]
+        removed = 1 - made.after.non_embedding / made.before.non_embedding
+        yield (
+            f"| {removed:.1%} | {peer:.2f} {peer_name} | {best:.2f} {best_name} | {exp(other_nll.mean()):.2f} {other} "
+            f"| {alike.perplexity:.2f} | {own.perplexity:.2f} | {-excess:+.0%} | {interval(nll[0] - other_nll)} "
+            f"| {interval(nll[0] - nll[1])} |"
+        )
+
+
+# ---- bytes ----
+
+
+def budgets(bench: Bench, shares: Sequence[float]) -> Iterator[str]:
+    """Fewer bits, fewer units, or what the programme makes of both, at the same bytes."""
+    checkpoint = Checkpoint(bench.subject.model)
+    bits = (2, 3, 4, 5, 6, 8)
+    mixed = Bench(replace(bench.subject, name=bench.subject.name + "-bits"), bench.work, bench.tries)
+    mixed.prepare(bits)
+    size = checkpoint.nbytes() / 1e6
+    yield f"\n{bench.subject.name}: {size:.2f} MB, dense perplexity {bench.dense.perplexity:.3f}\n"
+    yield "| budget | fewer bits alone | fewer units, more bits | both, chosen together | which won |"
+    yield "|---|---|---|---|---|"
+    for share in shares:
+        budget = round(share * checkpoint.nbytes())
+        found = {}
+        narrow = _narrow(bench, budget)
+        if narrow:
+            found["bits"] = narrow
+        for number in bits[::-1]:
+            s = bench.settings(target_size=f"{budget}B", bits=number, widths="uniform")
+            if (one := _attempt(bench, f"units-{number}-{budget}", s)) and one[0] < found.get("units", (1e9,))[0]:
+                found["units"] = one
+        for number in (8, 6, 4, 3):  # of the embedding, which is no part of a layer
+            s = mixed.settings(target_size=f"{budget}B", bits=number, widths="per-layer", choose_bits=bits)
+            if (one := _attempt(mixed, f"both-{number}-{budget}", s)) and one[0] < found.get("both", (1e9,))[0]:
+                found["both"] = one
+        cells = [f"{found[k][1]:.2f} ({found[k][2]})" if k in found else "-" for k in ("bits", "units", "both")]
+        names = {"bits": "fewer bits", "units": "fewer units", "both": "both"}
+        best = min(found, key=lambda k: found[k][1])
+        second = min((found[k][1] for k in found if k != best), default=float("nan"))
+        yield (
+            f"| {budget / 1e6:.2f} MB | "
+            + " | ".join(cells)
+            + f" | {names[best]}, by {log(second / found[best][1]):.4f} |"
+        )
+
+
+def _attempt(bench: Bench, name: str, s: Settings) -> tuple[float, float, str] | None:
+    """(KL on the selection rows, perplexity on the test rows, what it is); None when the budget is out of reach."""
+    try:
+        found, made = bench.cut(name, s)
+    except PareError:
+        return None
+    kl = _selected_kl(bench, bench.work / f"{bench.subject.name}-{name}" / "prune" / "model", name)
+    kept = made.after.non_embedding / made.before.non_embedding
+    parts = [b for layer in made.layers for b in (layer.attention_bits, layer.ffn_bits) if b]
+    stored = f"{min(parts)} to {max(parts)} bits, {s.bits} in the embedding" if parts else f"{s.bits} bits"
+    return kl, found.perplexity, f"keeps {kept:.2f}, {stored}"
+
+
+def _narrow(bench: Bench, budget: int) -> tuple[float, float, str] | None:
+    """The uncut model in the most bits that the budget allows, packed as mlx-lm does."""
+    from mlx_pare.evaluate import evaluate
+    from mlx_pare.prune import prune
+
+    like = Plan.load(bench.work / f"{bench.subject.name}-uniform-50" / "plan" / "plan.json")
+    made = whole(bench.subject.model, like, budget)
+    if made is None:
+        return None
+    out = bench.work / f"{bench.subject.name}-whole-{budget}"
+    if not out.exists():
+        prune(bench.subject.model, made, out)
+    return 0.0, evaluate(out, bench.subject.test).perplexity, f"{made.bits} bits"
+
+
+def _selected_kl(bench: Bench, model: Path, name: str) -> float:
+    from mlx_pare.evaluate import evaluate
+
+    found = bench.cached(
+        f"kl-{name}", lambda: [evaluate(model, bench.subject.selection, teacher=bench.subject.model).kl_divergence]
+    )
+    return found[0]
+
+
+# ---- costs ----
+
+
+def costs(bench: Bench) -> Iterator[str]:
+    """Seconds of the steps of one cut, beside a plain calibration pass, in one run."""
+    from mlx_pare.calibrate import calibrate
+    from mlx_pare.plan import Options, plan
+    from mlx_pare.reconstruct import reconstruct
+    from mlx_pare.score import score
+
+    subject = bench.subject
+    yield f"\n{subject.name}, seconds relative to a calibration pass over the same {subject.calibration.total} tokens:\n"
+    with tempfile.TemporaryDirectory() as name:
+        work, start = Path(name), time.perf_counter()
+        stats = calibrate(subject.model, subject.calibration, work / "stats")
+        passed, start = time.perf_counter() - start, time.perf_counter()
+        scores = score(subject.model, stats, work / "scores.safetensors")
+        made = plan(subject.model, scores, Options(keep=0.75))
+        reconstruct(subject.model, made, subject.calibration, work / "repair")
+        spent = time.perf_counter() - start
+    yield f"selection and reconstruction at keep 0.75: {spent / passed:.2f}"
+
+
+def blocks() -> Iterator[str]:
+    """One down_proj of a wide model: seconds and bytes of choosing half of its inputs and solving the rest."""
+    import tracemalloc
+
+    from mlx_pare.least_squares import Dual, cost
+
+    yield "\n| hidden / ffn | tokens | choose | solve | peak | stated beforehand |\n|---|---|---|---|---|---|"
+    for hidden, ffn in ((4096, 12288), (5120, 27648)):
+        tokens, random = 1024, np.random.default_rng(0)
+        x, weight = (random.standard_normal(shape, np.float32) for shape in ((tokens, ffn), (hidden, ffn)))
+        target = x @ weight.T
+        tracemalloc.start()
+        start = time.perf_counter()
+        problem = Dual(x, target, weight)
+        kept = problem.choose(1, ffn // 2)
+        chosen = time.perf_counter() - start
+        problem.solve(kept)
+        solved, peak = time.perf_counter() - start - chosen, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        held = x.nbytes + weight.nbytes + target.nbytes
+        stated = cost(tokens, ffn, hidden).nbytes
+        yield (
+            f"| {hidden} / {ffn} | {tokens} | {chosen:.0f} s | {solved:.0f} s | {(peak + held) / 1e9:.2f} GB "
+            f"| {(stated + weight.nbytes) / 1e9:.2f} GB |"
+        )
 
 
 def main() -> None:
-    """One line per criterion, one column per size."""
+    """Print the tables, and write them to files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO / "model")
-    parser.add_argument("--calibration", type=Path, default=DEMO / "calibration.txt")
-    parser.add_argument("--test", type=Path, default=DEMO / "test.txt")
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=50)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5])
+    parser.add_argument(
+        "--reference", type=Path, help="directory with models/stories260K, models/novelist-9m, data/novels"
+    )
+    parser.add_argument("--only", nargs="+", choices=("sizes", "bytes", "costs", "blocks"), default=["sizes", "costs"])
+    parser.add_argument("--subjects", nargs="+", help="of the reference models only these")
+    parser.add_argument("--levels", type=int, nargs="+", help="percent removed")
+    parser.add_argument("--try", dest="tries", type=int, default=50, help="candidates with widths of their own")
+    parser.add_argument("--work", type=Path, help="where to work; kept (default: a temporary directory)")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
     asked = parser.parse_args()
     console.configure(quiet=True)
-    tokenizer = lm.tokenizer(asked.model)
-    test = rows_of(asked.test, tokenizer, asked.length, asked.windows, None)
-    calibration = rows_of(asked.calibration, tokenizer, asked.length, 128, 0)
-    with tempfile.TemporaryDirectory() as name:
-        scratch, start = Path(name), time.perf_counter()
-        stats = calibrate(asked.model, calibration, scratch / "stats")
-        passed, spent = time.perf_counter() - start, []
-        dense = evaluate(asked.model, test).perplexity
-        show(f"{asked.model.name}, {test.count} windows of {test.length} tokens: perplexity {dense:.3f}\n")
-        show("| units | reconstructed | " + " | ".join(f"keep {k:g}" for k in asked.keep) + " |")
-        show("|---|---|" + "---|" * len(asked.keep))
-        for criterion, repaired in WAYS:
-            scores, cells = score(asked.model, stats, scratch / f"{criterion}.safetensors", criterion), []
-            for keep in asked.keep:
-                out = scratch / f"{criterion}-{repaired}-{keep}"
-                seconds = cut(asked.model, scores, keep, repaired, calibration, out)
-                if criterion == "obs":
-                    spent.append(seconds / passed)
-                found = evaluate(out, test).perplexity
-                cells.append(f"{found:.2f} ({log(found / dense):.3f})")
-            show(f"| {criterion} | {'yes' if repaired else 'no'} | " + " | ".join(cells) + " |")
-        times = ", ".join(f"{ratio:.1f}" for ratio in spent)
-        show(f"\nselection and reconstruction took {times} times as long as the calibration pass")
+    levels = asked.levels or (LEVELS if asked.reference else (25, 50))
+    with tempfile.TemporaryDirectory() as temporary:
+        work = asked.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        for subject in subjects(asked.reference):
+            if asked.subjects and subject.name not in asked.subjects:
+                continue
+            bench = Bench(subject, work, asked.tries)
+            for table in asked.only:
+                made = {"sizes": lambda b: sizes(b, levels), "costs": costs, "blocks": lambda b: blocks()}
+                made["bytes"] = lambda b: budgets(b, BUDGETS)
+                lines = []
+                for line in made[table](bench):
+                    show(line)
+                    lines.append(line)
+                asked.out.mkdir(exist_ok=True)
+                (asked.out / f"quality-{table}-{subject.name}.md").write_text("\n".join(lines).strip() + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import mlx.nn as nn
 from .arch import both_rope_spellings
 from .checkpoint import read_json
 from .errors import PareError
+from .packing import Packing
 
 
 def cpu_backend() -> bool:
@@ -60,6 +61,13 @@ def for_backend(module: nn.Module) -> nn.Module:
     from .quantized import to_float32
 
     return to_float32(module)
+
+
+def packed(module: nn.Module, packing: Packing) -> nn.Module:
+    """A linear layer of a streamed block with its matrix packed anew, as it should compute on this device."""
+    from .quantized import packed_layer
+
+    return for_backend(packed_layer(getattr(module, "inner", module), packing))
 
 
 def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:

@@ -6,7 +6,8 @@ anew so that the pruned stream comes back to the dense one: their target is what
 what the pruned stream carries past them. The block runs in full, with the cut units left out at the input of those two
 matrices, which is the same as cut (the axes are exact). Up to the first cut the streams are one, and nothing is solved.
 A bias behind such a matrix is solved with it. A matrix that will be stored packed is packed here, with error feedback
-(gptq.py), so that later blocks make up for that as well.
+(gptq.py), and where the plan asks for other bits than the source has, the pruned stream goes through the other matrices
+as they will be packed: what comes later makes up for that as well.
 Memory: hidden states of both streams, one block and its inputs of the two matrices, what least squares take (``cost``).
 
 Where a norm stands behind those matrices (Gemma) the residual is out of reach of a linear solve; there the target is
@@ -30,14 +31,14 @@ from .checkpoint import Checkpoint
 from .console import gb
 from .corpus import Rows
 from .errors import PareError
-from .layout import Piece, layout
+from .layout import layout
 from .least_squares import DAMPING, Cost
 from .observers import replace_module
 from .quantized import MX_DTYPE, Packed, relative_error
 from .site import Site, parts, solve_costs
 
 CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are
-SOLVED = ("o_proj", "down_proj")
+OTHERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # matrices that are not solved
 
 
 def reconstruct(
@@ -141,10 +142,14 @@ class _Pair:
     """The observer of a walk of the dense model that leads the pruned stream along."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, rows: Rows, count: int, damping: float, out: Path):
-        self.arch, self.plan, self.damping, self.out = checkpoint.arch, plan, damping, out
+        self.checkpoint, self.arch, self.plan, self.damping, self.out = checkpoint, checkpoint.arch, plan, damping, out
         self.mask = rows.mask()
         self.mask[count:] = False
-        self.pieces = _pieces(checkpoint, plan)
+        self.pieces = {
+            (piece.tensor.layer, origin.spec.role): (piece, origin)
+            for piece in layout(checkpoint, plan.keep(checkpoint.arch), plan.packing)
+            for origin in piece.origins
+        }
         self.about = {"model": checkpoint.identity(), "tokens": rows.first(count).total, "damping": damping}
         self.planned = {layer.source: layer for layer in plan.layers}
         self.layers: list[LayerPlan] = []
@@ -153,6 +158,8 @@ class _Pair:
     # ---- what the engine calls ----
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
+        self.block = block
+
         def at(role: str, make: Callable[[Any], Any]) -> Any:
             return replace_module(block, self.arch.path(index, role), make)
 
@@ -167,7 +174,7 @@ class _Pair:
         return [*self.middle.seen, *(self.attention.outputs or ()), *(self.ffn.outputs or ())]
 
     def leave(self, index: int, hidden: mx.array) -> None:
-        del self.attention, self.ffn, self.middle
+        del self.attention, self.ffn, self.middle, self.block
 
     def again(self, index: int, before: mx.array, after: mx.array, run: Callable) -> None:
         """Solve the block ``index`` for the pruned stream and send that through it."""
@@ -176,17 +183,18 @@ class _Pair:
         if planned is None:  # a layer that is cut: the pruned stream walks past it
             self.pruned = pruned
             return
+        apart = self._repacked(index) or self.pruned is not None
         sizes, self.made = self.arch.layers[index].sizes, {}
         heads, channels = planned.kv_head, planned.ffn
         wanted, self.attention.outputs = self.attention.outputs, None
         self.attention.gone, self.ffn.gone = not heads, not channels
-        if heads and (self.pruned is not None or len(heads) < sizes["kv_head"]):
+        if heads and (apart or len(heads) < sizes["kv_head"]):
             self._listen(self.attention, run, pruned)
             target = _difference(middle, parts(pruned, middle)) if wanted is None else wanted
             heads = self._fit("o_proj", target, sizes["group"] * sizes["head_dim"], heads)
         del middle
         wanted, self.ffn.outputs = self.ffn.outputs, None
-        if self.pruned is not None or len(planned.kv_head) < sizes["kv_head"] or len(channels) < sizes["ffn"]:
+        if apart or len(planned.kv_head) < sizes["kv_head"] or len(channels) < sizes["ffn"]:
             if channels:
                 self._listen(self.ffn, run, pruned)
                 middle = self.middle.taken()
@@ -196,6 +204,20 @@ class _Pair:
             self._begin()
             self.pruned = run(pruned)
         self._save(planned.model_copy(update={"ffn": channels, "kv_head": heads}))
+
+    def _repacked(self, index: int) -> bool:
+        """Put the matrices that are not solved into the block as they will be packed, where that is not how they are in
+        the source; whether any matrix of the block changes so."""
+        changed = False
+        for role in (*OTHERS, "o_proj", "down_proj"):
+            piece, origin = self.pieces.get((len(self.layers), role), (None, None))
+            packing, before = piece and piece.packing, origin and self.checkpoint.packing(origin.module)
+            if packing is None or (before is not None and packing.as_config() == before.as_config()):
+                continue
+            changed = True
+            if role in OTHERS:
+                replace_module(self.block, self.arch.path(index, role), lambda m, p=packing: lm.packed(m, p))
+        return changed
 
     def _listen(self, site: Site, run: Callable, hidden: mx.array) -> None:
         """Remember the inputs of a matrix when these hidden states go through the block."""
@@ -222,7 +244,7 @@ class _Pair:
         new, count = problem.solve(kept), len(kept)
         errors = [problem.error(weight, kept, energy) for weight in (problem.old(kept), new)]
         made = self.made[role] = _Made(errors, mx.array(new[:, :count].astype(np.float32)))
-        piece, rest = self.pieces[len(self.layers), role], new[:, count:]
+        piece, rest = self.pieces[len(self.layers), role][0], new[:, count:]
         if piece.packing is not None:
             feedback = problem.feedback(kept)
             made.packed, rest = gptq.quantize(new, piece.packing, MX_DTYPE[piece.dtype], feedback)
@@ -267,12 +289,6 @@ class _Made:
         """How it is packed, and the relative error of that, as prune gives it."""
         packing = self.packed.packing
         return {"bits": packing.bits, "group_size": packing.group_size, "error": self.rounding}
-
-
-def _pieces(checkpoint: Checkpoint, plan: Plan) -> dict[tuple[int | None, str], Piece]:
-    """How prune will store what is solved, by layer of the pruned model and role."""
-    pieces = layout(checkpoint, plan.keep(checkpoint.arch), plan.packing)
-    return {(p.tensor.layer, p.tensor.spec.role): p for p in pieces if p.tensor.spec.role in SOLVED}
 
 
 def _difference(a: Iterable[mx.array], b: Iterable[mx.array]) -> Iterator[mx.array]:

@@ -28,7 +28,7 @@ from .checkpoint import Checkpoint
 from .corpus import Rows
 from .observers import replace_module
 from .packing import Packing
-from .quantized import pack, packed_layer
+from .quantized import pack
 from .site import Site, solve_costs
 
 TINY = 1e-30
@@ -253,7 +253,7 @@ class _SideBySide:
 
             def packed(module: Any, path: str = path) -> Any:
                 before.append((path, module))
-                return lm.for_backend(packed_layer(getattr(module, "inner", module), self._packing(bits)))
+                return lm.packed(module, self._packing(bits))
 
             replace_module(self.block, path, packed)
         weight, bias = site.new or (site.own(), site.bias)

@@ -27,7 +27,7 @@ from mlx_pare.arch import (
     why_no_sublayer_drops,
     why_uniform,
 )
-from mlx_pare.arch.uneven import divisible, nas_config, nas_width
+from mlx_pare.arch.uneven import divisible, nas_config, nas_multiplier, nas_width
 from mlx_pare.artifacts import LayerPlan, Plan, Size, Target
 from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
@@ -353,7 +353,7 @@ def test_every_width_comes_back(hidden):
         assert int(openelm.make_divisible(multiplier * hidden, 1)) == width == divisible(multiplier * hidden, 1)
     nas = importlib.import_module("mlx_lm.models.nemotron-nas")
     for width in range(256, 256 * 300, 256):
-        kept = nas.FFNConfig(ffn_mult=json.loads(json.dumps(round(1.5 * (width - 128) / hidden, 6)))).ffn_mult
+        kept = nas.FFNConfig(ffn_mult=json.loads(json.dumps(nas_multiplier(width, hidden)))).ffn_mult
         assert nas._ffn_mult_to_intermediate_size(kept, hidden) == width == nas_width(kept, hidden)
 
 

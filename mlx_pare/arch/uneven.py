@@ -139,6 +139,11 @@ def nas_width(multiplier: float, hidden: int) -> int:
     return -(-int(2 * round(multiplier, 6) * hidden / 3) // UNIT) * UNIT
 
 
+def nas_multiplier(width: int, hidden: int) -> float:
+    """The multiplier that gives a width. What rounding to six digits adds is cut off, what it takes is rounded up."""
+    return round(1.5 * width / hidden, 6)
+
+
 def nas_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
     """Heads and ffn of one layer; 0 where it has none."""
     mixer, ffn = nas_block(config, index)
@@ -187,8 +192,7 @@ def nas_config(smaller: Architecture) -> dict[str, Any]:
 
     def block(sizes: Mapping[str, int]) -> dict[str, Any]:
         mixer = {"n_heads_in_group": sizes["group"]} if sizes["kv_head"] else {"no_op": True}
-        # half a step below the width: whatever the rounding to six digits does, rounding up gives it
-        ffn = {"ffn_mult": round(1.5 * (sizes["ffn"] - UNIT / 2) / hidden, 6)} if sizes["ffn"] else {"no_op": True}
+        ffn = {"ffn_mult": nas_multiplier(sizes["ffn"], hidden)} if sizes["ffn"] else {"no_op": True}
         return {"attention": mixer, "ffn": ffn}
 
     return {
