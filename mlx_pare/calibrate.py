@@ -16,7 +16,7 @@ from .artifacts import Arrays, dump_json, replace_file
 from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import Refused, UsageError
-from .observers import BlockCosine, HeadContribution, Moments, Removal, Tap, replace_module
+from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
 from .quantized import matrix
 
 # site -> (role of the module in the family's table, which side of it)
@@ -29,6 +29,7 @@ SITES = {
 # What is measured only when asked for, because it costs more; what a criterion wants of it its table says.
 EXTRA = ("contributions", "gradients")
 SAVE_EVERY_S = 30.0
+LAST = "last"  # in the file of a block: states that become angles in the end
 
 
 class Statistics:
@@ -38,12 +39,12 @@ class Statistics:
         """``rounds``: number of micro-batches, when contributions are asked for."""
         self.arch, self.directory, self.save_every_s, self.rounds = arch, directory, save_every_s, rounds
         self.sums: list[tuple[str, Any]] = []
-        self.cosine = BlockCosine()
+        self.cosine, self.last = BlockCosine(), LastToken(True)
         self._last_save = time.monotonic()
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
-        self.cosine = BlockCosine()
-        self.sums = [("block", self.cosine)]
+        self.cosine, self.last = BlockCosine(), LastToken(index == 0)
+        self.sums = [("block", self.cosine), (LAST, self.last)]
 
         def watch(site: str, accumulator: Callable[[Any], Any]) -> None:
             role, side = SITES[site]
@@ -63,15 +64,20 @@ class Statistics:
 
     def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
         self.cosine.update(before, after, mask)
+        self.last.update(before, after, mask)
 
     def pending(self) -> list[mx.array]:
         return [a for _, m in self.sums for a in m.arrays().values()]
 
     def leave(self, index: int, hidden: mx.array) -> None:
-        arrays = {f"{site}.{name}": a for site, m in self.sums for name, a in m.arrays().items()}
-        Arrays(arrays, {}).save(self.directory / f"block-{index:04d}.safetensors")
+        self.save(index, self.directory)
         if time.monotonic() - self._last_save >= self.save_every_s:
             self._save_hidden(index + 1, hidden)
+
+    def save(self, index: int, directory: Path) -> None:
+        """Write what has been summed up of a block so far."""
+        arrays = {f"{site}.{name}": a for site, m in self.sums for name, a in m.arrays().items()}
+        Arrays(arrays, {}).save(directory / f"block-{index:04d}.safetensors")
 
     def _save_hidden(self, start: int, hidden: mx.array) -> None:
         old = sorted(self.directory.glob("hidden-*.safetensors"))
@@ -93,7 +99,8 @@ def calibrate(
 
     Arrays, per layer i: ``{i}.{site}.{name}`` for the sites ffn [ffn] and attention [q_head*head_dim] (inputs of
     down_proj and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms), with the names of observers.Moments; and
-    ``{i}.block.cosine`` []. With ``extra`` "contributions" also ``{i}.ffn.removal`` [ffn] and
+    ``{i}.block.cosine`` []; and ``angles`` [layers + 1, layers + 1] between the inputs of all blocks, the output of the
+    last one behind them (observers.angles). With ``extra`` "contributions" also ``{i}.ffn.removal`` [ffn] and
     ``{i}.attention.contribution`` [kv_head] (observers.Removal, HeadContribution); with "gradients" the arrays of
     gradients.measure. A directory with the blocks of an interrupted call is continued (gradients, which use few rows,
     from their beginning): same bytes in the end.
@@ -114,6 +121,41 @@ def calibrate(
         stream.walk(model, rows, observer, _resume(directory), "calibrate: block")
     more = gradients.measure(model, rows) if "gradients" in extra else {}
     return _merge(checkpoint, rows, directory, more, extra)
+
+
+class _Cumulative(Statistics):
+    """Saves the sums of every block also after some of the rows: ``directories`` by the number of rows."""
+
+    def __init__(self, arch: Architecture, directories: dict[int, Path]):
+        super().__init__(arch, next(iter(directories.values())), SAVE_EVERY_S)
+        self.directories, self.done = directories, 0
+
+    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        super().seen(index, before, after, mask)
+        self.done = (self.done % max(self.directories)) + len(before)
+        if self.done in self.directories:
+            self.save(index, self.directories[self.done])
+
+    def leave(self, index: int, hidden: mx.array) -> None:
+        pass  # the sums of all rows were saved with the last of them
+
+
+def calibrate_in_parts(
+    model: Path, rows: Rows, counts: Sequence[int], directory: Path, memory_cap: int | None = None
+) -> dict[int, Path]:
+    """The statistics of the first so many rows, for several counts, by one walk: ``directory``/COUNT/stats.safetensors
+    as ``calibrate`` writes them, without extras. Counts are moved to the next end of a micro-batch, the last one being
+    all rows, by which the files are returned. Not resumable. Raises as ``calibrate``."""
+    checkpoint = Checkpoint(model)
+    require_cuttable(checkpoint.arch)
+    check_memory(checkpoint, rows, memory_cap)
+    ends = [part.stop for part in stream.micro_batches(rows)]
+    stops = sorted({next(end for end in ends if end >= min(count, rows.count)) for count in (*counts, rows.count)})
+    directories = {stop: directory / str(stop) for stop in stops}
+    for each in directories.values():
+        each.mkdir(parents=True, exist_ok=True)
+    stream.walk(model, rows, _Cumulative(checkpoint.arch, directories), what="calibrate in parts: block")
+    return {stop: _merge(checkpoint, rows.first(stop), each, {}, ()) for stop, each in directories.items()}
 
 
 def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, extra: Sequence[str] = ()) -> int:
@@ -158,12 +200,16 @@ def _merge(
 ) -> Path:
     arrays = dict(more)
     blocks = [directory / f"block-{i:04d}.safetensors" for i in range(len(checkpoint.arch.layers))]
+    states: list[mx.array] = []
     for index, file in enumerate(blocks):
-        arrays |= {f"{index}.{name}": array for name, array in mx.load(str(file)).items()}
+        found = mx.load(str(file))
+        states += [found.pop(f"{LAST}.{side}") for side in ("before", "after") if f"{LAST}.{side}" in found]
+        arrays |= {f"{index}.{name}": array for name, array in found.items()}
+    arrays["angles"] = angles(states)
     path = directory / "stats.safetensors"
     about = {"tokens": rows.total, "rows": rows.count, "data": rows.digest(), "layers": len(blocks)}
     about |= {"model": checkpoint.identity(), "extra": list(extra)}
     Arrays(arrays, about).save(path)
     for file in [*blocks, *directory.glob("hidden-*.safetensors"), directory / "inputs.json"]:
-        file.unlink()
+        file.unlink(missing_ok=True)
     return path

@@ -21,6 +21,7 @@ from .options import (
     For,
     GroupSize,
     Keep,
+    LayersBy,
     Length,
     Method,
     Model,
@@ -100,6 +101,7 @@ def plan_command(
     step: Step = None,
     no_protect: NoProtect = False,
     widths: Widths = "uniform",
+    layers_by: LayersBy = None,
     tries: Tries = None,
     choose_bits: ChooseBits = None,
     memory_cap: Cap = None,
@@ -111,7 +113,7 @@ def plan_command(
 
     s = settings_of(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes, bits=bits,
-        group_size=group_size, step=step, protect=not no_protect, widths=widths, tries=tries,
+        group_size=group_size, step=step, protect=not no_protect, widths=widths, layers_by=layers_by, tries=tries,
         choose_bits=choose_bits, memory_cap=memory_cap,
     )  # fmt: skip
     with steps.continue_run(run) as opened:
@@ -125,6 +127,46 @@ def plan_command(
         "plan": str(path),
         **show.show_shape({k: made[k] for k in ("before", "after", "neighbours")} | {"asked": made["target"]["asked"]}),
     }
+
+
+@command(
+    "stability",
+    "mlx-pare stability RUN | mlx-pare stability RUN --criterion wanda,flap --against FLOAT_MODEL | "
+    "mlx-pare stability RUN --measure",
+)
+def stability_command(
+    run: RunDir,
+    criterion: Annotated[
+        str | None, typer.Option(help="Of which criteria; separated by commas. Default: the run's.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=0, help="Calibration draws to compare; 0: none.")] = 3,
+    against: Annotated[
+        Path | None, typer.Option(help="The model before it was quantized: does it choose the same?", metavar="MODEL")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also make the cut of every draw, and measure it on the test text.")
+    ] = False,
+    no_reconstruct: NoReconstruct = False,
+    memory_cap: Cap = None,
+) -> dict[str, Any]:
+    """How far the choice depends on the calibration text: enough tokens? other draws? quantized as float?
+
+    For the sizes of the run's plan, on parts of its calibration text that share no row; test text is only measured on.
+    """
+    import json
+
+    from . import stability, steps
+    from .artifacts import Arrays
+
+    with steps.continue_run(run) as opened:
+        s = settings_of(**steps.of_calibration(opened), memory_cap=memory_cap, reconstruct=not no_reconstruct)
+        own = Arrays.described(opened.output("score", "scores.safetensors"), "scores")["criterion"]
+        names = [name.strip() for name in (criterion or own).split(",") if name.strip()]
+        texts = steps.Texts(opened.model, s)
+        path = stability.stability_step(opened, texts, s, names, draws, against, measure)
+    found = json.loads(path.read_text())
+    show.show_stability(found)
+    return found
 
 
 @command("reconstruct", "mlx-pare reconstruct RUN")

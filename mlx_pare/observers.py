@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 
 class Moments:
@@ -58,6 +59,43 @@ class BlockCosine:
 
     def arrays(self) -> dict[str, mx.array]:
         return self._sums
+
+
+class LastToken:
+    """Hidden states at the last valid token of every row, float32 [rows, hidden]: ``after`` a block, and ``before`` it
+    where it is the first. What ``angles`` need."""
+
+    def __init__(self, first: bool) -> None:
+        self.first = first
+        self._states: dict[str, mx.array] = {}
+
+    def update(self, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        """Add the rows of a micro-batch."""
+        last = mx.maximum(mask.astype(mx.int32).sum(axis=1) - 1, 0)[:, None, None]
+        for name, states in (("before", before), ("after", after))[0 if self.first else 1 :]:
+            found = mx.take_along_axis(states, last, axis=1)[:, 0].astype(mx.float32)
+            self._states[name] = mx.concatenate([self._states[name], found]) if name in self._states else found
+
+    def arrays(self) -> dict[str, mx.array]:
+        return self._states
+
+
+def angles(states: Sequence[mx.array]) -> mx.array:
+    """Angular distance [n, n] between n states [rows, hidden] of the same rows: arccos(cos(a, b)) / pi, mean over rows.
+    Gromov et al. 2024, arXiv 2403.17887, there between the inputs of blocks, as arcee-ai/PruneMe
+    compute_block_similarity/utils.py, which leaves out the first block. In float64: arccos is steep near 1."""
+
+    def unit(state: mx.array) -> np.ndarray:
+        x = np.asarray(state).astype(np.float64)
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+
+    found = np.zeros((len(states), len(states)))
+    for i, state in enumerate(states):
+        own = unit(state)
+        for j in range(i + 1, len(states)):
+            cosine = np.clip((own * unit(states[j])).sum(axis=1), -1.0, 1.0)
+            found[i, j] = found[j, i] = np.arccos(cosine).mean() / np.pi
+    return mx.array(found.astype(np.float32))
 
 
 class Removal:

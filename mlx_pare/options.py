@@ -23,8 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="Make a model smaller on the Mac itself, and say whether it was worth it.\n\n"
-    "Everyday: fit, run, evaluate, export, bench.  Single steps: calibrate, score, plan, reconstruct, prune, recover, "
-    "report.  "
+    "Everyday: fit, run, evaluate, export, bench.  Single steps: calibrate, score, plan, stability, reconstruct, prune, "
+    "recover, report.  "
     "Looking around: inspect, demo, doctor.\n\n"
     "Exit codes: 0 done, 1 failed, 2 usage, 3 refused (would overwrite, inputs changed, does not fit).",
 )
@@ -71,6 +71,14 @@ Widths = Annotated[
     typer.Option(
         help="even: every axis is cut by the same share. uniform: all layers alike, every division between the axes "
         "tried. per-layer: widths of their own, by an integer programme, tried, the best reconstructed (no GGUF yet)."
+    ),
+]
+LayersBy = Annotated[
+    str | None,
+    typer.Option(
+        help="How the layers that go are chosen: block-influence; angular, the block of neighbours that turns text "
+        "least; kl, one after the other, the least missed on held-out text. Default: kl, where candidates are tried "
+        "and the criterion has no formula for layers."
     ),
 ]
 Tries = Annotated[

@@ -97,6 +97,7 @@ def preflight(model: Path, s: Settings) -> None:
     criterion(s.criterion)
     one_of("recovery method", s.method, METHODS)
     one_of("way to choose widths", s.widths, planning.WIDTHS)
+    planning.layers_by_of(s, s.criterion, s.widths)
     one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
     shape(Checkpoint(model), s.plan_options())
     if s.reconstruct:

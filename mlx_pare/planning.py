@@ -5,6 +5,9 @@
   per-layer  every layer has widths of its own: sensitivities, an integer programme for many variations of them, all
              tried on held-out text; the best few are reconstructed for real, and the best of those is the plan
 
+Where layers may go, --layers-by tells how they are chosen (drops.py, or a criterion); the units of what is left come
+from the scores.
+
 What was tried lies in RUN/trials.json by a hash of everything that it depends on, and is not tried again.
 """
 
@@ -19,25 +22,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+
 from . import console
 from .arch import why_uniform
 from .artifacts import Arrays, Plan, dump_json, replace_file
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import PareError
-from .fit.reach import Level
-from .plan import Losses, plan, plan_widths, propose, spaces, splits
+from .drops import layers_by_kl, trials
+from .errors import PareError, UsageError
+from .fit.reach import Level, protected_layers
+from .plan import Losses, plan, plan_widths, propose, shape, spaces, splits
 from .plan.goal import goal
 from .reconstruct import reconstructed_kl
 from .rundir import Run, fingerprint
+from .score import criterion, score
 from .sensitivity import sensitivity
 from .steps import Settings, Texts
 from .trial import Candidate, Curve, Curves, Width, try_out
 
 WIDTHS = ("even", "uniform", "per-layer")
+LAYERS_BY = ("block-influence", "angular", "kl")
 HELD_TOKENS = 4096  # on which candidates are tried, at least: of the validation text, never of calibration or test
 TRIES = {"uniform": 12, "per-layer": 50}  # candidates, when nobody says how many
 FINALISTS = 3  # of them are reconstructed
+ALIKE = 4  # ways to cut all layers alike, beside widths of their own
 
 
 def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
@@ -47,12 +57,18 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     asked = {**{name: getattr(s, name) for name in names}, "axes": list(s.axes)}
     inputs = {"model": run.manifest.source, "scores": fingerprint(scores)}
     how = widths_of(run.model, s)
+    by = layers_by_of(s, Arrays.described(scores, "scores")["criterion"], how)
     if how != "even":
         asked |= {"widths": how, "tries": tries(s, how)}
         inputs |= {"data": texts.calibration.digest(), "held": held_rows(texts).digest()}
+    if by is not None:
+        asked["layers_by"] = by
+    if by == "kl":
+        inputs["held"] = held_rows(texts).digest()
 
     def work(directory: Path) -> None:
-        made, tried = {"even": _even, "uniform": _uniform, "per-layer": _per_layer}[how](run, texts, s, scores)
+        chosen = scores if by is None else _with_layers(run, texts, s, how, by, scores, directory)
+        made, tried = {"even": _even, "uniform": _uniform, "per-layer": _per_layer}[how](run, texts, s, chosen)
         (directory / "plan.json").write_bytes(made.dump())
         if tried:
             (directory / "tried.json").write_bytes(dump_json({"widths": how, "candidates": tried}))
@@ -77,6 +93,19 @@ def widths_of(model: Path, s: Settings) -> str:
 def tries(s: Settings, how: str) -> int:
     """How many candidates are tried."""
     return TRIES[how] if s.tries is None else s.tries
+
+
+def layers_by_of(s: Settings, by_units: str, how: str) -> str | None:
+    """How the layers that go are chosen; None: by the scores of the criterion ``by_units``. When nobody says: by KL,
+    unless nothing else is tried either or the criterion has a formula of its own for layers.
+    Raises UsageError for a way that is not known, and where no layers can go."""
+    if s.layers_by not in (None, *LAYERS_BY):
+        raise UsageError(f"unknown way to choose layers {s.layers_by!r}", f"choose one of {', '.join(LAYERS_BY)}")
+    if s.layers_by is None:
+        return "kl" if "layer" in s.axes and how != "even" and "layer" not in criterion(by_units).own else None
+    if "layer" not in s.axes:
+        raise UsageError(f"--layers-by {s.layers_by} chooses layers, but none may go", "add layer to --axes")
+    return s.layers_by
 
 
 def held_rows(texts: Texts) -> Rows:
@@ -107,6 +136,45 @@ def _listed(numbers: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
 
 
+# ---- whole layers ----
+
+
+def _with_layers(run: Run, texts: Texts, s: Settings, how: str, by: str, scores: Path, directory: Path) -> Path:
+    """The scores with what chooses layers taken from elsewhere; written beside the plan."""
+    found, out = Arrays.load(scores, "scores"), directory / "scores.safetensors"
+    if by == "kl":
+        deep = {"kept": _kept_by_kl(run, texts, s, how, directory)}
+    else:
+        deep = Arrays.load(
+            score(run.model, run.output("calibrate", "stats.safetensors"), out, by, s.seed), "scores"
+        ).arrays
+        deep = {name: deep[name] for name in ("layer", "angles") if name in deep}
+    arrays = {name: array for name, array in found.arrays.items() if name != "angles"} | deep
+    Arrays({name: mx.array(array) for name, array in arrays.items()}, {**found.about, "layers_by": by}).save(out)
+    return out
+
+
+def _kept_by_kl(run: Run, texts: Texts, s: Settings, how: str, directory: Path) -> np.ndarray:
+    """int32 [layers + 1, layers]: row n marks the layers that are kept when n are, for every n that a level may ask
+    for. What went, and the KL divergence after each, is written to layers.json."""
+    checkpoint, options, held = Checkpoint(run.model), s.plan_options(), held_rows(texts)
+    total, known = len(checkpoint.arch.layers), _Known(run, held.digest(), "layers")
+    most = {"uniform": max(1, tries(s, "uniform")), "per-layer": ALIKE}
+    levels = [shape(checkpoint, options).level] if how == "even" else splits(checkpoint, options, most[how])
+    protected = protected_layers(checkpoint.arch) if s.protect else []
+    kept, drops = np.zeros((total + 1, total), np.int32), {}
+    for count in sorted({level.layer for level in levels}):
+        gone = layers_by_kl(
+            run.model, count, held, protected, tried=_once(known, trials(run.model, held, s.memory_cap))
+        )
+        kept[count] = [i not in {drop.layer for drop in gone} for i in range(total)]
+        drops[count] = [asdict(drop) for drop in gone]
+    (directory / "layers.json").write_bytes(dump_json({"by": "kl", "held_tokens": held.total, "drops": drops}))
+    told = ", ".join(f"{drop['layer']} (KL {drop['kl']:.4f})" for drop in drops[min(drops)])
+    console.say(f"layers that go, one after the other: {told or 'none'}")
+    return kept
+
+
 # ---- the three ways ----
 
 
@@ -134,7 +202,9 @@ def _per_layer(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan,
     found = Arrays.load(run.output("sensitivity", "sensitivity.safetensors"), "sensitivities")
     losses = Losses(found.arrays, found.about["bits"])
     wanted = goal(checkpoint, options)
-    alike = [_candidate_of(run, plan(run.model, scores, options, level)) for level in splits(checkpoint, options, 4)]
+    alike = [
+        _candidate_of(run, plan(run.model, scores, options, level)) for level in splits(checkpoint, options, ALIKE)
+    ]
     candidates = propose(
         checkpoint, losses, wanted, options, spaces(checkpoint, options, True, s.choose_bits), tries(s, "per-layer"),
         s.seed,
@@ -196,14 +266,25 @@ def _tried(run: Run, texts: Texts, s: Settings, candidates: Sequence[Candidate])
     """The KL divergence of every candidate."""
     calibration, held = texts.calibration, held_rows(texts)
     known = _Known(run, calibration.digest(), held.digest(), str(s.group_size))
-    keys = [known.key(_written(candidate)) for candidate in candidates]
-    new = [i for i, key in enumerate(keys) if known.get(key) is None]
-    if new:
-        made = try_out(
-            run.model, [candidates[i] for i in new], calibration, held, _curves(run), s.group_size, s.memory_cap
-        )
-        known.add({keys[i]: kl for i, kl in zip(new, made.kl, strict=True)})
-    return [known.get(key) for key in keys]
+
+    def tried(new: Sequence[Candidate]) -> list[float]:
+        return try_out(run.model, new, calibration, held, _curves(run), s.group_size, s.memory_cap).kl
+
+    return _once(known, tried)(candidates)
+
+
+def _once(known: _Known, tried: Callable[[Sequence[Candidate]], Sequence[float]]) -> Callable:
+    """Trials of which those are left out that were made before."""
+
+    def all_of(candidates: Sequence[Candidate]) -> list[float]:
+        keys = [known.key(_written(candidate)) for candidate in candidates]
+        new = [i for i, key in enumerate(keys) if known.get(key) is None]
+        if new:
+            made = tried([candidates[i] for i in new])
+            known.add({keys[i]: kl for i, kl in zip(new, made, strict=True)})
+        return [known.get(key) for key in keys]
+
+    return all_of
 
 
 def _curves(run: Run) -> Curves:

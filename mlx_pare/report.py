@@ -17,6 +17,7 @@ from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn
 from .rundir import Manifest
+from .show import stability_lines
 
 MACS_NOTE = (
     "Of every memory size the Mac with the least room. Tight: more than nine tenths of the budget. The work memory in "
@@ -30,7 +31,7 @@ def report(run: Path, measured: Sequence[str] | None = None) -> Path:
     manifest = Manifest.model_validate_json((run / "manifest.json").read_bytes())
     found = metrics(run, measured)
     sections = [_title(manifest), "## Was it worth it?\n\n" + verdict(found), _contenders(found), _shape(run)]
-    sections += [_requantized(run), _recovery(run) if "recovered" in found else ""]
+    sections += [_stability(run), _requantized(run), _recovery(run) if "recovered" in found else ""]
     sections += [_speed(run), _gguf(run), _macs(run, manifest), _warnings(run), _steps(manifest)]
     path = run / "report.md"
     replace_file(path, ("\n\n".join(s for s in sections if s) + "\n").encode())
@@ -166,9 +167,24 @@ def _shape(run: Path) -> str:
     asked = _plain(f"Criterion {plan.criterion}; asked: {plan.target.asked}; axes {', '.join(plan.axes)}.")
     text = f"## Shape\n\n{asked}"
     if dropped:
-        text += f" Layers removed: {', '.join(map(str, dropped))}."
+        text += f" Layers removed: {', '.join(map(str, dropped))}{_dropped_by(run, len(dropped))}."
     neighbours = _plain("; ".join(plan.neighbours)) or "none"
     return f"{text}\n\n{_table(['', 'before', 'after'], rows)}\n\nNeighbours: {neighbours}."
+
+
+def _dropped_by(run: Path, count: int) -> str:
+    """The KL divergence after each drop, when trials have chosen the layers."""
+    drops = (_json(run / "plan" / "layers.json") or {"drops": {}})["drops"].values()
+    chosen = next((each for each in drops if len(each) == count), [])
+    told = ", ".join(f"{drop['layer']} ({drop['kl']:.4f})" for drop in chosen)
+    return f"; in this order, with the KL divergence once each was gone too: {told}" if told else ""
+
+
+def _stability(run: Path) -> str:
+    found = _json(run / "stability" / "stability.json")
+    return (
+        "## Stability of the choice\n\n" + "\n".join(f"- {_plain(t)}" for t in stability_lines(found)) if found else ""
+    )
 
 
 def _requantized(run: Path) -> str:

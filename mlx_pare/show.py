@@ -129,6 +129,48 @@ def show_summary(summary: dict[str, Any]) -> None:
     console.say(summary["verdict"].replace("**", ""))
 
 
+def show_stability(found: dict[str, Any]) -> None:
+    """How far a choice of units depends on its calibration text: rank correlations, and the units that are the same."""
+
+    def cell(of: dict[str, Any], same: str = "same") -> str:
+        return f"{of['rank_correlation']:.3f} {of[same]:.0%}"
+
+    for name, of in found["criteria"].items():
+        columns = {f"{row['tokens']:,} tokens": row["axes"] for row in of["tokens"]}
+        columns |= {"quantized": of["float"]["axes"]} if "float" in of else {}
+        axes = {axis: None for column in (*columns.values(), of.get("draws", {})) for axis in column}
+        rows = [[axis, *(cell(column[axis]) for column in columns.values())] for axis in axes]
+        if "draws" in of:
+            rows = [[*row, cell(of["draws"][row[0]], "jaccard")] for row in rows]
+        names = ["<axis", *columns, *(["draws (Jaccard)"] if "draws" in of else [])]
+        note = "rank correlation within layers, and the same units kept, of all; mean over layers"
+        console.table(f"{name}, against all {found['tokens']:,} tokens", names, rows, note)
+    for line in stability_lines(found):
+        console.say(line)
+
+
+def stability_lines(found: dict[str, Any]) -> list[str]:
+    """The answers in a sentence each."""
+    lines = []
+    for name, of in found["criteria"].items():
+        lines.append(
+            f"{name}: {of['enough']:,} tokens would have been enough (rank correlation > 0.99, or the same units)"
+            if of["enough"]
+            else f"{name}: half of the {found['tokens']:,} tokens would not have been enough; more may choose otherwise"
+        )
+        if "float" in of:
+            same = ", ".join(f"{of_axis['same']:.1%} of {axis}" for axis, of_axis in of["float"]["axes"].items())
+            lines.append(f"{name}: the quantized model keeps the same units as the float one: {same}")
+    if cost := found["cost"]:
+        ppl, kl, draws = cost["perplexity"], cost["kl_divergence"], found["draw_tokens"]
+        how = "reconstructed" if cost["reconstructed"] else "not reconstructed"
+        lines.append(
+            f"{len(draws)} draws of {draws[0]:,} tokens, {cost['criterion']}, {how}: perplexity {ppl['mean']:.3f} "
+            f"± {ppl['stdev']:.3f}, KL {kl['mean']:.4f} ± {kl['stdev']:.4f} (standard deviation between draws)"
+        )
+    return lines
+
+
 def plain(value: Any) -> str:
     """A value of inspect in one cell."""
     if isinstance(value, dict):

@@ -60,6 +60,7 @@ class Settings:
     step: int | None = None
     protect: bool = True
     widths: str = "uniform"
+    layers_by: str | None = None
     tries: int | None = None
     choose_bits: Sequence[int] = ()
     recover_steps: int = 100

@@ -110,17 +110,19 @@ def try_out(
     curves: Mapping[tuple[int, str], Curve] | None = None,
     group_size: int = 64,
     memory_cap: int | None = None,
+    lost: float = LOST,
 ) -> Tried:
     """Try candidates on ``held`` rows, repaired by ``calibration`` rows of the same length.
 
     ``curves``: of an earlier call, whose orders are then taken; without them the curve of every part of every layer is
-    found and returned. ``group_size``: of parts that get bits of their own.
+    found and returned. ``group_size``: of parts that get bits of their own. ``lost``: in place of LOST. Where nothing
+    is narrowed, there need be no calibration rows.
     Raises Refused when the estimate of memory exceeds the cap.
     """
     checkpoint = Checkpoint(model)
     check_memory(checkpoint, calibration, held, len(candidates), memory_cap)
     rows = calibration.joined(held)
-    side_by_side = _SideBySide(checkpoint.arch, candidates, rows, calibration.count, curves, group_size)
+    side_by_side = _SideBySide(checkpoint.arch, candidates, rows, calibration.count, curves, group_size, lost)
     dense = stream.walk(model, rows, side_by_side, what=f"try {len(candidates)}: block")
     reference = dense.of(dense.hidden[calibration.count :])
     found = []
@@ -137,8 +139,8 @@ def check_memory(checkpoint: Checkpoint, calibration: Rows, held: Rows, count: i
     value, sizes, rows = 4 if lm.cpu_backend() else 2, checkpoint.arch.layer_sizes(0), calibration.joined(held)
     streams = (count + 1) * held.count * held.length * sizes["hidden"] * value
     inputs = rows.count * rows.length * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
-    needed = streams + inputs + max(each.nbytes for each in solve_costs(checkpoint, calibration.total))
-    return stream.check_memory(checkpoint, rows, cap, needed, "; or try fewer candidates")
+    solved = max(each.nbytes for each in solve_costs(checkpoint, calibration.total)) if calibration.count else 0
+    return stream.check_memory(checkpoint, rows, cap, streams + inputs + solved, "; or try fewer candidates")
 
 
 class _SideBySide:
@@ -153,8 +155,10 @@ class _SideBySide:
         first: int,
         curves: Mapping[tuple[int, str], Curve] | None,
         group_size: int,
+        lost: float,
     ):
         self.arch, self.candidates, self.first, self.group_size = arch, candidates, first, group_size
+        self.lost = lost
         self.states: list[mx.array | float | None] = [None] * len(candidates)
         self.every, self.curves = curves is None, dict(curves or {})
         self.whole = whole(arch)
@@ -186,8 +190,12 @@ class _SideBySide:
             site.remembering, site.inputs = False, []
         reference = after[self.first :].astype(mx.float32)
         energy = mx.square(reference * self.text).sum()
+        after_it: dict[Candidate, int] = {}  # candidates that are the same up to here share one stream
         for number, candidate in enumerate(self.candidates):
             state, width = self.states[number], candidate[index]
+            if (twin := after_it.setdefault(candidate[: index + 1], number)) != number:
+                self.states[number] = self.states[twin]
+                continue
             if isinstance(state, float) or (state is None and width == self.whole[index]):
                 continue
             state = before[self.first :] if state is None else state
@@ -195,7 +203,7 @@ class _SideBySide:
                 with self._changed(index, width, solved):
                     state = run(state, self.first)
             missed = mx.square((state.astype(mx.float32) - reference) * self.text).sum()
-            self.states[number] = state if (missed < LOST * energy).item() else math.inf
+            self.states[number] = state if (missed < self.lost * energy).item() else math.inf
 
     # ---- one block ----
 

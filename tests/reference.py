@@ -182,6 +182,18 @@ def cosine_sum(before: np.ndarray, after: np.ndarray, lengths: np.ndarray) -> fl
     return float(((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).sum())
 
 
+def angles(layers: list[dict], lengths: np.ndarray) -> np.ndarray:
+    """arccos(cos) / pi between the inputs of all blocks and the output of the last, at the last token of a row."""
+    last = [[row[-1] for row in valid(x, lengths)] for x in (layers[0]["before"], *(a["after"] for a in layers))]
+    found = np.zeros((len(last), len(last)))
+    for i, j in np.ndindex(found.shape):
+        for a, b in zip(last[i], last[j], strict=True):
+            # the angle between two vectors of length 1 from their chord: no cosine near 1 is needed
+            chord = np.linalg.norm(a / np.linalg.norm(a) - b / np.linalg.norm(b))
+            found[i, j] += 2 * np.arcsin(chord / 2) / np.pi / len(lengths)
+    return found
+
+
 def hoyer(x: np.ndarray) -> np.ndarray:
     """Sparsity of each column over its n entries: (sqrt(n) - L1/L2) / (sqrt(n) - 1); a column of zeros is 1."""
     root, l2 = np.sqrt(len(x)), np.sqrt((x**2).sum(axis=0))

@@ -24,6 +24,15 @@ def rank_bounds(values: np.ndarray, slack: np.ndarray | float) -> np.ndarray:
     return np.stack([low, high]) / max(len(v) - 1, 1)
 
 
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of ranks, equal values sharing the mean of theirs."""
+
+    def ranks(x: np.ndarray) -> np.ndarray:
+        return np.array([(x < v).sum() + ((x == v).sum() - 1) / 2 for v in x])
+
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
 def composite(config: dict, weights: dict, i: int, a: dict, lengths: np.ndarray) -> dict[str, np.ndarray]:
     """Bounds [2, units] of the composite criterion of one layer, with equal weights."""
     magnitude, (heads, _, d) = reference.magnitude(config, weights, i), reference.sizes(config)

@@ -48,6 +48,9 @@ def check(model: Path, data: Rows, directory: Path) -> None:
         cosine = reference.cosine_sum(activations["before"], activations["after"], data.lengths)
         np.testing.assert_allclose(found.arrays[f"{i}.block.cosine"], cosine, rtol=1e-5)
         names.add(f"{i}.block.cosine")
+    expected = reference.angles(layers, data.lengths)
+    np.testing.assert_allclose(found.arrays["angles"], expected, rtol=1e-4, atol=1e-5)
+    names.add("angles")
     assert set(found.arrays) == names
     assert found.about["tokens"] == data.lengths.sum() and found.about["rows"] == data.count
     assert found.about["layers"] == len(layers) and found.about["data"] == data.digest()

@@ -92,7 +92,7 @@ def redraw(model: Path, scores: Path, like: Plan) -> Plan:
     arch, found = checkpoint.arch, _scores_of(checkpoint, scores)
     kept = {layer.source for layer in like.layers}
     protected = [i for i in reach.protected_layers(arch) if i in kept]  # --no-protect may have cut them
-    sources = reach.best_layers(arch, found.arrays["layer"], len(like.layers), protected)
+    sources = allocate.layers_of(arch, found.arrays, len(like.layers), protected)
     layers = []
     for source, layer in zip(sources, like.layers, strict=True):
         units = allocate.units_of(arch, source, found.arrays, len(layer.ffn), len(layer.kv_head))

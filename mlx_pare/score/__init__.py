@@ -67,6 +67,9 @@ CRITERIA = {
                   "output", ("contributions",)),
         Criterion("block-influence", "minitron", "minitron", "minitron", "block_influence", ("layer",), "activations",
                   "Men et al. 2024, arXiv 2403.03853 (ShortGPT)"),
+        Criterion("angular", "minitron", "minitron", "minitron", "angular", ("layer",), "activations",
+                  "Gromov et al. 2024, arXiv 2403.17887; arcee-ai/PruneMe compute_block_similarity/utils.py: the block "
+                  "of neighbouring layers that turns the last token of a row least"),
         Criterion("random", "random", "random", "random", "random", AXES, "a seed", "the row every comparison needs"),
     )
 }  # fmt: skip
@@ -95,7 +98,8 @@ def described(stats: Path, name: str) -> dict[str, Any]:
 
 def score(model: Path, stats: Path, out: Path, name: str = "obs", seed: int = 0) -> Path:
     """Write the scores of one criterion to ``out``: mlp [layers, ffn], attention [layers, q_head], attn_ln [hidden],
-    ffn_ln [hidden] (summed over layers), layer [layers]; and sparsity [layers, ffn], for reading.
+    ffn_ln [hidden] (summed over layers), layer [layers], of criterion angular also angles [layers + 1, layers + 1]; and
+    sparsity [layers, ffn], for reading.
 
     Raises UsageError for an unknown criterion, PareError when the statistics are of another model or hold too little
     for it.
@@ -136,5 +140,7 @@ def score(model: Path, stats: Path, out: Path, name: str = "obs", seed: int = 0)
             mx.eval(hidden, [values[-1] for values in per_layer.values()])
             bar.advance()
     arrays = {key: mx.stack(values) for key, values in per_layer.items()} | hidden
+    if chosen.layer == "angular":
+        arrays["angles"] = source.angles()
     Arrays(arrays, {"criterion": name, "seed": seed, "model": checkpoint.identity()}).save(out)
     return out

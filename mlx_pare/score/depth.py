@@ -12,6 +12,12 @@ def block_influence(source: Source, layer: int) -> mx.array:
     return 1 - source.stat(layer, "block", "cosine") / source.tokens
 
 
+def angular(source: Source, layer: int) -> mx.array:
+    """The angle between the layer's input and output at the last token of a row, mean over rows. Of more layers at once
+    the angle is another than the sum: `plan` chooses by the matrix of them all (plan/allocate.py)."""
+    return source.angles()[layer, layer + 1]
+
+
 def magnitude(source: Source, layer: int) -> mx.array:
     """L2 norm of all matrices of the layer."""
     roles = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

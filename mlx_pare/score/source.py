@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint import Checkpoint
+from ..errors import PareError
 from ..quantized import Packed, read
 
 
@@ -26,6 +27,13 @@ class Source:
 
     def stat(self, layer: int, site: str, name: str) -> mx.array:
         return self.stats[f"{layer}.{site}.{name}"]
+
+    def angles(self) -> mx.array:
+        """[layers + 1, layers + 1] between the inputs of all blocks, the output of the last one behind them. Raises
+        PareError for statistics of an earlier version."""
+        if "angles" not in self.stats:
+            raise PareError("the statistics hold no angles between layers", "calibrate anew, into another --out")
+        return self.stats["angles"]
 
     def weight(self, layer: int, role: str) -> mx.array:
         """A matrix [out, in] in float32."""

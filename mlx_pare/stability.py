@@ -1,0 +1,339 @@
+"""stability: how much of a choice of units is the text's doing. How many tokens would have been enough, what other
+tokens of the same text would have chosen, and whether a quantized model chooses as a float one does.
+
+Scores are compared unit by unit: Spearman's rank correlation within each layer, and the units that are kept at the
+sizes of a plan. Calibration text alone decides scores; what a cut costs is measured on test text.
+
+Rows are taken in an order drawn by lot, as fewer --samples would be: the first rows of the text in its own order would
+be its first chapters. Draws share no row.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import stream
+from .arch import Architecture
+from .artifacts import Arrays, Plan, dump_json
+from .calibrate import calibrate, calibrate_in_parts
+from .checkpoint import Checkpoint
+from .corpus import Rows
+from .errors import Refused, UsageError
+from .evaluate import evaluate
+from .fit.reach import protected_layers
+from .plan import allocate, redraw
+from .prune import prune
+from .reconstruct import reconstruct
+from .rundir import Run, fingerprint
+from .score import criterion, score
+from .steps import Settings, Texts
+
+SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the calibration rows
+DRAWS = 3
+ENOUGH = 0.99  # rank correlation from which on fewer tokens would have chosen alike
+
+Kept = dict[tuple[str, int], set[int]]  # (axis, layer; -1 where an axis has none) -> units
+
+
+def check(criteria: Sequence[str]) -> None:
+    """Raises UsageError for criteria that are not known, or whose statistics are not sums over rows."""
+    for name in criteria:
+        if extra := criterion(name).extra:
+            raise UsageError(
+                f"the stability of {name} is not measured: its {' and '.join(extra)} come from another walk",
+                "name criteria that need activations or weights",
+            )
+
+
+def stability_step(
+    run: Run, texts: Texts, s: Settings, criteria: Sequence[str], draws: int, other: Path | None, measure: bool
+) -> Path:
+    """RUN/stability/stability.json: the answers for a run's plan and its calibration text. Only with ``measure`` the
+    cuts of the draws are made, and measured on its test text. Raises Refused when the text changed since it was
+    calibrated on, otherwise as ``stability``."""
+    check(criteria)
+    planned = run.output("plan", "plan.json")
+    run.output("calibrate", "stats.safetensors")
+    if run.manifest.steps["calibrate"].inputs["data"] != texts.calibration.digest():
+        raise Refused(f"the text changed since {run.path} was calibrated on it", "start a new run with another --out")
+    if draws == 1 or (measure and not draws):
+        raise UsageError(f"{draws} draws have no spread", "ask for at least 2 --draws")
+    rows, drawn_rows = drawn(texts.rows("calibration", None), s.samples, s.seed, draws)
+    by_trials = (run.directory("plan") / "layers.json").exists()
+    question = Question(
+        run.model, Plan.load(planned), criteria, rows, drawn_rows, other, texts.test if measure else None,
+        s.reconstruct, not by_trials, s.seed, s.memory_cap,
+    )  # fmt: skip
+
+    def work(directory: Path) -> None:
+        found = stability(question, directory / "scratch")
+        shutil.rmtree(directory / "scratch")
+        (directory / "stability.json").write_bytes(dump_json(found))
+
+    asked = {"criteria": list(criteria), "draws": draws, "measure": measure, "reconstruct": s.reconstruct}
+    inputs = {"model": run.manifest.source, "plan": fingerprint(planned), "data": texts.calibration.digest()}
+    if other is not None:
+        inputs["float"] = Checkpoint(other).identity()
+    if measure:
+        inputs["test"] = texts.test.digest()
+    run.step("stability", asked, inputs, work)
+    return run.output("stability", "stability.json")
+
+
+# ---- scores against scores ----
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, of two score vectors [units]; 1 where there is nothing to put in order."""
+    from scipy.stats import rankdata
+
+    ranks = [rankdata(x) - (len(x) + 1) / 2 for x in (a, b)]
+    norms = [float(np.linalg.norm(r)) for r in ranks]
+    if not all(norms):
+        return float(norms[0] == norms[1])
+    return float(ranks[0] @ ranks[1] / norms[0] / norms[1])
+
+
+def jaccard(a: set[int], b: set[int]) -> float:
+    """Units in both, of the units in either."""
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def orders(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> dict[tuple[str, int], np.ndarray]:
+    """What is put in order: the scores of every (axis, layer) that the plan cuts (kv heads: of their query heads);
+    layers only when it is scores that choose them."""
+    found: dict[tuple[str, int], np.ndarray] = {}
+    for layer in plan.layers:
+        sizes = arch.layers[layer.source].sizes
+        if len(layer.ffn) < sizes["ffn"]:
+            found["ffn", layer.source] = scores["mlp"][layer.source]
+        if len(layer.kv_head) < sizes["kv_head"]:
+            heads = scores["attention"][layer.source].reshape(sizes["kv_head"], sizes["group"])
+            found["kv_head", layer.source] = heads.sum(axis=1)
+    if len(plan.layers) < len(arch.layers) and "kept" not in scores:
+        found["layer", -1] = scores["layer"]
+    if plan.cuts_hidden(arch):
+        found["hidden", -1] = scores["attn_ln"] + scores["ffn_ln"]
+    return found
+
+
+def kept(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> Kept:
+    """The units that scores would keep at the sizes of a plan, where it cuts; widths in the plan's own layers."""
+    found: Kept = {}
+    for layer in plan.layers:
+        units = allocate.units_of(arch, layer.source, scores, len(layer.ffn), len(layer.kv_head))
+        found |= {(axis, layer.source): set(chosen) for axis, chosen in units.items()}
+    planned = {layer.source for layer in plan.layers}
+    protected = [i for i in protected_layers(arch) if i in planned]
+    found["layer", -1] = set(allocate.layers_of(arch, scores, len(planned), protected) or ())
+    if plan.cuts_hidden(arch):
+        found["hidden", -1] = set(allocate.hidden_of(scores, len(plan.hidden)))
+    return {place: found[place] for place in orders(arch, scores, plan)}
+
+
+def agreement(arch: Architecture, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], plan: Plan) -> dict:
+    """Two sets of scores of one model: by axis the ``rank_correlation`` and the share of the ``same`` kept units, mean
+    over the layers that are cut, the least of any layer, and those of each ``layers``."""
+    first, second = orders(arch, a, plan), orders(arch, b, plan)
+    ours, theirs = kept(arch, a, plan), kept(arch, b, plan)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for axis, layer in first:
+        same = len(ours[axis, layer] & theirs[axis, layer]) / max(1, len(ours[axis, layer]))
+        correlation = rank_correlation(first[axis, layer], second[axis, layer])
+        row = {"layer": None if layer < 0 else layer, "rank_correlation": correlation, "same": same}
+        rows.setdefault(axis, []).append(row)
+    return {axis: _summed(of) for axis, of in rows.items()}
+
+
+def _summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    names = ("rank_correlation", "same")
+    means = {name: fmean(row[name] for row in rows) for name in names}
+    return {**means, **{f"least_{name}": min(row[name] for row in rows) for name in names}, "layers": rows}
+
+
+# ---- the questions ----
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked. ``plan``: whose sizes count; ``rows``: the calibration rows, in the order in which they count;
+    ``draws``: rows that share none, the first being the beginning of ``rows`` (see ``drawn``); ``other``: the model
+    before it was quantized; ``test``: rows on which the cuts of the draws are measured, ``repaired`` or not;
+    ``choose_layers``: whether the plan's layers were chosen by scores, not by trials."""
+
+    model: Path
+    plan: Plan
+    criteria: Sequence[str]
+    rows: Rows
+    draws: Sequence[Rows] = ()
+    other: Path | None = None
+    test: Rows | None = None
+    repaired: bool = True
+    choose_layers: bool = True
+    seed: int = 0
+    memory_cap: int | None = None
+
+
+def stability(q: Question, scratch: Path) -> dict[str, Any]:
+    """The answers; ``scratch``: a directory for what is measured on the way.
+
+    ``criteria``, by name: ``tokens``: how the scores of the first SHARES of the rows agree with those of all, by axis
+    as ``agreement``, and whether they are ``alike``; ``enough``: the fewest tokens from which on they are, None where
+    it takes all; ``draws``: between draws, by axis; ``float``: with the scores of the other model. ``cost`` of the
+    first criterion's cuts: see ``_cost``.
+    Raises UsageError for criteria that it cannot ask about, another model that is none of this one, or draws without a
+    spread; otherwise as ``calibrate`` and the other verbs.
+    """
+    check(q.criteria)
+    if q.other is not None:
+        _same_model(q.model, q.other)
+    counts = [max(1, round(share * q.rows.count)) for share in SHARES]
+    parts = calibrate_in_parts(
+        q.model, q.rows, [*counts, *(draw.count for draw in q.draws[:1])], scratch / "parts", q.memory_cap
+    )
+    steps = sorted({min(end for end in parts if end >= count) for count in counts} - {q.rows.count})
+    draws = [
+        parts[draw.count] if n == 0 else calibrate(q.model, draw, scratch / f"draw-{n}", q.memory_cap)
+        for n, draw in enumerate(q.draws)
+    ]
+    other = None if q.other is None else calibrate(q.other, q.rows, scratch / "float", q.memory_cap)
+    arch, found = Checkpoint(q.model).arch, {}
+    for name in q.criteria:
+        whole = _scores(q, q.model, parts[q.rows.count], name)
+        of_parts = [_scores(q, q.model, parts[count], name) for count in steps]
+        against = [
+            {"tokens": q.rows.first(count).total, **_agreed(agreement(arch, part, whole, q.plan))}
+            for count, part in zip(steps, of_parts, strict=True)
+        ]
+        found[name] = {"tokens": against, "enough": _enough(against)}
+        if draws:
+            found[name]["draws"] = _spread(arch, [_scores(q, q.model, stats, name) for stats in draws], q.plan)
+        if other is not None:
+            found[name]["float"] = _agreed(agreement(arch, whole, _scores(q, q.other, other, name), q.plan))
+    answer = {"tokens": q.rows.total, "draw_tokens": [draw.total for draw in q.draws], "criteria": found}
+    answer["float"] = None if q.other is None else str(q.other)
+    return answer | {"cost": None if q.test is None else _cost(q, draws)}
+
+
+def drawn(rows: Rows, samples: int, seed: int, draws: int = DRAWS) -> tuple[Rows, list[Rows]]:
+    """All rows of a text -> the calibration rows (those that corpus.windows chooses with this seed) in an order drawn
+    by lot, and so many draws that share none, as many rows each as there are samples, or as the text allows, in whole
+    micro-batches. Raises UsageError for too short a text."""
+    order = np.random.RandomState(seed).permutation(rows.count)
+    step = stream.micro_batches(rows)[0].stop
+    each = min(samples, rows.count // max(1, draws))
+    each = each if each == samples else each // step * step
+    if draws and not each:
+        raise UsageError(f"{rows.count} rows of {rows.length} tokens are too few for {draws} draws", "give more text")
+    return _taken(rows, order[:samples]), [_taken(rows, order[n * each : (n + 1) * each]) for n in range(draws)]
+
+
+def _taken(rows: Rows, chosen: np.ndarray) -> Rows:
+    return Rows(rows.tokens[chosen], rows.lengths[chosen])
+
+
+def _scores(q: Question, model: Path, stats: Path, name: str) -> Mapping[str, np.ndarray]:
+    return Arrays.load(_scored(q, model, stats, name), "scores").arrays
+
+
+def _scored(q: Question, model: Path, stats: Path, name: str) -> Path:
+    """Scores beside the statistics; made once. Layers that no scores have chosen stay those of the plan."""
+    out = stats.parent / f"{name}.safetensors"
+    if not out.exists():
+        score(model, stats, out, name, q.seed)
+        if not q.choose_layers:
+            made, layers = Arrays.load(out, "scores"), {layer.source for layer in q.plan.layers}
+            total = len(made.arrays["layer"])
+            rows = np.zeros((total + 1, total), np.int32)
+            rows[len(layers)] = [i in layers for i in range(total)]
+            Arrays({n: mx.array(a) for n, a in {**made.arrays, "kept": rows}.items()}, made.about).save(out)
+    return out
+
+
+def _agreed(axes: dict[str, Any]) -> dict[str, Any]:
+    """With whether two sets of scores choose alike on every axis: their order is the same but for trifles, or the units
+    that they keep are."""
+    close = (of["rank_correlation"] > ENOUGH or of["same"] == 1 for of in axes.values())
+    return {"axes": axes, "alike": all(close)}
+
+
+def _enough(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    found = None
+    for row in reversed(rows):  # a smaller part that is alike by luck is not enough
+        if not row["alike"]:
+            break
+        found = row["tokens"]
+    return found
+
+
+def _spread(arch: Architecture, scores: Sequence[Mapping[str, np.ndarray]], plan: Plan) -> dict[str, Any]:
+    """By axis: rank correlation, and Jaccard index of the kept units; mean over each pair of draws and the layers, and
+    the least."""
+    ordered, units = ([of(arch, each, plan) for each in scores] for of in (orders, kept))
+    found: dict[str, dict[str, list[float]]] = {}
+    for i, j in combinations(range(len(scores)), 2):
+        for place in ordered[i]:
+            row = found.setdefault(place[0], {"rank_correlation": [], "jaccard": []})
+            row["rank_correlation"].append(rank_correlation(ordered[i][place], ordered[j][place]))
+            row["jaccard"].append(jaccard(units[i][place], units[j][place]))
+    least = {axis: {f"least_{n}": min(values) for n, values in row.items()} for axis, row in found.items()}
+    return {axis: {n: fmean(v) for n, v in row.items()} | least[axis] for axis, row in found.items()}
+
+
+# ---- what the cuts cost ----
+
+
+def _cost(q: Question, draws: Sequence[Path]) -> dict[str, Any]:
+    """Perplexity and KL divergence on the test rows when each draw's scores choose the cut (and the same draw repairs
+    it): ``values``, ``mean`` and ``stdev``; and the Jaccard index of the units that were kept in the end, by axis."""
+    perplexity, divergence, units = [], [], []
+    for rows, stats in zip(q.draws, draws, strict=True):
+        made = redraw(q.model, _scored(q, q.model, stats, q.criteria[0]), q.plan)
+        repair, cut = (stats.parent / "repair" if q.repaired else None), stats.parent / "model"
+        if repair is not None:
+            made = reconstruct(q.model, made, rows, repair, memory_cap=q.memory_cap)
+        prune(q.model, made, cut, repair=repair)
+        measured = evaluate(cut, q.test, teacher=q.model, memory_cap=q.memory_cap)
+        shutil.rmtree(cut)
+        perplexity.append(measured.perplexity)
+        divergence.append(measured.kl_divergence)
+        units.append(_units(made))
+    pairs = list(combinations(units, 2))
+    same = {axis: fmean(jaccard(a[axis], b[axis]) for a, b in pairs) for axis in units[0]} if pairs else {}
+    found = {"reconstructed": q.repaired, "criterion": q.criteria[0], "jaccard": same}
+    return found | {"perplexity": _mean(perplexity), "kl_divergence": _mean(divergence)}
+
+
+def _units(made: Plan) -> dict[str, set]:
+    """All units that a plan keeps, by axis."""
+    return {
+        "ffn": {(layer.source, unit) for layer in made.layers for unit in layer.ffn},
+        "kv_head": {(layer.source, unit) for layer in made.layers for unit in layer.kv_head},
+        "layer": {layer.source for layer in made.layers},
+    }
+
+
+def _mean(values: list[float]) -> dict[str, Any]:
+    return {"values": values, "mean": fmean(values), "stdev": stdev(values) if len(values) > 1 else None}
+
+
+# ---- a float parent ----
+
+
+def _same_model(model: Path, other: Path) -> None:
+    """Raises UsageError for a model of other sizes or another tokenizer."""
+    arches, cure = [Checkpoint(path).arch for path in (model, other)], "name the model that it was quantized from"
+    if len({repr((arch.sizes, arch.layers)) for arch in arches}) > 1:
+        raise UsageError(f"{other} has other sizes than {model}", cure)
+    files = [path / "tokenizer.json" for path in (model, other)]
+    if all(f.exists() for f in files) and files[0].read_bytes() != files[1].read_bytes():
+        raise UsageError(f"{other} has another tokenizer than {model}", cure)
