@@ -30,7 +30,7 @@ from mlx_pare import console, corpus, lm, planning, steps
 from mlx_pare.artifacts import Metrics, Plan
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError
-from mlx_pare.plan import whole
+from mlx_pare.plan import Options, plan, whole
 from mlx_pare.steps import Settings, Texts
 
 HERE = Path(__file__).parent
@@ -231,6 +231,7 @@ def budgets(bench: Bench, shares: Sequence[float]) -> Iterator[str]:
     """Fewer bits, fewer units, or what the programme makes of both, at the same bytes."""
     checkpoint = Checkpoint(bench.subject.model)
     bits = (2, 3, 4, 5, 6, 8)
+    bench.prepare()
     mixed = Bench(replace(bench.subject, name=bench.subject.name + "-bits"), bench.work, bench.tries)
     mixed.prepare(bits)
     size = checkpoint.nbytes() / 1e6
@@ -280,7 +281,7 @@ def _narrow(bench: Bench, budget: int) -> tuple[float, float, str] | None:
     from mlx_pare.evaluate import evaluate
     from mlx_pare.prune import prune
 
-    like = Plan.load(bench.work / f"{bench.subject.name}-uniform-50" / "plan" / "plan.json")
+    like = plan(bench.subject.model, bench.base / "score" / "scores.safetensors", Options(keep=0.5))
     made = whole(bench.subject.model, like, budget)
     if made is None:
         return None
@@ -305,7 +306,6 @@ def _selected_kl(bench: Bench, model: Path, name: str) -> float:
 def costs(bench: Bench) -> Iterator[str]:
     """Seconds of the steps of one cut, beside a plain calibration pass, in one run."""
     from mlx_pare.calibrate import calibrate
-    from mlx_pare.plan import Options, plan
     from mlx_pare.reconstruct import reconstruct
     from mlx_pare.score import score
 
