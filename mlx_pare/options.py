@@ -23,8 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="Make a model smaller on the Mac itself, and say whether it was worth it.\n\n"
-    "Everyday: fit, run, evaluate, export, bench.  Single steps: calibrate, score, plan, stability, reconstruct, prune, "
-    "recover, report.  "
+    "Everyday: fit, run, evaluate, export, bench.  Single steps: calibrate, score, plan, stability, reconstruct, "
+    "prune, recover, report.  "
     "Looking around: inspect, demo, doctor.\n\n"
     "Exit codes: 0 done, 1 failed, 2 usage, 3 refused (would overwrite, inputs changed, does not fit).",
 )

@@ -69,6 +69,8 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     def work(directory: Path) -> None:
         chosen = scores if by is None else _with_layers(run, texts, s, how, by, scores, directory)
         made, tried = {"even": _even, "uniform": _uniform, "per-layer": _per_layer}[how](run, texts, s, chosen)
+        if by == "kl" and s.layers_by is None and s.reconstruct and how == "uniform":
+            made = _best_repaired(run, texts, s, made, scores, directory)
         (directory / "plan.json").write_bytes(made.dump())
         if tried:
             (directory / "tried.json").write_bytes(dump_json({"widths": how, "candidates": tried}))
@@ -141,17 +143,40 @@ def _listed(numbers: dict[str, float]) -> str:
 
 def _with_layers(run: Run, texts: Texts, s: Settings, how: str, by: str, scores: Path, directory: Path) -> Path:
     """The scores with what chooses layers taken from elsewhere; written beside the plan."""
-    found, out = Arrays.load(scores, "scores"), directory / "scores.safetensors"
+    found, out = Arrays.load(scores, "scores"), directory / f"{by}.safetensors"
     if by == "kl":
         deep = {"kept": _kept_by_kl(run, texts, s, how, directory)}
     else:
-        deep = Arrays.load(
-            score(run.model, run.output("calibrate", "stats.safetensors"), out, by, s.seed), "scores"
-        ).arrays
+        stats = run.output("calibrate", "stats.safetensors")
+        deep = Arrays.load(score(run.model, stats, out, by, s.seed), "scores").arrays
         deep = {name: deep[name] for name in ("layer", "angles") if name in deep}
     arrays = {name: array for name, array in found.arrays.items() if name != "angles"} | deep
     Arrays({name: mx.array(array) for name, array in arrays.items()}, {**found.about, "layers_by": by}).save(out)
     return out
+
+
+def _best_repaired(run: Run, texts: Texts, s: Settings, made: Plan, scores: Path, directory: Path) -> Plan:
+    """The layers that trials have chosen, or those of block influence or angular distance, whichever leave the least KL
+    divergence once they are reconstructed: that makes up for neighbours more easily than trials without it know
+    (benchmarks/LOG.md). Sets that are the same are reconstructed once, and not at all where there is no other."""
+    one = made.layers[0]
+    hidden = Checkpoint(run.model).arch.sizes["hidden"]
+    level, found = Level(len(one.ffn), len(one.kv_head), len(made.layers), hidden), {"kl": made}
+    for by in (by for by in LAYERS_BY if by != "kl"):
+        other = plan(run.model, _with_layers(run, texts, s, "", by, scores, directory), s.plan_options(), level)
+        if all([x.source for x in other.layers] != [x.source for x in each.layers] for each in found.values()):
+            found[by] = other
+    if len(found) == 1:
+        return made
+    kl = {by: _reconstructed(run, texts, s, each) for by, each in found.items()}
+    noted = json.loads((directory / "layers.json").read_text())
+    noted["reconstructed_kl"] = {by: kl[by] if math.isfinite(kl[by]) else None for by in kl}
+    (directory / "layers.json").write_bytes(dump_json(noted))
+    best = min(kl, key=kl.__getitem__)
+    console.say(
+        "layers, reconstructed: KL " + ", ".join(f"{by} {one:.4f}" for by, one in kl.items()) + f"; taken: {best}"
+    )
+    return found[best]
 
 
 def _kept_by_kl(run: Run, texts: Texts, s: Settings, how: str, directory: Path) -> np.ndarray:

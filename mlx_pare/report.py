@@ -167,15 +167,15 @@ def _shape(run: Path) -> str:
     asked = _plain(f"Criterion {plan.criterion}; asked: {plan.target.asked}; axes {', '.join(plan.axes)}.")
     text = f"## Shape\n\n{asked}"
     if dropped:
-        text += f" Layers removed: {', '.join(map(str, dropped))}{_dropped_by(run, len(dropped))}."
+        text += f" Layers removed: {', '.join(map(str, dropped))}{_dropped_by(run, dropped)}."
     neighbours = _plain("; ".join(plan.neighbours)) or "none"
     return f"{text}\n\n{_table(['', 'before', 'after'], rows)}\n\nNeighbours: {neighbours}."
 
 
-def _dropped_by(run: Path, count: int) -> str:
-    """The KL divergence after each drop, when trials have chosen the layers."""
+def _dropped_by(run: Path, dropped: list[int]) -> str:
+    """The KL divergence after each drop, when these layers went by trials."""
     drops = (_json(run / "plan" / "layers.json") or {"drops": {}})["drops"].values()
-    chosen = next((each for each in drops if len(each) == count), [])
+    chosen = next((each for each in drops if sorted(d["layer"] for d in each) == dropped), [])
     told = ", ".join(f"{drop['layer']} ({drop['kl']:.4f})" for drop in chosen)
     return f"; in this order, with the KL divergence once each was gone too: {told}" if told else ""
 

@@ -17,7 +17,7 @@ import reference
 
 from mlx_pare import planning, steps, trial
 from mlx_pare.arch import can_keep
-from mlx_pare.artifacts import Arrays, Plan
+from mlx_pare.artifacts import Arrays, LayerPlan, Plan
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
@@ -26,6 +26,7 @@ from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.fit import reach
 from mlx_pare.plan import Options, allocate, plan
 from mlx_pare.prune import prune
+from mlx_pare.reconstruct import reconstructed_kl
 from mlx_pare.score import CRITERIA, score
 from mlx_pare.steps import Settings
 
@@ -243,13 +244,19 @@ def test_statistics_without_angles(pico_models, tmp_path):
 ASKED = Settings(samples=8, length=32, keep=0.5, axes=("layer",), widths="even", layers_by="kl", protect=False)
 
 
+def begin(model: Path, directory: Path):
+    """(open run, its texts) that is calibrated and scored by obs, on our own text."""
+    run, texts = steps.open_run(model, directory / "run"), steps.Texts(model, ASKED)
+    steps.calibrate_step(run, texts, ASKED)
+    steps.score_step(run, ASKED)
+    return run, texts
+
+
 @pytest.fixture
 def begun(redundant, tmp_path):
-    """(open run, its texts) that is calibrated and scored by obs, on our own text."""
-    texts = steps.Texts(redundant, ASKED)
-    with steps.open_run(redundant, tmp_path / "run") as run:
-        steps.calibrate_step(run, texts, ASKED)
-        steps.score_step(run, ASKED)
+    """A run of the redundant model."""
+    run, texts = begin(redundant, tmp_path)
+    with run:
         yield run, texts
 
 
@@ -298,13 +305,51 @@ def test_a_run_drops_layers_by_another_criterion(begun, tmp_path, by):
 def test_levels_of_many_depths(begun):
     """Uniform widths try levels with other numbers of layers: each has the layers that were found for it."""
     run, texts = begun
-    asked = settings(axes=("layer", "ffn"), widths="uniform", layers_by=None, tries=4, keep=0.6)
+    asked = settings(axes=("layer", "ffn"), widths="uniform", layers_by=None, tries=4, keep=0.6, reconstruct=False)
     made = Plan.load(planning.plan_step(run, texts, asked))
     drops = json.loads((run.directory("plan") / "layers.json").read_text())["drops"]
     assert len(drops) > 1
     orders = sorted(([d["layer"] for d in each] for each in drops.values()), key=len)
     assert all(longer[: len(shorter)] == shorter for shorter, longer in itertools.pairwise(orders))
     assert {la.source for la in made.layers} == {*range(5)} - {d["layer"] for d in drops[str(len(made.layers))]}
+
+
+@pytest.mark.parametrize("repaired", [True, False])
+def test_what_is_best_once_it_is_reconstructed(pico_models, tmp_path, monkeypatch, repaired):
+    """By default the sets of all three ways are reconstructed, each once, where they differ; the best is the plan.
+    Trials are misled here, towards the first layers."""
+
+    def misled(candidates):
+        return [float(sum(i for i, width in enumerate(each) if width is None)) for each in candidates]
+
+    monkeypatch.setattr(planning, "trials", lambda *_: misled)
+    asked = settings(widths="uniform", layers_by=None, tries=1, reconstruct=repaired)
+    run, texts = begin(pico_models("llama", num_hidden_layers=6), tmp_path)
+    with run:
+        made = Plan.load(planning.plan_step(run, texts, asked))
+    noted = json.loads((run.directory("plan") / "layers.json").read_text())
+    by_kl = plan_without(run.model, [d["layer"] for d in noted["drops"][str(len(made.layers))]])
+    if not repaired:
+        assert made.layers == by_kl and "reconstructed_kl" not in noted
+        return
+    stats, sets = run.output("calibrate", "stats.safetensors"), {"kl": by_kl}
+    for name in ("block-influence", "angular"):
+        scores = score(run.model, stats, tmp_path / f"{name}.safetensors", name)
+        sets[name] = plan(run.model, scores, asked.plan_options()).layers
+    held, kl = planning.held_rows(texts), {}
+    for name in noted["reconstructed_kl"]:
+        each = made.model_copy(update={"layers": sets[name]})
+        kl[name] = reconstructed_kl(run.model, each, texts.calibration, held, tmp_path / "scratch")
+    assert len(kl) > 1 and noted["reconstructed_kl"] == pytest.approx(kl)
+    assert made.layers == sets[min(kl, key=kl.get)] != by_kl
+    distinct = {tuple(la.source for la in layers) for layers in sets.values()}
+    assert distinct == {tuple(la.source for la in sets[name]) for name in kl} and len(kl) == len(distinct)
+
+
+def plan_without(model: Path, gone: list[int]) -> list[LayerPlan]:
+    """All layers but some, whole."""
+    layers = [i for i in range(len(Checkpoint(model).arch.layers)) if i not in gone]
+    return [LayerPlan(source=i, ffn=list(range(128)), kv_head=[0, 1]) for i in layers]
 
 
 @pytest.mark.parametrize(
