@@ -70,7 +70,7 @@ Widths = Annotated[
     str,
     typer.Option(
         help="even: every axis is cut by the same share. uniform: all layers alike, every division between the axes "
-        "tried. per-layer: widths of their own, by an integer programme, tried, the best few reconstructed (no GGUF yet)."
+        "tried. per-layer: widths of their own, by an integer programme, tried, the best few reconstructed; no GGUF."
     ),
 ]
 Tries = Annotated[

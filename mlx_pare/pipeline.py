@@ -43,6 +43,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """
     s = affordable(model, settings)
     preflight(model, s)
+    s = planning.settled(model, s)
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
     asked = {"model": str(model), **asdict(s)}
@@ -79,6 +80,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
 def dry_run(model: Path, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
     preflight(model, s)
+    planning.settled(model, s)
     rows, extra = corpus.Rows.full(np.zeros((s.samples, s.length))), criterion(s.criterion).extra
     needed = check_calibration(Checkpoint(model), rows, s.memory_cap, extra)
     return shape_of(model, s) | {"calibration_bytes": needed}
@@ -133,7 +135,7 @@ def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
         raise UsageError(f"unknown {what} {name!r}", f"choose one of {', '.join(filter(None, known))}")
 
 
-def _summary(run: Run, model: Path, gguf: Path, written: Path, measured: Sequence[str]) -> dict[str, Any]:
+def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: Sequence[str]) -> dict[str, Any]:
     def of(name: str) -> dict[str, Any]:
         step = run.directory(f"evaluate-{name}")
         return json.loads((step / "metrics.json").read_text()) | json.loads((step / "size.json").read_text())
@@ -141,7 +143,7 @@ def _summary(run: Run, model: Path, gguf: Path, written: Path, measured: Sequenc
     found = metrics(run.path, measured)
     return {
         "model": str(model),
-        "gguf": str(gguf),
+        "gguf": None if gguf is None else str(gguf),
         "report": str(written),
         "verdict": verdict(found),
         "before": of("original"),
@@ -158,8 +160,8 @@ def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
         return
     name = macs.find(s.mac).name
     for what, key in (("the model", "rows"), ("the GGUF file", "gguf_rows")):
-        row = next(r for r in summary["fits"][key] if r["mac"] == name)
-        if not row["fits"]:
+        row = next((r for r in summary["fits"][key] if r["mac"] == name), None)
+        if row and not row["fits"]:
             raise Refused(
                 f"{what} does not fit {name} at {s.context} tokens: {console.gb(-row['headroom_bytes'])} too much",
                 f"everything is kept, see {summary['report']}; ask for a smaller --gguf type, or cut more",

@@ -14,23 +14,24 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import console
+import numpy as np
+
+from . import console, trial
 from .arch import why_uniform
 from .artifacts import Arrays, Plan, dump_json, replace_file
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import PareError
-from .fit.reach import Level
-from .plan import Losses, plan, plan_widths, propose, spaces, splits
+from .errors import PareError, Refused, UsageError
+from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
 from .reconstruct import reconstructed_kl
 from .rundir import Run, fingerprint
-from .sensitivity import sensitivity
+from .sensitivity import sensitivity, singles
 from .steps import Settings, Texts
 from .trial import Candidate, Curve, Curves, Width, try_out
 
@@ -38,6 +39,7 @@ WIDTHS = ("even", "uniform", "per-layer")
 HELD_TOKENS = 4096  # on which candidates are tried, at least: of the validation text, never of calibration or test
 TRIES = {"uniform": 12, "per-layer": 50}  # candidates, when nobody says how many
 FINALISTS = 3  # of them are reconstructed
+ALIKE = 4  # of them have layers that are all alike, at most, beside what the integer programme proposes
 
 
 def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
@@ -46,37 +48,75 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     names = ("keep", "target_params", "target_size", "mac", "context", "bits", "group_size", "step", "protect")
     asked = {**{name: getattr(s, name) for name in names}, "axes": list(s.axes)}
     inputs = {"model": run.manifest.source, "scores": fingerprint(scores)}
-    how = widths_of(run.model, s)
-    if how != "even":
-        asked |= {"widths": how, "tries": tries(s, how)}
+    if s.widths != "even":
+        asked |= {"widths": s.widths, "tries": tries(s)}
         inputs |= {"data": texts.calibration.digest(), "held": held_rows(texts).digest()}
+    if s.widths == "per-layer":
+        asked |= {"bits of parts": list(s.choose_bits), "reconstruct": s.reconstruct, "seed": s.seed}
+        inputs["sensitivity"] = fingerprint(sensitivity_step(run, texts, s))
 
     def work(directory: Path) -> None:
-        made, tried = {"even": _even, "uniform": _uniform, "per-layer": _per_layer}[how](run, texts, s, scores)
+        made, tried = {"even": _even, "uniform": _uniform, "per-layer": _per_layer}[s.widths](run, texts, s, scores)
         (directory / "plan.json").write_bytes(made.dump())
         if tried:
-            (directory / "tried.json").write_bytes(dump_json({"widths": how, "candidates": tried}))
+            (directory / "tried.json").write_bytes(dump_json({"widths": s.widths, **tried}))
 
-    if how == "per-layer":
-        sensitivity_step(run, texts, s)
     run.step("plan", asked, inputs, work, editable=True)
     return run.output("plan", "plan.json")
 
 
-def widths_of(model: Path, s: Settings) -> str:
-    """How sizes will be chosen: as asked, or as far as this model and these axes allow, which is said."""
-    if s.widths == "even" or "hidden" in s.axes:
-        return "even"
-    why = why_uniform(Checkpoint(model).arch) if s.widths == "per-layer" else None
-    if why is not None:
-        console.warn(f"widths that differ between layers would load nowhere ({why}): all layers are cut alike")
-        return "uniform"
-    return s.widths
+def settled(model: Path, s: Settings) -> Settings:
+    """The settings with the way to choose widths that this model, these axes and the memory allow; what is not as asked
+    is said.
+
+    Raises UsageError for bits that cannot be chosen, Refused for a GGUF type where there may be no GGUF file, and when
+    the trials need more memory than a --memory-cap allows, or than is free for those of widths per layer.
+    """
+    if s.choose_bits and (s.widths != "per-layer" or not (s.target_size or s.mac)):
+        raise UsageError(
+            "bits are chosen together with widths per layer, for a size in bytes",
+            "give --widths per-layer and --target-size or --for, or leave out --choose-bits",
+        )
+    if "hidden" in s.axes:
+        if s.widths == "per-layer":
+            console.warn("a cut of the hidden size is the same for all layers: every axis is cut by the same share")
+        return replace(s, widths="even", choose_bits=())
+    checkpoint = Checkpoint(model)
+    if s.widths == "per-layer":
+        where = spaces(checkpoint, s.plan_options(), True, s.choose_bits)
+        if all(space.tied for space in where) and not s.choose_bits:
+            why = why_uniform(checkpoint.arch)
+            console.warn(f"widths that differ between layers would load nowhere ({why}): all layers are cut alike")
+            s = replace(s, widths="uniform")
+        elif s.gguf:
+            raise Refused(
+                f"there is no GGUF of models whose layers differ, and --gguf {s.gguf} was asked",
+                "use --widths uniform, or leave out --gguf",
+            )
+    try:
+        _check_memory(checkpoint, s)
+    except Refused as error:
+        if s.widths == "per-layer" or s.memory_cap is not None:
+            raise
+        console.warn(f"going on without trials, every axis is cut by the same share: {error.problem}")
+        s = replace(s, widths="even")
+    return s
 
 
-def tries(s: Settings, how: str) -> int:
+def _check_memory(checkpoint: Checkpoint, s: Settings) -> None:
+    """Raises Refused when the trials would need more memory than may be used."""
+    if s.widths == "even":
+        return
+    count = tries(s)
+    if s.widths == "per-layer":
+        count = max(count, len(singles(checkpoint, s.choose_bits)))
+    rows, held = (Rows.full(np.zeros((n, s.length))) for n in (s.samples, math.ceil(HELD_TOKENS / s.length)))
+    trial.check_memory(checkpoint, rows, held, count, s.memory_cap)
+
+
+def tries(s: Settings) -> int:
     """How many candidates are tried."""
-    return TRIES[how] if s.tries is None else s.tries
+    return TRIES[s.widths] if s.tries is None else s.tries
 
 
 def held_rows(texts: Texts) -> Rows:
@@ -110,45 +150,54 @@ def _listed(numbers: dict[str, float]) -> str:
 # ---- the three ways ----
 
 
-def _even(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, list]:
-    return plan(run.model, scores, s.plan_options()), []
+Tried = dict[str, Any]  # what tried.json says; empty where nothing was tried
 
 
-def _uniform(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, list[dict[str, Any]]]:
+def _even(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, Tried]:
+    return plan(run.model, scores, s.plan_options()), {}
+
+
+def _uniform(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, Tried]:
     """The best way to divide the cut between the axes; units by the scores."""
     options = s.plan_options()
-    levels = splits(Checkpoint(run.model), options, max(1, tries(s, "uniform")))
+    levels = splits(Checkpoint(run.model), options, tries(s))
     plans = [plan(run.model, scores, options, level) for level in levels]
     if len(plans) == 1:
-        return plans[0], []
+        return plans[0], {}
     kl = _tried(run, texts, s, [_candidate_of(run, made) for made in plans])
-    rows = [{"level": asdict(level), "kl": one} for level, one in zip(levels, kl, strict=True)]
     best = min(range(len(plans)), key=kl.__getitem__)
-    _say_best(rows, best, lambda row: str(Level(**row["level"])))
-    return plans[best], rows
+    _say_best(kl, best, str(levels[best]))
+    rows = [{"level": asdict(level), **_found(one)} for level, one in zip(levels, kl, strict=True)]
+    return plans[best], {"candidates": rows, "even": 0, "taken": best}
 
 
-def _per_layer(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, list[dict[str, Any]]]:
-    """The best of many proposals, the way to cut all layers alike among them."""
-    checkpoint, options = Checkpoint(run.model), s.plan_options()
+def _per_layer(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, Tried]:
+    """The best of many proposals, some ways to cut all layers alike among them."""
+    checkpoint, options, count = Checkpoint(run.model), s.plan_options(), tries(s)
     found = Arrays.load(run.output("sensitivity", "sensitivity.safetensors"), "sensitivities")
-    losses = Losses(found.arrays, found.about["bits"])
-    wanted = goal(checkpoint, options)
-    alike = [_candidate_of(run, plan(run.model, scores, options, level)) for level in splits(checkpoint, options, 4)]
-    candidates = propose(
-        checkpoint, losses, wanted, options, spaces(checkpoint, options, True, s.choose_bits), tries(s, "per-layer"),
-        s.seed,
-    )  # fmt: skip
-    candidates = list(dict.fromkeys([*candidates[: max(1, tries(s, "per-layer") - len(alike))], *alike]))
+    losses, where = Losses(found.arrays, found.about["bits"]), spaces(checkpoint, options, True, s.choose_bits)
+    alike = _alike(run, scores, options, min(ALIKE, count // 2)) if not s.choose_bits else []
+    proposed = propose(checkpoint, losses, goal(checkpoint, options), options, where, count - len(alike), s.seed)
+    candidates = list(dict.fromkeys([*alike, *proposed]))
     kl = _tried(run, texts, s, candidates)
-    rows = [{"layers": _written(c), "kl": one} for c, one in zip(candidates, kl, strict=True)]
+    rows = [{"layers": _written(c), **_found(one)} for c, one in zip(candidates, kl, strict=True)]
     order = sorted(range(len(rows)), key=kl.__getitem__)[:FINALISTS]
     plans = {i: plan_widths(run.model, scores, candidates[i], losses, options) for i in order}
-    for i in order if s.reconstruct else ():
-        rows[i]["reconstructed_kl"] = _reconstructed(run, texts, s, plans[i])
-    best = min(order, key=lambda i: rows[i].get("reconstructed_kl", kl[i]))
-    _say_best(rows, best, lambda row: "widths of their own" if isinstance(row["layers"], list) else "")
-    return plans[best], rows
+    if s.reconstruct:
+        final = {i: _reconstructed(run, texts, s, plans[i]) for i in order}
+        for i, one in final.items():
+            rows[i] |= _found(one, "reconstructed_kl")
+        order.sort(key=final.__getitem__)
+    best = order[0]
+    _say_best(kl, best, "all layers alike" if len({*candidates[best]} - {None}) == 1 else "widths of their own")
+    tried = {"candidates": rows, "even": 0 if alike else None, "taken": best}
+    return plans[best], tried | {"rank_correlation": found.about["rank_correlation"]}
+
+
+def _alike(run: Run, scores: Path, options: Options, count: int) -> list[Candidate]:
+    """The even split first, then others that divide the cut otherwise; all layers alike."""
+    levels = splits(Checkpoint(run.model), options, count)
+    return [_candidate_of(run, plan(run.model, scores, options, level)) for level in levels]
 
 
 def _candidate_of(run: Run, made: Plan) -> Candidate:
@@ -161,35 +210,43 @@ def _written(candidate: Candidate) -> list[dict[str, int] | None]:
     return [None if w is None else {k: v for k, v in asdict(w).items() if v is not None} for w in candidate]
 
 
-def _say_best(rows: Sequence[dict[str, Any]], best: int, name: Callable[[dict[str, Any]], str]) -> None:
-    kl = sorted(row["kl"] for row in rows)
-    taken = f"{name(rows[best])} ({rows[best]['kl']:.4f})"
-    console.say(f"tried {len(rows)} candidates: KL {kl[0]:.4f} to {kl[-1]:.4f}; taken: {taken}")
+def _found(kl: float, name: str = "kl") -> dict[str, float | None]:
+    """A result for a JSON file, which knows no infinity: null is what was given up."""
+    return {name: kl if math.isfinite(kl) else None}
+
+
+def _say_best(kl: Sequence[float], best: int, what: str) -> None:
+    console.say(f"tried {len(kl)} candidates: KL {min(kl):.4f} to {max(kl):.4f}; taken: {what} ({kl[best]:.4f})")
 
 
 # ---- trials, each done once ----
 
 
 class _Known:
-    """RUN/trials.json: results by a hash of what they depend on."""
+    """RUN/trials.json: results by a hash of what they depend on. Raises PareError for a damaged file."""
 
     def __init__(self, run: Run, *about: str):
         self.file, self.about = run.path / "trials.json", [run.manifest.source, *about]
         try:
-            self.found: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        except ValueError as error:
+            self.found: dict[str, float | None] = json.loads(self.file.read_text()) if self.file.exists() else {}
+            if not all(kl is None or isinstance(kl, int | float) for kl in self.found.values()):
+                raise ValueError
+        except (ValueError, AttributeError) as error:
             raise PareError(f"{self.file} is damaged", "delete it: what it holds is tried again") from error
 
     def key(self, what: Any) -> str:
         return hashlib.sha256(dump_json({"about": self.about, "what": what})).hexdigest()
 
     def add(self, found: dict[str, float]) -> None:
-        self.found |= {key: kl if math.isfinite(kl) else None for key, kl in found.items()}
+        self.found |= {key: _found(kl)["kl"] for key, kl in found.items()}
         replace_file(self.file, dump_json(self.found))
 
-    def get(self, key: str) -> float | None:
-        """None when it is not known; infinite for what was given up."""
-        return (math.inf if self.found[key] is None else self.found[key]) if key in self.found else None
+    def __contains__(self, key: str) -> bool:
+        return key in self.found
+
+    def __getitem__(self, key: str) -> float:
+        """Infinite for what was given up."""
+        return math.inf if self.found[key] is None else self.found[key]
 
 
 def _tried(run: Run, texts: Texts, s: Settings, candidates: Sequence[Candidate]) -> list[float]:
@@ -197,13 +254,13 @@ def _tried(run: Run, texts: Texts, s: Settings, candidates: Sequence[Candidate])
     calibration, held = texts.calibration, held_rows(texts)
     known = _Known(run, calibration.digest(), held.digest(), str(s.group_size))
     keys = [known.key(_written(candidate)) for candidate in candidates]
-    new = [i for i, key in enumerate(keys) if known.get(key) is None]
+    new = [i for i, key in enumerate(keys) if key not in known]
     if new:
         made = try_out(
             run.model, [candidates[i] for i in new], calibration, held, _curves(run), s.group_size, s.memory_cap
         )
         known.add({keys[i]: kl for i, kl in zip(new, made.kl, strict=True)})
-    return [known.get(key) for key in keys]
+    return [known[key] for key in keys]
 
 
 def _curves(run: Run) -> Curves:
@@ -223,9 +280,11 @@ def _reconstructed(run: Run, texts: Texts, s: Settings, made: Plan) -> float:
     """The KL divergence of a plan that is really reconstructed."""
     calibration, held = texts.calibration, held_rows(texts)
     known = _Known(run, calibration.digest(), held.digest(), "reconstructed")
-    key = known.key([layer.model_dump() for layer in made.layers])
-    if known.get(key) is None:
+    key = known.key(made.model_dump(include={"criterion", "bits", "group_size", "layers"}))
+    if key not in known:
         scratch = run.path / "finalist.tmp"
-        known.add({key: reconstructed_kl(run.model, made, calibration, held, scratch, s.memory_cap)})
-        shutil.rmtree(scratch, ignore_errors=True)
-    return known.get(key)
+        try:
+            known.add({key: reconstructed_kl(run.model, made, calibration, held, scratch, s.memory_cap)})
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return known[key]
