@@ -310,7 +310,7 @@ def costs(bench: Bench) -> Iterator[str]:
     from mlx_pare.score import score
 
     subject = bench.subject
-    yield f"\n{subject.name}, seconds relative to a calibration pass over the same {subject.calibration.total} tokens:\n"
+    yield f"\n{subject.name}, seconds relative to a calibration pass over the same {subject.calibration.total} tokens\n"
     with tempfile.TemporaryDirectory() as name:
         work, start = Path(name), time.perf_counter()
         stats = calibrate(subject.model, subject.calibration, work / "stats")

@@ -44,9 +44,9 @@ def sensitivity(
     ``held``: rows on which KL is measured, of the length of the ``calibration`` rows. Raises Refused as ``try_out``.
     """
     checkpoint = Checkpoint(model)
-    singles = _singles(checkpoint, bits)
-    found = try_out(model, [made for _, made in singles], calibration, held, None, group_size, memory_cap)
-    measured = {single: kl for (single, _), kl in zip(singles, found.kl, strict=True)}
+    changes = singles(checkpoint, bits)
+    found = try_out(model, [made for _, made in changes], calibration, held, None, group_size, memory_cap)
+    measured = {single: kl for (single, _), kl in zip(changes, found.kl, strict=True)}
     arrays: dict[str, mx.array] = {}
     for (layer, part), curve in found.curves.items():
         points = {units: kl for (i, what, units), kl in measured.items() if (i, what) == (layer, part)}
@@ -64,7 +64,7 @@ def sensitivity(
     return out
 
 
-def _singles(checkpoint: Checkpoint, bits: Sequence[int]) -> list[tuple[Single, Candidate]]:
+def singles(checkpoint: Checkpoint, bits: Sequence[int]) -> list[tuple[Single, Candidate]]:
     """The model with one change: what it is, and the candidate."""
     full, found = whole(checkpoint.arch), []
 

@@ -82,7 +82,7 @@ def test_less_than_the_cheapest_is_refused(seed, tied):
     given = menus(np.random.default_rng(seed), 3, tied)
     least = min(cost(given, c) for c in every(given, tied))
     assert solve(given, least, tied)
-    with pytest.raises(Refused, match="cannot be reached.*budget"):
+    with pytest.raises(Refused, match=r"cannot be reached.*budget"):
         solve(given, least - 1, tied)
 
 

@@ -293,7 +293,7 @@ def test_memory_is_stated_and_refused(model, monkeypatch):
     stated = trial.check_memory(checkpoint, DATA, HELD, len(candidates), 10**12)
     more = trial.check_memory(checkpoint, DATA, HELD, 1000 + len(candidates), 10**12)
     assert more - stated == 1000 * 7 * 24 * 64 * 4  # a stream each
-    with pytest.raises(Refused, match="--memory-cap allows.*fewer candidates"):
+    with pytest.raises(Refused, match=r"--memory-cap allows.*fewer candidates"):
         try_out(path, candidates, DATA, HELD, memory_cap=stated - 1)
     assert try_out(path, candidates, DATA, HELD, memory_cap=stated).kl
 

@@ -110,7 +110,7 @@ def test_goal_is_met(checkpoint, name, asked):
     """Never more than was asked, and where little steps allow it not much less."""
     source = checkpoint(name)
     options = Options(**GOALS[asked](source))
-    made = proposals(source, options)
+    made = proposals(source, options, 4)
     before = size_of(source, None, None)
     assert len(made) == len(set(made)) >= (1 if name in ("biases", "sliding windows") else 2)
     for one in made:
