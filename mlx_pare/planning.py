@@ -31,7 +31,7 @@ from .rundir import Run, fingerprint
 from .sensitivity import sensitivity, singles
 from .steps import Settings, Texts
 from .trial import Candidate, Width
-from .tried import HELD_TOKENS, candidates_kl, found, held_rows, plan_kl, written
+from .tried import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
 
 WIDTHS = ("even", "uniform", "per-layer")
 TRIES = {"uniform": 12, "per-layer": 50}  # candidates, when nobody says how many
@@ -57,7 +57,7 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
         inputs["sensitivity"] = fingerprint(sensitivity_step(run, texts, s))
 
     def work(directory: Path) -> None:
-        most = {"even": 0, "uniform": tries(s), "per-layer": ALIKE}[s.widths]
+        most = {"even": lambda: 0, "uniform": lambda: tries(s), "per-layer": lambda: ALIKE}[s.widths]()
         chosen = scores if by is None else with_layers(run, texts, s, most, by, scores, directory)
         made, tried = {"even": _even, "uniform": _uniform, "per-layer": _per_layer}[s.widths](run, texts, s, chosen)
         if by == "kl" and s.layers_by is None and s.reconstruct and s.widths == "uniform":
@@ -166,7 +166,7 @@ def _uniform(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, T
     kl = candidates_kl(run, texts, s, [_candidate_of(run, made) for made in plans])
     best = min(range(len(plans)), key=kl.__getitem__)
     _say_best(kl, best, str(levels[best]))
-    rows = [{"level": asdict(level), **found(one)} for level, one in zip(levels, kl, strict=True)]
+    rows = [{"level": asdict(level), **finite(one)} for level, one in zip(levels, kl, strict=True)]
     return plans[best], {"candidates": rows, "even": 0, "taken": best}
 
 
@@ -179,13 +179,13 @@ def _per_layer(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan,
     proposed = propose(checkpoint, losses, goal(checkpoint, options), options, where, count - len(alike), s.seed)
     candidates = list(dict.fromkeys([*alike, *proposed]))
     kl = candidates_kl(run, texts, s, candidates)
-    rows = [{"layers": written(c), **found(one)} for c, one in zip(candidates, kl, strict=True)]
+    rows = [{"layers": written(c), **finite(one)} for c, one in zip(candidates, kl, strict=True)]
     order = sorted(range(len(rows)), key=kl.__getitem__)[:FINALISTS]
     plans = {i: plan_widths(run.model, scores, candidates[i], losses, options) for i in order}
     if s.reconstruct:
         final = {i: plan_kl(run, texts, s, plans[i]) for i in order}
         for i, one in final.items():
-            rows[i] |= found(one, "reconstructed_kl")
+            rows[i] |= finite(one, "reconstructed_kl")
         order.sort(key=final.__getitem__)
     best = order[0]
     _say_best(kl, best, "all layers alike" if len({*candidates[best]} - {None}) == 1 else "widths of their own")

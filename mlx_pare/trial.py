@@ -110,7 +110,7 @@ def try_out(
     curves: Mapping[tuple[int, str], Curve] | None = None,
     group_size: int = 64,
     memory_cap: int | None = None,
-    lost: float = LOST,
+    lost: float | None = None,
 ) -> Tried:
     """Try candidates on ``held`` rows, repaired by ``calibration`` rows of the same length.
 
@@ -122,7 +122,9 @@ def try_out(
     checkpoint = Checkpoint(model)
     check_memory(checkpoint, calibration, held, len(candidates), memory_cap)
     rows = calibration.joined(held)
-    side_by_side = _SideBySide(checkpoint.arch, candidates, rows, calibration.count, curves, group_size, lost)
+    side_by_side = _SideBySide(
+        checkpoint.arch, candidates, rows, calibration.count, curves, group_size, LOST if lost is None else lost
+    )
     dense = stream.walk(model, rows, side_by_side, what=f"try {len(candidates)}: block")
     reference = dense.of(dense.hidden[calibration.count :])
     found = []

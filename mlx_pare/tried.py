@@ -35,7 +35,7 @@ def written(candidate: Candidate) -> list[dict[str, int] | None]:
     return [None if w is None else {k: v for k, v in asdict(w).items() if v is not None} for w in candidate]
 
 
-def found(kl: float, name: str = "kl") -> dict[str, float | None]:
+def finite(kl: float, name: str = "kl") -> dict[str, float | None]:
     """A result for a JSON file, which knows no infinity: null is what was given up."""
     return {name: kl if math.isfinite(kl) else None}
 
@@ -56,7 +56,7 @@ class Known:
         return hashlib.sha256(dump_json({"about": self.about, "what": what})).hexdigest()
 
     def add(self, found: dict[str, float]) -> None:
-        self.found |= {key: found(kl)["kl"] for key, kl in found.items()}
+        self.found |= {key: finite(kl)["kl"] for key, kl in found.items()}
         replace_file(self.file, dump_json(self.found))
 
     def __contains__(self, key: str) -> bool:

@@ -385,8 +385,8 @@ def test_ways_are_named(pico_models):
     from mlx_pare.options import LayersBy
 
     told = re.split(r"[ .,;:]+", LayersBy.__metadata__[0].help)
-    assert {*planning.LAYERS_BY} <= {*told}
-    assert all("layer" in CRITERIA[name].own for name in planning.LAYERS_BY if name != "kl")
+    assert {*layering.LAYERS_BY} <= {*told}
+    assert all("layer" in CRITERIA[name].own for name in layering.LAYERS_BY if name != "kl")
 
 
 def test_memory_is_asked_for_first(pico_models):

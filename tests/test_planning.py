@@ -239,8 +239,8 @@ def test_texts_are_disjoint_and_used_for_what_they_are(model, scored, tmp_path, 
     """Solved on calibration rows, measured on validation rows, never on the test text."""
     out = Path(shutil.copytree(scored, tmp_path / "run"))
     seen = []
-    for name in ("try_out", "reconstructed_kl", "sensitivity"):
-        monkeypatch.setattr(planning, name, seen_by(seen, getattr(planning, name)))
+    for module, name in ((tried, "try_out"), (tried, "reconstructed_kl"), (planning, "sensitivity")):
+        monkeypatch.setattr(module, name, seen_by(seen, getattr(module, name)))
     s = replace(SMALL, widths="per-layer", tries=4)
     planned(out, s)
     texts = Texts(model, s)
