@@ -91,7 +91,9 @@ def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
 def tokenizer(path: Path) -> Any:
     """mlx-lm's wrapper around the directory's tokenizer."""
     from mlx_lm.tokenizer_utils import load as load_tokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it warns of model types that it does not know: ours need its tokenizers alone
     try:
         return load_tokenizer(Path(path))
     except Exception as error:  # tokenizers and transformers raise bare Exceptions on damaged files
