@@ -24,6 +24,7 @@ from .options import (
     LayersBy,
     Length,
     Method,
+    MinSpeed,
     Model,
     NoProtect,
     NoReconstruct,
@@ -95,6 +96,7 @@ def plan_command(
     target_size: TargetSize = None,
     mac: For = None,
     context: Context = 8192,
+    min_speed: MinSpeed = None,
     axes: Axes = "ffn,kv_head",
     bits: Bits = None,
     group_size: GroupSize = 64,
@@ -113,8 +115,8 @@ def plan_command(
 
     s = settings_of(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes, bits=bits,
-        group_size=group_size, step=step, protect=not no_protect, widths=widths, layers_by=layers_by, tries=tries,
-        choose_bits=choose_bits, memory_cap=memory_cap,
+        min_speed=min_speed, group_size=group_size, step=step, protect=not no_protect, widths=widths,
+        layers_by=layers_by, tries=tries, choose_bits=choose_bits, memory_cap=memory_cap,
     )  # fmt: skip
     with steps.continue_run(run) as opened:
         if dry_run:

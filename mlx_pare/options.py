@@ -64,6 +64,10 @@ For = Annotated[
     str | None, typer.Option("--for", help="Target: the Mac it must fit, e.g. m4-24gb, m4-pro-20c-24gb.", metavar="MAC")
 ]
 Context = Annotated[int, typer.Option(min=1, help="Tokens of context it must hold.")]
+MinSpeed = Annotated[
+    float | None,
+    typer.Option(min=0.01, help="With --for: also cut until that Mac writes so many tokens per second (estimated)."),
+]
 Bits = Annotated[int | None, typer.Option(help="Pack the result with 2, 3, 4, 5, 6 or 8 bits. Default: as the source.")]
 GroupSize = Annotated[int, typer.Option(help="Group size for --bits: 32, 64 or 128.")]
 Widths = Annotated[

@@ -28,7 +28,7 @@ from .layering import best_repaired, layers_by_of, with_layers
 from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
 from .rundir import Run, fingerprint
-from .sensitivity import sensitivity, singles
+from .sensitivity import sensitivity
 from .steps import Settings, Texts
 from .trial import Candidate, Width
 from .tried import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
@@ -44,6 +44,8 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     scores = run.output("score", "scores.safetensors")
     names = ("keep", "target_params", "target_size", "mac", "context", "bits", "group_size", "step", "protect")
     asked = {**{name: getattr(s, name) for name in names}, "axes": list(s.axes)}
+    if s.min_speed is not None:
+        asked["min_speed"] = s.min_speed
     inputs = {"model": run.manifest.source, "scores": fingerprint(scores)}
     if s.widths != "even":
         asked |= {"widths": s.widths, "tries": tries(s)}
@@ -112,11 +114,8 @@ def _check_memory(checkpoint: Checkpoint, s: Settings) -> None:
     """Raises Refused when the trials would need more memory than may be used."""
     if s.widths == "even":
         return
-    count = tries(s)
-    if s.widths == "per-layer":
-        count = max(count, len(singles(checkpoint, s.choose_bits)))
     rows, held = (Rows.full(np.zeros((n, s.length))) for n in (s.samples, math.ceil(HELD_TOKENS / s.length)))
-    trial.check_memory(checkpoint, rows, held, count, s.memory_cap)
+    trial.check_memory(checkpoint, rows, held, 1, s.memory_cap)  # more of them take more walks
 
 
 def tries(s: Settings) -> int:

@@ -17,7 +17,7 @@ from .bench import bench
 from .calibrate import calibrate
 from .check import check
 from .checkpoint import Checkpoint
-from .errors import PareError, Refused
+from .errors import PareError, Refused, UsageError
 from .evaluate import evaluate
 from .export import export, why_not
 from .fit import macs, planner
@@ -55,6 +55,7 @@ class Settings:
     target_size: str | None = None
     mac: str | None = None
     context: int = 8192
+    min_speed: float | None = None
     bits: int | None = None
     group_size: int = 64
     step: int | None = None
@@ -84,12 +85,17 @@ class Settings:
             protect=self.protect,
         )
         if self.mac is None:
+            if self.min_speed is not None:
+                raise UsageError("a speed can only be asked of a Mac", "name it: --for m4-24gb --min-speed 10")
             return options
         mac, use = macs.find(self.mac), Use(self.context)
         return replace(
             options,
-            budget=lambda arch, value_bytes: planner.max_weight_bytes(Needs(arch, use, value_bytes), mac),
-            budget_name=f"{mac.name} with {self.context} tokens of context",
+            budget=lambda arch, value_bytes: planner.max_weight_bytes(
+                Needs(arch, use, value_bytes), mac, tokens_per_s=self.min_speed
+            ),
+            budget_name=f"{mac.name} with {self.context} tokens of context"
+            + (f" at {self.min_speed:g} tokens/s" if self.min_speed else ""),
         )
 
 

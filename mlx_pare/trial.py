@@ -26,6 +26,7 @@ from . import divergence, lm, stream
 from .arch import Architecture
 from .checkpoint import Checkpoint
 from .corpus import Rows
+from .errors import Refused
 from .observers import replace_module
 from .packing import Packing
 from .quantized import pack, stored_dtype
@@ -116,16 +117,45 @@ def try_out(
 
     ``curves``: of an earlier call, whose orders are then taken; without them the curve of every part of every layer is
     found and returned. ``group_size``: of parts that get bits of their own. ``lost``: in place of LOST. Where nothing
-    is narrowed, there need be no calibration rows.
-    Raises Refused when the estimate of memory exceeds the cap.
+    is narrowed, there need be no calibration rows. As many candidates go side by side as the memory holds, the others
+    in another walk. Raises Refused when the estimate of memory exceeds the cap even for one of them.
     """
     checkpoint = Checkpoint(model)
-    check_memory(checkpoint, calibration, held, len(candidates), memory_cap)
+    most, found = affordable(checkpoint, calibration, held, max(1, len(candidates)), memory_cap), Tried([], {})
+    for start in range(0, max(1, len(candidates)), most):
+        known = curves if start == 0 else found.curves
+        some = _walk(checkpoint, candidates[start : start + most], calibration, held, known, group_size, lost)
+        found = Tried(found.kl + some.kl, some.curves)
+    return found
+
+
+def affordable(checkpoint: Checkpoint, calibration: Rows, held: Rows, count: int, cap: int | None) -> int:
+    """How many of ``count`` candidates can be tried side by side. Raises Refused when not even one can."""
+    while count > 1:
+        try:
+            check_memory(checkpoint, calibration, held, count, cap)
+            return count
+        except Refused:
+            count = (count + 1) // 2
+    check_memory(checkpoint, calibration, held, 1, cap)
+    return 1
+
+
+def _walk(
+    checkpoint: Checkpoint,
+    candidates: Sequence[Candidate],
+    calibration: Rows,
+    held: Rows,
+    curves: Mapping[tuple[int, str], Curve] | None,
+    group_size: int,
+    lost: float | None,
+) -> Tried:
+    """Candidates that are tried side by side."""
     rows = calibration.joined(held)
     side_by_side = _SideBySide(
         checkpoint.arch, candidates, rows, calibration.count, curves, group_size, LOST if lost is None else lost
     )
-    dense = stream.walk(model, rows, side_by_side, what=f"try {len(candidates)}: block")
+    dense = stream.walk(checkpoint.path, rows, side_by_side, what=f"try {len(candidates)}: block")
     reference = dense.of(dense.hidden[calibration.count :])
     found = []
     for state in side_by_side.states:
@@ -137,12 +167,12 @@ def try_out(
 
 
 def check_memory(checkpoint: Checkpoint, calibration: Rows, held: Rows, count: int, cap: int | None) -> int:
-    """The estimate of memory of ``try_out``, when it stays under ``cap``. Raises Refused otherwise."""
+    """The estimate of memory of so many candidates side by side, if it is under ``cap``. Raises Refused otherwise."""
     value, sizes, rows = 4 if lm.cpu_backend() else 2, checkpoint.arch.layer_sizes(0), calibration.joined(held)
     streams = (count + 1) * held.count * held.length * sizes["hidden"] * value
     inputs = rows.count * rows.length * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
     solved = max(each.nbytes for each in solve_costs(checkpoint, calibration.total)) if calibration.count else 0
-    return stream.check_memory(checkpoint, rows, cap, streams + inputs + solved, "; or try fewer candidates")
+    return stream.check_memory(checkpoint, rows, cap, streams + inputs + solved, "; or leave out trials: --widths even")
 
 
 class _SideBySide:

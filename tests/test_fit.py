@@ -17,7 +17,7 @@ from mlx_pare import lm, machine
 from mlx_pare.arch import describe
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import UsageError
-from mlx_pare.fit import footprint, macs, memory, planner
+from mlx_pare.fit import footprint, macs, memory, planner, speed
 from mlx_pare.fit.memory import Needs, Use
 from mlx_pare.packing import Packing
 
@@ -343,6 +343,19 @@ def test_fewer_bytes_and_more_memory_never_fit_worse():
     fits = [row_of(QWEN25_32B, Q4, f"m4-max-{gb}gb")["headroom_bytes"] for gb in (36, 48, 64, 128)]
     assert fits == sorted(fits) and fits[0] > 0
     assert not row_of(QWEN25_32B, Q4, "m4-24gb")["fits"]
+
+
+def test_weights_that_can_be_read_at_a_speed():
+    """decode the other way round; memory still bounds them, and a Mac of unknown bandwidth is asked in vain."""
+    needs, mac = Needs(describe(QWEN3_8B), Use(4096)), macs.find("m4-24gb")
+    for wanted in (10.0, 20.0, 40.0):
+        most = planner.max_weight_bytes(needs, mac, tokens_per_s=wanted)
+        assert 0 < most < planner.max_weight_bytes(needs, mac)
+        assert speed.decode(needs, most, mac) == pytest.approx(wanted, rel=1e-6)
+    assert planner.max_weight_bytes(needs, mac, tokens_per_s=1e-3) == planner.max_weight_bytes(needs, mac)
+    assert planner.max_weight_bytes(needs, mac, tokens_per_s=1e6) == 0
+    with pytest.raises(UsageError, match="bandwidth"):
+        planner.max_weight_bytes(needs, dataclasses.replace(mac, bandwidth_gb_s=None), tokens_per_s=10)
 
 
 def test_max_weight_bytes_is_the_edge_of_fits():

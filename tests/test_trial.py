@@ -293,9 +293,23 @@ def test_memory_is_stated_and_refused(model, monkeypatch):
     stated = trial.check_memory(checkpoint, DATA, HELD, len(candidates), 10**12)
     more = trial.check_memory(checkpoint, DATA, HELD, 1000 + len(candidates), 10**12)
     assert more - stated == 1000 * 7 * 24 * 64 * 4  # a stream each
-    with pytest.raises(Refused, match=r"--memory-cap allows.*fewer candidates"):
-        try_out(path, candidates, DATA, HELD, memory_cap=stated - 1)
-    assert try_out(path, candidates, DATA, HELD, memory_cap=stated).kl
+    one = trial.check_memory(checkpoint, DATA, HELD, 1, 10**12)
+    with pytest.raises(Refused, match=r"--memory-cap allows.*--widths even"):
+        try_out(path, candidates, DATA, HELD, memory_cap=one - 1)
+
+
+def test_what_does_not_fit_side_by_side_goes_one_after_the_other(model, monkeypatch):
+    """The same numbers from more walks; what was found in the first is known in the others."""
+    path, walks, walk = model("qwen2"), [], stream.walk
+    candidates = list(several(path).values())
+    monkeypatch.setattr(stream, "walk", lambda *a, **k: walks.append(a[2]) or walk(*a, **k))
+    together = try_out(path, candidates, DATA, HELD)
+    assert len(walks) == 1
+    cap = trial.check_memory(Checkpoint(path), DATA, HELD, 2, 10**12)
+    apart = try_out(path, candidates, DATA, HELD, memory_cap=cap)
+    assert len(walks) > 2 and not any(each.every for each in walks[2:])
+    assert apart.kl == pytest.approx(together.kl, rel=1e-6) and set(apart.curves) == set(together.curves)
+    assert try_out(path, [], DATA, HELD).kl == []
 
 
 def test_stated_memory_is_enough(pico_models, monkeypatch):

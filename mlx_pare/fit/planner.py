@@ -134,9 +134,13 @@ def unsure(mac: Mac, budget: Budget | None = None) -> list[str]:
     return found + (["budget"] if (budget or Budget()).unsure(mac) else [])
 
 
-def max_weight_bytes(needs: Needs, mac: Mac, budget: Budget | None = None) -> int:
-    """How many bytes of weights leave room for everything else of this architecture (as cut); 0 when none do."""
-    return max((budget or Budget()).of(mac) - needs.peak(needs.use.context, mac.generation), 0)
+def max_weight_bytes(needs: Needs, mac: Mac, budget: Budget | None = None, tokens_per_s: float | None = None) -> int:
+    """How many bytes of weights leave room for everything else of this architecture (as cut); 0 when none do.
+
+    ``tokens_per_s``: they must also be few enough to be written with at this speed, all of them read for each token.
+    """
+    most = max((budget or Budget()).of(mac) - needs.peak(needs.use.context, mac.generation), 0)
+    return most if tokens_per_s is None else min(most, speed.readable_bytes(needs, mac, tokens_per_s))
 
 
 def curve(needs: Needs, weights: Weights, mac: Mac) -> list[dict[str, int]]:

@@ -10,6 +10,7 @@ off they are, model by model.
 from __future__ import annotations
 
 from ..arch.spec import length
+from ..errors import UsageError
 from . import footprint
 from .macs import Mac
 from .memory import Needs
@@ -58,6 +59,19 @@ def decode(needs: Needs, read_bytes: int, mac: Mac, k_quants: int = 0) -> float 
     flops = K_QUANT_FLOPS.get(mac.generation, 0) * k_quants
     unpacking = flops / (mac.tflops * 1e12) if mac.tflops else 0.0
     return needs.use.batch / (max(read_bytes / speed, unpacking) + moved / speed + layers * layer_seconds)
+
+
+def readable_bytes(needs: Needs, mac: Mac, tokens_per_s: float) -> int:
+    """How many bytes of weights can be read for every token at this speed: ``decode`` the other way round, without
+    K-quants. Raises UsageError for a Mac whose bandwidth is not known."""
+    if mac.bandwidth_gb_s is None:
+        raise UsageError(
+            f"the bandwidth of {mac.name} is not known, so no speed can be asked of it", "name another Mac"
+        )
+    share, layer_seconds = constants(needs.runtime, mac)
+    moved, layers = work(needs)
+    seconds = needs.use.batch / tokens_per_s - layers * layer_seconds
+    return max(0, int(seconds * share * mac.bandwidth_gb_s * 1e9 - moved))
 
 
 def constants(runtime: str, mac: Mac) -> tuple[float, float]:
