@@ -30,14 +30,14 @@ from mlx_pare import console, corpus, lm, planning, steps
 from mlx_pare.artifacts import Metrics, Plan
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError
-from mlx_pare.plan import whole
+from mlx_pare.plan import Options, plan, whole
 from mlx_pare.steps import Settings, Texts
 
 HERE = Path(__file__).parent
 WINDOW, CALIBRATION, SELECTION = 256, 128, 16  # tokens; windows
 LEVELS = (10, 20, 25, 30, 50)  # percent of the non-embedding parameters removed
 T95 = 1.98  # of Student's t, two-sided, for 100 windows; 1.97 for 200
-BUDGETS = (0.56, 0.34, 0.26, 0.2)  # of the bytes of the model as it is; the first is half of its blocks in float16
+BUDGETS = (0.56, 0.345, 0.25, 0.22)  # of the bytes in float16: half of the blocks; 5 bits; 3 bits with room; 3 bits
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,15 @@ class Bench:
         """What all cuts have in common."""
         return Settings(samples=CALIBRATION, length=WINDOW, recover_steps=0, trials=0, tries=self.tries, **asked)
 
-    def prepare(self, bits: Sequence[int] = (), group_size: int = 64) -> None:
-        """Statistics, scores, sensitivities."""
+    def prepare(self, bits: Sequence[int] = (), group_size: int = 64, sensed: bool = True) -> None:
+        """Statistics and scores, and sensitivities if wanted."""
         s = self.settings(keep=0.5, choose_bits=tuple(bits), group_size=group_size)
         with steps.open_run(self.subject.model, self.base) as run:
             texts = self.subject.texts(s)
             steps.calibrate_step(run, texts, s)
             steps.score_step(run, s)
-            planning.sensitivity_step(run, texts, s)
+            if sensed:
+                planning.sensitivity_step(run, texts, s)
             steps.evaluate_step(run, "original", run.model, texts, s)
 
     def cut(self, name: str, s: Settings) -> tuple[Metrics, Plan]:
@@ -231,6 +232,7 @@ def budgets(bench: Bench, shares: Sequence[float]) -> Iterator[str]:
     """Fewer bits, fewer units, or what the programme makes of both, at the same bytes."""
     checkpoint = Checkpoint(bench.subject.model)
     bits = (2, 3, 4, 5, 6, 8)
+    bench.prepare(sensed=False)
     mixed = Bench(replace(bench.subject, name=bench.subject.name + "-bits"), bench.work, bench.tries)
     mixed.prepare(bits)
     size = checkpoint.nbytes() / 1e6
@@ -243,11 +245,11 @@ def budgets(bench: Bench, shares: Sequence[float]) -> Iterator[str]:
         narrow = _narrow(bench, budget)
         if narrow:
             found["bits"] = narrow
-        for number in bits[::-1]:
+        for number in (8, 6, 4):
             s = bench.settings(target_size=f"{budget}B", bits=number, widths="uniform")
             if (one := _attempt(bench, f"units-{number}-{budget}", s)) and one[0] < found.get("units", (1e9,))[0]:
                 found["units"] = one
-        for number in (8, 6, 4, 3):  # of the embedding, which is no part of a layer
+        for number in (8, 4):  # of the embedding, which is no part of a layer
             s = mixed.settings(target_size=f"{budget}B", bits=number, widths="per-layer", choose_bits=bits)
             if (one := _attempt(mixed, f"both-{number}-{budget}", s)) and one[0] < found.get("both", (1e9,))[0]:
                 found["both"] = one
@@ -280,7 +282,7 @@ def _narrow(bench: Bench, budget: int) -> tuple[float, float, str] | None:
     from mlx_pare.evaluate import evaluate
     from mlx_pare.prune import prune
 
-    like = Plan.load(bench.work / f"{bench.subject.name}-uniform-50" / "plan" / "plan.json")
+    like = plan(bench.subject.model, bench.base / "score" / "scores.safetensors", Options(keep=0.5))
     made = whole(bench.subject.model, like, budget)
     if made is None:
         return None
@@ -305,12 +307,11 @@ def _selected_kl(bench: Bench, model: Path, name: str) -> float:
 def costs(bench: Bench) -> Iterator[str]:
     """Seconds of the steps of one cut, beside a plain calibration pass, in one run."""
     from mlx_pare.calibrate import calibrate
-    from mlx_pare.plan import Options, plan
     from mlx_pare.reconstruct import reconstruct
     from mlx_pare.score import score
 
     subject = bench.subject
-    yield f"\n{subject.name}, seconds relative to a calibration pass over the same {subject.calibration.total} tokens:\n"
+    yield f"\n{subject.name}, seconds relative to a calibration pass over the same {subject.calibration.total} tokens\n"
     with tempfile.TemporaryDirectory() as name:
         work, start = Path(name), time.perf_counter()
         stats = calibrate(subject.model, subject.calibration, work / "stats")

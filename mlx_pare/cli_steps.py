@@ -119,7 +119,7 @@ def plan_command(
     with steps.continue_run(run) as opened:
         if dry_run:
             return show.show_shape(pipeline.shape_of(opened.model, s))
-        s = replace(s, **steps.of_calibration(opened), memory_cap=s.memory_cap)
+        s = planning.settled(opened.model, replace(s, **steps.of_calibration(opened), memory_cap=s.memory_cap))
         path = planning.plan_step(opened, steps.Texts(opened.model, s), s)
     made = Plan.load(path).model_dump()
     console.say(f"plan: {path}")

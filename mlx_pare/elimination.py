@@ -112,12 +112,12 @@ def greedy(
         costs = _costs(blocks, weights, squares, alive)
         least = np.argsort(costs, kind="stable")[: min(batch, len(alive) - count)]
         order += alive[least].tolist()
-        prices += costs[least].tolist()
         gone = (alive[least][:, None] * size + np.arange(size)).reshape(-1)
         rows = state.rows(gone)
         low = factor(rows[:, gone])
         half = _lower_solve(low, rows)
         change = _lower_solve(low, weights[gone])
+        prices += np.square(change).reshape(len(least), -1).sum(axis=1).tolist()  # of each after those before it
         _add(weights, -1, half, change)
         np.einsum("no,no->n", weights, weights, out=squares)
         if size == 1:

@@ -109,6 +109,15 @@ def _refuse_existing(out: Path) -> None:
 # ---- what is written ----
 
 
+def why_not(checkpoint: Checkpoint) -> PareError | None:
+    """Why there can be no GGUF file of a checkpoint; None when there can."""
+    try:
+        target_of(checkpoint)
+    except PareError as error:
+        return error
+    return None
+
+
 def target_of(checkpoint: Checkpoint) -> Target:
     """The llama.cpp architecture for a checkpoint. Raises PareError when none computes the same."""
     arch, config, family = checkpoint.arch, checkpoint.arch.config, checkpoint.arch.family

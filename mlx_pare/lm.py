@@ -2,7 +2,9 @@
 
 Device differences live here too. On Metal (and CUDA) models compute in their own dtype with the stock layers. On the
 CPU backend every matrix is expanded to float32 for the length of one call (see quantized.Float32Linear), and
-mx.compile, which shells out to a C++ compiler there, is off. The Metal side has never been run so far.
+mx.compile, which shells out to a C++ compiler there, is off. Products of float32 matrices are really computed in
+float32: by default MLX rounds their factors to ten bits on CUDA and on Macs from the M5 on, which would end up in every
+Gram matrix. The Metal side has never been run so far.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read by MLX at its first product
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -87,7 +91,9 @@ def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
 def tokenizer(path: Path) -> Any:
     """mlx-lm's wrapper around the directory's tokenizer."""
     from mlx_lm.tokenizer_utils import load as load_tokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it warns of model types that it does not know: ours need its tokenizers alone
     try:
         return load_tokenizer(Path(path))
     except Exception as error:  # tokenizers and transformers raise bare Exceptions on damaged files

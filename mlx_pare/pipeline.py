@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
 from .export import FILE_TYPES
 from .fit import macs
+from .layering import layers_by_of
 from .plan import shape, whole
 from .reconstruct import check_memory as check_reconstruction
 from .reconstruct import costs as reconstruction_costs
@@ -43,6 +44,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """
     s = affordable(model, settings)
     preflight(model, s)
+    s = planning.settled(model, s)
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
     asked = {"model": str(model), **asdict(s)}
@@ -79,6 +81,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
 def dry_run(model: Path, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
     preflight(model, s)
+    planning.settled(model, s)
     rows, extra = corpus.Rows.full(np.zeros((s.samples, s.length))), criterion(s.criterion).extra
     needed = check_calibration(Checkpoint(model), rows, s.memory_cap, extra)
     return shape_of(model, s) | {"calibration_bytes": needed}
@@ -97,7 +100,7 @@ def preflight(model: Path, s: Settings) -> None:
     criterion(s.criterion)
     one_of("recovery method", s.method, METHODS)
     one_of("way to choose widths", s.widths, planning.WIDTHS)
-    planning.layers_by_of(s, s.criterion, s.widths)
+    layers_by_of(s, s.criterion)
     one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
     shape(Checkpoint(model), s.plan_options())
     if s.reconstruct:
@@ -134,7 +137,7 @@ def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
         raise UsageError(f"unknown {what} {name!r}", f"choose one of {', '.join(filter(None, known))}")
 
 
-def _summary(run: Run, model: Path, gguf: Path, written: Path, measured: Sequence[str]) -> dict[str, Any]:
+def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: Sequence[str]) -> dict[str, Any]:
     def of(name: str) -> dict[str, Any]:
         step = run.directory(f"evaluate-{name}")
         return json.loads((step / "metrics.json").read_text()) | json.loads((step / "size.json").read_text())
@@ -142,7 +145,7 @@ def _summary(run: Run, model: Path, gguf: Path, written: Path, measured: Sequenc
     found = metrics(run.path, measured)
     return {
         "model": str(model),
-        "gguf": str(gguf),
+        "gguf": None if gguf is None else str(gguf),
         "report": str(written),
         "verdict": verdict(found),
         "before": of("original"),
@@ -159,8 +162,8 @@ def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
         return
     name = macs.find(s.mac).name
     for what, key in (("the model", "rows"), ("the GGUF file", "gguf_rows")):
-        row = next(r for r in summary["fits"][key] if r["mac"] == name)
-        if not row["fits"]:
+        row = next((r for r in summary["fits"][key] if r["mac"] == name), None)
+        if row and not row["fits"]:
             raise Refused(
                 f"{what} does not fit {name} at {s.context} tokens: {console.gb(-row['headroom_bytes'])} too much",
                 f"everything is kept, see {summary['report']}; ask for a smaller --gguf type, or cut more",

@@ -176,6 +176,11 @@ def matrix(module: nn.Module) -> mx.array:
     return dense_weight(getattr(module, "inner", module))
 
 
+def stored_dtype(layer: nn.Module) -> mx.Dtype:
+    """Of the weight of a layer, or of its scales and biases."""
+    return layer.scales.dtype if is_packed(layer) else layer.weight.dtype
+
+
 def packed_layer(layer: nn.Module, packing: Packing) -> nn.Module:
     """A linear layer with its matrix packed, in groups that divide it; the layer itself where none does."""
     weight = matrix(layer)
@@ -185,8 +190,7 @@ def packed_layer(layer: nn.Module, packing: Packing) -> nn.Module:
     made = nn.QuantizedLinear(
         weight.shape[-1], weight.shape[0], bias="bias" in layer, group_size=fitted.group_size, bits=fitted.bits
     )
-    dtype = layer.scales.dtype if is_packed(layer) else layer.weight.dtype
-    parts = pack(weight, fitted, dtype)
+    parts = pack(weight, fitted, stored_dtype(layer))
     made.weight, made.scales, made.biases = parts.words, parts.scales, parts.biases
     if "bias" in layer:
         made.bias = layer.bias
@@ -202,7 +206,8 @@ def dense_rows(module: nn.Module, index: mx.array) -> mx.array:
 
 
 def to_float32(module: nn.Module) -> nn.Module:
-    """Put Float32Linear and Float32Embedding around every matrix below ``module``; small parameters become float32."""
+    """Put Float32Linear and Float32Embedding around every matrix in ``module``, or around itself where it is one; small
+    parameters become float32."""
 
     def wrap(leaf: nn.Module) -> nn.Module:
         if isinstance(leaf, nn.Linear | nn.QuantizedLinear):
@@ -212,6 +217,8 @@ def to_float32(module: nn.Module) -> nn.Module:
         leaf.apply(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a)
         return leaf
 
+    if not module.children():
+        return wrap(module)
     leaves = tree_map(wrap, module.leaf_modules(), is_leaf=nn.Module.is_module)
     module.update_modules(leaves)
     return module

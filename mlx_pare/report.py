@@ -19,6 +19,7 @@ from .fit.plot import draw, drawn
 from .rundir import Manifest
 from .show import stability_lines
 
+BEST = 5  # candidates that are shown
 MACS_NOTE = (
     "Of every memory size the Mac with the least room. Tight: more than nine tenths of the budget. The work memory in "
     "these sums is an estimate, and so is a budget with a question mark."
@@ -30,8 +31,15 @@ def report(run: Path, measured: Sequence[str] | None = None) -> Path:
     contenders that belong to the result (default: all that are there)."""
     manifest = Manifest.model_validate_json((run / "manifest.json").read_bytes())
     found = metrics(run, measured)
-    sections = [_title(manifest), "## Was it worth it?\n\n" + verdict(found), _contenders(found), _shape(run)]
-    sections += [_stability(run), _requantized(run), _recovery(run) if "recovered" in found else ""]
+    sections = [
+        _title(manifest),
+        "## Was it worth it?\n\n" + verdict(found),
+        _contenders(found),
+        _shape(run),
+        _tried(run),
+        _stability(run),
+    ]
+    sections += [_requantized(run), _recovery(run) if "recovered" in found else ""]
     sections += [_speed(run), _gguf(run), _macs(run, manifest), _warnings(run), _steps(manifest)]
     path = run / "report.md"
     replace_file(path, ("\n\n".join(s for s in sections if s) + "\n").encode())
@@ -187,6 +195,51 @@ def _stability(run: Path) -> str:
     )
 
 
+def _tried(run: Path) -> str:
+    """How the sizes were chosen: the best candidates, and what single changes had said of them."""
+    tried = _json(run / "plan" / "tried.json")
+    if not tried:
+        return ""
+    every, even, taken = tried["candidates"], tried["even"], tried["taken"]
+    best = sorted(range(len(every)), key=lambda i: _or_infinite(every[i]["kl"]))[:BEST]
+    shown = best + [i for i in (taken, even) if i is not None and i not in best]
+    rows = []
+    for i in dict.fromkeys(shown):
+        marks = ", ".join(mark for mark, number in (("even split", even), ("taken", taken)) if number == i)
+        numbers = [_number(every[i].get(name), 4) for name in ("kl", "reconstructed_kl")]
+        rows.append(_row(_sizes(every[i]) + (f" ({marks})" if marks else ""), *numbers))
+    given_up = sum(row["kl"] is None for row in every)
+    text = f"Widths {tried['widths']}: {len(every)} candidates tried on validation text, each part repaired for itself"
+    text += f"; {given_up} of them were given up on the way." if given_up else "."
+    if ranks := tried.get("rank_correlation"):
+        listed = ", ".join(f"{name} {value:.2f}" for name, value in ranks.items())
+        text += f" Rank correlation of the local errors of single changes with their measured KL: {listed}."
+    return f"## How the sizes were chosen\n\n{text}\n\n" + _table(["candidate", "KL", "KL reconstructed"], rows)
+
+
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _sizes(candidate: Mapping[str, Any]) -> str:
+    """A candidate of tried.json in one cell; what differs between layers as a range."""
+    if "level" in candidate:
+        level = candidate["level"]
+        return f"{level['layer']} layers, ffn {level['ffn']}, kv heads {level['kv_head']}"
+    kept = [layer for layer in candidate["layers"] if layer]
+    parts = [f"{len(kept)} layers"]
+    for key, name in (
+        ("ffn", "ffn"),
+        ("kv_head", "kv heads"),
+        ("ffn_bits", "ffn bits"),
+        ("attention_bits", "attn bits"),
+    ):
+        values = [layer[key] for layer in kept if layer.get(key) is not None]
+        if values:
+            parts.append(f"{name} {span(values if len(set(values)) > 1 else values[0])}")
+    return ", ".join(parts)
+
+
 def _requantized(run: Path) -> str:
     done = _json(run / "prune" / "done.json")
     if not done or not done["requantized"]:
@@ -241,6 +294,8 @@ def _gguf(run: Path) -> str:
     done = _json(run / "export" / "export.json")
     if not done:
         return ""
+    if done["path"] is None:
+        return f"## GGUF\n\nThere is no GGUF file: {_plain(done['why'])}."
     facts = [done["kind"], f"architecture {done['architecture']}", gb(done["bytes"]), f"{done['tensors']} tensors"]
     text = f"`{done['path']}`: {', '.join(facts)}."
     checked = done.get("verify") or {}
@@ -270,7 +325,8 @@ def _macs(run: Path, manifest: Manifest) -> str:
         text += f" Smallest: {fitting[0]:g} GB ({gb(sizes[fitting[0]]['headroom_bytes'])} free)."
     if gained := [f"{size:g} GB" for size in fitting if size in original and not original[size]["fits"]]:
         text += f" Memory sizes on which only the result fits: {', '.join(gained)}."
-    text += f" The GGUF file fits {sum(row['fits'] for row in fits['gguf_rows'])}."
+    if fits["gguf_rows"]:
+        text += f" The GGUF file fits {sum(row['fits'] for row in fits['gguf_rows'])}."
     columns = {"original": original, "result (MLX)": sizes, "GGUF": by_memory(fits["gguf_rows"])}
     columns = {title: found for title, found in columns.items() if found}  # older runs say nothing of the original
     lines = [_row(f"{n:g} GB", _budget(sizes[n]), *(_room(found[n]) for found in columns.values())) for n in sizes]

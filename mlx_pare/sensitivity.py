@@ -16,6 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from .arch import why_no_sublayer_drops
 from .artifacts import Arrays
 from .checkpoint import Checkpoint
 from .corpus import Rows
@@ -43,9 +44,9 @@ def sensitivity(
     ``held``: rows on which KL is measured, of the length of the ``calibration`` rows. Raises Refused as ``try_out``.
     """
     checkpoint = Checkpoint(model)
-    singles = _singles(checkpoint, bits)
-    found = try_out(model, [made for _, made in singles], calibration, held, None, group_size, memory_cap)
-    measured = {single: kl for (single, _), kl in zip(singles, found.kl, strict=True)}
+    changes = singles(checkpoint, bits)
+    found = try_out(model, [made for _, made in changes], calibration, held, None, group_size, memory_cap)
+    measured = {single: kl for (single, _), kl in zip(changes, found.kl, strict=True)}
     arrays: dict[str, mx.array] = {}
     for (layer, part), curve in found.curves.items():
         points = {units: kl for (i, what, units), kl in measured.items() if (i, what) == (layer, part)}
@@ -59,11 +60,11 @@ def sensitivity(
             arrays[f"{layer}.drop"] = mx.array(kl)
     about = {"model": checkpoint.identity(), "tokens": calibration.total, "held_tokens": held.total, "bits": list(bits)}
     about |= {"calibration": calibration.digest(), "held": held.digest(), "group_size": group_size}
-    Arrays(arrays, {**about, "rank_correlation": _rank_correlations(found.curves, measured)}).save(out)
+    Arrays(arrays, {**about, "rank_correlation": rank_correlations(found.curves, measured)}).save(out)
     return out
 
 
-def _singles(checkpoint: Checkpoint, bits: Sequence[int]) -> list[tuple[Single, Candidate]]:
+def singles(checkpoint: Checkpoint, bits: Sequence[int]) -> list[tuple[Single, Candidate]]:
     """The model with one change: what it is, and the candidate."""
     full, found = whole(checkpoint.arch), []
 
@@ -74,27 +75,32 @@ def _singles(checkpoint: Checkpoint, bits: Sequence[int]) -> list[tuple[Single, 
         add(layer, "layer", 0, None)
         for part, of in PARTS.items():
             units = width.units(part)
-            for count in sorted({max(1, round(share * units)) for share in SHARES} - {units}):
+            counts = {max(1, round(share * units)) for share in SHARES} - {units}
+            if why_no_sublayer_drops(checkpoint.arch, part) is None:
+                counts.add(0)
+            for count in sorted(counts):
                 add(layer, part, count, replace(width, **{of.axis: count}))
             for number in bits:
                 add(layer, f"{part} bits", number, replace(width, **{f"{part}_bits": number}))
-        add(layer, "ffn", 0, replace(width, ffn=0))
     return found
 
 
 def expected(curve: Curve, points: dict[int, float]) -> np.ndarray:
     """KL [units + 1] of every width, given the measured KL at some: the loss of the curve times a factor, whose
-    logarithm is linear between the measured widths and constant beyond. A wider part is never worse."""
-    counts = [count for count in sorted(points) if curve.loss[count] > TINY and np.isfinite(points[count])]
-    if not counts:
-        return curve.loss.copy()
-    factors = [np.log(max(points[count], TINY) / curve.loss[count]) for count in counts]
-    kl = curve.loss * np.exp(np.interp(np.arange(len(curve.loss)), counts, factors))
+    logarithm is linear between the measured widths and constant beyond. A wider part is never worse. Infinite where it
+    was given up; the loss alone where nothing was measured."""
+    kl, lost = curve.loss.copy(), [count for count in points if np.isinf(points[count])]
+    counts = [count for count in sorted(points) if curve.loss[count] > TINY and count not in lost]
+    if counts:
+        factors = [np.log(max(points[count], TINY) / curve.loss[count]) for count in counts]
+        kl *= np.exp(np.interp(np.arange(len(kl)), counts, factors))
+    kl[lost] = np.inf
     return np.maximum.accumulate(kl[::-1])[::-1]
 
 
-def _rank_correlations(curves: Curves, measured: dict[Single, float]) -> dict[str, float]:
-    """Spearman's rank correlation of local losses with measured KL, by part and of all together."""
+def rank_correlations(curves: Curves, measured: dict[Single, float]) -> dict[str, float]:
+    """Spearman's rank correlation of local losses with measured KL, by part and of all together, as far as there are
+    three different ones or more."""
     from scipy.stats import spearmanr
 
     pairs = {part: [] for part in (*PARTS, "all")}
@@ -102,4 +108,6 @@ def _rank_correlations(curves: Curves, measured: dict[Single, float]) -> dict[st
         if what in PARTS and np.isfinite(kl):
             pairs[what].append((curves[layer, what].loss[units], kl))
             pairs["all"].append(pairs[what][-1])
-    return {part: float(spearmanr(*zip(*some, strict=True))[0]) for part, some in pairs.items() if len(some) > 2}
+    lists = {part: list(zip(*some, strict=True)) for part, some in pairs.items()}
+    enough = {part: some for part, some in lists.items() if some and all(len(set(values)) > 2 for values in some)}
+    return {part: float(spearmanr(*some)[0]) for part, some in enough.items()}

@@ -125,7 +125,8 @@ def show_summary(summary: dict[str, Any]) -> None:
         f"{fits['original_fits']}){smallest}"
     )
     for name in ("model", "gguf", "report"):
-        console.say(f"{name}: {summary[name]}")
+        if summary[name] is not None:
+            console.say(f"{name}: {summary[name]}")
     console.say(summary["verdict"].replace("**", ""))
 
 

@@ -158,8 +158,9 @@ def _sums(pieces: Iterable[tuple[mx.array, mx.array | None]]) -> tuple[np.ndarra
         square = mx.square(t).sum() if t is not None else mx.zeros(())
         mx.eval(products, square)
         totals = totals or [np.zeros(product.shape) for product in products]
-        for total, product in zip(totals, products, strict=True):
-            total += np.asarray(product)
+        with np.errstate(all="ignore"):  # what is not finite is told at the end
+            for total, product in zip(totals, products, strict=True):
+                total += np.asarray(product)
         energy += square.item()
     return totals[0], totals[1] if len(totals) > 1 else None, energy
 

@@ -28,11 +28,11 @@ from .checkpoint import Checkpoint
 from .corpus import Rows
 from .observers import replace_module
 from .packing import Packing
-from .quantized import pack
+from .quantized import pack, stored_dtype
 from .site import Site, solve_costs
 
 TINY = 1e-30
-LOST = 1.0  # error of a stream, relative to the dense one in squares, at which a candidate is given up
+LOST = 2.0  # squares of a stream's error over the dense one's, at which it is given up: that of an unrelated stream
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def try_out(
     curves: Mapping[tuple[int, str], Curve] | None = None,
     group_size: int = 64,
     memory_cap: int | None = None,
-    lost: float = LOST,
+    lost: float | None = None,
 ) -> Tried:
     """Try candidates on ``held`` rows, repaired by ``calibration`` rows of the same length.
 
@@ -122,7 +122,9 @@ def try_out(
     checkpoint = Checkpoint(model)
     check_memory(checkpoint, calibration, held, len(candidates), memory_cap)
     rows = calibration.joined(held)
-    side_by_side = _SideBySide(checkpoint.arch, candidates, rows, calibration.count, curves, group_size, lost)
+    side_by_side = _SideBySide(
+        checkpoint.arch, candidates, rows, calibration.count, curves, group_size, LOST if lost is None else lost
+    )
     dense = stream.walk(model, rows, side_by_side, what=f"try {len(candidates)}: block")
     reference = dense.of(dense.hidden[calibration.count :])
     found = []
@@ -136,12 +138,11 @@ def try_out(
 
 def check_memory(checkpoint: Checkpoint, calibration: Rows, held: Rows, count: int, cap: int | None) -> int:
     """The estimate of memory of ``try_out``, when it stays under ``cap``. Raises Refused otherwise."""
-    value, sizes = 4 if lm.cpu_backend() else 2, checkpoint.arch.layer_sizes(0)
+    value, sizes, rows = 4 if lm.cpu_backend() else 2, checkpoint.arch.layer_sizes(0), calibration.joined(held)
     streams = (count + 1) * held.count * held.length * sizes["hidden"] * value
-    inputs = calibration.total * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
+    inputs = rows.count * rows.length * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
     solved = max(each.nbytes for each in solve_costs(checkpoint, calibration.total)) if calibration.count else 0
-    needed = streams + inputs + solved
-    return stream.check_memory(checkpoint, calibration.joined(held), cap, needed, "; or try fewer candidates")
+    return stream.check_memory(checkpoint, rows, cap, streams + inputs + solved, "; or try fewer candidates")
 
 
 class _SideBySide:
@@ -164,6 +165,7 @@ class _SideBySide:
         self.every, self.curves = curves is None, dict(curves or {})
         self.whole = whole(arch)
         self.mask = rows.mask()
+        self.text = mx.array(self.mask[first:, :, None])
         self.mask[first:] = False  # held-out rows do not count when something is solved
 
     # ---- what the engine calls ----
@@ -189,7 +191,7 @@ class _SideBySide:
         for site in self.sites.values():
             site.remembering, site.inputs = False, []
         reference = after[self.first :].astype(mx.float32)
-        energy = mx.square(reference).sum()
+        energy = mx.square(reference * self.text).sum()
         after_it: dict[Candidate, int] = {}  # candidates that are the same up to here share one stream
         for number, candidate in enumerate(self.candidates):
             state, width = self.states[number], candidate[index]
@@ -202,7 +204,7 @@ class _SideBySide:
             if width is not None:
                 with self._changed(index, width, solved):
                     state = run(state, self.first)
-            missed = mx.square(state.astype(mx.float32) - reference).sum()
+            missed = mx.square((state.astype(mx.float32) - reference) * self.text).sum()
             self.states[number] = state if (missed < self.lost * energy).item() else math.inf
 
     # ---- one block ----
@@ -214,17 +216,26 @@ class _SideBySide:
 
     def _solved(self, index: int, part: str) -> dict[int, tuple[mx.array, mx.array]]:
         """Weight [out, in], zero at what is cut, and bias, for every number of units that some candidate keeps."""
-        site, sizes = self.sites[part], self.arch.layers[index].sizes
-        size = sizes["group"] * sizes["head_dim"] if part == "attention" else 1
+        site = self.sites[part]
         problem, energy = site.problem(None, self.mask)
         if (index, part) not in self.curves:
-            self.curves[index, part] = _curve(*problem.path(size), energy)
+            self.curves[index, part] = _curve(*problem.path(self._size(index, part)), energy)
         found = {}
         for count in self._counts(index, part):
-            kept = np.array(self.curves[index, part].kept(count))
-            columns = (kept[:, None] * size + np.arange(size)).reshape(-1)
+            columns = self._columns(index, part, count)
             found[count] = site.made_of(problem.solve(columns), columns)
         return found
+
+    def _size(self, index: int, part: str) -> int:
+        """How many inputs of its last matrix a unit of a part has."""
+        sizes = self.arch.layers[index].sizes
+        return sizes["group"] * sizes["head_dim"] if part == "attention" else 1
+
+    def _columns(self, index: int, part: str, count: int) -> np.ndarray:
+        """The inputs of a part's last matrix that are left with so many units."""
+        size, whole = self._size(index, part), self.whole[index].units(part)
+        kept = np.arange(whole) if count == whole else np.array(self.curves[index, part].kept(count))
+        return (kept[:, None] * size + np.arange(size)).reshape(-1)
 
     @contextmanager
     def _changed(self, index: int, width: Width, solved: Mapping[str, Mapping[int, tuple]]) -> Iterator[None]:
@@ -236,7 +247,9 @@ class _SideBySide:
             if not site.gone:
                 site.new = solved[part][units] if units < self.whole[index].units(part) else None
                 if bits is not None:
-                    replaced += self._pack(index, part, bits)
+                    packing = Packing(bits, self.group_size)
+                    replaced += self._pack_readers(index, part, packing)
+                    site.new = _packed(site, self._columns(index, part, units), packing)
         try:
             yield
         finally:
@@ -245,24 +258,30 @@ class _SideBySide:
             for site in self.sites.values():
                 site.gone, site.new = False, None
 
-    def _pack(self, index: int, part: str, bits: int) -> list[tuple[str, Any]]:
-        """Pack the matrices of a part; returns what stood where."""
-        site, before = self.sites[part], []
+    def _pack_readers(self, index: int, part: str, packing: Packing) -> list[tuple[str, Any]]:
+        """Pack all matrices of a part but the last; returns what stood where."""
+        before = []
         for role in PARTS[part].roles[:-1]:
             path = self.arch.path(index, role)
 
             def packed(module: Any, path: str = path) -> Any:
                 before.append((path, module))
-                return lm.packed(module, self._packing(bits))
+                return lm.packed(module, packing)
 
             replace_module(self.block, path, packed)
-        weight, bias = site.new or (site.own(), site.bias)
-        packing = self._packing(bits).fitted(weight.shape[-1])
-        site.new = (pack(weight, packing, mx.float32).dense() if packing else weight, bias)
         return before
 
-    def _packing(self, bits: int) -> Packing:
-        return Packing(bits, self.group_size)
+
+def _packed(site: Site, columns: np.ndarray, packing: Packing) -> tuple[mx.array, mx.array]:
+    """Weight [out, in], zero but for these columns, and bias of a site, as they will be stored: packed where a group
+    divides them."""
+    weight, bias = site.new or (site.own(), site.bias)
+    fitted = packing.fitted(len(columns))
+    if fitted is None:
+        return weight, bias
+    index, made = mx.array(columns), mx.zeros_like(weight)
+    made[:, index] = pack(weight[:, index], fitted, stored_dtype(site.inner)).dense()
+    return made, bias
 
 
 def _curve(order: Sequence[int], prices: Sequence[float], energy: float) -> Curve:

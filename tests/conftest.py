@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pico
 import pytest
 
@@ -43,3 +44,20 @@ def pico_models(tmp_path_factory) -> Callable[..., Path]:
         return made[key]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def pico_stats(tmp_path_factory) -> Callable[[Path], Path]:
+    """``pico_stats(model)``: statistics of a model on a few rows of text drawn by lot."""
+    made: dict[Path, Path] = {}
+
+    def stats(model: Path) -> Path:
+        if model not in made:
+            from mlx_pare.calibrate import calibrate
+            from mlx_pare.corpus import Rows
+
+            made[model] = tmp_path_factory.mktemp("stats")
+            calibrate(model, Rows.full(np.random.default_rng(0).integers(0, 500, (8, 24))), made[model])
+        return made[model] / "stats.safetensors"
+
+    return stats

@@ -357,6 +357,40 @@ def greedy(
     return alive
 
 
+def repaired_alone(
+    config: dict,
+    weights: dict[str, np.ndarray],
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    kept: dict[int, tuple[list[int], list[int]]],
+    damping: float,
+) -> dict[str, np.ndarray]:
+    """The weights of the original with o_proj and down_proj (and their biases) of every layer solved anew for itself:
+    inputs and target are those of the dense stream. ``kept`` as in ``two_streams``; what keeps all is left as it is."""
+    heads, kv_heads, d = sizes(config)
+    text, new = np.arange(tokens.shape[1])[None] < lengths[:, None], dict(weights)
+    for i, a in enumerate(forward(config, weights, tokens)[1]):
+        channels, units = kept.get(i, ([], []))[::-1]
+        columns = {"self_attn.o_proj": inputs_of(units, heads // kv_heads * d), "mlp.down_proj": channels}
+        for (short, chosen), site in zip(columns.items(), ("attention", "ffn"), strict=True):
+            name = f"model.layers.{i}.{short}"
+            old, bias, x = weights[f"{name}.weight"], weights.get(f"{name}.bias"), a[site][text]
+            if not chosen:
+                new |= {n: np.zeros_like(weights[n]) for n in weights if n.rpartition(".")[0] == name}
+            if not chosen or len(chosen) == old.shape[1]:
+                continue
+            data, before, left = x, old, list(chosen)
+            if bias is not None:
+                data = np.hstack([x, np.ones((len(x), 1))])
+                before, left = np.hstack([old, np.zeros((len(old), 1))]), [*chosen, old.shape[1]]
+            found = ridge(data, x @ old.T, before, ridge_of(x, damping), left)
+            new[f"{name}.weight"] = np.zeros_like(old)
+            new[f"{name}.weight"][:, chosen] = found[:, : len(chosen)]
+            if bias is not None:
+                new[f"{name}.bias"] = bias + found[:, -1]
+    return new
+
+
 def two_streams(
     config: dict,
     weights: dict[str, np.ndarray],

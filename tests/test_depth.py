@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import planning, steps, trial
+from mlx_pare import layering, planning, steps, trial, tried
 from mlx_pare.arch import can_keep
 from mlx_pare.artifacts import Arrays, LayerPlan, Plan
 from mlx_pare.calibrate import calibrate
@@ -235,7 +235,7 @@ def test_statistics_without_angles(pico_models, tmp_path):
     old = Arrays.load(calibrate(model, ROWS, tmp_path / "stats"), "statistics")
     arrays = {name: mx.array(a) for name, a in old.arrays.items() if name != "angles"}
     Arrays(arrays, old.about).save(tmp_path / "old.safetensors")
-    with pytest.raises(PareError, match="hold no angles between layers. Calibrate anew"):
+    with pytest.raises(PareError, match=r"hold no angles between layers. Calibrate anew"):
         score(model, tmp_path / "old.safetensors", tmp_path / "scores.safetensors", "angular")
 
 
@@ -267,7 +267,7 @@ def settings(**changes) -> Settings:
 def test_a_run_drops_layers_by_kl(begun):
     """As the function says on rows of the validation text; what it cost is noted, and no trial is made twice."""
     run, texts = begun
-    held = planning.held_rows(texts)
+    held = tried.held_rows(texts)
     made = Plan.load(planning.plan_step(run, texts, ASKED))
     expected = layers_by_kl(run.model, len(made.layers), held)
     assert len(made.layers) < 5 and {la.source for la in made.layers} == {*range(5)} - {d.layer for d in expected}
@@ -281,7 +281,7 @@ def test_trials_of_drops_are_kept(begun, monkeypatch):
     run, texts = begun
     planning.plan_step(run, texts, ASKED)
     shutil.rmtree(run.directory("plan"))
-    monkeypatch.setattr(planning, "trials", lambda *_: lambda candidates: 1 / 0)
+    monkeypatch.setattr(layering, "trials", lambda *_: lambda candidates: 1 / 0)
     planning.plan_step(run, texts, ASKED)
     with pytest.raises(Refused, match=r"layers_by was 'kl', now it is 'angular'"):
         planning.plan_step(run, texts, settings(layers_by="angular"))
@@ -322,7 +322,7 @@ def test_what_is_best_once_it_is_reconstructed(pico_models, tmp_path, monkeypatc
     def misled(candidates):
         return [float(sum(i for i, width in enumerate(each) if width is None)) for each in candidates]
 
-    monkeypatch.setattr(planning, "trials", lambda *_: misled)
+    monkeypatch.setattr(layering, "trials", lambda *_: misled)
     asked = settings(widths="uniform", layers_by=None, tries=1, reconstruct=repaired)
     run, texts = begin(pico_models("llama", num_hidden_layers=6), tmp_path)
     with run:
@@ -336,7 +336,7 @@ def test_what_is_best_once_it_is_reconstructed(pico_models, tmp_path, monkeypatc
     for name in ("block-influence", "angular"):
         scores = score(run.model, stats, tmp_path / f"{name}.safetensors", name)
         sets[name] = plan(run.model, scores, asked.plan_options()).layers
-    held, kl = planning.held_rows(texts), {}
+    held, kl = tried.held_rows(texts), {}
     for name in noted["reconstructed_kl"]:
         each = made.model_copy(update={"layers": sets[name]})
         kl[name] = reconstructed_kl(run.model, each, texts.calibration, held, tmp_path / "scratch")
@@ -366,15 +366,15 @@ def plan_without(model: Path, gone: list[int]) -> list[LayerPlan]:
     ],
 )
 def test_who_chooses_layers(how, axes, criterion, by, expected):
-    assert planning.layers_by_of(Settings(axes=axes, layers_by=by), criterion, how) == expected
+    assert layering.layers_by_of(Settings(axes=axes, layers_by=by, widths=how), criterion) == expected
 
 
 def test_mistakes(begun):
     run, texts = begun
-    with pytest.raises(UsageError, match="none may go. Add layer to --axes"):
+    with pytest.raises(UsageError, match=r"none may go. Add layer to --axes"):
         planning.plan_step(run, texts, settings(axes=("ffn",)))
     with pytest.raises(
-        UsageError, match="unknown way to choose layers 'luck'. Choose one of block-influence, angular, kl"
+        UsageError, match=r"unknown way to choose layers 'luck'. Choose one of block-influence, angular, kl"
     ):
         planning.plan_step(run, texts, settings(layers_by="luck"))
     assert not run.directory("plan").exists()
@@ -385,8 +385,8 @@ def test_ways_are_named(pico_models):
     from mlx_pare.options import LayersBy
 
     told = re.split(r"[ .,;:]+", LayersBy.__metadata__[0].help)
-    assert {*planning.LAYERS_BY} <= {*told}
-    assert all("layer" in CRITERIA[name].own for name in planning.LAYERS_BY if name != "kl")
+    assert {*layering.LAYERS_BY} <= {*told}
+    assert all("layer" in CRITERIA[name].own for name in layering.LAYERS_BY if name != "kl")
 
 
 def test_memory_is_asked_for_first(pico_models):

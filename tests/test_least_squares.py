@@ -171,6 +171,35 @@ def test_equal_units_go_in_their_order(problem):
     assert made.choose(1, 3) == made.choose(1, 3) and len(made.choose(1, 3)) == 3
 
 
+# ---- the order in which they go, and what that costs ----
+
+
+@pytest.mark.parametrize("rounds", [256, 4])
+@pytest.mark.parametrize("fixed", [0, 1])
+@pytest.mark.parametrize(("inputs", "size"), [(14, 1), (15, 3), (16, 4)])
+def test_path(problem, monkeypatch, inputs, size, fixed, rounds):
+    """Choosing is what a path leaves; its prices add up to what brute force says is lost, also of units that go at
+    once. With nothing left everything is lost but what a constant gives."""
+    monkeypatch.setattr(elimination, "ROUNDS", rounds)
+    x, weight, target = data(inputs)
+    x = np.hstack([x + np.arange(inputs), np.ones((len(x), fixed))])
+    weight, target = np.hstack([weight, np.zeros((5, fixed))]), target + 2.0
+    made, stay = problem(x, weight, target, fixed=fixed), list(range(inputs, inputs + fixed))
+    order, prices = made.path(size)
+    units = inputs // size
+    assert sorted(order) == list(range(units)) and len(prices) == units and min(prices) > 0
+
+    def lost(kept: list[int]) -> float:
+        strong = reference.ridge_of(x[:, :inputs], DAMPING)
+        return reference.loss(x, target, weight, strong, reference.inputs_of(kept, size) + stay)
+
+    for gone in range(units + 1):
+        kept = sorted(order[gone:])
+        assert made.choose(size, units - gone) == kept
+        assert made.path(size, units - gone)[0] == order[:gone]
+        assert sum(prices[:gone]) == pytest.approx(lost(kept) - lost(list(range(units))), rel=1e-6)
+
+
 # ---- both forms ----
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import lm, pipeline, steps
+from mlx_pare import lm, pipeline, planning, steps
 from mlx_pare.artifacts import Metrics, Plan
 from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
@@ -115,7 +115,7 @@ def test_manifest_records_every_step(finished):
 def test_recipe_is_what_was_asked(finished, settings):
     recipe = tomllib.loads((finished["out"] / "recipe.toml").read_text("utf-8"))
     asked = {k: v for k, v in vars(settings).items() if v is not None}
-    assert recipe == {**asked, "axes": ["ffn", "kv_head"], "model": str(finished["model"])}
+    assert recipe == {**asked, "axes": ["ffn", "kv_head"], "choose_bits": [], "model": str(finished["model"])}
 
 
 def test_original_is_not_touched(finished):
@@ -135,8 +135,10 @@ def test_nothing_temporary_is_left(finished):
 
 def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypatch):
     before = hashes(finished["out"])
-    for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate", "export", "bench", "plan"):
+    for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate", "export", "bench"):
         monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
+    for verb in ("plan", "try_out", "sensitivity"):
+        monkeypatch.setattr(planning, verb, lambda *_, **__: pytest.fail("done again"))
     assert pipeline.run(finished["model"], finished["out"], settings) == finished["summary"]
     after = hashes(finished["out"])
     rewritten = {name for name in after if after[name] != before.get(name)}

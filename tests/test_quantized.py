@@ -12,7 +12,7 @@ import reference_packing as reference
 
 from mlx_pare import quantized
 from mlx_pare.packing import BITS, GROUP_SIZES, Packing
-from mlx_pare.quantized import Packed, pack, raw_bytes, relative_error, whole_groups
+from mlx_pare.quantized import Packed, pack, raw_bytes, relative_error, to_float32, whole_groups
 
 ROWS, COLUMNS = 6, 384
 ALL = list(itertools.product(BITS, GROUP_SIZES))
@@ -225,3 +225,12 @@ def test_dense_weight_takes_rows(bits):
     assert np.array_equal(np.array(quantized.dense_weight(module, 2, 5)), whole[2:5])
     assert np.array_equal(np.array(quantized.dense_weight(module, 7)), whole[7:])
     assert np.array_equal(np.array(quantized.dense_rows(module, mx.array([9, 0]))), whole[[9, 0]])
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(64, 8), nn.QuantizedLinear(64, 8), nn.Embedding(8, 64)], ids=lambda x: type(x).__name__
+)
+def test_a_single_matrix_computes_in_float32_too(layer):
+    made = to_float32(layer)
+    assert type(made).__name__ == ("Float32Embedding" if isinstance(layer, nn.Embedding) else "Float32Linear")
+    assert made.inner is layer and to_float32(nn.Sequential(layer)).layers[0].inner is layer

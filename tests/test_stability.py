@@ -14,7 +14,7 @@ import pico
 import pytest
 import reference_criteria
 
-from mlx_pare import corpus, lm, planning, show, stability, steps, stream
+from mlx_pare import corpus, lm, planning, show, stability, steps, stream, tried
 from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.calibrate import calibrate, calibrate_in_parts
 from mlx_pare.checkpoint import Checkpoint
@@ -374,7 +374,7 @@ def test_draws_without_spread(run, draws, measure):
 def test_selection_never_sees_calibration_or_test_text(pico_models):
     """Held-out rows come from the validation text, whose paragraphs no other part has."""
     texts = steps.Texts(pico_models("llama"), ASKED)
-    held = planning.held_rows(texts)
+    held = tried.held_rows(texts)
     own = corpus.windows(lm.tokenizer(texts.model), texts.documents["validation"], 32)
     assert held.tokens.tolist() == own.first(held.count).tokens.tolist()
     units = {part: {u for d in of for u in corpus.paragraphs(d)[1]} for part, of in texts.documents.items()}

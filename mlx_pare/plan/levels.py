@@ -12,7 +12,7 @@ from ..errors import Refused
 from ..fit import reach
 from ..fit.reach import Level
 from ..layout import size_of
-from .goal import Goal, Options, everything, goal, packing_of
+from .goal import Goal, Options, goal, packing_of
 
 SAME = 0.01  # of the whole: levels that differ by less meet a target alike
 
@@ -52,15 +52,18 @@ def shape(checkpoint: Checkpoint, options: Options, level: Level | None = None) 
 
 
 def splits(checkpoint: Checkpoint, options: Options, most: int) -> list[Level]:
-    """Levels that meet the target, each dividing the cut otherwise between the axes: for every number of kv heads, and
-    of layers, the ffn that is left. At most so many, those nearest to the even split, which is the first.
+    """Levels that meet the target as nearly as the even split does, or to a hundredth of the whole, each dividing the
+    cut otherwise between the axes: for every number of kv heads, and of layers, the ffn that is left. At most so many,
+    those nearest to the even split, which is the first.
 
     Raises as ``shape``."""
     arch, wanted = checkpoint.arch, goal(checkpoint, options)
     protected = reach.protected_layers(arch) if options.protect else []
     space = reach.space(arch, options.axes, step_of(checkpoint, options), protected)
     even, measure = _nearest(checkpoint, options, wanted, space, protected), _measure(arch, wanted, protected)
-    tolerance = SAME * measure(space.at(1.0)) if not wanted.at_most else SAME * wanted.measure(everything(arch))
+    whole = size_of(checkpoint, None, None)
+    tolerance = SAME * (whole.bytes if wanted.counts == "bytes" else whole.parameters)
+    tolerance = max(tolerance, abs(measure(even) - wanted.value))
     found = [even]
     pairs = [(n, k) for n in space.choices["layer"] for k in space.choices["kv_head"]]
     for layers, heads in sorted(pairs, key=lambda pair: abs(pair[0] - even.layer) + abs(pair[1] - even.kv_head)):
@@ -69,7 +72,7 @@ def splits(checkpoint: Checkpoint, options: Options, most: int) -> list[Level]:
             level = _nearest(checkpoint, options, wanted, narrowed, protected)
         except Refused:
             continue
-        if level not in found and abs(measure(level) - measure(even)) <= tolerance:
+        if level not in found and abs(measure(level) - wanted.value) <= tolerance:
             found.append(level)
     return found[:most]
 

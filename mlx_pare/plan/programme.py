@@ -1,7 +1,8 @@
 """The integer programme: one variant for every part of every layer, least expected loss within a budget.
 
     minimise    the sum of the losses of what is chosen
-    subject to  one variant of each part of a layer, or the whole layer dropped; sum of costs <= budget
+    subject to  one variant of each part of a layer, or the whole layer dropped (not all); sum of costs <= budget;
+                nothing whose loss is infinite
 
 A multiple-choice knapsack, solved by HiGHS (scipy.optimize.milp). That the losses of single changes add up is an
 approximation (as in Puzzle, Bercovich et al. 2024, arXiv 2411.19146), which gets worse the more is cut: so the caller
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 
 from ..errors import Refused
 
@@ -43,12 +45,13 @@ Choice = tuple[int, ...] | None  # the position of the variant of each part; Non
 
 
 def solve(menus: Sequence[Menu], budget: float, tied: bool = False) -> list[Choice]:
-    """The best choice for every layer. ``tied``: all layers that stay take the variants at the same positions, and
-    layers are dropped in the order of their losses. Raises Refused when even the cheapest choice is above the budget.
+    """The best choice for every layer, to about a millionth of the largest loss. ``tied``: all layers that stay take
+    the variants at the same positions, and layers are dropped in the order of their losses. Raises Refused when even
+    the cheapest choice is above the budget.
     """
     found = _tied(menus, budget) if tied else _solve(menus, budget)
     if found is None:
-        least = sum(0 if m.drop is not None else _cheapest(m) for m in menus)
+        least = _cheapest(menus, tied)
         raise Refused(
             f"the target cannot be reached: the smallest choice costs {least:,.0f}, the budget is {budget:,.0f}",
             "allow more --axes, or ask for less",
@@ -73,16 +76,31 @@ def _value(menu: Menu, choice: Choice, field: str) -> float:
     return sum(getattr(part[position], field) for part, position in zip(menu.parts, choice, strict=True))
 
 
-def _cheapest(menu: Menu) -> float:
-    return menu.cost + sum(min(v.cost for v in part) for part in menu.parts)
+def _cheapest(menus: Sequence[Menu], tied: bool) -> float:
+    """The least that a choice costs."""
+    if tied:
+        return min(
+            _cheapest([_sum([m for i, m in enumerate(menus) if i not in gone])], False) for gone in _drops(menus)
+        )
+    least = [m.cost + sum(min(v.cost for v in part if isfinite(v.loss)) for part in m.parts) for m in menus]
+    left = [cost for cost, menu in zip(least, menus, strict=True) if not _may_go(menu)]
+    return sum(left) if left else min(least)
+
+
+def _may_go(menu: Menu) -> bool:
+    return menu.drop is not None and isfinite(menu.drop)
+
+
+def _drops(menus: Sequence[Menu]) -> list[set[int]]:
+    """Which layers are dropped when 0, 1, 2, ... are."""
+    order = sorted((i for i, menu in enumerate(menus) if _may_go(menu)), key=lambda i: menus[i].drop)
+    return [set(order[:count]) for count in range(min(len(order), len(menus) - 1) + 1)]
 
 
 def _tied(menus: Sequence[Menu], budget: float) -> list[Choice] | None:
     """For every number of dropped layers the best variants of the others; of those the best."""
-    order = sorted((i for i, menu in enumerate(menus) if menu.drop is not None), key=lambda i: menus[i].drop)
     best: tuple[float, list[Choice]] | None = None
-    for count in range(min(len(order), len(menus) - 1) + 1):
-        gone = set(order[:count])
+    for gone in _drops(menus):
         one = _solve([_sum([menu for i, menu in enumerate(menus) if i not in gone])], budget)
         if one is not None:
             chosen = [None if i in gone else one[0] for i in range(len(menus))]
@@ -122,11 +140,18 @@ def _solve(menus: Sequence[Menu], budget: float) -> list[Choice] | None:
             entries.append((rows.setdefault((layer, part), len(rows)), column))
     once = csr_array((np.ones(len(entries)), tuple(zip(*entries, strict=True))), shape=(len(rows), len(columns)))
     left, scale = budget - sum(menu.cost for menu in menus), max(float(np.abs(costs).max()), 1.0)
+    possible = np.isfinite(losses)
+    losses[~possible] = 0
+    dropped = np.array([[part < 0 for _, part, _ in columns]], float)
     found = milp(
-        losses / max(float(np.abs(losses).max()), 1e-30),
-        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(costs[None] / scale, -np.inf, left / scale)],
+        losses / max(float(losses.max()), 1e-30),
+        constraints=[
+            LinearConstraint(once, 1, 1),
+            LinearConstraint(costs[None] / scale, -inf, left / scale),
+            LinearConstraint(dropped, -inf, len(menus) - 1),
+        ],
         integrality=np.ones(len(columns)),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, possible.astype(float)),
         options={"time_limit": SECONDS, "mip_rel_gap": 1e-6},
     )
     if found.x is None:

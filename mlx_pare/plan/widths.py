@@ -10,50 +10,60 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from itertools import islice
+from math import inf, prod
 
 import numpy as np
 
 from ..arch import Architecture, Keep, LayerKeep, Tensor, uneven_types, why_no_sublayer_drops, why_uniform
 from ..arch.spec import length
 from ..checkpoint import DTYPE_BYTES, Checkpoint
-from ..errors import Refused
+from ..errors import PareError, Refused
 from ..fit import reach
 from ..packing import Packing
-from ..trial import PARTS, Candidate, Width, whole
+from ..trial import PARTS, Candidate, Width
 from . import programme
 from .goal import Goal, Options, packing_of
+from .levels import step_of
 from .programme import Menu, Variant
 
 POWERS = (1.0, 1.25, 1.5, 2.0, 0.75)  # of the losses
 NOISE = 0.2  # standard deviation of the logarithm of disturbed losses
 LEVELS = 32  # widths of an ffn that are considered, at most
-REPAIRS = 12  # times a solution that misses the goal is looked for again
+REPAIRS = 12  # times a solution that misses the goal is looked for again,
+NEAR = 0.005  # ... or until the budget is known to this share of the whole
 
 
 @dataclass(frozen=True)
 class Space:
-    """Which widths may be chosen. ``ffn``, ``kv_head``: counts, the whole last; ``drops``: layers that may go."""
+    """Which widths may be chosen. ``ffn``, ``kv_head``: counts, the whole last; ``drops``: layers that may go;
+    ``protected``: layers that lose no part."""
 
     ffn: Sequence[int]
     kv_head: Sequence[int]
     drops: frozenset[int]
+    protected: frozenset[int]
     bits: Sequence[int | None]
     tied: bool
+
+    def counts(self, layer: int) -> tuple[list[int], list[int]]:
+        """Of kv heads and of channels that a layer may keep. One that must stay keeps one of its parts."""
+        whole = layer in self.protected
+        heads = [n for n in self.kv_head if n or not whole]
+        stays = whole or (0 in heads and layer not in self.drops)
+        return heads, [n for n in self.ffn if n or not stays]
 
 
 def spaces(checkpoint: Checkpoint, options: Options, per_layer: bool, bits: Sequence[int] = ()) -> list[Space]:
     """Where to look: widths that all layers share, and, where stock mlx-lm has classes that hold them, widths of their
     own. ``bits``: what a part may be packed with. Raises UsageError for a wrong axis, as ``reach.space``."""
-    arch, packing = checkpoint.arch, packing_of(options) or checkpoint.quantization
-    step = options.step or reach.unit(arch, packing.group_size if packing else None)
-    protected = reach.protected_layers(arch) if options.protect else []
+    arch = checkpoint.arch
+    step = step_of(checkpoint, replace(options, bits=max(bits)) if bits else options)  # whole groups of what is packed
+    protected = frozenset(reach.protected_layers(arch) if options.protect else ())
     counts = reach.space(arch, options.axes, step, protected).choices
     moves = arch.family.kinds == "sliding_window_pattern"  # dropping any layer would change the kind of others
-    drops = (
-        frozenset(range(len(arch.layers))) - set(protected) if "layer" in options.axes and not moves else frozenset()
-    )
-    shared = Space(_thinned(counts["ffn"]), counts["kv_head"], drops, tuple(bits) or (None,), True)
+    drops = frozenset(range(len(arch.layers)) if "layer" in options.axes and not moves else ()) - protected
+    shared = Space(_thinned(counts["ffn"]), counts["kv_head"], drops, protected, tuple(bits) or (None,), True)
     found = [shared]
     if per_layer and why_uniform(arch) is None:
         found.append(replace(shared, ffn=_with_none(arch, options, shared.ffn), tied=False))
@@ -65,7 +75,8 @@ def spaces(checkpoint: Checkpoint, options: Options, per_layer: bool, bits: Sequ
     return found
 
 
-def _with_none(arch, options: Options, counts: Sequence[int]) -> Sequence[int]:
+def _with_none(arch: Architecture, options: Options, counts: Sequence[int]) -> Sequence[int]:
+    """These widths of an ffn, and none where a layer can be left without."""
     free = "ffn" in options.axes and why_no_sublayer_drops(arch, "ffn") is None
     return [0, *counts] if free and len(counts) > 1 else counts
 
@@ -111,12 +122,19 @@ def propose(
     Raises Refused when nothing that may be chosen meets it.
     """
     found: dict[Candidate, float] = {}
-    for number, (space, power, noise) in enumerate(_attempts(spaces, seed)):
-        if len(found) >= count or number >= 4 * count + len(spaces) * len(POWERS):
+    refused: PareError | None = None
+    attempts = islice(_attempts(spaces, seed), 4 * count + len(spaces) * len(POWERS))
+    for number, (space, power, noise) in enumerate(attempts):
+        if number >= len(spaces) and len(found) >= count:
             break
-        made, loss = _solve(checkpoint, losses, goal, options, space, power, noise)
-        found.setdefault(made, loss)
-    return sorted(found, key=found.__getitem__)
+        try:
+            made, loss = _solve(checkpoint, losses, goal, options, space, power, noise)
+            found.setdefault(made, loss)
+        except PareError as error:  # out of reach with these widths, or what is left would load nowhere
+            refused = refused or error
+    if refused and not found:
+        raise refused
+    return sorted(found, key=found.__getitem__)[:count]
 
 
 def _attempts(spaces: Sequence[Space], seed: int) -> Iterator[tuple[Space, float, np.random.Generator | None]]:
@@ -137,29 +155,39 @@ def _solve(
     """The best candidate of a space that really meets the goal, and its sum of losses (not raised to the power).
 
     What a variant costs is counted tensor by tensor; how a cut leaves as another family, or its KV cache in whole
-    steps, is not: the budget is moved by what the exact measure says, until that holds.
+    steps, is not: the budget is lowered by what the exact measure says, until that holds, and then raised again as far
+    as it holds. Raises Refused when it never does.
     """
     arch = checkpoint.arch
     price = _Price(checkpoint, goal, options)
     menus = [_menu(arch, losses, space, price, layer) for layer in range(len(arch.layers))]
     judged = _disturbed(menus, power, random, space.tied)
-    full = whole(arch)
-    whole_choice = [tuple(len(part) - 1 for part in menu.parts) for menu in menus]
-    budget = goal.value - goal.measure(keep_of(full, losses, options)) + programme.cost_of(menus, whole_choice)
+    largest = [tuple(len(part) - 1 for part in menu.parts) for menu in menus]
+    largest_size = goal.measure(keep_of(_candidate(menus, largest), losses, options))
+    budget = goal.value - largest_size + programme.cost_of(menus, largest)
+    near = NEAR * programme.cost_of(menus, largest)
+    met: tuple[Candidate, float] | None = None
+    low, high = -inf, inf  # budgets that do, and that do not
     for _ in range(REPAIRS):
         chosen = programme.solve(judged, budget, space.tied)
         made = _candidate(menus, chosen)
         missed = goal.measure(keep_of(made, losses, options)) - goal.value
         if missed <= 0:
-            return made, programme.loss_of(menus, chosen)
-        budget -= missed
+            met, low = (made, programme.loss_of(menus, chosen)), budget
+        else:
+            high = budget
+        if met and (high == inf or high - low < near):
+            return met
+        budget = (low + high) / 2 if met else budget - missed
+    if met:
+        return met
     raise Refused(f"{goal.target.asked} cannot be met", "ask for less")
 
 
 def _menu(arch: Architecture, losses: Losses, space: Space, price: _Price, layer: int) -> Menu:
     """What may become of one layer."""
     parts = []
-    for part, counts in (("attention", space.kv_head), ("ffn", space.ffn)):
+    for part, counts in zip(PARTS, space.counts(layer), strict=True):
         variants = [
             Variant(
                 units,
@@ -188,7 +216,7 @@ def _disturbed(menus: Sequence[Menu], power: float, random: np.random.Generator 
             tuple(replace(v, loss=float(factor) * max(v.loss, 0.0) ** power) for v in part)
             for factor, part in zip(own, menu.parts, strict=True)
         )
-        drop = None if menu.drop is None else float(factors(1)[0]) * menu.drop**power
+        drop = None if menu.drop is None else float(factors(1)[0]) * max(menu.drop, 0.0) ** power
         found.append(Menu(tuple(parts), menu.cost, drop))
     return found
 

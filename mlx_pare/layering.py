@@ -1,0 +1,97 @@
+"""How the layers that go are chosen in the plan step of a run: by trials one after the other (drops.py), or by the
+scores of a criterion. The units of what is left come from the scores all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from . import console
+from .artifacts import Arrays, Plan, dump_json
+from .checkpoint import Checkpoint
+from .drops import layers_by_kl, trials
+from .errors import UsageError
+from .fit.reach import Level, protected_layers
+from .plan import plan, shape, splits
+from .rundir import Run
+from .score import criterion, score
+from .steps import Settings, Texts
+from .tried import Known, held_rows, once, plan_kl
+
+LAYERS_BY = ("block-influence", "angular", "kl")
+
+
+def layers_by_of(s: Settings, by_units: str) -> str | None:
+    """How the layers that go are chosen; None: by the scores of the criterion ``by_units``. When nobody says: by KL,
+    unless nothing else is tried either or the criterion has a formula of its own for layers.
+    Raises UsageError for a way that is not known, and where no layers can go."""
+    if s.layers_by not in (None, *LAYERS_BY):
+        raise UsageError(f"unknown way to choose layers {s.layers_by!r}", f"choose one of {', '.join(LAYERS_BY)}")
+    if s.layers_by is None:
+        return "kl" if "layer" in s.axes and s.widths != "even" and "layer" not in criterion(by_units).own else None
+    if "layer" not in s.axes:
+        raise UsageError(f"--layers-by {s.layers_by} chooses layers, but none may go", "add layer to --axes")
+    return s.layers_by
+
+
+def with_layers(run: Run, texts: Texts, s: Settings, most: int, by: str, scores: Path, directory: Path) -> Path:
+    """The scores with what chooses layers taken from elsewhere; written beside the plan. ``most``: how many divisions
+    of the cut between the axes are considered, 0: only the even one."""
+    found, out = Arrays.load(scores, "scores"), directory / f"{by}.safetensors"
+    if by == "kl":
+        deep = {"kept": _kept_by_kl(run, texts, s, most, directory)}
+    else:
+        stats = run.output("calibrate", "stats.safetensors")
+        deep = Arrays.load(score(run.model, stats, out, by, s.seed), "scores").arrays
+        deep = {name: deep[name] for name in ("layer", "angles") if name in deep}
+    arrays = {name: array for name, array in found.arrays.items() if name != "angles"} | deep
+    Arrays({name: mx.array(array) for name, array in arrays.items()}, {**found.about, "layers_by": by}).save(out)
+    return out
+
+
+def best_repaired(run: Run, texts: Texts, s: Settings, made: Plan, scores: Path, directory: Path) -> Plan:
+    """The layers that trials have chosen, or those of block influence or angular distance, whichever leave the least KL
+    divergence once they are reconstructed: that makes up for neighbours more easily than trials without it know
+    (benchmarks/LOG.md). Sets that are the same are reconstructed once, and not at all where there is no other."""
+    one = made.layers[0]
+    hidden = Checkpoint(run.model).arch.sizes["hidden"]
+    level, found = Level(len(one.ffn), len(one.kv_head), len(made.layers), hidden), {"kl": made}
+    for by in (by for by in LAYERS_BY if by != "kl"):
+        other = plan(run.model, with_layers(run, texts, s, 0, by, scores, directory), s.plan_options(), level)
+        if all([x.source for x in other.layers] != [x.source for x in each.layers] for each in found.values()):
+            found[by] = other
+    if len(found) == 1:
+        return made
+    kl = {by: plan_kl(run, texts, s, each) for by, each in found.items()}
+    noted = json.loads((directory / "layers.json").read_text())
+    noted["reconstructed_kl"] = {by: kl[by] if math.isfinite(kl[by]) else None for by in kl}
+    (directory / "layers.json").write_bytes(dump_json(noted))
+    best = min(kl, key=kl.__getitem__)
+    console.say(
+        "layers, reconstructed: KL " + ", ".join(f"{by} {one:.4f}" for by, one in kl.items()) + f"; taken: {best}"
+    )
+    return found[best]
+
+
+def _kept_by_kl(run: Run, texts: Texts, s: Settings, most: int, directory: Path) -> np.ndarray:
+    """int32 [layers + 1, layers]: row n marks the layers that are kept when n are, for every n that a level may ask
+    for. What went, and the KL divergence after each, is written to layers.json."""
+    checkpoint, options, held = Checkpoint(run.model), s.plan_options(), held_rows(texts)
+    total, known = len(checkpoint.arch.layers), Known(run, held.digest(), "layers")
+    levels = splits(checkpoint, options, most) if most else [shape(checkpoint, options).level]
+    protected = protected_layers(checkpoint.arch) if s.protect else []
+    kept, drops = np.zeros((total + 1, total), np.int32), {}
+    for count in sorted({level.layer for level in levels}):
+        gone = layers_by_kl(run.model, count, held, protected, tried=once(known, trials(run.model, held, s.memory_cap)))
+        kept[count] = [i not in {drop.layer for drop in gone} for i in range(total)]
+        drops[count] = [asdict(drop) for drop in gone]
+    (directory / "layers.json").write_bytes(dump_json({"by": "kl", "held_tokens": held.total, "drops": drops}))
+    told = ", ".join(f"{drop['layer']} (KL {drop['kl']:.4f})" for drop in drops[min(drops)])
+    console.say(f"layers that go, one after the other: {told or 'none'}")
+    return kept

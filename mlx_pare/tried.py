@@ -1,0 +1,119 @@
+"""What a run has tried: KL divergences of candidates and plans on held-out rows, each measured once.
+
+They lie in RUN/trials.json by a hash of everything that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from .artifacts import Arrays, Plan, dump_json, replace_file
+from .corpus import Rows
+from .errors import PareError
+from .reconstruct import reconstructed_kl
+from .rundir import Run
+from .steps import Settings, Texts
+from .trial import Candidate, Curve, Curves, try_out
+
+HELD_TOKENS = 4096  # on which candidates are tried, at least: of the validation text, never of calibration or test
+
+
+def held_rows(texts: Texts) -> Rows:
+    """Rows of the validation text, HELD_TOKENS of them or all there are."""
+    rows = texts.validation
+    return rows.first(math.ceil(HELD_TOKENS / rows.length))
+
+
+def written(candidate: Candidate) -> list[dict[str, int] | None]:
+    """A candidate for a JSON file."""
+    return [None if w is None else {k: v for k, v in asdict(w).items() if v is not None} for w in candidate]
+
+
+def finite(kl: float, name: str = "kl") -> dict[str, float | None]:
+    """A result for a JSON file, which knows no infinity: null is what was given up."""
+    return {name: kl if math.isfinite(kl) else None}
+
+
+class Known:
+    """RUN/trials.json: results by a hash of what they depend on. Raises PareError for a damaged file."""
+
+    def __init__(self, run: Run, *about: str):
+        self.file, self.about = run.path / "trials.json", [run.manifest.source, *about]
+        try:
+            self.found: dict[str, float | None] = json.loads(self.file.read_text()) if self.file.exists() else {}
+            if not all(kl is None or isinstance(kl, int | float) for kl in self.found.values()):
+                raise ValueError
+        except (ValueError, AttributeError) as error:
+            raise PareError(f"{self.file} is damaged", "delete it: what it holds is tried again") from error
+
+    def key(self, what: Any) -> str:
+        return hashlib.sha256(dump_json({"about": self.about, "what": what})).hexdigest()
+
+    def add(self, found: dict[str, float]) -> None:
+        self.found |= {key: finite(kl)["kl"] for key, kl in found.items()}
+        replace_file(self.file, dump_json(self.found))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.found
+
+    def __getitem__(self, key: str) -> float:
+        """Infinite for what was given up."""
+        return math.inf if self.found[key] is None else self.found[key]
+
+
+def once(known: Known, measure: Callable[[Sequence[Candidate]], Sequence[float]]) -> Callable:
+    """``measure`` for candidates, of which those are left out that are known."""
+
+    def all_of(candidates: Sequence[Candidate]) -> list[float]:
+        keys = [known.key(written(candidate)) for candidate in candidates]
+        new = [i for i, key in enumerate(keys) if key not in known]
+        if new:
+            made = measure([candidates[i] for i in new])
+            known.add({keys[i]: kl for i, kl in zip(new, made, strict=True)})
+        return [known[key] for key in keys]
+
+    return all_of
+
+
+def candidates_kl(run: Run, texts: Texts, s: Settings, candidates: Sequence[Candidate]) -> list[float]:
+    """The KL divergence of every candidate."""
+    calibration, held = texts.calibration, held_rows(texts)
+    known = Known(run, calibration.digest(), held.digest(), str(s.group_size))
+
+    def measure(new: Sequence[Candidate]) -> list[float]:
+        return try_out(run.model, new, calibration, held, _curves(run), s.group_size, s.memory_cap).kl
+
+    return once(known, measure)(candidates)
+
+
+def _curves(run: Run) -> Curves:
+    """The orders in which units go, as far as sensitivity has found them."""
+    file = run.directory("sensitivity") / "sensitivity.safetensors"
+    if not file.exists():
+        return {}
+    arrays = Arrays.load(file, "sensitivities").arrays
+    keys = [name.split(".") for name in arrays if name.endswith(".order")]
+    return {
+        (int(layer), part): Curve(arrays[f"{layer}.{part}.order"].astype(int), arrays[f"{layer}.{part}.loss"])
+        for layer, part, _ in keys
+    }
+
+
+def plan_kl(run: Run, texts: Texts, s: Settings, made: Plan) -> float:
+    """The KL divergence of a plan that is really reconstructed."""
+    calibration, held = texts.calibration, held_rows(texts)
+    known = Known(run, calibration.digest(), held.digest(), "reconstructed")
+    key = known.key(made.model_dump(include={"criterion", "bits", "group_size", "layers"}))
+    if key not in known:
+        scratch = run.path / "finalist.tmp"
+        try:
+            known.add({key: reconstructed_kl(run.model, made, calibration, held, scratch, s.memory_cap)})
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return known[key]
