@@ -165,9 +165,9 @@ def run_command(
     """All of it: calibrate, score, plan, reconstruct, prune, recover, evaluate, export, bench, report. Resumable."""
     settings = settings_of(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context,
-        min_speed=min_speed, axes=axes, criterion=criterion, reconstruct=not no_reconstruct,
-        data=data, test_data=test_data, samples=samples, length=length, bits=bits, group_size=group_size, step=step, protect=not no_protect,
-        widths=widths, layers_by=layers_by, tries=tries, choose_bits=choose_bits,
+        min_speed=min_speed, axes=axes, criterion=criterion, reconstruct=not no_reconstruct, data=data,
+        test_data=test_data, samples=samples, length=length, bits=bits, group_size=group_size, step=step,
+        protect=not no_protect, widths=widths, layers_by=layers_by, tries=tries, choose_bits=choose_bits,
         recover_steps=recover_steps, method=method, learning_rate=learning_rate, gguf=gguf, trials=trials,
         min_quality=min_quality, memory_cap=memory_cap, seed=seed,
     )  # fmt: skip
