@@ -30,13 +30,16 @@ from mlx_pare import console, corpus, lm, planning, steps
 from mlx_pare.artifacts import Metrics, Plan
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError
+from mlx_pare.evaluate import evaluate
 from mlx_pare.plan import Options, plan, whole
+from mlx_pare.prune import prune
 from mlx_pare.steps import Settings, Texts
 
 HERE = Path(__file__).parent
 WINDOW, CALIBRATION, SELECTION = 256, 128, 16  # tokens; windows
 LEVELS = (10, 20, 25, 30, 50)  # percent of the non-embedding parameters removed
 T95 = 1.98  # of Student's t, two-sided, for 100 windows; 1.97 for 200
+BITS, WAYS = (2, 3, 4, 5, 6, 8), ("fewer bits", "fewer units", "both")
 BUDGETS = (0.56, 0.345, 0.25, 0.22)  # of the bytes in float16: half of the blocks; 5 bits; 3 bits with room; 3 bits
 
 
@@ -229,59 +232,48 @@ def sizes(bench: Bench, levels: Sequence[int]) -> Iterator[str]:
 
 
 def budgets(bench: Bench, shares: Sequence[float]) -> Iterator[str]:
-    """Fewer bits, fewer units, or what the programme makes of both, at the same bytes."""
-    checkpoint = Checkpoint(bench.subject.model)
-    bits = (2, 3, 4, 5, 6, 8)
+    """Fewer bits, fewer units with the next larger number of bits, or what the programme makes of both, at the same
+    bytes. Half of the test windows."""
+    subject = replace(bench.subject, test=bench.subject.test.first(bench.subject.test.count // 2))
+    bench = Bench(subject, bench.work / "bytes", bench.tries)
+    mixed = Bench(replace(subject, name=f"{subject.name}-bits"), bench.work, bench.tries)
     bench.prepare(sensed=False)
-    mixed = Bench(replace(bench.subject, name=bench.subject.name + "-bits"), bench.work, bench.tries)
-    mixed.prepare(bits)
-    size = checkpoint.nbytes() / 1e6
-    yield f"\n{bench.subject.name}: {size:.2f} MB, dense perplexity {bench.dense.perplexity:.3f}\n"
-    yield "| budget | fewer bits alone | fewer units, more bits | both, chosen together | which won |"
+    mixed.prepare(BITS)
+    size = Checkpoint(subject.model).nbytes()
+    yield f"\n{subject.name}: {size / 1e6:.2f} MB, dense perplexity {bench.dense.perplexity:.3f}\n"
+    yield "| budget | fewer bits alone | fewer units, more bits | both, chosen together | least perplexity |"
     yield "|---|---|---|---|---|"
-    for share in shares:
-        budget = round(share * checkpoint.nbytes())
-        found = {}
-        narrow = _narrow(bench, budget)
-        if narrow:
-            found["bits"] = narrow
-        for number in (8, 6, 4):
-            s = bench.settings(target_size=f"{budget}B", bits=number, widths="uniform")
-            if (one := _attempt(bench, f"units-{number}-{budget}", s)) and one[0] < found.get("units", (1e9,))[0]:
-                found["units"] = one
-        for number in (8, 4):  # of the embedding, which is no part of a layer
-            s = mixed.settings(target_size=f"{budget}B", bits=number, widths="per-layer", choose_bits=bits)
-            if (one := _attempt(mixed, f"both-{number}-{budget}", s)) and one[0] < found.get("both", (1e9,))[0]:
-                found["both"] = one
-        cells = [f"{found[k][1]:.2f} ({found[k][2]})" if k in found else "-" for k in ("bits", "units", "both")]
-        names = {"bits": "fewer bits", "units": "fewer units", "both": "both"}
-        best = min(found, key=lambda k: found[k][1])
-        second = min((found[k][1] for k in found if k != best), default=float("nan"))
-        yield (
-            f"| {budget / 1e6:.2f} MB | "
-            + " | ".join(cells)
-            + f" | {names[best]}, by {log(second / found[best][1]):.4f} |"
-        )
+    for budget in (round(share * size) for share in shares):
+        found, bits = {}, _narrow(bench, budget)
+        if bits is not None:
+            found["fewer bits"] = bits[1:]
+        more = next((number for number in BITS if bits and number > bits[0]), None if bits else BITS[0])
+        alike = bench.settings(target_size=f"{budget}B", bits=more, widths="uniform")
+        found["fewer units"] = _attempt(bench, f"units-{budget}", alike)
+        both = mixed.settings(target_size=f"{budget}B", bits=more or 8, widths="per-layer", choose_bits=BITS)
+        found["both"] = _attempt(mixed, f"both-{budget}", both)
+        found = {name: one for name, one in found.items() if one is not None}
+        cells = [f"{found[n][0]:.2f} ({found[n][1]})" if n in found else "-" for n in WAYS]
+        best, second, *_ = [*sorted(found, key=lambda name: found[name][0]), None]
+        ahead = f", by {log(found[second][0] / found[best][0]):.4f} of its logarithm" if second else ""
+        yield f"| {budget / 1e6:.2f} MB | {' | '.join(cells)} | {best}{ahead} |"
 
 
-def _attempt(bench: Bench, name: str, s: Settings) -> tuple[float, float, str] | None:
-    """(KL on the selection rows, perplexity on the test rows, what it is); None when the budget is out of reach."""
+def _attempt(bench: Bench, name: str, s: Settings) -> tuple[float, str] | None:
+    """(perplexity on the test rows, what it is); None when the budget is out of reach."""
     try:
         found, made = bench.cut(name, s)
     except PareError:
         return None
-    kl = _selected_kl(bench, bench.work / f"{bench.subject.name}-{name}" / "prune" / "model", name)
     kept = made.after.non_embedding / made.before.non_embedding
     parts = [b for layer in made.layers for b in (layer.attention_bits, layer.ffn_bits) if b]
-    stored = f"{min(parts)} to {max(parts)} bits, {s.bits} in the embedding" if parts else f"{s.bits} bits"
-    return kl, found.perplexity, f"keeps {kept:.2f}, {stored}"
+    rest = f"{s.bits} bits" if s.bits else "float16"
+    stored = f"{min(parts)} to {max(parts)} bits, embedding {rest}" if parts else rest
+    return found.perplexity, f"keeps {kept:.2f}, {stored}"
 
 
-def _narrow(bench: Bench, budget: int) -> tuple[float, float, str] | None:
-    """The uncut model in the most bits that the budget allows, packed as mlx-lm does."""
-    from mlx_pare.evaluate import evaluate
-    from mlx_pare.prune import prune
-
+def _narrow(bench: Bench, budget: int) -> tuple[int, float, str] | None:
+    """The uncut model in the most bits that the budget allows, packed as mlx-lm does: bits, perplexity, what it is."""
     like = plan(bench.subject.model, bench.base / "score" / "scores.safetensors", Options(keep=0.5))
     made = whole(bench.subject.model, like, budget)
     if made is None:
@@ -289,16 +281,7 @@ def _narrow(bench: Bench, budget: int) -> tuple[float, float, str] | None:
     out = bench.work / f"{bench.subject.name}-whole-{budget}"
     if not out.exists():
         prune(bench.subject.model, made, out)
-    return 0.0, evaluate(out, bench.subject.test).perplexity, f"{made.bits} bits"
-
-
-def _selected_kl(bench: Bench, model: Path, name: str) -> float:
-    from mlx_pare.evaluate import evaluate
-
-    found = bench.cached(
-        f"kl-{name}", lambda: [evaluate(model, bench.subject.selection, teacher=bench.subject.model).kl_divergence]
-    )
-    return found[0]
+    return made.bits, evaluate(out, bench.subject.test).perplexity, f"{made.bits} bits"
 
 
 # ---- costs ----
@@ -367,7 +350,7 @@ def main() -> None:
     levels = asked.levels or (LEVELS if asked.reference else (25, 50))
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
-        work.mkdir(parents=True, exist_ok=True)
+        (work / "bytes").mkdir(parents=True, exist_ok=True)
         for subject in subjects(asked.reference):
             if asked.subjects and subject.name not in asked.subjects:
                 continue
