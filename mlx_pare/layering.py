@@ -22,7 +22,7 @@ from .plan import plan, shape, splits
 from .rundir import Run
 from .score import criterion, score
 from .steps import Settings, Texts
-from .tried import Known, held_rows, once, plan_kl
+from .tried import Known, finite, held_rows, once, plan_kl
 
 LAYERS_BY = ("block-influence", "angular", "kl")
 
@@ -33,6 +33,12 @@ def layers_by_of(s: Settings, by_units: str) -> str | None:
     Raises UsageError for a way that is not known, and where no layers can go."""
     if s.layers_by not in (None, *LAYERS_BY):
         raise UsageError(f"unknown way to choose layers {s.layers_by!r}", f"choose one of {', '.join(LAYERS_BY)}")
+    if s.widths == "per-layer":  # what each layer is worth is measured, and weighed against everything else
+        if s.layers_by is not None:
+            raise UsageError(
+                "widths per layer choose the layers with all the rest", "leave out --layers-by, or --widths per-layer"
+            )
+        return None
     if s.layers_by is None:
         return "kl" if "layer" in s.axes and s.widths != "even" and "layer" not in criterion(by_units).own else None
     if "layer" not in s.axes:
@@ -90,7 +96,7 @@ def _kept_by_kl(run: Run, texts: Texts, s: Settings, most: int, directory: Path)
     for count in sorted({level.layer for level in levels}):
         gone = layers_by_kl(run.model, count, held, protected, tried=once(known, trials(run.model, held, s.memory_cap)))
         kept[count] = [i not in {drop.layer for drop in gone} for i in range(total)]
-        drops[count] = [asdict(drop) for drop in gone]
+        drops[count] = [{**asdict(drop), **finite(drop.kl)} for drop in gone]
     (directory / "layers.json").write_bytes(dump_json({"by": "kl", "held_tokens": held.total, "drops": drops}))
     told = ", ".join(f"{drop['layer']} (KL {drop['kl']:.4f})" for drop in drops[min(drops)])
     console.say(f"layers that go, one after the other: {told or 'none'}")

@@ -24,7 +24,9 @@ import numpy as np
 
 from . import elimination as by
 
-DAMPING = 1e-4  # share of the mean diagonal; 1e-2 was worse on both reference models (benchmarks/LOG.md)
+# Share of the mean diagonal that lambda is (benchmarks/LOG.md): with few tokens to an input the old weights know more.
+DAMPING, DAMPING_OF_FEW = 1e-4, 0.1
+FEW = 16  # tokens to an input
 
 Indices = Sequence[int] | np.ndarray
 
@@ -179,6 +181,11 @@ class Dual(_Layer):
         for part, x in by.columns(self.inputs, kept):
             left -= x @ weight[:, own[part]].T
         return left
+
+
+def damping_for(tokens: int, inputs: int) -> float:
+    """The damping that served best with so many tokens and inputs."""
+    return DAMPING if tokens >= FEW * inputs else DAMPING_OF_FEW
 
 
 # ---- what it takes ----

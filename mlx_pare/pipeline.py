@@ -44,7 +44,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """
     s = affordable(model, settings)
     preflight(model, s)
-    s = planning.settled(model, s)
+    s = planning.settled(model, s, planning.begun(out))
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
     asked = {"model": str(model), **asdict(s)}
@@ -80,6 +80,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
 
 def dry_run(model: Path, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
+    s = affordable(model, s)
     preflight(model, s)
     planning.settled(model, s)
     rows, extra = corpus.Rows.full(np.zeros((s.samples, s.length))), criterion(s.criterion).extra
@@ -99,10 +100,10 @@ def preflight(model: Path, s: Settings) -> None:
     (the uncut model bounds the cut one)."""
     criterion(s.criterion)
     one_of("recovery method", s.method, METHODS)
-    one_of("way to choose widths", s.widths, planning.WIDTHS)
     layers_by_of(s, s.criterion)
     one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
-    shape(Checkpoint(model), s.plan_options())
+    options = s.plan_options()
+    shape(Checkpoint(model), replace(options, bits=min(s.choose_bits)) if s.choose_bits else options)
     if s.reconstruct:
         rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
         check_reconstruction(Checkpoint(model), rows, s.memory_cap)

@@ -10,6 +10,7 @@ Where layers may go, layering.py tells which. What was tried is not tried again 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -52,14 +53,14 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
         inputs |= {"data": texts.calibration.digest(), "held": held_rows(texts).digest()}
     by = layers_by_of(s, Arrays.described(scores, "scores")["criterion"])
     if by is not None:
-        asked["layers_by"] = by
+        asked |= {"layers_by": by, "layers by default": s.layers_by is None, "reconstruct": s.reconstruct}
         inputs["held"] = held_rows(texts).digest()
     if s.widths == "per-layer":
         asked |= {"bits of parts": list(s.choose_bits), "reconstruct": s.reconstruct, "seed": s.seed}
         inputs["sensitivity"] = fingerprint(sensitivity_step(run, texts, s))
 
     def work(directory: Path) -> None:
-        most = {"even": lambda: 0, "uniform": lambda: tries(s), "per-layer": lambda: ALIKE}[s.widths]()
+        most = 0 if s.widths == "even" else tries(s)
         chosen = scores if by is None else with_layers(run, texts, s, most, by, scores, directory)
         made, tried = {"even": _even, "uniform": _uniform, "per-layer": _per_layer}[s.widths](run, texts, s, chosen)
         if by == "kl" and s.layers_by is None and s.reconstruct and s.widths == "uniform":
@@ -72,13 +73,15 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     return run.output("plan", "plan.json")
 
 
-def settled(model: Path, s: Settings) -> Settings:
-    """The settings with the way to choose widths that this model, these axes and the memory allow; what is not as asked
-    is said.
+def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
+    """The settings with the way to choose widths that this model, these axes, time and memory allow; what is not as
+    asked is said. ``begun``: how the plan of a run was chosen before, by which it goes on whatever is free now.
 
     Raises UsageError for bits that cannot be chosen, Refused for a GGUF type where there may be no GGUF file, and when
     the trials need more memory than a --memory-cap allows, or than is free for those of widths per layer.
     """
+    if s.widths not in WIDTHS:
+        raise UsageError(f"unknown way to choose widths {s.widths!r}", f"choose one of {', '.join(WIDTHS)}")
     if s.choose_bits and (s.widths != "per-layer" or not (s.target_size or s.mac)):
         raise UsageError(
             "bits are chosen together with widths per layer, for a size in bytes",
@@ -87,6 +90,12 @@ def settled(model: Path, s: Settings) -> Settings:
     if "hidden" in s.axes:
         if s.widths == "per-layer":
             console.warn("a cut of the hidden size is the same for all layers: every axis is cut by the same share")
+        return replace(s, widths="even", choose_bits=())
+    if not s.reconstruct and s.widths != "even":
+        if s.widths == "per-layer":
+            console.warn(
+                "without reconstruction nothing is tried, since trials repair: every axis is cut by the same share"
+            )
         return replace(s, widths="even", choose_bits=())
     checkpoint = Checkpoint(model)
     if s.widths == "per-layer":
@@ -101,13 +110,24 @@ def settled(model: Path, s: Settings) -> Settings:
                 "use --widths uniform, or leave out --gguf",
             )
     try:
-        _check_memory(checkpoint, s)
+        if s.widths != begun:
+            _check_memory(checkpoint, s)
     except Refused as error:
         if s.widths == "per-layer" or s.memory_cap is not None:
             raise
-        console.warn(f"going on without trials, every axis is cut by the same share: {error.problem}")
+        if begun != "even":
+            console.warn(f"going on without trials, every axis is cut by the same share: {error.problem}")
         s = replace(s, widths="even")
     return s
+
+
+def begun(out: Path) -> str | None:
+    """How the plan of a run directory was chosen; None where there is none yet."""
+    manifest = out / "manifest.json"
+    if not manifest.exists():
+        return None
+    plan_record = json.loads(manifest.read_text()).get("steps", {}).get("plan")
+    return plan_record and plan_record["parameters"].get("widths", "even")
 
 
 def _check_memory(checkpoint: Checkpoint, s: Settings) -> None:
@@ -181,8 +201,12 @@ def _per_layer(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan,
     rows = [{"layers": written(c), **finite(one)} for c, one in zip(candidates, kl, strict=True)]
     order = sorted(range(len(rows)), key=kl.__getitem__)[:FINALISTS]
     plans = {i: plan_widths(run.model, scores, candidates[i], losses, options) for i in order}
-    if s.reconstruct:
-        final = {i: plan_kl(run, texts, s, plans[i]) for i in order}
+    try:
+        final = {i: plan_kl(run, texts, s, plans[i]) for i in order} if s.reconstruct else {}
+    except Refused as error:  # held-out rows beside the others are more than reconstruction itself will need
+        console.warn(f"the best are not reconstructed, the order of the trials stands: {error.problem}")
+        final = {}
+    if final:
         for i, one in final.items():
             rows[i] |= finite(one, "reconstructed_kl")
         order.sort(key=final.__getitem__)

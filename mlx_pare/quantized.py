@@ -181,11 +181,17 @@ def stored_dtype(layer: nn.Module) -> mx.Dtype:
     return layer.scales.dtype if is_packed(layer) else layer.weight.dtype
 
 
+def packed_so(layer: nn.Module, packing: Packing) -> bool:
+    """Whether a layer is packed with these bits in these groups."""
+    return is_packed(layer) and (layer.bits, layer.group_size) == (packing.bits, packing.group_size)
+
+
 def packed_layer(layer: nn.Module, packing: Packing) -> nn.Module:
-    """A linear layer with its matrix packed, in groups that divide it; the layer itself where none does."""
+    """A linear layer with its matrix packed, in groups that divide it; the layer itself where none does, or where it is
+    packed so already: to quantize it again would change it."""
     weight = matrix(layer)
     fitted = packing.fitted(weight.shape[-1])
-    if fitted is None:
+    if fitted is None or packed_so(layer, fitted):
         return layer
     made = nn.QuantizedLinear(
         weight.shape[-1], weight.shape[0], bias="bias" in layer, group_size=fitted.group_size, bits=fitted.bits

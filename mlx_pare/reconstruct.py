@@ -32,7 +32,7 @@ from .console import gb
 from .corpus import Rows
 from .errors import PareError
 from .layout import layout
-from .least_squares import DAMPING, Cost
+from .least_squares import Cost
 from .observers import replace_module
 from .quantized import MX_DTYPE, Packed, relative_error
 from .site import Site, parts, solve_costs
@@ -42,7 +42,7 @@ OTHERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # matrices that
 
 
 def reconstruct(
-    model: Path, plan: Plan, rows: Rows, out: Path, damping: float = DAMPING, memory_cap: int | None = None
+    model: Path, plan: Plan, rows: Rows, out: Path, damping: float | None = None, memory_cap: int | None = None
 ) -> Plan:
     """Write the new matrices of every kept layer to the directory ``out``; returns the plan they belong to.
 
@@ -52,9 +52,9 @@ def reconstruct(
     (the share of the target that is missed, in squares) of each matrix before and after, and packed, where it is. An
     earlier reconstruction there is replaced.
     The plan is the given one, its ffn channels and kv heads chosen again, as many per layer, when its criterion is
-    "obs". A layer that loses its attention or feed-forward has no such matrix. Raises PareError for a plan that cuts
-    the hidden size (what is cut there cannot be made up for so) or does not suit the model, Refused when the estimate
-    of memory exceeds the cap.
+    "obs". ``damping``: of every solve (None: least_squares.damping_for). A layer that loses its attention or
+    feed-forward has no such matrix. Raises PareError for a plan that cuts the hidden size (what is cut there cannot be
+    made up for so) or does not suit the model, Refused when the estimate of memory exceeds the cap.
     """
     return _lead(model, plan, rows, rows.count, out, damping, memory_cap)[0]
 
@@ -64,7 +64,7 @@ def reconstructed_kl(
 ) -> float:
     """The KL divergence, nats per token, that a plan reaches on ``held`` rows (of the same length) when it is
     reconstructed on ``rows``: nothing is cut for that. Raises as ``reconstruct``, which would write to ``scratch``."""
-    _, pair, dense = _lead(model, plan, rows.joined(held), rows.count, scratch, DAMPING, memory_cap)
+    _, pair, dense = _lead(model, plan, rows.joined(held), rows.count, scratch, None, memory_cap)
     if pair.pruned is None:
         return 0.0
     reference, made = (hidden[rows.count :] for hidden in (dense.hidden, pair.pruned))
@@ -72,7 +72,7 @@ def reconstructed_kl(
 
 
 def _lead(
-    model: Path, plan: Plan, rows: Rows, count: int, out: Path, damping: float, memory_cap: int | None
+    model: Path, plan: Plan, rows: Rows, count: int, out: Path, damping: float | None, memory_cap: int | None
 ) -> tuple[Plan, _Pair, stream.Streamed]:
     """Both streams through the model; only the first ``count`` rows count when something is solved."""
     checkpoint = Checkpoint(model)
@@ -141,7 +141,7 @@ class _Before:
 class _Pair:
     """The observer of a walk of the dense model that leads the pruned stream along."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, rows: Rows, count: int, damping: float, out: Path):
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, rows: Rows, count: int, damping: float | None, out: Path):
         self.checkpoint, self.arch, self.plan, self.damping, self.out = checkpoint, checkpoint.arch, plan, damping, out
         self.mask = rows.mask()
         self.mask[count:] = False

@@ -12,7 +12,7 @@ import numpy as np
 from . import stream
 from .checkpoint import Checkpoint
 from .errors import PareError
-from .least_squares import DAMPING, Cost, Dual, Problem, cost
+from .least_squares import Cost, Dual, Problem, cost, damping_for
 from .observers import replace_module
 from .quantized import dense_weight
 
@@ -90,14 +90,16 @@ class Site:
         return mx.array(weight), bias
 
     def problem(
-        self, target: Iterable[mx.array] | None, mask: np.ndarray, damping: float = DAMPING
+        self, target: Iterable[mx.array] | None, mask: np.ndarray, damping: float | None = None
     ) -> tuple[Problem | Dual, float]:
         """The least squares of the remembered inputs with ``target`` (one array per micro-batch; None: what the matrix
         gives for them), in the form that takes less, and the sum of squares of the target. ``mask`` [rows, length]:
-        what counts. Raises PareError for inputs that are not finite."""
+        what counts; ``damping`` None: by how many tokens there are. Raises PareError for inputs that are not finite."""
         weight, fixed = self.weight(), int(self.biased)
+        tokens, width = int(mask.sum()), weight.shape[1] - fixed
+        damping = damping_for(tokens, width) if damping is None else damping
         pieces = _text(self.inputs, target, parts(mask, self.inputs), self.bias, fixed)
-        if cost(int(mask.sum()), weight.shape[1] - fixed, len(weight)).dual:
+        if cost(tokens, width, len(weight)).dual:
             inputs, targets = zip(*pieces, strict=True)
             inputs = np.concatenate(inputs)
             targets = inputs @ weight.T if target is None else np.concatenate(targets)

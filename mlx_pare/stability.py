@@ -68,10 +68,10 @@ def stability_step(
     if draws == 1 or (measure and not draws):
         raise UsageError(f"{draws} draws have no spread", "ask for at least 2 --draws")
     rows, drawn_rows = drawn(texts.rows("calibration", None), s.samples, s.seed, draws)
-    by_trials = (run.directory("plan") / "layers.json").exists()
+    elsewhere = "layers_by" in run.manifest.steps["plan"].parameters  # not by the scores of the criterion
     question = Question(
         run.model, Plan.load(planned), criteria, rows, drawn_rows, other, texts.test if measure else None,
-        s.reconstruct, not by_trials, s.seed, s.memory_cap,
+        s.reconstruct, not elsewhere, s.seed, s.memory_cap,
     )  # fmt: skip
 
     def work(directory: Path) -> None:
@@ -168,7 +168,7 @@ class Question:
     """What is asked. ``plan``: whose sizes count; ``rows``: the calibration rows, in the order in which they count;
     ``draws``: rows that share none, the first being the beginning of ``rows`` (see ``drawn``); ``other``: the model
     before it was quantized; ``test``: rows on which the cuts of the draws are measured, ``repaired`` or not;
-    ``choose_layers``: whether the plan's layers were chosen by scores, not by trials."""
+    ``choose_layers``: whether the plan's layers were chosen by the scores of its criterion."""
 
     model: Path
     plan: Plan

@@ -23,7 +23,7 @@ from .export import export, why_not
 from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .layout import size_of
-from .least_squares import DAMPING
+from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .llama_cpp import judged
 from .plan import Options as PlanOptions
 from .plan import redraw
@@ -228,7 +228,7 @@ def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
         (directory / "plan.json").write_bytes(made.dump())
 
     inputs = {"model": run.manifest.source, "plan": fingerprint(path), "data": texts.calibration.digest()}
-    run.step("reconstruct", {"damping": DAMPING}, inputs, work)
+    run.step("reconstruct", {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}, inputs, work)
     return run.output("reconstruct", "repair")
 
 

@@ -29,10 +29,11 @@ from .corpus import Rows
 from .errors import Refused
 from .observers import replace_module
 from .packing import Packing
-from .quantized import pack, stored_dtype
+from .quantized import pack, packed_so, stored_dtype
 from .site import Site, solve_costs
 
 TINY = 1e-30
+MOST_WIDTHS = 33  # of an ffn that candidates have, at most (plan/widths.py LEVELS, and none)
 LOST = 2.0  # squares of a stream's error over the dense one's, at which it is given up: that of an unrelated stream
 
 
@@ -172,6 +173,9 @@ def check_memory(checkpoint: Checkpoint, calibration: Rows, held: Rows, count: i
     streams = (count + 1) * held.count * held.length * sizes["hidden"] * value
     inputs = rows.count * rows.length * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
     solved = max(each.nbytes for each in solve_costs(checkpoint, calibration.total)) if calibration.count else 0
+    widths = min(count, sizes["kv_head"]) * sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
+    widths += min(count, MOST_WIDTHS) * sizes["ffn"]  # each has a matrix of its own while its block is there
+    solved += 4 * sizes["hidden"] * widths
     return stream.check_memory(checkpoint, rows, cap, streams + inputs + solved, "; or leave out trials: --widths even")
 
 
@@ -279,7 +283,8 @@ class _SideBySide:
                 if bits is not None:
                     packing = Packing(bits, self.group_size)
                     replaced += self._pack_readers(index, part, packing)
-                    site.new = _packed(site, self._columns(index, part, units), packing)
+                    if site.new is not None or not packed_so(site.inner, packing):  # codes that stay stay as they are
+                        site.new = _packed(site, self._columns(index, part, units), packing)
         try:
             yield
         finally:

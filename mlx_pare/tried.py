@@ -87,17 +87,20 @@ def candidates_kl(run: Run, texts: Texts, s: Settings, candidates: Sequence[Cand
     known = Known(run, calibration.digest(), held.digest(), str(s.group_size))
 
     def measure(new: Sequence[Candidate]) -> list[float]:
-        return try_out(run.model, new, calibration, held, _curves(run), s.group_size, s.memory_cap).kl
+        return try_out(run.model, new, calibration, held, _curves(run, calibration), s.group_size, s.memory_cap).kl
 
     return once(known, measure)(candidates)
 
 
-def _curves(run: Run) -> Curves:
-    """The orders in which units go, as far as sensitivity has found them."""
+def _curves(run: Run, calibration: Rows) -> Curves:
+    """The orders in which units go, as far as sensitivity has found them on these rows."""
     file = run.directory("sensitivity") / "sensitivity.safetensors"
     if not file.exists():
         return {}
-    arrays = Arrays.load(file, "sensitivities").arrays
+    found = Arrays.load(file, "sensitivities")
+    if found.about["calibration"] != calibration.digest():
+        return {}
+    arrays = found.arrays
     keys = [name.split(".") for name in arrays if name.endswith(".order")]
     return {
         (int(layer), part): Curve(arrays[f"{layer}.{part}.order"].astype(int), arrays[f"{layer}.{part}.loss"])

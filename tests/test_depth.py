@@ -356,7 +356,7 @@ def plan_without(model: Path, gone: list[int]) -> list[LayerPlan]:
     ("how", "axes", "criterion", "by", "expected"),
     [
         ("uniform", ("layer",), "obs", None, "kl"),
-        ("per-layer", ("layer", "ffn"), "wanda", None, "kl"),
+        ("per-layer", ("layer", "ffn"), "wanda", None, None),  # the programme does, by what was measured
         ("even", ("layer",), "obs", None, None),
         ("uniform", ("ffn",), "obs", None, None),
         ("uniform", ("layer",), "angular", None, None),  # somebody chose a formula for layers
@@ -367,6 +367,11 @@ def plan_without(model: Path, gone: list[int]) -> list[LayerPlan]:
 )
 def test_who_chooses_layers(how, axes, criterion, by, expected):
     assert layering.layers_by_of(Settings(axes=axes, layers_by=by, widths=how), criterion) == expected
+
+
+def test_widths_per_layer_choose_the_layers_too():
+    with pytest.raises(UsageError, match="Leave out --layers-by"):
+        layering.layers_by_of(Settings(axes=("layer",), layers_by="kl", widths="per-layer"), "obs")
 
 
 def test_mistakes(begun):
@@ -390,5 +395,5 @@ def test_ways_are_named(pico_models):
 
 
 def test_memory_is_asked_for_first(pico_models):
-    with pytest.raises(Refused, match="fewer candidates"):
+    with pytest.raises(Refused, match="--widths even"):
         layers_by_kl(pico_models("llama"), 3, ROWS, memory_cap=1000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
@@ -21,8 +20,6 @@ from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.evaluate import evaluate
-
-evaluating = importlib.import_module("mlx_pare.evaluate")  # mlx_pare.evaluate itself is the function
 
 
 def rows(count: int = 6, length: int = 16, lengths: list[int] | None = None) -> Rows:
@@ -96,7 +93,7 @@ def test_in_parts(pico_models, monkeypatch, at_once):
     """One row, and two rows, at a time; the vocabulary in pieces of seven."""
     model, teacher = pico_models("qwen3"), pico_models("qwen3", seed=1)
     whole = evaluate(model, PADDED, teacher=teacher)
-    monkeypatch.setattr(evaluating, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(divergence, "TOKENS_AT_ONCE", at_once)
     monkeypatch.setattr(stream, "HEAD_CHUNK_BYTES", 4 * 64 * 7)
     parts = evaluate(model, PADDED, teacher=teacher)
     for name in ("perplexity", "perplexity_stderr", "kl_divergence", "kl_p95", "top1_agreement"):

@@ -9,7 +9,7 @@ import pytest
 import reference
 
 from mlx_pare import elimination
-from mlx_pare.least_squares import DAMPING, Dual, Problem, cost
+from mlx_pare.least_squares import DAMPING, DAMPING_OF_FEW, Dual, Problem, cost, damping_for
 
 
 def data(inputs: int, outputs: int = 5, tokens: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -287,3 +287,14 @@ def test_stated_memory(tokens, inputs, outputs):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak <= stated.nbytes <= 2 * peak
+
+
+# ---- how much ----
+
+
+def test_few_tokens_are_damped_more():
+    """And then the weights stay nearer to what they were."""
+    assert damping_for(16 * 20, 20) == DAMPING < damping_for(16 * 20 - 1, 20) == DAMPING_OF_FEW
+    x, weight, target = data(20)
+    free, held = (gram(x, weight, target, damping).solve(range(20)) for damping in (DAMPING, DAMPING_OF_FEW))
+    assert np.linalg.norm(held - weight) < np.linalg.norm(free - weight)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import lm, pipeline, planning, steps
+from mlx_pare import lm, pipeline, planning, steps, tried
 from mlx_pare.artifacts import Metrics, Plan
 from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
@@ -137,8 +137,13 @@ def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypat
     before = hashes(finished["out"])
     for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate", "export", "bench"):
         monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
-    for verb in ("plan", "try_out", "sensitivity"):
-        monkeypatch.setattr(planning, verb, lambda *_, **__: pytest.fail("done again"))
+    for module, verb in (
+        (planning, "plan"),
+        (planning, "sensitivity"),
+        (tried, "try_out"),
+        (tried, "reconstructed_kl"),
+    ):
+        monkeypatch.setattr(module, verb, lambda *_, **__: pytest.fail("done again"))
     assert pipeline.run(finished["model"], finished["out"], settings) == finished["summary"]
     after = hashes(finished["out"])
     rewritten = {name for name in after if after[name] != before.get(name)}

@@ -290,7 +290,7 @@ WRONG = [
     ),
     (dict(gguf="f16", widths="per-layer"), Refused, "--gguf f16.*[Uu]se --widths uniform"),
     (dict(widths="wide"), UsageError, "'wide'.*per-layer"),
-    (dict(memory_cap=10_000, reconstruct=False), Refused, "--memory-cap allows"),
+    (dict(memory_cap=10_000), Refused, "--memory-cap allows"),
 ]
 
 
@@ -393,3 +393,38 @@ def test_report_of_even_and_of_given_up_candidates(made, tmp_path):
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "tried.json").write_text(json.dumps(tried))
     assert "1 of them were given up" in report._tried(tmp_path)
+
+
+# ---- a run that was begun ----
+
+
+def test_without_reconstruction_nothing_is_tried(model, capsys):
+    """Trials repair, so they would judge other models than those that are made."""
+    assert planning.settled(model, replace(SMALL, reconstruct=False)).widths == "even"
+    assert not capsys.readouterr().err
+    assert planning.settled(model, replace(SMALL, reconstruct=False, widths="per-layer")).widths == "even"
+    assert "nothing is tried" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_what_was_begun_goes_on_whatever_is_free_now(made, model, monkeypatch, free):
+    how, out, _ = made
+    assert planning.begun(out) == how and planning.begun(out / "nowhere") is None
+
+    def refuse(*_):
+        raise Refused("too much")
+
+    if not free:
+        monkeypatch.setattr("mlx_pare.trial.check_memory", refuse)
+    if how == "uniform":
+        assert planning.settled(model, SMALL, planning.begun(out)).widths == "uniform"
+    if how == "even" and not free:
+        assert planning.settled(model, SMALL, planning.begun(out)).widths == "even"
+
+
+def test_orders_of_another_text_are_not_taken(made, model):
+    how, out, _ = made
+    with steps.continue_run(out) as run:
+        rows = Texts(model, SMALL).calibration
+        assert bool(tried._curves(run, rows)) == (how == "per-layer")
+        assert tried._curves(run, rows.first(3)) == {}

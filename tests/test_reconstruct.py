@@ -18,7 +18,7 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import corpus, lm, site, stream
+from mlx_pare import corpus, least_squares, lm, site, stream
 from mlx_pare.artifacts import Arrays, LayerPlan, Plan, Size, Target, repair_file
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
@@ -51,6 +51,7 @@ NOTHING = dict.fromkeys(Size.model_fields, 0)
 def small_batches(monkeypatch):
     """Four rows at a time, and a rest of two."""
     monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 100)
+    monkeypatch.setattr(least_squares, "DAMPING_OF_FEW", DAMPING)  # the references know one
 
 
 @pytest.fixture

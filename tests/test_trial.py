@@ -11,7 +11,7 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import stream, trial
+from mlx_pare import least_squares, stream, trial
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused
@@ -41,6 +41,7 @@ VARIANTS = {family: (family, {}) for family in pico.FAMILIES} | {
 def small_batches(monkeypatch):
     """Four rows at a time, and a rest; calibration ends within a micro-batch."""
     monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 100)
+    monkeypatch.setattr(least_squares, "DAMPING_OF_FEW", DAMPING)  # the references know one
 
 
 @pytest.fixture
@@ -292,7 +293,8 @@ def test_memory_is_stated_and_refused(model, monkeypatch):
     checkpoint = Checkpoint(path)
     stated = trial.check_memory(checkpoint, DATA, HELD, len(candidates), 10**12)
     more = trial.check_memory(checkpoint, DATA, HELD, 1000 + len(candidates), 10**12)
-    assert more - stated == 1000 * 7 * 24 * 64 * 4  # a stream each
+    grown = 1000 * 7 * 24 * 64 * 4  # a stream each, and a matrix for every width
+    assert more - stated == grown + 4 * 64 * 128 * (trial.MOST_WIDTHS - len(candidates))
     one = trial.check_memory(checkpoint, DATA, HELD, 1, 10**12)
     with pytest.raises(Refused, match=r"--memory-cap allows.*--widths even"):
         try_out(path, candidates, DATA, HELD, memory_cap=one - 1)
@@ -325,3 +327,15 @@ def test_stated_memory_is_enough(pico_models, monkeypatch):
     before = mx.get_active_memory()
     try_out(path, made, data, held)
     assert mx.get_peak_memory() - before < stated
+
+
+# ---- codes that stay ----
+
+
+def test_bits_that_a_part_has_already_change_nothing(pico_models):
+    """prune keeps such codes; to quantize them again would change them."""
+    path = pico_models("llama", packed=(4, 32))
+    same = candidate(path, {1: {"ffn_bits": 4, "attention_bits": 4}})
+    other = candidate(path, {1: {"ffn_bits": 3}})
+    assert try_out(path, [same, other], DATA, HELD, group_size=32).kl[0] == 0
+    assert try_out(path, [other], DATA, HELD, group_size=32).kl[0] > 1e-4

@@ -23,7 +23,6 @@ from mlx_pare.arch import (
     cut,
     describe,
     uneven_types,
-    uneven_unit,
     why_no_sublayer_drops,
     why_uniform,
 )
@@ -406,12 +405,12 @@ def test_what_a_planner_may_ask():
         return describe(pico.config_of(family, vocab_size=512, **changes))
 
     for family in ("llama", "llama-untied", "qwen3", "mistral"):
-        assert why_uniform(arch(family)) is None and uneven_unit(arch(family)) == 1
+        assert why_uniform(arch(family)) is None
     assert why_no_sublayer_drops(arch("llama")) is None and uneven_types(arch("llama")) == ["nemotron-nas", "openelm"]
     assert "q_norm" in why_no_sublayer_drops(arch("qwen3")) and why_no_sublayer_drops(arch("qwen3"), "ffn") is None
     assert uneven_types(arch("qwen3")) == ["openelm"]
     assert "biases" in why_uniform(arch("qwen2")) and "biases" in why_uniform(arch("qwen2"), "kv_head")
-    assert why_uniform(arch("qwen2"), "ffn") is None and uneven_unit(arch("qwen2")) == 256
+    assert why_uniform(arch("qwen2"), "ffn") is None
     scaled = arch("llama", rope_scaling={"rope_type": "llama3", "factor": 8.0})
     assert "rope scaling (llama3)" in why_uniform(scaled) and why_uniform(scaled, "ffn") is None
     assert "factor" in why_uniform(arch("llama", rope_scaling={"rope_type": "longrope"}), "ffn").replace(

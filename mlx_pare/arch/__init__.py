@@ -11,7 +11,7 @@ from .keep import Keep, LayerKeep
 from .rope import both_rope_spellings
 from .rows import KEYS
 from .spec import AXES, Architecture, Family, Layer, Tensor, Wrapper, layer_types, whole
-from .uneven import uneven_types, uneven_unit, why_no_sublayer_drops, why_uniform
+from .uneven import uneven_types, why_no_sublayer_drops, why_uniform
 
 _FILES = (dense, plain, gemma, moe, latent, hybrid, mamba, uneven)
 FAMILIES: tuple[Family, ...] = tuple(family for file in _FILES for family in file.FAMILIES)
@@ -34,7 +34,6 @@ __all__ = [
     "require_cuttable",
     "supported_types",
     "uneven_types",
-    "uneven_unit",
     "why_no_sublayer_drops",
     "why_uniform",
 ]

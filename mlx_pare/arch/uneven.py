@@ -326,17 +326,11 @@ def uneven_types(arch: Architecture) -> list[str]:
 
 def why_uniform(arch: Architecture, axis: str | None = None) -> str | None:
     """Why layers of this model must keep as many units as each other on ``axis`` ("ffn", "kv_head"; None: on both);
-    None when they need not. See ``uneven_unit`` for the steps."""
+    None when they need not."""
     nas, openelm = _whole_objections(arch)
     if openelm is None or (axis == "ffn" and nas is None):
         return None
     return f"openelm, which takes a width for every layer, {openelm}"
-
-
-def uneven_unit(arch: Architecture) -> int:
-    """The step of ffn widths that may differ between layers: 1, or 256 where only nemotron-nas can hold them (which
-    then takes all heads of a layer or none)."""
-    return 1 if _whole_objections(arch)[1] is None else UNIT
 
 
 def why_no_sublayer_drops(arch: Architecture, sublayer: str = "attention") -> str | None:

@@ -82,7 +82,9 @@ def _cheapest(menus: Sequence[Menu], tied: bool) -> float:
         return min(
             _cheapest([_sum([m for i, m in enumerate(menus) if i not in gone])], False) for gone in _drops(menus)
         )
-    least = [m.cost + sum(min(v.cost for v in part if isfinite(v.loss)) for part in m.parts) for m in menus]
+    least = [
+        m.cost + sum(min((v.cost for v in part if isfinite(v.loss)), default=inf) for part in m.parts) for m in menus
+    ]
     left = [cost for cost, menu in zip(least, menus, strict=True) if not _may_go(menu)]
     return sum(left) if left else min(least)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..arch import Architecture, Keep, LayerKeep, Tensor, uneven_types, why_no_sublayer_drops, why_uniform
 from ..arch.spec import length
+from ..arch.uneven import UNIT
 from ..checkpoint import DTYPE_BYTES, Checkpoint
 from ..errors import PareError, Refused
 from ..fit import reach
@@ -68,7 +69,7 @@ def spaces(checkpoint: Checkpoint, options: Options, per_layer: bool, bits: Sequ
     if per_layer and why_uniform(arch) is None:
         found.append(replace(shared, ffn=_with_none(arch, options, shared.ffn), tied=False))
     if per_layer and "nemotron-nas" in uneven_types(arch):
-        unit = [n for n in counts["ffn"] if n % 256 == 0]
+        unit = [n for n in counts["ffn"] if n % UNIT == 0]
         heads = [0, counts["kv_head"][-1]] if len(counts["kv_head"]) > 1 else counts["kv_head"]
         if unit and unit[-1] == counts["ffn"][-1] and why_no_sublayer_drops(arch) is None:
             found.append(replace(shared, ffn=_with_none(arch, options, unit), kv_head=heads, tied=False))
