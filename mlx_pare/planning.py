@@ -10,7 +10,6 @@ Where layers may go, layering.py tells which. What was tried is not tried again 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -28,7 +27,7 @@ from .errors import Refused, UsageError
 from .layering import best_repaired, layers_by_of, with_layers
 from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
-from .rundir import Run, fingerprint
+from .rundir import Manifest, Run, fingerprint
 from .sensitivity import sensitivity
 from .steps import Settings, Texts
 from .trial import Candidate, Width
@@ -75,7 +74,7 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
 
 def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
     """The settings with the way to choose widths that this model, these axes, time and memory allow; what is not as
-    asked is said. ``begun``: how the plan of a run was chosen before, by which it goes on whatever is free now.
+    asked is said. ``begun``: how the plan of a run was chosen before: so it goes on, whatever is free now.
 
     Raises UsageError for bits that cannot be chosen, Refused for a GGUF type where there may be no GGUF file, and when
     the trials need more memory than a --memory-cap allows, or than is free for those of widths per layer.
@@ -122,12 +121,12 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
 
 
 def begun(out: Path) -> str | None:
-    """How the plan of a run directory was chosen; None where there is none yet."""
-    manifest = out / "manifest.json"
-    if not manifest.exists():
+    """How the plan of a run directory was chosen; None where there is none yet, or a manifest that opening it refuses."""
+    try:
+        steps = Manifest.model_validate_json((out / "manifest.json").read_bytes()).steps
+    except (OSError, ValueError):
         return None
-    plan_record = json.loads(manifest.read_text()).get("steps", {}).get("plan")
-    return plan_record and plan_record["parameters"].get("widths", "even")
+    return steps["plan"].parameters.get("widths", "even") if "plan" in steps else None
 
 
 def _check_memory(checkpoint: Checkpoint, s: Settings) -> None:
