@@ -121,7 +121,7 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
 
 
 def begun(out: Path) -> str | None:
-    """How the plan of a run directory was chosen; None where there is none yet, or a manifest that opening it refuses."""
+    """How the plan of a run directory was chosen; None where there is none yet, or a manifest that cannot be read."""
     try:
         steps = Manifest.model_validate_json((out / "manifest.json").read_bytes()).steps
     except (OSError, ValueError):
