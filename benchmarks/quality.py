@@ -29,7 +29,7 @@ from criteria import DEMO, show
 from mlx_pare import console, corpus, lm, planning, steps
 from mlx_pare.artifacts import Metrics, Plan
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError
+from mlx_pare.errors import Refused
 from mlx_pare.evaluate import evaluate
 from mlx_pare.plan import Options, plan, whole
 from mlx_pare.prune import prune
@@ -263,7 +263,9 @@ def _attempt(bench: Bench, name: str, s: Settings) -> tuple[float, str] | None:
     """(perplexity on the test rows, what it is); None when the budget is out of reach."""
     try:
         found, made = bench.cut(name, s)
-    except PareError:
+    except Refused as error:
+        if not any(words in error.problem for words in ("reached", "cannot be met", "nothing needs")):
+            raise  # such as a kept --work of other settings
         return None
     kept = made.after.non_embedding / made.before.non_embedding
     parts = [b for layer in made.layers for b in (layer.attention_bits, layer.ffn_bits) if b]

@@ -81,8 +81,8 @@ LayersBy = Annotated[
     str | None,
     typer.Option(
         help="How the layers that go are chosen: block-influence; angular, the block of neighbours that turns text "
-        "least; kl, one after the other, the least missed on held-out text. Default: kl, where candidates are tried "
-        "and the criterion has no formula for layers."
+        "least; kl, one after the other, the least missed on held-out text. Default: kl, with --widths uniform, "
+        "where the criterion has no formula for layers; not with --widths per-layer."
     ),
 ]
 Tries = Annotated[
