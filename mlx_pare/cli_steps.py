@@ -10,32 +10,47 @@ import typer
 
 from . import console, show
 from .options import (
+    Accumulate,
     Axes,
+    Batch,
     Bits,
     Cap,
     ChooseBits,
+    Clip,
     Context,
     Criterion,
+    CrossEntropy,
     Data,
     DryRun,
     For,
+    GradCheckpoint,
     GroupSize,
     Keep,
     LayersBy,
     Length,
+    LocalSteps,
+    Loss,
+    Match,
     Method,
     MinSpeed,
+    Mix,
     Model,
     NoProtect,
     NoReconstruct,
+    Patience,
+    Rank,
     Rate,
     RunDir,
     Samples,
+    Schedule,
     Seed,
     Step,
     Steps,
     TargetParams,
+    Targets,
     TargetSize,
+    TeacherModel,
+    Temperature,
     TestData,
     Tries,
     Widths,
@@ -200,12 +215,31 @@ def prune_command(run: RunDir, no_reconstruct: NoReconstruct = False) -> dict[st
     return {"model": str(model)}
 
 
-@command("recover", "mlx-pare recover RUN --recover-steps 200 --method full --data notes/")
+@command(
+    "recover",
+    "mlx-pare recover RUN --recover-steps 200 --method full --data notes/ | mlx-pare recover RUN --local-steps 200 "
+    "--recover-steps 300 --targets 64 --grad-checkpoint | mlx.launch -n 2 -- mlx-pare recover RUN",
+)
 def recover_command(
     run: RunDir,
     recover_steps: Steps = 100,
     method: Method = "lora",
     learning_rate: Rate = None,
+    local_steps: LocalSteps = 0,
+    targets: Targets = "full",
+    patience: Patience = 0,
+    batch: Batch = 4,
+    accumulate: Accumulate = 1,
+    schedule: Schedule = "cosine",
+    clip: Clip = 1.0,
+    rank: Rank = 16,
+    loss: Loss = "forward",
+    temperature: Temperature = 1.0,
+    cross_entropy: CrossEntropy = 0.0,
+    match: Match = "auto",
+    grad_checkpoint: GradCheckpoint = False,
+    mix: Mix = False,
+    teacher: TeacherModel = None,
     data: Data = None,
     test_data: TestData = None,
     memory_cap: Cap = None,
@@ -213,14 +247,18 @@ def recover_command(
 ) -> dict[str, Any]:
     """Heal the pruned model by distilling the original into it: RUN/recover/model, never worse than before.
 
-    Trains on the text of the run's calibration, in rows of the same length, unless --data names another.
+    Trains on the text of the run's calibration, in rows of the same length, unless --data names another. Killed, the
+    same command continues. Under mlx.launch the processes share the rows of every batch.
     """
     from . import steps
 
     with steps.continue_run(run) as opened:
         before = opened.recipe()
         s = settings_of(
-            recover_steps=recover_steps, method=method, learning_rate=learning_rate, data=data or before.get("data"),
+            recover_steps=recover_steps, method=method, learning_rate=learning_rate, local_steps=local_steps,
+            targets=targets, patience=patience, batch=batch, accumulate=accumulate, schedule=schedule, clip=clip,
+            rank=rank, kind=loss, temperature=temperature, cross_entropy=cross_entropy, match=match,
+            grad_checkpoint=grad_checkpoint, mix=mix, teacher=teacher, data=data or before.get("data"),
             test_data=test_data or before.get("test_data"), length=before.get("length", 512),
             memory_cap=memory_cap, seed=seed,
         )  # fmt: skip

@@ -157,12 +157,12 @@ def speed(model: nn.Module, tok: Any, prompt_tokens: int, new_tokens: int) -> di
     }
 
 
-def add_lora(model: nn.Module, rank: int, scale: float) -> None:
-    """Freeze the model and put LoRA adapters on every linear layer of every block (mlx_lm.tuner)."""
+def add_lora(model: nn.Module, rank: int, scale: float, dora: bool = False) -> None:
+    """Freeze the model and put LoRA (or DoRA) adapters on every linear layer of every block (mlx_lm.tuner)."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     model.freeze()
-    linear_to_lora_layers(model, len(blocks(model)), {"rank": rank, "scale": scale, "dropout": 0.0})
+    linear_to_lora_layers(model, len(blocks(model)), {"rank": rank, "scale": scale, "dropout": 0.0}, use_dora=dora)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
@@ -175,20 +175,42 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
+def each_block(model: nn.Module, call: Callable[[Callable], Callable]) -> None:
+    """Give every block another ``__call__``, made by ``call`` from its own: these blocks alone, other models of the
+    same class keep theirs. Names of parameters stay."""
+    for block in blocks(model):
+        cls = type(block)
+        block.__class__ = type(cls.__name__, (cls,), {"__call__": call(cls.__call__)})
+
+
+def checkpointed(call: Callable) -> Callable:
+    """A block's ``__call__`` that keeps none of its activations for the gradient, but computes them again
+    (mlx_lm.tuner.trainer.grad_checkpoint does this to the class, and anew at every call)."""
+
+    def again(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def inner(parameters: dict, *args: Any, **kwargs: Any) -> Any:
+            block.update(parameters)
+            return call(block, *args, **kwargs)
+
+        return mx.checkpoint(inner)(block.trainable_parameters(), *args, **kwargs)
+
+    return again
+
+
 def train(
     model: nn.Module,
     optimizer: Any,
     loss: Callable,
     batches: Callable[[], Iterator[tuple]],
-    validate: Callable[[int], None],
     steps: int,
+    accumulate: int,
     report_every: int,
     on_report: Callable[[dict], None],
 ) -> None:
-    """mlx_lm.tuner.trainer.train with our loss and our batches.
+    """``steps`` updates by mlx_lm.tuner.trainer.train with our loss and our batches, ``accumulate`` of them for each.
 
-    ``batches`` yields the tuples that ``loss(model, *batch) -> (mean, ntoks)`` takes; ``validate(step)`` is called with
-    the number of finished steps at every report, ``on_report`` with mlx-lm's own training record.
+    ``batches`` yields the tuples that ``loss(model, *batch) -> (mean, ntoks)`` takes; ``on_report`` gets mlx-lm's own
+    training record, which counts batches.
     """
     from mlx_lm.tuner.callbacks import TrainingCallback
     from mlx_lm.tuner.trainer import TrainingArgs
@@ -197,7 +219,6 @@ def train(
     class Callback(TrainingCallback):
         def on_train_loss_report(self, info: dict) -> None:
             on_report(info)
-            validate(info["iteration"])
 
     with TemporaryDirectory() as directory, redirect_stdout(io.StringIO()):  # its own progress display; ours reports
         discarded = (
@@ -206,10 +227,11 @@ def train(
         discarded.symlink_to(os.devnull)
         args = TrainingArgs(
             batch_size=1,
-            iters=steps,
-            steps_per_report=report_every,
-            steps_per_eval=steps + 1,
-            steps_per_save=steps + 1,
+            iters=steps * accumulate,
+            steps_per_report=report_every * accumulate,
+            steps_per_eval=steps * accumulate + 1,
+            steps_per_save=steps * accumulate + 1,
+            grad_accumulation_steps=accumulate,
             adapter_file=str(discarded),
         )
         run(

@@ -103,8 +103,51 @@ NoProtect = Annotated[
     bool, typer.Option("--no-protect", help="First, last and last full-attention layer may be cut too.")
 ]
 Steps = Annotated[int, typer.Option(min=0, help="Steps of distillation; 0: none.")]
-Method = Annotated[str, typer.Option(help="lora, or full (all weights of the blocks).")]
-Rate = Annotated[float | None, typer.Option(help="Default: 1e-3 for lora, 5e-4 for full.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="What is trained: lora or dora adapters (merged in the end), full (all weights of the blocks), norms (norms "
+        "and the scales of packed matrices, whose codes stay)."
+    ),
+]
+Rate = Annotated[float | None, typer.Option(help="Default: 5e-4 for full, 1e-3 for the others.")]
+LocalSteps = Annotated[
+    int,
+    typer.Option(min=0, help="Steps of distillation of every block for itself, before: takes the memory of one block."),
+]
+Targets = Annotated[
+    str,
+    typer.Option(
+        help="What the teacher says of a token: full (all of the vocabulary, of its hidden states, in memory), or so many "
+        'likeliest tokens and the mass of the rest, on disk, e.g. "64".'
+    ),
+]
+Patience = Annotated[int, typer.Option(min=0, help="End when so many validations in a row brought nothing; 0: never.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows in memory at a time.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Batches that make one step.")]
+Schedule = Annotated[str, typer.Option(help="How the rate falls after the warm-up: cosine, linear or constant.")]
+Clip = Annotated[float, typer.Option(min=0, help="Largest norm of the gradient; 0: any.")]
+Rank = Annotated[int, typer.Option(min=1, help="Rank of the adapters.")]
+Loss = Annotated[
+    str, typer.Option("--loss", help="Divergence from the teacher: forward or reverse KL, js (Jensen-Shannon).")
+]
+Temperature = Annotated[float, typer.Option(help="Of teacher and student in the loss.")]
+CrossEntropy = Annotated[float, typer.Option(help="Share of the loss, 0 to 1, that is cross-entropy with the text.")]
+Match = Annotated[
+    str,
+    typer.Option(help="Hidden states are led to the teacher's: none, cosine, mse; auto: cosine where layers were cut."),
+]
+GradCheckpoint = Annotated[
+    bool, typer.Option("--grad-checkpoint", help="Compute activations twice instead of keeping them: less memory.")
+]
+Mix = Annotated[
+    bool,
+    typer.Option("--mix", help="After every validation draw more of the domains that are furthest from the teacher."),
+]
+TeacherModel = Annotated[
+    str | None,
+    typer.Option(help="Model to learn from, with the same tokenizer, e.g. a larger sibling. Default: the original."),
+]
 Gguf = Annotated[str | None, typer.Option(help="f32, f16 or q8_0. Default: f16, q8_0 for a quantized model.")]
 
 
@@ -180,6 +223,17 @@ def _bits(text: str | None) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in found}))
 
 
+def top_of(targets: str) -> int | None:
+    """How many tokens "64" keeps; None for "full". Raises UsageError."""
+    from .errors import UsageError
+
+    if targets == "full":
+        return None
+    if not targets.isdecimal() or int(targets) < 1:
+        raise UsageError(f"cannot read --targets {targets!r}", 'give "full", or a number of tokens such as 64')
+    return int(targets)
+
+
 def settings_of(**given: Any):
     """Settings from what the command line gives: axes and memory as text."""
     from .steps import Settings
@@ -187,4 +241,5 @@ def settings_of(**given: Any):
     given["axes"] = tuple(a.strip() for a in given.pop("axes", "ffn,kv_head").split(",") if a.strip())
     given["memory_cap"] = memory(given.pop("memory_cap", None))
     given["choose_bits"] = _bits(given.pop("choose_bits", None))
+    given["top"] = top_of(given.pop("targets", "full"))
     return Settings(**given)

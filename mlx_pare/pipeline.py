@@ -26,7 +26,6 @@ from .plan import shape, whole
 from .reconstruct import check_memory as check_reconstruction
 from .reconstruct import costs as reconstruction_costs
 from .recover import METHODS
-from .recover import Options as RecoverOptions
 from .recover import check_memory as check_recovery
 from .report import metrics, report, verdict
 from .rundir import Run
@@ -110,7 +109,9 @@ def preflight(model: Path, s: Settings) -> None:
     if s.recover_steps > 0:
         counts = (steps.TRAINING_ROWS, steps.VALIDATION_ROWS)
         rows = [corpus.Rows.full(np.zeros((count, s.length))) for count in counts]
-        check_recovery(Checkpoint(model), rows, RecoverOptions(method=s.method, steps=s.recover_steps), s.memory_cap)
+        options = s.recover_options()
+        options.check()
+        check_recovery(Checkpoint(model), Checkpoint(s.teacher or model), *rows, options, s.memory_cap)
 
 
 def affordable(model: Path, s: Settings) -> Settings:

@@ -1,17 +1,19 @@
-"""recover: heal a pruned model by distilling the original's logits into it, on mlx-lm's trainer.
+"""recover: heal a pruned model by distilling the original into it, on mlx-lm's trainer; killed, it goes on.
 
-Full-vocabulary KL; LoRA or all weights of the blocks. The teacher is streamed once over the training rows and only its
-final hidden states and its head stay: the logits made from them are exact, and teacher and student never share the
-memory. The best state by validation KL is kept, merged, packed as the pruned model was, and measured again from what
-was written: when that is not better than the pruned model, the pruned model is returned and the result says so.
+First, if asked, block by block (local.py), then all of it at once: the student's logits are led to the teacher's, and
+its hidden states where whole layers were cut (objective.py). The teacher is streamed once over the rows (teacher.py):
+teacher and student never share the memory. What is trained: LoRA or DoRA adapters, all weights of the blocks, or norms
+and the scales of packed matrices alone. The best state by validation KL is merged, packed as the pruned model was, and
+measured again from what was written: when that is not better than the pruned model, the pruned model is returned and
+the result says so.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,237 +22,381 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import console, lm, machine, stream
-from .checkpoint import Checkpoint
+from . import console, divergence, lm, machine, ranks, stream, targets, teacher
+from .artifacts import dump_json, replace_file
+from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
-from .divergence import kl
-from .errors import PareError, Refused, UsageError
-from .quantized import MX_DTYPE, pack, raw_bytes
-from .shards import Planned, ShardWriter, copy_tokenizer, finish, partial_directory
-from .stream import Streamed
+from .domains import Domains, Sampler
+from .errors import Refused, UsageError
+from .objective import Objective, Taps, loss_of
+from .rescaled import Rescaled, rescale
+from .rewrite import rewrite
+from .shards import finish, partial_directory
+from .training import Course, Trainer
 
-METHODS = ("lora", "full")
+RATES = {"lora": 1e-3, "dora": 1e-3, "full": 5e-4, "norms": 1e-3}  # what is trained: the usual learning rate
+METHODS = tuple(RATES)
+LOCAL = {"lora": "lora", "dora": "lora", "full": "full", "norms": "full"}  # what the blocks are trained by beforehand
 
 
 @dataclass(frozen=True)
 class Options:
-    """``rank`` and ``scale`` are LoRA's; ``learning_rate`` None: 1e-3 for lora, 5e-4 for full; ``batch`` in rows."""
+    """How to recover. ``rank`` and ``scale`` are the adapters'; ``learning_rate`` None: RATES; ``batch`` in rows, of
+    which ``accumulate`` make a step; ``top``: targets of so many tokens on disk, None: the whole vocabulary;
+    ``local_steps``: of block-wise distillation before; ``mix``: the domains anew after every validation. See Course
+    and Objective for the others."""
 
     method: str = "lora"
     steps: int = 100
     batch: int = 4
+    accumulate: int = 1
     learning_rate: float | None = None
+    schedule: str = "cosine"
+    clip: float = 1.0
+    patience: int = 0
     rank: int = 16
     scale: float = 2.0
+    kind: str = "forward"
+    temperature: float = 1.0
+    cross_entropy: float = 0.0
+    match: str = "auto"
+    match_weight: float = 1.0
+    top: int | None = None
+    grad_checkpoint: bool = False
+    local_steps: int = 0
+    mix: bool = False
     seed: int = 0
     reports: int = 6
 
     @property
-    def rate(self) -> float:
-        return {"lora": 1e-3, "full": 5e-4}[self.method] if self.learning_rate is None else self.learning_rate
+    def course(self) -> Course:
+        rate = RATES[self.method] if self.learning_rate is None else self.learning_rate
+        return Course(self.steps, rate, self.accumulate, self.schedule, self.clip, self.reports, self.patience)
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.kind, self.temperature, self.cross_entropy, self.match, self.match_weight)
+
+    def check(self) -> None:
+        """Raises UsageError for what there is not."""
+        if self.method not in METHODS:
+            raise UsageError(f"unknown method {self.method!r}", f"choose one of {', '.join(METHODS)}")
+        self.objective.check()
+        self.course.learning_rate()
 
 
 def recover(
     student: Path,
-    teacher: Path,
-    train: Rows,
-    validation: Rows,
+    original: Path,
+    train: Rows | Domains,
+    validation: Rows | Domains,
     out: Path,
     options: Options,
     memory_cap: int | None = None,
+    work: Path | None = None,
 ) -> dict[str, Any]:
     """Write the healed model to ``out``; returns validation KL before and after, the curve, whether it helped.
 
-    Raises UsageError for an unknown method, Refused when ``out`` exists or the training does not fit in memory.
+    ``original``: the teacher, any model with the student's tokenizer. ``work``: a directory for what a killed call
+    goes on from; it is removed in the end. Raises UsageError for options there are not, Refused when ``out`` exists,
+    the tokenizers differ or the training does not fit in memory, PareError when it diverges.
     """
-    if options.method not in METHODS:
-        raise UsageError(f"unknown method {options.method!r}", f"choose one of {', '.join(METHODS)}")
+    options.check()
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
-    checkpoint = Checkpoint(student)
-    check_memory(checkpoint, (train, validation), options, memory_cap)
-    mx.random.seed(options.seed)
-    for rows in (train, validation):
-        stream.check_memory(Checkpoint(teacher), rows, memory_cap)
-    guides = [stream.walk(teacher, rows, what="teacher: block") for rows in (train, validation)]
-    trial = _Training(_resident(student, options.method), train, validation, *guides, options)
-    curve = trial.run()
-    best = trial.best_step
-    summary = {
-        "options": asdict(options),
-        "kl_before": curve[0][1],
-        "curve": curve,
-        "best_step": best,
-        "improved": False,
-    }
-    if best > 0:
-        partial = partial_directory(out)
-        _write(checkpoint, trial.merged(), partial)
-        before, after = (
-            _mean_kl(_resident(p, "full"), validation, guides[1], options.batch) for p in (student, partial)
+    train, validation = Domains.of_one(train), Domains.of_one(validation)
+    check_memory(Checkpoint(student), Checkpoint(original), train.rows, validation.rows, options, memory_cap)
+    teacher.check_tokenizer(student, original)
+    work = work or out.with_name(out.name + ".work")
+    job = _Job(student, original, train, validation, options, work, memory_cap)
+    summary = job.run()
+    if ranks.this()[0] == 0:
+        _keep_the_best(job, summary, out)
+        shutil.rmtree(work, ignore_errors=True)
+    return summary
+
+
+class _Job:
+    """One recovery on its way: what all its parts need to know."""
+
+    def __init__(
+        self,
+        student: Path,
+        original: Path,
+        train: Domains,
+        validation: Domains,
+        options: Options,
+        work: Path,
+        memory_cap: int | None,
+    ):
+        self.student, self.original, self.train, self.validation = student, original, train, validation
+        self.options, self.work, self.memory_cap = options, work, memory_cap
+        self.candidates = {"pruned": student}
+
+    def run(self) -> dict[str, Any]:
+        """Train, and write what came of it to the work directory; returns what there is to say of it."""
+        mx.random.seed(self.options.seed)
+        stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
+        self.judge = teacher.Whole(stream.walk(self.original, self.validation.rows, what="teacher, validation: block"))
+        local = self._local()
+        places = self._places()
+        guide, states = self._teach(places)
+        model = resident(self.candidates.get("local", self.student), self.options.method)
+        _, weights = ranks.from_first({}, dict(tree_flatten(model.parameters())))
+        model.update(tree_unflatten(list(weights.items())))
+        prepare(model, self.options)
+        trainer = self._trainer(model, guide, states, places)
+        trainer.run()
+        if trainer.best_step and trainer.rank == 0:
+            rewrite(Checkpoint(self.student), merged(model, trainer.best), partial_directory(self.work / "trained"))
+            self.candidates["trained"] = self.work / "trained.partial"
+        return {
+            "options": asdict(self.options),
+            "curve": trainer.curve,
+            "best_step": trainer.best_step,
+            "matched": None if places is None else {"student": places.own, "teacher": places.teacher},
+            "domains": {"names": self.train.names, "weights": trainer.sampler.state().get("weights")},
+            "local": local,
+        }
+
+    def _local(self) -> dict[str, Any] | None:
+        """Heal it block by block first; the result is where the training starts."""
+        options, place, note = self.options, self.work / "local", self.work / "local.json"
+        if not options.local_steps or ranks.this()[0]:  # the others get the weights sent
+            return None
+        if not (place.exists() and note.exists()):
+            from . import local
+
+            shutil.rmtree(place, ignore_errors=True)
+            how = local.Options(
+                "lora" if options.method in ("lora", "dora") else "full",
+                options.local_steps,
+                options.batch,
+                seed=options.seed,
+            )
+            done = local.local(
+                self.student, self.original, self.train.rows, self.validation.rows, place, how, self.memory_cap
+            )
+            replace_file(note, dump_json(done))
+        self.candidates["local"] = place
+        return read_json(note, "local recovery")
+
+    def _places(self) -> teacher.Places | None:
+        """Where hidden states are matched: nowhere unless it was asked for or layers were cut, or the student's units
+        do not come from this teacher."""
+        survivors = read_json(p, "survivors") if (p := self.student / "survivors.json").exists() else None
+        checkpoint = Checkpoint(self.original)
+        related = survivors is not None and survivors["source_identity"] == checkpoint.identity()
+        cut = related and len(survivors["layers"]) < len(checkpoint.arch.layers)
+        self.how = self.options.objective.matching(cut)
+        if self.how == "none":
+            return None
+        if not related:
+            console.warn(f"hidden states are not matched: {self.student} was not cut from {self.original}")
+            self.how = "none"
+            return None
+        return teacher.places(survivors, checkpoint)
+
+    def _teach(self, places: teacher.Places | None) -> tuple[teacher.Guide, list[mx.array]]:
+        """The teacher's word on the training rows, and its hidden states at the places."""
+        rows, options = self.train.rows, self.options
+        watched = teacher.Watched(places.teacher, places.kept) if places else None
+        if options.top is None or watched:
+            held = teacher.held_bytes(Checkpoint(self.original), rows, len(places.own) if places else 0)
+            stream.check_memory(Checkpoint(self.original), rows, self.memory_cap, held, "; or --targets 64")
+            streamed = stream.walk(self.original, rows, watched, what="teacher: block")
+        states = [watched.states[layer] for layer in places.teacher] if watched else []
+        if options.top is None:
+            return teacher.Whole(streamed), states
+        where = self.work / "targets"
+        return (
+            targets.collect(self.original, rows, where, options.top, options.temperature, memory_cap=self.memory_cap),
+            states,
         )
-        summary |= {"kl_before": before, "kl_after": after, "improved": after < before}
-        if summary["improved"]:
-            finish(partial, out)
-            return summary
-        shutil.rmtree(partial)
-    console.warn("recovery did not improve the validation KL: the pruned model is kept as it was")
+
+    def _trainer(
+        self, model: nn.Module, guide: teacher.Guide, states: list[mx.array], places: teacher.Places | None
+    ) -> Trainer:
+        options, rows = self.options, self.train.rows
+        taps = Taps(model, places.own) if places else None
+        sampler = Sampler(self.train.of, self.train.weights, options.batch, options.seed)
+
+        def validate() -> dict[str, float]:
+            tokens = self.validation.rows.tokens
+            return by_domain(lambda r: model(mx.array(tokens[r])), self.judge, self.validation, options.batch)
+
+        def batch(chosen: np.ndarray) -> tuple:
+            found = mx.array(rows.tokens[chosen]), *guide.batch(chosen), *(s[mx.array(chosen)] for s in states)
+            mx.eval(found)
+            return found
+
+        def mix(losses: dict[str, float]) -> None:
+            sampler.reweight(losses, dict.fromkeys(losses, 0.0))  # the teacher's own divergence is 0 everywhere
+
+        about = {"student": Checkpoint(self.candidates.get("local", self.student)).identity()}
+        about |= {"teacher": Checkpoint(self.original).identity(), "rows": rows.digest(), "options": asdict(options)}
+        return Trainer(
+            model,
+            loss_of(options.objective, self.how, taps),
+            sampler,
+            batch,
+            validate,
+            options.course,
+            self.work / "training",
+            about,
+            mix if options.mix else None,
+        )
+
+    def kl(self, path: Path) -> float:
+        """Mean KL to the teacher of a model as it lies on disk, over all positions of the validation rows."""
+        found = teacher.Whole(stream.walk(path, self.validation.rows, what="measure: block"))
+        return by_domain(lambda r: found.batch(r)[0], self.judge, self.validation, self.options.batch)[""]
+
+
+def _keep_the_best(job: _Job, summary: dict[str, Any], out: Path) -> None:
+    """The candidate with the smallest KL becomes ``out``; the pruned model when none is better."""
+    measured = {name: job.kl(path) for name, path in job.candidates.items()}
+    best = min(measured, key=lambda name: measured[name])
+    summary |= {"kl_before": measured["pruned"], "kl_after": measured[best], "improved": best != "pruned"}
+    summary |= {"kept": best, "kl": measured, "kl_unmerged": min(point["loss"] for point in summary["curve"])}
+    if best == "pruned":
+        console.warn("recovery did not improve the validation KL: the pruned model is kept as it was")
     partial = partial_directory(out)
-    shutil.copytree(student, partial, dirs_exist_ok=True)
+    shutil.copytree(job.candidates[best], partial, dirs_exist_ok=True)
     finish(partial, out)
-    return summary | {"kl_after": curve[0][1]}
 
 
-def _resident(path: Path, method: str) -> nn.Module:
+def by_domain(
+    logits: Callable[[np.ndarray], mx.array], judge: teacher.Whole, validation: Domains, batch: int
+) -> dict[str, float]:
+    """Mean KL to the teacher over all positions of the rows of every domain, nats per token; of all under ""."""
+    sums = np.zeros(validation.rows.count)
+    for start in range(0, len(sums), batch):
+        rows = np.arange(start, min(start + batch, len(sums)))
+        sums[rows] = np.array(divergence.kl(judge.batch(rows)[0], logits(rows)).mean(axis=-1))
+    found = {name: float(sums[validation.of == n].mean()) for n, name in enumerate(validation.names)}
+    return {"": float(sums.mean()), **(found if len(found) > 1 else {})}
+
+
+# ---- the student in memory ----
+
+
+def resident(path: Path, method: str) -> nn.Module:
     """A model to train, in memory. float32 where all weights move (half precision would lose Adam's small steps) and on
-    the CPU backend; under LoRA elsewhere as stored."""
+    the CPU backend; under adapters elsewhere as stored. Packed matrices stay packed when their scales are trained."""
     model = lm.load(path)
+    if method == "norms":
+        rescale(model)
     if lm.cpu_backend() or method == "full":
         model = lm.dequantized(model, mx.float32)
     mx.eval(model.parameters())
     return model
 
 
-def required_bytes(student: Checkpoint, rows: Sequence[Rows], options: Options) -> int:
-    """Student + optimizer + teacher's hidden states + logits and activations of one batch (an estimate)."""
+def prepare(model: nn.Module, options: Options) -> None:
+    """Freeze everything but what the method trains."""
+    model.freeze()
+    if options.method in ("lora", "dora"):
+        lm.add_lora(model, options.rank, options.scale, options.method == "dora")
+    for block in lm.blocks(model):
+        if options.method == "full":
+            block.unfreeze()
+        if options.method == "norms":
+            block.apply_to_modules(lambda _, m: m.unfreeze(recurse=False) if gains(m) else None)
+    if options.grad_checkpoint:
+        lm.each_block(model, lm.checkpointed)
+
+
+def gains(module: nn.Module) -> bool:
+    """Whether a module is a norm, or a packed matrix with gains."""
+    return isinstance(module, Rescaled) or "Norm" in type(module).__name__
+
+
+def merged(model: nn.Module, best: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The trained tensors of a model in its best state, by name: adapters are folded into dense weights."""
+    rescaled = {name: m.arrays() for name, m in model.named_modules() if isinstance(m, Rescaled)}
+    found = {f"{name}.{part}": array for name, arrays in rescaled.items() for part, array in arrays.items()}
+    changed = {name.replace(".lora_a", ".weight") for name in best if not name.endswith((".lora_b", ".m", "_gain"))}
+    model = lm.merge_lora(model)
+    return {**found, **{name: array for name, array in tree_flatten(model.parameters()) if name in changed}}
+
+
+# ---- memory ----
+
+
+def trained_values(student: Checkpoint, options: Options) -> int:
+    """How many numbers a method trains, at most."""
+    blocks = [t for t in student.arch.tensors() if t.layer is not None]
+    if options.method == "full":
+        return sum(t.size for t in blocks)
+    matrices = [t for t in blocks if t.matrix]
+    if options.method == "norms":
+        packed = [(t, student.packing(t.module)) for t in matrices]
+        return sum(t.size for t in blocks if not t.matrix) + sum(2 * t.size // p.group_size for t, p in packed if p)
+    return sum(options.rank * sum(t.shape) + t.shape[0] for t in matrices)
+
+
+def required_bytes(student: Checkpoint, original: Checkpoint, train: Rows, validation: Rows, options: Options) -> int:
+    """Student, gradients and optimizer, the teacher's hidden states, logits and activations of a batch: an estimate.
+
+    Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more.
+    """
     value = 4 if lm.cpu_backend() or options.method == "full" else 2
     arch = student.arch
-    size = sum(t.size for t in arch.tensors())
-    trained = size if options.method == "full" else 0
-    heads = arch.largest("kv_head", "group")
-    length = rows[0].length
+    weights = sum(t.size for t in arch.tensors()) * value
+    if options.method != "full" and not lm.cpu_backend():
+        weights = student.nbytes()
+    hidden, layers = arch.sizes["hidden"], len(arch.layers)
+    heads, length = arch.largest("kv_head", "group"), train.length
     tokens = options.batch * length
-    hidden = sum(3 * r.count * r.length for r in rows) * arch.sizes["hidden"] * 4
-    per_layer = tokens * (6 * arch.largest("ffn") + 8 * arch.sizes["hidden"] + 3 * heads * length) * value
-    logits = 5 * tokens * arch.sizes["vocab"] * 4
-    return size * value + trained * 3 * 4 + hidden + logits + per_layer * len(arch.layers)
+    in_block = tokens * (6 * arch.largest("ffn") + 8 * hidden + 3 * heads * length) * value
+    activations = in_block + layers * tokens * hidden * value if options.grad_checkpoint else in_block * layers
+    vocab = arch.sizes["vocab"]
+    held = teacher.held_bytes(original, validation, 0)
+    held += 0 if options.top else teacher.held_bytes(original, train, 0)
+    return weights + trained_values(student, options) * 4 * 4 + held + 5 * tokens * vocab * 4 + activations
 
 
-def check_memory(student: Checkpoint, rows: Sequence[Rows], options: Options, cap: int | None) -> int:
-    """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise."""
-    needed, limit = required_bytes(student, rows, options), cap or machine.available_bytes()
-    if needed > limit:
-        raise Refused(
-            f"recovering {student.path} needs about {console.gb(needed)}, "
-            f"{'--memory-cap allows' if cap else 'free are'} {console.gb(limit)}",
-            "use --recover-steps 0 or a shorter --length",
-        )
-    return needed
+def check_memory(
+    student: Checkpoint, original: Checkpoint, train: Rows, validation: Rows, options: Options, cap: int | None
+) -> int:
+    """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise, naming the smallest
+    change that would fit."""
+
+    def needed(o: Options) -> int:
+        return required_bytes(student, original, train, validation, o)
+
+    limit = cap or machine.available_bytes()
+    if needed(options) <= limit:
+        return needed(options)
+    fitting = ((flags, needed(o)) for flags, o in savings(options) if needed(o) <= limit)
+    flags, least = next(fitting, ("", 0))
+    cure = f"{flags} would take {console.gb(least)}" if flags else "use --recover-steps 0 or a shorter --length"
+    raise Refused(
+        f"recovering {student.path} needs about {console.gb(needed(options))}, "
+        f"{'--memory-cap allows' if cap else 'free are'} {console.gb(limit)}",
+        cure,
+    )
 
 
-class _Training:
-    """One run of the trainer: batches with the teacher's logits, validation, the best state."""
+def savings(options: Options) -> Iterator[tuple[str, Options]]:
+    """Ways to take less memory, each with those before it, as they are said on the command line; the steps stay as
+    large as they were."""
+    flags: dict[str, str] = {}
 
-    def __init__(
-        self, model: nn.Module, train: Rows, validation: Rows, teacher: Streamed, judge: Streamed, options: Options
-    ):
-        self.model, self.train, self.teacher, self.options = model, train, teacher, options
-        self.validation, self.judge = validation, judge
-        self.model.freeze()
-        if options.method == "lora":
-            lm.add_lora(model, options.rank, options.scale)
-        else:
-            for block in lm.blocks(model):
-                block.unfreeze()
-        self.curve: list[tuple[int, float]] = []
-        self.best_step, self.best = 0, dict(tree_flatten(model.trainable_parameters()))
+    def less(flag: str, value: str = "", **change: Any) -> tuple[str, Options]:
+        nonlocal options
+        flags[flag], options = value, replace(options, **change)
+        return " ".join(f"--{name} {value}".strip() for name, value in flags.items()), options
 
-    def run(self) -> list[tuple[int, float]]:
-        import mlx.optimizers as optim
-
-        steps, options = self.options.steps, self.options
-        warm = max(1, steps // 20)
-        schedule = optim.join_schedules(
-            [
-                optim.linear_schedule(options.rate / warm, options.rate, warm),
-                optim.cosine_decay(options.rate, max(1, steps - warm), options.rate / 20),
-            ],
-            [warm],
-        )
-        optimizer = optim.AdamW(learning_rate=schedule, weight_decay=0.0)
-        self.validate(0)
-        every = max(1, math.ceil(steps / options.reports))
-        with console.progress("recover: step", steps) as bar:
-            self._bar, self._every = bar, every
-            lm.train(self.model, optimizer, _loss, self._batches, self.validate, steps, every, self._report)
-        return self.curve
-
-    def _batches(self) -> Iterator[tuple]:
-        """Endless shuffled batches (tokens, teacher logits); the same for the same seed."""
-        order = np.random.RandomState(self.options.seed)
-        count, batch = self.train.count, min(self.options.batch, self.train.count)
-        while True:
-            shuffled = order.permutation(count)
-            for start in range(0, count - batch + 1, batch):
-                chosen = shuffled[start : start + batch]
-                logits = self.teacher.all_logits(mx.array(chosen))
-                mx.eval(logits)
-                yield mx.array(self.train.tokens[chosen]), logits
-
-    def validate(self, step: int) -> None:
-        self.model.eval()
-        value = _mean_kl(self.model, self.validation, self.judge, self.options.batch)
-        self.model.train()
-        if not math.isfinite(value):
-            raise PareError(
-                f"training diverged at step {step} (validation KL {value})", "use a smaller --learning-rate"
-            )
-        if self.curve and value < min(v for _, v in self.curve):
-            self.best_step, self.best = step, dict(tree_flatten(self.model.trainable_parameters()))
-        self.curve.append((step, value))
-
-    def _report(self, info: dict) -> None:
-        self._bar.advance(
-            info["iteration"] - self._bar.done,
-            f"loss {info['train_loss']:.4f}, {info['tokens_per_second']:.0f} tok/s, validation KL "
-            f"{self.curve[-1][1]:.4f}",
-        )
-
-    def merged(self) -> dict[str, mx.array]:
-        """The best state as dense weights by name: only what training changed."""
-        self.model.update(tree_unflatten(list(self.best.items())))
-        changed = {name.replace(".lora_a", ".weight") for name in self.best if not name.endswith(".lora_b")}
-        model = lm.merge_lora(self.model)
-        return {name: array for name, array in tree_flatten(model.parameters()) if name in changed}
-
-
-def _loss(model: nn.Module, tokens: mx.array, teacher_logits: mx.array) -> tuple[mx.array, mx.array]:
-    per_token = kl(teacher_logits, model(tokens))
-    return per_token.mean(), mx.array(per_token.size)
-
-
-def _mean_kl(model: nn.Module, rows: Rows, teacher: Streamed, batch: int) -> float:
-    """Mean KL to the teacher over all positions of full rows, nats per token."""
-    total = 0.0
-    for start in range(0, rows.count, batch):
-        part = slice(start, start + batch)
-        total += kl(teacher.all_logits(part), model(mx.array(rows.tokens[part]))).sum().item()
-    return total / (rows.count * rows.length)
-
-
-def _write(checkpoint: Checkpoint, trained: dict[str, mx.array], directory: Path) -> None:
-    """The pruned directory with trained tensors in place, packed the same way; the others byte for byte."""
-    lazy = checkpoint.lazy()
-    planned, sources = [], []
-    for tensor in checkpoint.arch.tensors():
-        packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-        names = [tensor.name] + ([f"{tensor.module}.scales", f"{tensor.module}.biases"] if packing else [])
-        planned += [Planned(n, checkpoint.entries[n].dtype, checkpoint.entries[n].shape) for n in names]
-        sources.append((tensor, packing, names))
-    writer = ShardWriter(directory, planned)
-    for tensor, packing, names in sources:
-        dtype = MX_DTYPE[checkpoint.dtype(tensor)]
-        if tensor.name not in trained:
-            arrays = [lazy[n] for n in names]
-        elif packing:
-            new = pack(trained[tensor.name], packing, dtype)
-            arrays = [new.words, new.scales, new.biases]
-        else:
-            arrays = [trained[tensor.name].astype(dtype)]
-        for name, array in zip(names, arrays, strict=True):
-            writer.write(name, raw_bytes(array))
-    writer.close()
-    for name in ("config.json", "survivors.json", "plan.json", "README.md"):
-        if (checkpoint.path / name).exists():
-            shutil.copyfile(checkpoint.path / name, directory / name)
-    copy_tokenizer(checkpoint, directory)
+    if not options.grad_checkpoint:
+        yield less("grad-checkpoint", grad_checkpoint=True)
+    while options.batch > 1:
+        batch = (options.batch + 1) // 2
+        accumulate = math.ceil(options.accumulate * options.batch / batch)
+        flags["accumulate"] = str(accumulate)
+        yield less("batch", str(batch), batch=batch, accumulate=accumulate)
+    if options.top is None:
+        yield less("targets", "64", top=64)
+    if options.method != "lora":
+        yield less("method", "lora", method="lora")

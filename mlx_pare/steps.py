@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,31 @@ class Settings:
     recover_steps: int = 100
     method: str = "lora"
     learning_rate: float | None = None
+    local_steps: int = 0
+    batch: int = 4
+    accumulate: int = 1
+    schedule: str = "cosine"
+    clip: float = 1.0
+    patience: int = 0
+    rank: int = 16
+    kind: str = "forward"
+    temperature: float = 1.0
+    cross_entropy: float = 0.0
+    match: str = "auto"
+    top: int | None = None
+    grad_checkpoint: bool = False
+    mix: bool = False
+    teacher: str | None = None
     gguf: str | None = None
     trials: int = 5
     min_quality: float | None = None
     memory_cap: int | None = None
     seed: int = 0
+
+    def recover_options(self) -> RecoverOptions:
+        """What recovery is asked for, by the same names."""
+        named = {f.name: getattr(self, f.name) for f in fields(RecoverOptions) if hasattr(self, f.name)}
+        return RecoverOptions(steps=self.recover_steps, **named)
 
     def plan_options(self) -> PlanOptions:
         options = PlanOptions(
@@ -259,22 +279,24 @@ def prune_step(run: Run, repaired: bool = True) -> Path:
 
 def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
     """The cut model healed, checked."""
-    pruned = run.output("prune", "model")
-    options = RecoverOptions(method=s.method, steps=s.recover_steps, learning_rate=s.learning_rate, seed=s.seed)
+    pruned, options = run.output("prune", "model"), s.recover_options()
+    teacher = Path(s.teacher) if s.teacher else run.model
 
     def work(directory: Path) -> None:
         shutil.rmtree(directory / "model", ignore_errors=True)
-        done = recover(pruned, run.model, texts.training, texts.validation, directory / "model", options, s.memory_cap)
+        rows, place = (texts.training, texts.validation), directory / "work"
+        done = recover(pruned, teacher, *rows, directory / "model", options, s.memory_cap, place)
         (directory / "recovery.json").write_bytes(dump_json(done))
         _gate(directory / "model", run.model, directory)
 
     inputs = {
         "model": run.manifest.source,
+        "teacher": Checkpoint(teacher).identity(),
         "pruned": Checkpoint(pruned).identity(),
         "data": texts.training.digest(),
         "validation": texts.validation.digest(),
     }
-    run.step("recover", asdict(options), inputs, work)
+    run.step("recover", asdict(options), inputs, work, resumes=True)
     return run.output("recover", "model")
 
 

@@ -1,0 +1,108 @@
+"""What recovery minimises, per token: the divergence from the teacher, cross-entropy with the text beside it if asked,
+and the distance of hidden states where the cut was deep.
+
+A batch is (tokens [b, length], the teacher's targets, hidden states of the teacher if they are matched). The targets
+are full logits [b, length, vocab], or the three arrays of targets.Targets. Hidden states are compared at the places of
+teacher.places (Minitron, arXiv:2407.14679: logits alone suffice unless depth is cut much). Where the hidden size was
+cut, the kept coordinates are compared: the selection is the projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import divergence, lm
+from .errors import UsageError
+
+MATCHES = ("auto", "none", "cosine", "mse")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``kind``: of divergence.KINDS; ``temperature`` of both (the divergence is multiplied by its square, so that its
+    gradient keeps its size: Hinton et al., arXiv:1503.02531); ``cross_entropy``: its share; ``match``: how hidden
+    states are compared ("auto": cosine where layers were cut), with the weight ``match_weight``."""
+
+    kind: str = "forward"
+    temperature: float = 1.0
+    cross_entropy: float = 0.0
+    match: str = "auto"
+    match_weight: float = 1.0
+
+    def check(self) -> None:
+        """Raises UsageError for what there is not."""
+        if self.kind not in divergence.KINDS:
+            raise UsageError(f"unknown loss {self.kind!r}", f"choose one of {', '.join(divergence.KINDS)}")
+        if self.match not in MATCHES:
+            raise UsageError(f"unknown matching {self.match!r}", f"choose one of {', '.join(MATCHES)}")
+        if not self.temperature > 0:
+            raise UsageError(f"a temperature of {self.temperature:g} makes no distribution", "give one above 0")
+        if not 0 <= self.cross_entropy <= 1:
+            raise UsageError(f"cross-entropy cannot have a share of {self.cross_entropy:g}", "give 0 to 1")
+
+    def matching(self, layers_were_cut: bool) -> str:
+        """How hidden states are compared: "none", "cosine" or "mse"."""
+        return ("cosine" if layers_were_cut else "none") if self.match == "auto" else self.match
+
+
+class Taps:
+    """The hidden states behind some blocks of a model, as of its last call. Other models of its class are untouched."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[int]):
+        self.layers, self.seen = tuple(layers), {}
+        places = {id(block): index for index, block in enumerate(lm.blocks(model))}
+
+        def listening(call: Callable) -> Callable:
+            def heard(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                result = call(block, *args, **kwargs)
+                self.seen[places[id(block)]] = result[0] if isinstance(result, tuple) else result
+                return result
+
+            return heard
+
+        lm.each_block(model, listening)
+
+    def states(self) -> list[mx.array]:
+        """[b, length, hidden] behind each of the layers, in their order."""
+        return [self.seen[layer] for layer in self.layers]
+
+
+def loss_of(objective: Objective, how: str, taps: Taps | None) -> Callable[..., tuple[mx.array, mx.array]]:
+    """``loss(model, tokens, *targets, *states) -> (mean, tokens)`` for the trainer; ``how`` states are compared."""
+    share, scale = objective.cross_entropy, objective.temperature**2
+
+    def loss(model: nn.Module, tokens: mx.array, *given: mx.array) -> tuple[mx.array, mx.array]:
+        logits = model(tokens)
+        count = len(taps.layers) if taps else 0
+        targets, states = given[: len(given) - count], given[len(given) - count :]
+        total = (1 - share) * scale * apart(objective, targets, logits).mean() if share < 1 else mx.array(0.0)
+        if share:
+            total = total + share * nn.losses.cross_entropy(
+                logits[:, :-1].astype(mx.float32), tokens[:, 1:], reduction="mean"
+            )
+        for own, wanted in zip(taps.states() if taps else (), states, strict=True):
+            total = total + objective.match_weight / count * distance(how, own, wanted)
+        return total, mx.array(tokens.size)
+
+    return loss
+
+
+def apart(objective: Objective, targets: Sequence[mx.array], logits: mx.array) -> mx.array:
+    """The divergence per token from full logits of the teacher, or from its stored targets."""
+    if len(targets) == 1:
+        return divergence.between(objective.kind, targets[0], logits, objective.temperature)
+    return divergence.between_top(objective.kind, *targets, logits, objective.temperature)
+
+
+def distance(how: str, own: mx.array, wanted: mx.array) -> mx.array:
+    """Mean over the tokens of 1 - cosine, or of the squared error relative to the mean square of what is wanted."""
+    own, wanted = own.astype(mx.float32), wanted.astype(mx.float32)
+    if how == "mse":
+        return mx.square(own - wanted).mean() / mx.square(wanted).mean()
+    product = mx.square(own).sum(axis=-1) * mx.square(wanted).sum(axis=-1)
+    return (1 - (own * wanted).sum(axis=-1) * mx.rsqrt(product + 1e-12)).mean()

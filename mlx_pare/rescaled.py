@@ -1,0 +1,54 @@
+"""A packed matrix whose codes stay and whose scales and biases are trained, as factors of what they were: one learning
+rate then suits them, whatever their size, and the gains of the norms beside them (mlx_lm's quant/dwq.py trains scales
+and biases themselves). Nothing has to be quantized again afterwards.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from . import lm
+from .quantized import Packed, is_packed, packed
+
+
+class Rescaled(nn.Module):
+    """Stands in for a quantized linear layer; trains ``scale_gain`` and ``bias_gain`` [out, groups].
+
+    On the CPU backend, whose quantized matmul is slow, it holds what the codes contribute in float32 instead.
+    """
+
+    def __init__(self, inner: nn.QuantizedLinear):
+        super().__init__()
+        self.scale_gain, self.bias_gain = mx.ones(inner.scales.shape), mx.ones(inner.scales.shape)
+        p = packed(inner)
+        self._packed = Packed(p.words, p.scales.astype(mx.float32), p.biases.astype(mx.float32), p.packing)
+        self._bias = inner.bias.astype(mx.float32) if "bias" in inner else None
+        self._codes = None
+        if lm.cpu_backend():
+            whole = self._packed.dense().reshape(*self.scale_gain.shape, -1)
+            self._codes = whole - self._packed.biases[..., None]
+            mx.eval(self._codes)
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Scales and biases as they are now, float32."""
+        return {"scales": self._packed.scales * self.scale_gain, "biases": self._packed.biases * self.bias_gain}
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._codes is not None:
+            weight = self._codes * self.scale_gain[..., None] + (self._packed.biases * self.bias_gain)[..., None]
+            y = x @ weight.reshape(len(weight), -1).T
+        else:
+            now, p = {n: a.astype(x.dtype) for n, a in self.arrays().items()}, self._packed.packing
+            y = mx.quantized_matmul(x, self._packed.words, **now, group_size=p.group_size, bits=p.bits)
+        return y if self._bias is None else y + self._bias.astype(y.dtype)
+
+
+def rescale(model: nn.Module) -> None:
+    """Put Rescaled in the place of every packed linear layer of the blocks."""
+    for block in lm.blocks(model):
+        found = [
+            (n, Rescaled(m)) for n, m in block.named_modules() if isinstance(m, nn.QuantizedLinear) and is_packed(m)
+        ]
+        block.update_modules(tree_unflatten(found))

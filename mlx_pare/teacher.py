@@ -1,0 +1,103 @@
+"""teacher: what the original says of some rows, so that it need not be in memory while the student trains.
+
+It is streamed once. Either its final hidden states and its head stay (``Whole``: the logits made of them are exact,
+over the whole vocabulary, at hidden x 2 to 4 bytes a token), or its likeliest tokens go to disk (targets.py, less than
+300 bytes a token). Hidden states behind some layers, where they are to be matched, stay in memory beside either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from . import lm, stream
+from .checkpoint import Checkpoint
+from .corpus import Rows
+from .errors import Refused
+
+# what tokenizers differ in
+SAMPLE = "It's 3,141.59 — don't\n\n\tfor (int i = 0; i < n; ++i) { naïve Größe 日本語 🙂 }"
+
+
+class Guide(Protocol):
+    """Gives a loss what it compares with, for row numbers [b]."""
+
+    def batch(self, rows: np.ndarray) -> tuple[mx.array, ...]: ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Full logits [b, length, vocab], float32, made of hidden states when they are asked for."""
+
+    streamed: stream.Streamed
+
+    def batch(self, rows: np.ndarray) -> tuple[mx.array]:
+        return (self.streamed.all_logits(mx.array(rows)),)
+
+
+class Watched:
+    """An observer that keeps the residual stream behind some layers [rows, length, hidden], or some of its
+    coordinates."""
+
+    def __init__(self, layers: Sequence[int], kept: Sequence[int] | None = None):
+        self.layers, self.kept = set(layers), None if kept is None else mx.array(kept)
+        self.states: dict[int, mx.array] = {}
+
+    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
+        pass
+
+    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        pass
+
+    def pending(self) -> list[mx.array]:
+        return []
+
+    def leave(self, index: int, hidden: mx.array) -> None:
+        if index in self.layers:
+            self.states[index] = hidden if self.kept is None else hidden[..., self.kept]
+            mx.eval(self.states[index])
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where states are compared: behind layers of the student, and of the teacher; which coordinates of the latter."""
+
+    own: tuple[int, ...]
+    teacher: tuple[int, ...]
+    kept: tuple[int, ...] | None
+
+
+def places(survivors: dict[str, Any], teacher: Checkpoint) -> Places:
+    """Behind every kept layer that is followed by layers that were cut, and behind the last: there the student should
+    be where the teacher's next kept layer begins. ``survivors``: survivors.json of the student."""
+    sources = [layer["source"] for layer in survivors["layers"]]
+    ends = [*(source - 1 for source in sources[1:]), len(teacher.arch.layers) - 1]
+    found = [(own, end) for own, (source, end) in enumerate(zip(sources, ends, strict=True)) if end != source]
+    if not found or found[-1][0] != len(sources) - 1:
+        found.append((len(sources) - 1, ends[-1]))
+    kept = tuple(survivors["hidden"])
+    whole = len(kept) == teacher.arch.sizes["hidden"]
+    return Places(*(tuple(side) for side in zip(*found, strict=True)), None if whole else kept)
+
+
+def check_tokenizer(student: Path, teacher: Path) -> None:
+    """Raises Refused when the two read a text as different tokens, or know different numbers of them: what one says of
+    a token then means nothing to the other."""
+    ours, theirs = (lm.tokenizer(path) for path in (student, teacher))
+    vocab = [Checkpoint(path).arch.sizes["vocab"] for path in (student, teacher)]
+    if ours.get_vocab() != theirs.get_vocab() or ours.encode(SAMPLE) != theirs.encode(SAMPLE) or vocab[0] != vocab[1]:
+        raise Refused(
+            f"{teacher} has another tokenizer or vocabulary than {student}",
+            "distil from a model of the same family, whose tokenizer.json is the same",
+        )
+
+
+def held_bytes(teacher: Checkpoint, rows: Rows, matched: int) -> int:
+    """What stays in memory of the teacher for ``rows``: final hidden states, those at ``matched`` places, its head."""
+    value = 4 if lm.cpu_backend() else teacher.value_bytes
+    return rows.count * rows.length * teacher.arch.sizes["hidden"] * value * (1 + matched)

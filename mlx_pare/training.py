@@ -1,0 +1,220 @@
+"""training: a model in memory, trained on mlx-lm's trainer in segments, with everything that matters on disk.
+
+Between two segments the model is validated, the best state is kept apart, and weights, optimizer, random state and
+place in the data are saved: killed at any moment, the same call goes on from there, to the same bytes (on the CPU).
+mlx-lm's trainer itself has none of that (no clipping either): it is called for one segment at a time.
+Under mlx.launch every process draws the same batches and takes its share of their rows; mlx-lm averages the gradients.
+The first process alone writes; the others get its saved state sent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from . import console, lm, ranks
+from .artifacts import Arrays
+from .domains import Sampler
+from .errors import PareError, Refused, UsageError
+
+SCHEDULES = ("cosine", "linear", "constant")
+WARMUP, LAST_RATE = 0.05, 0.05  # share of the steps until the full rate is reached; what is left of it in the end
+
+
+@dataclass(frozen=True)
+class Course:
+    """How to train: ``steps`` of the optimizer, each over ``accumulate`` batches; ``rate`` after the warm-up, falling
+    by ``schedule``; gradients are clipped to the norm ``clip`` (0: not). The model is validated ``validations`` times,
+    and training ends early when ``patience`` of them in a row brought nothing (0: never)."""
+
+    steps: int
+    rate: float
+    accumulate: int = 1
+    schedule: str = "cosine"
+    clip: float = 1.0
+    validations: int = 6
+    patience: int = 0
+
+    def learning_rate(self) -> Callable[[mx.array], mx.array]:
+        """The rate of every step. Raises UsageError for an unknown schedule."""
+        if self.schedule not in SCHEDULES:
+            raise UsageError(f"unknown schedule {self.schedule!r}", f"choose one of {', '.join(SCHEDULES)}")
+        warm = max(1, round(self.steps * WARMUP))
+        rest = max(1, self.steps - warm)
+        falling = {
+            "cosine": optim.cosine_decay(self.rate, rest, self.rate * LAST_RATE),
+            "linear": optim.linear_schedule(self.rate, self.rate * LAST_RATE, rest),
+            "constant": lambda step: mx.array(self.rate),
+        }[self.schedule]
+        return optim.join_schedules([optim.linear_schedule(self.rate / warm, self.rate, warm), falling], [warm])
+
+
+class ClippedAdamW(optim.AdamW):
+    """AdamW without weight decay, of gradients that are clipped to a global norm first (mlx-lm's trainer averages them
+    over batches and machines before it calls ``update``)."""
+
+    def __init__(self, learning_rate: Any, clip: float):
+        super().__init__(learning_rate=learning_rate, weight_decay=0.0)
+        self.clip = clip
+
+    def update(self, model: nn.Module, gradients: dict) -> None:
+        if self.clip:
+            gradients, _ = optim.clip_grad_norm(gradients, self.clip)
+        super().update(model, gradients)
+
+
+class Trainer:
+    """One training; ``directory`` holds its state. ``batch(rows)`` gives what ``loss(model, *batch)`` takes (see
+    lm.train) for row numbers, ``validate()`` the loss by domain, with a mean under "" that decides. ``about`` says what
+    is trained on what: a state of another training is refused."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable,
+        sampler: Sampler,
+        batch: Callable[[np.ndarray], tuple],
+        validate: Callable[[], dict[str, float]],
+        course: Course,
+        directory: Path,
+        about: dict[str, Any] | None = None,
+        after: Callable[[dict[str, float]], None] | None = None,
+    ):
+        self.model, self.loss, self.sampler, self.batch = model, loss, sampler, batch
+        self.validate, self.course, self.directory, self.about = validate, course, directory, about or {}
+        self.after = after  # called with every validation, e.g. to mix the domains anew
+        self.optimizer = ClippedAdamW(course.learning_rate(), course.clip)
+        self.step, self.curve = 0, []
+        self.best_step, self.best = 0, self.weights()
+        self.rank, self.ranks = ranks.this()
+
+    def weights(self) -> dict[str, mx.array]:
+        """What is trained, by name."""
+        return dict(tree_flatten(self.model.trainable_parameters()))
+
+    def run(self) -> None:
+        """Train to the end, or until nothing is gained any more; the model is then in its best state.
+
+        Raises PareError when the training diverges, Refused for a directory with the state of another training.
+        """
+        course = self.course
+        segment = max(1, math.ceil(course.steps / course.validations))
+        if not self._resume():
+            self._validated()
+            self._save()
+        with console.progress("recover: step", course.steps) as bar:
+            bar.skip(self.step)
+            while self.step < course.steps and not self._exhausted():
+                now = min(segment, course.steps - self.step)
+                self._segment(now, bar)
+                self.step += now
+                self._validated()
+                if self.after:
+                    self.after(self.curve[-1]["losses"])
+                self._save()
+        self.model.update(tree_unflatten(list(self.best.items())))
+
+    def _segment(self, steps: int, bar: console.Progress) -> None:
+        start, every = bar.done, max(1, steps // 5)
+
+        def report(info: dict) -> None:
+            done = start + info["iteration"] // self.course.accumulate
+            self.train_loss, self.speed = info["train_loss"], info["tokens_per_second"]
+            note = f"loss {info['train_loss']:.4f}, {info['tokens_per_second']:.0f} tok/s, "
+            note += f"{console.gb(info['peak_memory'] * 1e9)}, validation {self.curve[-1]['loss']:.4f}"
+            bar.advance(done - bar.done, note)
+
+        lm.train(self.model, self.optimizer, self.loss, self._batches, steps, self.course.accumulate, every, report)
+        bar.advance(start + steps - bar.done)
+
+    def _batches(self) -> Iterator[tuple]:
+        while True:
+            yield self.batch(self.sampler.draw()[self.rank :: self.ranks])
+
+    def _validated(self) -> None:
+        self.model.eval()
+        losses = self.validate()
+        self.model.train()
+        value = losses[""]
+        if not math.isfinite(value):
+            raise PareError(
+                f"training diverged at step {self.step} (validation loss {value})", "use a smaller --learning-rate"
+            )
+        if self.curve and value < min(point["loss"] for point in self.curve):
+            self.best_step, self.best = self.step, self.weights()
+            self._write(self._best_file(), self.best, {})
+        point = {"step": self.step, "loss": value, "losses": {k: v for k, v in losses.items() if k}}
+        if self.curve:
+            point["train_loss"] = self.train_loss
+        self.curve.append(point)
+
+    def _exhausted(self) -> bool:
+        """Whether the last validations brought nothing."""
+        losses, patience = [point["loss"] for point in self.curve], self.course.patience
+        return bool(patience) and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+    # ---- the state on disk ----
+
+    def _best_file(self) -> Path:
+        return self.directory / f"best-{self.best_step:08d}.safetensors"
+
+    def _write(self, file: Path, arrays: dict[str, mx.array], about: dict[str, Any]) -> None:
+        if self.rank == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            Arrays(arrays, about).save(file)
+
+    def _save(self) -> None:
+        state = {"weights": self.weights(), "optimizer": self.optimizer.state, "random": list(mx.random.state)}
+        about = {
+            "about": self.about,
+            "step": self.step,
+            "best_step": self.best_step,
+            "curve": self.curve,
+            "sampler": self.sampler.state(),
+        }
+        file = self.directory / f"state-{self.step:08d}.safetensors"
+        self._write(file, dict(tree_flatten(state)), about)
+        if self.rank == 0:
+            for old in [*self.directory.glob("state-*.safetensors"), *self.directory.glob("best-*.safetensors")]:
+                if old not in (file, self._best_file()):
+                    old.unlink()
+
+    def _resume(self) -> bool:
+        """Take over the saved state, if there is one; whether there was."""
+        about, arrays = ranks.from_first(*self._read())
+        if not about:
+            return False
+        if about["about"] != json.loads(json.dumps(self.about)):
+            raise Refused(f"{self.directory} holds the state of another training", "remove it to begin anew")
+        state = tree_unflatten(list(arrays.items()))
+        self.model.update(state["weights"])
+        self.optimizer.state = state["optimizer"]
+        mx.random.state[:] = state["random"]
+        self.step, self.best_step, self.curve = about["step"], about["best_step"], about["curve"]
+        self.sampler.restore(about["sampler"])
+        if self.best_step:
+            self.best = dict(tree_flatten(state["best"]))
+        self.train_loss = self.curve[-1].get("train_loss", 0.0)
+        return True
+
+    def _read(self) -> tuple[dict, dict[str, mx.array]]:
+        """Description and arrays of the newest state, the best weights among them; empty where there is none."""
+        files = sorted(self.directory.glob("state-*.safetensors")) if self.rank == 0 else []
+        if not files:
+            return {}, {}
+        about, arrays = Arrays.described(files[-1], "training state"), mx.load(str(files[-1]))
+        if about["best_step"]:
+            best = mx.load(str(self.directory / f"best-{about['best_step']:08d}.safetensors"))
+            arrays |= {f"best.{name}": array for name, array in best.items()}
+        mx.eval(arrays)  # the files may be gone when these are first needed
+        return about, arrays
