@@ -7,22 +7,94 @@ teacher's entropy, so its number is a cross-entropy.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import mlx.core as mx
 import numpy as np
 
 from .corpus import Rows
+from .errors import UsageError
 from .stream import Streamed
 
 TOKENS_AT_ONCE = 1024
+BETA = 0.5  # of the mixture between teacher and student in "js"
+NOTHING = -1e30  # the logit of what is left out: -inf would make NaN of 0 * log 0, and of its gradient
+LEAST = -100.0  # log-probabilities of the teacher below count as this: else one empty class is infinite in reverse KL
+
+
+def _forward(log_p: mx.array, log_q: mx.array) -> mx.array:
+    return (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+
+
+def _reverse(log_p: mx.array, log_q: mx.array) -> mx.array:
+    return _forward(log_q, log_p)
+
+
+def _jensen_shannon(log_p: mx.array, log_q: mx.array) -> mx.array:
+    middle = mx.logaddexp(log_p + math.log(BETA), log_q + math.log(1 - BETA))
+    return BETA * _forward(log_p, middle) + (1 - BETA) * _forward(log_q, middle)
+
+
+# kind -> divergence [...] of log-probabilities [..., classes] of the teacher and of the student
+KINDS = {
+    "forward": _forward,  # KL(teacher || student): the student covers all that the teacher does
+    "reverse": _reverse,  # KL(student || teacher): the student stays where the teacher is (MiniLLM, arXiv:2306.08543)
+    "js": _jensen_shannon,  # beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, arXiv:2306.13649)
+}
 
 
 def kl(teacher: mx.array, student: mx.array) -> mx.array:
     """KL per token [...] from logits [..., vocab] of both."""
-    log_p = teacher.astype(mx.float32) - mx.logsumexp(teacher.astype(mx.float32), axis=-1, keepdims=True)
-    log_q = student.astype(mx.float32) - mx.logsumexp(student.astype(mx.float32), axis=-1, keepdims=True)
-    return (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return between("forward", teacher, student)
+
+
+def between(kind: str, teacher: mx.array, student: mx.array, temperature: float = 1.0) -> mx.array:
+    """A divergence per token [...], nats, from finite logits [..., vocab] of both, each divided by the temperature.
+
+    Not multiplied by temperature^2, which would make gradients of all temperatures about as large (Hinton et al.,
+    arXiv:1503.02531). Raises UsageError for an unknown kind.
+    """
+    return _kind(kind)(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
+
+
+def between_top(
+    kind: str, ids: mx.array, log_p: mx.array, log_tail: mx.array, student: mx.array, temperature: float = 1.0
+) -> mx.array:
+    """A divergence per token [...], nats, when of the teacher only the most likely tokens are known.
+
+    ``ids`` [..., k], all different; ``log_p`` [..., k] the teacher's log-probabilities of them at this temperature;
+    ``log_tail`` [...] that of all others together (-inf: there are none); ``student`` finite logits [..., vocab].
+    All other tokens are one class for both, so that no mass of the student is unpenalised. By the log-sum inequality
+    the result is at most ``between`` of full logits; equal where the ratio of both is the same all over the rest, or
+    the rest is one token. Raises UsageError for an unknown kind.
+    """
+    log_p = mx.concatenate([log_p, log_tail[..., None]], axis=-1).astype(mx.float32)
+    log_p = _log_softmax(mx.maximum(log_p, LEAST))
+    return _kind(kind)(log_p, _log_softmax(classes(student.astype(mx.float32) / temperature, ids)))
+
+
+def classes(logits: mx.array, ids: mx.array) -> mx.array:
+    """Logits [..., k + 1] of the tokens ``ids`` [..., k] and of all others together, from logits [..., vocab]: their
+    softmax is that of the whole vocabulary. The rest is summed up by itself: 1 - sum(p) would have no digits left where
+    it is small."""
+    rest = mx.put_along_axis(logits, ids, mx.array(NOTHING, logits.dtype), axis=-1)
+    return mx.concatenate(
+        [mx.take_along_axis(logits, ids, axis=-1), mx.logsumexp(rest, axis=-1, keepdims=True)], axis=-1
+    )
+
+
+def _kind(kind: str):
+    if kind not in KINDS:
+        raise UsageError(f"unknown divergence {kind!r}", f"choose one of {', '.join(KINDS)}")
+    return KINDS[kind]
+
+
+def _log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
+    logits = logits.astype(mx.float32)
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 class Running:

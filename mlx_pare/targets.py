@@ -1,0 +1,390 @@
+"""A teacher's targets on disk: its most likely tokens and the mass of the rest, so that no teacher is in memory later.
+
+    DIR/targets.json     of which model, data, k and temperature they are: written first
+    DIR/part-00000.bin   a record for every valid token of some rows (no padding), then the sha256 of it all
+
+A record holds, with no space between: the low 16 bits of k ids; where the vocabulary has more than 65536 tokens also
+their high 4 bits, two to a byte; k log-probabilities as float16; the log of the mass of all other tokens as float32.
+At k = 64 that is 260 bytes, or 292. Most likely token first.
+
+float16 rounds a probability by up to 0.4 % (of the likely ones less), so k rounded ones and the exact rest do not sum
+to one. On reading all k + 1 classes are divided by their sum. Then they are a distribution: the divergence of a student
+that equals it is 0 and never below, which would not be so had only the rest, or nothing, been adjusted; the rest, which
+is known to seven digits, moves by less than what the k were rounded by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import machine, stream
+from .artifacts import replace_file
+from .checkpoint import Checkpoint
+from .console import gb, progress
+from .corpus import Rows
+from .divergence import TOKENS_AT_ONCE
+from .errors import PareError, Refused, UsageError
+
+SCHEMA = 1
+PART_TOKENS = 16384  # what a killed head loses at most; small enough for any memory, large enough for few files
+PARTS_AT_ONCE = 8  # walked together when memory suffices: what a killed walk loses at most
+LOW, HIGH = 1 << 16, 1 << 20
+LEAST = float(np.finfo(np.float16).min)
+SEAL = 32  # bytes of the sha256 behind the records of a part
+
+
+def record(k: int, vocab: int) -> np.dtype:
+    """What is stored of a token. Raises UsageError when there cannot be such targets."""
+    if not 1 <= k <= vocab:
+        raise UsageError(f"the {k} most likely of {vocab} tokens cannot be told", "choose a k between 1 and as many")
+    if vocab > HIGH:
+        raise UsageError(f"a vocabulary of {vocab} tokens is too large for targets, {HIGH} is the most")
+    high = [("high", "u1", ((k + 1) // 2,))] if vocab > LOW else []
+    return np.dtype([("low", "<u2", (k,)), *high, ("log_p", "<f2", (k,)), ("log_tail", "<f4")])
+
+
+def pack(ids: np.ndarray, log_p: np.ndarray, log_tail: np.ndarray, vocab: int) -> np.ndarray:
+    """Records [tokens] of ids and log-probabilities [tokens, k], and the log of the remaining mass [tokens]."""
+    packed = np.zeros(len(ids), record(ids.shape[1], vocab))
+    packed["low"] = ids & (LOW - 1)
+    if vocab > LOW:
+        high = np.zeros((len(ids), packed["high"].shape[1] * 2), np.uint8)
+        high[:, : ids.shape[1]] = ids >> 16
+        packed["high"] = high[:, 0::2] | high[:, 1::2] << 4
+    packed["log_p"] = np.maximum(log_p, LEAST)
+    packed["log_tail"] = log_tail
+    return packed
+
+
+def unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids int32 [..., k], log_p float32 [..., k], log_tail float32 [...]) of records, summing up to one."""
+    ids = records["low"].astype(np.int32)
+    if "high" in records.dtype.names:
+        high = np.stack([records["high"] & 15, records["high"] >> 4], axis=-1)
+        ids |= high.reshape(*ids.shape[:-1], -1)[..., : ids.shape[-1]].astype(np.int32) << 16
+    log_p, log_tail = records["log_p"].astype(np.float32), records["log_tail"].astype(np.float32)
+    total = np.log(np.exp(log_p).sum(axis=-1) + np.exp(log_tail))
+    return ids, log_p - total[..., None], log_tail - total
+
+
+# ---- the most likely tokens ----
+
+
+def largest(logits: mx.array, k: int) -> mx.array:
+    """Indices [tokens, k] of the largest of ``logits`` [tokens, many], in no order.
+
+    In two rounds, because partitioning everything costs more than making the logits: the k largest lie in the k groups
+    with the largest maxima, and maxima are cheap where groups lie across. Groups of sqrt(many / k) make both rounds
+    equally long.
+    """
+    tokens, many = logits.shape
+    size = math.isqrt(many // k)
+    if size < 2:
+        return mx.argpartition(logits, many - k, axis=-1)[:, many - k :] if k < many else _all(tokens, many)
+    groups = many // size
+    maxima = logits[:, : size * groups].reshape(tokens, size, groups).max(axis=1)
+    best = mx.argpartition(maxima, groups - k, axis=-1)[:, groups - k :]
+    inside = (best[:, None, :] + (mx.arange(size, dtype=mx.uint32) * groups)[:, None]).reshape(tokens, -1)
+    left = mx.arange(size * groups, many, dtype=mx.uint32)  # fewer than a group: they just take part
+    inside = mx.concatenate([inside, mx.broadcast_to(left, (tokens, left.size))], axis=-1)
+    among = mx.take_along_axis(logits, inside, axis=-1)
+    order = mx.argpartition(among, inside.shape[1] - k, axis=-1)[:, inside.shape[1] - k :]
+    return mx.take_along_axis(inside, order, axis=-1)
+
+
+def _all(tokens: int, many: int) -> mx.array:
+    return mx.broadcast_to(mx.arange(many, dtype=mx.uint32), (tokens, many))
+
+
+class Top:
+    """The k largest of logits that come in chunks of the vocabulary, and the log of the mass of all others.
+
+    That is summed up of the others themselves: as the difference to the whole it would be noise where it is small.
+    """
+
+    def __init__(self, k: int):
+        self.k = k
+        self.values = self.ids = self.rest = None
+
+    def update(self, start: int, logits: mx.array) -> None:
+        """Add logits [tokens, chunk] of the ids from ``start``."""
+        index = largest(logits, min(self.k, logits.shape[1]))
+        values, ids = mx.take_along_axis(logits, index, axis=-1), index.astype(mx.int32) + start
+        others = mx.logsumexp(mx.put_along_axis(logits, index, mx.array(-mx.inf), axis=-1), axis=-1)
+        if self.values is None:
+            self.values, self.ids, self.rest = values, ids, others
+            return
+        values = mx.concatenate([self.values, values], axis=-1)
+        ids = mx.concatenate([self.ids, ids], axis=-1)
+        self.rest = mx.logaddexp(self.rest, others)
+        if (out := values.shape[1] - self.k) > 0:
+            order = mx.argpartition(values, out, axis=-1)
+            values, ids = (mx.take_along_axis(a, order, axis=-1) for a in (values, ids))
+            self.rest = mx.logaddexp(self.rest, mx.logsumexp(values[:, :out], axis=-1))
+        self.values, self.ids = values[:, -self.k :], ids[:, -self.k :]
+
+    def arrays(self) -> list[mx.array]:
+        """What to evaluate after a chunk."""
+        return [self.values, self.ids, self.rest]
+
+    def found(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids [tokens, k], log_p [tokens, k], log_tail [tokens]), the most likely first."""
+        order = mx.argsort(-self.values, axis=-1)
+        ids, values = (mx.take_along_axis(a, order, axis=-1) for a in (self.ids, self.values))
+        total = mx.logaddexp(mx.logsumexp(values, axis=-1), self.rest)
+        return np.array(ids), np.array(values - total[:, None]), np.array(self.rest - total)
+
+
+# ---- the directory ----
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Finished targets of ``rows`` in ``directory``; ``about`` is what targets.json says."""
+
+    directory: Path
+    rows: Rows
+    about: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path, rows: Rows) -> Targets:
+        """What ``collect`` wrote, without the teacher. Raises PareError when it is missing, unfinished or damaged,
+        Refused when it was made of other rows."""
+        about = _about(directory)
+        if about is None:
+            raise PareError(f"no targets at {directory}", "collect them first")
+        if about["data"] != rows.digest():
+            raise Refused(f"{directory} holds targets of other rows", "collect them of these into another directory")
+        targets = cls(directory, rows, about)
+        if missing := targets.missing():
+            raise PareError(f"{directory} lacks {len(missing)} of {targets.parts} parts", "collect again: it goes on")
+        return targets
+
+    @property
+    def record(self) -> np.dtype:
+        return record(self.about["k"], self.about["vocab"])
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.record.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts, on disk."""
+        return self.rows.total * self.bytes_per_token + self.parts * SEAL
+
+    @property
+    def parts(self) -> int:
+        return -(-self.rows.count // self.about["rows_per_part"])
+
+    def file(self, part: int) -> Path:
+        return self.directory / f"part-{part:05d}.bin"
+
+    def rows_of(self, part: int) -> slice:
+        each = self.about["rows_per_part"]
+        return slice(part * each, min((part + 1) * each, self.rows.count))
+
+    def tokens_of(self, part: int) -> int:
+        return int(self.rows.lengths[self.rows_of(part)].sum())
+
+    def batch(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids int32 [b, length, k], log_p float32 [b, length, k], log_tail float32 [b, length]) of these rows.
+
+        Only what is asked for is read. Where a row is padded the numbers are finite and mean nothing: leave them out
+        of the loss, as the padding itself. Raises UsageError for a row that there is not.
+        """
+        numbers = np.asarray(numbers, dtype=np.int64)
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < self.rows.count:
+            raise UsageError(f"there are targets of {self.rows.count} rows, not of row {numbers.max()}")
+        starts = np.cumsum(self.rows.lengths, dtype=np.int64) - self.rows.lengths
+        place = np.arange(self.rows.length)
+        valid = place < self.rows.lengths[numbers, None]
+        found = np.zeros((len(numbers), self.rows.length, self.bytes_per_token), np.uint8)
+        part_of = numbers // self.about["rows_per_part"]
+        for part in np.unique(part_of):
+            mine = valid & (part_of == part)[:, None]
+            if mine.any():
+                at = (starts[numbers, None] + place - starts[self.rows_of(part).start])[mine]
+                shape = (self.tokens_of(part), self.bytes_per_token)
+                found[mine] = np.memmap(self.file(part), np.uint8, "r", shape=shape)[at]
+        return unpack(found.view(self.record)[..., 0])
+
+    def write(self, part: int, records: np.ndarray) -> None:
+        """Store a part, whole or not at all."""
+        data = records.tobytes()
+        replace_file(self.file(part), data + self._seal(part, data))
+
+    def missing(self) -> list[int]:
+        """The parts that are not there yet. Raises PareError for one that is damaged, or of other targets."""
+        return [part for part in range(self.parts) if not self._whole(part)]
+
+    def _whole(self, part: int) -> bool:
+        file = self.file(part)
+        if not file.exists():
+            return False
+        size, wanted = file.stat().st_size, self.tokens_of(part) * self.bytes_per_token + SEAL
+        problem = f"has {size} bytes instead of {wanted}" if size != wanted else None
+        if problem is None:
+            data = np.memmap(file, np.uint8, "r")
+            problem = "is damaged" if self._seal(part, data[:-SEAL]) != data[-SEAL:].tobytes() else None
+        if problem:
+            raise PareError(f"{file} {problem}", "delete it and collect again: only this part is made anew")
+        return True
+
+    def _seal(self, part: int, data: bytes | np.ndarray) -> bytes:
+        """Of the key too: a part of other targets would not do, whatever its size."""
+        digest = hashlib.sha256(f"{json.dumps(self.about, sort_keys=True)} {part}".encode())
+        digest.update(data)
+        return digest.digest()
+
+
+def _about(directory: Path) -> dict[str, Any] | None:
+    note = directory / "targets.json"
+    if not note.exists():
+        return None
+    try:
+        about = json.loads(note.read_text())
+        if about["schema"] != SCHEMA:
+            raise PareError(f"{note} has schema {about['schema']}, this version reads {SCHEMA}", "collect them again")
+        record(about["k"], about["vocab"])
+        return about | {"rows_per_part": int(about["rows_per_part"]), "data": str(about["data"])}
+    except (ValueError, KeyError, TypeError, UsageError) as error:
+        raise PareError(f"{note} is damaged", f"delete {directory} and collect again") from error
+
+
+# ---- collecting ----
+
+
+def collect(
+    teacher: Path,
+    rows: Rows,
+    out: Path,
+    k: int = 64,
+    temperature: float = 1.0,
+    disk_budget: int | None = None,
+    memory_cap: int | None = None,
+) -> Targets:
+    """Run the teacher once over ``rows`` and write its targets into ``out``, part by part; returns them.
+
+    What a killed pass left in ``out`` is continued: the bytes are the same in the end, however much memory there is, as
+    parts have always the same rows in the same micro-batches. ``disk_budget``: bytes they may take, beside what is
+    free. ``memory_cap``: bytes; the rows go through the model in as many turns as it takes.
+    Raises UsageError for a k, a temperature or tokens that cannot be, Refused when ``out`` holds other targets or the
+    disk or memory do not suffice, PareError when a part is damaged or the teacher answers NaN.
+    """
+    checkpoint = Checkpoint(teacher)
+    targets = _begin(checkpoint, rows, out, k, temperature)
+    missing = targets.missing()
+    left = sum(targets.tokens_of(part) * targets.bytes_per_token + SEAL for part in missing)
+    _check_disk(targets, left, disk_budget)
+    if missing:
+        _check_memory(targets, checkpoint, missing[:1], memory_cap)
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in out.glob("*.tmp"):
+        stale.unlink()
+    replace_file(out / "targets.json", (json.dumps(targets.about, indent=1, sort_keys=True) + "\n").encode())
+    while missing:
+        some = _at_once(targets, checkpoint, missing, memory_cap)
+        _collect(targets, teacher, some)
+        missing = missing[len(some) :]
+    return targets
+
+
+def _begin(checkpoint: Checkpoint, rows: Rows, out: Path, k: int, temperature: float) -> Targets:
+    """The targets to be, nothing of them written. Raises UsageError and Refused as ``collect``."""
+    vocab = checkpoint.arch.sizes["vocab"]
+    record(k, vocab)
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"a temperature of {temperature} cannot be", "choose one above 0, like 1")
+    if rows.total == 0 or rows.tokens.max() >= vocab:
+        raise UsageError(
+            f"the data holds {rows.total} tokens up to {rows.tokens.max(initial=0)}, the model knows {vocab}"
+        )
+    step = stream.micro_batches(rows)[0].stop
+    about = {"schema": SCHEMA, "model": checkpoint.identity(), "data": rows.digest(), "vocab": vocab, "k": k}
+    about |= {"temperature": float(temperature), "rows_per_part": step * max(1, PART_TOKENS // (step * rows.length))}
+    if out.exists() and not out.is_dir():
+        raise Refused(f"{out} exists and is not a directory", "choose another place")
+    before = _about(out)
+    if before is not None and before != about:
+        differs = ", ".join(name for name in about if before.get(name) != about[name])
+        raise Refused(f"{out} holds targets made differently ({differs})", "choose another place, or delete it")
+    return Targets(out, rows, about)
+
+
+def _check_disk(targets: Targets, left: int, budget: int | None) -> None:
+    """Raises Refused when all of them are over the budget, or what is left of them does not fit on the disk."""
+    home = next(p for p in (targets.directory, *targets.directory.absolute().parents) if p.exists())
+    free = shutil.disk_usage(home).free
+    limit = min(free + targets.nbytes - left, math.inf if budget is None else budget)
+    if targets.nbytes <= limit:
+        return
+    vocab, tokens = targets.about["vocab"], targets.rows.total
+    per_token = (limit - targets.parts * SEAL) / tokens
+    fitting = [k for k in range(1, targets.about["k"]) if record(k, vocab).itemsize <= per_token]
+    raise Refused(
+        f"targets of {tokens} tokens at k={targets.about['k']} take {gb(targets.nbytes)}, "
+        f"{'the disk budget is' if limit == budget else 'free are'} {gb(limit)}",
+        f"the largest k that fits is {fitting[-1]}" if fitting else "use fewer rows: not even k=1 fits",
+    )
+
+
+def _check_memory(targets: Targets, checkpoint: Checkpoint, parts: list[int], cap: int | None) -> int:
+    """The estimate for some parts in one turn: a walk, and logits of which the most likely are looked for."""
+    return stream.check_memory(checkpoint, _rows(targets, parts), cap, 2 * stream.HEAD_CHUNK_BYTES)
+
+
+def _at_once(targets: Targets, checkpoint: Checkpoint, missing: list[int], cap: int | None) -> list[int]:
+    """As many of the missing parts as go through the model in one turn. Raises Refused when not even one does."""
+    limit = cap or machine.available_bytes()
+    for count in range(min(PARTS_AT_ONCE, len(missing)), 1, -1):
+        rows = _rows(targets, missing[:count])
+        if stream.required_bytes(checkpoint, rows) + 2 * stream.HEAD_CHUNK_BYTES <= limit:
+            return missing[:count]
+    _check_memory(targets, checkpoint, missing[:1], cap)
+    return missing[:1]
+
+
+def _rows(targets: Targets, parts: list[int]) -> Rows:
+    chosen = np.concatenate([np.arange(targets.rows.count)[targets.rows_of(part)] for part in parts])
+    return Rows(targets.rows.tokens[chosen], targets.rows.lengths[chosen])
+
+
+def _collect(targets: Targets, teacher: Path, parts: list[int]) -> None:
+    """Some parts: their rows through the model, then through its head, each part written as soon as it is known."""
+    rows = _rows(targets, parts)
+    streamed = stream.walk(teacher, rows, what=f"targets, part {parts[0] + 1} of {targets.parts}: block")
+    flat, start = streamed.hidden.reshape(-1, streamed.hidden.shape[-1]), 0
+    with progress("targets: token", rows.total) as bar:
+        for part in parts:
+            lengths = targets.rows.lengths[targets.rows_of(part)]
+            valid = start + np.flatnonzero(np.arange(rows.length) < lengths[:, None])
+            start += len(lengths) * rows.length
+            records = [np.zeros(0, targets.record)]
+            for first in range(0, len(valid), TOKENS_AT_ONCE):
+                some = valid[first : first + TOKENS_AT_ONCE]
+                records.append(_of(targets, teacher, streamed.logits(flat[mx.array(some)])))
+                bar.advance(len(some))
+            targets.write(part, np.concatenate(records))
+
+
+def _of(targets: Targets, teacher: Path, chunks: Any) -> np.ndarray:
+    """The records of some tokens from their logits, in chunks of the vocabulary."""
+    top, temperature = Top(targets.about["k"]), targets.about["temperature"]
+    for start, logits in chunks:
+        top.update(start, logits if temperature == 1.0 else logits / temperature)
+        mx.eval(top.arrays())
+    ids, log_p, log_tail = top.found()
+    if np.isnan(log_p).any() or np.isnan(log_tail).any():
+        raise PareError(f"{teacher} answers NaN or infinity", "the model is broken: do not use it")
+    return pack(ids, log_p, log_tail, targets.about["vocab"])
