@@ -18,6 +18,7 @@ from .options import (
     Criterion,
     Data,
     DryRun,
+    Field,
     For,
     GroupSize,
     Keep,
@@ -51,6 +52,7 @@ def calibrate_command(
     criterion: Criterion = "obs",
     data: Data = None,
     test_data: TestData = None,
+    field: Field = None,
     samples: Samples = 128,
     length: Length = 512,
     memory_cap: Cap = None,
@@ -65,7 +67,7 @@ def calibrate_command(
     steps.criterion(criterion)  # a wrong name must not leave a run directory behind
     s = settings_of(
         data=data, test_data=test_data, samples=samples, length=length, memory_cap=memory_cap, seed=seed,
-        criterion=criterion,
+        criterion=criterion, field=field,
     )  # fmt: skip
     with steps.open_run(model, out) as run:
         run.write_recipe({"model": str(model), **asdict(s)}, replace=False)
@@ -208,6 +210,7 @@ def recover_command(
     learning_rate: Rate = None,
     data: Data = None,
     test_data: TestData = None,
+    field: Field = None,
     memory_cap: Cap = None,
     seed: Seed = 0,
 ) -> dict[str, Any]:
@@ -222,7 +225,7 @@ def recover_command(
         s = settings_of(
             recover_steps=recover_steps, method=method, learning_rate=learning_rate, data=data or before.get("data"),
             test_data=test_data or before.get("test_data"), length=before.get("length", 512),
-            memory_cap=memory_cap, seed=seed,
+            memory_cap=memory_cap, seed=seed, field=field or (None if data else before.get("field")),
         )  # fmt: skip
         model = steps.recover_step(opened, steps.Texts(opened.model, s), s)
     console.say(f"model: {model}")

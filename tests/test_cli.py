@@ -619,7 +619,7 @@ def test_corrupt_manifest(checked, small, copied, command):
 
 
 def test_changed_data_is_refused_on_resume(checked, pare, small, copied, texts):
-    other = ["--data", texts / "other.txt"]  # the last one given counts
+    other = ["--data", texts / "other.txt"]  # a second domain
     checked(3, "the calibrate step in .* was made differently: its input data changed", *small(copied), *other)
     before = contents(copied)
     later = pare(*small(copied), "--test-data", texts / "other.txt", "--quiet")
