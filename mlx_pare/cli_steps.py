@@ -63,15 +63,19 @@ def calibrate_command(
     The criterion only decides whether more is measured: taylor and taylor2 need gradients, iterative contributions.
     """
     from . import steps
+    from .checkpoint import Checkpoint
 
     steps.criterion(criterion)  # a wrong name must not leave a run directory behind
     s = settings_of(
         data=data, test_data=test_data, samples=samples, length=length, memory_cap=memory_cap, seed=seed,
         criterion=criterion, field=field,
     )  # fmt: skip
+    Checkpoint(model)
+    texts = steps.Texts(model, s)
+    _ = texts.calibration  # nor may a wrong text: the recipe of a run is kept
     with steps.open_run(model, out) as run:
         run.write_recipe({"model": str(model), **asdict(s)}, replace=False)
-        stats = steps.calibrate_step(run, steps.Texts(run.model, s), s)
+        stats = steps.calibrate_step(run, texts, s)
     console.say(f"statistics: {stats}")
     return {"stats": str(stats)}
 
