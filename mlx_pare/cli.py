@@ -26,6 +26,7 @@ from .options import (
     Criterion,
     Data,
     DryRun,
+    Field,
     For,
     Gguf,
     GroupSize,
@@ -143,6 +144,7 @@ def run_command(
     no_reconstruct: NoReconstruct = False,
     data: Data = None,
     test_data: TestData = None,
+    field: Field = None,
     samples: Samples = 128,
     length: Length = 512,
     bits: Bits = None,
@@ -172,7 +174,7 @@ def run_command(
     settings = settings_of(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context,
         min_speed=min_speed, axes=axes, criterion=criterion, reconstruct=not no_reconstruct, data=data,
-        test_data=test_data, samples=samples, length=length, bits=bits, group_size=group_size, step=step,
+        test_data=test_data, field=field, samples=samples, length=length, bits=bits, group_size=group_size, step=step,
         protect=not no_protect, widths=widths, layers_by=layers_by, tries=tries, choose_bits=choose_bits,
         recover_steps=recover_steps, method=method, learning_rate=learning_rate, local_steps=local_steps,
         targets=targets, patience=patience, gguf=gguf, trials=trials,
@@ -201,6 +203,7 @@ def evaluate_command(
     teacher: Annotated[Path | None, typer.Option(help="Model to compare with: KL divergence and agreement.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Windows. Default: all.")] = None,
     length: Length = 512,
+    field: Field = None,
     memory_cap: Cap = None,
 ) -> dict[str, Any]:
     """Perplexity with its standard error, bits per byte; against a teacher KL divergence and agreement."""
@@ -208,7 +211,7 @@ def evaluate_command(
     from .evaluate import evaluate
 
     tokenizer = lm.tokenizer(model)
-    rows = corpus.windows(tokenizer, corpus.read(Path(data), tokenizer), length, samples)
+    rows = corpus.windows(tokenizer, corpus.read(Path(data), tokenizer, field), length, samples)
     found = evaluate(model, rows, tokenizer, teacher, data, memory(memory_cap)).model_dump()
     console.table(
         model.name,

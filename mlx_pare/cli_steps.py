@@ -22,6 +22,7 @@ from .options import (
     CrossEntropy,
     Data,
     DryRun,
+    Field,
     For,
     GradCheckpoint,
     GroupSize,
@@ -66,6 +67,7 @@ def calibrate_command(
     criterion: Criterion = "obs",
     data: Data = None,
     test_data: TestData = None,
+    field: Field = None,
     samples: Samples = 128,
     length: Length = 512,
     memory_cap: Cap = None,
@@ -76,15 +78,19 @@ def calibrate_command(
     The criterion only decides whether more is measured: taylor and taylor2 need gradients, iterative contributions.
     """
     from . import steps
+    from .checkpoint import Checkpoint
 
     steps.criterion(criterion)  # a wrong name must not leave a run directory behind
     s = settings_of(
         data=data, test_data=test_data, samples=samples, length=length, memory_cap=memory_cap, seed=seed,
-        criterion=criterion,
+        criterion=criterion, field=field,
     )  # fmt: skip
+    Checkpoint(model)
+    texts = steps.Texts(model, s)
+    _ = texts.calibration  # nor may a wrong text: the recipe of a run is kept
     with steps.open_run(model, out) as run:
         run.write_recipe({"model": str(model), **asdict(s)}, replace=False)
-        stats = steps.calibrate_step(run, steps.Texts(run.model, s), s)
+        stats = steps.calibrate_step(run, texts, s)
     console.say(f"statistics: {stats}")
     return {"stats": str(stats)}
 
@@ -242,6 +248,7 @@ def recover_command(
     teacher: TeacherModel = None,
     data: Data = None,
     test_data: TestData = None,
+    field: Field = None,
     memory_cap: Cap = None,
     seed: Seed = 0,
 ) -> dict[str, Any]:
@@ -260,7 +267,7 @@ def recover_command(
             rank=rank, kind=loss, temperature=temperature, cross_entropy=cross_entropy, match=match,
             grad_checkpoint=grad_checkpoint, mix=mix, teacher=teacher, data=data or before.get("data"),
             test_data=test_data or before.get("test_data"), length=before.get("length", 512),
-            memory_cap=memory_cap, seed=seed,
+            memory_cap=memory_cap, seed=seed, field=field or (None if data else before.get("field")),
         )  # fmt: skip
         model = steps.recover_step(opened, steps.Texts(opened.model, s), s)
     console.say(f"model: {model}")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import console
 from .errors import PareError
 
 SUFFIXES = (".txt", ".md", ".jsonl")
+KINDS = {"text": str, "messages": list, "content": str}  # what a record holds its text in, when nobody says: the first
 MANY_DOCUMENTS = 20  # from here on a document is the unit of a split, below that a paragraph
 OVERLAP_CHARS = 60  # shorter paragraphs (headings, "Yes.") may stand in two texts by chance
 
@@ -39,7 +41,11 @@ class Rows:
 
     def first(self, count: int) -> Rows:
         """So many of them, or all there are."""
-        return Rows(self.tokens[:count], self.lengths[:count])
+        return self.take(slice(count))
+
+    def take(self, chosen: np.ndarray | slice) -> Rows:
+        """The rows of these numbers, in this order."""
+        return Rows(self.tokens[chosen], self.lengths[chosen])
 
     @property
     def count(self) -> int:
@@ -62,22 +68,33 @@ class Rows:
         return np.arange(self.length)[None, :] < self.lengths[:, None]
 
 
-def read(path: Path, tokenizer: Any = None) -> list[str]:
-    """The documents of a file or folder (.txt and .md: one each; .jsonl: one a line, "text" or chat "messages").
+def read(path: Path, tokenizer: Any = None, field: str | None = None) -> list[str]:
+    """The documents of a file or folder: .txt and .md hold one each, .jsonl one a line.
 
-    Raises PareError when nothing can be read there.
+    A record's text is its ``field`` (of several, separated by commas, the first it has): text, or a list of chat
+    messages. Without one it is "text", "messages", "content", or "prompt" with "completion"; chats are written by the
+    tokenizer's template. What is left out because it is empty or of another kind is counted in one line.
+    Raises PareError when nothing can be read there, naming file and line of a record that cannot.
     """
     path = Path(path)
     if not path.exists():
         raise PareError(f"no text at {path}", "give a .txt, .md or .jsonl file, or a folder of them")
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-    documents = [d for f in files for d in _documents(f, tokenizer) if d.strip()]
+    there = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    files = there if path.is_file() else [f for f in there if f.suffix in SUFFIXES]
+    found = [each for f in files for each in _documents(f, tokenizer, field)]
+    documents = [text for _, text in found if text.strip()]
     if not documents:
         raise PareError(f"{path} holds no text", f"files read are {', '.join(SUFFIXES)}")
+    empty = [where for where, text in found if not text.strip()]
+    other = [str(f) for f in there if f.suffix not in SUFFIXES and not f.name.startswith(".") and f != path]
+    left = [f"{len(of)} {what} (first {of[0]})" for what, of in (("empty", empty), ("of another kind", other)) if of]
+    if left:
+        console.say(f"{path}: {len(documents)} documents; left out: {', '.join(left)}")
     return documents
 
 
-def _documents(file: Path, tokenizer: Any) -> list[str]:
+def _documents(file: Path, tokenizer: Any, field: str | None) -> list[tuple[str, str]]:
+    """(where, text) of everything in a file, empty ones too."""
     try:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -85,24 +102,54 @@ def _documents(file: Path, tokenizer: Any) -> list[str]:
     except OSError as error:
         raise PareError(f"cannot read {file}: {error.strerror}") from error
     if file.suffix != ".jsonl":
-        return [text]
+        return [(str(file), text)]
     lines = text.split("\n")  # not splitlines: JSON strings may hold other separators
-    return [_record(line, file, n, tokenizer) for n, line in enumerate(lines, 1) if line.strip()]
+    places = [(f"{file} line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    found = [(where, _record(line, where, tokenizer, field)) for where, line in places]
+    for where, text in found:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can hold a lone surrogate
+            raise PareError(f"{where} holds half a character, {text[error.start]!r}, which is no text") from error
+    return found
 
 
-def _record(line: str, file: Path, number: int, tokenizer: Any) -> str:
+def _record(line: str, where: str, tokenizer: Any, field: str | None) -> str:
+    """The text of a record; "" where the field that should hold it is null or has no messages."""
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise PareError(f"{file} line {number} is not JSON: {error}") from error
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return record["text"]
-    if isinstance(record, dict) and isinstance(record.get("messages"), list) and tokenizer is not None:
-        try:
-            return tokenizer.apply_chat_template(record["messages"], tokenize=False)
-        except Exception as error:  # templates are programs of their own
-            raise PareError(f"{file} line {number}: the tokenizer cannot write this chat: {error}") from error
-    raise PareError(f'{file} line {number} has neither "text" nor "messages"')
+    except (ValueError, RecursionError) as error:
+        raise PareError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise PareError(f"{where} is no record but {line.strip()[:20]!r}", 'write {"text": "..."}')
+    kinds = KINDS if field is None else {name.strip(): (str, list) for name in field.split(",")}
+    for name, kind in kinds.items():
+        if isinstance(value := record.get(name), kind):
+            return value if isinstance(value, str) else _chat(value, record, where, tokenizer)
+    pair = record.get("prompt"), record.get("completion")
+    if field is None and all(isinstance(side, str) for side in pair):  # as mlx-lm's CompletionsDataset reads them
+        turns = [{"role": role, "content": side} for role, side in zip(("user", "assistant"), pair, strict=True)]
+        return _chat(turns, record, where, tokenizer)
+    if any(name in record and record[name] is None for name in kinds):
+        return ""
+    wanted = " or ".join(f'"{name}"' for name in kinds) + (' or "prompt" with "completion"' if field is None else "")
+    has = ", ".join(f'"{name}"' for name in list(record)[:8]) or "nothing"
+    raise PareError(f"{where} has no text in {wanted}", f"it has {has}: choose with --field")
+
+
+def _chat(messages: list, record: dict[str, Any], where: str, tokenizer: Any) -> str:
+    """Messages as the tokenizer's template writes them, with the record's tools, as mlx-lm's ChatDataset does."""
+    if not messages:
+        return ""
+    if tokenizer is None:
+        raise PareError(f"{where} is a chat, which only a tokenizer with a chat template can write")
+    tools = {"tools": record["tools"]} if record.get("tools") else {}
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **tools)
+    except Exception as error:  # templates are programs of their own
+        raise PareError(
+            f"{where}: the tokenizer cannot write this chat: {error}", "choose a field that holds text with --field"
+        ) from error
 
 
 def windows(
@@ -163,13 +210,15 @@ def paragraphs(document: str) -> tuple[str, list[str]]:
     return separator, [unit for unit in document.split(separator) if unit.strip()]
 
 
-def forbid_overlap(texts: dict[str, Sequence[str]]) -> None:
-    """Raises PareError when two named texts share a paragraph: a score on seen text flatters."""
+def forbid_overlap(texts: dict[str, Sequence[str]], part: Callable[[str], str] = str) -> None:
+    """Raises PareError when two named texts share a paragraph: a score on seen text flatters.
+
+    ``part`` of a name: texts of the same part may share."""
     seen: dict[str, str] = {}
     for name, documents in texts.items():
         own = {p.strip() for d in documents for p in d.split("\n") if len(p.strip()) >= OVERLAP_CHARS}
         for paragraph in own:
-            if paragraph in seen:
+            if paragraph in seen and part(seen[paragraph]) != part(name):
                 raise PareError(
                     f"the {seen[paragraph]} text and the {name} text share the paragraph {paragraph[:50]!r}...",
                     "they must be disjoint: take it out of one of them",

@@ -46,7 +46,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, write nothing.")]
 Data = Annotated[
-    str | None, typer.Option(help="Text: .txt, .md, .jsonl or a folder. Default: our own.", metavar="PATH")
+    list[str] | None,
+    typer.Option(
+        help="Text: .txt, .md, .jsonl or a folder. May be repeated: domains of different weights, e.g. "
+        "--data code=src.jsonl:2 --data notes/. Default: our own.",
+        metavar="[NAME=]PATH[:WEIGHT]",
+    ),
+]
+Field = Annotated[
+    str | None,
+    typer.Option(help="Field of .jsonl records. Default: text, messages, content, or prompt with completion."),
 ]
 TestData = Annotated[
     str | None, typer.Option(help="Text to measure on. Default: a tenth of --data, or our own.", metavar="PATH")
@@ -235,11 +244,15 @@ def top_of(targets: str) -> int | None:
 
 
 def settings_of(**given: Any):
-    """Settings from what the command line gives: axes and memory as text."""
+    """Settings from what the command line gives: axes and memory as text, data as a list."""
     from .steps import Settings
 
     given["axes"] = tuple(a.strip() for a in given.pop("axes", "ffn,kv_head").split(",") if a.strip())
     given["memory_cap"] = memory(given.pop("memory_cap", None))
+    data = given.pop("data", None) or None
+    if data and not isinstance(data, str):  # one stays text, as recipes have always had it
+        data = data[0] if len(data) == 1 else tuple(data)
+    given["data"] = data
     given["choose_bits"] = _bits(given.pop("choose_bits", None))
     given["top"] = top_of(given.pop("targets", "full"))
     return Settings(**given)

@@ -67,7 +67,8 @@ def stability_step(
         raise Refused(f"the text changed since {run.path} was calibrated on it", "start a new run with another --out")
     if draws == 1 or (measure and not draws):
         raise UsageError(f"{draws} draws have no spread", "ask for at least 2 --draws")
-    rows, drawn_rows = drawn(texts.rows("calibration", None), s.samples, s.seed, draws)
+    every = texts.mixed("calibration", None)
+    rows, drawn_rows = drawn(every.rows, s.samples, every.lot(s.seed), draws)
     elsewhere = "layers_by" in run.manifest.steps["plan"].parameters  # not by the scores of the criterion
     question = Question(
         run.model, Plan.load(planned), criteria, rows, drawn_rows, other, texts.test if measure else None,
@@ -224,21 +225,16 @@ def stability(q: Question, scratch: Path) -> dict[str, Any]:
     return answer | {"cost": None if q.test is None else _cost(q, draws)}
 
 
-def drawn(rows: Rows, samples: int, seed: int, draws: int = DRAWS) -> tuple[Rows, list[Rows]]:
-    """All rows of a text -> the calibration rows (those that corpus.windows chooses with this seed) in an order drawn
-    by lot, and so many draws that share none, as many rows each as there are samples, or as the text allows, in whole
+def drawn(rows: Rows, samples: int, order: np.ndarray, draws: int = DRAWS) -> tuple[Rows, list[Rows]]:
+    """All rows of a text, and the order drawn by lot (domains.lot) whose first are the calibration rows -> those, and
+    so many draws that share none, as many rows each as there are samples, or as the text allows, in whole
     micro-batches. Raises UsageError for too short a text."""
-    order = np.random.RandomState(seed).permutation(rows.count)
     step = stream.micro_batches(rows)[0].stop
     each = min(samples, rows.count // max(1, draws))
     each = each if each == samples else each // step * step
     if draws and not each:
         raise UsageError(f"{rows.count} rows of {rows.length} tokens are too few for {draws} draws", "give more text")
-    return _taken(rows, order[:samples]), [_taken(rows, order[n * each : (n + 1) * each]) for n in range(draws)]
-
-
-def _taken(rows: Rows, chosen: np.ndarray) -> Rows:
-    return Rows(rows.tokens[chosen], rows.lengths[chosen])
+    return rows.take(order[:samples]), [rows.take(order[n * each : (n + 1) * each]) for n in range(draws)]
 
 
 def _scores(q: Question, model: Path, stats: Path, name: str) -> Mapping[str, np.ndarray]:

@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import console, corpus, lm
+from . import console, corpus, domains, lm
 from .amounts import parse_amount
 from .artifacts import Metrics, Plan, dump_json
 from .bench import bench
 from .calibrate import calibrate
 from .check import check
 from .checkpoint import Checkpoint
-from .errors import PareError, Refused, UsageError
+from .errors import Refused, UsageError
 from .evaluate import evaluate
 from .export import export, why_not
 from .fit import macs, planner
@@ -36,15 +36,15 @@ from .score import criterion, described, score
 
 DEMO = Path(__file__).parent / "demo"
 TRAINING_ROWS, VALIDATION_ROWS = 512, 64  # of recovery, at most: the teacher's hidden states are kept for them
-SHARES = {"calibration": 80, "validation": 10, "test": 10}  # of a text that the user gives, by paragraph
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that can be asked of a run; see `mlx-pare run --help`. Exactly one target must be given."""
 
-    data: str | None = None
+    data: str | Sequence[str] | None = None  # as domains.parse_all reads it
     test_data: str | None = None
+    field: str | None = None
     samples: int = 128
     length: int = 512
     criterion: str = "obs"
@@ -130,29 +130,26 @@ class Texts:
         return lm.tokenizer(self.model)
 
     @cached_property
-    def documents(self) -> dict[str, list[str]]:
-        """ "calibration" (also trains the recovery), "validation" (chooses its best state) and "test" (is reported)."""
-        s = self.settings
-        if s.data is None:
-            parts = corpus.split(corpus.read(DEMO / "calibration.txt"), {"calibration": 88, "validation": 12})
-            parts["test"] = corpus.read(Path(s.test_data) if s.test_data else DEMO / "test.txt", self.tokenizer)
-        elif s.test_data is None:
-            parts = corpus.split(corpus.read(Path(s.data), self.tokenizer), SHARES)
-        else:
-            parts = corpus.split(corpus.read(Path(s.data), self.tokenizer), {"calibration": 88, "validation": 12})
-            parts["test"] = corpus.read(Path(s.test_data), self.tokenizer)
-        corpus.forbid_overlap(parts)
-        return parts
+    def specs(self) -> list[domains.Spec]:
+        return domains.parse_all(self.settings.data or DEMO / "calibration.txt")
 
-    def rows(self, part: str, count: int | None, seed: int | None = None) -> corpus.Rows:
-        try:
-            return corpus.windows(self.tokenizer, self.documents[part], self.settings.length, count, seed)
-        except PareError as error:
-            raise PareError(f"{part}: {error.problem}", error.cure) from error
+    @cached_property
+    def documents(self) -> dict[str, dict[str, list[str]]]:
+        """Those of every domain, for "calibration" (also trains the recovery), "validation" (chooses its best state)
+        and "test" (is reported)."""
+        s = self.settings
+        test = s.test_data or (None if s.data else DEMO / "test.txt")
+        return domains.read_parts(self.specs, test and Path(test), self.tokenizer, s.field)
+
+    def mixed(self, part: str, count: int | None, seed: int | None = None) -> domains.Domains:
+        """Rows of every domain of a part, ``count`` of them or all."""
+        weights = {spec.name: spec.weight for spec in self.specs}
+        documents, length = self.documents[part], self.settings.length
+        return domains.windows(self.tokenizer, part, documents, weights, length, count, seed)
 
     @cached_property
     def calibration(self) -> corpus.Rows:
-        rows = self.rows("calibration", self.settings.samples, self.settings.seed)
+        rows = self.mixed("calibration", self.settings.samples, self.settings.seed).rows
         if rows.count < self.settings.samples:
             console.say(
                 f"calibration text holds {rows.count} rows of {rows.length} tokens, {self.settings.samples} "
@@ -161,22 +158,30 @@ class Texts:
         return rows
 
     @cached_property
-    def training(self) -> corpus.Rows:
+    def training_domains(self) -> domains.Domains:
         """The rows that recovery trains on: more of the calibration text than the statistics need."""
-        return self.rows("calibration", TRAINING_ROWS, self.settings.seed)
+        return self.mixed("calibration", TRAINING_ROWS, self.settings.seed)
+
+    @property
+    def training(self) -> corpus.Rows:
+        return self.training_domains.rows
 
     @cached_property
+    def validation_domains(self) -> domains.Domains:
+        return self.mixed("validation", VALIDATION_ROWS)
+
+    @property
     def validation(self) -> corpus.Rows:
-        return self.rows("validation", VALIDATION_ROWS)
+        return self.validation_domains.rows
 
     @cached_property
     def test(self) -> corpus.Rows:
-        return self.rows("test", self.settings.samples)
+        return self.mixed("test", self.settings.samples).rows
 
     def name(self, part: str) -> str:
         s = self.settings
         chosen = (s.test_data or s.data) if part == "test" else s.data
-        return chosen or "mlx-pare's own text"
+        return chosen if isinstance(chosen, str) else ", ".join(chosen or ["mlx-pare's own text"])
 
 
 def open_run(model: Path, out: Path) -> Run:
@@ -199,7 +204,7 @@ def continue_run(out: Path) -> Run:
 def of_calibration(run: Run) -> dict[str, Any]:
     """What was asked of the calibration of a run, as settings."""
     known = run.recipe()
-    return {k: known[k] for k in ("data", "test_data", "samples", "length", "seed") if k in known}
+    return {k: known[k] for k in ("data", "test_data", "field", "samples", "length", "seed") if k in known}
 
 
 # ---- the steps, each a verb wrapped in a record ----

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -492,6 +493,40 @@ def test_single_steps_make_what_run_makes(pare, model, texts, whole, tmp_path):
         assert (out / file).read_bytes() == (whole["out"] / file).read_bytes(), file
 
 
+def test_several_domains_go_through_a_run(pare, checked, model, texts, tmp_path):
+    """The recipe keeps them as they were asked; every later step reads the same rows from it."""
+    out, records = tmp_path / "run", (texts / "other.txt").read_text("utf-8").split("\n")
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(json.dumps({"body": line}) for line in [*records, ""]), "utf-8")
+    two = ["--data", f"{texts / 'data.txt'}:2", "--data", f"own={own}"]
+    asked = ["calibrate", model, "--out", out, "--samples", "12", "--length", "32"]
+    checked(1, 'own.jsonl line 1 has no text in .* It has "body": choose with --field', *asked, *two)
+    checked(2, "'much' in --data .* is no weight", *asked, "--data", f"{texts / 'data.txt'}:much")
+    checked(2, "names .*data.txt twice", *asked, *two, "--data", texts / "data.txt")
+    done = pare(*asked, *two, "--field", "body")
+    assert done.code == 0 and "left out: " in done.out
+    recipe = tomllib.loads((out / "recipe.toml").read_text("utf-8"))
+    assert recipe["data"] == two[1::2] and recipe["field"] == "body"
+    for later in (
+        ["score", out], ["plan", out, "--keep", "0.75", "--widths", "even"], ["stability", out], ["reconstruct", out],
+        ["prune", out], ["recover", out, "--recover-steps", "1"],
+    ):  # fmt: skip
+        done = pare(*later, "--quiet")
+        assert done.code == 0, done.err
+    checked(3, "its input data changed", *asked, *two[:2])
+    one = pare(*asked[:3], tmp_path / "one", *asked[4:], *two[:2], "--json")
+    assert one.code == 0
+    assert f'data = "{two[1]}"' in (tmp_path / "one" / "recipe.toml").read_text("utf-8")
+
+
+def test_evaluate_a_field(pare, model, tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"text": "no", "body": "One fine day, nobody came. " * 30}), "utf-8")
+    asked = ["evaluate", model, "--data", file, "--length", "32", "--samples", "1", "--json"]
+    assert pare(*asked).code == 1
+    assert pare(*asked, "--field", "body").document["tokens"] == 31
+
+
 def test_calibrate_for_a_criterion(pare, checked, model, texts, tmp_path):
     """With it score goes on, without it the line says what to do; a wrong name leaves nothing behind."""
     data = ["--data", texts / "data.txt", "--length", "32", "--samples", "4"]
@@ -619,7 +654,7 @@ def test_corrupt_manifest(checked, small, copied, command):
 
 
 def test_changed_data_is_refused_on_resume(checked, pare, small, copied, texts):
-    other = ["--data", texts / "other.txt"]  # the last one given counts
+    other = ["--data", texts / "other.txt"]  # a second domain
     checked(3, "the calibrate step in .* was made differently: its input data changed", *small(copied), *other)
     before = contents(copied)
     later = pare(*small(copied), "--test-data", texts / "other.txt", "--quiet")

@@ -104,6 +104,14 @@ def test_overlap_is_an_error():
     corpus.forbid_overlap({"calibration": ["Chapter 1\n" + shared], "test": ["Chapter 1\n" + shared[1:]]})
 
 
+def test_overlap_within_a_part_is_none():
+    shared = "This paragraph is long enough that two texts do not share it by chance."
+    texts = {"test one": [shared], "test two": [shared], "calibration": ["other"]}
+    corpus.forbid_overlap(texts, lambda name: name.split()[0])
+    with pytest.raises(PareError, match="test two text and the calibration text"):
+        corpus.forbid_overlap({**texts, "calibration": [shared]}, lambda name: name.split()[0])
+
+
 # ---- files ----
 
 
@@ -137,18 +145,82 @@ def test_byte_order_mark(tmp_path):
     assert corpus.read(tmp_path) == ["a", "b"]
 
 
-def test_chat_messages(tmp_path):
-    class Chat:
-        def apply_chat_template(self, messages, tokenize):
-            assert tokenize is False
-            return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+class Chat:
+    """A tokenizer that can only write chats."""
 
-    file = write(
-        tmp_path / "t.jsonl", {"messages": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "ho"}]}
-    )
-    assert corpus.read(file, Chat()) == ["<user>hi<bot>ho"]
-    with pytest.raises(PareError, match="neither"):
+    def apply_chat_template(self, messages, tokenize, **more):
+        assert tokenize is False
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "".join(map(str, more.get("tools", [])))
+
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "ho"}]
+
+
+def test_chat_messages(tmp_path):
+    file = write(tmp_path / "t.jsonl", {"messages": MESSAGES}, {"messages": MESSAGES, "tools": ["clock"]})
+    assert corpus.read(file, Chat()) == ["<user>hi<bot>ho", "<user>hi<bot>hoclock"]
+    with pytest.raises(PareError, match=r"t\.jsonl line 1 is a chat, which only a tokenizer with a chat template can"):
         corpus.read(file)
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "text"),
+    [
+        ({"content": "a", "id": 3}, None, "a"),
+        ({"text": "a", "content": "b"}, None, "a"),
+        ({"text": None, "content": "b"}, None, "b"),
+        ({"content": "b", "messages": MESSAGES}, None, "<user>hi<bot>ho"),
+        ({"prompt": "a", "completion": "b"}, None, "<user>a<assistant>b"),
+        ({"prompt": "a", "completion": "b", "text": "c"}, None, "c"),
+        ({"prompt": "a", "completion": "b"}, "completion", "b"),
+        ({"text": "a", "body": "b"}, "body", "b"),
+        ({"turns": MESSAGES, "text": "a"}, "turns", "<user>hi<bot>ho"),
+        ({"text": "a", "body": "b"}, "title, body", "b"),
+        ({"text": "a", "messages": "b"}, "messages", "b"),
+    ],
+)
+def test_where_a_record_holds_its_text(tmp_path, record, field, text):
+    assert corpus.read(write(tmp_path / "t.jsonl", record), Chat(), field) == [text]
+
+
+def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(corpus.console, "say", said.append)
+    empty = [{"text": ""}, {"text": " \n"}, {"text": None}, {"messages": []}]
+    file = write(tmp_path / "t.jsonl", {"text": "a"}, *empty, {"text": "b"})
+    assert corpus.read(file) == ["a", "b"]
+    assert said == [f"{file}: 2 documents; left out: 4 empty (first {file} line 2)"]
+    for name in ("a.csv", "b.csv", ".hidden"):
+        (tmp_path / name).write_text("x")
+    assert corpus.read(tmp_path) == ["a", "b"] and len(said) == 2
+    assert said[1].endswith(f"4 empty (first {file} line 2), 2 of another kind (first {tmp_path}/a.csv)")
+    write(file, {"text": "a"})
+    (tmp_path / "plain").write_text("a file that was named is read, whatever its ending")
+    assert corpus.read(file) == ["a"] and len(corpus.read(tmp_path / "plain")) == 1 and len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "says"),
+    [
+        ('{"id": 1, "title": "x"}', None, 'in "text" or "messages" or "content" or "prompt" with "completion". '
+                                          'It has "id", "title": choose with --field'),
+        ("{}", None, "It has nothing"),
+        ('{"prompt": "a"}', None, "has no text in"),
+        ('{"prompt": "a", "completion": 3}', None, "has no text in"),
+        ('{"text": "a"}', "body", 'has no text in "body". It has "text"'),
+        ('{"body": 3}', "body,title", 'has no text in "body" or "title"'),
+        ('{"text": "a", "body": {}}', "body", 'has no text in "body"'),
+        ('{"text": "\\ud83d"}', None, "holds half a character"),
+        ("[" * 200_000, None, "is not JSON"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_record_may_not_be(tmp_path, line, field, says):
+    good = json.dumps({"text": "fine", "body": "fine"})
+    (tmp_path / "t.jsonl").write_text(f"{good}\n{good}\n{line}", "utf-8")
+    with pytest.raises(PareError) as found:
+        corpus.read(tmp_path / "t.jsonl", Chat(), field)
+    assert "t.jsonl line 3 " in str(found.value) and says in str(found.value)
 
 
 @pytest.mark.parametrize("messages", [[{"role": "user", "content": "hi"}], ["hi"], [{}]])
@@ -162,7 +234,7 @@ def test_chat_that_the_tokenizer_cannot_write(tmp_path, tok, messages):
 @pytest.mark.parametrize("line", ['{"text": 3}', '{"texts": "a"}', '["a"]', '"a"', "3", "null", '{"messages": "hi"}'])
 def test_jsonl_without_text(tmp_path, tok, line):
     (tmp_path / "t.jsonl").write_text('{"text": "fine"}\n' + line, "utf-8")
-    with pytest.raises(PareError, match=r't\.jsonl line 2 has neither "text" nor "messages"'):
+    with pytest.raises(PareError, match=r"t\.jsonl line 2 (has no text in|is no record but)"):
         corpus.read(tmp_path / "t.jsonl", tok)
 
 
@@ -171,6 +243,12 @@ def test_jsonl_that_is_no_json(tmp_path, line):
     (tmp_path / "t.jsonl").write_text('{"text": "fine"}\n' + line, "utf-8")
     with pytest.raises(PareError, match=r"t\.jsonl line 2 is not JSON"):
         corpus.read(tmp_path / "t.jsonl")
+
+
+def test_prompt_and_completion_of_a_base_model(tmp_path, tok):
+    with pytest.raises(PareError, match=r"t\.jsonl line 1: the tokenizer cannot write this chat") as found:
+        corpus.read(write(tmp_path / "t.jsonl", {"prompt": "a", "completion": "b"}), tok)
+    assert found.value.cure == "choose a field that holds text with --field"
 
 
 def test_not_utf8(tmp_path):

@@ -77,26 +77,28 @@ def test_parts_are_calibrations_of_their_own(pico_models, tmp_path, monkeypatch,
 @pytest.mark.parametrize(("rows", "samples", "each"), [(60, 10, 10), (40, 30, 12), (7, 30, 2), (60, 20, 20)])
 def test_draws_share_no_row(rows, samples, each):
     every = Rows.full(np.arange(rows * 16).reshape(rows, 16))
-    calibration, draws = drawn(every, samples, 3)
+    lots = {seed: np.random.RandomState(seed).permutation(rows) for seed in (3, 4)}
+    calibration, draws = drawn(every, samples, lots[3])
     assert calibration.count == min(samples, rows) and [d.count for d in draws] == [each] * 3
     ids = [set(d.tokens[:, 0].tolist()) for d in draws]
     assert len(set().union(*ids)) == 3 * each
     assert np.array_equal(draws[0].tokens, calibration.first(each).tokens)
-    again, other = drawn(every, samples, 3)[0], drawn(every, samples, 4)[0]
+    again, other = (drawn(every, samples, lots[seed])[0] for seed in (3, 4))
     assert np.array_equal(again.tokens, calibration.tokens) and not np.array_equal(other.tokens, calibration.tokens)
-    assert drawn(every, samples, 3, 0)[1] == []
+    assert drawn(every, samples, lots[3], 0)[1] == []
 
 
 def test_too_little_text_for_draws():
     with pytest.raises(UsageError, match="5 rows of 16 tokens are too few for 3 draws"):
-        drawn(Rows.full(np.zeros((5, 16))), 8, 0)
+        drawn(Rows.full(np.zeros((5, 16))), 8, np.arange(5))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_are_those_of_the_run(pico_models, seed):
     """In another order: what the run was calibrated on."""
     texts = steps.Texts(pico_models("llama"), Settings(samples=40, length=32, seed=seed))
-    calibration, _ = drawn(texts.rows("calibration", None), 40, seed)
+    every = texts.mixed("calibration", None)
+    calibration, _ = drawn(every.rows, 40, every.lot(seed))
     assert sorted(calibration.tokens.tolist()) == sorted(texts.calibration.tokens.tolist())
     assert calibration.tokens.tolist() != texts.calibration.tokens.tolist()
 
@@ -375,9 +377,12 @@ def test_selection_never_sees_calibration_or_test_text(pico_models):
     """Held-out rows come from the validation text, whose paragraphs no other part has."""
     texts = steps.Texts(pico_models("llama"), ASKED)
     held = tried.held_rows(texts)
-    own = corpus.windows(lm.tokenizer(texts.model), texts.documents["validation"], 32)
+    own = corpus.windows(lm.tokenizer(texts.model), texts.documents["validation"]["calibration"], 32)
     assert held.tokens.tolist() == own.first(held.count).tokens.tolist()
-    units = {part: {u for d in of for u in corpus.paragraphs(d)[1]} for part, of in texts.documents.items()}
+    units = {
+        part: {u for documents in of.values() for d in documents for u in corpus.paragraphs(d)[1]}
+        for part, of in texts.documents.items()
+    }
     assert not units["validation"] & units["calibration"] and not units["validation"] & units["test"]
 
 
