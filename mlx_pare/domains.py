@@ -139,6 +139,11 @@ class Domains:
     weights: dict[str, float]
     of: np.ndarray
 
+    @classmethod
+    def of_one(cls, rows: Rows | Domains) -> Domains:
+        """Rows as one domain."""
+        return rows if isinstance(rows, Domains) else cls(rows, {"text": 1.0}, np.zeros(rows.count, dtype=np.int64))
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.weights)

@@ -115,8 +115,8 @@ Steps = Annotated[int, typer.Option(min=0, help="Steps of distillation; 0: none.
 Method = Annotated[
     str,
     typer.Option(
-        help="What is trained: lora or dora adapters (merged in the end), full (all weights of the blocks), norms (norms "
-        "and the scales of packed matrices, whose codes stay)."
+        help="What is trained: lora or dora adapters (merged in the end), full (all weights of the blocks), norms "
+        "(norms and the scales of packed matrices, whose codes stay)."
     ),
 ]
 Rate = Annotated[float | None, typer.Option(help="Default: 5e-4 for full, 1e-3 for the others.")]
@@ -127,8 +127,8 @@ LocalSteps = Annotated[
 Targets = Annotated[
     str,
     typer.Option(
-        help="What the teacher says of a token: full (all of the vocabulary, of its hidden states, in memory), or so many "
-        'likeliest tokens and the mass of the rest, on disk, e.g. "64".'
+        help="What the teacher says of a token: full (of the whole vocabulary, made of hidden states in memory), or so "
+        'many likeliest tokens and the mass of the rest, on disk, e.g. "64".'
     ),
 ]
 Patience = Annotated[int, typer.Option(min=0, help="End when so many validations in a row brought nothing; 0: never.")]

@@ -155,7 +155,7 @@ class _Job:
             "curve": trainer.curve,
             "best_step": trainer.best_step,
             "matched": None if places is None else {"student": places.own, "teacher": places.teacher},
-            "domains": {"names": self.train.names, "weights": trainer.sampler.state().get("weights")},
+            "domains": trainer.sampler.weights,
             "local": local,
         }
 

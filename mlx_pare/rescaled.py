@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from . import lm
-from .quantized import Packed, is_packed, packed
+from .quantized import Packed, packed
 
 
 class Rescaled(nn.Module):

@@ -289,7 +289,7 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
 
     def work(directory: Path) -> None:
         shutil.rmtree(directory / "model", ignore_errors=True)
-        rows, place = (texts.training, texts.validation), directory / "work"
+        rows, place = (texts.training_domains, texts.validation_domains), directory / "work"
         done = recover(pruned, teacher, *rows, directory / "model", options, s.memory_cap, place)
         (directory / "recovery.json").write_bytes(dump_json(done))
         _gate(directory / "model", run.model, directory)
@@ -298,8 +298,8 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
         "model": run.manifest.source,
         "teacher": Checkpoint(teacher).identity(),
         "pruned": Checkpoint(pruned).identity(),
-        "data": texts.training.digest(),
-        "validation": texts.validation.digest(),
+        "data": texts.training_domains.digest(),
+        "validation": texts.validation_domains.digest(),
     }
     run.step("recover", asdict(options), inputs, work, resumes=True)
     return run.output("recover", "model")
