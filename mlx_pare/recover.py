@@ -32,7 +32,7 @@ from .objective import Objective, Taps, loss_of
 from .rescaled import Rescaled, rescale
 from .rewrite import rewrite
 from .shards import finish, partial_directory
-from .training import Course, Trainer
+from .training import Course, Diverged, Trainer
 
 RATES = {"lora": 1e-3, "dora": 1e-3, "full": 5e-4, "norms": 1e-3}  # what is trained: the usual learning rate
 METHODS = tuple(RATES)
@@ -71,7 +71,9 @@ class Options:
     @property
     def course(self) -> Course:
         rate = RATES[self.method] if self.learning_rate is None else self.learning_rate
-        return Course(self.steps, rate, self.accumulate, self.schedule, self.clip, self.reports, self.patience)
+        return Course(
+            self.steps, rate, self.accumulate, self.schedule, self.clip, self.reports, self.patience, self.seed
+        )
 
     @property
     def objective(self) -> Objective:
@@ -99,7 +101,7 @@ def recover(
 
     ``original``: the teacher, any model with the student's tokenizer. ``work``: a directory for what a killed call
     goes on from; it is removed in the end. Raises UsageError for options there are not, Refused when ``out`` exists,
-    the tokenizers differ or the training does not fit in memory, PareError when it diverges.
+    the tokenizers differ or the training does not fit in memory, Diverged when the loss is not a number any more.
     """
     options.check()
     if out.exists():
@@ -109,7 +111,11 @@ def recover(
     teacher.check_tokenizer(student, original)
     work = work or out.with_name(out.name + ".work")
     job = _Job(student, original, train, validation, options, work, memory_cap)
-    summary = job.run()
+    try:
+        summary = job.run()
+    except Diverged:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     if ranks.this()[0] == 0:
         _keep_the_best(job, summary, out)
         shutil.rmtree(work, ignore_errors=True)

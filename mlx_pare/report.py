@@ -256,14 +256,28 @@ def _recovery(run: Path) -> str:
     done = _json(run / "recover" / "recovery.json")
     if not done:
         return ""
-    rows = [_row(step, f"{value:.5f}") for step, value in done["curve"]]
-    outcome = "better" if done["improved"] else "no better, so the pruned model was kept"
-    return (
-        f"## Recovery\n\n{done['options']['method']}, {done['options']['steps']} steps, best at "
-        f"{done['best_step']}: validation KL "
-        f"{done['kl_before']:.5f} -> {done['kl_after']:.5f} nats per token, measured on the packed result: "
-        f"{outcome}.\n\n" + _table(["step", "validation KL"], rows)
+    names = sorted(done["domains"]) if len(done["domains"]) > 1 else []
+    rows = [
+        _row(
+            point["step"],
+            f"{point['loss']:.5f}",
+            *(f"{point['losses'][name]:.5f}" for name in names),
+            f"{point['train_loss']:.5f}" if "train_loss" in point else "-",
+        )
+        for point in done["curve"]
+    ]
+    options, kept = done["options"], done["kept"]
+    outcome = {"pruned": "no better, so the pruned model was kept"}.get(kept, f"better, {kept} kept")
+    text = (
+        f"{options['method']}, {options['steps']} steps, best at {done['best_step']}: validation KL "
+        f"{done['kl_before']:.5f} -> {done['kl_after']:.5f} nats per token, measured on the packed result: {outcome}."
     )
+    if "trained" in done["kl"]:
+        text += f" Merging and packing: {done['kl_unmerged']:.5f} -> {done['kl']['trained']:.5f}."
+    if done["local"]:
+        text += f" Block by block before that: {done['kl']['pruned']:.5f} -> {done['kl']['local']:.5f}."
+    head = ["step", "validation KL", *(f"KL of {name}" for name in names), "training loss"]
+    return f"## Recovery\n\n{text}\n\n" + _table(head, rows)
 
 
 def _speed(run: Path) -> str:

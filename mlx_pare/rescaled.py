@@ -48,7 +48,5 @@ class Rescaled(nn.Module):
 def rescale(model: nn.Module) -> None:
     """Put Rescaled in the place of every packed linear layer of the blocks."""
     for block in lm.blocks(model):
-        found = [
-            (n, Rescaled(m)) for n, m in block.named_modules() if isinstance(m, nn.QuantizedLinear) and is_packed(m)
-        ]
+        found = [(n, Rescaled(m)) for n, m in block.named_modules() if isinstance(m, nn.QuantizedLinear)]
         block.update_modules(tree_unflatten(found))

@@ -33,6 +33,7 @@ from .recover import Options as RecoverOptions
 from .recover import recover
 from .rundir import Run, fingerprint
 from .score import criterion, described, score
+from .training import Diverged
 
 DEMO = Path(__file__).parent / "demo"
 TRAINING_ROWS, VALIDATION_ROWS = 512, 64  # of recovery, at most: the teacher's hidden states are kept for them
@@ -290,7 +291,11 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
     def work(directory: Path) -> None:
         shutil.rmtree(directory / "model", ignore_errors=True)
         rows, place = (texts.training_domains, texts.validation_domains), directory / "work"
-        done = recover(pruned, teacher, *rows, directory / "model", options, s.memory_cap, place)
+        try:
+            done = recover(pruned, teacher, *rows, directory / "model", options, s.memory_cap, place)
+        except Diverged:  # other options may be tried at once
+            shutil.rmtree(directory)
+            raise
         (directory / "recovery.json").write_bytes(dump_json(done))
         _gate(directory / "model", run.model, directory)
 

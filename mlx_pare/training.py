@@ -1,10 +1,10 @@
 """training: a model in memory, trained on mlx-lm's trainer in segments, with everything that matters on disk.
 
-Between two segments the model is validated, the best state is kept apart, and weights, optimizer, random state and
-place in the data are saved: killed at any moment, the same call goes on from there, to the same bytes (on the CPU).
-mlx-lm's trainer itself has none of that (no clipping either): it is called for one segment at a time.
-Under mlx.launch every process draws the same batches and takes its share of their rows; mlx-lm averages the gradients.
-The first process alone writes; the others get its saved state sent.
+Between two segments the model is validated, the best state is kept apart, and weights, optimizer and the place in the
+data are saved (random numbers begin anew with every segment): killed at any moment, the same call goes on from there,
+to the same bytes (on the CPU). mlx-lm's trainer itself has none of that, and no clipping: it is called for one segment
+at a time. Under mlx.launch every process draws the same batches and takes its share of their rows; mlx-lm averages the
+gradients. The first process alone writes; the others get its saved state sent.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Course:
     clip: float = 1.0
     validations: int = 6
     patience: int = 0
+    seed: int = 0
 
     def learning_rate(self) -> Callable[[mx.array], mx.array]:
         """The rate of every step. Raises UsageError for an unknown schedule."""
@@ -57,6 +58,10 @@ class Course:
             "constant": lambda step: mx.array(self.rate),
         }[self.schedule]
         return optim.join_schedules([optim.linear_schedule(self.rate / warm, self.rate, warm), falling], [warm])
+
+
+class Diverged(PareError):
+    """The loss is not a number any more: what was saved is of no use."""
 
 
 class ClippedAdamW(optim.AdamW):
@@ -105,7 +110,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, or until nothing is gained any more; the model is then in its best state.
 
-        Raises PareError when the training diverges, Refused for a directory with the state of another training.
+        Raises Diverged, Refused for a directory with the state of another training.
         """
         course = self.course
         segment = max(1, math.ceil(course.steps / course.validations))
@@ -126,6 +131,7 @@ class Trainer:
 
     def _segment(self, steps: int, bar: console.Progress) -> None:
         start, every = bar.done, max(1, steps // 5)
+        mx.random.seed(1_000_003 * self.course.seed + self.step)  # nothing to save: it follows from the step
 
         def report(info: dict) -> None:
             done = start + info["iteration"] // self.course.accumulate
@@ -147,7 +153,7 @@ class Trainer:
         self.model.train()
         value = losses[""]
         if not math.isfinite(value):
-            raise PareError(
+            raise Diverged(
                 f"training diverged at step {self.step} (validation loss {value})", "use a smaller --learning-rate"
             )
         if self.curve and value < min(point["loss"] for point in self.curve):
@@ -174,7 +180,7 @@ class Trainer:
             Arrays(arrays, about).save(file)
 
     def _save(self) -> None:
-        state = {"weights": self.weights(), "optimizer": self.optimizer.state, "random": list(mx.random.state)}
+        state = {"weights": self.weights(), "optimizer": self.optimizer.state}
         about = {
             "about": self.about,
             "step": self.step,
@@ -199,7 +205,6 @@ class Trainer:
         state = tree_unflatten(list(arrays.items()))
         self.model.update(state["weights"])
         self.optimizer.state = state["optimizer"]
-        mx.random.state[:] = state["random"]
         self.step, self.best_step, self.curve = about["step"], about["best_step"], about["curve"]
         self.sampler.restore(about["sampler"])
         if self.best_step:

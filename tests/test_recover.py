@@ -28,7 +28,12 @@ from mlx_pare.score import score
 recovering = importlib.import_module("mlx_pare.recover")  # mlx_pare.recover itself is the function
 DEMO = Path(corpus.__file__).parent / "demo"
 OPTIONS = Options(steps=9, batch=4, reports=3)
-GENTLE = {"lora": None, "full": 3e-4}  # a dozen steps are too few for the usual rate of full
+GENTLE = {
+    "lora": None,
+    "dora": None,
+    "full": 3e-4,
+    "norms": 5e-4,
+}  # a dozen steps are too few for the usual rate of full
 SEEDS = {"a": 1, "b": 1, "c": 2}
 WORSE = 1e3  # a learning rate after which nothing is left of a model
 
@@ -95,9 +100,9 @@ def test_recovery(cut, texts, tmp_path, family, packed, method):
     assert found["improved"] and found["kl_after"] < found["kl_before"]
     assert found["kl_before"] == pytest.approx(divergence(pruned, original, texts[1]), rel=1e-3)
     assert found["kl_after"] == pytest.approx(divergence(out, original, texts[1]), rel=1e-3)
-    assert found["curve"][0] == (0, found["kl_before"]) and found["options"]["method"] == method
-    assert [step for step, _ in found["curve"]] == [0, 3, 6, 9]
-    assert dict(found["curve"])[found["best_step"]] == min(v for _, v in found["curve"])
+    steps, losses = ([point[key] for point in found["curve"]] for key in ("step", "loss"))
+    assert losses[0] == pytest.approx(found["kl_before"], rel=1e-5) and found["options"]["method"] == method
+    assert steps == [0, 3, 6, 9] and losses[steps.index(found["best_step"])] == min(losses) == found["kl_unmerged"]
     model, tok = mlx_lm.load(str(out))
     assert np.isfinite(np.array(model(mx.array([tok.encode("hello")])).astype(mx.float32))).all()
     assert files(pruned) == before and sorted(files(out)) == sorted(before)
@@ -112,13 +117,18 @@ def same_packing_and_shapes(before: Checkpoint, after: Checkpoint) -> bool:
 
 
 def check_what_changed(before: dict[str, bytes], after: dict[str, bytes], method: str) -> None:
-    """lora: every matrix of the blocks; full: their norms too. Neither: embedding, head and last norm."""
+    """lora and dora: every matrix of the blocks; full: their norms too; norms: these, and scales but no codes. None:
+    embedding, head and last norm."""
     changed = {name for name in before if before[name] != after[name]}
     blocks = {name for name in before if ".layers." in name}
-    matrices = {name for name in blocks if "_proj.weight" in name}
-    assert matrices <= changed <= blocks
-    norms = {name for name in blocks if "norm" in name}
-    assert not changed & norms if method == "lora" else norms <= changed
+    matrices, norms = ({name for name in blocks if part in name} for part in ("_proj.weight", "norm"))
+    assert changed <= blocks
+    if method == "norms":
+        assert norms <= changed and not changed & matrices
+        assert {name for name in blocks if name.endswith((".scales", ".biases"))} <= changed
+        return
+    assert matrices <= changed
+    assert norms <= changed if method == "full" else not changed & norms
 
 
 def test_bfloat16_stays_bfloat16(cut, texts, tmp_path):
@@ -152,13 +162,13 @@ def test_worse_is_not_kept(cut, texts, tmp_path, capsys, method, packed):
         assert "diverged" in str(error) and "--learning-rate" in error.cure and not list(tmp_path.iterdir())
         return
     assert not found["improved"] and found["best_step"] == 0 and found["kl_after"] == found["kl_before"]
-    assert min(v for _, v in found["curve"][1:]) > found["kl_before"]
+    assert min(point["loss"] for point in found["curve"][1:]) > found["kl_before"]
     assert files(tmp_path / "out") == files(pruned) and [f.name for f in tmp_path.iterdir()] == ["out"]
     assert "did not improve" in capsys.readouterr().err
 
 
 def test_not_a_number_is_an_error(cut, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(recovering, "_loss", lambda m, x, t: (m(x).mean() * mx.nan, mx.array(1)))
+    monkeypatch.setattr(recovering, "loss_of", lambda *_: lambda m, x, t: (m(x).mean() * mx.nan, mx.array(1)))
     with pytest.raises(PareError, match="diverged at step 3"):
         recover(*cut(), *texts, tmp_path / "out", OPTIONS)
     assert not list(tmp_path.iterdir())
@@ -166,24 +176,28 @@ def test_not_a_number_is_an_error(cut, texts, tmp_path, monkeypatch):
 
 def test_best_state_is_kept_not_the_last(cut, texts, tmp_path, monkeypatch):
     """A loss that turns against the model after three steps."""
-    calls, loss = [], recovering._loss
+    calls, loss_of = [], recovering.loss_of
 
-    def turning(model, tokens, logits):
-        calls.append(1)
-        mean, count = loss(model, tokens, logits)
-        return (mean if len(calls) <= 3 else -100 * mean), count
+    def turning(*how):
+        def loss(model, tokens, logits):
+            calls.append(1)
+            mean, count = loss_of(*how)(model, tokens, logits)
+            return (mean if len(calls) <= 3 else -100 * mean), count
 
-    monkeypatch.setattr(recovering, "_loss", turning)
+        return loss
+
+    monkeypatch.setattr(recovering, "loss_of", turning)
     pruned, original = cut()
-    found = recover(pruned, original, *texts, tmp_path / "out", replace(OPTIONS, method="full", learning_rate=1e-4))
-    assert found["best_step"] == 3 and found["curve"][-1][1] > found["curve"][1][1]
-    assert found["kl_after"] == pytest.approx(found["curve"][1][1], rel=1e-5)
+    options = replace(OPTIONS, method="full", learning_rate=1e-4, clip=0.0)
+    found = recover(pruned, original, *texts, tmp_path / "out", options)
+    assert found["best_step"] == 3 and found["curve"][-1]["loss"] > found["curve"][1]["loss"]
+    assert found["kl_after"] == pytest.approx(found["curve"][1]["loss"], rel=1e-5)
     assert found["kl_after"] == pytest.approx(divergence(tmp_path / "out", original, texts[1]), rel=1e-3)
 
 
 def test_gain_lost_in_packing_is_not_kept(cut, texts, tmp_path, monkeypatch):
     """What counts is the model as it will be loaded, after packing."""
-    monkeypatch.setattr(recovering, "_write", lambda checkpoint, trained, out: broken(checkpoint, out))
+    monkeypatch.setattr(recovering, "rewrite", lambda checkpoint, trained, out: broken(checkpoint, out))
     pruned, original = cut()
     found = recover(pruned, original, *texts, tmp_path / "out", OPTIONS)
     assert found["best_step"] > 0 and not found["improved"] and found["kl_after"] == found["kl_before"]
@@ -209,8 +223,8 @@ def test_nothing_is_written_elsewhere(cut, texts, tmp_path, monkeypatch):
     saved, save = [], mx.save_safetensors
     monkeypatch.setattr(mx, "save_safetensors", lambda file, *a, **k: (saved.append(Path(file)), save(file, *a, **k)))
     recover(*cut(), *texts, tmp_path / "out", OPTIONS)
-    assert len(saved) == 1 and saved[0].suffix == ".safetensors"
-    assert not saved[0].exists() and saved[0].parent != Path("/dev")
+    assert saved and all(file.suffix == ".safetensors" and not file.exists() for file in saved)
+    assert not any(file.parent == Path("/dev") for file in saved)
 
 
 # ---- what is refused ----
@@ -219,7 +233,7 @@ def test_nothing_is_written_elsewhere(cut, texts, tmp_path, monkeypatch):
 def test_unknown_method(cut, texts, tmp_path):
     with pytest.raises(UsageError, match="unknown method 'prayer'") as found:
         recover(*cut(), *texts, tmp_path / "out", replace(OPTIONS, method="prayer"))
-    assert "lora, full" in found.value.cure
+    assert "lora, dora, full, norms" in found.value.cure
 
 
 def test_memory_cap(cut, texts, tmp_path):
@@ -229,9 +243,32 @@ def test_memory_cap(cut, texts, tmp_path):
 
 
 def test_estimate_counts_the_optimizer(cut, texts):
-    checkpoint = Checkpoint(cut()[0])
-    lora, full = (recovering.required_bytes(checkpoint, texts, replace(OPTIONS, method=m)) for m in METHODS)
-    assert full - lora == 3 * 4 * sum(math.prod(e.shape) for e in checkpoint.entries.values())
+    """Adam's two numbers, the gradient and the best state, float32, for everything that full trains of the blocks."""
+    student, original = (Checkpoint(m) for m in cut())
+    lora, full = (
+        recovering.required_bytes(student, original, *texts, replace(OPTIONS, method=m)) for m in ("lora", "full")
+    )
+    blocks = [e.shape for n, e in student.entries.items() if ".layers." in n]
+    adapters = sum(OPTIONS.rank * sum(shape) + shape[0] for shape in blocks if len(shape) == 2)
+    assert full - lora == 4 * 4 * (sum(map(math.prod, blocks)) - adapters)
+
+
+def test_the_smallest_change_that_would_fit_is_named(cut, texts, tmp_path):
+    """What is refused says with which options it would not be; with them it is not."""
+    (student, original), options = cut(), replace(OPTIONS, batch=8)
+    ladder = list(recovering.savings(options))
+    bytes_of = [recovering.required_bytes(*map(Checkpoint, (student, original)), *texts, o) for _, o in ladder]
+    assert bytes_of == sorted(bytes_of, reverse=True)
+    assert [flags for flags, _ in ladder] == [
+        "--grad-checkpoint",
+        "--grad-checkpoint --accumulate 2 --batch 4",
+        "--grad-checkpoint --accumulate 4 --batch 2",
+        "--grad-checkpoint --accumulate 8 --batch 1",
+        "--grad-checkpoint --accumulate 8 --batch 1 --targets 64",
+    ]
+    with pytest.raises(Refused) as found:
+        recover(student, original, *texts, tmp_path / "out", options, memory_cap=bytes_of[1])
+    assert found.value.cure.startswith("--grad-checkpoint --accumulate 2 --batch 4 would take")
 
 
 def test_existing_place_is_not_overwritten(cut, texts, tmp_path):
