@@ -33,7 +33,8 @@ from mlx_pare.errors import Refused
 from mlx_pare.evaluate import evaluate
 from mlx_pare.plan import Options, plan, whole
 from mlx_pare.prune import prune
-from mlx_pare.steps import Settings, Texts
+from mlx_pare.steps import Settings
+from mlx_pare.texts import Texts
 
 HERE = Path(__file__).parent
 WINDOW, CALIBRATION, SELECTION = 256, 128, 16  # tokens; windows

@@ -324,7 +324,7 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.")] = Path("demo-run"),
 ) -> dict[str, Any]:
     """The whole job on the small real model that comes with mlx-pare, in a few minutes."""
-    from .steps import DEMO
+    from .texts import DEMO
 
     return _run(DEMO / "model", out, settings_of(keep=0.75, length=256, recover_steps=60, context=512))
 

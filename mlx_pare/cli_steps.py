@@ -257,9 +257,12 @@ def recover_command(
     Trains on the text of the run's calibration, in rows of the same length, unless --data names another. Killed, the
     same command continues. Under mlx.launch the processes share the rows of every batch.
     """
-    from . import steps
+    from . import ranks, steps
 
-    with steps.continue_run(run) as opened:
+    first = ranks.this()[0] == 0
+    if not first:
+        console.configure(quiet=True)
+    with steps.continue_run(run, locked=first) as opened:
         before = opened.recipe()
         s = settings_of(
             recover_steps=recover_steps, method=method, learning_rate=learning_rate, local_steps=local_steps,

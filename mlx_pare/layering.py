@@ -21,7 +21,8 @@ from .fit.reach import Level, protected_layers
 from .plan import plan, shape, splits
 from .rundir import Run
 from .score import criterion, score
-from .steps import Settings, Texts
+from .steps import Settings
+from .texts import Texts
 from .tried import Known, finite, held_rows, once, plan_kl
 
 LAYERS_BY = ("block-influence", "angular", "kl")

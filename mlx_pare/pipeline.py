@@ -30,7 +30,8 @@ from .recover import check_memory as check_recovery
 from .report import metrics, report, verdict
 from .rundir import Run
 from .score import criterion
-from .steps import Settings, Texts
+from .steps import Settings
+from .texts import TRAINING_ROWS, VALIDATION_ROWS, Texts
 
 # Operations to choose and solve one matrix: an ffn of 16384 that is solved by its Gram matrix, minutes on two cores.
 AFFORDABLE = 1.5e13
@@ -107,7 +108,7 @@ def preflight(model: Path, s: Settings) -> None:
         rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
         check_reconstruction(Checkpoint(model), rows, s.memory_cap)
     if s.recover_steps > 0:
-        counts = (steps.TRAINING_ROWS, steps.VALIDATION_ROWS)
+        counts = (TRAINING_ROWS, VALIDATION_ROWS)
         rows = [corpus.Rows.full(np.zeros((count, s.length))) for count in counts]
         options = s.recover_options()
         options.check()

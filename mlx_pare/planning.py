@@ -29,7 +29,8 @@ from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
 from .rundir import Manifest, Run, fingerprint
 from .sensitivity import sensitivity
-from .steps import Settings, Texts
+from .steps import Settings
+from .texts import Texts
 from .trial import Candidate, Width
 from .tried import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
 

@@ -15,9 +15,11 @@ def this() -> tuple[int, int]:
     return world.rank(), world.size()
 
 
-def from_first(about: dict[str, Any], arrays: dict[str, mx.array]) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def from_first(
+    about: dict[str, Any], arrays: dict[str, mx.array] | None = None
+) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """A JSON value and arrays of the first process, in all of them. What the others give does not matter."""
-    rank, size = this()
+    (rank, size), arrays = this(), arrays or {}
     if size == 1:
         return about, arrays
     shapes = [[name, list(a.shape), str(a.dtype).split(".")[-1]] for name, a in arrays.items()]

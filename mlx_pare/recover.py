@@ -29,9 +29,9 @@ from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
 from .objective import Objective, Taps, loss_of
-from .rescaled import Rescaled, rescale
 from .rewrite import rewrite
 from .shards import finish, partial_directory
+from .student import merged, prepare, resident
 from .training import Course, Diverged, Trainer
 
 RATES = {"lora": 1e-3, "dora": 1e-3, "full": 5e-4, "norms": 1e-3}  # what is trained: the usual learning rate
@@ -106,6 +106,8 @@ def recover(
     options.check()
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
+    if options.batch % (size := ranks.this()[1]):
+        raise UsageError(f"{size} processes cannot share {options.batch} rows", f"give a --batch that {size} divides")
     train, validation = Domains.of_one(train), Domains.of_one(validation)
     check_memory(Checkpoint(student), Checkpoint(original), train.rows, validation.rows, options, memory_cap)
     teacher.check_tokenizer(student, original)
@@ -141,16 +143,17 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         """Train, and write what came of it to the work directory; returns what there is to say of it."""
-        mx.random.seed(self.options.seed)
+        options = self.options
+        mx.random.seed(options.seed)
         stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
         self.judge = teacher.Whole(stream.walk(self.original, self.validation.rows, what="teacher, validation: block"))
         local = self._local()
         places = self._places()
         guide, states = self._teach(places)
-        model = resident(self.candidates.get("local", self.student), self.options.method)
+        model = resident(self.candidates.get("local", self.student), options.method)
         _, weights = ranks.from_first({}, dict(tree_flatten(model.parameters())))
         model.update(tree_unflatten(list(weights.items())))
-        prepare(model, self.options)
+        prepare(model, options.method, options.rank, options.scale, options.grad_checkpoint)
         trainer = self._trainer(model, guide, states, places)
         trainer.run()
         if trainer.best_step and trainer.rank == 0:
@@ -282,49 +285,6 @@ def by_domain(
         sums[rows] = np.array(divergence.kl(judge.batch(rows)[0], logits(rows)).mean(axis=-1))
     found = {name: float(sums[validation.of == n].mean()) for n, name in enumerate(validation.names)}
     return {"": float(sums.mean()), **(found if len(found) > 1 else {})}
-
-
-# ---- the student in memory ----
-
-
-def resident(path: Path, method: str) -> nn.Module:
-    """A model to train, in memory. float32 where all weights move (half precision would lose Adam's small steps) and on
-    the CPU backend; under adapters elsewhere as stored. Packed matrices stay packed when their scales are trained."""
-    model = lm.load(path)
-    if method == "norms":
-        rescale(model)
-    if lm.cpu_backend() or method == "full":
-        model = lm.dequantized(model, mx.float32)
-    mx.eval(model.parameters())
-    return model
-
-
-def prepare(model: nn.Module, options: Options) -> None:
-    """Freeze everything but what the method trains."""
-    model.freeze()
-    if options.method in ("lora", "dora"):
-        lm.add_lora(model, options.rank, options.scale, options.method == "dora")
-    for block in lm.blocks(model):
-        if options.method == "full":
-            block.unfreeze()
-        if options.method == "norms":
-            block.apply_to_modules(lambda _, m: m.unfreeze(recurse=False) if gains(m) else None)
-    if options.grad_checkpoint:
-        lm.each_block(model, lm.checkpointed)
-
-
-def gains(module: nn.Module) -> bool:
-    """Whether a module is a norm, or a packed matrix with gains."""
-    return isinstance(module, Rescaled) or "Norm" in type(module).__name__
-
-
-def merged(model: nn.Module, best: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The trained tensors of a model in its best state, by name: adapters are folded into dense weights."""
-    rescaled = {name: m.arrays() for name, m in model.named_modules() if isinstance(m, Rescaled)}
-    found = {f"{name}.{part}": array for name, arrays in rescaled.items() for part, array in arrays.items()}
-    changed = {name.replace(".lora_a", ".weight") for name in best if not name.endswith((".lora_b", ".m", "_gain"))}
-    model = lm.merge_lora(model)
-    return {**found, **{name: array for name, array in tree_flatten(model.parameters()) if name in changed}}
 
 
 # ---- memory ----

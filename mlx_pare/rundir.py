@@ -70,9 +70,10 @@ def fingerprint(path: Path) -> str:
 
 
 class Run:
-    """An opened run directory, locked against other processes until closed (it is a context manager)."""
+    """An opened run directory, locked against other processes until closed (it is a context manager). Only who helps
+    the process that has the lock, and writes nothing, opens it not ``locked``."""
 
-    def __init__(self, path: Path, model: Path | None = None, identity: str | None = None):
+    def __init__(self, path: Path, model: Path | None = None, identity: str | None = None, locked: bool = True):
         self.path = Path(path)
         self._file = self.path / "manifest.json"
         if model is None and not self._file.exists():
@@ -84,7 +85,7 @@ class Run:
             raise Refused(f"{self.path} exists and is not a directory", "choose another --out")
         self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._acquire()
+        self._lock = self._acquire(locked)
         try:
             self.manifest = self._open(model, identity)
         except BaseException:
@@ -101,10 +102,11 @@ class Run:
                 f"{self.path} is not empty and is no run directory ({others[0]} is in it)", "choose another --out"
             )
 
-    def _acquire(self):
+    def _acquire(self, locked: bool):
         lock = (self.path / ".lock").open("a+")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if locked:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
             raise Refused(f"another mlx-pare is working on {self.path}", "wait for it, or use another --out") from None

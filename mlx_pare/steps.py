@@ -6,11 +6,11 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import console, corpus, domains, lm
+from . import console, lm, ranks
 from .amounts import parse_amount
 from .artifacts import Metrics, Plan, dump_json
 from .bench import bench
@@ -33,10 +33,8 @@ from .recover import Options as RecoverOptions
 from .recover import recover
 from .rundir import Run, fingerprint
 from .score import criterion, described, score
+from .texts import Texts
 from .training import Diverged
-
-DEMO = Path(__file__).parent / "demo"
-TRAINING_ROWS, VALIDATION_ROWS = 512, 64  # of recovery, at most: the teacher's hidden states are kept for them
 
 
 @dataclass(frozen=True)
@@ -120,79 +118,14 @@ class Settings:
         )
 
 
-class Texts:
-    """The three disjoint texts of a run as token rows; read when first needed."""
-
-    def __init__(self, model: Path, settings: Settings):
-        self.model, self.settings = model, settings
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return lm.tokenizer(self.model)
-
-    @cached_property
-    def specs(self) -> list[domains.Spec]:
-        return domains.parse_all(self.settings.data or DEMO / "calibration.txt")
-
-    @cached_property
-    def documents(self) -> dict[str, dict[str, list[str]]]:
-        """Those of every domain, for "calibration" (also trains the recovery), "validation" (chooses its best state)
-        and "test" (is reported)."""
-        s = self.settings
-        test = s.test_data or (None if s.data else DEMO / "test.txt")
-        return domains.read_parts(self.specs, test and Path(test), self.tokenizer, s.field)
-
-    def mixed(self, part: str, count: int | None, seed: int | None = None) -> domains.Domains:
-        """Rows of every domain of a part, ``count`` of them or all."""
-        weights = {spec.name: spec.weight for spec in self.specs}
-        documents, length = self.documents[part], self.settings.length
-        return domains.windows(self.tokenizer, part, documents, weights, length, count, seed)
-
-    @cached_property
-    def calibration(self) -> corpus.Rows:
-        rows = self.mixed("calibration", self.settings.samples, self.settings.seed).rows
-        if rows.count < self.settings.samples:
-            console.say(
-                f"calibration text holds {rows.count} rows of {rows.length} tokens, {self.settings.samples} "
-                f"were asked: all are used"
-            )
-        return rows
-
-    @cached_property
-    def training_domains(self) -> domains.Domains:
-        """The rows that recovery trains on: more of the calibration text than the statistics need."""
-        return self.mixed("calibration", TRAINING_ROWS, self.settings.seed)
-
-    @property
-    def training(self) -> corpus.Rows:
-        return self.training_domains.rows
-
-    @cached_property
-    def validation_domains(self) -> domains.Domains:
-        return self.mixed("validation", VALIDATION_ROWS)
-
-    @property
-    def validation(self) -> corpus.Rows:
-        return self.validation_domains.rows
-
-    @cached_property
-    def test(self) -> corpus.Rows:
-        return self.mixed("test", self.settings.samples).rows
-
-    def name(self, part: str) -> str:
-        s = self.settings
-        chosen = (s.test_data or s.data) if part == "test" else s.data
-        return chosen if isinstance(chosen, str) else ", ".join(chosen or ["mlx-pare's own text"])
-
-
 def open_run(model: Path, out: Path) -> Run:
     """The run directory for a model, new or to be continued."""
     return Run(out, model, Checkpoint(model).identity())
 
 
-def continue_run(out: Path) -> Run:
+def continue_run(out: Path, locked: bool = True) -> Run:
     """A run directory that was begun before. Raises Refused when its model changed since."""
-    run = Run(out)
+    run = Run(out, locked=locked)
     try:
         if Checkpoint(run.model).identity() != run.manifest.source:
             raise Refused(f"{run.model} changed since {out} was begun", "start a new run with another --out")
@@ -284,15 +217,21 @@ def prune_step(run: Run, repaired: bool = True) -> Path:
 
 
 def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
-    """The cut model healed, checked."""
+    """The cut model healed, checked. Of several processes (mlx.launch) the first keeps the run directory, and tells the
+    others whether there is anything to do; they help it train, and forget what they made."""
     pruned, options = run.output("prune", "model"), s.recover_options()
     teacher = Path(s.teacher) if s.teacher else run.model
+    rows = texts.training_domains, texts.validation_domains
+
+    def heal(directory: Path) -> dict[str, Any]:
+        place = directory / "work"
+        return recover(pruned, teacher, *rows, directory / "model", options, s.memory_cap, place)
 
     def work(directory: Path) -> None:
         shutil.rmtree(directory / "model", ignore_errors=True)
-        rows, place = (texts.training_domains, texts.validation_domains), directory / "work"
+        ranks.from_first({"train": True})
         try:
-            done = recover(pruned, teacher, *rows, directory / "model", options, s.memory_cap, place)
+            done = heal(directory)
         except Diverged:  # other options may be tried at once
             shutil.rmtree(directory)
             raise
@@ -303,11 +242,16 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
         "model": run.manifest.source,
         "teacher": Checkpoint(teacher).identity(),
         "pruned": Checkpoint(pruned).identity(),
-        "data": texts.training_domains.digest(),
-        "validation": texts.validation_domains.digest(),
+        "data": rows[0].digest(),
+        "validation": rows[1].digest(),
     }
-    run.step("recover", asdict(options), inputs, work, resumes=True)
-    return run.output("recover", "model")
+    if ranks.this()[0] == 0:
+        if not run.step("recover", asdict(options), inputs, work, resumes=True):
+            ranks.from_first({"train": False})
+    elif ranks.from_first({})[0]["train"]:
+        with TemporaryDirectory() as scratch:
+            heal(Path(scratch))
+    return run.path / "recover" / "model"
 
 
 def _gate(model: Path, original: Path, directory: Path) -> None:

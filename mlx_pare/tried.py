@@ -18,7 +18,8 @@ from .corpus import Rows
 from .errors import PareError
 from .reconstruct import reconstructed_kl
 from .rundir import Run
-from .steps import Settings, Texts
+from .steps import Settings
+from .texts import Texts
 from .trial import Candidate, Curve, Curves, try_out
 
 HELD_TOKENS = 4096  # on which candidates are tried, at least: of the validation text, never of calibration or test

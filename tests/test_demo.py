@@ -11,9 +11,10 @@ from mlx_pare import cli, corpus, lm, pipeline, steps
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError
 from mlx_pare.evaluate import evaluate
+from mlx_pare.texts import DEMO
 
-MODEL = steps.DEMO / "model"
-TEXTS = {name: steps.DEMO / f"{name}.txt" for name in ("calibration", "test")}
+MODEL = DEMO / "model"
+TEXTS = {name: DEMO / f"{name}.txt" for name in ("calibration", "test")}
 UNIFORM = 4096  # tokens in its vocabulary: the perplexity of knowing nothing
 
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlx_pare import corpus, domains, lm, steps
+from mlx_pare import corpus, domains, lm
 from mlx_pare.corpus import Rows
 from mlx_pare.domains import FLOOR, Domains, Sampler, mix, parse, parse_all, reweighted
 from mlx_pare.errors import PareError, UsageError
 from mlx_pare.options import settings_of
-from mlx_pare.steps import Settings, Texts
+from mlx_pare.steps import Settings
+from mlx_pare.texts import DEMO, Texts
 
 # ---- what was asked ----
 
@@ -266,10 +267,10 @@ def test_one_domain_is_as_it_was(pico_models, texts):
 def test_own_text_is_as_it_was(pico_models):
     model = pico_models("llama")
     tokenizer, found = lm.tokenizer(model), Texts(model, Settings(samples=20, length=64, seed=3))
-    parts = corpus.split(corpus.read(steps.DEMO / "calibration.txt"), {"calibration": 88, "validation": 12})
+    parts = corpus.split(corpus.read(DEMO / "calibration.txt"), {"calibration": 88, "validation": 12})
     assert found.calibration.digest() == corpus.windows(tokenizer, parts["calibration"], 64, 20, 3).digest()
     assert found.validation.digest() == corpus.windows(tokenizer, parts["validation"], 64, 64).digest()
-    test = corpus.read(steps.DEMO / "test.txt")
+    test = corpus.read(DEMO / "test.txt")
     assert found.test.digest() == corpus.windows(tokenizer, test, 64, 20).digest()
     assert found.name("test") == "mlx-pare's own text"
 

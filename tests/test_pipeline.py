@@ -23,6 +23,7 @@ from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.prune import prune
 from mlx_pare.score import CRITERIA
 from mlx_pare.steps import Settings
+from mlx_pare.texts import DEMO
 
 reporting = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function
 
@@ -43,7 +44,7 @@ def hashes(directory: Path) -> dict[str, tuple]:
 def settings(tmp_path_factory) -> Settings:
     """A small job, on our own text in two halves."""
     folder = tmp_path_factory.mktemp("text")
-    lines = (steps.DEMO / "calibration.txt").read_text("utf-8").split("\n")
+    lines = (DEMO / "calibration.txt").read_text("utf-8").split("\n")
     for name, part in (("data", lines[: len(lines) // 2]), ("test", lines[len(lines) // 2 :])):
         (folder / f"{name}.txt").write_text("\n".join(part), "utf-8")
     return Settings(

@@ -17,7 +17,8 @@ from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.prune import prune
-from mlx_pare.steps import Settings, Texts
+from mlx_pare.steps import Settings
+from mlx_pare.texts import Texts
 
 SMALL = Settings(
     keep=0.75, length=32, samples=16, recover_steps=0, trials=0, context=256, axes=("ffn", "kv_head", "layer")

@@ -28,6 +28,7 @@ from mlx_pare.report import report
 from mlx_pare.score import score
 from mlx_pare.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
 from mlx_pare.steps import Settings
+from mlx_pare.texts import DEMO
 
 ROWS = Rows(
     np.random.default_rng(0).integers(0, 500, (12, 16)).astype(np.int32),
@@ -390,9 +391,9 @@ def test_selection_never_sees_calibration_or_test_text(pico_models):
 def test_text_that_is_measured_on_as_well_is_an_error(run, tmp_path, verb):
     """One paragraph of the calibration text in the test text."""
     opened, _ = run
-    ours = (steps.DEMO / "calibration.txt").read_text("utf-8").split("\n")
+    ours = (DEMO / "calibration.txt").read_text("utf-8").split("\n")
     shared = max(ours, key=len)
-    (tmp_path / "test.txt").write_text((steps.DEMO / "test.txt").read_text("utf-8") + "\n" + shared + "\n")
+    (tmp_path / "test.txt").write_text((DEMO / "test.txt").read_text("utf-8") + "\n" + shared + "\n")
     leaking = replace(ASKED, test_data=str(tmp_path / "test.txt"), widths="uniform")
     texts = steps.Texts(opened.model, leaking)
     with pytest.raises(PareError, match="the calibration text and the test text share the paragraph"):

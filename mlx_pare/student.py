@@ -1,0 +1,52 @@
+"""The student in memory: what is trained of it, and what came of that as tensors of its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import lm
+from .rescaled import Rescaled, rescale
+
+
+def resident(path: Path, method: str) -> nn.Module:
+    """A model to train, in memory. float32 where all weights move (half precision would lose Adam's small steps) and on
+    the CPU backend; under adapters elsewhere as stored. Packed matrices stay packed when their scales are trained."""
+    model = lm.load(path)
+    if method == "norms":
+        rescale(model)
+    if lm.cpu_backend() or method == "full":
+        model = lm.dequantized(model, mx.float32)
+    mx.eval(model.parameters())
+    return model
+
+
+def prepare(model: nn.Module, method: str, rank: int, scale: float, grad_checkpoint: bool = False) -> None:
+    """Freeze everything but what the method trains; adapters have this rank and scale."""
+    model.freeze()
+    if method in ("lora", "dora"):
+        lm.add_lora(model, rank, scale, method == "dora")
+    for block in lm.blocks(model):
+        if method == "full":
+            block.unfreeze()
+        if method == "norms":
+            block.apply_to_modules(lambda _, m: m.unfreeze(recurse=False) if gains(m) else None)
+    if grad_checkpoint:
+        lm.each_block(model, lm.checkpointed)
+
+
+def gains(module: nn.Module) -> bool:
+    """Whether a module is a norm, or a packed matrix with gains."""
+    return isinstance(module, Rescaled) or "Norm" in type(module).__name__
+
+
+def merged(model: nn.Module, best: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The trained tensors of a model in its best state, by name: adapters are folded into dense weights."""
+    rescaled = {name: m.arrays() for name, m in model.named_modules() if isinstance(m, Rescaled)}
+    found = {f"{name}.{part}": array for name, arrays in rescaled.items() for part, array in arrays.items()}
+    changed = {name.replace(".lora_a", ".weight") for name in best if not name.endswith((".lora_b", ".m", "_gain"))}
+    model = lm.merge_lora(model)
+    return {**found, **{name: array for name, array in tree_flatten(model.parameters()) if name in changed}}
