@@ -25,8 +25,8 @@ from .checkpoint import Checkpoint
 from .corpus import Rows
 from .divergence import kl
 from .errors import PareError, Refused, UsageError
-from .quantized import MX_DTYPE, pack, raw_bytes
-from .shards import Planned, ShardWriter, copy_tokenizer, finish, partial_directory
+from .rewrite import write as _write
+from .shards import finish, partial_directory
 from .stream import Streamed
 
 METHODS = ("lora", "full")
@@ -226,31 +226,3 @@ def _mean_kl(model: nn.Module, rows: Rows, teacher: Streamed, batch: int) -> flo
         part = slice(start, start + batch)
         total += kl(teacher.all_logits(part), model(mx.array(rows.tokens[part]))).sum().item()
     return total / (rows.count * rows.length)
-
-
-def _write(checkpoint: Checkpoint, trained: dict[str, mx.array], directory: Path) -> None:
-    """The pruned directory with trained tensors in place, packed the same way; the others byte for byte."""
-    lazy = checkpoint.lazy()
-    planned, sources = [], []
-    for tensor in checkpoint.arch.tensors():
-        packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-        names = [tensor.name] + ([f"{tensor.module}.scales", f"{tensor.module}.biases"] if packing else [])
-        planned += [Planned(n, checkpoint.entries[n].dtype, checkpoint.entries[n].shape) for n in names]
-        sources.append((tensor, packing, names))
-    writer = ShardWriter(directory, planned)
-    for tensor, packing, names in sources:
-        dtype = MX_DTYPE[checkpoint.dtype(tensor)]
-        if tensor.name not in trained:
-            arrays = [lazy[n] for n in names]
-        elif packing:
-            new = pack(trained[tensor.name], packing, dtype)
-            arrays = [new.words, new.scales, new.biases]
-        else:
-            arrays = [trained[tensor.name].astype(dtype)]
-        for name, array in zip(names, arrays, strict=True):
-            writer.write(name, raw_bytes(array))
-    writer.close()
-    for name in ("config.json", "survivors.json", "plan.json", "README.md"):
-        if (checkpoint.path / name).exists():
-            shutil.copyfile(checkpoint.path / name, directory / name)
-    copy_tokenizer(checkpoint, directory)
