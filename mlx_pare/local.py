@@ -33,6 +33,8 @@ from .corpus import Rows
 from .errors import PareError, Refused, UsageError
 from .shards import finish, partial_directory
 
+NOTHING = 1e-9  # an error that is rounding: both streams are one up to here
+
 __all__ = ["Options", "check_memory", "local"]
 
 
@@ -238,21 +240,28 @@ class _Healer:
     def _healed(self, index: int, block: nn.Module) -> tuple[dict[str, Any], dict[str, mx.array]]:
         """What happened to a block, and its new tensors as they are stored, if they are taken."""
         begun, draw = time.monotonic(), np.random.RandomState([self.options.seed, index])
-        before = self._error(block)
+        before, what = self._error(block), f"block {index + 1}/{len(self.ends)}"
+        if before < NOTHING:
+            self.bar.skip(self.options.steps)
+            return self._about(index, begun, before, before, before), {}
         fresh = trainable(lm.blocks(lm.load(self.student.path))[index], self.options, draw)
-        what = f"block {index + 1}/{len(self.ends)}"
         train(
             fresh, self._loss(), self.count, self.options, draw,
-            lambda value: self.bar.advance(1, f"{what}, error {before:.4f} -> {value:.4f}"),
+            lambda value: self.bar.advance(1, f"{what}, error {before:.4f}, loss {value:.4f}"),
         )  # fmt: skip
         new = self._stored(index, fresh)
         trained, after = self._error(fresh), self._error(self._with(index, new))
-        taken = after < before
-        console.say(f"local: {what}, error {before:.4f} -> {after:.4f}{'' if taken else ', which is not taken'}")
-        about = {"before": before, "trained": trained, "after": after}
-        about = {name: value if math.isfinite(value) else None for name, value in about.items()}
-        about |= {"block": index, "teacher": self.ends[index], "taken": taken, "seconds": time.monotonic() - begun}
-        return about, new if taken else {}
+        about = self._about(index, begun, before, trained, after)
+        told = "" if about["taken"] else ", which is not taken"
+        console.say(f"local: {what}, error {before:.4f} -> {after:.4f}{told}")
+        return about, new if about["taken"] else {}
+
+    def _about(self, index: int, begun: float, before: float, trained: float, after: float) -> dict[str, Any]:
+        """What the result says of a block; an error that is not a number is null."""
+        errors = {"before": before, "trained": trained, "after": after}
+        about = {name: value if math.isfinite(value) else None for name, value in errors.items()}
+        about |= {"block": index, "teacher": self.ends[index], "taken": after < before}
+        return about | {"seconds": time.monotonic() - begun}
 
     def _stored(self, index: int, block: nn.Module) -> dict[str, mx.array]:
         """The tensors that were trained, as they are stored."""
