@@ -1,8 +1,9 @@
 """One block of a model as something to train: dense float32 copies of its matrices, LoRA or all weights, AdamW.
 
-A matrix that is stored packed is rounded on the way forward as it will be stored, and the gradient passes straight
-through the rounding (Bengio, Leonard, Courville 2013, arXiv:1308.3432): what is learnt is what is kept. That is why the
-adapters are not mlx-lm's, which add their product beside the packed matrix and are rounded only when they are merged.
+A matrix that is stored packed is rounded on the way forward as it will be stored, to codes with the scales and biases
+it has, and the gradient passes straight through the rounding (Bengio, Leonard, Courville 2013, arXiv:1308.3432): what
+is learnt is what is kept, and nothing is lost before the first step. That is why the adapters are not mlx-lm's, which
+add their product beside the packed matrix and are rounded only when they are merged.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,8 +19,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
-from .packing import Packing
-from .quantized import dense_weight, is_packed, pack, stored_dtype
+from .quantized import Packed, codes_on, dense_weight, is_packed, packed, repacked
 
 METHODS = ("lora", "full")
 CLIP = 1.0  # of the norm of all gradients together
@@ -36,8 +36,6 @@ class Options:
     rank: int = 16
     scale: float = 2.0
     seed: int = 0
-    loss: str = "plain"
-    rounding: bool = True
 
     @property
     def rate(self) -> float:
@@ -52,9 +50,8 @@ class Matrix(nn.Module):
         self.weight = dense_weight(layer)
         if "bias" in layer:
             self.bias = layer.bias.astype(mx.float32)
-        self.packing = Packing(layer.bits, layer.group_size) if is_packed(layer) else None
-        self.dtype, self.scale, (rows, columns) = stored_dtype(layer), options.scale, self.weight.shape
-        self.rounding = options.rounding
+        self.grid: Packed | None = packed(layer) if is_packed(layer) else None
+        self.rounds, self.scale, (rows, columns) = is_packed(layer), options.scale, self.weight.shape
         if options.method == "lora":
             rank, bound = min(options.rank, rows, columns), columns**-0.5
             self.lora_a = mx.array(draw.uniform(-bound, bound, (columns, rank)).astype(np.float32))
@@ -64,13 +61,24 @@ class Matrix(nn.Module):
         """The weight [out, in] as it is by now."""
         return self.weight + self.scale * (self.lora_a @ self.lora_b).T if "lora_a" in self else self.weight
 
+    def result(self) -> Packed | mx.array:
+        """What is kept of it: packed, where it was."""
+        return self.dense() if self.grid is None else repacked(self.grid, self.dense())
+
     def __call__(self, x: mx.array) -> mx.array:
         weight = self.dense()
-        if self.packing and self.rounding:
-            plain = mx.stop_gradient(weight)
-            weight = weight + mx.stop_gradient(pack(plain, self.packing, self.dtype).dense() - plain)
+        if self.rounds:
+            weight = weight + mx.stop_gradient(_rounded(self.grid, weight) - weight)
         y = x @ weight.T
         return y + self.bias if "bias" in self else y
+
+
+def _rounded(grid: Packed, dense: mx.array) -> mx.array:
+    """The nearest matrix on a grid, float32."""
+    scales, biases = (
+        mx.repeat(part.astype(mx.float32), grid.packing.group_size, axis=1) for part in (grid.scales, grid.biases)
+    )
+    return scales * codes_on(grid, mx.stop_gradient(dense)) + biases
 
 
 def trainable(block: nn.Module, options: Options, draw: np.random.RandomState) -> nn.Module:
@@ -109,8 +117,8 @@ def train(
     draw: np.random.RandomState,
     report: Callable[[float], None],
 ) -> None:
-    """``options.steps`` of AdamW on ``loss(block, row numbers)`` over ``count`` rows: linear warm-up, then a cosine down
-    to a twentieth; gradients clipped by their norm. ``report`` gets the loss of every step."""
+    """``options.steps`` of AdamW on ``loss(block, row numbers)`` over ``count`` rows: linear warm-up, then a cosine
+    down to a twentieth; gradients clipped by their norm. ``report`` gets the loss of every step."""
     warm = max(1, options.steps // 20)
     schedule = optim.join_schedules(
         [
@@ -120,7 +128,7 @@ def train(
         [warm],
     )
     optimizer, step = optim.AdamW(learning_rate=schedule, weight_decay=0.0), nn.value_and_grad(block, loss)
-    for _, rows in zip(range(options.steps), batches(count, options, draw)):
+    for rows in islice(batches(count, options, draw), options.steps):
         value, gradients = step(block, mx.array(rows))
         gradients, _ = optim.clip_grad_norm(gradients, CLIP)
         optimizer.update(block, gradients)
@@ -130,9 +138,15 @@ def train(
             return
 
 
-def value_at(block: nn.Module, path: str) -> Any:
-    """What training made of a parameter such as "mlp.up_proj.weight", dense."""
+def unrounded(block: nn.Module) -> nn.Module:
+    """The block without the rounding of what is packed: what training would have reached in float32."""
+    block.apply_to_modules(lambda _, m: setattr(m, "rounds", False) if isinstance(m, Matrix) else None)
+    return block
+
+
+def result_at(block: nn.Module, path: str) -> Packed | mx.array:
+    """What training made of a parameter such as "mlp.up_proj.weight", packed if it was."""
     *parts, leaf = path.split(".")
     for part in parts:
         block = getattr(block, part)
-    return block.dense() if isinstance(block, Matrix) and leaf == "weight" else block[leaf]
+    return block.result() if isinstance(block, Matrix) and leaf == "weight" else block[leaf]

@@ -10,14 +10,14 @@ import mlx.core as mx
 
 from .arch import Tensor
 from .checkpoint import Checkpoint
-from .quantized import MX_DTYPE, pack, raw_bytes
+from .quantized import MX_DTYPE, Packed, pack, raw_bytes
 from .shards import Planned, ShardWriter, copy_tokenizer
 
 BESIDE = ("config.json", "survivors.json", "plan.json", "README.md")
 
 
 def write(checkpoint: Checkpoint, trained: Mapping[str, mx.array], directory: Path) -> None:
-    """The checkpoint with trained tensors in place, dense arrays by name, packed the same way; the others byte for byte."""
+    """The checkpoint with trained tensors (dense, by name) in place, packed the same way; the others byte for byte."""
     write_stored(
         checkpoint,
         lambda tensor: stored(checkpoint, tensor, trained[tensor.name]) if tensor.name in trained else None,
@@ -31,21 +31,21 @@ def names(checkpoint: Checkpoint, tensor: Tensor) -> list[str]:
     return [tensor.name, *([f"{tensor.module}.scales", f"{tensor.module}.biases"] if packed else [])]
 
 
-def stored(checkpoint: Checkpoint, tensor: Tensor, dense: mx.array) -> dict[str, mx.array]:
-    """The entries of a tensor for new values, packed and in the dtype that the checkpoint has it in."""
+def stored(checkpoint: Checkpoint, tensor: Tensor, new: Packed | mx.array) -> dict[str, mx.array]:
+    """The entries of a tensor for new values: packed, if they are not yet, and of the dtype as in the checkpoint."""
     dtype = MX_DTYPE[checkpoint.dtype(tensor)]
     packing = checkpoint.packing(tensor.module) if tensor.matrix else None
     if packing is None:
-        return {tensor.name: dense.astype(dtype)}
-    new = pack(dense, packing, dtype)
+        return {tensor.name: new.astype(dtype)}
+    new = new if isinstance(new, Packed) else pack(new, packing, dtype)
     return dict(zip(names(checkpoint, tensor), (new.words, new.scales, new.biases), strict=True))
 
 
 def write_stored(
     checkpoint: Checkpoint, new: Callable[[Tensor], Mapping[str, mx.array] | None], directory: Path
 ) -> None:
-    """The checkpoint, one tensor in memory at a time, with the entries that ``new`` has for a tensor in place of its own;
-    None: it stays byte for byte."""
+    """The checkpoint, one tensor in memory at a time, with the entries that ``new`` has for a tensor in place of its
+    own; None: it stays byte for byte."""
     lazy = checkpoint.lazy()
     tensors = list(checkpoint.arch.tensors())
     entries = [(name, checkpoint.entries[name]) for tensor in tensors for name in names(checkpoint, tensor)]
