@@ -70,11 +70,12 @@ class Progress:
 
     INTERVAL = 10.0
 
-    def __init__(self, what: str, total: int):
+    def __init__(self, what: str | None, total: int):
+        """``what`` None: nothing is shown."""
         self.what, self.total, self.done = what, total, 0
         self._start = self._last = time.monotonic()
         self._first_done = 0
-        self._live = sys.stderr.isatty() and not _state["quiet"]
+        self._live = what is not None and sys.stderr.isatty() and not _state["quiet"]
 
     def skip(self, count: int) -> None:
         """Work that was already done before: it does not count for the ETA."""
@@ -84,7 +85,7 @@ class Progress:
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
         now = time.monotonic()
-        if _state["quiet"] or (not self._live and now - self._last < self.INTERVAL):
+        if self.what is None or _state["quiet"] or (not self._live and now - self._last < self.INTERVAL):
             return
         self._last = now
         fresh = max(self.done - self._first_done, 1)
@@ -99,7 +100,7 @@ class Progress:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Progress]:
+def progress(what: str | None, total: int) -> Iterator[Progress]:
     """A Progress that is closed in the end."""
     bar = Progress(what, total)
     try:

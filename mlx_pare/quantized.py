@@ -98,6 +98,22 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")
 
 
+def codes_on(grid: Packed, dense: mx.array) -> mx.array:
+    """The codes [rows, columns], float32, of the matrix nearest to ``dense`` with the scales and biases of another."""
+    scales, biases = (
+        mx.repeat(part.astype(mx.float32), grid.packing.group_size, axis=1) for part in (grid.scales, grid.biases)
+    )
+    codes = mx.where(scales == 0, 0, (dense.astype(mx.float32) - biases) / mx.where(scales == 0, 1, scales))
+    return mx.clip(mx.round(codes), 0, 2**grid.packing.bits - 1)
+
+
+def repacked(grid: Packed, dense: mx.array) -> Packed:
+    """A matrix that moved a little, packed with the scales and biases it had: what did not move keeps its code, which
+    quantizing it again would not promise."""
+    words = mx.array(pack_codes(np.array(codes_on(grid, dense)), grid.packing.bits))
+    return Packed(words, grid.scales, grid.biases, grid.packing)
+
+
 def whole_groups(columns: Sequence[int], group_size: int) -> list[int] | None:
     """The groups that ``columns`` consists of, or None when some group is cut."""
     if len(columns) % group_size:

@@ -22,14 +22,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import console, divergence, lm, machine, ranks, stream, targets, teacher
+from . import console, divergence, lm, machine, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, replace_file
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
 from .objective import Objective, Taps, loss_of
-from .rewrite import rewrite
 from .shards import finish, partial_directory
 from .student import merged, prepare, resident
 from .training import Course, Diverged, Trainer
@@ -157,7 +156,9 @@ class _Job:
         trainer = self._trainer(model, guide, states, places)
         trainer.run()
         if trainer.best_step and trainer.rank == 0:
-            rewrite(Checkpoint(self.student), merged(model, trainer.best), partial_directory(self.work / "trained"))
+            rewrite.write(
+                Checkpoint(self.student), merged(model, trainer.best), partial_directory(self.work / "trained")
+            )
             self.candidates["trained"] = self.work / "trained.partial"
         return {
             "options": asdict(self.options),

@@ -24,6 +24,7 @@ class Rescaled(nn.Module):
         self.scale_gain, self.bias_gain = mx.ones(inner.scales.shape), mx.ones(inner.scales.shape)
         p = packed(inner)
         self._packed = Packed(p.words, p.scales.astype(mx.float32), p.biases.astype(mx.float32), p.packing)
+        self._dtype = inner.scales.dtype
         self._bias = inner.bias.astype(mx.float32) if "bias" in inner else None
         self._codes = None
         if lm.cpu_backend():
@@ -34,6 +35,11 @@ class Rescaled(nn.Module):
     def arrays(self) -> dict[str, mx.array]:
         """Scales and biases as they are now, float32."""
         return {"scales": self._packed.scales * self.scale_gain, "biases": self._packed.biases * self.bias_gain}
+
+    def stored(self) -> Packed:
+        """The matrix as it will be stored: the same codes."""
+        now = {name: array.astype(self._dtype) for name, array in self.arrays().items()}
+        return Packed(self._packed.words, **now, packing=self._packed.packing)
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._codes is not None:

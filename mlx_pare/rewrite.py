@@ -1,44 +1,61 @@
-"""A model directory written again with some of its tensors trained: same names, shapes, dtypes and packing."""
+"""A model directory again, some of its tensors trained: shapes, packing, dtypes and the files beside them stay."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
+from .arch import Tensor
 from .checkpoint import Checkpoint
-from .quantized import MX_DTYPE, pack, raw_bytes
+from .quantized import MX_DTYPE, Packed, pack, raw_bytes
 from .shards import Planned, ShardWriter, copy_tokenizer
 
-COPIED = ("config.json", "survivors.json", "plan.json", "README.md")
+BESIDE = ("config.json", "survivors.json", "plan.json", "README.md")
 
 
-def rewrite(checkpoint: Checkpoint, trained: Mapping[str, mx.array], directory: Path) -> None:
-    """Write ``checkpoint`` to ``directory`` with the ``trained`` tensors in place: dense weights by name, which are
-    packed as the old ones were, or scales and biases of a packed matrix, whose codes stay. All others byte for byte."""
+def write(checkpoint: Checkpoint, trained: Mapping[str, mx.array], directory: Path) -> None:
+    """The checkpoint with trained tensors (dense, by name) in place, packed the same way; the others byte for byte."""
+    write_stored(
+        checkpoint,
+        lambda tensor: stored(checkpoint, tensor, trained[tensor.name]) if tensor.name in trained else None,
+        directory,
+    )
+
+
+def names(checkpoint: Checkpoint, tensor: Tensor) -> list[str]:
+    """The entries that a tensor consists of: itself, or words, scales and biases."""
+    packed = tensor.matrix and checkpoint.packing(tensor.module)
+    return [tensor.name, *([f"{tensor.module}.scales", f"{tensor.module}.biases"] if packed else [])]
+
+
+def stored(checkpoint: Checkpoint, tensor: Tensor, new: Packed | mx.array) -> dict[str, mx.array]:
+    """The entries of a tensor for new values: packed, if they are not yet, and of the dtype as in the checkpoint."""
+    dtype = MX_DTYPE[checkpoint.dtype(tensor)]
+    packing = checkpoint.packing(tensor.module) if tensor.matrix else None
+    if packing is None:
+        return {tensor.name: new.astype(dtype)}
+    new = new if isinstance(new, Packed) else pack(new, packing, dtype)
+    return dict(zip(names(checkpoint, tensor), (new.words, new.scales, new.biases), strict=True))
+
+
+def write_stored(
+    checkpoint: Checkpoint, new: Callable[[Tensor], Mapping[str, mx.array] | None], directory: Path
+) -> None:
+    """The checkpoint, one tensor in memory at a time, with the entries that ``new`` has for a tensor in place of its
+    own; None: it stays byte for byte."""
     lazy = checkpoint.lazy()
-    planned, sources = [], []
-    for tensor in checkpoint.arch.tensors():
-        packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-        names = [tensor.name] + ([f"{tensor.module}.scales", f"{tensor.module}.biases"] if packing else [])
-        planned += [Planned(n, checkpoint.entries[n].dtype, checkpoint.entries[n].shape) for n in names]
-        sources.append((tensor, packing, names))
-    writer = ShardWriter(directory, planned)
-    for tensor, packing, names in sources:
-        dtype = MX_DTYPE[checkpoint.dtype(tensor)]
-        if packing and tensor.name in trained:
-            new = pack(trained[tensor.name], packing, dtype)
-            arrays = [new.words, new.scales, new.biases]
-        else:
-            arrays = [
-                trained[n].astype(MX_DTYPE[checkpoint.entries[n].dtype]) if n in trained else lazy[n] for n in names
-            ]
-        for name, array in zip(names, arrays, strict=True):
-            writer.write(name, raw_bytes(array))
+    tensors = list(checkpoint.arch.tensors())
+    entries = [(name, checkpoint.entries[name]) for tensor in tensors for name in names(checkpoint, tensor)]
+    writer = ShardWriter(directory, [Planned(name, entry.dtype, entry.shape) for name, entry in entries])
+    for tensor in tensors:
+        found = new(tensor)
+        for name in names(checkpoint, tensor):
+            writer.write(name, raw_bytes(lazy[name] if found is None else found[name]))
     writer.close()
-    for name in COPIED:
+    for name in BESIDE:
         if (checkpoint.path / name).exists():
             shutil.copyfile(checkpoint.path / name, directory / name)
     copy_tokenizer(checkpoint, directory)

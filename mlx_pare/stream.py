@@ -35,9 +35,10 @@ class Observer(Protocol):
     An observer may also have ``again(index, before, after, run)``, called before ``leave`` while the block is still
     there: ``run`` sends other hidden states of all rows through it, in the same micro-batches; and
     ``called(index, x, args, kwargs)``, called before ``enter`` with what the stock forward gives to the block.
+    ``enter`` may return another block, to run in the place of this one.
     """
 
-    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None: ...
+    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> Any: ...
     def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None: ...
     def pending(self) -> list[mx.array]: ...
     def leave(self, index: int, hidden: mx.array) -> None: ...
@@ -79,7 +80,7 @@ class _Walk:
         if called:
             called(index, x, args, kwargs)
         if self.observer:
-            self.observer.enter(index, block, self.current_mask)
+            block = self.observer.enter(index, block, self.current_mask) or block
         joined = self._all(lambda: self._watched(index, block, x, args, kwargs))
         again = getattr(self.observer, "again", None)
         if again:
@@ -128,10 +129,8 @@ class _Walk:
         return hidden
 
     def _block(self, block: Any, x: mx.array, args: tuple, kwargs: dict) -> Any:
-        def share(value: Any) -> Any:
-            return value[self.part] if per_row(value, self.rows) else value
-
-        return block(x, *map(share, args), **{k: share(v) for k, v in kwargs.items()})
+        args, kwargs = shares(self.rows, self.part, args, kwargs)
+        return block(x, *args, **kwargs)
 
 
 def micro_batches(rows: Rows, first: int = 0) -> list[slice]:
@@ -148,6 +147,15 @@ def per_row(value: Any, rows: Rows) -> bool:
     if not isinstance(value, mx.array) or value.ndim < 2 or value.shape[0] != rows.count:
         return False
     return value.ndim > 2 or value.dtype != mx.bool_
+
+
+def shares(rows: Rows, part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a block for some of the rows (a slice or indices)."""
+
+    def share(value: Any) -> Any:
+        return value[part] if per_row(value, rows) else value
+
+    return tuple(map(share, args)), {k: share(v) for k, v in kwargs.items()}
 
 
 def _join(pieces: list) -> Any:
@@ -209,9 +217,10 @@ class Streamed:
 
 
 def walk(
-    path: Path, rows: Rows, observer: Observer | None = None, resume: Resume | None = None, what: str = "forward"
+    path: Path, rows: Rows, observer: Observer | None = None, resume: Resume | None = None, what: str | None = "forward"
 ) -> Streamed:
-    """Run the model in ``path`` over ``rows``; the observer sees every block from ``resume.start`` on."""
+    """Run the model in ``path`` over ``rows``; the observer sees every block from ``resume.start`` on. ``what`` its
+    progress is called; None: it is not shown."""
     model = lm.load(path)
     vocab, head = lm.embedding(model).weight.shape[0], lm.head(model)
     model = lm.for_backend(model)
@@ -225,6 +234,38 @@ def walk(
         hidden = lm.body(model)(mx.array(rows.tokens))  # up to the final norm: the head is not applied
         mx.eval(hidden)
     return Streamed(hidden, head, vocab, lm.body(model).norm)
+
+
+class _Until:
+    """An observer that ends the walk after a block."""
+
+    def __init__(self, last: int):
+        self.last = last
+
+    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
+        pass
+
+    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        pass
+
+    def pending(self) -> list[mx.array]:
+        return []
+
+    def leave(self, index: int, hidden: mx.array) -> None:
+        if index == self.last:
+            self.hidden = hidden
+            raise Enough
+
+
+def advance(path: Path, rows: Rows, hidden: mx.array | None, start: int, stop: int) -> mx.array:
+    """Hidden states [rows, length, hidden] that go into block ``start`` (None: there is nothing before it) through the
+    blocks up to ``stop``, which is not run: a walk in pieces, for who leads two models side by side."""
+    until = _Until(stop - 1)
+    try:
+        walk(path, rows, until, None if hidden is None else Resume(start, hidden), what=None)
+    except Enough:
+        return until.hidden
+    raise AssertionError(f"{path} has no block {stop - 1}")
 
 
 def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:

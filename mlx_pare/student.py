@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import lm
+from .quantized import Packed
 from .rescaled import Rescaled, rescale
 
 
@@ -43,10 +44,10 @@ def gains(module: nn.Module) -> bool:
     return isinstance(module, Rescaled) or "Norm" in type(module).__name__
 
 
-def merged(model: nn.Module, best: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The trained tensors of a model in its best state, by name: adapters are folded into dense weights."""
-    rescaled = {name: m.arrays() for name, m in model.named_modules() if isinstance(m, Rescaled)}
-    found = {f"{name}.{part}": array for name, arrays in rescaled.items() for part, array in arrays.items()}
+def merged(model: nn.Module, best: dict[str, mx.array]) -> dict[str, Packed | mx.array]:
+    """The trained tensors of a model in its best state, by name: adapters are folded into dense weights; a matrix whose
+    scales were trained is packed."""
+    found = {f"{name}.weight": m.stored() for name, m in model.named_modules() if isinstance(m, Rescaled)}
     changed = {name.replace(".lora_a", ".weight") for name in best if not name.endswith((".lora_b", ".m", "_gain"))}
     model = lm.merge_lora(model)
     return {**found, **{name: array for name, array in tree_flatten(model.parameters()) if name in changed}}

@@ -197,7 +197,7 @@ def test_best_state_is_kept_not_the_last(cut, texts, tmp_path, monkeypatch):
 
 def test_gain_lost_in_packing_is_not_kept(cut, texts, tmp_path, monkeypatch):
     """What counts is the model as it will be loaded, after packing."""
-    monkeypatch.setattr(recovering, "rewrite", lambda checkpoint, trained, out: broken(checkpoint, out))
+    monkeypatch.setattr(recovering.rewrite, "write", lambda checkpoint, trained, out: broken(checkpoint, out))
     pruned, original = cut()
     found = recover(pruned, original, *texts, tmp_path / "out", OPTIONS)
     assert found["best_step"] > 0 and not found["improved"] and found["kl_after"] == found["kl_before"]
