@@ -33,6 +33,7 @@ from mlx_pare.errors import Refused
 from mlx_pare.evaluate import evaluate
 from mlx_pare.plan import Options, plan, whole
 from mlx_pare.prune import prune
+from mlx_pare.reconstruct import reconstruct
 from mlx_pare.steps import Settings
 from mlx_pare.texts import Texts
 
@@ -276,15 +277,24 @@ def _attempt(bench: Bench, name: str, s: Settings) -> tuple[float, str] | None:
 
 
 def _narrow(bench: Bench, budget: int) -> tuple[int, float, str] | None:
-    """The uncut model in the most bits that the budget allows, packed as mlx-lm does: bits, perplexity, what it is."""
-    like = plan(bench.subject.model, bench.base / "score" / "scores.safetensors", Options(keep=0.5))
-    made = whole(bench.subject.model, like, budget)
+    """The uncut model in the most bits that the budget allows, reconstructed as what is cut is: bits, perplexity, what
+    it is and what it has when it is packed plainly, as mlx-lm does."""
+    subject = bench.subject
+    like = plan(subject.model, bench.base / "score" / "scores.safetensors", Options(keep=0.5))
+    made = whole(subject.model, like, budget)
     if made is None:
         return None
-    out = bench.work / f"{bench.subject.name}-whole-{budget}"
-    if not out.exists():
-        prune(bench.subject.model, made, out)
-    return made.bits, evaluate(out, bench.subject.test).perplexity, f"{made.bits} bits"
+
+    def measured() -> Iterator[float]:
+        with tempfile.TemporaryDirectory(dir=bench.work) as name:
+            repair = Path(name) / "repair"
+            reconstruct(subject.model, made, subject.calibration, repair)
+            for number, of in enumerate((repair, None)):
+                prune(subject.model, made, Path(name) / str(number), repair=of)
+                yield evaluate(Path(name) / str(number), subject.test).perplexity
+
+    solved, plain = bench.cached(f"{made.bits}-bits", lambda: list(measured()))
+    return made.bits, solved, f"{made.bits} bits; {plain:.2f} packed plainly"
 
 
 # ---- costs ----
@@ -293,7 +303,6 @@ def _narrow(bench: Bench, budget: int) -> tuple[int, float, str] | None:
 def costs(bench: Bench) -> Iterator[str]:
     """Seconds of the steps of one cut, beside a plain calibration pass, in one run."""
     from mlx_pare.calibrate import calibrate
-    from mlx_pare.reconstruct import reconstruct
     from mlx_pare.score import score
 
     subject = bench.subject

@@ -150,7 +150,7 @@ class Backlog:
 
     def group(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         self.part = slice(start, stop)
-        return np.triu(self.upper[self.part, self.part]), -self.errors[:, :start] @ self.upper[:start, self.part]
+        return np.triu(self.upper[self.part, self.part]), -(self.errors[:, :start] @ self.upper[:start, self.part])
 
     def missed(self, errors: np.ndarray) -> None:
         self.errors[:, self.part] = errors

@@ -38,7 +38,7 @@ def quantize(weight: np.ndarray, packing: Packing, dtype: mx.Dtype, feedback: Fe
         mx.array(np.concatenate(words, axis=1)), *(mx.concatenate(a, axis=1) for a in (scales, biases)), packing
     )
     mx.eval(packed.scales, packed.biases)
-    rest = weight[:, whole:]
+    rest = weight[:, whole:].copy()  # a view would keep the whole matrix in memory
     return packed, rest + feedback.group(whole, weight.shape[1])[1] if rest.size else rest
 
 

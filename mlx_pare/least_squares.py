@@ -81,13 +81,11 @@ class Problem(_Layer):
 
     def error(self, weight: np.ndarray, chosen: Indices, energy: float) -> float:
         """sum |W x - t|^2 / sum |t|^2 of weights as ``solve`` gives them, without the ridge; ``energy``: sum |t|^2."""
-        kept = self.with_fixed(chosen)
-        square = -2 * np.vdot(weight.T, self.cross[kept])
+        kept, square = self.with_fixed(chosen), energy
         for part in by.panels(len(kept), by.PANEL):
-            square += np.vdot(weight @ self.gram[np.ix_(kept, kept[part])], weight[:, part])
-        return max(
-            0.0, float((square + energy) / max(energy, by.TINY))
-        )  # rounding may leave a little less than nothing
+            some = kept[part]
+            square += np.vdot(weight @ self.gram[np.ix_(kept, some)] - 2 * self.cross[some].T, weight[:, part])
+        return max(0.0, float(square / max(energy, by.TINY)))  # rounding may leave a little less than nothing
 
     def path(self, size: int, count: int = 0) -> tuple[list[int], list[float]]:
         """The order in which units, of ``size`` neighbouring inputs each, go until ``count`` are left, and by how much
@@ -164,7 +162,8 @@ class Dual(_Layer):
     def feedback(self, chosen: Indices) -> by.Feedback:
         """For the columns of ``solve(chosen)`` in their order."""
         kept = self.with_fixed(chosen)
-        return by.Ahead(by.Tokens(self.inputs[:, kept], by.inverse(self._gram(kept)), self.ridge), len(self.weight))
+        inputs = self.inputs if len(kept) == self.inputs.shape[1] else self.inputs[:, kept]  # all of them are no copy
+        return by.Ahead(by.Tokens(inputs, by.inverse(self._gram(kept)), self.ridge), len(self.weight))
 
     def _gram(self, kept: np.ndarray) -> np.ndarray:
         """K of these inputs."""

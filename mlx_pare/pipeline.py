@@ -27,7 +27,7 @@ from .reconstruct import check_memory as check_reconstruction
 from .reconstruct import costs as reconstruction_costs
 from .recover import METHODS
 from .recover import check_memory as check_recovery
-from .report import metrics, report, verdict
+from .report import metrics, reconstructed, report, verdict
 from .rundir import Run
 from .score import criterion
 from .steps import Settings
@@ -150,7 +150,7 @@ def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: 
         "model": str(model),
         "gguf": None if gguf is None else str(gguf),
         "report": str(written),
-        "verdict": verdict(found),
+        "verdict": verdict(found, reconstructed(run.manifest)),
         "before": of("original"),
         "after": of("recovered" if "recovered" in found else "pruned"),
         "contenders": {name: of(name) for name in found},

@@ -244,16 +244,17 @@ class _Pair:
         new, count = problem.solve(kept), len(kept)
         errors = [problem.error(weight, kept, energy) for weight in (problem.old(kept), new)]
         made = self.made[role] = _Made(errors, mx.array(new[:, :count].astype(np.float32)))
-        piece, rest = self.pieces[len(self.layers), role][0], new[:, count:]
+        piece, rest = self.pieces[len(self.layers), role][0], new[:, count:].copy()
         if piece.packing is not None:
-            feedback = problem.feedback(kept)
-            made.packed, rest = gptq.quantize(new, piece.packing, MX_DTYPE[piece.dtype], feedback)
+            made.packed, rest = gptq.quantize(new, piece.packing, MX_DTYPE[piece.dtype], problem.feedback(kept))
+            del new  # the errors of the packed matrix take as much again
             made.rounding = relative_error(made.weight, made.packed)
             made.weight = made.packed.dense()
-            errors.append(problem.error(np.concatenate([np.array(made.weight), rest], axis=1), kept, energy))
+            packed = np.concatenate([np.array(made.weight), rest.astype(np.float32)], axis=1)
+            errors.append(problem.error(packed, kept, energy))
         if site.biased:
             made.bias = site.bias + mx.array(rest[:, 0].astype(np.float32))
-        whole = np.zeros((len(new), problem.width), np.float32)
+        whole = np.zeros((len(rest), problem.width), np.float32)
         whole[:, kept] = np.array(made.weight)
         site.new = mx.array(whole), site.bias if made.bias is None else made.bias
         return chosen

@@ -33,7 +33,7 @@ def report(run: Path, measured: Sequence[str] | None = None) -> Path:
     found = metrics(run, measured)
     sections = [
         _title(manifest),
-        "## Was it worth it?\n\n" + verdict(found),
+        "## Was it worth it?\n\n" + verdict(found, reconstructed(manifest)),
         _contenders(found),
         _shape(run),
         _tried(run),
@@ -60,6 +60,12 @@ def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Me
     return found
 
 
+def reconstructed(manifest: Manifest) -> bool:
+    """Whether the contenders that the result is compared with were reconstructed as it was."""
+    steps = [manifest.steps.get(f"evaluate-{name}") for name in ("random", "fewer-bits")]
+    return all(step.parameters.get("reconstructed") for step in steps if step)
+
+
 def _title(manifest: Manifest) -> str:
     chip = manifest.machine.get("chip") or "no Apple chip"
     return (
@@ -79,8 +85,9 @@ def _plain(text: str) -> str:
 Found = Mapping[str, tuple[Metrics, int]]
 
 
-def verdict(found: Found) -> str:
-    """Whether pruning was worth it, against the whole model with fewer bits at no more bytes and a random cut."""
+def verdict(found: Found, reconstructed: bool = False) -> str:
+    """Whether pruning was worth it, against the whole model with fewer bits at no more bytes and a random cut;
+    ``reconstructed``: whether those were, as the result was."""
     if "original" not in found or "pruned" not in found:
         return "Not measured yet."
     dense, dense_bytes = found["original"]
@@ -91,16 +98,18 @@ def verdict(found: Found) -> str:
     )
     if "random" in found:
         luck, chosen = found["random"][0].perplexity, found["pruned"][0].perplexity
-        text += f" A random cut of the same size has {luck:.2f} (the chosen one {chosen:.2f}, both without recovery)."
+        both = "both reconstructed, without recovery" if reconstructed else "both without recovery"
+        text += f" A random cut of the same size has {luck:.2f} (the chosen one {chosen:.2f}, {both})."
         text += " **The choice was no better than chance.**" if luck <= chosen else ""
-    return f"{text} {_against_fewer_bits(found, ours)}"
+    return f"{text} {_against_fewer_bits(found, ours, reconstructed)}"
 
 
-def _against_fewer_bits(found: Found, ours: Metrics) -> str:
+def _against_fewer_bits(found: Found, ours: Metrics, reconstructed: bool) -> str:
     if "fewer-bits" not in found:
         return "No narrower packing reaches this size, so fewer bits were not an alternative."
     other, size = found["fewer-bits"]
-    rival = f"the whole model with fewer bits, unrecovered, takes {gb(size)} and has perplexity {other.perplexity:.2f}"
+    how = "reconstructed as well, without recovery" if reconstructed else "without recovery"
+    rival = f"the whole model with fewer bits, {how}, takes {gb(size)} and has perplexity {other.perplexity:.2f}"
     difference, error = paired(ours, other)
     if abs(difference) < 2 * error:
         return (

@@ -36,6 +36,8 @@ from .score import criterion, described, score
 from .texts import Texts
 from .training import Diverged
 
+RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what its result depends on besides model, plan and text
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -187,7 +189,7 @@ def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
         (directory / "plan.json").write_bytes(made.dump())
 
     inputs = {"model": run.manifest.source, "plan": fingerprint(path), "data": texts.calibration.digest()}
-    run.step("reconstruct", {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}, inputs, work)
+    run.step("reconstruct", RECONSTRUCTION, inputs, work)
     return run.output("reconstruct", "repair")
 
 
@@ -284,22 +286,29 @@ def _measure(directory: Path, model: Path, texts: Texts, teacher: Path | None, s
 
 
 def contender_step(run: Run, name: str, made: Plan, texts: Texts, s: Settings) -> None:
-    """Measure another plan of the same model; its weights are written, measured and removed again."""
-
-    def work(directory: Path) -> None:
-        model = directory / "model"
-        shutil.rmtree(model, ignore_errors=True)
-        prune(run.model, made, model)
-        _measure(directory, model, texts, run.model, s)
-        shutil.rmtree(model)
-        (directory / "plan.json").write_bytes(made.dump())
-
+    """Measure another plan of the same model, reconstructed where the result is: or what the result has from error
+    feedback would count for its cut. The weights are written, measured and removed again."""
+    asked: dict[str, Any] = {"length": texts.test.length}
     inputs = {
         "original": run.manifest.source,
         "data": texts.test.digest(),
         "plan": hashlib.sha256(made.dump()).hexdigest(),
     }
-    run.step(f"evaluate-{name}", {"length": texts.test.length}, inputs, work)
+    repaired = s.reconstruct and "reconstruct" in run.manifest.steps
+    if repaired:
+        asked["reconstructed"], inputs["calibration"] = RECONSTRUCTION, texts.calibration.digest()
+
+    def work(directory: Path) -> None:
+        model, repair = directory / "model", directory / "repair" if repaired else None
+        plan = reconstruct(run.model, made, texts.calibration, repair, memory_cap=s.memory_cap) if repair else made
+        prune(run.model, plan, model, repair=repair)
+        if repair:
+            shutil.rmtree(repair)
+        _measure(directory, model, texts, run.model, s)
+        shutil.rmtree(model)
+        (directory / "plan.json").write_bytes(made.dump())
+
+    run.step(f"evaluate-{name}", asked, inputs, work)
 
 
 def random_plan(run: Run, s: Settings) -> Plan:

@@ -12,15 +12,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
+import reference
 
 from mlx_pare import lm, pipeline, planning, steps, tried
-from mlx_pare.artifacts import Metrics, Plan
+from mlx_pare.artifacts import Arrays, Metrics, Plan, repair_file
 from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.console import count, gb
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.prune import prune
+from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import CRITERIA
 from mlx_pare.steps import Settings
 from mlx_pare.texts import DEMO
@@ -233,6 +237,78 @@ def test_run_without_reconstruction(pico_models, settings, tmp_path, capsys, cha
     written = Path(summary["model"]) / "model.safetensors"
     assert written.read_bytes() == (tmp_path / "cut" / "model.safetensors").read_bytes()
     assert summary == pipeline.run(model, out, asked)
+
+
+# ---- whom the result competes with ----
+
+
+@pytest.fixture
+def contender(pico_models, settings, tmp_path, monkeypatch) -> Callable[..., tuple[Path, Plan, Path]]:
+    """Of a run: the contender that was measured (model, plan), and the model it was made from."""
+
+    def make(name: str, stored: dict, **changes) -> tuple[Path, Plan, Path]:
+        real, model = steps._measure, pico_models("llama", **stored)
+
+        def measure(directory: Path, path: Path, *more) -> None:
+            assert not (path.parent / "repair").exists(), "the matrices lie there twice"
+            shutil.copytree(path, tmp_path / directory.name.removesuffix(".partial"), dirs_exist_ok=True)
+            real(directory, path, *more)
+
+        monkeypatch.setattr(steps, "_measure", measure)
+        pipeline.run(model, tmp_path / "run", replace(settings, recover_steps=0, trials=0, **changes))
+        assert {f.name for f in (tmp_path / "run" / f"evaluate-{name}").iterdir()} == {
+            "metrics.json", "plan.json", "size.json", "step.json",
+        }  # fmt: skip
+        return tmp_path / f"evaluate-{name}", Plan.load(tmp_path / "run" / f"evaluate-{name}" / "plan.json"), model
+
+    return make
+
+
+SOURCES = {"8 bits": dict(packed=(8, 32)), "float16": dict(dtype=mx.float16)}
+ROLES = {"o_proj": "self_attn.o_proj", "down_proj": "mlp.down_proj"}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", ["fewer-bits", "random"])
+def test_contenders_are_reconstructed_as_the_result_is(contender, settings, tmp_path, name, source):
+    """Or error feedback, not the choice of units, would be what the verdict measures."""
+    found, plan, model = contender(name, SOURCES[source])
+    assert plan.criterion == ("none" if name == "fewer-bits" else "random")
+    rows, repair, plain = steps.Texts(model, settings).calibration, tmp_path / "repair", tmp_path / "plain"
+    reconstruct(model, plan, rows, repair)
+    prune(model, plan, plain)
+    have, without = (reference.tensors(path / "model.safetensors") for path in (found, plain))
+    for layer in range(1, len(plan.layers)):  # of the first only what is cut is solved
+        solved = Arrays.load(repair_file(repair, layer), "reconstruction").arrays
+        for role, module in ROLES.items():
+            weight = f"model.layers.{layer}.{module}.weight"
+            wanted = solved[f"{role}.weight" if f"{role}.weight" in solved else role]
+            assert np.array_equal(have[weight], wanted.astype(have[weight].dtype)), weight
+            assert not np.array_equal(have[weight], without[weight]), weight
+
+
+@pytest.mark.parametrize("change", [dict(reconstruct=False), dict(axes=("hidden",))], ids=["not asked", "hidden"])
+@pytest.mark.parametrize("name", ["fewer-bits", "random"])
+def test_contenders_of_a_result_that_is_not_reconstructed_are_not(contender, tmp_path, name, change):
+    found, plan, model = contender(name, SOURCES["8 bits"], criterion="wanda", **change)
+    prune(model, plan, tmp_path / "plain")
+    assert (found / "model.safetensors").read_bytes() == (tmp_path / "plain" / "model.safetensors").read_bytes()
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "both without recovery" in report and "reconstructed as well" not in report
+
+
+def test_contender_is_measured_anew_only_by_another_reconstruction(finished, copied, settings):
+    """Other calibration text, or a run whose contenders were packed plainly; and under the cap of the others."""
+    made = Plan.load(copied / "evaluate-fewer-bits" / "plan.json")
+    texts, other = (steps.Texts(finished["model"], replace(settings, seed=seed)) for seed in (0, 1))
+    with steps.open_run(finished["model"], copied) as run:
+        steps.contender_step(run, "fewer-bits", made, texts, settings)
+        with pytest.raises(Refused, match=r"evaluate-fewer-bits.*calibration changed"):
+            steps.contender_step(run, "fewer-bits", made, other, settings)
+        with pytest.raises(Refused, match=r"evaluate-fewer-bits.*reconstructed was"):
+            steps.contender_step(run, "fewer-bits", made, texts, replace(settings, reconstruct=False))
+        with pytest.raises(Refused, match="--memory-cap allows"):
+            steps.contender_step(run, "another", made, texts, replace(settings, memory_cap=10_000))
 
 
 # ---- the gates ----
@@ -560,6 +636,13 @@ def test_verdict_compares_the_result_with_the_random_cut(measured):
         "A random cut of the same size has 30.00 (the chosen one 20.00, both without recovery)." in text
         and "700 B" in text
     )
+
+
+def test_verdict_says_that_all_were_reconstructed(measured, finished):
+    text = reporting.verdict(measured(original=10, pruned=20, random=30, fewer_bits=13), True)
+    assert "(the chosen one 20.00, both reconstructed, without recovery)" in text
+    assert "the whole model with fewer bits, reconstructed as well, without recovery, takes 700 B" in text
+    assert "both reconstructed, without recovery" in finished["summary"]["verdict"]
 
 
 def test_a_run_without_the_memory_for_reconstruction_goes_on_without(pico_models, monkeypatch):
