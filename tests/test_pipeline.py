@@ -416,7 +416,10 @@ def test_report_has_the_planned_shape(finished, parsed):
 
 def test_report_has_the_recovery_the_speed_and_the_steps(finished, parsed):
     curve = read(finished["out"] / "recover" / "recovery.json")["curve"]
-    assert parsed["Recovery"][1:] == [[str(step), f"{value:.5f}"] for step, value in curve]
+    trained = [f"{point['train_loss']:.5f}" if point["step"] else "-" for point in curve]
+    assert parsed["Recovery"][1:] == [
+        [str(point["step"]), f"{point['loss']:.5f}", loss] for point, loss in zip(curve, trained, strict=True)
+    ]
     bench = read(finished["out"] / "bench" / "bench.json")["models"]
     assert [float(row[2].split()[0]) for row in parsed["Speed"][1:]] == [
         round(m["decode_tokens_per_s"]["median"], 1) for m in bench
