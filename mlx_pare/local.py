@@ -120,14 +120,14 @@ def _sources(student: Checkpoint, theirs: int) -> list[int]:
 
 def training_bytes(student: Checkpoint, rows: Rows, options: Options) -> int:
     """What training takes at most: the widest block in float32, as it is and with what was learnt, its gradients, both
-    moments of Adam in full training, and what a batch computes on the way forward. An estimate."""
+    moments of Adam in full training, and what a batch computes, kept until it is differentiated. An estimate."""
     arch = student.arch
     sizes: dict[int | None, int] = {}
     for tensor in arch.tensors():
         sizes[tensor.layer] = sizes.get(tensor.layer, 0) + tensor.size
     widest = max(size for layer, size in sizes.items() if layer is not None)
     heads, length = arch.largest("kv_head", "group"), rows.length
-    units = 6 * arch.largest("ffn") + 8 * arch.sizes["hidden"] + 3 * heads * length
+    units = 9 * arch.largest("ffn") + 18 * arch.sizes["hidden"] + 5 * heads * length
     return 4 * (widest * {"lora": 3, "full": 5}[options.method] + min(options.batch, rows.count) * length * units)
 
 

@@ -19,7 +19,7 @@ import test_uneven
 from mlx.utils import tree_flatten
 from test_recover import files, same_packing_and_shapes, stored
 
-from mlx_pare import block_training, quantized
+from mlx_pare import block_training, quantized, stream
 from mlx_pare.block_training import METHODS, Matrix, Options
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
@@ -323,6 +323,19 @@ def test_memory_is_stated_beforehand(faulty, tmp_path):
     with pytest.raises(Refused, match="--memory-cap allows") as found:
         local(*faulty(), ROWS, HELD, tmp_path / "out", OPTIONS, memory_cap=1000)
     assert "training a block" in found.value.cure and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_estimate_holds(faulty, tmp_path, method):
+    """Also without what it allows for the chunks of the head, which a small vocabulary leaves alone; nor is it idle."""
+    student, teacher = faulty()
+    rows, options = Rows.full(DRAW.integers(0, 500, (64, 64))), replace(OPTIONS, method=method, steps=2, batch=48)
+    estimate = check_memory(Checkpoint(student), Checkpoint(teacher), rows.joined(rows.first(8)), options, 1 << 40)
+    mx.reset_peak_memory()
+    active = mx.get_active_memory()
+    local(student, teacher, rows, rows.first(8), tmp_path / "out", options)
+    used = mx.get_peak_memory() - active
+    assert 0.4 * (estimate - 4 * stream.HEAD_CHUNK_BYTES) < used < estimate - 4 * stream.HEAD_CHUNK_BYTES
 
 
 def test_the_estimate_grows_with_method_batch_and_rows(faulty):
