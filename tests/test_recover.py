@@ -27,7 +27,7 @@ from mlx_pare.score import score
 
 recovering = importlib.import_module("mlx_pare.recover")  # mlx_pare.recover itself is the function
 DEMO = Path(corpus.__file__).parent / "demo"
-OPTIONS = Options(steps=9, batch=4, reports=3)
+OPTIONS = Options(steps=9, batch=4, reports=3, learning_rate=1e-3)
 GENTLE = {
     "lora": None,
     "dora": None,
@@ -96,7 +96,7 @@ def test_recovery(cut, texts, tmp_path, family, packed, method):
     """The validation KL falls, numpy agrees, stock mlx-lm opens the result, and only what was trained changed."""
     (pruned, original), out = cut(family, packed), tmp_path / "out"
     before, weights = files(pruned), stored(pruned)
-    found = recover(pruned, original, *texts, out, replace(OPTIONS, method=method, learning_rate=GENTLE[method]))
+    found = recover(pruned, original, *texts, out, replace(OPTIONS, method=method, learning_rate=RATES[method]))
     assert found["improved"] and found["kl_after"] < found["kl_before"]
     assert found["kl_before"] == pytest.approx(divergence(pruned, original, texts[1]), rel=1e-3)
     assert found["kl_after"] == pytest.approx(divergence(out, original, texts[1]), rel=1e-3)
@@ -234,6 +234,15 @@ def test_unknown_method(cut, texts, tmp_path):
     with pytest.raises(UsageError, match="unknown method 'prayer'") as found:
         recover(*cut(), *texts, tmp_path / "out", replace(OPTIONS, method="prayer"))
     assert "lora, dora, full, norms" in found.value.cure
+
+
+def test_usual_rates(cut, texts, tmp_path):
+    """0.02 over the hidden size where all weights move, 2e-4 for adapters; the result says which."""
+    hidden = Checkpoint(cut()[0]).arch.sizes["hidden"]
+    for method, rate in (("full", 0.02 / hidden), ("lora", 2e-4)):
+        asked = replace(OPTIONS, method=method, steps=1, learning_rate=None)
+        found = recover(*cut(), *texts, tmp_path / method, asked)
+        assert found["options"]["learning_rate"] == pytest.approx(rate)
 
 
 def test_memory_cap(cut, texts, tmp_path):
