@@ -29,6 +29,7 @@ from criteria import DEMO, show
 from mlx_pare import console, corpus, lm, planning, steps
 from mlx_pare.artifacts import Metrics, Plan
 from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.domains import Domains
 from mlx_pare.errors import Refused
 from mlx_pare.evaluate import evaluate
 from mlx_pare.plan import Options, plan, whole
@@ -58,7 +59,12 @@ class Subject:
     def texts(self, settings: Settings) -> Texts:
         """As a run sees them."""
         texts = Texts(self.model, settings)
-        texts.__dict__ |= {"calibration": self.calibration, "validation": self.selection, "test": self.test}
+        parts = {
+            "calibration": self.calibration,
+            "validation_domains": Domains.of_one(self.selection),
+            "test": self.test,
+        }
+        texts.__dict__ |= parts
         return texts
 
 

@@ -112,6 +112,9 @@ def recover(
     options.check()
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
+    if options.learning_rate is None:
+        usual = RATES[options.method](Checkpoint(student).arch.sizes["hidden"])
+        options = replace(options, learning_rate=usual)
     if options.batch % (size := ranks.this()[1]):
         raise UsageError(f"{size} processes cannot share {options.batch} rows", f"give a --batch that {size} divides")
     train, validation = Domains.of_one(train), Domains.of_one(validation)
