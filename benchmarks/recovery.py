@@ -228,7 +228,7 @@ def _rate(model: Path, rows: Rows, objective: Objective, guide, options: Options
         for start in range(0, rows.count, BATCH):
             chosen = np.arange(start, start + BATCH)
             clock.append(time.perf_counter())
-            found = (mx.array(rows.tokens[chosen]), *(guide.batch(chosen) if guide else (mx.zeros((1,)),)))
+            found = (mx.array(rows.tokens[chosen]), *map(mx.array, guide.batch(chosen) if guide else [mx.zeros((1,))]))
             mx.eval(found)
             yield found
 

@@ -246,7 +246,11 @@ class _Job:
             return by_domain(lambda r: model(mx.array(tokens[r])), self.judge, self.validation, options.batch)
 
         def batch(chosen: np.ndarray) -> tuple:
-            found = mx.array(rows.tokens[chosen]), *guide.batch(chosen), *(s[mx.array(chosen)] for s in states)
+            found = (
+                mx.array(rows.tokens[chosen]),
+                *map(mx.array, guide.batch(chosen)),
+                *(s[mx.array(chosen)] for s in states),
+            )
             mx.eval(found)
             return found
 
