@@ -14,18 +14,19 @@ import pytest
 import reference
 from typer.testing import CliRunner
 
-from mlx_pare import lm, pipeline, schedule, steps
+from mlx_pare import cli, lm, pipeline, schedule, steps
 from mlx_pare.artifacts import LayerPlan, Plan, Target
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.layout import size_of
-from mlx_pare.options import app, settings_of
+from mlx_pare.options import settings_of
 from mlx_pare.prune import Lineage, prune
 from mlx_pare.report import report
 from mlx_pare.steps import Settings
 from mlx_pare.texts import DEMO
 
-SHARES = (0.9, 0.75, 0.6)
+SHARES = (0.8, 0.6, 0.45)
+DEEP = {"num_hidden_layers": 6}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,8 @@ def settings(tmp_path_factory) -> Settings:
         (folder / f"{name}.txt").write_text("\n".join(part), "utf-8")
     return Settings(
         data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), stages=SHARES, length=32, samples=8,
-        recover_steps=7, trials=0, gguf="f16", context=256, axes=("ffn", "layer"), protect=False, tries=2, batch=2,
-        learning_rate=2e-2,
+        recover_steps=7, trials=0, gguf="f16", context=256, axes=("ffn", "layer"), protect=False, tries=1, batch=2,
+        learning_rate=1e-3,
     )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def taught() -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(pico_models, settings, taught, tmp_path_factory) -> dict:
     """One whole run."""
-    model, out = pico_models("llama"), tmp_path_factory.mktemp("whole") / "run"
+    model, out = pico_models("llama", **DEEP), tmp_path_factory.mktemp("whole") / "run"
     real = steps.recover
 
     def watched(student: Path, original: Path, train, validation, place: Path, options, *more):
@@ -115,14 +116,13 @@ def test_the_original_is_the_teacher_of_all(finished, taught):
 
 def test_hidden_states_are_led_to_the_layers_of_the_original(finished):
     """Which needs to know, across stages, which of its layers are left."""
-    cut = [place for place in places(finished["out"]) if len(Checkpoint(place / "prune" / "model").arch.layers) < 4]
-    assert cut and cut[-1].name == "stage-3"
-    for place in cut:
+    assert [len(Checkpoint(place / "prune" / "model").arch.layers) for place in places(finished["out"])] == [5, 4, 3]
+    for place in places(finished["out"]):
         said = read(place / "recover" / "model" / "survivors.json")["layers"]
         matched = read(place / "recover" / "recovery.json")["matched"]
-        assert matched["student"][-1] == len(said) - 1 and matched["teacher"][-1] == 3
+        assert matched["student"][-1] == len(said) - 1 and matched["teacher"][-1] == 5
         sources = [layer["source"] for layer in said]
-        following = [*(n - 1 for n in sources[1:]), 3]
+        following = [*(n - 1 for n in sources[1:]), 5]
         assert [following[n] for n in matched["student"]] == matched["teacher"]
 
 
@@ -167,7 +167,7 @@ def test_report_tells_the_stages(finished):
             m = read(finished["out"] / f"evaluate-{name}" / "metrics.json")
             assert row[column : column + 2] == [f"{m['perplexity']:.3f}", f"{m['kl_divergence']:.4f}"]
     assert [f"{stage['share']:.3f}" for stage in finished["summary"]["stages"]] == [row[2] for row in rows]
-    assert "keeping 0.9, 0.75, 0.6 of the non-embedding parameters, in stages" in text
+    assert "keeping 0.8, 0.6, 0.45 of the non-embedding parameters, in stages" in text
     assert report(finished["out"]).read_text() == text
 
 
@@ -222,7 +222,8 @@ def test_units_of_a_model_cut_twice_are_those_of_the_original(pico_models, tmp_p
 
 
 def test_a_lineage_must_be_that_of_the_model(pico_models, tmp_path):
-    model, other, rng = pico_models("llama"), pico_models("qwen3"), np.random.default_rng(5)
+    model, other = pico_models("llama", num_key_value_heads=4), pico_models("qwen3")
+    rng = np.random.default_rng(5)
     prune(model, drawn(model, rng, 3), tmp_path / "cut")
     with pytest.raises(PareError, match="was not cut from"):
         prune(tmp_path / "cut", drawn(tmp_path / "cut", rng, 2), tmp_path / "no", lineage=Lineage(other, "a"))
@@ -237,9 +238,18 @@ class Killed(BaseException):
 
 
 def results(out: Path) -> dict[str, bytes]:
-    """What must not depend on when a run was killed."""
+    """What must not depend on when a run was killed. The identity of a model tells when its files were written (so two
+    runs never have the same): that of each stage's parent is replaced by a name, and so is the place."""
     patterns = ("**/*.safetensors", "**/model/*", "**/plan.json", "export/*.gguf", "evaluate-*/metrics.json")
-    return {str(f.relative_to(out)): f.read_bytes() for p in patterns for f in sorted(out.glob(p)) if f.is_file()}
+    found = {str(f.relative_to(out)): f.read_bytes() for p in patterns for f in sorted(out.glob(p)) if f.is_file()}
+    names = {str(out): "RUN"}
+    for place in places(out)[1:]:
+        if (place / "manifest.json").exists():
+            identity = read(place / "manifest.json")["source"]
+            names[identity] = place.name.ljust(len(identity), "-")
+    for old, new in names.items():
+        found = {name: data.replace(old.encode(), new.encode()) for name, data in found.items()}
+    return found
 
 
 def test_killed_in_a_stage_it_ends_in_the_same_bytes(finished, settings, tmp_path, monkeypatch):
@@ -272,9 +282,7 @@ def test_killed_in_a_stage_it_ends_in_the_same_bytes(finished, settings, tmp_pat
     assert (out / second / "recover.partial" / "work").exists()
     dies(steps, "evaluate", lambda model, *_: f"{second}/recover" in str(model))
     assert (out / second / "recover").exists() and not (out / "stage-3").exists()
-    first = results(out / "stage-1")
     pipeline.run(finished["model"], out, settings)
-    assert results(out / "stage-1") == first
     one, two = results(finished["out"]), results(out)
     assert one.keys() == two.keys() and len(one) > 30
     assert not [name for name in one if one[name] != two[name]]
@@ -287,9 +295,9 @@ def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypat
 
 
 OTHERWISE = [
-    (dict(stages=None, keep=0.6), "was begun with --schedule"),
-    (dict(stages=(0.9, 0.7, 0.6)), "stage-2 was made differently: keep was"),
-    (dict(recover_steps=9), "stage-2 was made differently: steps was 2, now it is 3"),
+    (dict(stages=None, keep=0.45), "was begun with --schedule"),
+    (dict(stages=(0.8, 0.65, 0.45)), "plan step in .*stage-2 was made differently: keep was"),
+    (dict(recover_steps=9), "recover step in .*stage-2 was made differently: steps was 2, now it is 3"),
 ]
 
 
@@ -351,7 +359,9 @@ def test_command_line(pico_models, tmp_path):
     with pytest.raises(UsageError, match="cannot read --schedule 'cosine'"):
         settings_of(stages="cosine")
     arguments = ["run", str(pico_models("llama")), "--out", str(tmp_path / "run"), "--length", "32", "--samples", "8"]
-    done = CliRunner().invoke(app, [*arguments, "--schedule", "0.9,0.6", "--recover-steps", "5", "--dry-run", "--json"])
+    done = CliRunner().invoke(
+        cli.app, [*arguments, "--schedule", "0.9,0.6", "--recover-steps", "5", "--dry-run", "--json"]
+    )
     assert done.exit_code == 0 and not (tmp_path / "run").exists()
     s = Settings(stages=(0.9, 0.6), length=32, samples=8, recover_steps=5)
     shape = pipeline.dry_run(pico_models("llama"), s)
