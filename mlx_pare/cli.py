@@ -43,6 +43,7 @@ from .options import (
     Rate,
     Samples,
     Seed,
+    Stages,
     Step,
     Steps,
     TargetParams,
@@ -128,12 +129,13 @@ def fit_command(
 @command(
     "run",
     "mlx-pare run MODEL --out RUN --keep 0.75 | mlx-pare run MODEL --out RUN --for m4-24gb --context 8192 "
-    "--data notes/",
+    "--data notes/ | mlx-pare run MODEL --out RUN --schedule 0.8,0.65,0.5 --recover-steps 300",
 )
 def run_command(
     model: Model,
     out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.")],
     keep: Keep = None,
+    schedule: Stages = None,
     target_params: TargetParams = None,
     target_size: TargetSize = None,
     mac: For = None,
@@ -172,7 +174,7 @@ def run_command(
 ) -> dict[str, Any]:
     """All of it: calibrate, score, plan, reconstruct, prune, recover, evaluate, export, bench, report. Resumable."""
     settings = settings_of(
-        keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context,
+        keep=keep, stages=schedule, target_params=target_params, target_size=target_size, mac=mac, context=context,
         min_speed=min_speed, axes=axes, criterion=criterion, reconstruct=not no_reconstruct, data=data,
         test_data=test_data, field=field, samples=samples, length=length, bits=bits, group_size=group_size, step=step,
         protect=not no_protect, widths=widths, layers_by=layers_by, tries=tries, choose_bits=choose_bits,

@@ -67,6 +67,15 @@ Cap = Annotated[str | None, typer.Option(help='Memory that may be used, e.g. "4G
 Criterion = Annotated[str, typer.Option(help=f"What tells which units matter: {', '.join(CRITERIA)}.")]
 Axes = Annotated[str, typer.Option(help="What may be cut: ffn, kv_head, layer, hidden; separated by commas.")]
 Keep = Annotated[float | None, typer.Option(help="Target: share of the non-embedding parameters to keep, e.g. 0.75.")]
+Stages = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        help="Target: cut in stages, with recovery between, to these shares of the original's non-embedding "
+        'parameters, e.g. "0.8,0.65,0.5"; --recover-steps are divided between the stages.',
+        metavar="SHARES",
+    ),
+]
 TargetParams = Annotated[str | None, typer.Option(help='Target: total parameters, e.g. "24B".')]
 TargetSize = Annotated[str | None, typer.Option(help='Target: bytes of weights at most, e.g. "15GB".')]
 For = Annotated[
@@ -247,8 +256,10 @@ def top_of(targets: str) -> int | None:
 
 def settings_of(**given: Any):
     """Settings from what the command line gives: axes and memory as text, data as a list."""
+    from .schedule import shares
     from .steps import Settings
 
+    given["stages"] = shares(given.pop("stages", None))
     given["axes"] = tuple(a.strip() for a in given.pop("axes", "ffn,kv_head").split(",") if a.strip())
     given["memory_cap"] = memory(given.pop("memory_cap", None))
     data = given.pop("data", None) or None

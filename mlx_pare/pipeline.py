@@ -2,6 +2,8 @@
 
 calibrate -> score -> plan -> reconstruct -> prune -> recover -> evaluate (original, pruned, recovered, random, fewer
 bits) -> export -> bench -> report
+
+With a schedule the steps up to recover are done once for every stage, each in a run directory of its own (schedule.py).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, corpus, planning, steps
+from . import console, corpus, planning, schedule, steps
 from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
@@ -44,23 +46,14 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """
     s = affordable(model, settings)
     preflight(model, s)
-    s = planning.settled(model, s, planning.begun(out))
+    s = planning.settled(model, s, planning.begun(out / schedule.name_of(1) if s.stages else out))
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
     asked = {"model": str(model), **asdict(s)}
     with steps.open_run(model, out) as opened:
+        schedule.agree(opened, s)
         opened.write_recipe(asked, replace=False)
-        steps.calibrate_step(opened, texts, s)
-        steps.score_step(opened, s)
-        planning.plan_step(opened, texts, s)
-        if s.reconstruct:
-            steps.reconstruct_step(opened, texts, s)
-        result = steps.prune_step(opened, s.reconstruct)
-        steps.evaluate_step(opened, "original", opened.model, texts, s)
-        steps.evaluate_step(opened, "pruned", result, texts, s)
-        if s.recover_steps > 0:
-            result = steps.recover_step(opened, texts, s)
-            steps.evaluate_step(opened, "recovered", result, texts, s)
+        result = (_in_stages if s.stages else _at_once)(opened, texts, s)
         steps.contender_step(opened, "random", steps.random_plan(opened, s), texts, s)
         narrow = whole(opened.model, Plan.load(opened.output("plan", "plan.json")), Checkpoint(result).nbytes())
         if narrow is not None:
@@ -78,6 +71,50 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
     return summary
 
 
+def _cut(run: Run, texts: Texts, s: Settings, original: Path | None = None) -> Path:
+    """The model of a run cut once, not recovered. ``original``: of a model that was cut before."""
+    steps.calibrate_step(run, texts, s)
+    steps.score_step(run, s)
+    planning.plan_step(run, texts, s)
+    if s.reconstruct:
+        steps.reconstruct_step(run, texts, s)
+    return steps.prune_step(run, s.reconstruct, original)
+
+
+def _at_once(run: Run, texts: Texts, s: Settings) -> Path:
+    """One cut, one recovery, both measured, and the original."""
+    result = _cut(run, texts, s)
+    steps.evaluate_step(run, "original", run.model, texts, s)
+    steps.evaluate_step(run, "pruned", result, texts, s)
+    if s.recover_steps > 0:
+        result = steps.recover_step(run, texts, s)
+        steps.evaluate_step(run, "recovered", result, texts, s)
+    return result
+
+
+def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
+    """Every stage cuts what the one before left, and is taught by the original; all are measured against the original.
+
+    "pruned" is then what the random cut is as well: the units of the last stage cut out of the original at once, never
+    recovered.
+    """
+    steps.evaluate_step(run, "original", run.model, texts, s)
+    result = run.model
+    for stage in schedule.stages(s):
+        place = run.path / stage.name
+        console.say(f"{stage.name} of {len(s.stages)}: to {stage.share:g} of the original, {stage.steps} steps")
+        asked = planning.settled(result, stage.settings(s, run.model, result), planning.begun(place))
+        with steps.open_run(result, place) as opened:
+            opened.write_recipe({"model": str(result), **asdict(asked)}, replace=False)
+            pruned = _cut(opened, texts, asked, None if result == run.model else run.model)
+            steps.evaluate_step(run, f"{stage.name}-pruned", pruned, texts, s)
+            drawn = (s.seed + stage.number - 1) % 2**32  # or every stage would train on the same rows
+            result = steps.recover_step(opened, texts, replace(asked, seed=drawn))
+        steps.evaluate_step(run, stage.recovered, result, texts, s)
+    steps.contender_step(run, "pruned", schedule.plan_step(run, s), texts, s)
+    return result
+
+
 def dry_run(model: Path, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
     s = affordable(model, s)
@@ -89,15 +126,24 @@ def dry_run(model: Path, s: Settings) -> dict[str, Any]:
 
 
 def shape_of(model: Path, s: Settings) -> dict[str, Any]:
-    """The sizes a target leads to; needs no scores."""
-    made = shape(Checkpoint(model), s.plan_options())
+    """The sizes a target leads to, those of every stage among them; needs no scores."""
+    options = s.plan_options()
+    made = shape(Checkpoint(model), options)
     sizes = {"before": made.before.model_dump(), "after": made.after.model_dump()}
-    return {"asked": made.target.asked, **sizes, "neighbours": made.neighbours}
+    found = {"asked": made.target.asked, **sizes, "neighbours": made.neighbours}
+    if s.stages:
+        after = [shape(Checkpoint(model), replace(options, keep=share)).after for share in s.stages]
+        found["stages"] = [
+            {"stage": stage.name, "share": stage.share, "steps": stage.steps, **size.model_dump()}
+            for stage, size in zip(schedule.stages(s), after, strict=True)
+        ]
+    return found
 
 
 def preflight(model: Path, s: Settings) -> None:
     """Find what cannot work before any work: wrong names, a target out of reach, a recovery that cannot fit in memory
     (the uncut model bounds the cut one)."""
+    schedule.check(s)
     criterion(s.criterion)
     one_of("recovery method", s.method, METHODS)
     layers_by_of(s, s.criterion)
@@ -155,6 +201,7 @@ def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: 
         "after": of("recovered" if "recovered" in found else "pruned"),
         "contenders": {name: of(name) for name in found},
         "fits": json.loads((run.directory("export") / "fits.json").read_text()),
+        **({"stages": told} if (told := schedule.story(run.path)) else {}),
         "bench": json.loads(p.read_text()) if (p := run.directory("bench") / "bench.json").exists() else None,
     }
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from .arch.spec import Tensor, select
 from .artifacts import Arrays, Plan, dump_json, repair_file
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .console import progress, span
 from .errors import PareError, Refused
 from .layout import Piece, layout, size_of, smaller
@@ -26,18 +26,35 @@ from .shards import ShardWriter, copy_tokenizer, finish, partial_directory, writ
 OUR_KEY = "pare"  # config.json key that transformers and mlx-lm ignore
 
 
-def prune(model: Path, plan: Plan, out: Path, requantize: bool = True, repair: Path | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Lineage:
+    """Of a model that was cut before: the model it was first cut from, by its survivors.json, whose units are to be
+    named in the result; and what the model itself, the parent of the result, is called."""
+
+    original: Path
+    parent: str
+
+
+def prune(
+    model: Path,
+    plan: Plan,
+    out: Path,
+    requantize: bool = True,
+    repair: Path | None = None,
+    lineage: Lineage | None = None,
+) -> dict[str, Any]:
     """Write the pruned model to ``out`` (which must not exist); returns what was done to each requantized tensor.
 
     ``requantize`` False leaves a matrix that is cut inside its groups dense instead. ``repair``: what reconstruct wrote
-    for this plan; its matrices take the place of the cut ones.
-    Raises PareError for a plan that does not suit the model (all reasons at once), Refused when ``out`` exists.
+    for this plan; its matrices take the place of the cut ones. ``lineage``: units are named after an earlier original.
+    Raises PareError for a plan that does not suit the model (all reasons at once) or a lineage that is not the model's,
+    Refused when ``out`` exists.
     """
     checkpoint = Checkpoint(model)
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
     plan.check(checkpoint)
-    surgeon = _Surgeon(checkpoint, plan, requantize, _repairs(repair, checkpoint, plan))
+    surgeon = _Surgeon(checkpoint, plan, requantize, _repairs(repair, checkpoint, plan), lineage)
     partial = partial_directory(out)
     surgeon.write(partial)
     finish(partial, out)
@@ -92,8 +109,10 @@ class _Surgeon:
         plan: Plan,
         requantize: bool,
         repairs: list[_Repair],
+        lineage: Lineage | None,
     ):
-        self.checkpoint, self.packing, self.repairs = checkpoint, plan.packing, repairs
+        self.checkpoint, self.packing, self.repairs, self.lineage = checkpoint, plan.packing, repairs, lineage
+        self.ancestry = _ancestry(checkpoint, lineage)
         packing = plan.packing
         self.keep = plan.keep(checkpoint.arch)
         # people edit plans: what is written down about the result is counted, not believed
@@ -209,11 +228,15 @@ class _Surgeon:
                 if p is None or p.as_config() != default.as_config()
             }
             config["quantization"] = {**default.as_config(), **overrides}
+        survivors, before = self._survivors(), self.plan.before
+        if self.lineage:
+            before = size_of(Checkpoint(self.lineage.original), None, None)
         config[OUR_KEY] = {
             "made_by": "mlx-pare",
-            "source_identity": self.plan.source,
+            "source_identity": survivors["source_identity"],
+            **({"parent": survivors["parent"]} if self.lineage else {}),
             "criterion": self.plan.criterion,
-            "parameters_before": self.plan.before.parameters,
+            "parameters_before": before.parameters,
             "survivors": "survivors.json",
         }
         return config
@@ -227,19 +250,46 @@ class _Surgeon:
                 {"layer": new, "source": layer.source, "ffn": layer.ffn, "kv_head": layer.kv_head, "q_head": heads}
             )
         hidden = self.plan.hidden or list(range(self.checkpoint.arch.sizes["hidden"]))
-        return {"schema_version": 1, "source_identity": self.plan.source, "hidden": hidden, "layers": layers}
+        found = {"schema_version": 1, "source_identity": self.plan.source, "hidden": hidden, "layers": layers}
+        if self.ancestry is None:
+            return found
+        parent = {"name": self.lineage.parent, "identity": self.plan.source}
+        return _descended(found, self.ancestry) | {"parent": parent}
 
     def _card(self) -> str:
         before, after = self.plan.before, self.plan.after
+        original = (self.lineage.original if self.lineage else self.checkpoint.path).resolve().name
+        way = f", its parent being `{self.lineage.parent}`, which was cut before" if self.lineage else ""
         return (
-            f"# {self.checkpoint.path.resolve().name}, pruned\n\n"
-            f"Made by mlx-pare from `{self.checkpoint.path.resolve().name}` (criterion {self.plan.criterion}; "
-            f"{self.plan.target.asked}).\n"
+            f"# {original}, pruned\n\n"
+            f"Made by mlx-pare from `{original}`{way} (criterion {self.plan.criterion}; {self.plan.target.asked}).\n"
             f"{before.layers} -> {after.layers} layers, ffn {span(before.ffn)} -> {span(after.ffn)}, kv heads "
             f"{span(before.kv_heads)} -> {span(after.kv_heads)}, "
             f"{before.parameters:,} -> {after.parameters:,} parameters.\n"
             "`survivors.json` maps every kept unit to its index in the original. The licence of the original applies.\n"
         )
+
+
+def _ancestry(checkpoint: Checkpoint, lineage: Lineage | None) -> dict[str, Any] | None:
+    """What survived in the model of the original it was cut from; None where no lineage is asked."""
+    if lineage is None:
+        return None
+    found = read_json(checkpoint.path / "survivors.json", "survivors")
+    if found.get("source_identity") != Checkpoint(lineage.original).identity():
+        raise PareError(f"{checkpoint.path} was not cut from {lineage.original}", "cut the original instead")
+    return found
+
+
+def _descended(survivors: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Survivors whose indices are a model's, with those of the original that the model was cut from, by its own
+    survivors ``before``."""
+    layers = []
+    for layer in survivors["layers"]:
+        old = before["layers"][layer["source"]]
+        units = {axis: [old[axis][i] for i in layer[axis]] for axis in ("ffn", "kv_head", "q_head")}
+        layers.append({**layer, "source": old["source"], **units})
+    hidden = [before["hidden"][i] for i in survivors["hidden"]]
+    return {**survivors, "source_identity": before["source_identity"], "hidden": hidden, "layers": layers}
 
 
 def _zeros(piece: Piece) -> list[tuple[str, mx.array]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from . import schedule
 from .artifacts import CONTENDERS, Metrics, Plan, replace_file
 from .console import count, duration, gb, span
 from .errors import PareError
@@ -35,6 +36,7 @@ def report(run: Path, measured: Sequence[str] | None = None) -> Path:
         _title(manifest),
         "## Was it worth it?\n\n" + verdict(found, reconstructed(manifest)),
         _contenders(found),
+        _stages(run),
         _shape(run),
         _tried(run),
         _stability(run),
@@ -154,6 +156,13 @@ def _contenders(found: Found) -> str:
     )
     columns = ["model", "weights", "perplexity", "bits/byte", "KL", "KL 95%", "same top token"]
     return f"## Contenders\n\n{_table(columns, rows)}\n\n{note}"
+
+
+def _stages(run: Path) -> str:
+    """What the stages of a schedule came to."""
+    rows = [_row(*row) for row in schedule.cells(schedule.story(run))]
+    table = _table([name.lstrip("<") for name in schedule.HEAD], rows)
+    return f"## Stages\n\n{table}\n\n{schedule.NOTE}" if rows else ""
 
 
 def _number(value: float | None, digits: int) -> str | None:
@@ -381,7 +390,8 @@ def _picture(run: Path, fits: Mapping[str, Any], manifest: Manifest) -> str:
 
 
 def _warnings(run: Path) -> str:
-    found = [w for step in ("prune", "recover") for w in (_json(run / step / "check.json") or {}).get("warnings", [])]
+    steps = [place / step for place in (run, *sorted(run.glob("stage-*"))) for step in ("prune", "recover")]
+    found = [w for step in steps for w in (_json(step / "check.json") or {}).get("warnings", [])]
     return "## Warnings\n\n" + "\n".join(f"- {_plain(w)}" for w in found) if found else ""
 
 

@@ -110,6 +110,10 @@ def show_summary(summary: dict[str, Any]) -> None:
                 ]
             )
     console.table("Contenders", ["<model", "parameters", "weights", "perplexity", "KL"], rows)
+    if summary.get("stages"):
+        from .schedule import HEAD, cells
+
+        console.table("Stages", HEAD, cells(summary["stages"]))
     if summary["bench"]:
         ratio = summary["bench"]["models"][1]["ratio"]
         speeds = [m["decode_tokens_per_s"]["median"] for m in summary["bench"]["models"]]
@@ -184,5 +188,9 @@ def show_shape(made: dict[str, Any]) -> dict[str, Any]:
     before, after = made["before"], made["after"]
     written = {"parameters": console.count, "non_embedding": console.count, "bytes": console.gb}
     rows = [[k.replace("_", " "), *(written.get(k, console.span)(size[k]) for size in (before, after))] for k in before]
+    if stages := made.get("stages"):
+        names = ["stage", "share", "steps", *before]
+        lines = [[written.get(k, console.span if k in before else str)(stage[k]) for k in names] for stage in stages]
+        console.table("stages", ["<stage", *(k.replace("_", " ") for k in names[1:])], lines)
     console.table(made["asked"], ["<", "before", "after"], rows, caption="neighbours: " + "; ".join(made["neighbours"]))
     return made

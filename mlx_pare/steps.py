@@ -27,11 +27,12 @@ from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .llama_cpp import judged
 from .plan import Options as PlanOptions
 from .plan import redraw
-from .prune import prune
+from .prune import Lineage, prune
 from .reconstruct import reconstruct
 from .recover import Options as RecoverOptions
 from .recover import recover
 from .rundir import Run, fingerprint
+from .schedule import name_of
 from .score import criterion, described, score
 from .texts import Texts
 from .training import Diverged
@@ -52,6 +53,7 @@ class Settings:
     reconstruct: bool = True
     axes: Sequence[str] = ("ffn", "kv_head")
     keep: float | None = None
+    stages: Sequence[float] | None = None  # shares to keep, falling: see schedule.py
     target_params: str | None = None
     target_size: str | None = None
     mac: str | None = None
@@ -96,7 +98,7 @@ class Settings:
 
     def plan_options(self) -> PlanOptions:
         options = PlanOptions(
-            keep=self.keep,
+            keep=self.stages[-1] if self.stages else self.keep,
             params=parse_amount(self.target_params, "parameters") if self.target_params else None,
             size=parse_amount(self.target_size, "bytes") if self.target_size else None,
             axes=tuple(self.axes),
@@ -193,8 +195,9 @@ def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
     return run.output("reconstruct", "repair")
 
 
-def prune_step(run: Run, repaired: bool = True) -> Path:
-    """The cut model, checked; ``repaired``: with what reconstruct made of the same plan, if it did."""
+def prune_step(run: Run, repaired: bool = True, original: Path | None = None) -> Path:
+    """The cut model, checked; ``repaired``: with what reconstruct made of the same plan, if it did. ``original``: of a
+    model that was cut before, and lies in a run directory beside this one: what its units are named after."""
     path = run.output("plan", "plan.json")
     inputs = {"model": run.manifest.source, "plan": fingerprint(path)}
     record = run.manifest.steps.get("reconstruct")
@@ -208,9 +211,14 @@ def prune_step(run: Run, repaired: bool = True) -> Path:
             )
         path, inputs["repair"] = chosen, hashlib.sha256(dump_json(record.outputs)).hexdigest()
 
+    lineage = None
+    if original is not None:
+        lineage = Lineage(original, str(run.model.relative_to(run.path.resolve().parent)))
+        inputs["original"] = Checkpoint(original).identity()
+
     def work(directory: Path) -> None:
         shutil.rmtree(directory / "model", ignore_errors=True)
-        done = prune(run.model, Plan.load(path), directory / "model", repair=repair)
+        done = prune(run.model, Plan.load(path), directory / "model", repair=repair, lineage=lineage)
         (directory / "done.json").write_bytes(dump_json(done))
         _gate(directory / "model", run.model, directory)
 
@@ -294,7 +302,8 @@ def contender_step(run: Run, name: str, made: Plan, texts: Texts, s: Settings) -
         "data": texts.test.digest(),
         "plan": hashlib.sha256(made.dump()).hexdigest(),
     }
-    repaired = s.reconstruct and "reconstruct" in run.manifest.steps
+    result = Plan.load(run.output("plan", "plan.json"))
+    repaired = s.reconstruct and not result.cuts_hidden(Checkpoint(run.model).arch)
     if repaired:
         asked["reconstructed"], inputs["calibration"] = RECONSTRUCTION, texts.calibration.digest()
 
@@ -314,7 +323,8 @@ def contender_step(run: Run, name: str, made: Plan, texts: Texts, s: Settings) -
 def random_plan(run: Run, s: Settings) -> Plan:
     """The plan's sizes with units drawn by lot."""
     scratch = run.path / "random.tmp.safetensors"
-    score(run.model, run.output("calibrate", "stats.safetensors"), scratch, "random", s.seed)
+    stats = run.path / name_of(1) / "calibrate" / "stats.safetensors"  # where the original was calibrated
+    score(run.model, stats if s.stages else run.output("calibrate", stats.name), scratch, "random", s.seed)
     made = redraw(run.model, scratch, Plan.load(run.output("plan", "plan.json")))
     scratch.unlink()
     return made

@@ -1,0 +1,202 @@
+"""schedule: gradual pruning in stages, each of which cuts what the stage before left and heals it by the original.
+
+    RUN/stage-1, RUN/stage-2, ...   ordinary run directories, up to recover; the model of one is what the next one cuts
+    RUN/plan/plan.json              what is left in the end, as one cut of the original: units and sizes
+
+Iterative pruning with distillation between is Muralidharan et al. 2024, arXiv 2407.14679 (Minitron), section 4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .artifacts import Metrics, Plan, Target
+from .checkpoint import Checkpoint, read_json
+from .console import count, duration
+from .errors import Refused, UsageError
+from .fit.footprint import parameters
+from .rundir import Manifest, Run
+
+EXAMPLE = "0.8,0.65,0.5"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, counted from 1: the share of the original's non-embedding parameters that is left after it, and its
+    part of the steps of recovery. ``last``: the stage whose model is the result."""
+
+    number: int
+    share: float
+    steps: int
+    last: bool
+
+    @property
+    def name(self) -> str:
+        return name_of(self.number)
+
+    @property
+    def recovered(self) -> str:
+        """What its model is called among all that are measured."""
+        return "recovered" if self.last else f"{self.name}-recovered"
+
+    def settings(self, s: Any, original: Path, parent: Path) -> Any:
+        """What is asked of this stage alone (steps.Settings): its share of the model that it cuts, the original as the
+        teacher. Only the result is packed with the bits that were asked; until then widths suit that packing."""
+        now, whole = (parameters(Checkpoint(path).arch)["non_embedding"] for path in (parent, original))
+        return replace(
+            s,
+            stages=None,
+            keep=min(self.share / (now / whole), 1.0),  # a stage may have cut a little more than its share
+            recover_steps=self.steps,
+            teacher=s.teacher or str(original),
+            bits=s.bits if self.last else None,
+            step=s.step or (s.group_size if s.bits and not self.last else None),
+        )
+
+
+def name_of(number: int) -> str:
+    """The directory of a stage in that of its run."""
+    return f"stage-{number}"
+
+
+def shares(text: str | None) -> tuple[float, ...] | None:
+    """The numbers of "0.8,0.65,0.5"; None stays None. Raises UsageError for what is no number."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"cannot read --schedule {text!r}", f"give the shares to keep, e.g. {EXAMPLE}") from None
+
+
+def check(s: Any) -> None:
+    """Raises UsageError for settings with a schedule that means nothing, or cannot be carried out."""
+    if s.stages is None:
+        return
+    asked = f"--schedule {','.join(f'{share:g}' for share in s.stages)}"
+    if any(given is not None for given in (s.keep, s.target_params, s.target_size, s.mac)):
+        raise UsageError(
+            f"{asked} is a target of its own", "leave out --keep, --target-params, --target-size and --for"
+        )
+    if len(s.stages) < 2:
+        raise UsageError(f"{asked} has one stage", f"give two or more, e.g. {EXAMPLE}, or use --keep")
+    if not all(0 < share < 1 for share in s.stages):  # neither is anything that is no number
+        raise UsageError(f"{asked} has a share that is not between 0 and 1", f"e.g. {EXAMPLE}")
+    if any(one <= other for one, other in pairwise(s.stages)):
+        raise UsageError(f"{asked} does not fall", f"every stage keeps less than the one before, e.g. {EXAMPLE}")
+    if s.widths == "per-layer":
+        raise UsageError(
+            "a model whose layers differ is not cut again, as --schedule would", "use --widths uniform, or --keep"
+        )
+    if s.recover_steps < len(s.stages):
+        raise UsageError(
+            f"{s.recover_steps} steps of recovery are too few for {len(s.stages)} stages, each of which is recovered",
+            "give more --recover-steps, or use --keep",
+        )
+
+
+def stages(s: Any) -> Iterator[Stage]:
+    """The stages of settings that have some. The steps of recovery are divided evenly; what is left over goes to the
+    first ones."""
+    every, over = divmod(s.recover_steps, len(s.stages))
+    for index, share in enumerate(s.stages):
+        yield Stage(index + 1, share, every + (index < over), index + 1 == len(s.stages))
+
+
+def agree(run: Run, s: Any) -> None:
+    """Raises Refused for a run directory that was begun in one shot and would go on in stages, or the other way round:
+    that would be found only in the end."""
+    staged = (run.path / name_of(1)).exists()
+    if s.stages and "calibrate" in run.manifest.steps:
+        raise Refused(f"{run.path} was begun without --schedule", "use another --out")
+    if staged and not s.stages:
+        raise Refused(f"{run.path} was begun with --schedule", "use another --out, or say --schedule again")
+
+
+# ---- all stages as one cut ----
+
+
+def composed(run: Path, asked: Sequence[float]) -> Plan:
+    """What the stages left, as one cut of the original. Its units are those of the original, so no criterion shall
+    choose them again."""
+    first, last = (run / name_of(number) / "prune" / "model" for number in (1, len(asked)))
+    begun, done = Plan.load(first / "plan.json"), Plan.load(last / "plan.json")
+    survivors = read_json(last / "survivors.json", "survivors")
+    layers = [
+        layer.model_copy(update={key: said[key] for key in ("source", "ffn", "kv_head")})
+        for layer, said in zip(done.layers, survivors["layers"], strict=True)
+    ]
+    hidden = None if len(survivors["hidden"]) == begun.before.hidden else survivors["hidden"]
+    listed = ", ".join(f"{share:g}" for share in asked)
+    target = Target(kind="keep", value=asked[-1], asked=f"keeping {listed} of the non-embedding parameters, in stages")
+    changes = {"source": begun.source, "criterion": f"{done.criterion}, in stages", "target": target, "neighbours": []}
+    return done.model_copy(update={**changes, "before": begun.before, "hidden": hidden, "layers": layers})
+
+
+def plan_step(run: Run, s: Any) -> Plan:
+    """The cut of all stages together, recorded as the plan of the run."""
+    made = composed(run.path, s.stages)
+    run.step(
+        "plan",
+        {"stages": list(s.stages), "widths": s.widths},
+        {"model": run.manifest.source, "composed": hashlib.sha256(made.dump()).hexdigest()},
+        lambda directory: (directory / "plan.json").write_bytes(made.dump()),
+    )
+    return Plan.load(run.output("plan", "plan.json"))
+
+
+# ---- what the stages came to ----
+
+
+def story(run: Path) -> list[dict[str, Any]]:
+    """For every stage of a run that was cut: its parent, share of the original, parameters, steps and seconds,
+    perplexity and KL divergence to the original after the cut and after recovery (None: not measured). Empty for a run
+    without stages."""
+    found: list[dict[str, Any]] = []
+    whole = math.nan
+    while (place := run / name_of(len(found) + 1)).joinpath("prune", "model", "plan.json").exists():
+        made = Plan.load(place / "prune" / "model" / "plan.json")
+        manifest = Manifest.model_validate_json((place / "manifest.json").read_bytes())
+        whole = made.before.non_embedding if not found else whole
+        row: dict[str, Any] = {"stage": place.name, "parent": found[-1]["stage"] if found else "original"}
+        row |= {"share": made.after.non_embedding / whole, "parameters": made.after.parameters}
+        healed = place / "recover" / "recovery.json"
+        row["steps"] = json.loads(healed.read_text())["options"]["steps"] if healed.exists() else None
+        row["seconds"] = sum(step.seconds for step in manifest.steps.values())
+        last = not (run / name_of(len(found) + 2)).exists()
+        for what in ("pruned", "recovered"):
+            names = [f"{place.name}-{what}", *([what] if last and what == "recovered" else [])]
+            files = [file for name in names if (file := run / f"evaluate-{name}" / "metrics.json").exists()]
+            m = Metrics.load(files[0]) if files else None
+            row[what] = {"perplexity": m.perplexity, "kl_divergence": m.kl_divergence} if m else None
+        found.append(row)
+    return found
+
+
+HEAD = ("<stage", "<cut from", "keeps", "parameters", "perplexity", "KL", "recovered", "KL recovered", "steps", "time")
+
+NOTE = (
+    "Each stage cuts the recovered model of the one before and is recovered with the original as teacher; perplexity "
+    "and KL to the original after the cut and after recovery, on the same windows as above. The row `pruned` above has "
+    "the units of the last stage, cut out of the original at once and never recovered, as the random cut is."
+)
+
+
+def cells(told: Sequence[Mapping[str, Any]]) -> list[list[str | None]]:
+    """A story as the rows of a table under HEAD."""
+
+    def measured(m: Mapping[str, float] | None) -> list[str | None]:
+        return [None, None] if m is None else [f"{m['perplexity']:.3f}", f"{m['kl_divergence']:.4f}"]
+
+    return [
+        [row["stage"], row["parent"], f"{row['share']:.3f}", count(row["parameters"]), *measured(row["pruned"]),
+         *measured(row["recovered"]), row["steps"], duration(row["seconds"])]
+        for row in told
+    ]  # fmt: skip
