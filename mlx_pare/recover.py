@@ -1,11 +1,11 @@
 """recover: heal a pruned model by distilling the original into it, on mlx-lm's trainer; killed, it goes on.
 
 First, if asked, block by block (local.py), then all of it at once: the student's logits are led to the teacher's, and
-its hidden states where whole layers were cut (objective.py). The teacher is streamed once over the rows (teacher.py):
-teacher and student never share the memory. What is trained: LoRA or DoRA adapters, all weights of the blocks, or norms
-and the scales of packed matrices alone. The best state by validation KL is merged, packed as the pruned model was, and
-measured again from what was written: when that is not better than the pruned model, the pruned model is returned and
-the result says so.
+its hidden states where whole layers were cut (objective.py). The teacher is streamed once over the rows (teacher.py);
+where the student writes rows itself (on_policy.py), over those before every segment. What is trained: LoRA or DoRA
+adapters, all weights of the blocks, or norms and the scales of packed matrices alone. The best state by validation KL
+is merged, packed as the pruned model was, and measured again from what was written: when that is not better than the
+pruned model, the pruned model is returned and the result says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import console, divergence, lm, machine, ranks, rewrite, stream, targets, teacher
+from . import console, divergence, lm, machine, on_policy, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, replace_file
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
@@ -30,7 +30,7 @@ from .domains import Domains, Sampler
 from .errors import Refused, UsageError
 from .objective import Objective, Taps, loss_of
 from .shards import finish, partial_directory
-from .student import merged, prepare, resident
+from .student import merged, prepare, resident, trained_values
 from .training import Course, Diverged, Trainer
 
 RATES = {"lora": 1e-3, "dora": 1e-3, "full": 5e-4, "norms": 1e-3}  # what is trained: the usual learning rate
@@ -42,8 +42,9 @@ LOCAL = {"lora": "lora", "dora": "lora", "full": "full", "norms": "full"}  # wha
 class Options:
     """How to recover. ``rank`` and ``scale`` are the adapters'; ``learning_rate`` None: RATES; ``batch`` in rows, of
     which ``accumulate`` make a step; ``top``: targets of so many tokens on disk, None: the whole vocabulary;
-    ``local_steps``: of block-wise distillation before; ``mix``: the domains anew after every validation. See Course
-    and Objective for the others."""
+    ``local_steps``: of block-wise distillation before; ``mix``: the domains anew after every validation; ``on_policy``:
+    the share of the rows that the student writes; ``kind`` None: reverse with such rows (as MiniLLM, arXiv:2306.08543),
+    else forward. See Course and Objective for the others."""
 
     method: str = "lora"
     steps: int = 100
@@ -55,7 +56,7 @@ class Options:
     patience: int = 0
     rank: int = 16
     scale: float = 2.0
-    kind: str = "forward"
+    kind: str | None = None
     temperature: float = 1.0
     cross_entropy: float = 0.0
     match: str = "auto"
@@ -64,24 +65,28 @@ class Options:
     grad_checkpoint: bool = False
     local_steps: int = 0
     mix: bool = False
+    on_policy: float = 0.0
     seed: int = 0
     reports: int = 6
 
     @property
     def course(self) -> Course:
         rate = RATES[self.method] if self.learning_rate is None else self.learning_rate
+        validations = max(self.reports, math.ceil(self.steps / on_policy.ROUND)) if self.on_policy else self.reports
         return Course(
-            self.steps, rate, self.accumulate, self.schedule, self.clip, self.reports, self.patience, self.seed
+            self.steps, rate, self.accumulate, self.schedule, self.clip, validations, self.patience, self.seed
         )
 
     @property
     def objective(self) -> Objective:
-        return Objective(self.kind, self.temperature, self.cross_entropy, self.match, self.match_weight)
+        kind = self.kind or ("reverse" if self.on_policy else "forward")
+        return Objective(kind, self.temperature, self.cross_entropy, self.match, self.match_weight)
 
     def check(self) -> None:
         """Raises UsageError for what there is not."""
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", f"choose one of {', '.join(METHODS)}")
+        on_policy.check(self.on_policy, self.top, self.cross_entropy)
         self.objective.check()
         self.course.learning_rate()
 
@@ -105,9 +110,9 @@ def recover(
     options.check()
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
-    if options.batch % (size := ranks.this()[1]):
-        raise UsageError(f"{size} processes cannot share {options.batch} rows", f"give a --batch that {size} divides")
     train, validation = Domains.of_one(train), Domains.of_one(validation)
+    if (batch := min(options.batch, train.rows.count)) % (size := ranks.this()[1]):
+        raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
     check_memory(Checkpoint(student), Checkpoint(original), train.rows, validation.rows, options, memory_cap)
     teacher.check_tokenizer(student, original)
     work = work or out.with_name(out.name + ".work")
@@ -144,14 +149,19 @@ class _Job:
         """Train, and write what came of it to the work directory; returns what there is to say of it."""
         options = self.options
         mx.random.seed(options.seed)
+        if places := self._places():
+            sizes = Checkpoint(self.student), Checkpoint(self.original), self.train.rows, self.validation.rows
+            check_memory(*sizes, options, self.memory_cap, len(places.own))
         stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
-        self.judge = teacher.Whole(stream.walk(self.original, self.validation.rows, what="teacher, validation: block"))
+        if ranks.this()[0] == 0:  # who validates
+            streamed = stream.walk(self.original, self.validation.rows, what="teacher, validation: block")
+            self.judge = teacher.Whole(streamed)
         local = self._local()
-        places = self._places()
-        guide, states = self._teach(places)
+        guide, states = self._teach(places) if options.on_policy < 1 else (None, [])
         model = resident(self.candidates.get("local", self.student), options.method)
         _, weights = ranks.from_first({}, dict(tree_flatten(model.parameters())))
         model.update(tree_unflatten(list(weights.items())))
+        mx.random.seed(options.seed)  # the same adapters, whatever was drawn so far, in every process
         prepare(model, options.method, options.rank, options.scale, options.grad_checkpoint)
         trainer = self._trainer(model, guide, states, places)
         trainer.run()
@@ -161,7 +171,7 @@ class _Job:
             )
             self.candidates["trained"] = self.work / "trained.partial"
         return {
-            "options": asdict(self.options),
+            "options": asdict(options) | {"kind": options.objective.kind},
             "curve": trainer.curve,
             "best_step": trainer.best_step,
             "matched": None if places is None else {"student": places.own, "teacher": places.teacher},
@@ -225,7 +235,7 @@ class _Job:
         )
 
     def _trainer(
-        self, model: nn.Module, guide: teacher.Guide, states: list[mx.array], places: teacher.Places | None
+        self, model: nn.Module, guide: teacher.Guide | None, states: list[mx.array], places: teacher.Places | None
     ) -> Trainer:
         options, rows = self.options, self.train.rows
         taps = Taps(model, places.own) if places else None
@@ -245,17 +255,29 @@ class _Job:
 
         about = {"student": Checkpoint(self.candidates.get("local", self.student)).identity()}
         about |= {"teacher": Checkpoint(self.original).identity(), "rows": rows.digest(), "options": asdict(options)}
+        about, _ = ranks.from_first(about)  # the first alone has the locally healed student, or dates of its own
+        writer = self._writer(model, guide, states, places) if options.on_policy else None
         return Trainer(
             model,
             loss_of(options.objective, self.how, taps),
             sampler,
-            batch,
+            writer.batch if writer else batch,
             validate,
             options.course,
             self.work / "training",
             about,
             mix if options.mix else None,
+            writer and writer.write,
         )
+
+    def _writer(
+        self, model: nn.Module, guide: teacher.Whole | None, states: list[mx.array], places: teacher.Places | None
+    ) -> on_policy.Writer:
+        options, rows = self.options, self.train.rows
+        console.say(f"the student writes {options.on_policy:.0%} of the rows, {options.objective.kind} divergence")
+        text = guide and on_policy.Lesson(rows.tokens, guide.streamed, states)
+        judge = on_policy.judge_of(self.original, places)
+        return on_policy.Writer(model, rows, text, judge, options.on_policy, options.batch, options.seed)
 
     def kl(self, path: Path) -> float:
         """Mean KL to the teacher of a model as it lies on disk, over all positions of the validation rows."""
@@ -291,20 +313,11 @@ def by_domain(
 # ---- memory ----
 
 
-def trained_values(student: Checkpoint, options: Options) -> int:
-    """How many numbers a method trains, at most."""
-    blocks = [t for t in student.arch.tensors() if t.layer is not None]
-    if options.method == "full":
-        return sum(t.size for t in blocks)
-    matrices = [t for t in blocks if t.matrix]
-    if options.method == "norms":
-        packed = [(t, student.packing(t.module)) for t in matrices]
-        return sum(t.size for t in blocks if not t.matrix) + sum(2 * t.size // p.group_size for t, p in packed if p)
-    return sum(options.rank * sum(t.shape) + t.shape[0] for t in matrices)
-
-
-def required_bytes(student: Checkpoint, original: Checkpoint, train: Rows, validation: Rows, options: Options) -> int:
-    """Student, gradients and optimizer, the teacher's hidden states, logits and activations of a batch: an estimate.
+def required_bytes(
+    student: Checkpoint, original: Checkpoint, train: Rows, validation: Rows, options: Options, matched: int = 0
+) -> int:
+    """Student, gradients and optimizer, the teacher's hidden states (at ``matched`` places too), and what comes in
+    turn: logits and activations of a batch; where the student writes rows, sampling, and the teacher's walk.
 
     Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more.
     """
@@ -320,18 +333,31 @@ def required_bytes(student: Checkpoint, original: Checkpoint, train: Rows, valid
     activations = in_block + layers * tokens * hidden * value if options.grad_checkpoint else in_block * layers
     vocab = arch.sizes["vocab"]
     held = teacher.held_bytes(original, validation, 0)
-    held += 0 if options.top else teacher.held_bytes(original, train, 0)
-    return weights + trained_values(student, options) * 4 * 4 + held + 5 * tokens * vocab * 4 + activations
+    if options.on_policy < 1:
+        held += teacher.held_bytes(original, train, matched - (options.top is not None))
+    work = 5 * tokens * vocab * 4 + activations
+    if options.on_policy:
+        drawn = options.course.segment * options.accumulate * min(options.batch, train.count)
+        own = Rows.full(np.zeros((on_policy.written_rows(options.on_policy, drawn), length), np.int32))
+        held += teacher.held_bytes(original, own, matched)
+        work = max(work, on_policy.work_bytes(student, original, own, options.batch * on_policy.ROWS_AT_ONCE))
+    return weights + trained_values(student, options.method, options.rank) * 4 * 4 + held + work
 
 
 def check_memory(
-    student: Checkpoint, original: Checkpoint, train: Rows, validation: Rows, options: Options, cap: int | None
+    student: Checkpoint,
+    original: Checkpoint,
+    train: Rows,
+    validation: Rows,
+    options: Options,
+    cap: int | None,
+    matched: int = 0,
 ) -> int:
     """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise, naming the smallest
     change that would fit."""
 
     def needed(o: Options) -> int:
-        return required_bytes(student, original, train, validation, o)
+        return required_bytes(student, original, train, validation, o, matched)
 
     limit = cap or machine.available_bytes()
     if needed(options) <= limit:
@@ -363,6 +389,8 @@ def savings(options: Options) -> Iterator[tuple[str, Options]]:
         accumulate = math.ceil(options.accumulate * options.batch / batch)
         flags["accumulate"] = str(accumulate)
         yield less("batch", str(batch), batch=batch, accumulate=accumulate)
+    if options.on_policy:
+        yield less("on-policy", "0", on_policy=0.0)
     if options.top is None:
         yield less("targets", "64", top=64)
     if options.method != "lora":

@@ -281,6 +281,8 @@ def _recovery(run: Path) -> str:
         f"{options['method']}, {options['steps']} steps, best at {done['best_step']}: validation KL "
         f"{done['kl_before']:.5f} -> {done['kl_after']:.5f} nats per token, measured on the packed result: {outcome}."
     )
+    if options["on_policy"]:
+        text += f" The student wrote {options['on_policy']:.0%} of the rows itself ({options['kind']} divergence)."
     if "trained" in done["kl"]:
         text += f" Merging and packing: {done['kl_unmerged']:.5f} -> {done['kl']['trained']:.5f}."
     if done["local"]:

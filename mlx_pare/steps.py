@@ -75,13 +75,14 @@ class Settings:
     clip: float = 1.0
     patience: int = 0
     rank: int = 16
-    kind: str = "forward"
+    kind: str | None = None
     temperature: float = 1.0
     cross_entropy: float = 0.0
     match: str = "auto"
     top: int | None = None
     grad_checkpoint: bool = False
     mix: bool = False
+    on_policy: float = 0.0
     teacher: str | None = None
     gguf: str | None = None
     trials: int = 5
