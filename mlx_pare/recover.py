@@ -266,7 +266,7 @@ class _Job:
             options.course,
             self.work / "training",
             about,
-            mix if options.mix else None,
+            mix if options.mix and len(self.train.names) > 1 else None,
             writer and writer.write,
         )
 
