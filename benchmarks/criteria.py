@@ -23,8 +23,9 @@ from mlx_pare.errors import PareError
 from mlx_pare.evaluate import evaluate
 from mlx_pare.plan import Options, plan
 from mlx_pare.prune import prune
-from mlx_pare.recover import METHODS, recover
-from mlx_pare.recover import Options as RecoverOptions
+from mlx_pare.recover import recover
+from mlx_pare.recover_options import METHODS
+from mlx_pare.recover_options import Options as RecoverOptions
 from mlx_pare.score import CRITERIA, score
 
 DEMO = Path(corpus.__file__).parent / "demo"

@@ -31,7 +31,8 @@ from mlx_pare import console, corpus, divergence, lm, stream, targets
 from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
 from mlx_pare.objective import Objective, loss_of
-from mlx_pare.recover import Options, recover
+from mlx_pare.recover import recover
+from mlx_pare.recover_options import Options
 from mlx_pare.student import prepare, resident
 from mlx_pare.teacher import Whole
 

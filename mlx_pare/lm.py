@@ -137,6 +137,23 @@ def generate(model: nn.Module, tok: Any, prompt: str, max_tokens: int, temperatu
     return "".join(pieces)
 
 
+def continued(model: nn.Module, tokens: mx.array, length: int, key: mx.array) -> mx.array:
+    """Rows [b, n] of a resident model's own, continued to ``length`` tokens by sampling at temperature 1, all at once
+    with mlx-lm's KV cache. An end of text is a token like others: the row goes on behind it, as rows of text do."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache, pieces, now = make_prompt_cache(model), [tokens], tokens[:, -1:]
+    if tokens.shape[1] > 1:
+        model(tokens[:, :-1], cache=cache)
+        mx.eval([layer.state for layer in cache if layer is not None])  # not the logits, which nobody needs
+    for draw in mx.random.split(key, length - tokens.shape[1]):
+        logits = model(now, cache=cache)[:, -1].astype(mx.float32)
+        now = mx.random.categorical(logits, key=draw)[:, None].astype(tokens.dtype)
+        mx.async_eval(now)
+        pieces.append(now)
+    return mx.concatenate(pieces, axis=1)
+
+
 def speed(model: nn.Module, tok: Any, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
     """One trial of mlx_lm's stream_generate on random tokens: prefill and decode tok/s, peak memory in bytes."""
     from mlx_lm import stream_generate
@@ -185,9 +202,13 @@ def each_block(model: nn.Module, call: Callable[[Callable], Callable]) -> None:
 
 def checkpointed(call: Callable) -> Callable:
     """A block's ``__call__`` that keeps none of its activations for the gradient, but computes them again
-    (mlx_lm.tuner.trainer.grad_checkpoint does this to the class, and anew at every call)."""
+    (mlx_lm.tuner.trainer.grad_checkpoint does this to the class, and anew at every call). Only in training: a model
+    that is evaluated or samples takes no gradient, and has a cache, which is no array."""
 
     def again(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not block.training:
+            return call(block, *args, **kwargs)
+
         def inner(parameters: dict, *args: Any, **kwargs: Any) -> Any:
             block.update(parameters)
             return call(block, *args, **kwargs)

@@ -149,7 +149,12 @@ Schedule = Annotated[str, typer.Option(help="How the rate falls after the warm-u
 Clip = Annotated[float, typer.Option(min=0, help="Largest norm of the gradient; 0: any.")]
 Rank = Annotated[int, typer.Option(min=1, help="Rank of the adapters.")]
 Loss = Annotated[
-    str, typer.Option("--loss", help="Divergence from the teacher: forward or reverse KL, js (Jensen-Shannon).")
+    str | None,
+    typer.Option(
+        "--loss",
+        help="Divergence from the teacher: forward or reverse KL, js (Jensen-Shannon). Default: forward; reverse with "
+        "--on-policy.",
+    ),
 ]
 Temperature = Annotated[float, typer.Option(help="Of teacher and student in the loss.")]
 CrossEntropy = Annotated[float, typer.Option(help="Share of the loss, 0 to 1, that is cross-entropy with the text.")]
@@ -163,6 +168,14 @@ GradCheckpoint = Annotated[
 Mix = Annotated[
     bool,
     typer.Option("--mix", help="After every validation draw more of the domains that are furthest from the teacher."),
+]
+OnPolicy = Annotated[
+    float,
+    typer.Option(
+        help="Share of the rows, 0 to 1, that the student goes on with by itself after their first quarter, for the "
+        "teacher to judge; the loss is then reverse KL unless --loss says otherwise.",
+        metavar="SHARE",
+    ),
 ]
 TeacherModel = Annotated[
     str | None,

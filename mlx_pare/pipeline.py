@@ -27,8 +27,8 @@ from .layering import layers_by_of
 from .plan import shape, whole
 from .reconstruct import check_memory as check_reconstruction
 from .reconstruct import costs as reconstruction_costs
-from .recover import METHODS
-from .recover import check_memory as check_recovery
+from .recover_options import METHODS
+from .recover_options import check_memory as check_recovery
 from .report import metrics, reconstructed, report, verdict
 from .rundir import Run
 from .score import criterion
@@ -61,7 +61,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
         gguf = steps.export_step(opened, result, s)
         if s.trials > 0:
             steps.bench_step(opened, result, s)
-        absent = {"recovered": s.recover_steps == 0, "fewer-bits": narrow is None}
+        absent = {"recovered": not s.recovers, "fewer-bits": narrow is None}
         measured = [n for n, _ in CONTENDERS if not absent.get(n)]
         written = report(opened.path, measured)
         summary = _summary(opened, result, gguf, written, measured)
@@ -86,7 +86,7 @@ def _at_once(run: Run, texts: Texts, s: Settings) -> Path:
     result = _cut(run, texts, s)
     steps.evaluate_step(run, "original", run.model, texts, s)
     steps.evaluate_step(run, "pruned", result, texts, s)
-    if s.recover_steps > 0:
+    if s.recovers:
         result = steps.recover_step(run, texts, s)
         steps.evaluate_step(run, "recovered", result, texts, s)
     return result
@@ -153,11 +153,11 @@ def preflight(model: Path, s: Settings) -> None:
     if s.reconstruct:
         rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
         check_reconstruction(Checkpoint(model), rows, s.memory_cap)
+    options = s.recover_options()
+    options.check()
     if s.recover_steps > 0:
         counts = (TRAINING_ROWS, VALIDATION_ROWS)
         rows = [corpus.Rows.full(np.zeros((count, s.length))) for count in counts]
-        options = s.recover_options()
-        options.check()
         check_recovery(Checkpoint(model), Checkpoint(s.teacher or model), *rows, options, s.memory_cap)
 
 

@@ -1,19 +1,18 @@
 """recover: heal a pruned model by distilling the original into it, on mlx-lm's trainer; killed, it goes on.
 
 First, if asked, block by block (local.py), then all of it at once: the student's logits are led to the teacher's, and
-its hidden states where whole layers were cut (objective.py). The teacher is streamed once over the rows (teacher.py):
-teacher and student never share the memory. What is trained: LoRA or DoRA adapters, all weights of the blocks, or norms
-and the scales of packed matrices alone. The best state by validation KL is merged, packed as the pruned model was, and
-measured again from what was written: when that is not better than the pruned model, the pruned model is returned and
-the result says so.
+its hidden states where whole layers were cut (objective.py). The teacher is streamed once over the rows (teacher.py);
+where the student writes rows itself (on_policy.py), over those before every segment. What is trained: LoRA or DoRA
+adapters, all weights of the blocks, or norms and the scales of packed matrices alone. The best state by validation KL
+is merged, packed as the pruned model was, and measured again from what was written: when that is not better than the
+pruned model, the pruned model is returned and the result says so.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,75 +21,17 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import console, divergence, lm, machine, ranks, rewrite, stream, targets, teacher
+from . import console, divergence, on_policy, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, replace_file
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
-from .objective import Objective, Taps, loss_of
+from .objective import Taps, loss_of
+from .recover_options import LOCAL, RATES, Options, check_memory
 from .shards import finish, partial_directory
 from .student import merged, prepare, resident
-from .training import Course, Diverged, Trainer
-
-# What is trained: the learning rate, as a function of the hidden size. One step of Adam changes what a matrix gives in
-# proportion to its width (Yang et al., arXiv:2203.03466), what an adapter of fixed rank gives not. Tried at 64 and 256.
-RATES: dict[str, Callable[[int], float]] = {
-    "lora": lambda hidden: 2e-4,
-    "dora": lambda hidden: 2e-4,
-    "full": lambda hidden: 0.02 / hidden,
-    "norms": lambda hidden: 3e-4,
-}
-METHODS = tuple(RATES)
-LOCAL = {"lora": "lora", "dora": "lora", "full": "full", "norms": "full"}  # what the blocks are trained by beforehand
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to recover. ``rank`` and ``scale`` are the adapters'; ``learning_rate`` None: RATES; ``batch`` in rows, of
-    which ``accumulate`` make a step; ``top``: targets of so many tokens on disk, None: the whole vocabulary;
-    ``local_steps``: of block-wise distillation before; ``mix``: the domains anew after every validation. See Course
-    and Objective for the others."""
-
-    method: str = "lora"
-    steps: int = 100
-    batch: int = 4
-    accumulate: int = 1
-    learning_rate: float | None = None
-    schedule: str = "cosine"
-    clip: float = 1.0
-    patience: int = 0
-    rank: int = 16
-    scale: float = 2.0
-    kind: str = "forward"
-    temperature: float = 1.0
-    cross_entropy: float = 0.0
-    match: str = "auto"
-    match_weight: float = 1.0
-    top: int | None = None
-    grad_checkpoint: bool = False
-    local_steps: int = 0
-    mix: bool = False
-    seed: int = 0
-    reports: int = 6
-
-    @property
-    def course(self) -> Course:
-        rate = self.learning_rate or 0.0
-        return Course(
-            self.steps, rate, self.accumulate, self.schedule, self.clip, self.reports, self.patience, self.seed
-        )
-
-    @property
-    def objective(self) -> Objective:
-        return Objective(self.kind, self.temperature, self.cross_entropy, self.match, self.match_weight)
-
-    def check(self) -> None:
-        """Raises UsageError for what there is not."""
-        if self.method not in METHODS:
-            raise UsageError(f"unknown method {self.method!r}", f"choose one of {', '.join(METHODS)}")
-        self.objective.check()
-        self.course.learning_rate()
+from .training import Diverged, Trainer
 
 
 def recover(
@@ -115,10 +56,11 @@ def recover(
     if options.learning_rate is None:
         usual = RATES[options.method](Checkpoint(student).arch.sizes["hidden"])
         options = replace(options, learning_rate=usual)
-    if options.batch % (size := ranks.this()[1]):
-        raise UsageError(f"{size} processes cannot share {options.batch} rows", f"give a --batch that {size} divides")
     train, validation = Domains.of_one(train), Domains.of_one(validation)
-    check_memory(Checkpoint(student), Checkpoint(original), train.rows, validation.rows, options, memory_cap)
+    if (batch := min(options.batch, train.rows.count)) % (size := ranks.this()[1]):
+        raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
+    if options.steps:
+        check_memory(Checkpoint(student), Checkpoint(original), train.rows, validation.rows, options, memory_cap)
     teacher.check_tokenizer(student, original)
     work = work or out.with_name(out.name + ".work")
     job = _Job(student, original, train, validation, options, work, memory_cap)
@@ -154,30 +96,37 @@ class _Job:
         """Train, and write what came of it to the work directory; returns what there is to say of it."""
         options = self.options
         mx.random.seed(options.seed)
-        stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
-        self.judge = teacher.Whole(stream.walk(self.original, self.validation.rows, what="teacher, validation: block"))
-        local = self._local()
         places = self._places()
-        guide, states = self._teach(places)
+        if options.steps:
+            sizes = Checkpoint(self.student), Checkpoint(self.original), self.train.rows, self.validation.rows
+            check_memory(*sizes, options, self.memory_cap, len(places.own) if places else 0)
+        stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
+        if ranks.this()[0] == 0:  # who validates
+            streamed = stream.walk(self.original, self.validation.rows, what="teacher, validation: block")
+            self.judge = teacher.Whole(streamed)
+        found = {
+            "options": asdict(options) | {"kind": options.objective.kind},
+            "matched": None if places is None else {"student": places.own, "teacher": places.teacher},
+            "local": self._local(),
+        }
+        return found | (self._trained(places) if options.steps else {"curve": [], "best_step": 0, "domains": {}})
+
+    def _trained(self, places: teacher.Places | None) -> dict[str, Any]:
+        """Train the whole of it; what came of that is a candidate."""
+        options = self.options
+        guide, states = self._teach(places) if options.on_policy < 1 else (None, [])
         model = resident(self.candidates.get("local", self.student), options.method)
         _, weights = ranks.from_first({}, dict(tree_flatten(model.parameters())))
         model.update(tree_unflatten(list(weights.items())))
+        mx.random.seed(options.seed)  # the same adapters, whatever was drawn so far, in every process
         prepare(model, options.method, options.rank, options.scale, options.grad_checkpoint)
         trainer = self._trainer(model, guide, states, places)
         trainer.run()
         if trainer.best_step and trainer.rank == 0:
-            rewrite.write(
-                Checkpoint(self.student), merged(model, trainer.best), partial_directory(self.work / "trained")
-            )
-            self.candidates["trained"] = self.work / "trained.partial"
-        return {
-            "options": asdict(self.options),
-            "curve": trainer.curve,
-            "best_step": trainer.best_step,
-            "matched": None if places is None else {"student": places.own, "teacher": places.teacher},
-            "domains": trainer.sampler.weights,
-            "local": local,
-        }
+            place = partial_directory(self.work / "trained")
+            rewrite.write(Checkpoint(self.student), merged(model, trainer.best), place)
+            self.candidates["trained"] = place
+        return {"curve": trainer.curve, "best_step": trainer.best_step, "domains": trainer.sampler.weights}
 
     def _local(self) -> dict[str, Any] | None:
         """Heal it block by block first; the result is where the training starts."""
@@ -188,15 +137,9 @@ class _Job:
             from . import local
 
             shutil.rmtree(place, ignore_errors=True)
-            how = local.Options(
-                "lora" if options.method in ("lora", "dora") else "full",
-                options.local_steps,
-                options.batch,
-                seed=options.seed,
-            )
-            done = local.local(
-                self.student, self.original, self.train.rows, self.validation.rows, place, how, self.memory_cap
-            )
+            how = local.Options(LOCAL[options.method], options.local_steps, options.batch, seed=options.seed)
+            rows = self.train.rows, self.validation.rows
+            done = local.local(self.student, self.original, *rows, place, how, self.memory_cap)
             replace_file(note, dump_json(done))
         self.candidates["local"] = place
         return read_json(note, "local recovery")
@@ -235,7 +178,7 @@ class _Job:
         )
 
     def _trainer(
-        self, model: nn.Module, guide: teacher.Guide, states: list[mx.array], places: teacher.Places | None
+        self, model: nn.Module, guide: teacher.Guide | None, states: list[mx.array], places: teacher.Places | None
     ) -> Trainer:
         options, rows = self.options, self.train.rows
         taps = Taps(model, places.own) if places else None
@@ -259,17 +202,29 @@ class _Job:
 
         about = {"student": Checkpoint(self.candidates.get("local", self.student)).identity()}
         about |= {"teacher": Checkpoint(self.original).identity(), "rows": rows.digest(), "options": asdict(options)}
+        about, _ = ranks.from_first(about)  # the first alone has the locally healed student, or dates of its own
+        writer = self._writer(model, guide, states, places) if options.on_policy else None
         return Trainer(
             model,
             loss_of(options.objective, self.how, taps),
             sampler,
-            batch,
+            writer.batch if writer else batch,
             validate,
             options.course,
             self.work / "training",
             about,
-            mix if options.mix else None,
+            mix if options.mix and len(self.train.names) > 1 else None,
+            writer and writer.write,
         )
+
+    def _writer(
+        self, model: nn.Module, guide: teacher.Whole | None, states: list[mx.array], places: teacher.Places | None
+    ) -> on_policy.Writer:
+        options, rows = self.options, self.train.rows
+        console.say(f"the student writes {options.on_policy:.0%} of the rows, {options.objective.kind} divergence")
+        text = guide and on_policy.Lesson(rows.tokens, guide.streamed, states)
+        judge = on_policy.judge_of(self.original, places)
+        return on_policy.Writer(model, rows, text, judge, options.on_policy, options.batch, options.seed)
 
     def kl(self, path: Path) -> float:
         """Mean KL to the teacher of a model as it lies on disk, over all positions of the validation rows."""
@@ -282,7 +237,8 @@ def _keep_the_best(job: _Job, summary: dict[str, Any], out: Path) -> None:
     measured = {name: job.kl(path) for name, path in job.candidates.items()}
     best = min(measured, key=lambda name: measured[name])
     summary |= {"kl_before": measured["pruned"], "kl_after": measured[best], "improved": best != "pruned"}
-    summary |= {"kept": best, "kl": measured, "kl_unmerged": min(point["loss"] for point in summary["curve"])}
+    unmerged = min((point["loss"] for point in summary["curve"]), default=None)
+    summary |= {"kept": best, "kl": measured, "kl_unmerged": unmerged}
     if best == "pruned":
         console.warn("recovery did not improve the validation KL: the pruned model is kept as it was")
     partial = partial_directory(out)
@@ -300,84 +256,3 @@ def by_domain(
         sums[rows] = np.array(divergence.kl(judge.batch(rows)[0], logits(rows)).mean(axis=-1))
     found = {name: float(sums[validation.of == n].mean()) for n, name in enumerate(validation.names)}
     return {"": float(sums.mean()), **(found if len(found) > 1 else {})}
-
-
-# ---- memory ----
-
-
-def trained_values(student: Checkpoint, options: Options) -> int:
-    """How many numbers a method trains, at most."""
-    blocks = [t for t in student.arch.tensors() if t.layer is not None]
-    if options.method == "full":
-        return sum(t.size for t in blocks)
-    matrices = [t for t in blocks if t.matrix]
-    if options.method == "norms":
-        packed = [(t, student.packing(t.module)) for t in matrices]
-        return sum(t.size for t in blocks if not t.matrix) + sum(2 * t.size // p.group_size for t, p in packed if p)
-    return sum(options.rank * sum(t.shape) + t.shape[0] for t in matrices)
-
-
-def required_bytes(student: Checkpoint, original: Checkpoint, train: Rows, validation: Rows, options: Options) -> int:
-    """Student, gradients and optimizer, the teacher's hidden states, logits and activations of a batch: an estimate.
-
-    Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more.
-    """
-    value = 4 if lm.cpu_backend() or options.method == "full" else 2
-    arch = student.arch
-    weights = sum(t.size for t in arch.tensors()) * value
-    if options.method != "full" and not lm.cpu_backend():
-        weights = student.nbytes()
-    hidden, layers = arch.sizes["hidden"], len(arch.layers)
-    heads, length = arch.largest("kv_head", "group"), train.length
-    tokens = options.batch * length
-    in_block = tokens * (6 * arch.largest("ffn") + 8 * hidden + 3 * heads * length) * value
-    activations = in_block + layers * tokens * hidden * value if options.grad_checkpoint else in_block * layers
-    vocab = arch.sizes["vocab"]
-    held = teacher.held_bytes(original, validation, 0)
-    held += 0 if options.top else teacher.held_bytes(original, train, 0)
-    return weights + trained_values(student, options) * 4 * 4 + held + 5 * tokens * vocab * 4 + activations
-
-
-def check_memory(
-    student: Checkpoint, original: Checkpoint, train: Rows, validation: Rows, options: Options, cap: int | None
-) -> int:
-    """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise, naming the smallest
-    change that would fit."""
-
-    def needed(o: Options) -> int:
-        return required_bytes(student, original, train, validation, o)
-
-    limit = cap or machine.available_bytes()
-    if needed(options) <= limit:
-        return needed(options)
-    fitting = ((flags, needed(o)) for flags, o in savings(options) if needed(o) <= limit)
-    flags, least = next(fitting, ("", 0))
-    cure = f"{flags} would take {console.gb(least)}" if flags else "use --recover-steps 0 or a shorter --length"
-    raise Refused(
-        f"recovering {student.path} needs about {console.gb(needed(options))}, "
-        f"{'--memory-cap allows' if cap else 'free are'} {console.gb(limit)}",
-        cure,
-    )
-
-
-def savings(options: Options) -> Iterator[tuple[str, Options]]:
-    """Ways to take less memory, each with those before it, as they are said on the command line; the steps stay as
-    large as they were."""
-    flags: dict[str, str] = {}
-
-    def less(flag: str, value: str = "", **change: Any) -> tuple[str, Options]:
-        nonlocal options
-        flags[flag], options = value, replace(options, **change)
-        return " ".join(f"--{name} {value}".strip() for name, value in flags.items()), options
-
-    if not options.grad_checkpoint:
-        yield less("grad-checkpoint", grad_checkpoint=True)
-    while options.batch > 1:
-        batch = (options.batch + 1) // 2
-        accumulate = math.ceil(options.accumulate * options.batch / batch)
-        flags["accumulate"] = str(accumulate)
-        yield less("batch", str(batch), batch=batch, accumulate=accumulate)
-    if options.top is None:
-        yield less("targets", "64", top=64)
-    if options.method != "lora":
-        yield less("method", "lora", method="lora")

@@ -275,27 +275,23 @@ def _recovery(run: Path) -> str:
     if not done:
         return ""
     names = sorted(done["domains"]) if len(done["domains"]) > 1 else []
-    rows = [
-        _row(
-            point["step"],
-            f"{point['loss']:.5f}",
-            *(f"{point['losses'][name]:.5f}" for name in names),
-            f"{point['train_loss']:.5f}" if "train_loss" in point else "-",
-        )
-        for point in done["curve"]
-    ]
+    losses = [(p["loss"], *(p["losses"][n] for n in names), p.get("train_loss")) for p in done["curve"]]
+    cells = [["-" if loss is None else f"{loss:.5f}" for loss in line] for line in losses]
+    rows = [_row(p["step"], *line) for p, line in zip(done["curve"], cells, strict=True)]
     options, kept = done["options"], done["kept"]
-    outcome = {"pruned": "no better, so the pruned model was kept"}.get(kept, f"better, {kept} kept")
+    outcome = "no better, so the pruned model was kept" if kept == "pruned" else f"better, {kept} kept"
     text = (
         f"{options['method']}, {options['steps']} steps, best at {done['best_step']}: validation KL "
         f"{done['kl_before']:.5f} -> {done['kl_after']:.5f} nats per token, measured on the packed result: {outcome}."
     )
+    if options["on_policy"]:
+        text += f" The student wrote {options['on_policy']:.0%} of the rows itself ({options['kind']} divergence)."
     if "trained" in done["kl"]:
         text += f" Merging and packing: {done['kl_unmerged']:.5f} -> {done['kl']['trained']:.5f}."
     if done["local"]:
         text += f" Block by block before that: {done['kl']['pruned']:.5f} -> {done['kl']['local']:.5f}."
     head = ["step", "validation KL", *(f"KL of {name}" for name in names), "training loss"]
-    return f"## Recovery\n\n{text}\n\n" + _table(head, rows)
+    return f"## Recovery\n\n{text}\n\n" + (_table(head, rows) if rows else "")
 
 
 def _speed(run: Path) -> str:

@@ -29,8 +29,8 @@ from .plan import Options as PlanOptions
 from .plan import redraw
 from .prune import Lineage, prune
 from .reconstruct import reconstruct
-from .recover import Options as RecoverOptions
 from .recover import recover
+from .recover_options import Options as RecoverOptions
 from .rundir import Run, fingerprint
 from .schedule import name_of
 from .score import criterion, described, score
@@ -77,19 +77,25 @@ class Settings:
     clip: float = 1.0
     patience: int = 0
     rank: int = 16
-    kind: str = "forward"
+    kind: str | None = None
     temperature: float = 1.0
     cross_entropy: float = 0.0
     match: str = "auto"
     top: int | None = None
     grad_checkpoint: bool = False
     mix: bool = False
+    on_policy: float = 0.0
     teacher: str | None = None
     gguf: str | None = None
     trials: int = 5
     min_quality: float | None = None
     memory_cap: int | None = None
     seed: int = 0
+
+    @property
+    def recovers(self) -> bool:
+        """Whether anything is trained."""
+        return self.recover_steps > 0 or self.local_steps > 0
 
     def recover_options(self) -> RecoverOptions:
         """What recovery is asked for, by the same names."""

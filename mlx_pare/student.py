@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import lm
+from .checkpoint import Checkpoint
 from .quantized import Packed
 from .rescaled import Rescaled, rescale
 
@@ -37,6 +38,18 @@ def prepare(model: nn.Module, method: str, rank: int, scale: float, grad_checkpo
             block.apply_to_modules(lambda _, m: m.unfreeze(recurse=False) if gains(m) else None)
     if grad_checkpoint:
         lm.each_block(model, lm.checkpointed)
+
+
+def trained_values(student: Checkpoint, method: str, rank: int) -> int:
+    """How many numbers a method trains, at most."""
+    blocks = [t for t in student.arch.tensors() if t.layer is not None]
+    if method == "full":
+        return sum(t.size for t in blocks)
+    matrices = [t for t in blocks if t.matrix]
+    if method == "norms":
+        packed = [(t, student.packing(t.module)) for t in matrices]
+        return sum(t.size for t in blocks if not t.matrix) + sum(2 * t.size // p.group_size for t, p in packed if p)
+    return sum(rank * sum(t.shape) + t.shape[0] for t in matrices)
 
 
 def gains(module: nn.Module) -> bool:

@@ -46,6 +46,11 @@ class Course:
     patience: int = 0
     seed: int = 0
 
+    @property
+    def segment(self) -> int:
+        """Steps between two validations."""
+        return max(1, math.ceil(self.steps / self.validations))
+
     def learning_rate(self) -> Callable[[mx.array], mx.array]:
         """The rate of every step. Raises UsageError for an unknown schedule."""
         if self.schedule not in SCHEDULES:
@@ -94,10 +99,12 @@ class Trainer:
         directory: Path,
         about: dict[str, Any] | None = None,
         after: Callable[[dict[str, float]], None] | None = None,
+        before: Callable[[np.ndarray, int], np.ndarray] | None = None,
     ):
         self.model, self.loss, self.sampler, self.batch = model, loss, sampler, batch
         self.validate, self.course, self.directory, self.about = validate, course, directory, about or {}
         self.after = after  # called with every validation, e.g. to mix the domains anew
+        self.before = before  # may replace the row numbers [batches, b] that a segment draws; given its first step
         self.optimizer = ClippedAdamW(course.learning_rate(), course.clip)
         self.step, self.curve = 0, []
         self.best_step, self.best = 0, self.weights()
@@ -113,14 +120,13 @@ class Trainer:
         Raises Diverged, Refused for a directory with the state of another training.
         """
         course = self.course
-        segment = max(1, math.ceil(course.steps / course.validations))
         if not self._resume():
             self._validated()
             self._save()
         with console.progress("recover: step", course.steps) as bar:
             bar.skip(self.step)
             while self.step < course.steps and not self._exhausted():
-                now = min(segment, course.steps - self.step)
+                now = min(course.segment, course.steps - self.step)
                 self._segment(now, bar)
                 self.step += now
                 self._validated()
@@ -140,16 +146,20 @@ class Trainer:
             note += f"{console.gb(info['peak_memory'] * 1e9)}, validation {self.curve[-1]['loss']:.4f}"
             bar.advance(done - bar.done, note)
 
-        lm.train(self.model, self.optimizer, self.loss, self._batches, steps, self.course.accumulate, every, report)
-        bar.advance(start + steps - bar.done)
+        drawn = np.stack([self.sampler.draw() for _ in range(steps * self.course.accumulate)])
+        if self.before:
+            bar.advance(0, "the student writes, the teacher reads")
+            drawn = self.before(drawn, self.step)
 
-    def _batches(self) -> Iterator[tuple]:
-        while True:
-            yield self.batch(self.sampler.draw()[self.rank :: self.ranks])
+        def batches() -> Iterator[tuple]:
+            return (self.batch(rows[self.rank :: self.ranks]) for rows in drawn)
+
+        lm.train(self.model, self.optimizer, self.loss, batches, steps, self.course.accumulate, every, report)
+        bar.advance(start + steps - bar.done)
 
     def _validated(self) -> None:
         self.model.eval()
-        losses = self.validate()
+        losses, _ = ranks.from_first(self.validate() if self.rank == 0 else {})  # all must go on, or stop, alike
         self.model.train()
         value = losses[""]
         if not math.isfinite(value):

@@ -22,7 +22,8 @@ from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.plan import Options as PlanOptions
 from mlx_pare.plan import plan
 from mlx_pare.prune import prune
-from mlx_pare.recover import METHODS, Options, recover
+from mlx_pare.recover import recover
+from mlx_pare.recover_options import METHODS, Options, required_bytes, savings
 from mlx_pare.score import score
 
 recovering = importlib.import_module("mlx_pare.recover")  # mlx_pare.recover itself is the function
@@ -249,9 +250,7 @@ def test_memory_cap(cut, texts, tmp_path):
 def test_estimate_counts_the_optimizer(cut, texts):
     """Adam's two numbers, the gradient and the best state, float32, for everything that full trains of the blocks."""
     student, original = (Checkpoint(m) for m in cut())
-    lora, full = (
-        recovering.required_bytes(student, original, *texts, replace(OPTIONS, method=m)) for m in ("lora", "full")
-    )
+    lora, full = (required_bytes(student, original, *texts, replace(OPTIONS, method=m)) for m in ("lora", "full"))
     blocks = [e.shape for n, e in student.entries.items() if ".layers." in n]
     adapters = sum(OPTIONS.rank * sum(shape) + shape[0] for shape in blocks if len(shape) == 2)
     assert full - lora == 4 * 4 * (sum(map(math.prod, blocks)) - adapters)
@@ -260,8 +259,8 @@ def test_estimate_counts_the_optimizer(cut, texts):
 def test_the_smallest_change_that_would_fit_is_named(cut, texts, tmp_path):
     """What is refused says with which options it would not be; with them it is not."""
     (student, original), options = cut(), replace(OPTIONS, batch=8)
-    ladder = list(recovering.savings(options))
-    bytes_of = [recovering.required_bytes(*map(Checkpoint, (student, original)), *texts, o) for _, o in ladder]
+    ladder = list(savings(options))
+    bytes_of = [required_bytes(*map(Checkpoint, (student, original)), *texts, o) for _, o in ladder]
     assert bytes_of == sorted(bytes_of, reverse=True)
     assert [flags for flags, _ in ladder] == [
         "--grad-checkpoint",

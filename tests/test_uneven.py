@@ -42,7 +42,8 @@ from mlx_pare.layout import size_of
 from mlx_pare.plan import Options as PlanOptions
 from mlx_pare.plan import redraw, shape
 from mlx_pare.prune import prune
-from mlx_pare.recover import Options, recover
+from mlx_pare.recover import recover
+from mlx_pare.recover_options import Options
 from mlx_pare.report import _shape
 from mlx_pare.score import score
 from mlx_pare.show import show_shape

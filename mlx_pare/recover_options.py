@@ -1,0 +1,169 @@
+"""How to recover, and the memory that takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import console, lm, machine, on_policy, teacher
+from .checkpoint import Checkpoint
+from .corpus import Rows
+from .errors import Refused, UsageError
+from .objective import Objective
+from .student import trained_values
+from .training import Course
+
+# What is trained: the learning rate, as a function of the hidden size. One step of Adam changes what a matrix gives in
+# proportion to its width (Yang et al., arXiv:2203.03466), what an adapter of fixed rank gives not. Tried at 64 and 256.
+RATES: dict[str, Callable[[int], float]] = {
+    "lora": lambda hidden: 2e-4,
+    "dora": lambda hidden: 2e-4,
+    "full": lambda hidden: 0.02 / hidden,
+    "norms": lambda hidden: 3e-4,
+}
+METHODS = tuple(RATES)
+LOCAL = {"lora": "lora", "dora": "lora", "full": "full", "norms": "full"}  # what the blocks are trained by beforehand
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to recover. ``rank`` and ``scale`` are the adapters'; ``learning_rate`` None: RATES; ``batch`` in rows, of
+    which ``accumulate`` make a step; ``top``: targets of so many tokens on disk, None: the whole vocabulary;
+    ``local_steps``: of block-wise distillation before; ``mix``: the domains anew after every validation; ``on_policy``:
+    the share of the rows that the student writes; ``kind`` None: reverse with such rows (as MiniLLM, arXiv:2306.08543),
+    else forward. See Course and Objective for the others."""
+
+    method: str = "lora"
+    steps: int = 100
+    batch: int = 4
+    accumulate: int = 1
+    learning_rate: float | None = None
+    schedule: str = "cosine"
+    clip: float = 1.0
+    patience: int = 0
+    rank: int = 16
+    scale: float = 2.0
+    kind: str | None = None
+    temperature: float = 1.0
+    cross_entropy: float = 0.0
+    match: str = "auto"
+    match_weight: float = 1.0
+    top: int | None = None
+    grad_checkpoint: bool = False
+    local_steps: int = 0
+    mix: bool = False
+    on_policy: float = 0.0
+    seed: int = 0
+    reports: int = 6
+
+    @property
+    def course(self) -> Course:
+        rate = self.learning_rate or 0.0  # recover() has put the usual one here
+        validations = max(self.reports, math.ceil(self.steps / on_policy.ROUND)) if self.on_policy else self.reports
+        return Course(
+            self.steps, rate, self.accumulate, self.schedule, self.clip, validations, self.patience, self.seed
+        )
+
+    @property
+    def objective(self) -> Objective:
+        kind = self.kind or ("reverse" if self.on_policy else "forward")
+        return Objective(kind, self.temperature, self.cross_entropy, self.match, self.match_weight)
+
+    def check(self) -> None:
+        """Raises UsageError for what there is not."""
+        if self.method not in METHODS:
+            raise UsageError(f"unknown method {self.method!r}", f"choose one of {', '.join(METHODS)}")
+        on_policy.check(self.on_policy, self.top, self.cross_entropy)
+        self.objective.check()
+        self.course.learning_rate()
+
+
+# ---- memory ----
+
+
+def required_bytes(
+    student: Checkpoint, original: Checkpoint, train: Rows, validation: Rows, options: Options, matched: int = 0
+) -> int:
+    """Student, gradients and optimizer, the teacher's hidden states (at ``matched`` places too), and what comes in
+    turn: logits and activations of a batch; where the student writes rows, sampling, and the teacher's walk.
+
+    Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more.
+    """
+    value = 4 if lm.cpu_backend() or options.method == "full" else 2
+    arch = student.arch
+    weights = sum(t.size for t in arch.tensors()) * value
+    if options.method != "full" and not lm.cpu_backend():
+        weights = student.nbytes()
+    hidden, layers = arch.sizes["hidden"], len(arch.layers)
+    heads, length = arch.largest("kv_head", "group"), train.length
+    tokens = options.batch * length
+    in_block = tokens * (6 * arch.largest("ffn") + 8 * hidden + 3 * heads * length) * value
+    activations = in_block + layers * tokens * hidden * value if options.grad_checkpoint else in_block * layers
+    vocab = arch.sizes["vocab"]
+    held = teacher.held_bytes(original, validation, 0)
+    if options.on_policy < 1:
+        held += teacher.held_bytes(original, train, matched - (options.top is not None))
+    work = 5 * tokens * vocab * 4 + activations
+    if options.on_policy:
+        drawn = options.course.segment * options.accumulate * min(options.batch, train.count)
+        own = Rows.full(np.zeros((on_policy.written_rows(options.on_policy, drawn), length), np.int32))
+        held += teacher.held_bytes(original, own, matched)
+        work = max(work, on_policy.work_bytes(student, original, own, options.batch * on_policy.ROWS_AT_ONCE))
+    return weights + trained_values(student, options.method, options.rank) * 4 * 4 + held + work
+
+
+def check_memory(
+    student: Checkpoint,
+    original: Checkpoint,
+    train: Rows,
+    validation: Rows,
+    options: Options,
+    cap: int | None,
+    matched: int = 0,
+) -> int:
+    """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise, naming the smallest
+    change that would fit."""
+
+    def needed(o: Options) -> int:
+        return required_bytes(student, original, train, validation, o, matched)
+
+    limit = cap or machine.available_bytes()
+    if needed(options) <= limit:
+        return needed(options)
+    fitting = ((flags, needed(o)) for flags, o in savings(options) if needed(o) <= limit)
+    flags, least = next(fitting, ("", 0))
+    cure = f"{flags} would take {console.gb(least)}" if flags else "use --recover-steps 0 or a shorter --length"
+    raise Refused(
+        f"recovering {student.path} needs about {console.gb(needed(options))}, "
+        f"{'--memory-cap allows' if cap else 'free are'} {console.gb(limit)}",
+        cure,
+    )
+
+
+def savings(options: Options) -> Iterator[tuple[str, Options]]:
+    """Ways to take less memory, each with those before it, as they are said on the command line; the steps stay as
+    large as they were."""
+    flags: dict[str, str] = {}
+
+    def less(flag: str, value: str = "", **change: Any) -> tuple[str, Options]:
+        nonlocal options
+        flags[flag], options = value, replace(options, **change)
+        return " ".join(f"--{name} {value}".strip() for name, value in flags.items()), options
+
+    if not options.grad_checkpoint:
+        yield less("grad-checkpoint", grad_checkpoint=True)
+    while options.batch > 1:
+        batch = (options.batch + 1) // 2
+        accumulate = math.ceil(options.accumulate * options.batch / batch)
+        flags["accumulate"] = str(accumulate)
+        yield less("batch", str(batch), batch=batch, accumulate=accumulate)
+    if options.on_policy:
+        yield less("on-policy", "0", on_policy=0.0)
+    if options.top is None:
+        yield less("targets", "64", top=64)
+    if options.method != "lora":
+        yield less("method", "lora", method="lora")
