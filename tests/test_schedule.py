@@ -39,7 +39,7 @@ def settings(tmp_path_factory) -> Settings:
     return Settings(
         data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), stages=SHARES, length=32, samples=8,
         recover_steps=7, trials=0, gguf="f16", context=256, axes=("ffn", "layer"), protect=False, tries=1, batch=2,
-        learning_rate=1e-3,
+        learning_rate=3e-4,
     )  # fmt: skip
 
 
