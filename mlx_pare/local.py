@@ -83,7 +83,7 @@ def local(
 def block_ends(student: Checkpoint, teacher: Checkpoint) -> list[int]:
     """For every block of the student, after how many of the teacher's blocks the stream is that it should give: where
     the next one begins in the teacher, or its end. So the block before layers that are gone makes up for them, and the
-    ones behind for what it could not (when they alone did, 14 % more KL was left on stories260K).
+    ones behind for what it could not (benchmarks/LOG.md).
 
     Raises PareError where blocks do not correspond, and where the hidden size was cut."""
     ours, theirs = student.arch, teacher.arch
