@@ -145,7 +145,9 @@ Targets = Annotated[
 Patience = Annotated[int, typer.Option(min=0, help="End when so many validations in a row brought nothing; 0: never.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows in memory at a time.")]
 Accumulate = Annotated[int, typer.Option(min=1, help="Batches that make one step.")]
-Schedule = Annotated[str, typer.Option(help="How the rate falls after the warm-up: cosine, linear or constant.")]
+Schedule = Annotated[
+    str, typer.Option("--rate-schedule", help="How the rate falls after the warm-up: cosine, linear or constant.")
+]
 Clip = Annotated[float, typer.Option(min=0, help="Largest norm of the gradient; 0: any.")]
 Rank = Annotated[int, typer.Option(min=1, help="Rank of the adapters.")]
 Loss = Annotated[
