@@ -32,7 +32,7 @@ SAVE_EVERY_S = 30.0
 LAST = "last"  # in the file of a block: states that become angles in the end
 
 
-class Statistics:
+class Statistics(stream.Observer):
     """The observer of calibration. After each block its sums go to ``directory``; hidden states from time to time."""
 
     def __init__(self, arch: Architecture, directory: Path, save_every_s: float, rounds: int | None = None):

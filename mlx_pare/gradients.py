@@ -95,7 +95,7 @@ def _joined(rows: Rows, micro_batch: Callable[[slice], tuple[mx.array, ...]]) ->
     return joined
 
 
-class _Kept:
+class _Kept(stream.Observer):
     """The observer of the forward walk: what goes into every block, as it went in, and what comes out of the last."""
 
     def __init__(self, rows: Rows):
@@ -110,15 +110,6 @@ class _Kept:
                 raise PareError("gradients cannot follow blocks that hand on more than hidden states")
         self.states.append(x)
         self.calls.append((args, kwargs))
-
-    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
-        pass
-
-    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
-        pass
-
-    def pending(self) -> list[mx.array]:
-        return []
 
     def leave(self, index: int, hidden: mx.array) -> None:
         self.last = hidden

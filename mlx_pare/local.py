@@ -179,7 +179,7 @@ def _judged(teacher: Path, student: Path, made: Path, held: Rows) -> dict[str, A
 # ---- the two streams ----
 
 
-class _Healer:
+class _Healer(stream.Observer):
     """The observer of a walk of the student that leads the teacher's stream along and trains every block."""
 
     def __init__(
@@ -225,12 +225,6 @@ class _Healer:
             Arrays(new, about).save(file)
         self.done.append({name: value for name, value in about.items() if name != "schema"})
         return self._with(index, new) if about["taken"] else None
-
-    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
-        pass
-
-    def pending(self) -> list[mx.array]:
-        return []
 
     def leave(self, index: int, hidden: mx.array) -> None:
         del self.x, self.args, self.kwargs

@@ -138,7 +138,7 @@ class _Before:
         return seen
 
 
-class _Pair:
+class _Pair(stream.Observer):
     """The observer of a walk of the dense model that leads the pruned stream along."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, rows: Rows, count: int, damping: float | None, out: Path):
@@ -166,9 +166,6 @@ class _Pair:
         self.attention, self.ffn, self.middle = at("o_proj", Site), at("down_proj", Site), at("ffn_norm", _Before)
         if behind_norm(self.arch, index):
             self.attention.outputs, self.ffn.outputs = [], []
-
-    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
-        pass
 
     def pending(self) -> list[mx.array]:
         return [*self.middle.seen, *(self.attention.outputs or ()), *(self.ffn.outputs or ())]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
@@ -28,7 +28,7 @@ MICRO_BATCH_TOKENS = 1024
 HEAD_CHUNK_BYTES = 64 << 20
 
 
-class Observer(Protocol):
+class Observer:
     """Watches one walk. ``enter`` is called before a block runs and may replace its submodules by taps, ``seen`` after
     each micro-batch, ``leave`` with the joined result; ``pending`` are arrays to evaluate with each micro-batch.
 
@@ -38,10 +38,17 @@ class Observer(Protocol):
     ``enter`` may return another block, to run in the place of this one.
     """
 
-    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> Any: ...
-    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None: ...
-    def pending(self) -> list[mx.array]: ...
-    def leave(self, index: int, hidden: mx.array) -> None: ...
+    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> Any:
+        return None
+
+    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        pass
+
+    def pending(self) -> list[mx.array]:
+        return []
+
+    def leave(self, index: int, hidden: mx.array) -> None:
+        pass
 
 
 class Enough(Exception):
@@ -236,20 +243,11 @@ def walk(
     return Streamed(hidden, head, vocab, lm.body(model).norm)
 
 
-class _Until:
+class _Until(Observer):
     """An observer that ends the walk after a block."""
 
     def __init__(self, last: int):
         self.last = last
-
-    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
-        pass
-
-    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
-        pass
-
-    def pending(self) -> list[mx.array]:
-        return []
 
     def leave(self, index: int, hidden: mx.array) -> None:
         if index == self.last:

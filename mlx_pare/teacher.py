@@ -7,7 +7,7 @@ over the whole vocabulary, at hidden x 2 to 4 bytes a token), or its likeliest t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,22 +40,13 @@ class Whole:
         return (self.streamed.all_logits(mx.array(rows)),)
 
 
-class Watched:
+class Watched(stream.Observer):
     """An observer that keeps the residual stream behind some layers [rows, length, hidden], or some of its
     coordinates."""
 
     def __init__(self, layers: Sequence[int], kept: Sequence[int] | None = None):
         self.layers, self.kept = set(layers), None if kept is None else mx.array(kept)
         self.states: dict[int, mx.array] = {}
-
-    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
-        pass
-
-    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
-        pass
-
-    def pending(self) -> list[mx.array]:
-        return []
 
     def leave(self, index: int, hidden: mx.array) -> None:
         if index in self.layers:

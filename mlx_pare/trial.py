@@ -179,7 +179,7 @@ def check_memory(checkpoint: Checkpoint, calibration: Rows, held: Rows, count: i
     return stream.check_memory(checkpoint, rows, cap, streams + inputs + solved, "; or leave out trials: --widths even")
 
 
-class _SideBySide:
+class _SideBySide(stream.Observer):
     """The observer of a walk of the dense model that leads all candidates along. The state of a candidate is None while
     its stream is the dense one, then its hidden states, and infinity once it has been given up."""
 
@@ -209,9 +209,6 @@ class _SideBySide:
         self.sites = {part: Site.put(block, self.arch.path(index, of.roles[-1])) for part, of in PARTS.items()}
         for part, site in self.sites.items():
             site.remembering = bool(self.every or self._counts(index, part))
-
-    def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
-        pass
 
     def pending(self) -> list[mx.array]:
         return [x for site in self.sites.values() for x in site.inputs]
