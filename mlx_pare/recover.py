@@ -99,7 +99,10 @@ class _Job:
         places = self._places()
         if options.steps:
             sizes = Checkpoint(self.student), Checkpoint(self.original), self.train.rows, self.validation.rows
-            check_memory(*sizes, options, self.memory_cap, len(places.own) if places else 0)
+            needed = check_memory(*sizes, options, self.memory_cap, len(places.own) if places else 0)
+            console.say(
+                f"recover: {options.method}, {options.objective.kind} divergence, takes about {console.gb(needed)}"
+            )
         stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
         if ranks.this()[0] == 0:  # who validates
             streamed = stream.walk(self.original, self.validation.rows, what="teacher, validation: block")
