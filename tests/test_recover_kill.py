@@ -16,7 +16,7 @@ from mlx_pare import planning, steps
 from mlx_pare.steps import Settings
 from mlx_pare.texts import Texts
 
-KILLS = int(os.environ.get("PARE_KILLS", "2"))
+KILLS = int(os.environ.get("PARE_KILLS", "1"))
 SETTINGS = Settings(keep=0.7, length=32, samples=8, criterion="minitron", reconstruct=False, axes=("ffn", "kv_head"))
 RECOVER = ["--recover-steps", "12", "--local-steps", "4", "--targets", "16", "--batch", "2", "--learning-rate", "1e-3"]
 
