@@ -94,8 +94,8 @@ class Writer:
         lot = np.random.RandomState([self.seed, step]).permutation(drawn.size)
         spots = np.sort(lot[: written_rows(self.share, drawn.size)])
         rank, size = ranks.this()
-        tokens = self._sampled(drawn.reshape(-1)[spots], step) if rank == 0 else None
-        tokens = ranks.from_first({}, {"tokens": tokens})[1]["tokens"]
+        sampled = {"tokens": self._sampled(drawn.reshape(-1)[spots], step)} if rank == 0 else {}
+        tokens = ranks.from_first({}, sampled)[1]["tokens"]
         mine = np.flatnonzero(spots % drawn.shape[1] % size == rank)  # Trainer: row i of a batch is process i's
         numbers = drawn.copy()
         numbers.reshape(-1)[spots[mine]] = self.rows.count + np.arange(len(mine))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from .errors import PareError
 
 
 def this() -> tuple[int, int]:
@@ -34,7 +38,21 @@ def from_first(
     return about, found
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """What the processes compute together. Raises PareError when another one has ended (mlx.launch then ends all)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if this()[1] == 1 or "peer" not in str(error):
+            raise
+        raise PareError(
+            f"another process ended: {error}", "what it said is the cause; the same command goes on"
+        ) from error
+
+
 def _sum(array: mx.array) -> mx.array:
-    total = mx.distributed.all_sum(array, stream=mx.cpu)
-    mx.eval(total)
-    return total
+    with together():
+        total = mx.distributed.all_sum(array, stream=mx.cpu)
+        mx.eval(total)
+        return total

@@ -208,7 +208,9 @@ class Run:
         if not resumes:
             shutil.rmtree(partial, ignore_errors=True)
         elif (partial / "step.json").exists():
-            self._same(name, _read_begun(partial / "step.json"), asked)
+            begun = _read_begun(partial / "step.json")
+            if len(list(partial.iterdir())) > 1:  # nothing was done of what was refused at once
+                self._same(name, begun, asked)
         partial.mkdir(exist_ok=True)
         replace_file(partial / "step.json", dump_json(asked))
         started = time.monotonic()

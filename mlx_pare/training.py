@@ -154,7 +154,8 @@ class Trainer:
         def batches() -> Iterator[tuple]:
             return (self.batch(rows[self.rank :: self.ranks]) for rows in drawn)
 
-        lm.train(self.model, self.optimizer, self.loss, batches, steps, self.course.accumulate, every, report)
+        with ranks.together():
+            lm.train(self.model, self.optimizer, self.loss, batches, steps, self.course.accumulate, every, report)
         bar.advance(start + steps - bar.done)
 
     def _validated(self) -> None:

@@ -1,0 +1,204 @@
+"""Two processes under mlx.launch, each with a copy of the run directory as on two machines, against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pico
+import pytest
+
+from mlx_pare import planning, steps
+from mlx_pare.steps import Settings
+
+LIMIT = 60  # seconds after which a call hangs, which is an error
+LAUNCH = Path(sys.executable).with_name("mlx.launch")
+ASKED = ["--recover-steps", "6", "--method", "full", "--learning-rate", "3e-4", "--batch", "4"]
+MANY = ["--recover-steps", "24", "--batch", "4", "--rank", "4", "--local-steps", "2"]  # long enough to be killed in
+
+
+@pytest.fixture(scope="module")
+def pruned(pico_models, tmp_path_factory) -> Path:
+    """A run directory up to prune, of rows of 32 tokens."""
+    model, out = pico_models("llama-untied"), tmp_path_factory.mktemp("pruned") / "run"
+    text = out.with_name("text.txt")
+    text.write_text("\n\n".join(pico.TEXT.read_text("utf-8").split("\n\n")[:60]))
+    s = Settings(str(text), samples=8, length=32, criterion="magnitude", keep=0.6, reconstruct=False, widths="even")
+    texts = steps.Texts(model, s)
+    with steps.open_run(model, out) as run:
+        run.write_recipe({"model": str(model), "data": str(text), "length": 32})
+        steps.calibrate_step(run, texts, s)
+        steps.score_step(run, s)
+        planning.plan_step(run, texts, s)
+        steps.prune_step(run)
+    return out
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+
+
+def free_port() -> int:
+    """The first of two that are free now."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            try:
+                two.bind(("127.0.0.1", one.getsockname()[1] + 1))
+            except (OSError, OverflowError):
+                continue
+            return one.getsockname()[1]
+
+
+class Launched:
+    """``recover`` on DIRECTORY/run-0 by the first process and on DIRECTORY/run-1 by the second; with one process on
+    run-0, without mlx.launch. Ended with the test, whatever happens."""
+
+    def __init__(self, directory: Path, *options: str, processes: int = 2):
+        self.directory, self.temporary = directory, directory / "tmp"
+        self.temporary.mkdir(exist_ok=True)
+        command = (
+            f'exec "{sys.executable}" -m mlx_pare recover "$0/run-${{MLX_RANK:-0}}" "$@" 2>"$0/said-${{MLX_RANK:-0}}"'
+        )
+        command = ["bash", "-c", command, str(directory), *options]
+        if processes > 1:
+            command = [str(LAUNCH), "-n", str(processes), "-p", str(free_port()), "--", *command]
+        env = os.environ | {"TMPDIR": str(self.temporary), "PYTHONFAULTHANDLER": "1"}
+        # stdin stays open: mlx.launch spins on one that has ended
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def end(self) -> str:
+        """What was said, when all processes have ended by themselves. Fails after LIMIT seconds."""
+        try:
+            said = self._said(LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGABRT)  # shows where they are
+            pytest.fail(f"the processes hang: {self._said(10)}")
+        with pytest.raises(ProcessLookupError):
+            os.killpg(self.process.pid, 0)
+        return said
+
+    def _said(self, limit: float) -> str:
+        talk = self.process.communicate(timeout=limit)
+        return "\n".join([*talk, *(file.read_text() for file in sorted(self.directory.glob("said-*")))])
+
+    def kill(self) -> None:
+        """All at once, as a power failure would."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+    def kill_behind(self, step: int) -> None:
+        """When a state behind this step was saved."""
+        begun, place = time.monotonic(), self.directory / "run-0" / "recover.partial" / "work" / "training"
+        while not any(int(f.stem.split("-")[1]) >= step for f in place.glob("state-????????.safetensors")):
+            if self.process.poll() is not None or time.monotonic() - begun > LIMIT:
+                self.kill()
+                pytest.fail(f"no state was saved: {self._said(10)}")
+            time.sleep(0.02)
+        self.kill()
+        self.process.communicate()
+
+    def left(self) -> list[str]:
+        """What was forgotten among the temporary files: of ours, not of mlx.launch's."""
+        return sorted(f.name for f in self.temporary.iterdir() if not f.name.startswith("tmp."))
+
+
+@pytest.fixture
+def place(pruned, tmp_path):
+    """``place(name) -> directory`` with two copies of the run."""
+
+    def copies(name: str) -> Path:
+        for number in (0, 1):
+            shutil.copytree(pruned, tmp_path / name / f"run-{number}")
+        return tmp_path / name
+
+    return copies
+
+
+def result(directory: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    recovered = directory / "run-0" / "recover"
+    found = json.loads((recovered / "recovery.json").read_text())
+    return found, {n: np.array(a) for n, a in mx.load(str(recovered / "model" / "model.safetensors")).items()}
+
+
+def test_two_processes_train_as_one(place, pruned):
+    """The same curve and weights; the second changes nothing and leaves nothing; asked again, both end at once."""
+    one, two, untouched = place("one"), place("two"), files(pruned)
+    Launched(one, *ASKED, processes=1).end()
+    launched = Launched(two, *ASKED)
+    launched.end()
+    (alone, alone_weights), (found, weights) = result(one), result(two)
+    for mine, other in zip(found["curve"], alone["curve"], strict=True):
+        assert mine["step"] == other["step"] and mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine.get("train_loss", 0) == pytest.approx(other.get("train_loss", 0), rel=1e-5)
+    assert found["improved"] and found["best_step"] == alone["best_step"] == 6
+    for name, array in alone_weights.items():
+        assert np.linalg.norm(weights[name] - array) <= 1e-5 * np.linalg.norm(array), name
+    assert {n: b for n, b in files(two / "run-1").items() if n != ".lock"} == {
+        n: b for n, b in untouched.items() if n != ".lock"
+    }
+    assert not launched.left()
+    before, again = files(two / "run-0" / "recover"), Launched(two, *ASKED)
+    assert "recover: done before, kept" in again.end() and files(two / "run-0" / "recover") == before
+
+
+def test_both_killed_they_end_in_the_same_bytes(place):
+    """Block by block first, by the first process alone, whose result and random numbers the other has not."""
+    whole, broken = place("whole"), place("broken")
+    Launched(whole, *MANY).end()
+    Launched(broken, *MANY).kill_behind(4)
+    assert not (broken / "run-0" / "recover").exists()
+    Launched(broken, *MANY).end()
+    assert result(whole)[0] == result(broken)[0] and result(whole)[0]["best_step"]
+    assert files(whole / "run-0" / "recover" / "model") == files(broken / "run-0" / "recover" / "model")
+
+
+def test_both_train_on_what_the_first_sampled(place):
+    """One round of rows that the student of the beginning writes: the same as by one process."""
+    asked = [
+        "--recover-steps",
+        "1",
+        "--method",
+        "full",
+        "--learning-rate",
+        "3e-4",
+        "--batch",
+        "4",
+        "--on-policy",
+        "0.5",
+    ]
+    one, two = place("one"), place("two")
+    Launched(one, *asked, processes=1).end()
+    Launched(two, *asked).end()
+    (alone, _), (found, _) = result(one), result(two)
+    assert found["options"]["kind"] == "reverse" and len(found["curve"]) == 2
+    assert found["curve"][1]["train_loss"] == pytest.approx(alone["curve"][1]["train_loss"], rel=1e-5)
+    assert found["curve"][1]["loss"] == pytest.approx(alone["curve"][1]["loss"], rel=1e-5)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(place):
+    directory = place("odd")
+    said = Launched(directory, "--recover-steps", "2", "--batch", "3").end()
+    assert "2 processes cannot share 3 rows" in said and "Give a --batch that 2 divides" in said
+    assert not (directory / "run-0" / "recover").exists()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_when_one_fails_the_other_ends(place, failing):
+    """The weights of one are damaged: it ends with an error, and mlx.launch ends the one that waits for it."""
+    directory = place("damaged")
+    (directory / f"run-{failing}" / "prune" / "model" / "config.json").write_text("{}")
+    said = Launched(directory, *ASKED).end()
+    assert f"rank {failing} exited with code 1" in said and not (directory / "run-0" / "recover").exists()
+    assert "internal error" not in said
