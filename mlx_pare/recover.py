@@ -19,7 +19,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from . import console, divergence, on_policy, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, replace_file
@@ -115,16 +114,15 @@ class _Job:
         """Train the whole of it; what came of that is a candidate."""
         options = self.options
         guide, states = self._teach(places) if options.on_policy < 1 else (None, [])
-        model = resident(self.candidates.get("local", self.student), options.method)
-        _, weights = ranks.from_first({}, dict(tree_flatten(model.parameters())))
-        model.update(tree_unflatten(list(weights.items())))
+        start = self.candidates.get("local", self.student)
+        model = resident(start, options.method)
         mx.random.seed(options.seed)  # the same adapters, whatever was drawn so far, in every process
         prepare(model, options.method, options.rank, options.scale, options.grad_checkpoint)
         trainer = self._trainer(model, guide, states, places)
         trainer.run()
         if trainer.best_step and trainer.rank == 0:
             place = partial_directory(self.work / "trained")
-            rewrite.write(Checkpoint(self.student), merged(model, trainer.best), place)
+            rewrite.write(Checkpoint(start), merged(model, trainer.best), place)  # what was not trained stays healed
             self.candidates["trained"] = place
         return {"curve": trainer.curve, "best_step": trainer.best_step, "domains": trainer.sampler.weights}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from . import lm
+from . import lm, ranks
 from .checkpoint import Checkpoint
 from .quantized import Packed
 from .rescaled import Rescaled, rescale
@@ -16,8 +16,13 @@ from .rescaled import Rescaled, rescale
 
 def resident(path: Path, method: str) -> nn.Module:
     """A model to train, in memory. float32 where all weights move (half precision would lose Adam's small steps) and on
-    the CPU backend; under adapters elsewhere as stored. Packed matrices stay packed when their scales are trained."""
+    the CPU backend; under adapters elsewhere as stored. Packed matrices stay packed when their scales are trained.
+
+    Of several processes (mlx.launch) all have the weights of the first, which may have healed them before.
+    """
     model = lm.load(path)
+    _, weights = ranks.from_first({}, dict(tree_flatten(model.parameters())))
+    model.update(tree_unflatten(list(weights.items())))
     if method == "norms":
         rescale(model)
     if lm.cpu_backend() or method == "full":

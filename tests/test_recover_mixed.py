@@ -1,0 +1,81 @@
+"""What recovery must not mix up: the healed weights with the cut ones, one call's leavings with another's, half
+precision with what is trained."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_pare import corpus, lm
+from mlx_pare.calibrate import calibrate
+from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.corpus import Rows
+from mlx_pare.errors import Refused
+from mlx_pare.plan import Options as PlanOptions
+from mlx_pare.plan import plan
+from mlx_pare.prune import prune
+from mlx_pare.recover import recover
+from mlx_pare.recover_options import Options, required_bytes
+from mlx_pare.score import score
+from mlx_pare.student import merged, prepare, resident
+from mlx_pare.teacher import held_bytes
+from mlx_pare.training import ClippedAdamW
+
+recovering = importlib.import_module("mlx_pare.recover")  # mlx_pare.recover itself is the function
+student_module = importlib.import_module("mlx_pare.student")
+DEMO = Path(corpus.__file__).parent / "demo"
+OPTIONS = Options(steps=2, batch=4, reports=1, learning_rate=1e-4)
+
+
+@pytest.fixture(scope="session")
+def texts(pico_models) -> tuple[Rows, Rows]:
+    tok = lm.tokenizer(pico_models("llama"))
+    return tuple(
+        corpus.windows(tok, corpus.read(DEMO / f"{name}.txt"), 24, count, 0)
+        for name, count in (("calibration", 16), ("test", 6))
+    )
+
+
+@pytest.fixture(scope="session")
+def cut(pico_models, tmp_path_factory, texts) -> Callable[..., tuple[Path, Path]]:
+    """``cut(family, packed) -> (pruned, original)``: keeps 0.6 by magnitude."""
+    made: dict[tuple, tuple[Path, Path]] = {}
+
+    def pruned(family: str = "llama", packed: tuple[int, int] | None = None) -> tuple[Path, Path]:
+        if (family, packed) not in made:
+            model, work = pico_models(family, packed), tmp_path_factory.mktemp("cut")
+            scores = score(model, calibrate(model, texts[0], work / "stats"), work / "scores.safetensors", "magnitude")
+            prune(model, plan(model, scores, PlanOptions(keep=0.6)), work / "model")
+            made[family, packed] = work / "model", model
+        return made[family, packed]
+
+    return pruned
+
+
+@pytest.mark.parametrize(("family", "packed"), [("llama", None), ("qwen2", (4, 32))], ids=str)
+def test_training_of_norms_goes_on_from_what_was_healed_before(cut, texts, tmp_path, family, packed):
+    """Block by block all weights are healed, biases too: what is written after training norms alone holds them."""
+    asked = replace(OPTIONS, method="norms", local_steps=20)
+    found = recover(*cut(family, packed), *texts, tmp_path / "out", asked)
+    assert found["kl"]["local"] < found["kl"]["pruned"] and found["best_step"] > 0
+    assert found["kl"]["trained"] == pytest.approx(found["kl_unmerged"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["norms", "full"])
+def test_every_process_has_all_weights_of_the_first(cut, texts, tmp_path, monkeypatch, method):
+    """The codes too, which are no parameters any more once their scales are what is trained."""
+    pruned, original = cut("llama", (4, 32))
+    recover(pruned, original, *texts, tmp_path / "healed", replace(OPTIONS, steps=0, local_steps=20))
+    tokens = mx.array(texts[1].tokens)
+    expected = resident(tmp_path / "healed", method)(tokens)
+    first = dict(tree_flatten(lm.load(tmp_path / "healed").parameters()))
+    monkeypatch.setattr(student_module.ranks, "from_first", lambda about, arrays: (about, first))
+    assert mx.array_equal(resident(pruned, method)(tokens), expected)
+    assert not mx.allclose(expected, lm.dequantized(lm.load(pruned))(tokens), atol=1e-2)
