@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, on_policy, ranks, rewrite, stream, targets, teacher
+from . import console, divergence, local, on_policy, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, replace_file
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
@@ -28,7 +28,7 @@ from .domains import Domains, Sampler
 from .errors import Refused, UsageError
 from .objective import Taps, loss_of
 from .recover_options import LOCAL, RATES, Options, check_memory
-from .shards import finish, partial_directory
+from .shards import finish, partial_directory, remove
 from .student import merged, prepare, resident
 from .training import Diverged, Trainer
 
@@ -66,11 +66,11 @@ def recover(
     try:
         summary = job.run()
     except Diverged:
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
         raise
     if ranks.this()[0] == 0:
         _keep_the_best(job, summary, out)
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
     return summary
 
 
@@ -131,16 +131,23 @@ class _Job:
         options, place, note = self.options, self.work / "local", self.work / "local.json"
         if not options.local_steps or ranks.this()[0]:  # the others get the weights sent
             return None
+        how = local.Options(LOCAL[options.method], options.local_steps, options.batch, seed=options.seed)
+        of = {**self.about(), "options": asdict(how)}
+        if note.exists() and read_json(note, "local recovery")["of"] != of:
+            raise Refused(f"{self.work} was begun with other models, rows or options", "remove it to begin anew")
         if not (place.exists() and note.exists()):
-            from . import local
-
             shutil.rmtree(place, ignore_errors=True)
-            how = local.Options(LOCAL[options.method], options.local_steps, options.batch, seed=options.seed)
             rows = self.train.rows, self.validation.rows
             done = local.local(self.student, self.original, *rows, place, how, self.memory_cap)
-            replace_file(note, dump_json(done))
+            replace_file(note, dump_json({"of": of, "done": done}))
         self.candidates["local"] = place
-        return read_json(note, "local recovery")
+        return read_json(note, "local recovery")["done"]
+
+    def about(self) -> dict[str, str]:
+        """What is healed on what: leavings of anything else are refused."""
+        found = {"student": self.candidates.get("local", self.student), "teacher": self.original}
+        rows = {"rows": self.train.digest(), "validation": self.validation.digest()}
+        return {name: Checkpoint(path).identity() for name, path in found.items()} | rows
 
     def _places(self) -> teacher.Places | None:
         """Where hidden states are matched: nowhere unless it was asked for or layers were cut, or the student's units
@@ -198,9 +205,8 @@ class _Job:
         def mix(losses: dict[str, float]) -> None:
             sampler.reweight(losses, dict.fromkeys(losses, 0.0))  # the teacher's own divergence is 0 everywhere
 
-        about = {"student": Checkpoint(self.candidates.get("local", self.student)).identity()}
-        about |= {"teacher": Checkpoint(self.original).identity(), "rows": rows.digest(), "options": asdict(options)}
-        about, _ = ranks.from_first(about)  # the first alone has the locally healed student, or dates of its own
+        # the first alone has the locally healed student, or dates of its own
+        about, _ = ranks.from_first(self.about() | {"options": asdict(options)})
         writer = self._writer(model, guide, states, places) if options.on_policy else None
         return Trainer(
             model,

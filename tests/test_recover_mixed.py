@@ -79,3 +79,49 @@ def test_every_process_has_all_weights_of_the_first(cut, texts, tmp_path, monkey
     monkeypatch.setattr(student_module.ranks, "from_first", lambda about, arrays: (about, first))
     assert mx.array_equal(resident(pruned, method)(tokens), expected)
     assert not mx.allclose(expected, lm.dequantized(lm.load(pruned))(tokens), atol=1e-2)
+
+
+class Killed(BaseException):
+    """In the place of a signal."""
+
+
+def killing(*_, **__):
+    raise Killed
+
+
+@pytest.mark.parametrize("change", [{"local_steps": 3}, {"seed": 1}, {"method": "full"}], ids=str)
+def test_leavings_of_other_options_are_refused(cut, texts, tmp_path, monkeypatch, change):
+    """Killed after the blocks were healed, and called again with something else to heal them by."""
+    options = replace(OPTIONS, local_steps=2)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(recovering, "resident", killing)
+        recover(*cut(), *texts, tmp_path / "out", options)
+    with pytest.raises(Refused, match="begun with other models, rows or options"):
+        recover(*cut(), *texts, tmp_path / "out", replace(options, **change))
+
+
+def test_leavings_of_other_rows_are_refused(cut, texts, tmp_path, monkeypatch):
+    """Those that choose the best state count as well."""
+    train, validation = texts
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(recovering._Job, "kl", killing)
+        recover(*cut(), train, validation, tmp_path / "out", OPTIONS)
+    with pytest.raises(Refused, match="another training"):
+        recover(*cut(), train, validation.first(5), tmp_path / "out", OPTIONS)
+
+
+def test_killed_while_it_tidies_up(cut, texts, tmp_path, monkeypatch):
+    """The best state is deleted, the note of the training not yet: the next call begins anew, and ends the same."""
+    whole = recover(*cut(), *texts, tmp_path / "whole", OPTIONS)
+
+    def some(directory: Path, **_) -> None:
+        for file in Path(directory).rglob("best-*"):
+            file.unlink()
+        if list(Path(directory).rglob("state-*")):
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(recovering.shutil, "rmtree", some)
+        recover(*cut(), *texts, tmp_path / "first", OPTIONS, work=tmp_path / "work")
+    again = recover(*cut(), *texts, tmp_path / "again", OPTIONS, work=tmp_path / "work")
+    assert again == whole and sorted(f.name for f in tmp_path.iterdir()) == ["again", "first", "whole"]
