@@ -40,7 +40,7 @@ def prepare(model: nn.Module, method: str, rank: int, scale: float, grad_checkpo
         if method == "full":
             block.unfreeze()
         if method == "norms":
-            block.apply_to_modules(lambda _, m: m.unfreeze(recurse=False) if gains(m) else None)
+            block.apply_to_modules(lambda _, m: train_gains(m) if gains(m) else None)
     if grad_checkpoint:
         lm.each_block(model, lm.checkpointed)
 
@@ -60,6 +60,27 @@ def trained_values(student: Checkpoint, method: str, rank: int) -> int:
 def gains(module: nn.Module) -> bool:
     """Whether a module is a norm, or a packed matrix with gains."""
     return isinstance(module, Rescaled) or "Norm" in type(module).__name__
+
+
+def train_gains(module: nn.Module) -> None:
+    """Train a norm, or the gains of a packed matrix, in float32: a step of Adam on a number near 1 is less than half
+    precision can tell. A norm still computes in the dtype of what goes through it."""
+    module.unfreeze(recurse=False)
+    half = {n: a for n, a in module.items() if isinstance(a, mx.array) and a.dtype in (mx.float16, mx.bfloat16)}
+    if not half or isinstance(module, Rescaled):
+        return
+    module.update({name: array.astype(mx.float32) for name, array in half.items()})
+    cls = type(module)
+
+    def call(norm: nn.Module, x: mx.array) -> mx.array:
+        held = {name: norm[name] for name in half}
+        norm.update({name: array.astype(x.dtype) for name, array in held.items()})
+        try:
+            return cls.__call__(norm, x)
+        finally:
+            norm.update(held)
+
+    module.__class__ = type(cls.__name__, (cls,), {"__call__": call})
 
 
 def merged(model: nn.Module, best: dict[str, mx.array]) -> dict[str, Packed | mx.array]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_pare import corpus, lm
+from mlx_pare import corpus, lm, planning, steps
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
@@ -24,8 +24,10 @@ from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options, required_bytes
 from mlx_pare.score import score
+from mlx_pare.steps import Settings
 from mlx_pare.student import merged, prepare, resident
 from mlx_pare.teacher import held_bytes
+from mlx_pare.texts import Texts
 from mlx_pare.training import ClippedAdamW
 
 recovering = importlib.import_module("mlx_pare.recover")  # mlx_pare.recover itself is the function
@@ -125,3 +127,42 @@ def test_killed_while_it_tidies_up(cut, texts, tmp_path, monkeypatch):
         recover(*cut(), *texts, tmp_path / "first", OPTIONS, work=tmp_path / "work")
     again = recover(*cut(), *texts, tmp_path / "again", OPTIONS, work=tmp_path / "work")
     assert again == whole and sorted(f.name for f in tmp_path.iterdir()) == ["again", "first", "whole"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_norms_of_half_precision_move(pico_models, texts, family, dtype):
+    """As on Metal, where models stay as they are stored: a step of 3e-4 near 1 would round to nothing."""
+    model, tokens, rate = lm.load(pico_models(family, dtype=dtype)), mx.array(texts[1].tokens), 3e-4
+    before = model(tokens)
+    prepare(model, "norms", 1, 1.0)
+    after = model(tokens)
+    assert after.dtype == dtype and mx.array_equal(before, after)
+    gains = dict(tree_flatten(model.trainable_parameters()))
+    assert gains and all(gain.dtype == mx.float32 for gain in gains.values())
+    optimizer = ClippedAdamW(rate, 0.0)
+    for _ in range(10):
+        optimizer.update(model, tree_unflatten([(name, mx.ones_like(gain)) for name, gain in gains.items()]))
+    moved = sum(rate * (1 - 0.9**t) / (1 - 0.999**t) ** 0.5 for t in range(1, 11))  # Adam as MLX has it, gradients of 1
+    for name, gain in tree_flatten(model.trainable_parameters()):
+        np.testing.assert_allclose(np.array(gains[name] - gain), moved, rtol=1e-3)
+    assert not mx.array_equal(model(tokens), after)
+
+
+def test_what_is_healed_is_not_healed_again(pico_models, tmp_path, monkeypatch):
+    """Killed, or stopped by the check, between the training and the record of it: a night's work stays."""
+    asked = Settings(
+        keep=0.7, length=24, samples=8, criterion="minitron", reconstruct=False, recover_steps=2, learning_rate=1e-4
+    )
+    model = pico_models("llama")
+    texts = Texts(model, asked)
+    with steps.open_run(model, tmp_path / "run") as run:
+        for step in (steps.calibrate_step, lambda r, t, s: steps.score_step(r, s), planning.plan_step):
+            step(run, texts, asked)
+        steps.prune_step(run, False)
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(steps, "_gate", killing)
+            steps.recover_step(run, texts, asked)
+        monkeypatch.setattr(steps, "recover", killing)
+        assert Checkpoint(steps.recover_step(run, texts, asked)).nbytes() and "recover" in run.manifest.steps
+        assert {"recovery.json", "check.json"} <= {f.name for f in run.directory("recover").iterdir()}
