@@ -170,7 +170,8 @@ class _Job:
         rows, options = self.train.rows, self.options
         watched = teacher.Watched(places.teacher, places.kept) if places else None
         if options.top is None or watched:
-            held = teacher.held_bytes(Checkpoint(self.original), rows, len(places.own) if places else 0)
+            matched = len(places.own) if places else 0
+            held = teacher.held_bytes(Checkpoint(self.original), rows, matched, options.top is None)
             stream.check_memory(Checkpoint(self.original), rows, self.memory_cap, held, "; or --targets 64")
             streamed = stream.walk(self.original, rows, watched, what="teacher: block")
         states = [watched.states[layer] for layer in places.teacher] if watched else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -83,10 +85,11 @@ def train_gains(module: nn.Module) -> None:
     module.__class__ = type(cls.__name__, (cls,), {"__call__": call})
 
 
-def merged(model: nn.Module, best: dict[str, mx.array]) -> dict[str, Packed | mx.array]:
-    """The trained tensors of a model in its best state, by name: adapters are folded into dense weights; a matrix whose
-    scales were trained is packed."""
-    found = {f"{name}.weight": m.stored() for name, m in model.named_modules() if isinstance(m, Rescaled)}
-    changed = {name.replace(".lora_a", ".weight") for name in best if not name.endswith((".lora_b", ".m", "_gain"))}
-    model = lm.merge_lora(model)
-    return {**found, **{name: array for name, array in tree_flatten(model.parameters()) if name in changed}}
+def merged(model: nn.Module, best: dict[str, mx.array]) -> dict[str, Callable[[], Packed | mx.array]]:
+    """What makes the trained tensors of a model in its best state, by name: adapters are folded into dense weights; a
+    matrix whose scales were trained is packed. One at a time: dense, a packed model may be larger than the memory."""
+    adapted = ((name, m) for name, m in model.named_modules() if hasattr(m, "fuse"))
+    found: dict[str, Callable] = {f"{name}.weight": partial(lm.fused, module) for name, module in adapted}
+    found |= {f"{name}.weight": m.stored for name, m in model.named_modules() if isinstance(m, Rescaled)}
+    plain = [name for name in best if not name.endswith((".lora_a", ".lora_b", ".m", "_gain"))]
+    return found | {name: partial(best.__getitem__, name) for name in plain}

@@ -166,3 +166,41 @@ def test_what_is_healed_is_not_healed_again(pico_models, tmp_path, monkeypatch):
         monkeypatch.setattr(steps, "recover", killing)
         assert Checkpoint(steps.recover_step(run, texts, asked)).nbytes() and "recover" in run.manifest.steps
         assert {"recovery.json", "check.json"} <= {f.name for f in run.directory("recover").iterdir()}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-untied"])
+@pytest.mark.parametrize("packed", [None, (4, 32)], ids=str)
+def test_the_head_of_the_teacher_stays_too(pico_models, texts, family, packed):
+    """With the final states, of which it makes the logits; targets on disk need neither."""
+    teacher, rows = Checkpoint(pico_models(family, packed)), texts[0]
+    states = rows.tokens.size * teacher.arch.sizes["hidden"] * 4
+    name = "model.embed_tokens." if family == "llama" else "lm_head."
+    head = sum(e.nbytes for n, e in teacher.entries.items() if n.startswith(name))
+    assert head and held_bytes(teacher, rows, 2) == 3 * states + head
+    assert held_bytes(teacher, rows, 2, whole=False) == 2 * states
+
+
+def test_gradients_that_are_accumulated_are_counted(cut, texts):
+    pair = [Checkpoint(m) for m in cut()]
+    once, twice = (required_bytes(*pair, *texts, replace(OPTIONS, method="full", accumulate=n)) for n in (1, 2))
+    assert twice - once == 4 * sum(e.nbytes // 4 for n, e in pair[0].entries.items() if ".layers." in n)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_adapters_are_merged_one_at_a_time(cut, method):
+    """All at once a packed model would be there a second time, dense: on a small Mac the night's work would be lost."""
+    model = resident(cut()[0], method)
+    prepare(model, method, 4, 1.0)
+    mx.eval(model.parameters())
+    best = dict(tree_flatten(model.trainable_parameters()))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    made = merged(model, best)
+    sizes = []
+    for make in made.values():
+        matrix = make()
+        mx.eval(matrix)
+        sizes.append(matrix.nbytes)
+        del matrix
+    assert len(made) == len([name for name in best if name.endswith(".lora_a")])
+    assert mx.get_peak_memory() - before < 6 * max(sizes) < sum(sizes)
