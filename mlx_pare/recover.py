@@ -27,7 +27,7 @@ from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
 from .objective import Taps, loss_of
-from .recover_options import LOCAL, RATES, Options, check_memory
+from .recover_options import RATES, Options, check_memory
 from .shards import finish, partial_directory, remove
 from .student import merged, prepare, resident
 from .training import Diverged, Trainer
@@ -131,14 +131,13 @@ class _Job:
         options, place, note = self.options, self.work / "local", self.work / "local.json"
         if not options.local_steps or ranks.this()[0]:  # the others get the weights sent
             return None
-        how = local.Options(LOCAL[options.method], options.local_steps, options.batch, seed=options.seed)
-        of = {**self.about(), "options": asdict(how)}
+        of = {**self.about(), "options": asdict(options.blocks)}
         if note.exists() and read_json(note, "local recovery")["of"] != of:
             raise Refused(f"{self.work} was begun with other models, rows or options", "remove it to begin anew")
         if not (place.exists() and note.exists()):
             shutil.rmtree(place, ignore_errors=True)
             rows = self.train.rows, self.validation.rows
-            done = local.local(self.student, self.original, *rows, place, how, self.memory_cap)
+            done = local.local(self.student, self.original, *rows, place, options.blocks, self.memory_cap)
             replace_file(note, dump_json({"of": of, "done": done}))
         self.candidates["local"] = place
         return read_json(note, "local recovery")["done"]

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_pare import corpus, lm, planning, steps
+from mlx_pare import corpus, lm, pipeline, planning, steps
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import Refused
+from mlx_pare.errors import Refused, UsageError
 from mlx_pare.plan import Options as PlanOptions
 from mlx_pare.plan import plan
 from mlx_pare.prune import prune
@@ -204,3 +204,16 @@ def test_adapters_are_merged_one_at_a_time(cut, method):
         del matrix
     assert len(made) == len([name for name in best if name.endswith(".lora_a")])
     assert mx.get_peak_memory() - before < 6 * max(sizes) < sum(sizes)
+
+
+def test_what_cannot_be_healed_block_by_block_is_said_first(pico_models):
+    """Not after everything else is done: a cut hidden size, a teacher of another, memory."""
+    model, asked = pico_models("llama"), Settings(keep=0.75, length=32, samples=8, local_steps=3, reconstruct=False)
+    pipeline.preflight(model, asked)
+    with pytest.raises(UsageError, match="block by block") as found:
+        pipeline.preflight(model, replace(asked, axes=("ffn", "hidden")))
+    assert "leave hidden out of --axes" in found.value.cure
+    with pytest.raises(UsageError, match="block by block"):
+        pipeline.preflight(model, replace(asked, teacher=str(pico_models("llama", hidden_size=32))))
+    with pytest.raises(Refused, match="--memory-cap allows"):
+        pipeline.preflight(model, replace(asked, recover_steps=0, memory_cap=1000))
