@@ -4,6 +4,7 @@ precision with what is trained."""
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_pare import corpus, lm, pipeline, planning, steps
+from mlx_pare import cli, cli_steps, corpus, lm, pipeline, planning, steps
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
@@ -22,7 +23,7 @@ from mlx_pare.plan import Options as PlanOptions
 from mlx_pare.plan import plan
 from mlx_pare.prune import prune
 from mlx_pare.recover import recover
-from mlx_pare.recover_options import Options, required_bytes
+from mlx_pare.recover_options import Options, required_bytes, savings
 from mlx_pare.score import score
 from mlx_pare.steps import Settings
 from mlx_pare.student import merged, prepare, resident
@@ -217,3 +218,11 @@ def test_what_cannot_be_healed_block_by_block_is_said_first(pico_models):
         pipeline.preflight(model, replace(asked, teacher=str(pico_models("llama", hidden_size=32))))
     with pytest.raises(Refused, match="--memory-cap allows"):
         pipeline.preflight(model, replace(asked, recover_steps=0, memory_cap=1000))
+
+
+def test_every_command_has_the_options_that_a_refusal_names():
+    """What would take less memory can be asked of `run` as of `recover`."""
+    named = {f.split()[0] for flags, _ in savings(OPTIONS) for f in flags.split("--")[1:]}
+    assert named == {"grad-checkpoint", "batch", "accumulate", "targets"}
+    for command in (cli.run_command, cli_steps.recover_command):
+        assert {name.replace("-", "_") for name in named} <= set(inspect.signature(command).parameters)
