@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_pare import cli, cli_steps, corpus, lm, pipeline, planning, steps
+from mlx_pare import cli, cli_steps, corpus, lm, pipeline, planning, rescaled, steps
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
@@ -226,3 +227,17 @@ def test_every_command_has_the_options_that_a_refusal_names():
     assert named == {"grad-checkpoint", "batch", "accumulate", "targets"}
     for command in (cli.run_command, cli_steps.recover_command):
         assert {name.replace("-", "_") for name in named} <= set(inspect.signature(command).parameters)
+
+
+def test_what_is_no_parameter_is_read_at_once(pico_models, monkeypatch):
+    """As on Metal, where the packed matrix itself is used: a compiled step makes what is not there yet every time."""
+    monkeypatch.setattr(rescaled.lm, "cpu_backend", lambda: False)
+    block = lm.blocks(lm.load(pico_models("llama", (4, 32))))[0]
+    layer = rescaled.Rescaled(block.mlp.up_proj)
+    for array in (layer._packed.words, layer._packed.scales, layer._packed.biases):
+        drawn = io.StringIO()
+        mx.export_to_dot(drawn, array)
+        assert "Load" not in drawn.getvalue() and "AsType" not in drawn.getvalue()
+    drawn = io.StringIO()
+    mx.export_to_dot(drawn, block.mlp.down_proj.weight)
+    assert "Load" in drawn.getvalue()
