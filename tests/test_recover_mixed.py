@@ -19,7 +19,7 @@ from mlx_pare import cli, cli_steps, corpus, lm, pipeline, planning, rescaled, s
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import Refused, UsageError
+from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.plan import Options as PlanOptions
 from mlx_pare.plan import plan
 from mlx_pare.prune import prune
@@ -241,3 +241,23 @@ def test_what_is_no_parameter_is_read_at_once(pico_models, monkeypatch):
     drawn = io.StringIO()
     mx.export_to_dot(drawn, block.mlp.down_proj.weight)
     assert "Load" in drawn.getvalue()
+
+
+def test_another_text_may_not_hold_what_the_run_is_tested_on(pico_models, tmp_path):
+    """The same paragraphs, two to a file: they are divided otherwise."""
+    paragraphs = [
+        f"Paragraph {n} tells of the {n} ships that left the harbour on a grey morning in spring." for n in range(80)
+    ]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
+    (tmp_path / "b").mkdir()
+    for n in range(0, 80, 2):
+        (tmp_path / "b" / f"{n}.txt").write_text("\n\n".join(paragraphs[n : n + 2]))
+    run, same, other = (
+        Texts(pico_models("llama"), Settings(data=[str(tmp_path / name)], length=16))
+        for name in ("a.txt", "a.txt", "b")
+    )
+    same.apart_from(run)
+    with pytest.raises(PareError, match="share the paragraph"):
+        other.apart_from(run)
+    mine = {p for d in other.documents["calibration"].values() for t in d for p in t.split("\n") if p}
+    assert mine & {p for d in run.documents["test"].values() for t in d for p in t.split("\n") if p}
