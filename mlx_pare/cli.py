@@ -17,8 +17,10 @@ import typer
 from . import console, show
 from .errors import Refused
 from .options import (
+    Accumulate,
     AnyModel,
     Axes,
+    Batch,
     Bits,
     Cap,
     ChooseBits,
@@ -29,6 +31,7 @@ from .options import (
     Field,
     For,
     Gguf,
+    GradCheckpoint,
     GroupSize,
     Keep,
     LayersBy,
@@ -163,6 +166,9 @@ def run_command(
     local_steps: LocalSteps = 0,
     targets: Targets = "full",
     patience: Patience = 0,
+    batch: Batch = 4,
+    accumulate: Accumulate = 1,
+    grad_checkpoint: GradCheckpoint = False,
     gguf: Gguf = None,
     trials: Annotated[int, typer.Option(min=0, help="Rounds of the speed measurement; 0: none.")] = 5,
     min_quality: Annotated[
@@ -179,8 +185,8 @@ def run_command(
         test_data=test_data, field=field, samples=samples, length=length, bits=bits, group_size=group_size, step=step,
         protect=not no_protect, widths=widths, layers_by=layers_by, tries=tries, choose_bits=choose_bits,
         recover_steps=recover_steps, method=method, learning_rate=learning_rate, local_steps=local_steps,
-        targets=targets, patience=patience, gguf=gguf, trials=trials,
-        min_quality=min_quality, memory_cap=memory_cap, seed=seed,
+        targets=targets, patience=patience, batch=batch, accumulate=accumulate, grad_checkpoint=grad_checkpoint,
+        gguf=gguf, trials=trials, min_quality=min_quality, memory_cap=memory_cap, seed=seed,
     )  # fmt: skip
     return _run(model, out, settings, dry_run)
 

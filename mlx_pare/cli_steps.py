@@ -275,7 +275,10 @@ def recover_command(
             length=before.get("length", 512), memory_cap=memory_cap, seed=seed,
             field=field or (None if data else before.get("field")),
         )  # fmt: skip
-        model = steps.recover_step(opened, steps.Texts(opened.model, s), s)
+        texts = steps.Texts(opened.model, s)
+        if data:
+            texts.apart_from(steps.Texts(opened.model, settings_of(**steps.of_calibration(opened))))
+        model = steps.recover_step(opened, texts, s)
     console.say(f"model: {model}")
     return {"model": str(model)}
 

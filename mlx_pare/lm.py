@@ -182,14 +182,9 @@ def add_lora(model: nn.Module, rank: int, scale: float, dora: bool = False) -> N
     linear_to_lora_layers(model, len(blocks(model)), {"rank": rank, "scale": scale, "dropout": 0.0}, use_dora=dora)
 
 
-def merge_lora(model: nn.Module) -> nn.Module:
-    """Fold the adapters into their (dense) weights."""
-    from mlx.utils import tree_unflatten
-
-    fused = [(name, m.fuse(dequantize=True)) for name, m in model.named_modules() if hasattr(m, "fuse")]
-    if fused:
-        model.update_modules(tree_unflatten(fused))
-    return model
+def fused(module: nn.Module) -> mx.array:
+    """The dense weight [out, in] of a linear layer with its adapter folded in."""
+    return module.fuse(dequantize=True).weight
 
 
 def each_block(model: nn.Module, call: Callable[[Callable], Callable]) -> None:

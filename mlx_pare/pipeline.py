@@ -24,6 +24,7 @@ from .errors import PareError, Refused, UsageError
 from .export import FILE_TYPES
 from .fit import macs
 from .layering import layers_by_of
+from .local import check_memory as check_local
 from .plan import shape, whole
 from .reconstruct import check_memory as check_reconstruction
 from .reconstruct import costs as reconstruction_costs
@@ -155,10 +156,23 @@ def preflight(model: Path, s: Settings) -> None:
         check_reconstruction(Checkpoint(model), rows, s.memory_cap)
     options = s.recover_options()
     options.check()
+    if s.recovers:
+        _recoverable(Checkpoint(model), Checkpoint(s.teacher or model), s)
+
+
+def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
+    """Raises UsageError where blocks cannot be healed by themselves, Refused for what cannot fit in memory."""
+    train, validation = (corpus.Rows.full(np.zeros((count, s.length))) for count in (TRAINING_ROWS, VALIDATION_ROWS))
+    options = s.recover_options()
+    if s.local_steps:
+        if "hidden" in s.axes or model.arch.sizes["hidden"] != teacher.arch.sizes["hidden"]:
+            raise UsageError(
+                "--local-steps heals block by block, where original and result have the same hidden size",
+                "use --local-steps 0" + (", or leave hidden out of --axes" if "hidden" in s.axes else ""),
+            )
+        check_local(model, teacher, train.joined(validation), options.blocks, s.memory_cap)
     if s.recover_steps > 0:
-        counts = (TRAINING_ROWS, VALIDATION_ROWS)
-        rows = [corpus.Rows.full(np.zeros((count, s.length))) for count in counts]
-        check_recovery(Checkpoint(model), Checkpoint(s.teacher or model), *rows, options, s.memory_cap)
+        check_recovery(model, teacher, train, validation, options, s.memory_cap)
 
 
 def affordable(model: Path, s: Settings) -> Settings:

@@ -19,17 +19,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
-from . import console, divergence, on_policy, ranks, rewrite, stream, targets, teacher
+from . import console, divergence, local, on_policy, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, replace_file
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
 from .objective import Taps, loss_of
-from .recover_options import LOCAL, RATES, Options, check_memory
-from .shards import finish, partial_directory
+from .recover_options import RATES, Options, check_memory
+from .shards import finish, partial_directory, remove
 from .student import merged, prepare, resident
 from .training import Diverged, Trainer
 
@@ -67,11 +66,11 @@ def recover(
     try:
         summary = job.run()
     except Diverged:
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
         raise
     if ranks.this()[0] == 0:
         _keep_the_best(job, summary, out)
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
     return summary
 
 
@@ -118,16 +117,15 @@ class _Job:
         """Train the whole of it; what came of that is a candidate."""
         options = self.options
         guide, states = self._teach(places) if options.on_policy < 1 else (None, [])
-        model = resident(self.candidates.get("local", self.student), options.method)
-        _, weights = ranks.from_first({}, dict(tree_flatten(model.parameters())))
-        model.update(tree_unflatten(list(weights.items())))
+        start = self.candidates.get("local", self.student)
+        model = resident(start, options.method)
         mx.random.seed(options.seed)  # the same adapters, whatever was drawn so far, in every process
         prepare(model, options.method, options.rank, options.scale, options.grad_checkpoint)
         trainer = self._trainer(model, guide, states, places)
         trainer.run()
         if trainer.best_step and trainer.rank == 0:
             place = partial_directory(self.work / "trained")
-            rewrite.write(Checkpoint(self.student), merged(model, trainer.best), place)
+            rewrite.write(Checkpoint(start), merged(model, trainer.best), place)  # what was not trained stays healed
             self.candidates["trained"] = place
         return {"curve": trainer.curve, "best_step": trainer.best_step, "domains": trainer.sampler.weights}
 
@@ -136,16 +134,22 @@ class _Job:
         options, place, note = self.options, self.work / "local", self.work / "local.json"
         if not options.local_steps or ranks.this()[0]:  # the others get the weights sent
             return None
+        of = {**self.about(), "options": asdict(options.blocks)}
+        if note.exists() and read_json(note, "local recovery")["of"] != of:
+            raise Refused(f"{self.work} was begun with other models, rows or options", "remove it to begin anew")
         if not (place.exists() and note.exists()):
-            from . import local
-
             shutil.rmtree(place, ignore_errors=True)
-            how = local.Options(LOCAL[options.method], options.local_steps, options.batch, seed=options.seed)
             rows = self.train.rows, self.validation.rows
-            done = local.local(self.student, self.original, *rows, place, how, self.memory_cap)
-            replace_file(note, dump_json(done))
+            done = local.local(self.student, self.original, *rows, place, options.blocks, self.memory_cap)
+            replace_file(note, dump_json({"of": of, "done": done}))
         self.candidates["local"] = place
-        return read_json(note, "local recovery")
+        return read_json(note, "local recovery")["done"]
+
+    def about(self) -> dict[str, str]:
+        """What is healed on what: leavings of anything else are refused."""
+        found = {"student": self.candidates.get("local", self.student), "teacher": self.original}
+        rows = {"rows": self.train.digest(), "validation": self.validation.digest()}
+        return {name: Checkpoint(path).identity() for name, path in found.items()} | rows
 
     def _places(self) -> teacher.Places | None:
         """Where hidden states are matched: nowhere unless it was asked for or layers were cut, or the student's units
@@ -168,7 +172,8 @@ class _Job:
         rows, options = self.train.rows, self.options
         watched = teacher.Watched(places.teacher, places.kept) if places else None
         if options.top is None or watched:
-            held = teacher.held_bytes(Checkpoint(self.original), rows, len(places.own) if places else 0)
+            matched = len(places.own) if places else 0
+            held = teacher.held_bytes(Checkpoint(self.original), rows, matched, options.top is None)
             stream.check_memory(Checkpoint(self.original), rows, self.memory_cap, held, "; or --targets 64")
             streamed = stream.walk(self.original, rows, watched, what="teacher: block")
         states = [watched.states[layer] for layer in places.teacher] if watched else []
@@ -203,9 +208,8 @@ class _Job:
         def mix(losses: dict[str, float]) -> None:
             sampler.reweight(losses, dict.fromkeys(losses, 0.0))  # the teacher's own divergence is 0 everywhere
 
-        about = {"student": Checkpoint(self.candidates.get("local", self.student)).identity()}
-        about |= {"teacher": Checkpoint(self.original).identity(), "rows": rows.digest(), "options": asdict(options)}
-        about, _ = ranks.from_first(about)  # the first alone has the locally healed student, or dates of its own
+        # the first alone has the locally healed student, or dates of its own
+        about, _ = ranks.from_first(self.about() | {"options": asdict(options)})
         writer = self._writer(model, guide, states, places) if options.on_policy else None
         return Trainer(
             model,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import console, lm, machine, on_policy, teacher
+from .block_training import Options as BlockOptions
 from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import Refused, UsageError
@@ -73,6 +74,11 @@ class Options:
         kind = self.kind or ("reverse" if self.on_policy else "forward")
         return Objective(kind, self.temperature, self.cross_entropy, self.match, self.match_weight)
 
+    @property
+    def blocks(self) -> BlockOptions:
+        """How the blocks are healed beforehand."""
+        return BlockOptions(LOCAL[self.method], self.local_steps, self.batch, seed=self.seed)
+
     def check(self) -> None:
         """Raises UsageError for what there is not."""
         if self.method not in METHODS:
@@ -91,7 +97,8 @@ def required_bytes(
     """Student, gradients and optimizer, the teacher's hidden states (at ``matched`` places too), and what comes in
     turn: logits and activations of a batch; where the student writes rows, sampling, and the teacher's walk.
 
-    Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more.
+    Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more,
+    gradients that are accumulated another.
     """
     value = 4 if lm.cpu_backend() or options.method == "full" else 2
     arch = student.arch
@@ -106,14 +113,15 @@ def required_bytes(
     vocab = arch.sizes["vocab"]
     held = teacher.held_bytes(original, validation, 0)
     if options.on_policy < 1:
-        held += teacher.held_bytes(original, train, matched - (options.top is not None))
+        held += teacher.held_bytes(original, train, matched, options.top is None)
     work = 5 * tokens * vocab * 4 + activations
     if options.on_policy:
         drawn = options.course.segment * options.accumulate * min(options.batch, train.count)
         own = Rows.full(np.zeros((on_policy.written_rows(options.on_policy, drawn), length), np.int32))
         held += teacher.held_bytes(original, own, matched)
         work = max(work, on_policy.work_bytes(student, original, own, options.batch * on_policy.ROWS_AT_ONCE))
-    return weights + trained_values(student, options.method, options.rank) * 4 * 4 + held + work
+    copies = 4 + (options.accumulate > 1)
+    return weights + trained_values(student, options.method, options.rank) * 4 * copies + held + work
 
 
 def check_memory(

@@ -27,6 +27,8 @@ class Rescaled(nn.Module):
         self._dtype = inner.scales.dtype
         self._bias = inner.bias.astype(mx.float32) if "bias" in inner else None
         self._codes = None
+        # no parameters, so nobody else does: a compiled step would read them from the disk every time
+        mx.eval(self._packed.words, self._packed.scales, self._packed.biases)
         if lm.cpu_backend():
             whole = self._packed.dense().reshape(*self.scale_gain.shape, -1)
             self._codes = whole - self._packed.biases[..., None]

@@ -16,11 +16,12 @@ from .shards import Planned, ShardWriter, copy_tokenizer
 BESIDE = ("config.json", "survivors.json", "plan.json", "README.md")
 
 
-def write(checkpoint: Checkpoint, trained: Mapping[str, mx.array], directory: Path) -> None:
-    """The checkpoint with trained tensors (dense, by name) in place, packed the same way; the others byte for byte."""
+def write(checkpoint: Checkpoint, trained: Mapping[str, Callable[[], Packed | mx.array]], directory: Path) -> None:
+    """The checkpoint with trained tensors (made when it is their turn, by name) in place, packed the same way; the
+    others byte for byte."""
     write_stored(
         checkpoint,
-        lambda tensor: stored(checkpoint, tensor, trained[tensor.name]) if tensor.name in trained else None,
+        lambda tensor: stored(checkpoint, tensor, trained[tensor.name]()) if tensor.name in trained else None,
         directory,
     )
 

@@ -134,3 +134,12 @@ def finish(partial: Path, out: Path) -> None:
         finally:
             os.close(handle)
     os.rename(partial, out)
+
+
+def remove(directory: Path) -> None:
+    """Delete a directory that another call might go on from: killed on the way, nothing of it has its name any more."""
+    gone = directory.with_name(directory.name + ".gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    if directory.exists():
+        os.rename(directory, gone)
+        shutil.rmtree(gone)

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import console, lm, ranks
 from .amounts import parse_amount
-from .artifacts import Metrics, Plan, dump_json
+from .artifacts import Metrics, Plan, dump_json, replace_file
 from .bench import bench
 from .calibrate import calibrate
 from .check import check
@@ -244,14 +244,16 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
         return recover(pruned, teacher, *rows, directory / "model", options, s.memory_cap, place)
 
     def work(directory: Path) -> None:
-        shutil.rmtree(directory / "model", ignore_errors=True)
-        ranks.from_first({"train": True})
-        try:
-            done = heal(directory)
-        except Diverged:  # other options may be tried at once
-            shutil.rmtree(directory)
-            raise
-        (directory / "recovery.json").write_bytes(dump_json(done))
+        note = directory / "recovery.json"
+        ranks.from_first({"train": not note.exists()})
+        if not note.exists():  # else it was healed before, and something went wrong behind it
+            shutil.rmtree(directory / "model", ignore_errors=True)
+            try:
+                done = heal(directory)
+            except Diverged:  # other options may be tried at once
+                shutil.rmtree(directory)
+                raise
+            replace_file(note, dump_json(done))
         _gate(directory / "model", run.model, directory)
 
     inputs = {

@@ -45,6 +45,13 @@ class Texts:
         test = s.test_data or (None if s.data else DEMO / "test.txt")
         return domains.read_parts(self.specs, test and Path(test), self.tokenizer, s.field)
 
+    def apart_from(self, run: Texts) -> None:
+        """Raises PareError when these texts, read for a recovery alone, hold what the run is tested on, or when the
+        best state would be chosen by what the run was calibrated on: another text may be divided otherwise."""
+        own = {"training": self.documents["calibration"], "validation": self.documents["validation"]}
+        domains.forbid_overlap(own | {"run's test": run.documents["test"]})
+        domains.forbid_overlap({"validation": own["validation"], "run's calibration": run.documents["calibration"]})
+
     def mixed(self, part: str, count: int | None, seed: int | None = None) -> domains.Domains:
         """Rows of every domain of a part, ``count`` of them or all."""
         weights = {spec.name: spec.weight for spec in self.specs}

@@ -141,7 +141,7 @@ class Trainer:
 
         def report(info: dict) -> None:
             done = start + info["iteration"] // self.course.accumulate
-            self.train_loss, self.speed = info["train_loss"], info["tokens_per_second"]
+            self.train_loss = info["train_loss"]
             note = f"loss {info['train_loss']:.4f}, {info['tokens_per_second']:.0f} tok/s, "
             note += f"{console.gb(info['peak_memory'] * 1e9)}, validation {self.curve[-1]['loss']:.4f}"
             bar.advance(done - bar.done, note)
