@@ -126,8 +126,8 @@ class Clinic:
         return found.perplexity, found.kl_divergence
 
 
-def factors(clinic: Clinic, level: int) -> Iterator[str]:
-    """A line per choice."""
+def factors(clinic: Clinic, level: int, chosen: Sequence[str] | None = None) -> Iterator[str]:
+    """A line per choice: all, or those in whose names one of these words stands."""
     student, name = clinic.cut(level), clinic.subject.name
     (perplexity, kl) = clinic.measure(student)
     amount = f"{BASE['steps']} steps of {BATCH} x {WINDOW}"
@@ -135,6 +135,8 @@ def factors(clinic: Clinic, level: int) -> Iterator[str]:
     yield "| changed | perplexity | KL | seconds |"
     yield "|---|---|---|---|"
     for what, change in FACTORS.items():
+        if chosen and not any(word in what for word in chosen):
+            continue
         found = clinic.heal(
             f"{level}-{what.replace(' ', '-').replace(',', '')}", student, Options(**{**BASE, **change})
         )
@@ -258,6 +260,7 @@ def main() -> None:
     tables = ("factors", "best", "packed", "speed")
     parser.add_argument("--only", nargs="+", choices=tables, default=tables)
     parser.add_argument("--subjects", nargs="+", help="of the reference models only these")
+    parser.add_argument("--factors", nargs="+", help="only those with one of these words in their name")
     parser.add_argument("--levels", type=int, nargs="+", default=[25, 50], help="percent removed")
     parser.add_argument("--try", dest="tries", type=int, default=50, help="candidates with widths of their own")
     parser.add_argument("--work", type=Path, help="where to work; kept (default: a temporary directory)")
@@ -272,7 +275,7 @@ def main() -> None:
                 continue
             clinic = Clinic(Bench(subject, work, asked.tries), asked.reference)
             made = {
-                "factors": lambda c: factors(c, asked.levels[0]),
+                "factors": lambda c: factors(c, asked.levels[0], asked.factors),
                 "best": lambda c: best(c, asked.levels),
                 "packed": lambda c: packed(c, asked.levels[0]),
                 "speed": speed,
