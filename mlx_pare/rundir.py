@@ -191,8 +191,8 @@ class Run:
 
         ``editable``: people may change the outputs (plan.json); that is no damage. ``resumes``: ``work`` continues what
         it finds in the directory; the leavings of any other step that did not finish are thrown away.
-        Raises Refused, naming what changed, when the step was done (or, resuming, begun) with other parameters or
-        inputs.
+        Raises Refused, naming what changed, when the step was done (or, resuming, begun, something of it being there)
+        with other parameters or inputs.
         """
         asked = {"parameters": json.loads(json.dumps(dict(parameters), default=str)), "inputs": dict(inputs)}
         final, partial = self.path / name, self.path / f"{name}.partial"

@@ -309,6 +309,18 @@ def test_work_that_raises_leaves_its_partial_and_no_record(out, model):
     assert not (out / "score.partial").exists()
 
 
+def test_what_was_refused_at_once_commits_to_nothing(out, model):
+    """The cure of a refusal is often another parameter."""
+
+    def refusing(directory: Path) -> None:
+        raise Refused("too much", "ask for less")
+
+    with Run(out, model, "identity") as run:
+        with pytest.raises(Refused, match="too much"):
+            run.step("score", PARAMETERS, INPUTS, refusing, resumes=True)
+        assert run.step("score", PARAMETERS | {"keep": 1}, INPUTS, write(), resumes=True)
+
+
 def test_damaged_note_of_what_was_begun_is_an_error(out, model):
     with Run(out, model, "identity") as run:
         (out / "score.partial").mkdir()
