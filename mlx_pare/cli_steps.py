@@ -54,6 +54,7 @@ from .options import (
     TeacherModel,
     Temperature,
     TestData,
+    TrainRows,
     Tries,
     Widths,
     command,
@@ -230,6 +231,7 @@ def prune_command(run: RunDir, no_reconstruct: NoReconstruct = False) -> dict[st
 def recover_command(
     run: RunDir,
     recover_steps: Steps = 100,
+    train_rows: TrainRows = 512,
     method: Method = "lora",
     learning_rate: Rate = None,
     local_steps: LocalSteps = 0,
@@ -267,8 +269,8 @@ def recover_command(
     with steps.continue_run(run, locked=first) as opened:
         before = opened.recipe()
         s = settings_of(
-            recover_steps=recover_steps, method=method, learning_rate=learning_rate, local_steps=local_steps,
-            targets=targets, patience=patience, batch=batch, accumulate=accumulate, schedule=schedule, clip=clip,
+            recover_steps=recover_steps, train_rows=train_rows, method=method, learning_rate=learning_rate,
+            local_steps=local_steps, targets=targets, patience=patience, batch=batch, accumulate=accumulate, schedule=schedule, clip=clip,
             rank=rank, kind=loss, temperature=temperature, cross_entropy=cross_entropy, match=match,
             grad_checkpoint=grad_checkpoint, mix=mix, on_policy=on_policy, teacher=teacher,
             data=data or before.get("data"), test_data=test_data or before.get("test_data"),

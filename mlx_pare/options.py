@@ -142,6 +142,10 @@ Targets = Annotated[
         'many likeliest tokens and the mass of the rest, on disk, e.g. "64".'
     ),
 ]
+TrainRows = Annotated[
+    int,
+    typer.Option(min=1, help="Rows of the text that are trained on, at most: hidden states of all are in memory."),
+]
 Patience = Annotated[int, typer.Option(min=0, help="End when so many validations in a row brought nothing; 0: never.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows in memory at a time.")]
 Accumulate = Annotated[int, typer.Option(min=1, help="Batches that make one step.")]

@@ -34,7 +34,7 @@ from .report import metrics, reconstructed, report, verdict
 from .rundir import Run
 from .score import criterion
 from .steps import Settings
-from .texts import TRAINING_ROWS, VALIDATION_ROWS, Texts
+from .texts import VALIDATION_ROWS, Texts
 
 # Operations to choose and solve one matrix: an ffn of 16384 that is solved by its Gram matrix, minutes on two cores.
 AFFORDABLE = 1.5e13
@@ -162,7 +162,7 @@ def preflight(model: Path, s: Settings) -> None:
 
 def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
     """Raises UsageError where blocks cannot be healed by themselves, Refused for what cannot fit in memory."""
-    train, validation = (corpus.Rows.full(np.zeros((count, s.length))) for count in (TRAINING_ROWS, VALIDATION_ROWS))
+    train, validation = (corpus.Rows.full(np.zeros((count, s.length))) for count in (s.train_rows, VALIDATION_ROWS))
     options = s.recover_options()
     if s.local_steps:
         if "hidden" in s.axes or model.arch.sizes["hidden"] != teacher.arch.sizes["hidden"]:

@@ -124,9 +124,12 @@ class _Job:
         trainer = self._trainer(model, guide, states, places)
         trainer.run()
         if trainer.best_step and trainer.rank == 0:
-            place = partial_directory(self.work / "trained")
-            rewrite.write(Checkpoint(start), merged(model, trainer.best), place)  # what was not trained stays healed
-            self.candidates["trained"] = place
+            both = Checkpoint(start).quantized and options.method != "norms"
+            for name in ("trained", "same scales") if both else ("trained",):
+                place = partial_directory(self.work / name.replace(" ", "-"))
+                # what was not trained stays healed; new scales fit better, with the old ones what moved little stays
+                rewrite.write(Checkpoint(start), merged(model, trainer.best), place, name != "trained")
+                self.candidates[name] = place
         return {"curve": trainer.curve, "best_step": trainer.best_step, "domains": trainer.sampler.weights}
 
     def _local(self) -> dict[str, Any] | None:

@@ -287,7 +287,9 @@ def _recovery(run: Path) -> str:
     if options["on_policy"]:
         text += f" The student wrote {options['on_policy']:.0%} of the rows itself ({options['kind']} divergence)."
     if "trained" in done["kl"]:
-        text += f" Merging and packing: {done['kl_unmerged']:.5f} -> {done['kl']['trained']:.5f}."
+        text += f" Merging and packing: {done['kl_unmerged']:.5f} -> {done['kl']['trained']:.5f}"
+        same = done["kl"].get("same scales")
+        text += "." if same is None else f"; with the scales that were there {same:.5f}."
     if done["local"]:
         text += f" Block by block before that: {done['kl']['pruned']:.5f} -> {done['kl']['local']:.5f}."
     head = ["step", "validation KL", *(f"KL of {name}" for name in names), "training loss"]

@@ -10,20 +10,31 @@ import mlx.core as mx
 
 from .arch import Tensor
 from .checkpoint import Checkpoint
-from .quantized import MX_DTYPE, Packed, pack, raw_bytes
+from .quantized import MX_DTYPE, Packed, pack, raw_bytes, read, repacked
 from .shards import Planned, ShardWriter, copy_tokenizer
 
 BESIDE = ("config.json", "survivors.json", "plan.json", "README.md")
 
 
-def write(checkpoint: Checkpoint, trained: Mapping[str, Callable[[], Packed | mx.array]], directory: Path) -> None:
+def write(
+    checkpoint: Checkpoint,
+    trained: Mapping[str, Callable[[], Packed | mx.array]],
+    directory: Path,
+    same_scales: bool = False,
+) -> None:
     """The checkpoint with trained tensors (made when it is their turn, by name) in place, packed the same way; the
-    others byte for byte."""
-    write_stored(
-        checkpoint,
-        lambda tensor: stored(checkpoint, tensor, trained[tensor.name]()) if tensor.name in trained else None,
-        directory,
-    )
+    others byte for byte. ``same_scales``: packed matrices keep their scales and biases, and the codes of what did not
+    move."""
+
+    def new(tensor: Tensor) -> Mapping[str, mx.array] | None:
+        if tensor.name not in trained:
+            return None
+        made = trained[tensor.name]()
+        if same_scales and isinstance(grid := read(checkpoint, tensor.name), Packed) and not isinstance(made, Packed):
+            made = repacked(grid, made)
+        return stored(checkpoint, tensor, made)
+
+    write_stored(checkpoint, new, directory)
 
 
 def names(checkpoint: Checkpoint, tensor: Tensor) -> list[str]:

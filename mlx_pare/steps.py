@@ -68,6 +68,7 @@ class Settings:
     tries: int | None = None
     choose_bits: Sequence[int] = ()
     recover_steps: int = 100
+    train_rows: int = 512
     method: str = "lora"
     learning_rate: float | None = None
     local_steps: int = 0

@@ -301,7 +301,7 @@ def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int 
         raise Refused(
             f"streaming {rows.count} x {rows.length} tokens through {checkpoint.path} needs about {gb(needed)}, "
             f"{'--memory-cap allows' if cap else 'free are'} {gb(limit)}",
-            "use fewer --samples or a shorter --length (hidden states take "
+            "use fewer rows (--samples, in recovery --train-rows) or a shorter --length (hidden states take "
             f"{gb(3 * rows.count * rows.length * checkpoint.arch.sizes['hidden'] * 4)}){instead}",
         )
     return needed

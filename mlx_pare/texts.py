@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from . import console, corpus, domains, lm
 
 DEMO = Path(__file__).parent / "demo"
-TRAINING_ROWS, VALIDATION_ROWS = 512, 64  # of recovery, at most: the teacher's hidden states are kept for them
+VALIDATION_ROWS = 64  # of recovery, at most: the teacher's hidden states are kept for them
 
 
 class Asked(Protocol):
@@ -19,6 +19,7 @@ class Asked(Protocol):
     test_data: str | None
     field: str | None
     samples: int
+    train_rows: int
     length: int
     seed: int
 
@@ -71,7 +72,7 @@ class Texts:
     @cached_property
     def training_domains(self) -> domains.Domains:
         """The rows that recovery trains on: more of the calibration text than the statistics need."""
-        return self.mixed("calibration", TRAINING_ROWS, self.settings.seed)
+        return self.mixed("calibration", self.settings.train_rows, self.settings.seed)
 
     @property
     def training(self) -> corpus.Rows:

@@ -107,6 +107,18 @@ def test_recovery(cut, texts, tmp_path, family, packed, method):
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("rate", [3e-5, 1e-3])
+def test_packed_anew_or_with_the_scales_there_were(cut, texts, tmp_path, rate):
+    """Both are measured, the better one is kept; with the old scales the codes of what moved too little stay."""
+    pruned, original = cut("llama", (4, 32))
+    found = recover(pruned, original, *texts, tmp_path / "out", replace(OPTIONS, learning_rate=rate))
+    assert set(found["kl"]) == {"pruned", "trained", "same scales"}
+    assert found["kl"][found["kept"]] == min(found["kl"].values())
+    before, after = stored(pruned), stored(tmp_path / "out")
+    if found["kept"] == "same scales":
+        assert all(before[name] == after[name] for name in before if name.endswith((".scales", ".biases")))
+
+
 def same_packing_and_shapes(before: Checkpoint, after: Checkpoint) -> bool:
     shapes = [{n: (e.dtype, e.shape) for n, e in c.entries.items()} for c in (before, after)]
     return before.config == after.config and before.nbytes() == after.nbytes() and shapes[0] == shapes[1]
@@ -193,7 +205,7 @@ def test_best_state_is_kept_not_the_last(cut, texts, tmp_path, monkeypatch):
 
 def test_gain_lost_in_packing_is_not_kept(cut, texts, tmp_path, monkeypatch):
     """What counts is the model as it will be loaded, after packing."""
-    monkeypatch.setattr(recovering.rewrite, "write", lambda checkpoint, trained, out: broken(checkpoint, out))
+    monkeypatch.setattr(recovering.rewrite, "write", lambda checkpoint, trained, out, *_: broken(checkpoint, out))
     pruned, original = cut()
     found = recover(pruned, original, *texts, tmp_path / "out", OPTIONS)
     assert found["best_step"] > 0 and not found["improved"] and found["kl_after"] == found["kl_before"]
