@@ -270,7 +270,8 @@ def recover_command(
         before = opened.recipe()
         s = settings_of(
             recover_steps=recover_steps, train_rows=train_rows, method=method, learning_rate=learning_rate,
-            local_steps=local_steps, targets=targets, patience=patience, batch=batch, accumulate=accumulate, schedule=schedule, clip=clip,
+            local_steps=local_steps, targets=targets, patience=patience, batch=batch, accumulate=accumulate,
+            schedule=schedule, clip=clip,
             rank=rank, kind=loss, temperature=temperature, cross_entropy=cross_entropy, match=match,
             grad_checkpoint=grad_checkpoint, mix=mix, on_policy=on_policy, teacher=teacher,
             data=data or before.get("data"), test_data=test_data or before.get("test_data"),
