@@ -65,8 +65,8 @@ def recover(
     job = _Job(student, original, train, validation, options, work, memory_cap)
     try:
         summary = job.run()
-    except Diverged:
-        remove(work)
+    except Diverged:  # what was healed block by block before that is still good
+        remove(work / "training" if options.local_steps else work)
         raise
     if ranks.this()[0] == 0:
         _keep_the_best(job, summary, out)

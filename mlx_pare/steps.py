@@ -252,7 +252,7 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
             try:
                 done = heal(directory)
             except Diverged:  # other options may be tried at once
-                shutil.rmtree(directory)
+                (directory / "step.json").unlink()
                 raise
             replace_file(note, dump_json(done))
         _gate(directory / "model", run.model, directory)

@@ -182,6 +182,19 @@ def test_not_a_number_is_an_error(cut, texts, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_blocks_that_were_healed_outlive_a_training_that_diverged(cut, texts, tmp_path, monkeypatch):
+    """They may have taken hours; with another rate they are taken up."""
+    options = replace(OPTIONS, local_steps=2, learning_rate=3e-4)
+    with monkeypatch.context() as broken:
+        broken.setattr(recovering, "loss_of", lambda *_: lambda m, x, t: (m(x).mean() * mx.nan, mx.array(1)))
+        with pytest.raises(PareError, match="diverged"):
+            recover(*cut(), *texts, tmp_path / "out", options)
+    assert [f.name for f in tmp_path.iterdir()] == ["out.work"]
+    monkeypatch.setattr(recovering.local, "local", lambda *_: pytest.fail("healed again"))
+    found = recover(*cut(), *texts, tmp_path / "out", replace(options, learning_rate=1e-3))
+    assert found["local"]["blocks"] and [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
 def test_best_state_is_kept_not_the_last(cut, texts, tmp_path, monkeypatch):
     """A loss that turns against the model after three steps."""
     calls, loss_of = [], recovering.loss_of
