@@ -15,14 +15,13 @@ from itertools import islice
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
 from .quantized import Packed, codes_on, dense_weight, is_packed, packed, repacked
+from .training import ClippedAdamW, Course
 
 METHODS = ("lora", "full")
-CLIP = 1.0  # of the norm of all gradients together
 
 
 @dataclass(frozen=True)
@@ -117,20 +116,12 @@ def train(
     draw: np.random.RandomState,
     report: Callable[[float], None],
 ) -> None:
-    """``options.steps`` of AdamW on ``loss(block, row numbers)`` over ``count`` rows: linear warm-up, then a cosine
-    down to a twentieth; gradients clipped by their norm. ``report`` gets the loss of every step."""
-    warm = max(1, options.steps // 20)
-    schedule = optim.join_schedules(
-        [
-            optim.linear_schedule(options.rate / warm, options.rate, warm),
-            optim.cosine_decay(options.rate, max(1, options.steps - warm), options.rate / 20),
-        ],
-        [warm],
-    )
-    optimizer, step = optim.AdamW(learning_rate=schedule, weight_decay=0.0), nn.value_and_grad(block, loss)
+    """``options.steps`` of AdamW on ``loss(block, row numbers)`` over ``count`` rows, at the rates and with the
+    clipping of a Course. ``report`` gets the loss of every step."""
+    course = Course(options.steps, options.rate)
+    optimizer, step = ClippedAdamW(course.learning_rate(), course.clip), nn.value_and_grad(block, loss)
     for rows in islice(batches(count, options, draw), options.steps):
         value, gradients = step(block, mx.array(rows))
-        gradients, _ = optim.clip_grad_norm(gradients, CLIP)
         optimizer.update(block, gradients)
         mx.eval(block.parameters(), optimizer.state, value)
         report(value.item())

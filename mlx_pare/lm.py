@@ -102,6 +102,20 @@ def tokenizer(path: Path) -> Any:
         ) from error
 
 
+# what tokenizers differ in
+SAMPLE = "It's 3,141.59 — don't\n\n\tfor (int i = 0; i < n; ++i) { naïve Größe 日本語 🙂 }"
+
+
+def same_tokens(one: Path, other: Path) -> bool:
+    """Whether two directories read a text as the same tokens; their files may be written differently, as mlx_lm.convert
+    does. Raises PareError where a tokenizer cannot be loaded."""
+    files = [Path(path) / "tokenizer.json" for path in (one, other)]
+    if all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+        return True
+    a, b = tokenizer(one), tokenizer(other)
+    return a.get_vocab() == b.get_vocab() and a.encode(SAMPLE) == b.encode(SAMPLE)
+
+
 def body(model: nn.Module) -> nn.Module:
     """The model up to its final norm, without the head."""
     return model.transformer if "transformer" in model else model.model  # openelm has names of its own

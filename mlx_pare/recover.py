@@ -58,8 +58,6 @@ def recover(
     train, validation = Domains.of_one(train), Domains.of_one(validation)
     if (batch := min(options.batch, train.rows.count)) % (size := ranks.this()[1]):
         raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
-    if options.steps:
-        check_memory(Checkpoint(student), Checkpoint(original), train.rows, validation.rows, options, memory_cap)
     teacher.check_tokenizer(student, original)
     work = work or out.with_name(out.name + ".work")
     job = _Job(student, original, train, validation, options, work, memory_cap)

@@ -20,9 +20,6 @@ from .checkpoint import DTYPE_BYTES, Checkpoint
 from .corpus import Rows
 from .errors import Refused
 
-# what tokenizers differ in
-SAMPLE = "It's 3,141.59 — don't\n\n\tfor (int i = 0; i < n; ++i) { naïve Größe 日本語 🙂 }"
-
 
 class Guide(Protocol):
     """Gives a loss what it compares with, for row numbers [b]."""
@@ -79,9 +76,8 @@ def places(survivors: dict[str, Any], teacher: Checkpoint) -> Places:
 def check_tokenizer(student: Path, teacher: Path) -> None:
     """Raises Refused when the two read a text as different tokens, or know different numbers of them: what one says of
     a token then means nothing to the other."""
-    ours, theirs = (lm.tokenizer(path) for path in (student, teacher))
-    vocab = [Checkpoint(path).arch.sizes["vocab"] for path in (student, teacher)]
-    if ours.get_vocab() != theirs.get_vocab() or ours.encode(SAMPLE) != theirs.encode(SAMPLE) or vocab[0] != vocab[1]:
+    vocab = {Checkpoint(path).arch.sizes["vocab"] for path in (student, teacher)}
+    if len(vocab) > 1 or not lm.same_tokens(student, teacher):
         raise Refused(
             f"{teacher} has another tokenizer or vocabulary than {student}",
             "distil from a model of the same family, whose tokenizer.json is the same",

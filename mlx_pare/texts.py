@@ -74,10 +74,6 @@ class Texts:
         """The rows that recovery trains on: more of the calibration text than the statistics need."""
         return self.mixed("calibration", self.settings.train_rows, self.settings.seed)
 
-    @property
-    def training(self) -> corpus.Rows:
-        return self.training_domains.rows
-
     @cached_property
     def validation_domains(self) -> domains.Domains:
         return self.mixed("validation", VALIDATION_ROWS)

@@ -254,13 +254,13 @@ def test_one_domain_is_as_it_was(pico_models, texts):
     for data in (f"{texts}/a.txt", [f"{texts}/a.txt"], (f"name={texts}/a.txt:3",)):
         found = Texts(model, Settings(data=data, samples=20, length=16, seed=3))
         for part, rows, count, seed in (
-            ("calibration", found.calibration, 20, 3), ("calibration", found.training, 512, 3),
+            ("calibration", found.calibration, 20, 3), ("calibration", found.training_domains.rows, 512, 3),
             ("validation", found.validation, 64, None), ("test", found.test, 20, None),
         ):  # fmt: skip
             own = corpus.windows(tokenizer, parts[part], 16, count, seed)
             assert own.digest() == rows.digest()
             assert own.tokens.dtype == rows.tokens.dtype and own.lengths.dtype == rows.lengths.dtype
-        assert found.training_domains.digest() == found.training.digest()
+        assert found.training_domains.digest() == found.training_domains.rows.digest()
         assert found.validation_domains.digest() == found.validation.digest()
 
 
@@ -280,7 +280,7 @@ def test_texts_of_several_domains(pico_models, texts):
     found = Texts(pico_models("llama"), Settings(data=data, samples=24, length=16))
     training, validation = found.training_domains, found.validation_domains
     assert isinstance(training, Domains) and training.weights == validation.weights == {"a": 3.0, "two": 1.0}
-    assert found.training is training.rows and found.validation is validation.rows
+    assert found.validation is validation.rows
     of = found.mixed("calibration", 24, 0).of
     assert found.calibration.count == 24 and Counter(of.tolist()) == {0: 18, 1: 6}
     for part in (training, validation):

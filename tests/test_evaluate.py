@@ -192,6 +192,15 @@ def test_other_tokenizer(pico_models, tmp_path):
         evaluate(pico_models("llama"), rows(), teacher=same_size)
 
 
+def test_a_tokenizer_that_is_written_in_another_way_is_the_same(pico_models, tmp_path):
+    """mlx_lm.convert writes tokenizer.json anew."""
+    again = tmp_path / "again"
+    shutil.copytree(pico_models("llama"), again)
+    content = json.loads((again / "tokenizer.json").read_text("utf-8"))
+    (again / "tokenizer.json").write_text(json.dumps(content, indent=3), "utf-8")
+    assert evaluate(pico_models("llama"), rows(), teacher=again).kl_divergence == pytest.approx(0, abs=1e-6)
+
+
 def wide(directory):
     """A model with a larger vocabulary."""
     directory.mkdir()
