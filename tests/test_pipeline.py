@@ -414,6 +414,13 @@ def test_report_has_the_planned_shape(finished, parsed):
         assert rows[key.replace("_", " ")] == [written.get(key, str)(plan[side][key]) for side in ("before", "after")]
 
 
+def test_an_unknown_loss_is_no_change_of_what_was_done(finished, settings):
+    """It is named as what it is, also where the step is done."""
+    asked = replace(settings, kind="hope")
+    with steps.continue_run(finished["out"]) as run, pytest.raises(UsageError, match="unknown loss 'hope'"):
+        steps.recover_step(run, steps.Texts(run.model, asked), asked)
+
+
 def test_report_has_the_recovery_the_speed_and_the_steps(finished, parsed):
     curve = read(finished["out"] / "recover" / "recovery.json")["curve"]
     trained = [f"{point['train_loss']:.5f}" if point["step"] else "-" for point in curve]
