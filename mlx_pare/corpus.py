@@ -216,7 +216,8 @@ def forbid_overlap(texts: dict[str, Sequence[str]], part: Callable[[str], str] =
     ``part`` of a name: texts of the same part may share."""
     seen: dict[str, str] = {}
     for name, documents in texts.items():
-        own = {p.strip() for d in documents for p in d.split("\n") if len(p.strip()) >= OVERLAP_CHARS}
+        lines = (line.strip() for document in documents for line in document.split("\n"))
+        own = dict.fromkeys(line for line in lines if len(line) >= OVERLAP_CHARS)  # in order: the first is named
         for paragraph in own:
             if paragraph in seen and part(seen[paragraph]) != part(name):
                 raise PareError(
