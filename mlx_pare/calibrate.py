@@ -18,6 +18,7 @@ from .corpus import Rows
 from .errors import Refused, UsageError
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
 from .quantized import matrix
+from .spool import Spool
 
 # site -> (role of the module in the family's table, which side of it)
 SITES = {
@@ -69,9 +70,10 @@ class Statistics(stream.Observer):
     def pending(self) -> list[mx.array]:
         return [a for _, m in self.sums for a in m.arrays().values()]
 
-    def leave(self, index: int, hidden: mx.array) -> None:
+    def leave(self, index: int, hidden: mx.array | Spool) -> None:
         self.save(index, self.directory)
-        if time.monotonic() - self._last_save >= self.save_every_s:
+        due = time.monotonic() - self._last_save >= self.save_every_s
+        if due and not isinstance(hidden, Spool):  # a spool lies in the directory
             self._save_hidden(index + 1, hidden)
 
     def save(self, index: int, directory: Path) -> None:
@@ -111,6 +113,7 @@ def calibrate(
     require_cuttable(checkpoint.arch)
     extra = sorted(set(extra))
     check_memory(checkpoint, rows, memory_cap, extra)
+    spooled = stream.must_spool(checkpoint, rows, memory_cap, _held(checkpoint, rows, extra))
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob("*.tmp*"):
         stale.unlink()
@@ -118,7 +121,8 @@ def calibrate(
     if len(list(directory.glob("block-*.safetensors"))) < len(checkpoint.arch.layers):
         rounds = len(stream.micro_batches(rows)) if "contributions" in extra else None
         observer = Statistics(checkpoint.arch, directory, save_every_s, rounds)
-        stream.walk(model, rows, observer, _resume(directory), "calibrate: block")
+        spool = directory if spooled else None
+        stream.walk(model, rows, observer, _resume(directory, spooled), "calibrate: block", spool)
     more = gradients.measure(model, rows) if "gradients" in extra else {}
     return _merge(checkpoint, rows, directory, more, extra)
 
@@ -148,7 +152,7 @@ def calibrate_in_parts(
     all rows, by which the files are returned. Not resumable. Raises as ``calibrate``."""
     checkpoint = Checkpoint(model)
     require_cuttable(checkpoint.arch)
-    check_memory(checkpoint, rows, memory_cap)
+    stream.check_memory(checkpoint, rows, memory_cap)
     ends = [part.stop for part in stream.micro_batches(rows)]
     stops = sorted({next(end for end in ends if end >= min(count, rows.count)) for count in (*counts, rows.count)})
     directories = {stop: directory / str(stop) for stop in stops}
@@ -162,9 +166,15 @@ def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, extra: Seq
     """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
     if unknown := sorted({*extra} - {*EXTRA}):
         raise UsageError(f"unknown extra statistics {', '.join(unknown)}", f"choose of {', '.join(EXTRA)}")
-    held = contribution_bytes(checkpoint, rows) if "contributions" in extra else 0
-    needed = stream.check_memory(checkpoint, rows, cap, held)
+    held = _held(checkpoint, rows, extra)
+    spooled = stream.must_spool(checkpoint, rows, cap, held)
+    needed = stream.required_bytes(checkpoint, rows, spooled) + held
     return max(needed, gradients.check_memory(checkpoint, rows, cap)) if "gradients" in extra else needed
+
+
+def _held(checkpoint: Checkpoint, rows: Rows, extra: Sequence[str]) -> int:
+    """What the observer of calibration has in memory beside the walk."""
+    return contribution_bytes(checkpoint, rows) if "contributions" in extra else 0
 
 
 def contribution_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
@@ -186,12 +196,12 @@ def _same_inputs(directory: Path, inputs: dict[str, str]) -> None:
     replace_file(note, dump_json(inputs))
 
 
-def _resume(directory: Path) -> stream.Resume | None:
+def _resume(directory: Path, spooled: bool) -> stream.Resume | None:
     """Where an interrupted walk goes on: at the last hidden states, if all blocks before them are there."""
     for file in sorted(directory.glob("hidden-*.safetensors"), reverse=True):
         start = int(file.stem.split("-")[1])
         if all((directory / f"block-{i:04d}.safetensors").exists() for i in range(start)):
-            return stream.Resume(start, mx.load(str(file))["hidden"])
+            return stream.Resume(start, Spool(file) if spooled else mx.load(str(file))["hidden"])
     return None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from .corpus import Rows
 from .errors import UsageError
-from .stream import Streamed
+from .head import Streamed
 
 TOKENS_AT_ONCE = 1024
 BETA = 0.5  # of the mixture between teacher and student in "js"

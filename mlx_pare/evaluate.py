@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,22 @@ def evaluate(
     Raises UsageError for a teacher with another tokenizer and for too short a text, PareError when a model answers NaN.
     """
     checkpoint = Checkpoint(model)
-    stream.check_memory(checkpoint, rows, memory_cap)
+    spooled = stream.must_spool(checkpoint, rows, memory_cap)
     if teacher is not None:
         _same_tokenizer(checkpoint, Checkpoint(teacher))
         kept = rows.count * rows.length * checkpoint.arch.sizes["hidden"] * 4  # the student's, while the teacher runs
-        stream.check_memory(Checkpoint(teacher), rows, memory_cap, kept)
+        head = stream.head_bytes(checkpoint)
+        spooled = stream.must_spool(Checkpoint(teacher), rows, memory_cap, head, kept) or spooled
     if rows.tokens.max() >= checkpoint.arch.sizes["vocab"]:
         raise UsageError(f"the data holds token {rows.tokens.max()}, the model knows {checkpoint.arch.sizes['vocab']}")
     predicted = np.maximum(rows.lengths - 1, 0)
     if predicted.sum() < 2:
         raise UsageError(f"{rows.total} tokens are too little to measure", "give more text or a larger --length")
-    student = stream.walk(model, rows, what=f"evaluate {model.name}: block")
-    reference = stream.walk(teacher, rows, what="teacher: block") if teacher is not None else None
-    found = measure(rows, student, reference)
+    with tempfile.TemporaryDirectory() as scratch:
+        spools = [Path(tempfile.mkdtemp(dir=scratch)) if spooled else None for _ in range(2)]
+        student = stream.walk(model, rows, what=f"evaluate {model.name}: block", spool=spools[0])
+        reference = teacher and stream.walk(teacher, rows, what="teacher: block", spool=spools[1])
+        found = measure(rows, student, reference)
     nll = float(found["nll"].mean())
     for path, name in ((model, "nll"), (teacher, "kl")):
         if name in found and not math.isfinite(found[name].mean()):

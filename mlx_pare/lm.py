@@ -132,6 +132,12 @@ def embedding(model: nn.Module) -> nn.Module:
     return inner.token_embeddings if "token_embeddings" in inner else inner.embed_tokens
 
 
+def put_embedding(model: nn.Module, embedding: Callable[[mx.array], mx.array]) -> None:
+    """Give the model's body another table of token embeddings, which its head does not see."""
+    inner = body(model)
+    setattr(inner, "token_embeddings" if "token_embeddings" in inner else "embed_tokens", embedding)
+
+
 def head(model: nn.Module) -> nn.Module:
     """What makes logits of hidden states: a matrix of its own, or the embedding."""
     own = getattr(model, "lm_head", None)

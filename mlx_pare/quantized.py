@@ -17,6 +17,7 @@ from mlx.utils import tree_map
 from .checkpoint import Checkpoint
 from .packing import Packing
 
+EXPANDED_BYTES = 64 << 20  # of a matrix that are float32 at a time
 MX_DTYPE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -83,6 +84,30 @@ def read(checkpoint: Checkpoint, name: str) -> Packed | mx.array:
     return Packed(lazy(name), lazy(f"{module}.scales"), lazy(f"{module}.biases"), packing)
 
 
+class StoredEmbedding(nn.Module):
+    """An embedding that looks its rows up in the checkpoint, so that its table is never in memory.
+
+    ``name`` of the table; ``dtype`` of what comes out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, dtype: mx.Dtype):
+        super().__init__()
+        self._checkpoint, self._name, self._dtype = checkpoint, name, dtype
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        module, packing = self._name.rpartition(".")[0], self._checkpoint.packing(self._name.rpartition(".")[0])
+        index = np.array(tokens)
+        if packing is None:
+            return self._rows(self._name, index).astype(self._dtype)
+        parts = (self._rows(f"{module}.{part}", index.reshape(-1)) for part in ("weight", "scales", "biases"))
+        return Packed(*parts, packing).dense(self._dtype).reshape(*index.shape, -1)
+
+    def _rows(self, tensor: str, index: np.ndarray) -> mx.array:
+        entry = self._checkpoint.entries[tensor]
+        table = np.memmap(entry.file, np.uint8, "r", entry.start, (entry.shape[0], entry.nbytes // entry.shape[0]))
+        return mx.array(table[index]).view({**MX_DTYPE, "U32": mx.uint32}[entry.dtype])
+
+
 def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:
     """Quantize a matrix as mlx-lm would in this dtype, which scales and biases have too.
 
@@ -134,11 +159,17 @@ def relative_error(reference: mx.array, packed: Packed) -> float:
     return mx.sqrt(lost / whole).item() if whole.item() > 0 else 0.0
 
 
+def rows_at_once(rows: int, columns: int) -> int:
+    """How many rows of a matrix are expanded at a time."""
+    return min(rows, max(1, EXPANDED_BYTES // (4 * columns)))
+
+
 class Float32Linear(nn.Module):
     """A linear layer that computes in float32 from weights in any format, expanded for the length of one call.
 
     For the CPU backend: MLX's bfloat16 quantized matmul there accumulates in bfloat16 (mlx backend/cpu/quantized.cpp,
-    3-7 % wrong) and runs at a hundredth of the speed of a float32 matmul.
+    3-7 % wrong) and runs at a hundredth of the speed of a float32 matmul. A matrix of more than EXPANDED_BYTES is
+    expanded in parts: MLX plans ahead, and would have those of several layers in memory at once.
     """
 
     def __init__(self, inner: nn.Module):
@@ -146,7 +177,14 @@ class Float32Linear(nn.Module):
         self.inner = inner
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = x.astype(mx.float32) @ dense_weight(self.inner).T
+        x, rows = x.astype(mx.float32), self.inner.weight.shape[0]
+        step = rows_at_once(rows, x.shape[-1])
+        parts = []
+        for start in range(0, rows, step):
+            parts.append(x @ dense_weight(self.inner, start, start + step).T)
+            if step < rows:
+                mx.eval(parts[-1])
+        y = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
         return y + self.inner.bias.astype(mx.float32) if "bias" in self.inner else y
 
 

@@ -5,27 +5,34 @@ the block's lazy weights, loops over micro-batches, shows them to the observer, 
 together again. Masks, rope and whatever else surrounds the blocks stay mlx-lm's business, so no family code is needed.
 The head is not applied: ``Streamed`` applies it in chunks of the vocabulary, because logits of all rows never fit.
 
-Peak memory = embedding + one block + three times the hidden states (in, out, joined) + activations of a micro-batch.
+Peak memory = one block + three times the hidden states (in, out, joined) + activations of a micro-batch; in the end
+the head. Where the states do not fit they are spooled: they lie on disk, the forward is handed a placeholder between
+blocks, and the peak has those of a micro-batch only. While a block computes, a thread reads the file of the next one,
+so that the operating system has it at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from . import lm, machine
+from . import head, lm, machine
+from .ahead import read_ahead
+from .arch import Tensor
 from .checkpoint import DTYPE_BYTES, Checkpoint
 from .console import gb, progress
 from .corpus import Rows
 from .errors import Refused
-from .quantized import dense_weight
+from .head import Streamed
+from .quantized import EXPANDED_BYTES, StoredEmbedding, stored_dtype
+from .spool import Spool, Spooled, placeholder
 
 MICRO_BATCH_TOKENS = 1024
-HEAD_CHUNK_BYTES = 64 << 20
+BASE_BYTES = 250 << 20  # Python, MLX, the tokenizer and what else is loaded
 
 
 class Observer:
@@ -57,19 +64,27 @@ class Enough(Exception):
 
 @dataclass
 class Resume:
-    """Hidden states [rows, length, hidden] that go into block ``start``."""
+    """Hidden states [rows, length, hidden] that go into block ``start``, in memory or spooled."""
 
     start: int
-    hidden: mx.array
+    hidden: mx.array | Spool
 
 
+@dataclass
 class _Walk:
     """What the proxies share: the rows, the observer, where to begin."""
 
-    def __init__(self, rows: Rows, blocks: list, observer: Observer | None, resume: Resume | None, bar: Any):
-        self.rows, self.blocks, self.observer, self.resume, self.bar = rows, blocks, observer, resume, bar
-        self.parts = micro_batches(rows)
-        self.mask = mx.array(rows.mask())
+    rows: Rows
+    blocks: list
+    observer: Observer | None
+    resume: Resume | None
+    store: Any  # where the hidden states of all rows are: _InMemory or Spooled
+    ahead: Callable[[int], None]  # has the file of a block read
+    bar: Any
+
+    def __post_init__(self) -> None:
+        self.parts = micro_batches(self.rows)
+        self.mask = mx.array(self.rows.mask())
         self.part = slice(0, 0)
 
     def current_mask(self) -> mx.array:
@@ -79,16 +94,16 @@ class _Walk:
         if self.resume is not None and index < self.resume.start:
             self.blocks[index] = None
             return x
-        if self.resume is not None and index == self.resume.start:
-            x = self.resume.hidden
-            self.resume = None
+        later, self.resume = self.resume, None
+        x = self.store.entering(index, later.hidden if later else x)
+        self.ahead(index + 1)
         block = self.blocks[index]
         called = getattr(self.observer, "called", None)
         if called:
             called(index, x, args, kwargs)
         if self.observer:
             block = self.observer.enter(index, block, self.current_mask) or block
-        joined = self._all(lambda: self._watched(index, block, x, args, kwargs))
+        joined = self.store.collect(index, self._each(lambda: self._watched(index, block, x, args, kwargs)))
         again = getattr(self.observer, "again", None)
         if again:
             first = joined[0] if isinstance(joined, tuple) else joined
@@ -98,19 +113,15 @@ class _Walk:
             self.observer.leave(index, joined[0] if isinstance(joined, tuple) else joined)
         mx.clear_cache()  # or a GPU's allocator would keep the block that was dropped
         self.bar.advance()
-        return joined
+        return self.store.leaving(joined)
 
-    def _all(self, micro_batch: Callable[[], Any], parts: list[slice] | None = None) -> Any:
-        """All micro-batches, put together again; None when they were not computed to their end."""
-        pieces = []
+    def _each(self, micro_batch: Callable[[], Any], parts: list[slice] | None = None) -> Iterator[tuple[slice, Any]]:
+        """The rows of every micro-batch, and what became of them."""
         for part in parts or self.parts:
             self.part = part
-            pieces.append(micro_batch())
-        joined = None if pieces[0] is None else _join(pieces)
-        mx.eval(joined)
-        return joined
+            yield part, micro_batch()
 
-    def _watched(self, index: int, block: Any, x: mx.array, args: tuple, kwargs: dict) -> Any:
+    def _watched(self, index: int, block: Any, x: mx.array | Spool, args: tuple, kwargs: dict) -> Any:
         before = x[self.part]
         after = self._block(block, before, args, kwargs)
         pending: list = []
@@ -124,7 +135,7 @@ class _Walk:
     def _apart(self, block: Any, x: mx.array, start: int, args: tuple, kwargs: dict) -> mx.array | None:
         """Other hidden states of the rows from ``start`` on through the same block."""
         parts = micro_batches(self.rows, start) if start else None
-        return self._all(lambda: self._unwatched(block, x, start, args, kwargs), parts)
+        return _InMemory().collect(0, self._each(lambda: self._unwatched(block, x, start, args, kwargs), parts))
 
     def _unwatched(self, block: Any, x: mx.array, start: int, args: tuple, kwargs: dict) -> mx.array | None:
         try:
@@ -140,9 +151,30 @@ class _Walk:
         return block(x, *args, **kwargs)
 
 
+class _InMemory:
+    """Hidden states of all rows as one array, handed to the stock forward as they are."""
+
+    def entering(self, index: int, x: mx.array) -> mx.array:
+        return x
+
+    def collect(self, index: int, parts: Iterable[tuple[slice, Any]]) -> Any:
+        """All micro-batches, put together again; None when they were not computed to their end."""
+        pieces = [after for _, after in parts]
+        joined = None if pieces[0] is None else _join(pieces)
+        mx.eval(joined)
+        return joined
+
+    def leaving(self, joined: Any) -> Any:
+        return joined
+
+
+def _micro_batch(rows: Rows) -> int:
+    return min(rows.count, max(1, MICRO_BATCH_TOKENS // rows.length))
+
+
 def micro_batches(rows: Rows, first: int = 0) -> list[slice]:
     """The rows, from ``first`` on, that go through a block at a time."""
-    step = max(1, MICRO_BATCH_TOKENS // rows.length)
+    step = max(1, _micro_batch(rows))
     return [slice(start, min(start + step, rows.count)) for start in range(first, rows.count, step)]
 
 
@@ -188,59 +220,71 @@ class _BlockProxy:
         return self._walk.run(self._index, x, args, kwargs)
 
 
-@dataclass
-class Streamed:
-    """The end of a walk: ``hidden`` [rows, length, hidden] after the final norm, and the head to read it with."""
+class _Stub(_BlockProxy):
+    """A block that does something else when it is called."""
 
-    hidden: mx.array
-    head: Any
-    vocab: int
-    norm: Callable[[mx.array], mx.array]
+    def __init__(self, proxy: _BlockProxy, call: Callable):
+        super().__init__(proxy._walk, proxy._index)
+        self._call = call
 
-    def of(self, hidden: mx.array) -> Streamed:
-        """The same head for other hidden states, after the final norm."""
-        return replace(self, hidden=hidden)
-
-    def ended(self, hidden: mx.array) -> Streamed:
-        """The same head for hidden states as the last block gives them."""
-        return self.of(self.norm(hidden))
-
-    def chunks(self, hidden: mx.array) -> Iterator[tuple[int, mx.array]]:
-        """(first token id, float32 weight [chunk, hidden]) over the vocabulary; the logits of some hidden states in a
-        chunk take no more memory than it does, or HEAD_CHUNK_BYTES."""
-        width = max(1, HEAD_CHUNK_BYTES // (4 * max(hidden.shape[-1], hidden.size // hidden.shape[-1])))
-        for start in range(0, self.vocab, width):
-            yield start, dense_weight(self.head, start, min(start + width, self.vocab))
-
-    def logits(self, hidden: mx.array) -> Iterator[tuple[int, mx.array]]:
-        """(first token id, float32 logits [..., chunk]) over the vocabulary, for some of the hidden states."""
-        x = hidden.astype(mx.float32)
-        for start, weight in self.chunks(hidden):
-            yield start, x @ weight.T
-
-    def all_logits(self, rows: Any) -> mx.array:
-        """Float32 logits [rows, length, vocab] of a few rows (indices or a slice)."""
-        return mx.concatenate([logits for _, logits in self.logits(self.hidden[rows])], axis=-1)
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return self._call(x, *args, **kwargs)
 
 
 def walk(
-    path: Path, rows: Rows, observer: Observer | None = None, resume: Resume | None = None, what: str | None = "forward"
+    path: Path,
+    rows: Rows,
+    observer: Observer | None = None,
+    resume: Resume | None = None,
+    what: str | None = "forward",
+    spool: Path | None = None,
 ) -> Streamed:
     """Run the model in ``path`` over ``rows``; the observer sees every block from ``resume.start`` on. ``what`` its
-    progress is called; None: it is not shown."""
+    progress is called; None: it is not shown. ``spool``: a directory for hidden states, which are then never in memory
+    as a whole; observers get a Spool where they would get the states of all rows, and must not ask to run them
+    ``again``. The result's are read from there. Raises PareError for a model that cannot be spooled."""
+    checkpoint = Checkpoint(path)
     model = lm.load(path)
-    vocab, head = lm.embedding(model).weight.shape[0], lm.head(model)
+    vocab, readout = lm.embedding(model).weight.shape[0], lm.head(model)
+    dtype = mx.float32 if lm.cpu_backend() else stored_dtype(lm.embedding(model))
     model = lm.for_backend(model)
-    blocks = lm.blocks(model)
-    own = list(blocks)
-    with progress(what, len(own)) as bar:
+    embedding = StoredEmbedding(checkpoint, next(checkpoint.arch.tensors()).name, dtype)
+    blocks, body = lm.blocks(model), lm.body(model)
+    own, tokens = list(blocks), mx.array(rows.tokens)
+    store = Spooled(spool, rows.count) if spool else _InMemory()
+    with progress(what, len(own)) as bar, read_ahead(checkpoint) as ahead:
         bar.skip(resume.start if resume else 0)
-        state = _Walk(rows, own, observer, resume, bar)
+        state = _Walk(rows, own, observer, resume, store, ahead, bar)
         for index in range(len(own)):
             blocks[index] = _BlockProxy(state, index)
-        hidden = lm.body(model)(mx.array(rows.tokens))  # up to the final norm: the head is not applied
+        lm.put_embedding(model, embedding)
+        if spool:
+            if not resume:
+                store.begin((part, _into_the_first(body, blocks, tokens[part])) for part in state.parts)
+            size = checkpoint.arch.sizes["hidden"]
+            lm.put_embedding(model, lambda tokens: placeholder((*tokens.shape, size), dtype))
+        hidden = body(tokens)  # up to the final norm: the head is not applied
+        if spool:
+            return Streamed(store.states.normed(body.norm), readout, vocab, body.norm)
         mx.eval(hidden)
-    return Streamed(hidden, head, vocab, lm.body(model).norm)
+    return Streamed(hidden, readout, vocab, body.norm)
+
+
+def _into_the_first(body: Any, blocks: list, tokens: mx.array) -> mx.array:
+    """What the stock forward hands to its first block, some of which scale embeddings on the way."""
+    found, first = [], blocks[0]
+
+    def caught(x: mx.array, *args: Any, **kwargs: Any) -> None:
+        found.append(x)
+        raise Enough
+
+    blocks[0] = _Stub(first, caught)
+    try:
+        body(tokens)
+    except Enough:
+        return found[0]
+    finally:
+        blocks[0] = first
 
 
 class _Until(Observer):
@@ -266,42 +310,66 @@ def advance(path: Path, rows: Rows, hidden: mx.array | None, start: int, stop: i
     raise AssertionError(f"{path} has no block {stop - 1}")
 
 
-def required_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
-    """Estimate of the peak of a walk beyond the interpreter itself (see the module's docstring)."""
-    arch = checkpoint.arch
-    hidden, value = arch.sizes["hidden"], 4 if lm.cpu_backend() else 2
-    states = 3 * rows.count * rows.length * hidden * value
-    block: dict[int | None, int] = {}
-    widest = 0
+def required_bytes(checkpoint: Checkpoint, rows: Rows, spooled: bool = False) -> int:
+    """Estimate of the peak of a walk, the interpreter included (see the module's docstring)."""
+    arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
+    there = _micro_batch(rows) if spooled else rows.count
+    states = 3 * there * rows.length * arch.sizes["hidden"] * value
+    block, expanded = [0] * len(arch.layers), [0] * len(arch.layers)
     for tensor in arch.tensors():
-        packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-        stored = packing.nbytes(*tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
-        block[tensor.layer] = block.get(tensor.layer, 0) + stored
         if tensor.layer is not None:
-            widest = max(widest, tensor.size)
-    expanded = 4 * widest if lm.cpu_backend() else 0
-    blocks = block.pop(None, 0) + max(block.values())
-    return states + blocks + expanded + activation_bytes(checkpoint, rows) + 4 * HEAD_CHUNK_BYTES
+            block[tensor.layer] += _stored_bytes(checkpoint, tensor)
+            if 4 * tensor.size <= EXPANDED_BYTES:  # MLX may have these together, of larger ones a part at a time
+                expanded[tensor.layer] += 4 * tensor.size
+    more = max(expanded) + 2 * EXPANDED_BYTES if lm.cpu_backend() else 0
+    running = max(block) + more + activation_bytes(checkpoint, rows)
+    return BASE_BYTES + states + max(running, head_bytes(checkpoint) + 4 * head.CHUNK_BYTES)
+
+
+def head_bytes(checkpoint: Checkpoint) -> int:
+    """What is in memory of a model once the walk is over: its head, as it is stored."""
+    outside = (t for t in checkpoint.arch.tensors() if t.layer is None)
+    role = "embed_tokens" if checkpoint.arch.tied else "lm_head"
+    return sum(_stored_bytes(checkpoint, tensor) for tensor in outside if tensor.spec.role == role)
+
+
+def _stored_bytes(checkpoint: Checkpoint, tensor: Tensor) -> int:
+    packing = checkpoint.packing(tensor.module) if tensor.matrix else None
+    return packing.nbytes(*tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
 
 
 def activation_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     """What is computed inside a block for a micro-batch: an estimate."""
     arch, hidden = checkpoint.arch, checkpoint.arch.sizes["hidden"]
     heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
-    tokens = min(rows.count, max(1, MICRO_BATCH_TOKENS // rows.length)) * rows.length
+    tokens = _micro_batch(rows) * rows.length
     units = 3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length
     return tokens * units * (4 if lm.cpu_backend() else 2)
 
 
-def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0, instead: str = "") -> int:
+def check_memory(
+    checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0, instead: str = "", spooled: bool = False
+) -> int:
     """The estimate, with ``held`` bytes beside it, when it stays under ``cap`` (default: the memory that is free now).
     Raises Refused otherwise; ``instead``: what else could be done about it."""
-    needed, limit = required_bytes(checkpoint, rows) + held, cap or machine.available_bytes()
+    needed, limit = required_bytes(checkpoint, rows, spooled) + held, cap or machine.available_bytes()
     if needed > limit:
+        states = 3 * rows.count * rows.length * checkpoint.arch.sizes["hidden"] * 4
+        aside = "lie on disk already" if spooled else f"take {gb(states)}"
         raise Refused(
             f"streaming {rows.count} x {rows.length} tokens through {checkpoint.path} needs about {gb(needed)}, "
             f"{'--memory-cap allows' if cap else 'free are'} {gb(limit)}",
-            "use fewer rows (--samples, in recovery --train-rows) or a shorter --length (hidden states take "
-            f"{gb(3 * rows.count * rows.length * checkpoint.arch.sizes['hidden'] * 4)}){instead}",
+            f"use fewer rows (--samples, in recovery --train-rows) or a shorter --length (hidden states {aside})"
+            f"{instead}",
         )
     return needed
+
+
+def must_spool(checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0, beside: int = 0) -> bool:
+    """Whether hidden states have to lie on disk for a walk to stay under ``cap`` (default: the memory that is free
+    now), with ``held`` bytes in memory, and ``beside`` that would be spooled as well. Raises Refused when that would
+    not be enough."""
+    if required_bytes(checkpoint, rows) + held + beside <= (cap or machine.available_bytes()):
+        return False
+    check_memory(checkpoint, rows, cap, held, spooled=True)
+    return True

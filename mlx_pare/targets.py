@@ -27,7 +27,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import machine, stream
+from . import head, machine, stream
 from .artifacts import replace_file
 from .checkpoint import Checkpoint
 from .console import gb, progress
@@ -341,7 +341,7 @@ def _check_disk(targets: Targets, left: int, budget: int | None) -> None:
 
 def _check_memory(targets: Targets, checkpoint: Checkpoint, parts: list[int], cap: int | None) -> int:
     """The estimate for some parts in one turn: a walk, and logits of which the most likely are looked for."""
-    return stream.check_memory(checkpoint, _rows(targets, parts), cap, 2 * stream.HEAD_CHUNK_BYTES)
+    return stream.check_memory(checkpoint, _rows(targets, parts), cap, 2 * head.CHUNK_BYTES)
 
 
 def _at_once(targets: Targets, checkpoint: Checkpoint, missing: list[int], cap: int | None) -> list[int]:
@@ -349,7 +349,7 @@ def _at_once(targets: Targets, checkpoint: Checkpoint, missing: list[int], cap: 
     limit = cap or machine.available_bytes()
     for count in range(min(PARTS_AT_ONCE, len(missing)), 1, -1):
         rows = _rows(targets, missing[:count])
-        if stream.required_bytes(checkpoint, rows) + 2 * stream.HEAD_CHUNK_BYTES <= limit:
+        if stream.required_bytes(checkpoint, rows) + 2 * head.CHUNK_BYTES <= limit:
             return missing[:count]
     _check_memory(targets, checkpoint, missing[:1], cap)
     return missing[:1]

@@ -63,7 +63,9 @@ class Random:
             middle = float(tensor.name.endswith("norm.weight") and "norm+1" not in tensor.spec.transforms)
             return bfloat16(middle + DEVIATION * self.draw.standard_normal(tensor.shape))
         raw = self.draw.integers(0, 2**16, tensor.shape, np.uint16)
-        return (raw & 0x807F) | (120 << 7)  # any sign, any digits, between 1/128 and 1/64: normal ones take ten times longer
+        return (raw & 0x807F) | (
+            120 << 7
+        )  # any sign, any digits, between 1/128 and 1/64: normal ones take ten times longer
 
 
 def config_of(name: str, layers: int | None) -> dict:

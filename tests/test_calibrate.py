@@ -21,6 +21,7 @@ from mlx_pare.calibrate import EXTRA, SITES, Statistics, calibrate, check_memory
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import Refused, UsageError
+from mlx_pare.spool import Spool, Spooled
 
 LAYERS = 4
 
@@ -315,8 +316,9 @@ def test_begun_with_other_extras(extended, tmp_path, monkeypatch):
 
 
 def test_memory_of_extras(pico_models, tmp_path):
-    """Each costs something, and a cap below it is refused before anything is written."""
-    checkpoint, data = Checkpoint(pico_models("llama")), rows(32, 64)
+    """Each costs something, and a cap below it is refused before anything is written. All rows are one micro-batch, so
+    that spooling would not help."""
+    checkpoint, data = Checkpoint(pico_models("llama")), rows(16, 64)
     needed = [check_memory(checkpoint, data, None, extra) for extra in ((), EXTRA[:1], EXTRA[1:])]
     assert needed[0] < needed[1] < needed[2]
     for extra, least in zip(((), EXTRA[:1], EXTRA[1:]), needed, strict=True):
@@ -332,3 +334,28 @@ def test_unknown_extra(pico_models, tmp_path):
     with pytest.raises(UsageError, match="unknown extra statistics dreams"):
         calibrate(pico_models("llama"), rows(), tmp_path / "s", extra=["dreams"])
     assert not (tmp_path / "s").exists()
+
+
+def test_spooled(pico_models, tmp_path, monkeypatch):
+    """Under a cap that states do not fit: the same bytes, also when killed after any block; nothing is left behind."""
+    model, data = pico_models("llama"), rows(64, 64)
+    cap = stream.required_bytes(Checkpoint(model), data, spooled=True)
+    assert cap < stream.required_bytes(Checkpoint(model), data)
+    expected = calibrate(model, data, tmp_path / "whole").read_bytes()
+    assert calibrate(model, data, tmp_path / "spooled", memory_cap=cap).read_bytes() == expected
+    assert [f.name for f in (tmp_path / "spooled").iterdir()] == ["stats.safetensors"]
+    leaving = Spooled.leaving
+    for index in range(LAYERS):
+        out = tmp_path / f"killed-{index}"
+
+        def killed(store: Spooled, states: Spool, name: str = f"hidden-{index + 1:04d}.safetensors"):
+            return die() if states.path.name == name else leaving(store, states)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Spooled, "leaving", killed)
+            with pytest.raises(Killed):
+                calibrate(model, data, out, memory_cap=cap)
+        with monkeypatch.context() as patch:
+            entered = seen_blocks(patch)
+            assert calibrate(model, data, out, memory_cap=cap).read_bytes() == expected
+        assert entered == list(range(index + 1, LAYERS))

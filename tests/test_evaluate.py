@@ -14,7 +14,7 @@ import pytest
 import reference
 from mlx.utils import tree_flatten
 
-from mlx_pare import corpus, divergence, lm, stream
+from mlx_pare import corpus, divergence, head, lm
 from mlx_pare.artifacts import Metrics, dump_json
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
@@ -94,7 +94,7 @@ def test_in_parts(pico_models, monkeypatch, at_once):
     model, teacher = pico_models("qwen3"), pico_models("qwen3", seed=1)
     whole = evaluate(model, PADDED, teacher=teacher)
     monkeypatch.setattr(divergence, "TOKENS_AT_ONCE", at_once)
-    monkeypatch.setattr(stream, "HEAD_CHUNK_BYTES", 4 * 64 * 7)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 64 * 7)
     parts = evaluate(model, PADDED, teacher=teacher)
     for name in ("perplexity", "perplexity_stderr", "kl_divergence", "kl_p95", "top1_agreement"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-4), name

@@ -12,7 +12,7 @@ import pytest
 import reference
 import reference_criteria
 
-from mlx_pare import gradients, lm, stream
+from mlx_pare import gradients, head, lm, stream
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused
@@ -119,7 +119,7 @@ def test_whole_model(pico_models, monkeypatch, family, micro_batch):
 
 def test_head_in_many_chunks(pico_models, monkeypatch):
     whole = numpy(gradients.measure(pico_models("llama"), DATA))
-    monkeypatch.setattr(stream, "HEAD_CHUNK_BYTES", 20_000)  # 65 tokens of the vocabulary
+    monkeypatch.setattr(head, "CHUNK_BYTES", 20_000)  # 65 tokens of the vocabulary
     for name, values in gradients.measure(pico_models("llama"), DATA).items():
         close(np.array(values), whole[name], whole[name].max(), name)
 

@@ -19,7 +19,7 @@ import test_uneven
 from mlx.utils import tree_flatten
 from test_recover import files, same_packing_and_shapes, stored
 
-from mlx_pare import block_training, quantized, stream
+from mlx_pare import block_training, head, quantized
 from mlx_pare.block_training import METHODS, Matrix, Options
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
@@ -335,7 +335,7 @@ def test_the_estimate_holds(faulty, tmp_path, method):
     active = mx.get_active_memory()
     local(student, teacher, rows, rows.first(8), tmp_path / "out", options)
     used = mx.get_peak_memory() - active
-    assert 0.4 * (estimate - 4 * stream.HEAD_CHUNK_BYTES) < used < estimate - 4 * stream.HEAD_CHUNK_BYTES
+    assert 0.4 * (estimate - 4 * head.CHUNK_BYTES) < used < estimate - 4 * head.CHUNK_BYTES
 
 
 def test_the_estimate_grows_with_method_batch_and_rows(faulty):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,10 +12,13 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import lm, stream
+from mlx_pare import head, lm, quantized, stream
+from mlx_pare.ahead import read_ahead
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import Refused
+from mlx_pare.errors import PareError, Refused
+from mlx_pare.quantized import StoredEmbedding
+from mlx_pare.spool import Spool
 
 FORMATS = {
     "float32": {},
@@ -174,7 +178,7 @@ def test_resumed_walk_is_the_same_walk(pico_models, family):
 def test_head_in_chunks(pico_models, monkeypatch, family, packed):
     end = stream.walk(pico_models(family, packed), rows(3, 20))
     whole = np.array(end.all_logits(slice(None)))
-    monkeypatch.setattr(stream, "HEAD_CHUNK_BYTES", 4 * 64 * 7)  # seven rows of the head, and a rest
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 64 * 7)  # seven rows of the head, and a rest
     starts, parts = zip(*end.logits(end.hidden), strict=True)
     assert list(starts) == list(range(0, end.vocab, 7)) and len(starts) == 74
     np.testing.assert_allclose(np.concatenate(parts, axis=-1), whole, rtol=0, atol=5e-5)
@@ -205,3 +209,104 @@ def test_free_memory_is_the_cap_when_none_is_given(pico_models, monkeypatch):
     monkeypatch.setattr(stream.machine, "available_bytes", lambda: 1000)
     with pytest.raises(Refused, match="free are"):
         stream.check_memory(Checkpoint(pico_models("llama")), rows(4, 8), None)
+
+
+# ---- hidden states on disk ----
+
+
+@pytest.mark.parametrize("family", pico.FAMILIES)
+@pytest.mark.parametrize("micro_batch", [40, 10_000])
+def test_spooled_is_the_same(pico_models, tmp_path, monkeypatch, family, micro_batch):
+    """Bit for bit, and after every block there is one file."""
+    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+    model, data, kept = pico_models(family, dtype=mx.bfloat16), rows(5, 20), []
+    inside, ondisk = Watcher(), Watcher()
+    whole = streamed(model, data, observer=inside)
+    ondisk.leave = lambda index, hidden: kept.append((np.array(hidden[:]), sorted(tmp_path.iterdir())))
+    found = stream.walk(model, data, ondisk, spool=tmp_path)
+    assert np.array_equal(np.array(found.all_logits(slice(None))), whole)
+    assert np.array_equal(np.array(found.hidden[2, :-1]), np.array(found.hidden[1:3])[1, :-1])
+    for index, (states, files) in enumerate(kept):
+        assert np.array_equal(states, np.array(inside.hidden[index]))
+        assert [f.name for f in files] == [f"hidden-{n:04d}.safetensors" for n in (index, index + 1)]
+
+
+def test_spooled_goes_on(pico_models, tmp_path):
+    """From a file that a walk in memory could have left as well."""
+    model, data, watcher = pico_models("llama"), rows(5, 20), Watcher()
+    whole = streamed(model, data, observer=watcher)
+    mx.save_safetensors(str(tmp_path / "hidden-0002.safetensors"), {"hidden": watcher.hidden[1]})
+    later = stream.Resume(2, Spool(tmp_path / "hidden-0002.safetensors"))
+    found = stream.walk(model, data, resume=later, spool=tmp_path)
+    assert np.array_equal(np.array(found.all_logits(slice(None))), whole)
+
+
+def test_what_cannot_be_spooled_is_refused(pico_models, tmp_path, monkeypatch):
+    """A model that scales states between two blocks."""
+    inner = lm.body(lm.load(pico_models("llama"))).__class__
+    plain = inner.__call__
+
+    def scaling(self, inputs, cache=None):
+        first, rest = self.layers[0], self.layers[1:]
+        hidden = first(self.embed_tokens(inputs), "causal", None) * 2
+        for layer in rest:
+            hidden = layer(hidden, "causal", None)
+        return self.norm(hidden)
+
+    monkeypatch.setattr(inner, "__call__", scaling)
+    with pytest.raises(PareError, match="before block 1 the model changes hidden states"):
+        stream.walk(pico_models("llama"), rows(2, 8), spool=tmp_path)
+    monkeypatch.setattr(inner, "__call__", plain)
+    stream.walk(pico_models("llama"), rows(2, 8), spool=tmp_path)
+
+
+def test_when_to_spool(pico_models, monkeypatch):
+    """In memory where that fits, on disk where that does, refused where nothing does."""
+    checkpoint, data = Checkpoint(pico_models("llama")), rows(200, 256)
+    inside, ondisk = (stream.required_bytes(checkpoint, data, spooled) for spooled in (False, True))
+    assert inside - ondisk == 3 * 196 * 256 * 64 * (4 if lm.cpu_backend() else 2)
+    assert not stream.must_spool(checkpoint, data, inside)
+    assert stream.must_spool(checkpoint, data, inside - 1) and stream.must_spool(checkpoint, data, inside, 1)
+    assert stream.must_spool(checkpoint, data, ondisk) and stream.must_spool(checkpoint, data, ondisk, 0, 10**9)
+    with pytest.raises(Refused, match="--memory-cap allows"):
+        stream.must_spool(checkpoint, data, ondisk, 1)
+    monkeypatch.setattr(stream.machine, "available_bytes", lambda: inside)
+    assert not stream.must_spool(checkpoint, data, None)
+
+
+# ---- what is read ----
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+def test_embedding_is_looked_up_in_the_file(pico_models, stored):
+    """The same rows as the stock module's, which is never evaluated."""
+    path = pico_models("llama", **FORMATS[stored])
+    model, data = lm.load(path), rows(3, 7)
+    name = next(Checkpoint(path).arch.tensors()).name
+    found = StoredEmbedding(Checkpoint(path), name, mx.float32)(mx.array(data.tokens))
+    expected = lm.for_backend(lm.embedding(model))(mx.array(data.tokens))
+    np.testing.assert_allclose(np.array(found), np.array(expected.astype(mx.float32)), rtol=0, atol=1e-6)
+
+
+def test_large_matrices_are_expanded_in_parts(pico_models, monkeypatch):
+    """Parts of 5 rows of 64 columns; the last one is smaller."""
+    model, data = pico_models("llama", packed=(4, 32)), rows(3, 20)
+    whole = streamed(model, data)
+    monkeypatch.setattr(quantized, "EXPANDED_BYTES", 4 * 64 * 5)
+    np.testing.assert_allclose(streamed(model, data), whole, rtol=0, atol=1e-4)
+
+
+def test_reading_ahead(pico_models, monkeypatch):
+    """Every byte of the next block, by a thread that ends with the walk, also when that is broken off."""
+    checkpoint, seen = Checkpoint(pico_models("llama")), []
+    with read_ahead(checkpoint) as ahead:
+        ahead(2).result()
+        ahead(99).result()  # behind the last block there is none
+        monkeypatch.setattr(Path, "open", lambda *a, **k: seen.append(a) or (_ for _ in ()).throw(OSError("gone")))
+        assert isinstance(ahead(1).exception(), OSError)  # and an error is left to the walk itself
+    assert seen
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError), read_ahead(checkpoint) as ahead:
+        pending = ahead(0)
+        raise ZeroDivisionError
+    assert pending.done()

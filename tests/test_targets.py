@@ -12,7 +12,7 @@ import pytest
 import reference
 import reference_targets
 
-from mlx_pare import lm, stream, targets
+from mlx_pare import head, lm, stream, targets
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.divergence import between_top, kl
@@ -51,7 +51,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("packed", [None, (4, 32)])
 @pytest.mark.parametrize(("k", "temperature", "chunk"), [(8, 1.0, 512), (64, 2.0, 100), (33, 1.0, 7), (511, 1.0, 100)])
 def test_against_float64(pico_models, tmp_path, monkeypatch, packed, k, temperature, chunk):
-    monkeypatch.setattr(stream, "HEAD_CHUNK_BYTES", 4 * 64 * chunk)  # so many rows of the head
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 64 * chunk)  # so many rows of the head
     model, data = pico_models("llama", packed), rows()
     found = collect(model, data, tmp_path / "t", k, temperature)
     order = np.array([8, 0, 3, 3, 1, 6])
@@ -199,9 +199,9 @@ def test_killed_at_each_part_and_continued(pico_models, tmp_path, monkeypatch, p
 
 
 def test_little_memory_takes_more_turns_and_gives_the_same_bytes(pico_models, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "HEAD_CHUNK_BYTES", 4 * 64 * 100)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 64 * 100)
     model, data = pico_models("llama"), rows(9)
-    checkpoint, held = Checkpoint(model), 2 * stream.HEAD_CHUNK_BYTES
+    checkpoint, held = Checkpoint(model), 2 * head.CHUNK_BYTES
     walked = []
     monkeypatch.setattr(
         stream, "walk", lambda path, some, walk=stream.walk, **o: walked.append(some.count) or walk(path, some, **o)

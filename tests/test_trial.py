@@ -11,7 +11,7 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import least_squares, stream, trial
+from mlx_pare import head, least_squares, stream, trial
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused
@@ -318,7 +318,7 @@ def test_stated_memory_is_enough(pico_models, monkeypatch):
     """Of MLX: nothing beside the states is as large as the inputs of the matrices, of all rows."""
     path = pico_models("llama", hidden_size=128, intermediate_size=1024, num_hidden_layers=2)
     monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 1024)
-    monkeypatch.setattr(stream, "HEAD_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 1 << 20)
     data, held = (Rows.full(RANDOM.integers(0, 500, (count, 128))) for count in (8, 120))
     made = [candidate(path, {1: {"ffn": 512}})]
     stated = trial.check_memory(Checkpoint(path), data, held, len(made), 10**12)

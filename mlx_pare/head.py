@@ -1,0 +1,49 @@
+"""The end of a walk: hidden states, and the head that reads them, in chunks of the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from .quantized import dense_weight
+from .spool import Spool
+
+CHUNK_BYTES = 64 << 20
+
+
+@dataclass
+class Streamed:
+    """The end of a walk: ``hidden`` [rows, length, hidden] after the final norm, and the head to read it with."""
+
+    hidden: mx.array | Spool
+    head: Any
+    vocab: int
+    norm: Callable[[mx.array], mx.array]
+
+    def of(self, hidden: mx.array) -> Streamed:
+        """The same head for other hidden states, after the final norm."""
+        return replace(self, hidden=hidden)
+
+    def ended(self, hidden: mx.array) -> Streamed:
+        """The same head for hidden states as the last block gives them."""
+        return self.of(self.norm(hidden))
+
+    def chunks(self, hidden: mx.array) -> Iterator[tuple[int, mx.array]]:
+        """(first token id, float32 weight [chunk, hidden]) over the vocabulary; the logits of some hidden states in a
+        chunk take no more memory than it does, or CHUNK_BYTES."""
+        width = max(1, CHUNK_BYTES // (4 * max(hidden.shape[-1], hidden.size // hidden.shape[-1])))
+        for start in range(0, self.vocab, width):
+            yield start, dense_weight(self.head, start, min(start + width, self.vocab))
+
+    def logits(self, hidden: mx.array) -> Iterator[tuple[int, mx.array]]:
+        """(first token id, float32 logits [..., chunk]) over the vocabulary, for some of the hidden states."""
+        x = hidden.astype(mx.float32)
+        for start, weight in self.chunks(hidden):
+            yield start, x @ weight.T
+
+    def all_logits(self, rows: Any) -> mx.array:
+        """Float32 logits [rows, length, vocab] of a few rows (indices or a slice)."""
+        return mx.concatenate([logits for _, logits in self.logits(self.hidden[rows])], axis=-1)
