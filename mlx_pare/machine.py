@@ -71,10 +71,11 @@ def _gpu_cores() -> int | None:
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without pushing anything out."""
+    """Memory that can be taken without pushing anything out; on a Mac no more than its GPU may keep."""
     import psutil
 
-    return psutil.virtual_memory().available
+    free, most = psutil.virtual_memory().available, _working_set()
+    return free if most is None else min(free, most)
 
 
 def peak_rss_bytes() -> int:

@@ -428,3 +428,10 @@ assert time.process_time() < 0.5, time.process_time()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_free_memory_on_a_mac_is_what_its_gpu_may_keep(monkeypatch):
+    free = machine.available_bytes()
+    for most, expected in ((1000, 1000), (10**15, free)):
+        monkeypatch.setattr(machine, "_working_set", lambda most=most: most)
+        assert machine.available_bytes() == pytest.approx(expected, rel=0.2)

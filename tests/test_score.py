@@ -17,7 +17,7 @@ import pytest
 import reference
 import reference_criteria
 
-from mlx_pare import stream
+from mlx_pare import quantized, stream
 from mlx_pare.artifacts import Arrays
 from mlx_pare.calibrate import EXTRA, calibrate
 from mlx_pare.checkpoint import Checkpoint
@@ -469,3 +469,18 @@ def test_sparsity_against_the_reference():
 def test_sparsity_ignores_the_scale(scale):
     x = np.random.default_rng(0).standard_normal((64, 20))
     np.testing.assert_allclose(of(x * scale), of(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [None, (4, 32)])
+def test_matrices_that_are_expanded_in_parts(pico_models, tmp_path, monkeypatch, packed):
+    """Five rows of 64 columns at a time, with a rest: the same scores."""
+    model = pico_models("qwen3", packed=packed)
+    stats = calibrate(model, Rows.full(np.random.default_rng(0).integers(0, 500, (3, 16))), tmp_path / "stats")
+    for name in ("magnitude", "wanda", "flap"):
+        whole = Arrays.load(score(model, stats, tmp_path / "whole.safetensors", name), "scores").arrays
+        with monkeypatch.context() as patch:
+            patch.setattr(quantized, "EXPANDED_BYTES", 4 * 64 * 5)
+            parts = Arrays.load(score(model, stats, tmp_path / "parts.safetensors", name), "scores").arrays
+        assert whole.keys() == parts.keys()
+        for unit, values in whole.items():
+            np.testing.assert_allclose(np.array(parts[unit]), np.array(values), rtol=1e-5, err_msg=unit)

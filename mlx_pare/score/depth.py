@@ -21,7 +21,7 @@ def angular(source: Source, layer: int) -> mx.array:
 def magnitude(source: Source, layer: int) -> mx.array:
     """L2 norm of all matrices of the layer."""
     roles = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return mx.sqrt(sum(mx.square(source.weight(layer, role)).sum() for role in roles))
+    return mx.sqrt(sum(source.sums(layer, role, mx.square, 0).sum() for role in roles))
 
 
 def taylor(source: Source, layer: int) -> mx.array:

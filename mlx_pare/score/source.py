@@ -1,20 +1,21 @@
-"""What a criterion may look at: the statistics of a layer, and its weights one at a time."""
+"""What a criterion may look at: the statistics of a layer, and sums over its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 
+from ..arch import Tensor
 from ..checkpoint import Checkpoint
 from ..errors import PareError
-from ..quantized import Packed, read
+from ..quantized import Packed, read, rows_at_once
 
 
 class Source:
-    """Statistics [units] and dense float32 weights by role, of one model. Weights are read when asked for."""
+    """Statistics [units], and sums over weights by role, of one model. Weights are read when asked for."""
 
     def __init__(self, checkpoint: Checkpoint, stats: Mapping[str, mx.array], seed: int, about: Mapping[str, Any]):
         self.checkpoint, self.arch = checkpoint, checkpoint.arch
@@ -22,8 +23,8 @@ class Source:
         self.tokens = about["tokens"]
 
     @cached_property
-    def _names(self) -> dict[tuple[int | None, str], str]:
-        return {(t.layer, t.spec.role): t.name for t in self.arch.tensors()}
+    def _tensors(self) -> dict[tuple[int | None, str], Tensor]:
+        return {(t.layer, t.spec.role): t for t in self.arch.tensors()}
 
     def stat(self, layer: int, site: str, name: str) -> mx.array:
         return self.stats[f"{layer}.{site}.{name}"]
@@ -35,10 +36,16 @@ class Source:
             raise PareError("the statistics hold no angles between layers", "calibrate anew, into another --out")
         return self.stats["angles"]
 
-    def weight(self, layer: int, role: str) -> mx.array:
-        """A matrix [out, in] in float32."""
-        stored = read(self.checkpoint, self._names[layer, role])
-        return stored.dense() if isinstance(stored, Packed) else stored.astype(mx.float32)
+    def sums(self, layer: int, role: str, of: Callable[[mx.array], mx.array], axis: int) -> mx.array:
+        """Sums along an axis of a matrix [out, in] in float32 of which ``of`` was taken, element by element: [in] for
+        axis 0, [out] for axis 1. The matrix is expanded a part of its rows at a time."""
+        tensor = self._tensors[layer, role]
+        stored, (rows, columns) = read(self.checkpoint, tensor.name), tensor.shape
+        step, found = rows_at_once(rows, columns), []
+        for start in range(0, rows, step):
+            found.append(of(_part(stored, start, start + step)).sum(axis=axis))
+            mx.eval(found[-1])
+        return sum(found[1:], found[0]) if axis == 0 else mx.concatenate(found)
 
     def key(self, layer: int, axis: str) -> mx.array:
         """A random key that depends on seed, layer and axis alone."""
@@ -58,3 +65,11 @@ class Source:
         """Scores of kv heads [kv_head] in equal parts for their query heads [q_head]: plan adds them up again."""
         q_heads, count, _ = self.heads(layer)
         return mx.repeat(kv_heads / (q_heads // count), q_heads // count)
+
+
+def _part(stored: Packed | mx.array, start: int, stop: int) -> mx.array:
+    """Some rows of a matrix, in float32."""
+    if not isinstance(stored, Packed):
+        return stored[start:stop].astype(mx.float32)
+    parts = (part[start:stop] for part in (stored.words, stored.scales, stored.biases))
+    return Packed(*parts, stored.packing).dense()

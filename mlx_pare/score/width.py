@@ -42,15 +42,15 @@ def minitron_hidden(source: Source, layer: int, norm: str) -> mx.array:
 
 def magnitude_ffn(source: Source, layer: int) -> mx.array:
     """L2 norm of all weights that leave with a channel: its rows of gate and up, its column of down."""
-    rows = sum(mx.square(source.weight(layer, role)).sum(axis=1) for role in ("gate_proj", "up_proj"))
-    return mx.sqrt(rows + mx.square(source.weight(layer, "down_proj")).sum(axis=0))
+    rows = sum(source.sums(layer, role, mx.square, 1) for role in ("gate_proj", "up_proj"))
+    return mx.sqrt(rows + source.sums(layer, "down_proj", mx.square, 0))
 
 
 def magnitude_heads(source: Source, layer: int) -> mx.array:
     """L2 norm of a head's rows of q and columns of o, and of its share of the k and v rows that its group uses."""
     q_heads, kv_heads, head_dim = source.heads(layer)
-    own = mx.square(source.weight(layer, "q_proj")).sum(axis=1) + mx.square(source.weight(layer, "o_proj")).sum(axis=0)
-    shared = sum(mx.square(source.weight(layer, role)).sum(axis=1) for role in ("k_proj", "v_proj"))
+    own = source.sums(layer, "q_proj", mx.square, 1) + source.sums(layer, "o_proj", mx.square, 0)
+    shared = sum(source.sums(layer, role, mx.square, 1) for role in ("k_proj", "v_proj"))
     group = q_heads // kv_heads
     shared = mx.repeat(shared.reshape(kv_heads, head_dim).sum(axis=1) / group, group)
     return mx.sqrt(own.reshape(q_heads, head_dim).sum(axis=1) + shared)
@@ -58,8 +58,8 @@ def magnitude_heads(source: Source, layer: int) -> mx.array:
 
 def magnitude_hidden(source: Source, layer: int, norm: str) -> mx.array:
     """L2 norm of a hidden channel's columns in the matrices that read it and rows in the one that writes it."""
-    columns = sum(mx.square(source.weight(layer, role)).sum(axis=0) for role in READERS[norm])
-    return mx.sqrt(columns + mx.square(source.weight(layer, WRITER[norm])).sum(axis=1))
+    columns = sum(source.sums(layer, role, mx.square, 0) for role in READERS[norm])
+    return mx.sqrt(columns + source.sums(layer, WRITER[norm], mx.square, 1))
 
 
 # ---- wanda: |weight| x activation norm, summed over what a unit feeds ----
@@ -67,19 +67,19 @@ def magnitude_hidden(source: Source, layer: int, norm: str) -> mx.array:
 
 def wanda_ffn(source: Source, layer: int) -> mx.array:
     """sum_i |W_ij| * ||x_j||_2 over the outputs i of down_proj."""
-    return mx.abs(source.weight(layer, "down_proj")).sum(axis=0) * _norm(source, layer, "ffn")
+    return source.sums(layer, "down_proj", mx.abs, 0) * _norm(source, layer, "ffn")
 
 
 def wanda_heads(source: Source, layer: int) -> mx.array:
     """The same for o_proj, summed over the channels of a head."""
     q_heads, _, head_dim = source.heads(layer)
-    columns = mx.abs(source.weight(layer, "o_proj")).sum(axis=0) * _norm(source, layer, "attention")
+    columns = source.sums(layer, "o_proj", mx.abs, 0) * _norm(source, layer, "attention")
     return columns.reshape(q_heads, head_dim).sum(axis=1)
 
 
 def wanda_hidden(source: Source, layer: int, norm: str) -> mx.array:
     """The same for all matrices that read a norm's output."""
-    columns = sum(mx.abs(source.weight(layer, role)).sum(axis=0) for role in READERS[norm])
+    columns = sum(source.sums(layer, role, mx.abs, 0) for role in READERS[norm])
     return columns * _norm(source, layer, norm)
 
 
@@ -94,12 +94,12 @@ def variance(source: Source, layer: int, site: str) -> mx.array:
 
 def flap_ffn(source: Source, layer: int) -> mx.array:
     """WIFV: var_j * sum_i W_ij^2 over the outputs i of down_proj."""
-    return variance(source, layer, "ffn") * mx.square(source.weight(layer, "down_proj")).sum(axis=0)
+    return variance(source, layer, "ffn") * source.sums(layer, "down_proj", mx.square, 0)
 
 
 def flap_heads(source: Source, layer: int) -> mx.array:
     """The same for o_proj, summed over the channels of a head (FLAP squares it first, for its z-scores)."""
-    columns = variance(source, layer, "attention") * mx.square(source.weight(layer, "o_proj")).sum(axis=0)
+    columns = variance(source, layer, "attention") * source.sums(layer, "o_proj", mx.square, 0)
     return source.per_head(layer, columns).sum(axis=1)
 
 
