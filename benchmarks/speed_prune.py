@@ -8,10 +8,8 @@ Blocks of Qwen3-8B's shapes. The copy is that of the result's own files, by the 
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,51 +57,38 @@ def needed(model: Path, plan: Plan) -> int:
     return total
 
 
-def lines(packed: Path, dense: Path, rounds: int, work: Path) -> list[str]:
+def lines(work: Path, rounds: int) -> list[str]:
     """The table: seconds of prune and of the copy, their ratio, bytes read for those needed."""
+    packed, dense = synthetic.checkpoint(work / "4bit", 2, True), synthetic.checkpoint(work / "bf16", 1, False)
     cases = {
-        "4 bits, whole groups and kv heads": (packed, plan_of(packed, range(4), 0.75, 0.75, True)),
-        "4 bits, two of four layers": (packed, plan_of(packed, (0, 3), 1, 1, True)),
-        "4 bits, inside of groups (down_proj requantized)": (packed, plan_of(packed, range(4), 0.75, 0.75, False)),
-        "bfloat16, any channels and kv heads": (dense, plan_of(dense, range(2), 0.75, 0.75, False)),
+        "4 bits, whole groups and kv heads": (packed, plan_of(packed, (0, 1), 0.75, 0.75, True)),
+        "4 bits, one of two layers": (packed, plan_of(packed, (1,), 1, 1, True)),
+        "bfloat16, any channels and kv heads": (dense, plan_of(dense, (0,), 0.75, 0.75, False)),
+        "4 bits, inside of groups: down_proj requantized": (packed, plan_of(packed, (0, 1), 0.75, 0.75, False)),
     }
     table = [
-        "| cut | kept of | prune s | copy s | speed of prune / copy | read / needed |",
-        "|---|---|---|---|---|---|",
+        "| cut | writes | prune s | copy s | speed of prune / copy | ... fastest of each | read / needed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, (model, plan) in cases.items():
         once = work / "once"
-        requantized = prune(model, plan, once)["requantized"]
+        prune(model, plan, once)
         steps = {
             "prune": lambda out, model=model, plan=plan: prune(model, plan, out),
             "copy": lambda out, once=once: timing.copied(once, out),
         }
         found = timing.in_turn(steps, {"prune": model, "copy": once}, rounds, work)
-        kept = sum(file.stat().st_size for file in once.glob("*.safetensors"))
-        read = found["prune"][0].read
-        seconds = {step: timing.spread([trial.seconds for trial in trials]) for step, trials in found.items()}
+        written = sum(file.stat().st_size for file in once.glob("*.safetensors"))
         table.append(
-            f"| {name}{f', {len(requantized)} matrices' if requantized else ''} "
-            f"| {console.gb(kept)} of {console.gb(Checkpoint(model).nbytes())} "
-            f"| {seconds['prune']} | {seconds['copy']} "
+            f"| {name} | {console.gb(written)} of {console.gb(Checkpoint(model).nbytes())} "
+            f"| {timing.seconds(found['prune'])} | {timing.seconds(found['copy'])} "
             f"| {timing.spread(timing.ratios(found['copy'], found['prune']))} "
-            f"| {'-' if read is None else f'{read / needed(model, plan):.3f}'} |"
+            f"| {timing.fastest(found['copy'], found['prune'])} "
+            f"| {timing.share(found['prune'], needed(model, plan))} |"
         )
         shutil.rmtree(once)
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--work", type=Path, help="where there is room for 3 GB (default: a temporary directory)")
-    asked = parser.parse_args()
-    console.configure(quiet=True)
-    with tempfile.TemporaryDirectory(dir=asked.work) as name:
-        work = Path(name)
-        packed, dense = synthetic.checkpoint(work / "4bit", 4, True), synthetic.checkpoint(work / "bf16", 2, False)
-        print("\n".join(lines(packed, dense, asked.rounds, work)))
-
-
 if __name__ == "__main__":
-    main()
+    timing.script(__doc__, lines)

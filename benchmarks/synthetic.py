@@ -35,7 +35,9 @@ CONFIG = {
 
 
 def checkpoint(directory: Path, blocks: int, packed: bool) -> Path:
-    """Write a model of so many blocks: bfloat16, or 4 bits in groups of 64. Returns its directory."""
+    """A model of so many blocks, bfloat16 or 4 bits in groups of 64, written where it is not yet; its directory."""
+    if directory.exists():
+        return directory
     directory.mkdir(parents=True)
     config = CONFIG | {"num_hidden_layers": blocks}
     tensors = list(describe(config, untied=True).tensors())

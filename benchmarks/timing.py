@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from mlx_pare import console
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a step. ``read``: bytes that it asked the system for, None where the system does not count them."""
+    """One run of a step: seconds by the clock, and of processors (all threads), which other programs hardly change.
+    ``read``: bytes that it asked the system for, None where the system does not count them."""
 
     seconds: float
+    processor: float
     read: int | None
 
 
@@ -33,11 +39,11 @@ def in_turn(
             if name in sources:
                 cool(sources[name])
             out = scratch / "out"
-            read, start = bytes_read(), time.perf_counter()
+            read, start, processor = bytes_read(), time.perf_counter(), time.process_time()
             step(out)
-            seconds = time.perf_counter() - start
+            seconds, processor = time.perf_counter() - start, time.process_time() - processor
             if number:
-                found[name].append(Trial(seconds, None if read is None else bytes_read() - read))
+                found[name].append(Trial(seconds, processor, None if read is None else bytes_read() - read))
             shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
             os.sync()
     return found
@@ -78,6 +84,32 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def ratios(one: Sequence[Trial], other: Sequence[Trial]) -> list[float]:
-    """Seconds of one step over those of another, round by round."""
-    return [a.seconds / b.seconds for a, b in zip(one, other, strict=True)]
+def seconds(trials: Sequence[Trial]) -> str:
+    """Seconds of a step, and of those the processors'."""
+    return f"{spread([t.seconds for t in trials])}, processor {median(t.processor for t in trials):.2f}"
+
+
+def ratios(one: Sequence[Trial], other: Sequence[Trial], of: str = "seconds") -> list[float]:
+    """Time of one step over that of another, round by round."""
+    return [getattr(a, of) / getattr(b, of) for a, b in zip(one, other, strict=True)]
+
+
+def fastest(one: Sequence[Trial], other: Sequence[Trial]) -> str:
+    """Seconds of one step over those of another, the best round of each."""
+    return f"{min(t.seconds for t in one) / min(t.seconds for t in other):.2f}"
+
+
+def share(trials: Sequence[Trial], needed: int) -> str:
+    """Bytes read for those needed; "-" where the system does not count."""
+    return "-" if trials[0].read is None else f"{max(trial.read for trial in trials) / needed:.3f}"
+
+
+def script(doc: str, lines: Callable[[Path, int], list[str]]) -> None:
+    """The command line of one benchmark: ``lines`` makes its table in a directory, in so many rounds."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, help="where there is room for 3 GB (default: where temporary files go)")
+    asked = parser.parse_args()
+    console.configure(quiet=True)
+    with tempfile.TemporaryDirectory(dir=asked.work) as name:
+        print("\n".join(lines(Path(name), asked.rounds)))

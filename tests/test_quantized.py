@@ -125,6 +125,14 @@ def test_relative_error_against_numpy(bits, group):
     assert expected > 0 and relative_error(w, p) == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_error_of_many_weights():
+    """Added up in float32, 2^24 equal squares and all that follow are not seen."""
+    w = mx.ones((1 << 13, 1 << 12)) * mx.where(mx.arange(1 << 12) % 64 == 0, 1.0, 1.01)
+    p = pack(w, Packing(2, 64), mx.float32)
+    expected = reference.relative_error(np.array(w), np.array(p.dense()))
+    assert relative_error(w, p) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("group", GROUP_SIZES)
 def test_more_bits_are_nearer(group):
     errors = [relative_error(matrix(), packed(bits, group)) for bits in BITS]

@@ -96,7 +96,8 @@ def select(dimension: Dim, sizes: Mapping[str, int], keep: Mapping[str, Sequence
         index = [offset]
         for i, axis in enumerate(segment):
             stride = prod(sizes[a] for a in segment[i + 1 :])
-            steps = [unit * stride for unit in keep.get(axis, range(sizes[axis]))]
+            units = keep.get(axis, range(sizes[axis]))
+            steps = units if stride == 1 else [unit * stride for unit in units]
             index = [start + step for start in index for step in steps]
         kept += index
         offset += prod(sizes[axis] for axis in segment)
