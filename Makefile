@@ -49,7 +49,7 @@ run-test:
 run-bench:
 	$(RUN) $(BIN)/python benchmarks/stream_memory.py
 	$(RUN) $(BIN)/python benchmarks/criteria.py
-	$(RUN) $(BIN)/python benchmarks/tok_s.py
+	$(RUN) $(BIN)/python benchmarks/run.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,63 +1,102 @@
-"""tok/s of an original and of cuts of it with equal bytes, one narrower and one shallower, through stock mlx-lm.
+"""tok/s of the shipped model and of cuts of it with equal bytes, one shallower and one narrower, through stock mlx-lm
+and, where llama-cpp-python is installed, through llama.cpp (GGUF q8_0).
 
-    python benchmarks/tok_s.py [--model DIR] [--keep 0.75] [--trials 5] [--prompt 64] [--new 32]
+    python benchmarks/tok_s.py [--rounds 5] [--work DIR]
 
 All models take turns in one process; what counts is the ratio to the original, pair by pair (median and spread).
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
+import importlib.util
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import synthetic
+import timing
 
-from mlx_pare import corpus
+from mlx_pare import console, corpus
 from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.export import export
 from mlx_pare.plan import Options, plan
 from mlx_pare.prune import prune
 from mlx_pare.score import score
 
-DEMO = Path(corpus.__file__).parent / "demo" / "model"
+NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO)
-    parser.add_argument("--keep", type=float, default=0.75)
-    parser.add_argument("--trials", type=int, default=5)
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new", type=int, default=32)
-    asked = parser.parse_args()
-    vocab = Checkpoint(asked.model).arch.sizes["vocab"]
-    rows = corpus.Rows.full(
-        np.random.RandomState(0).randint(0, vocab, (4, 64))
-    )  # speed does not depend on what is kept
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        stats = calibrate(asked.model, rows, work / "stats")
-        scores = score(asked.model, stats, work / "scores.safetensors", "minitron")
-        models = [asked.model]
-        for axes in (("ffn", "kv_head"), ("layer",)):
-            made = plan(asked.model, scores, Options(keep=asked.keep, axes=axes))
-            models.append(work / "-".join(axes))
-            prune(asked.model, made, models[-1])
-        found = bench(models, asked.trials, asked.prompt, asked.new)
-    print(f"{found['trials']} trials, prompt {found['prompt_tokens']}, new {found['new_tokens']}; {found['backend']}\n")
-    print("| model | prefill tok/s | ratio | decode tok/s | ratio | peak memory ratio |\n|---|---|---|---|---|---|")
-    for row in found["models"]:
-        cells = [Path(row["model"]).name]
-        for number in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            cells += [spread(row[number], 1), spread(row["ratio"][number], 2)]
-        print("| " + " | ".join([*cells, spread(row["ratio"]["peak_bytes"], 2)]) + " |")
+def cuts(model: Path, keep: float, work: Path) -> dict[str, Path]:
+    """The original, without some of its layers, and narrower to the same bytes. Speed does not ask what was kept."""
+    draw = np.random.default_rng(0).integers(0, Checkpoint(model).arch.sizes["vocab"], (4, 64))
+    stats = calibrate(model, corpus.Rows.full(draw), work / "stats")
+    scores = score(model, stats, work / "scores.safetensors", "minitron")
+    depth = plan(model, scores, Options(keep=keep, axes=("layer",)))
+    width = plan(model, scores, Options(size=depth.after.bytes, axes=("ffn", "kv_head")))
+    for name, made in (("depth", depth), ("width", width)):
+        prune(model, made, work / name)
+    return {"original": model, "depth cut": work / "depth", "width cut": work / "width"}
 
 
-def spread(value: dict, digits: int) -> str:
-    return f"{value['median']:.{digits}f} ({value['min']:.{digits}f} to {value['max']:.{digits}f})"
+def llama_turn(gguf: Path, prompt: int, new: int) -> dict[str, float]:
+    """One trial of llama.cpp on the CPU, one thread: tokens/s of a prompt read at once, and of tokens one by one."""
+    from llama_cpp import Llama
+
+    model = Llama(str(gguf), n_ctx=prompt + new + 8, n_batch=prompt, n_threads=1, n_threads_batch=1, verbose=False)
+    tokens = np.random.default_rng(0).integers(5, model.n_vocab(), prompt + new).tolist()
+    model.eval(tokens[:8])  # weights are read before the clock starts
+    model.reset()
+    start = time.perf_counter()
+    model.eval(tokens[:prompt])
+    middle = time.perf_counter()
+    for token in tokens[prompt:]:
+        model.eval([token])
+    end = time.perf_counter()
+    model.close()
+    return {NUMBERS[0]: prompt / (middle - start), NUMBERS[1]: new / (end - middle)}
+
+
+def through_llama_cpp(models: Sequence[Path], rounds: int, prompt: int, new: int, work: Path) -> list[dict]:
+    """As bench.bench does it: for every model its speeds and their ratios to the first one's, after a round in vain."""
+    files = [work / f"{number}.gguf" for number in range(len(models))]
+    for model, file in zip(models, files, strict=True):
+        export(model, file, "q8_0")
+    trials = [[llama_turn(file, prompt, new) for file in files] for _ in range(rounds + 1)][1:]
+    return [
+        {n: [t[i][n] for t in trials] for n in NUMBERS}
+        | {"ratio": {n: [t[i][n] / t[0][n] for t in trials] for n in NUMBERS}}
+        for i in range(len(models))
+    ]
+
+
+def through_mlx(models: Sequence[Path], rounds: int, prompt: int, new: int) -> list[dict]:
+    """bench.bench, whose spreads are lists of three here: their median, least and greatest are what they are."""
+    return [
+        {n: list(row[n].values()) for n in NUMBERS} | {"ratio": {n: list(row["ratio"][n].values()) for n in NUMBERS}}
+        for row in bench(models, rounds, prompt, new)["models"]
+    ]
+
+
+def lines(work: Path, rounds: int, prompt: int = 64, new: int = 32) -> list[str]:
+    """The table: speeds and their ratios to the original's."""
+    models = cuts(synthetic.DEMO, 0.75, work)
+    table = [
+        "| through | model | bytes | prefill tok/s | ratio | decode tok/s | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    runs = {"mlx-lm": through_mlx(list(models.values()), rounds, prompt, new)}
+    if importlib.util.find_spec("llama_cpp"):
+        runs["llama.cpp"] = through_llama_cpp(list(models.values()), rounds, prompt, new, work)
+    for runtime, found in runs.items():
+        for (name, path), row in zip(models.items(), found, strict=True):
+            cells = [cell for n in NUMBERS for cell in (timing.spread(row[n], 1), timing.spread(row["ratio"][n]))]
+            size = console.gb(Checkpoint(path).nbytes())
+            table.append(f"| {runtime} | {name} | {size} | " + " | ".join(cells) + " |")
+    return table
 
 
 if __name__ == "__main__":
-    main()
+    timing.script(__doc__, lines)

@@ -186,7 +186,9 @@ def finite(raw: Any, kind: str) -> bool:
     """Whether encoded whole values (Q8_0: blocks) are finite; ``raw`` is uint8."""
     if kind == "Q8_0":
         raw = np.ascontiguousarray(raw.reshape(-1, TYPES[kind].size)[:, :2]).reshape(-1)
-    return bool(np.isfinite(raw.view(np.float32 if kind == "F32" else np.float16)).all())
+    # infinity and NaN have all bits of the exponent; np.isfinite takes twenty times as long for float16
+    bits, exponent = (raw.view("<u4"), 0x7F800000) if kind == "F32" else (raw.view("<u2"), 0x7C00)
+    return bool((bits & exponent).max() < exponent)
 
 
 # ---- the child ----

@@ -1,17 +1,18 @@
 """prune: a model directory and a plan -> a smaller model directory, tensor by tensor. The source is never modified.
 
 Rows and whole groups of columns keep their codes bit for bit. A matrix cut inside its quantization groups, or
-solved anew by reconstruct, is quantized again; each one is listed with its error. Memory is one tensor.
+solved anew by reconstruct, is quantized again; each one is listed with its error. Memory is one packed tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .arch.spec import Tensor, select
 from .artifacts import Arrays, Plan, dump_json, repair_file
@@ -20,9 +21,11 @@ from .console import progress, span
 from .errors import PareError, Refused
 from .layout import Piece, layout, size_of, smaller
 from .packing import Packing
-from .quantized import MX_DTYPE, Packed, joined, pack, raw_bytes, read, relative_error, whole_groups
+from .quantized import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
 from .shards import ShardWriter, copy_tokenizer, finish, partial_directory, write_config
+from .slices import PANEL_VALUES, read_panels, sliced
 
+Stored = tuple[str, Iterable[memoryview]]  # a name of the new model, and the bytes under it in parts
 OUR_KEY = "pare"  # config.json key that transformers and mlx-lm ignore
 
 
@@ -123,7 +126,7 @@ class _Surgeon:
         self.left_dense: list[str] = []
 
     def _as_asked(self, piece: Piece, requantize: bool) -> Piece:
-        untouched = self._solved(piece) is None and (not piece.origins or self._exact_columns(piece) is not None)
+        untouched = self._solved(piece) is None and (not piece.origins or self._exact(piece) is not None)
         return piece if requantize or piece.packing is None or untouched else replace(piece, packing=None)
 
     def write(self, directory: Path) -> None:
@@ -131,8 +134,8 @@ class _Surgeon:
         writer = ShardWriter(directory, planned)
         with progress("prune: tensor", len(self.pieces)) as bar:
             for piece in self.pieces:
-                for name, array in self._cut(piece):
-                    writer.write(name, raw_bytes(array))
+                for name, parts in self._cut(piece):
+                    writer.stream(name, parts)
                 bar.advance()
         writer.close()
         write_config(directory, self._config())
@@ -149,20 +152,23 @@ class _Surgeon:
         keep = self.keep.of(piece.tensor.layer)
         return [select(dim, sizes, keep) for dim in origin.spec.dims]
 
-    def _exact_columns(self, piece: Piece) -> list[int] | str | None:
-        """How the columns of packed tensors can be cut without touching a code: "all", a list of groups, or None."""
-        if piece.packing is None:
-            return None
+    def _exact(self, piece: Piece) -> tuple[list[int] | None, int] | None:
+        """Kept columns, and of how many, in the unit in which bytes can be moved without a look at them: whole groups
+        where packed, else single values. None for the columns: all. None: they must be computed."""
         for origin in piece.origins:
-            source = self.checkpoint.packing(origin.module)
-            if source is None or (source.bits, source.group_size) != (piece.packing.bits, piece.packing.group_size):
+            source = self.checkpoint.packing(origin.module) if origin.matrix else None
+            if (source and source.as_config()) != (piece.packing and piece.packing.as_config()):
                 return None
             if self.checkpoint.dtype(origin) != piece.dtype:
                 return None
-        columns = self._kept(piece, piece.origins[0])[-1]  # those of matrices that are joined are the same
-        return "all" if columns is None else whole_groups(columns, piece.packing.group_size)
+        origin = piece.origins[0]  # columns of matrices that are joined are the same
+        columns = self._kept(piece, origin)[-1] if len(origin.shape) > 1 else None
+        group = piece.packing.group_size if piece.packing else 1
+        if columns is not None and group > 1 and (columns := whole_groups(columns, group)) is None:
+            return None
+        return columns, origin.shape[-1] // group
 
-    def _cut(self, piece: Piece) -> list[tuple[str, mx.array]]:
+    def _cut(self, piece: Piece) -> list[Stored]:
         """The entries of one tensor, as they are written."""
         listed = any(self.checkpoint.packing(origin.module) for origin in piece.origins if piece.tensor.matrix)
         solved = self._solved(piece)
@@ -170,20 +176,25 @@ class _Surgeon:
             return self._repaired(piece, solved, listed)
         if not piece.origins:
             return _zeros(piece)
-        rows = [self._rows(piece, origin) for origin in piece.origins]
-        exact = self._exact_columns(piece)
-        if exact is not None:
-            return _entries(piece, joined(rows if exact == "all" else [part.groups(exact) for part in rows]))
-        dense = [_take(p.dense() if isinstance(p, Packed) else p, [None, *self._kept(piece, o)[1:]])
-                 for p, o in zip(rows, piece.origins, strict=True)]  # fmt: skip
-        return self._store(piece, dense[0] if len(dense) == 1 else mx.concatenate(dense), listed)
+        exact = self._exact(piece)
+        if exact is None:
+            return self._store(piece, self._dense(piece), listed)
+        return [(planned.name, self._slices(piece, part, *exact)) for part, planned in enumerate(piece.stored())]
 
-    def _rows(self, piece: Piece, origin: Tensor) -> Packed | mx.array:
-        """The kept rows of an original tensor, packed if it is."""
-        kept, stored = self._kept(piece, origin)[0], read(self.checkpoint, origin.name)
-        if kept is None:
-            return stored
-        return stored.rows(kept) if isinstance(stored, Packed) else _take(stored, [kept])
+    def _slices(self, piece: Piece, part: int, columns: list[int] | None, width: int) -> Iterator[memoryview]:
+        """The bytes of one entry: weight, scales or biases."""
+        for origin in piece.origins:
+            name = origin.name if part == 0 else f"{origin.module}.{('scales', 'biases')[part - 1]}"
+            yield from sliced(self.checkpoint.entries[name], self._kept(piece, origin)[0], columns, width)
+
+    def _dense(self, piece: Piece) -> Iterator[mx.array]:
+        """The kept rows and columns of a tensor, expanded, a few rows at a time."""
+        for origin in piece.origins:
+            rows, *columns = self._kept(piece, origin)
+            index = None if columns in ([], [None]) else mx.array(columns[0])
+            for panel in read_panels(self.checkpoint, origin, rows):
+                dense = panel.dense() if isinstance(panel, Packed) else panel
+                yield dense if index is None else mx.take(dense, index, axis=1)
 
     def _solved(self, piece: Piece) -> Packed | mx.array | None:
         """What reconstruct made for this tensor, unread; most have none."""
@@ -191,24 +202,29 @@ class _Surgeon:
             return None
         return self.repairs[piece.tensor.layer].of(piece.tensor.spec.role)
 
-    def _repaired(self, piece: Piece, solved: Packed | mx.array, listed: bool) -> list[tuple[str, mx.array]]:
+    def _repaired(self, piece: Piece, solved: Packed | mx.array, listed: bool) -> list[Stored]:
         """What reconstruct made: its very codes where they are packed as the layout wants them."""
         if isinstance(solved, Packed):
             if piece.packing is not None and solved.packing.as_config() == piece.packing.as_config():
                 about = self.repairs[piece.tensor.layer].packed[piece.tensor.spec.role]
                 self.requantized[piece.tensor.module] = about["error"]
-                return _entries(piece, solved)
+                return _entries(piece, [solved])
             solved = solved.dense()
-        return self._store(piece, solved, listed)
+        step = max(1, PANEL_VALUES * len(solved) // solved.size)
+        return self._store(piece, (solved[i : i + step] for i in range(0, len(solved), step)), listed)
 
-    def _store(self, piece: Piece, dense: mx.array, listed: bool) -> list[tuple[str, mx.array]]:
+    def _store(self, piece: Piece, panels: Iterator[mx.array], listed: bool) -> list[Stored]:
         """A dense tensor as the layout wants it stored; ``listed``: it was packed before, so say what happened."""
+        dtype = MX_DTYPE[piece.dtype]
         if piece.packing is None:
             if listed:
                 self.left_dense.append(piece.tensor.module)
-            return [(piece.tensor.name, dense.astype(MX_DTYPE[piece.dtype]))]
-        packed = pack(dense, piece.packing, MX_DTYPE[piece.dtype])
-        self.requantized[piece.tensor.module] = relative_error(dense, packed)
+            return [(piece.tensor.name, (raw_bytes(panel.astype(dtype)) for panel in panels))]
+        packed, energy = [], np.zeros(2)
+        for panel in panels:
+            packed.append(pack(panel, piece.packing, dtype))
+            energy += energies(panel, packed[-1])
+        self.requantized[piece.tensor.module] = float(np.sqrt(energy[0] / energy[1])) if energy[1] else 0.0
         return _entries(piece, packed)
 
     # ---- what goes beside the weights ----
@@ -292,21 +308,15 @@ def _descended(survivors: dict[str, Any], before: dict[str, Any]) -> dict[str, A
     return {**survivors, "source_identity": before["source_identity"], "hidden": hidden, "layers": layers}
 
 
-def _zeros(piece: Piece) -> list[tuple[str, mx.array]]:
+def _zeros(piece: Piece) -> list[Stored]:
     """The entries of a tensor that is zero, whichever way it is stored."""
     zeros = mx.zeros(piece.tensor.shape, MX_DTYPE[piece.dtype])
     if piece.packing is None:
-        return [(piece.tensor.name, zeros)]
-    return _entries(piece, pack(zeros, piece.packing, zeros.dtype))
+        return [(piece.tensor.name, [raw_bytes(zeros)])]
+    return _entries(piece, [pack(zeros, piece.packing, zeros.dtype)])
 
 
-def _take(array: mx.array, kept: Sequence[list[int] | None]) -> mx.array:
-    for axis, index in enumerate(kept):
-        if index is not None:
-            array = mx.take(array, mx.array(index), axis=axis)
-    return array
-
-
-def _entries(piece: Piece, packed: Packed) -> list[tuple[str, mx.array]]:
-    names = [planned.name for planned in piece.stored()]
-    return list(zip(names, (packed.words, packed.scales, packed.biases), strict=True))
+def _entries(piece: Piece, panels: Sequence[Packed]) -> list[Stored]:
+    """What is stored of a packed matrix, given in panels of rows."""
+    parts = ([raw_bytes(getattr(p, part)) for p in panels] for part in ("words", "scales", "biases"))
+    return [(planned.name, each) for planned, each in zip(piece.stored(), parts, strict=True)]

@@ -49,26 +49,6 @@ class Packed:
         )
         return values.astype(dtype)
 
-    def rows(self, keep: Sequence[int]) -> Packed:
-        """Exact: the codes of the kept rows."""
-        index = mx.array(keep)
-        return Packed(self.words[index], self.scales[index], self.biases[index], self.packing)
-
-    def groups(self, keep: Sequence[int]) -> Packed:
-        """Exact: the codes of the kept groups of columns."""
-        index, rows = mx.array(keep), self.words.shape[0]
-        per_group = self.packing.group_size * self.packing.bits // 32
-        words = self.words.reshape(rows, -1, per_group)[:, index].reshape(rows, -1)
-        return Packed(words, self.scales[:, index], self.biases[:, index], self.packing)
-
-
-def joined(parts: Sequence[Packed]) -> Packed:
-    """Exact: the rows of matrices of one packing, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    arrays = zip(*((part.words, part.scales, part.biases) for part in parts), strict=True)
-    return Packed(*(mx.concatenate(same) for same in arrays), parts[0].packing)
-
 
 def read(checkpoint: Checkpoint, name: str) -> Packed | mx.array:
     """The weight ``name`` of a checkpoint as it is stored, not read yet; a fresh array each time, so that dropping the
@@ -152,11 +132,18 @@ def whole_groups(columns: Sequence[int], group_size: int) -> list[int] | None:
     return groups
 
 
+def energies(reference: mx.array, packed: Packed) -> np.ndarray:
+    """||Q(W) - W||_F^2 and ||W||_F^2, float64 [2]: what adds up over the rows of a matrix. In float32 within a row
+    only: a sum of 38 million squares was 7 % too small."""
+    reference = reference.astype(mx.float32)
+    rows = mx.stack([mx.square(x).sum(axis=-1) for x in (packed.dense() - reference, reference)])
+    return np.array(rows).astype(np.float64).sum(axis=-1)
+
+
 def relative_error(reference: mx.array, packed: Packed) -> float:
     """||Q(W) - W||_F / ||W||_F."""
-    reference = reference.astype(mx.float32)
-    lost, whole = mx.square(packed.dense() - reference).sum(), mx.square(reference).sum()
-    return mx.sqrt(lost / whole).item() if whole.item() > 0 else 0.0
+    lost, whole = energies(reference, packed)
+    return float(np.sqrt(lost / whole)) if whole > 0 else 0.0
 
 
 def rows_at_once(rows: int, columns: int) -> int:

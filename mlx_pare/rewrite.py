@@ -12,6 +12,7 @@ from .arch import Tensor
 from .checkpoint import Checkpoint
 from .quantized import MX_DTYPE, Packed, pack, raw_bytes, read, repacked
 from .shards import Planned, ShardWriter, copy_tokenizer
+from .slices import sliced
 
 BESIDE = ("config.json", "survivors.json", "plan.json", "README.md")
 
@@ -58,14 +59,13 @@ def write_stored(
 ) -> None:
     """The checkpoint, one tensor in memory at a time, with the entries that ``new`` has for a tensor in place of its
     own; None: it stays byte for byte."""
-    lazy = checkpoint.lazy()
     tensors = list(checkpoint.arch.tensors())
     entries = [(name, checkpoint.entries[name]) for tensor in tensors for name in names(checkpoint, tensor)]
     writer = ShardWriter(directory, [Planned(name, entry.dtype, entry.shape) for name, entry in entries])
     for tensor in tensors:
         found = new(tensor)
         for name in names(checkpoint, tensor):
-            writer.write(name, raw_bytes(lazy[name] if found is None else found[name]))
+            writer.stream(name, sliced(checkpoint.entries[name]) if found is None else [raw_bytes(found[name])])
     writer.close()
     for name in BESIDE:
         if (checkpoint.path / name).exists():

@@ -62,14 +62,20 @@ class ShardWriter:
 
     def write(self, name: str, data: memoryview | bytes) -> None:
         """Append the next planned tensor. Raises when it is not the one that was announced."""
+        self.stream(name, [data])
+
+    def stream(self, name: str, parts: Iterable[memoryview | bytes]) -> None:
+        """Append the next planned tensor, its bytes in parts. Raises as ``write``."""
         if self._next == len(self._queue):
             raise AssertionError(f"wrote {name}, which was not announced")
         file_name, planned = self._queue[self._next]
-        if planned.name != name or len(data) != planned.nbytes:
-            raise AssertionError(f"wrote {name} ({len(data)} bytes), announced {planned}")
+        if planned.name != name:
+            raise AssertionError(f"wrote {name}, announced {planned}")
         if self._file is None or self._file.name != str(self.directory / file_name):
             self._open(file_name)
-        self._file.write(data)
+        written = sum(self._file.write(part) for part in parts)
+        if written != planned.nbytes:
+            raise AssertionError(f"wrote {name} ({written} bytes), announced {planned}")
         self._next += 1
 
     def _open(self, file_name: str) -> None:

@@ -257,6 +257,41 @@ def test_weights_too_large_for_float16_are_refused(tmp_path):
     assert export(model, tmp_path / "m.gguf", "f32")["tensors"] == len(weights)
 
 
+def awkward_blocks() -> np.ndarray:
+    """Rows for Q8_0: ordinary ones, zeros, blocks with many ties, tiny and huge values, and alone in their block."""
+    draw = np.random.default_rng(0)
+    rows = draw.standard_normal((9, 128)).astype(np.float32)
+    rows[1] = 0
+    rows[2] = draw.integers(-254, 255, 128) / 2  # a scale of 1 where 127 is among them: halves are rounded
+    rows[2, ::32] = 127
+    rows[3] *= 1e-20
+    rows[4] *= 1e6
+    rows[5, 1:32] = 0
+    rows[6] = -3
+    rows[7, 32:64] = -0.0
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_converted_bytes_are_those_of_gguf_py(kind):
+    import gguf
+
+    rows = awkward_blocks()
+    rows = rows[:4] if kind == "F16" else rows
+    expected = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
+    found = exporting.convert(mx.array(rows), kind)
+    assert found.tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_is_seen(kind, wrong):
+    rows = np.ones((3, 64), np.float32)
+    assert llama_cpp.finite(exporting.convert(mx.array(rows), kind), kind)
+    rows[1, 40] = wrong
+    assert not llama_cpp.finite(exporting.convert(mx.array(rows), kind), kind)
+
+
 REFUSED = [
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
     ("gemma3_text", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),

@@ -464,16 +464,16 @@ def test_a_plan_for_another_model_is_refused(small, model, tmp_path):
 @pytest.mark.parametrize("after", [0, 1, 7, 20])
 @pytest.mark.parametrize("how", [KeyboardInterrupt, OSError])
 def test_a_killed_write_leaves_nothing_under_the_name(small, tmp_path, monkeypatch, after, how):
-    write, written = ShardWriter.write, []
+    stream, written = ShardWriter.stream, []
 
-    def failing(self, name, data):
+    def failing(self, name, parts):
         if len(written) == after:
             raise how("no space left on device")
         written.append(name)
-        write(self, name, data)
+        stream(self, name, parts)
 
     with monkeypatch.context() as patched, pytest.raises(how):
-        patched.setattr(ShardWriter, "write", failing)
+        patched.setattr(ShardWriter, "stream", failing)
         prune(*small, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     prune(*small, tmp_path / "out")

@@ -17,7 +17,7 @@ import pytest
 import reference
 import reference_criteria
 
-from mlx_pare import quantized, stream
+from mlx_pare import slices, stream
 from mlx_pare.artifacts import Arrays
 from mlx_pare.calibrate import EXTRA, calibrate
 from mlx_pare.checkpoint import Checkpoint
@@ -479,7 +479,7 @@ def test_matrices_that_are_expanded_in_parts(pico_models, tmp_path, monkeypatch,
     for name in ("magnitude", "wanda", "flap"):
         whole = Arrays.load(score(model, stats, tmp_path / "whole.safetensors", name), "scores").arrays
         with monkeypatch.context() as patch:
-            patch.setattr(quantized, "EXPANDED_BYTES", 4 * 64 * 5)
+            patch.setattr(slices, "PANEL_VALUES", 64 * 5)
             parts = Arrays.load(score(model, stats, tmp_path / "parts.safetensors", name), "scores").arrays
         assert whole.keys() == parts.keys()
         for unit, values in whole.items():

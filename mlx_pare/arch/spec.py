@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from math import prod
 from typing import Any
 
@@ -94,9 +93,13 @@ def select(dimension: Dim, sizes: Mapping[str, int], keep: Mapping[str, Sequence
         return None
     kept, offset = [], 0
     for segment in dimension:
-        strides = [prod(sizes[a] for a in segment[i + 1 :]) for i in range(len(segment))]
-        choices = (keep.get(axis, range(sizes[axis])) for axis in segment)
-        kept += [offset + sum(i * s for i, s in zip(index, strides, strict=True)) for index in product(*choices)]
+        index = [offset]
+        for i, axis in enumerate(segment):
+            stride = prod(sizes[a] for a in segment[i + 1 :])
+            units = keep.get(axis, range(sizes[axis]))
+            steps = units if stride == 1 else [unit * stride for unit in units]
+            index = [start + step for start in index for step in steps]
+        kept += index
         offset += prod(sizes[axis] for axis in segment)
     return kept
 

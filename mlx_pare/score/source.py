@@ -11,7 +11,8 @@ import mlx.core as mx
 from ..arch import Tensor
 from ..checkpoint import Checkpoint
 from ..errors import PareError
-from ..quantized import Packed, read, rows_at_once
+from ..quantized import Packed
+from ..slices import read_panels
 
 
 class Source:
@@ -39,11 +40,9 @@ class Source:
     def sums(self, layer: int, role: str, of: Callable[[mx.array], mx.array], axis: int) -> mx.array:
         """Sums along an axis of a matrix [out, in] in float32 of which ``of`` was taken, element by element: [in] for
         axis 0, [out] for axis 1. The matrix is expanded a part of its rows at a time."""
-        tensor = self._tensors[layer, role]
-        stored, (rows, columns) = read(self.checkpoint, tensor.name), tensor.shape
-        step, found = rows_at_once(rows, columns), []
-        for start in range(0, rows, step):
-            found.append(of(_part(stored, start, start + step)).sum(axis=axis))
+        found = []
+        for panel in read_panels(self.checkpoint, self._tensors[layer, role]):
+            found.append(of(panel.dense() if isinstance(panel, Packed) else panel.astype(mx.float32)).sum(axis=axis))
             mx.eval(found[-1])
         return sum(found[1:], found[0]) if axis == 0 else mx.concatenate(found)
 
@@ -65,11 +64,3 @@ class Source:
         """Scores of kv heads [kv_head] in equal parts for their query heads [q_head]: plan adds them up again."""
         q_heads, count, _ = self.heads(layer)
         return mx.repeat(kv_heads / (q_heads // count), q_heads // count)
-
-
-def _part(stored: Packed | mx.array, start: int, stop: int) -> mx.array:
-    """Some rows of a matrix, in float32."""
-    if not isinstance(stored, Packed):
-        return stored[start:stop].astype(mx.float32)
-    parts = (part[start:stop] for part in (stored.words, stored.scales, stored.biases))
-    return Packed(*parts, stored.packing).dense()
