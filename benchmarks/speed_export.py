@@ -56,7 +56,7 @@ def kernels(held: list[tuple[Row, list]], kernel: Callable[[mx.array, str], Any]
 
 def lines(work: Path, rounds: int) -> list[str]:
     """The table: seconds of export and of the kernels, their ratio, bytes read for those needed."""
-    models = {"4 bits": synthetic.checkpoint(work / "4bit", 2, True)}
+    models = {"4 bits": synthetic.checkpoint(work / "4bit-1", 1, True)}
     models["bfloat16"] = synthetic.checkpoint(work / "bf16", 1, False)
     table_lines = [
         "| export | bytes | export s | kernels s | speed of export / kernels | ... in processor time "

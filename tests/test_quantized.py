@@ -126,11 +126,10 @@ def test_relative_error_against_numpy(bits, group):
 
 
 def test_the_error_of_many_weights():
-    """Added up in float32, 2^24 equal squares and all that follow are not seen."""
-    w = mx.ones((1 << 13, 1 << 12)) * mx.where(mx.arange(1 << 12) % 64 == 0, 1.0, 1.01)
-    p = pack(w, Packing(2, 64), mx.float32)
-    expected = reference.relative_error(np.array(w), np.array(p.dense()))
-    assert relative_error(w, p) == pytest.approx(expected, rel=1e-3)
+    """Added up in float32 at once, 17 million squares give 0.3 % more (and 38 million 3 % less)."""
+    w = matrix(4096, 4096)
+    p = pack(w, Packing(4, 64), mx.float32)
+    assert relative_error(w, p) == pytest.approx(reference.relative_error(np.array(w), np.array(p.dense())), rel=1e-4)
 
 
 @pytest.mark.parametrize("group", GROUP_SIZES)
