@@ -27,10 +27,10 @@ from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
 from .objective import Taps, loss_of
-from .recover_options import RATES, Options, check_memory
+from .recover_options import GENTLE_BELOW, RATES, Options, check_memory
 from .shards import finish, partial_directory, remove
 from .student import merged, prepare, resident
-from .training import Diverged, Trainer
+from .training import Course, Diverged, Trainer
 
 
 def recover(
@@ -52,15 +52,17 @@ def recover(
     options.check()
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
-    if options.learning_rate is None:
-        usual = RATES[options.method](Checkpoint(student).arch.sizes["hidden"])
-        options = replace(options, learning_rate=usual)
+    if usual := options.learning_rate is None:
+        rate = RATES[options.method](Checkpoint(student).arch.sizes["hidden"])
+        options = replace(options, learning_rate=rate)
     train, validation = Domains.of_one(train), Domains.of_one(validation)
     if (batch := min(options.batch, train.rows.count)) % (size := ranks.this()[1]):
         raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
     teacher.check_tokenizer(student, original)
     work = work or out.with_name(out.name + ".work")
-    job = _Job(student, original, train, validation, options, work, memory_cap)
+    gentle_below = GENTLE_BELOW if usual else None  # a rate that was asked for is the rate
+    course = replace(options.course, gentle_below=gentle_below)
+    job = _Job(student, original, train, validation, options, course, work, memory_cap)
     try:
         summary = job.run()
     except Diverged:  # what was healed block by block before that is still good
@@ -82,9 +84,11 @@ class _Job:
         train: Domains,
         validation: Domains,
         options: Options,
+        course: Course,
         work: Path,
         memory_cap: int | None,
     ):
+        self.course = course
         self.student, self.original, self.train, self.validation = student, original, train, validation
         self.options, self.work, self.memory_cap = options, work, memory_cap
         self.candidates = {"pruned": student}
@@ -109,7 +113,9 @@ class _Job:
             "matched": None if places is None else {"student": places.own, "teacher": places.teacher},
             "local": self._local(),
         }
-        return found | (self._trained(places) if options.steps else {"curve": [], "best_step": 0, "domains": {}})
+        return found | (
+            self._trained(places) if options.steps else {"curve": [], "best_step": 0, "rate": 0.0, "domains": {}}
+        )
 
     def _trained(self, places: teacher.Places | None) -> dict[str, Any]:
         """Train the whole of it; what came of that is a candidate."""
@@ -128,7 +134,9 @@ class _Job:
                 # what was not trained stays healed; new scales fit better, with the old ones what moved little stays
                 rewrite.write(Checkpoint(start), merged(model, trainer.best), place, name != "trained")
                 self.candidates[name] = place
-        return {"curve": trainer.curve, "best_step": trainer.best_step, "domains": trainer.sampler.weights}
+        rate = self.course.full_rate(trainer.curve[0]["loss"])
+        about = {"best_step": trainer.best_step, "rate": rate, "domains": trainer.sampler.weights}
+        return {"curve": trainer.curve} | about
 
     def _local(self) -> dict[str, Any] | None:
         """Heal it block by block first; the result is where the training starts."""
@@ -210,7 +218,7 @@ class _Job:
             sampler.reweight(losses, dict.fromkeys(losses, 0.0))  # the teacher's own divergence is 0 everywhere
 
         # the first alone has the locally healed student, or dates of its own
-        about, _ = ranks.from_first(self.about() | {"options": asdict(options)})
+        about, _ = ranks.from_first(self.about() | {"options": asdict(options), "course": asdict(self.course)})
         writer = self._writer(model, guide, states, places) if options.on_policy else None
         return Trainer(
             model,
@@ -218,7 +226,7 @@ class _Job:
             sampler,
             writer.batch if writer else batch,
             validate,
-            options.course,
+            self.course,
             self.work / "training",
             about,
             mix if options.mix and len(self.train.names) > 1 else None,

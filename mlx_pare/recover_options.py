@@ -19,13 +19,15 @@ from .student import trained_values
 from .training import Course
 
 # What is trained: the learning rate, as a function of the hidden size. One step of Adam changes what a matrix gives in
-# proportion to its width (Yang et al., arXiv:2203.03466), what an adapter of fixed rank gives not. Tried at 64 and 256.
+# proportion to its width (Yang et al., arXiv:2203.03466). Of an adapter one factor is as wide, the other not: an exponent
+# between gives what suits 64, and what is usual at 4096. Tried at 64 and 256 (benchmarks/LOG.md).
 RATES: dict[str, Callable[[int], float]] = {
-    "lora": lambda hidden: 2e-4,
-    "dora": lambda hidden: 2e-4,
-    "full": lambda hidden: 0.02 / hidden,
-    "norms": lambda hidden: 3e-4,
+    "lora": lambda hidden: 0.02 / hidden**0.5,
+    "dora": lambda hidden: 0.02 / hidden**0.5,
+    "full": lambda hidden: 0.12 / hidden,
+    "norms": lambda hidden: 2e-3,
 }
+GENTLE_BELOW = 0.1  # nats of KL divergence at the start, below which these rates are too high (see Course)
 METHODS = tuple(RATES)
 LOCAL = {"lora": "lora", "dora": "lora", "full": "full", "norms": "full"}  # what the blocks are trained by beforehand
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from mlx_pare.score import score
 recovering = importlib.import_module("mlx_pare.recover")  # mlx_pare.recover itself is the function
 DEMO = Path(corpus.__file__).parent / "demo"
 OPTIONS = Options(steps=9, batch=4, reports=3, learning_rate=1e-3)
-RATES = {"lora": 1e-3, "dora": 1e-3, "full": 3e-4, "norms": 5e-4}  # the usual ones are for more than a dozen steps
+RATES = {"lora": 4e-3, "dora": 4e-3, "full": 1.2e-3, "norms": 2e-3}  # the usual ones are for more than a dozen steps
 SEEDS = {"a": 1, "b": 1, "c": 2}
 WORSE = 1e3  # a learning rate after which nothing is left of a model
 
@@ -257,13 +258,20 @@ def test_unknown_method(cut, texts, tmp_path):
     assert "lora, dora, full, norms" in found.value.cure
 
 
-def test_usual_rates(cut, texts, tmp_path):
-    """0.02 over the hidden size where all weights move, 2e-4 for adapters; the result says which."""
+def test_usual_rates(cut, texts, tmp_path, monkeypatch):
+    """0.12 over the hidden size where all weights move, 0.02 over its root for adapters; less for a student that is
+    near the teacher already, unless a rate was asked for; the result says which."""
     hidden = Checkpoint(cut()[0]).arch.sizes["hidden"]
-    for method, rate in (("full", 0.02 / hidden), ("lora", 2e-4)):
+    for method, rate in (("full", 0.12 / hidden), ("lora", 0.02 / hidden**0.5)):
         asked = replace(OPTIONS, method=method, steps=1, learning_rate=None)
         found = recover(*cut(), *texts, tmp_path / method, asked)
         assert found["options"]["learning_rate"] == pytest.approx(rate)
+        assert found["rate"] == found["options"]["learning_rate"]  # this one is far away
+    monkeypatch.setattr(sys.modules["mlx_pare.recover"], "GENTLE_BELOW", 400 * found["curve"][0]["loss"])
+    found = recover(*cut(), *texts, tmp_path / "near", replace(OPTIONS, steps=1, learning_rate=None))
+    assert found["rate"] == pytest.approx(0.02 / hidden**0.5 / 20)
+    found = recover(*cut(), *texts, tmp_path / "asked", replace(OPTIONS, steps=1, learning_rate=1e-3))
+    assert found["rate"] == 1e-3
 
 
 def test_memory_cap(cut, texts, tmp_path):

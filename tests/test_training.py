@@ -158,17 +158,17 @@ def test_domains_are_mixed_anew_after_every_validation(trainer):
 
 @pytest.mark.parametrize("clip", [0.0, 1.0, 1e9])
 def test_clipping_against_numpy(clip):
-    """AdamW's first two steps with a gradient of norm 5, float64 numpy."""
+    """AdamW's first two steps, bias corrected, with a gradient of norm 5, float64 numpy."""
     model, rate = nn.Linear(2, 1, bias=False), 0.1
     model.weight = mx.array([[1.0, 2.0]])
     optimizer = ClippedAdamW(rate, clip)
     w, m, v = np.array([[1.0, 2.0]]), 0.0, 0.0
-    for gradient in (np.array([[3.0, 4.0]]), np.array([[0.3, -0.4]])):
+    for step, gradient in enumerate((np.array([[3.0, 4.0]]), np.array([[0.3, -0.4]])), 1):
         optimizer.update(model, {"weight": mx.array(gradient.astype(np.float32))})
         norm = np.linalg.norm(gradient)
         g = gradient * min(1.0, clip / norm) if clip else gradient
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        w = w - rate * m / (np.sqrt(v) + 1e-8)
+        w = w - rate * m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
         assert np.allclose(np.array(model.weight), w, rtol=1e-4)
 
 
@@ -186,6 +186,16 @@ def test_schedules(schedule, half, end):
 def test_unknown_schedule():
     with pytest.raises(UsageError, match="unknown schedule 'hope'"):
         Course(steps=1, rate=1.0, schedule="hope").learning_rate()
+
+
+def test_a_near_start_is_trained_gently():
+    """A quarter of the distance, half the rate, all along the schedule."""
+    course = Course(steps=100, rate=0.2, gentle_below=0.4)
+    assert [course.full_rate(begun) for begun in (9.0, 0.4, 0.1)] == pytest.approx([0.2, 0.2, 0.1])
+    usual, gentle = (course.learning_rate(begun) for begun in (0.4, 0.1))
+    for step in (0, 3, 50, 99):
+        assert gentle(mx.array(step)).item() == pytest.approx(usual(mx.array(step)).item() / 2, rel=1e-5)
+    assert Course(steps=100, rate=0.2).full_rate(1e-9) == 0.2
 
 
 def test_checkpointing_changes_neither_logits_nor_gradients_nor_other_models(pico_models):
