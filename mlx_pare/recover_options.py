@@ -19,7 +19,7 @@ from .student import trained_values
 from .training import Course
 
 # What is trained: the learning rate, as a function of the hidden size. One step of Adam changes what a matrix gives in
-# proportion to its width (Yang et al., arXiv:2203.03466). Of an adapter one factor is as wide, the other not: an exponent
+# proportion to its width (Yang et al., arXiv:2203.03466). Of an adapter one factor is as wide, one is not: an exponent
 # between gives what suits 64, and what is usual at 4096. Tried at 64 and 256 (benchmarks/LOG.md).
 RATES: dict[str, Callable[[int], float]] = {
     "lora": lambda hidden: 0.02 / hidden**0.5,
