@@ -41,7 +41,7 @@ def commands(asked: argparse.Namespace) -> dict[str, list[str]]:
         "calibrate": ["calibrate", source, "--out", run, "--samples", asked.samples, "--length", asked.length, *cap],
         "score": ["score", run],
         "plan": ["plan", run, *goal, "--widths", "even", *cap],
-        "prune": ["prune", run],
+        "prune": ["prune", run, *cap],
         "fit": ["fit", cut, "--mac", asked.mac, "--context", asked.context],
         "evaluate": ["evaluate", cut, "--teacher", source, *text, *cap],
         "export": ["export", cut, "--gguf", "q8_0", "-o", asked.work / "model.gguf", "--no-verify"],

@@ -21,7 +21,7 @@ from mlx_pare.checkpoint import Checkpoint
 def lines(work: Path, rounds: int) -> list[str]:
     """The table: seconds of calibration and of the forward, their ratio, bytes read for those needed."""
     model = synthetic.checkpoint(work / "4bit-1", 1, True)
-    draw = np.random.default_rng(0).integers(0, synthetic.CONFIG["vocab_size"], (2, 512))
+    draw = np.random.default_rng(0).integers(0, synthetic.VOCABULARY, (2, 512))
     rows = corpus.Rows.full(draw)
     steps = {"calibrate": lambda out: calibrate(model, rows, out), "forward": lambda out: stream.walk(model, rows)}
     found = timing.in_turn(steps, {}, rounds, work)

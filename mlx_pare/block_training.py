@@ -38,7 +38,7 @@ class Options:
 
     @property
     def rate(self) -> float:
-        return {"lora": 2e-3, "full": 1e-3}[self.method] if self.learning_rate is None else self.learning_rate
+        return {"lora": 8e-3, "full": 4e-3}[self.method] if self.learning_rate is None else self.learning_rate
 
 
 class Matrix(nn.Module):

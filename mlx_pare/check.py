@@ -14,8 +14,9 @@ PROMPT = "The"
 TOKENS = 48
 
 
-def check(model: Path, original: Path) -> list[str]:
-    """Warnings about a model directory, empty when all is well.
+def check(model: Path, original: Path, memory_cap: int | None = None) -> list[str]:
+    """Warnings about a model directory, empty when all is well. Both models are made to write, one after the other, if
+    the memory holds them (``memory_cap``; default: what is free).
 
     Raises PareError when stock mlx-lm or transformers cannot open it, or its tokenizer differs from the original's.
     """
@@ -23,9 +24,8 @@ def check(model: Path, original: Path) -> list[str]:
         if not (model / file.name).exists() or (model / file.name).read_bytes() != file.read_bytes():
             raise PareError(f"{model / file.name} differs from the original's")
     _transformers(model)
-    size = Checkpoint(original).nbytes() * (4 if lm.cpu_backend() else 1)
-    if size > machine.available_bytes():
-        return [f"no text was generated: the original needs about {gb(size)} of memory"]
+    if too_large := not_resident(original, memory_cap):
+        return [f"no text was generated: {too_large}"]
     ours, theirs = (_text(path) for path in (model, original))
     warnings = []
     if not ours.strip() and theirs.strip():
@@ -33,6 +33,14 @@ def check(model: Path, original: Path) -> list[str]:
     if repeats(ours) and not repeats(theirs):
         warnings.append(f"repeats itself, the original does not: {ours[:80]!r}")
     return warnings
+
+
+def not_resident(model: Path, memory_cap: int | None) -> str:
+    """Why a model cannot be in memory as a whole; empty where it can."""
+    size = Checkpoint(model).nbytes() * (4 if lm.cpu_backend() else 1)  # dense there
+    if size <= (memory_cap or machine.available_bytes()):
+        return ""
+    return f"{model} needs about {gb(size)} of memory{', more than --memory-cap allows' if memory_cap else ''}"
 
 
 def _text(path: Path) -> str:

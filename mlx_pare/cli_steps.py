@@ -58,6 +58,7 @@ from .options import (
     Tries,
     Widths,
     command,
+    memory,
     settings_of,
 )
 
@@ -210,15 +211,16 @@ def reconstruct_command(run: RunDir, memory_cap: Cap = None) -> dict[str, Any]:
 
 
 @command("prune", "mlx-pare prune RUN | mlx-pare prune RUN --no-reconstruct")
-def prune_command(run: RunDir, no_reconstruct: NoReconstruct = False) -> dict[str, Any]:
+def prune_command(run: RunDir, no_reconstruct: NoReconstruct = False, memory_cap: Cap = None) -> dict[str, Any]:
     """Cut the model by the run's plan into RUN/prune/model; the source is never modified.
 
-    Takes the matrices that `reconstruct` made of the same plan, if it did.
+    Takes the matrices that `reconstruct` made of the same plan, if it did. Where the memory holds both models as a whole,
+    they are made to write some text.
     """
     from . import steps
 
     with steps.continue_run(run) as opened:
-        model = steps.prune_step(opened, not no_reconstruct)
+        model = steps.prune_step(opened, not no_reconstruct, memory_cap=memory(memory_cap))
     console.say(f"model: {model}")
     return {"model": str(model)}
 

@@ -79,7 +79,7 @@ def _cut(run: Run, texts: Texts, s: Settings, original: Path | None = None) -> P
     planning.plan_step(run, texts, s)
     if s.reconstruct:
         steps.reconstruct_step(run, texts, s)
-    return steps.prune_step(run, s.reconstruct, original)
+    return steps.prune_step(run, s.reconstruct, original, s.memory_cap)
 
 
 def _at_once(run: Run, texts: Texts, s: Settings) -> Path:

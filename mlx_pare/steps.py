@@ -15,7 +15,7 @@ from .amounts import parse_amount
 from .artifacts import Metrics, Plan, dump_json, replace_file
 from .bench import bench
 from .calibrate import calibrate
-from .check import check
+from .check import check, not_resident
 from .checkpoint import Checkpoint
 from .errors import Refused, UsageError
 from .evaluate import evaluate
@@ -202,7 +202,7 @@ def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
     return run.output("reconstruct", "repair")
 
 
-def prune_step(run: Run, repaired: bool = True, original: Path | None = None) -> Path:
+def prune_step(run: Run, repaired: bool = True, original: Path | None = None, memory_cap: int | None = None) -> Path:
     """The cut model, checked; ``repaired``: with what reconstruct made of the same plan, if it did. ``original``: of a
     model that was cut before, and lies in a run directory beside this one: what its units are named after."""
     path = run.output("plan", "plan.json")
@@ -227,7 +227,7 @@ def prune_step(run: Run, repaired: bool = True, original: Path | None = None) ->
         shutil.rmtree(directory / "model", ignore_errors=True)
         done = prune(run.model, Plan.load(path), directory / "model", repair=repair, lineage=lineage)
         (directory / "done.json").write_bytes(dump_json(done))
-        _gate(directory / "model", run.model, directory)
+        _gate(directory / "model", run.model, directory, memory_cap)
 
     run.step("prune", {}, inputs, work)
     return run.output("prune", "model")
@@ -256,7 +256,7 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
                 (directory / "step.json").unlink()
                 raise
             replace_file(note, dump_json(done))
-        _gate(directory / "model", run.model, directory)
+        _gate(directory / "model", run.model, directory, s.memory_cap)
 
     inputs = {
         "model": run.manifest.source,
@@ -274,9 +274,9 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
     return run.path / "recover" / "model"
 
 
-def _gate(model: Path, original: Path, directory: Path) -> None:
+def _gate(model: Path, original: Path, directory: Path, memory_cap: int | None) -> None:
     """A broken model stops the run here, everything kept; a suspicious one is a warning in console and report."""
-    warnings = check(model, original)
+    warnings = check(model, original, memory_cap)
     for warning in warnings:
         console.warn(warning)
     (directory / "check.json").write_bytes(dump_json({"warnings": warnings}))
@@ -383,7 +383,10 @@ def fits_of(model: Path, gguf_bytes: int | None, original: Path, s: Settings) ->
 
 
 def bench_step(run: Run, model: Path, s: Settings) -> None:
-    """Speed of the original and the result in turn."""
+    """Speed of the original and the result in turn, if the memory holds them."""
+    if too_large := not_resident(run.model, s.memory_cap):
+        console.warn(f"speed was not measured: {too_large}")
+        return
 
     def work(directory: Path) -> None:
         prompt, new = (64, 32) if lm.cpu_backend() else (512, 128)

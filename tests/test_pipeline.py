@@ -359,6 +359,18 @@ def test_strange_text_is_a_warning(finished, monkeypatch, ours, theirs, expected
     assert len(found) == len(expected) and all(e in f for e, f in zip(expected, found, strict=True))
 
 
+def test_what_memory_does_not_hold_is_not_made_to_write(finished, monkeypatch):
+    """Neither under a cap nor where too little is free."""
+    checking = importlib.import_module("mlx_pare.check")
+    model = Path(finished["summary"]["model"])
+    monkeypatch.setattr(checking, "_text", lambda path: pytest.fail("it was loaded"))
+    (found,) = check(model, finished["model"], memory_cap=10_000)
+    assert re.match(r"no text was generated: .* needs about .* of memory, more than --memory-cap allows", found)
+    monkeypatch.setattr(checking.machine, "available_bytes", lambda: 10_000)
+    (found,) = check(model, finished["model"])
+    assert found.endswith("of memory")
+
+
 REPEATING = ["a" * 48, "ab" * 40, "and then " * 9, TALK + " no" * 60, "once, and " + "the house " * 14, "\n" * 50]
 VARIED = ["", "aaa", "a" * 46, TALK, "the house was " * 2, TALK + TALK[:30], "abcdefghijklmnopqrstuvwxy" * 2]
 
