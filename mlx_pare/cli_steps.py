@@ -296,3 +296,13 @@ def report_command(run: RunDir) -> dict[str, Any]:
         path = report(opened.path)
     console.say(f"report: {path}")
     return {"report": str(path)}
+
+
+@command("status", "mlx-pare status RUN | mlx-pare status RUN --json")
+def status_command(run: RunDir) -> dict[str, Any]:
+    """How far a run is: steps done, the one at work and its progress, what comes next, the last error. Reads only."""
+    from .status import status
+
+    found = status(run)
+    show.show_status(found)
+    return found

@@ -1,0 +1,187 @@
+"""Runs that are killed, starved and disturbed from outside, and what they must leave behind: the harness of test_faults.
+
+Run as a program it kills a run so many times at random moments:  python tests/faults.py KILLS SEED -- run MODEL --keep ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+DRIVER = Path(__file__).with_name("faults_driver.py")
+# what holds times, or is of the process alone
+NOT_COMPARED = {"manifest.json", "log.txt", ".lock", "report.md", "report-fit.svg", "bench.json"}
+TIMES = {"seconds", "path", "tokens_per_s"}
+
+
+@dataclass
+class Done:
+    """How a run ended: exit code (negative: the signal that killed it), what it said on stderr, seconds."""
+
+    code: int
+    err: str
+    seconds: float
+
+    @property
+    def line(self) -> str:
+        """The one line of the error; there is no other, warnings apart."""
+        lines = [line for line in self.err.splitlines() if line.startswith("mlx-pare: ")]
+        assert len(lines) == 1 and "Traceback" not in self.err and "internal error" not in self.err, self.err
+        return lines[0]
+
+
+class Driver:
+    """Starts mlx-pare with faults planted: children of a warm process where that can fork, or processes of their own."""
+
+    def __init__(self, folder: Path):
+        self.said = folder / "stderr.txt"
+        self.server = None
+        if sys.platform != "darwin":  # Apple's frameworks do not survive a fork
+            self.server = subprocess.Popen(
+                [sys.executable, str(DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+            )
+
+    def close(self) -> None:
+        if self.server:
+            self.server.stdin.close()
+            self.server.stdout.close()
+            self.server.wait(timeout=30)
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, argv: list, out: Path, kill_after: float | None = None, sent: int = signal.SIGKILL, **fault) -> Done:
+        """One run to its end, or until it is sent a signal after so many seconds."""
+        job = json.dumps({"argv": [str(a) for a in argv], "out": str(out), "stderr": str(self.said), **fault})
+        begun = time.monotonic()
+        if self.server:
+            self.server.stdin.write(job + "\n")
+            self.server.stdin.flush()
+            pid = int(self.server.stdout.readline())
+        else:
+            process = subprocess.Popen([sys.executable, str(DRIVER), job], env=ENVIRONMENT)
+            pid = process.pid
+        bomb = threading.Timer(kill_after, send, (pid, sent)) if kill_after is not None else None
+        if bomb:
+            bomb.start()
+        code = int(self.server.stdout.readline()) if self.server else process.wait()
+        if bomb:
+            bomb.cancel()
+            bomb.join()
+        return Done(code, self.said.read_text("utf-8"), time.monotonic() - begun)
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(DRIVER.parents[1]), os.environ.get("PYTHONPATH", "")])}
+
+
+def send(pid: int, sent: int) -> None:
+    """A signal, unless the process is gone."""
+    try:
+        os.kill(pid, sent)
+    except ProcessLookupError:
+        pass
+
+
+# ---- what a run leaves ----
+
+
+def timeless(value):
+    """JSON without times."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if not any(k.endswith(t) for t in TIMES)}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def result(out: Path) -> dict[str, bytes]:
+    """Everything in a run directory that must not depend on how often it was killed, byte for byte."""
+    found = {}
+    for file in sorted(f for f in out.rglob("*") if f.is_file() and f.name not in NOT_COMPARED):
+        data = file.read_bytes()
+        if file.suffix == ".json" and "model" not in file.relative_to(out).parts[:-1]:
+            data = json.dumps(timeless(json.loads(data))).encode()
+        found[str(file.relative_to(out))] = data
+    return found
+
+
+def differences(out: Path, whole: dict[str, bytes]) -> list[str]:
+    """The files that are not as those of a run that nobody disturbed; leavings among them."""
+    now = result(out)
+    steps = list(json.loads((out / "manifest.json").read_text())["steps"])
+    left = [str(f.relative_to(out)) for f in out.rglob("*") if ".tmp" in f.name or f.suffix in (".partial", ".part")]
+    return left + sorted(n for n in {*now, *whole} if now.get(n) != whole.get(n)) + [s for s in steps if ".partial" in s]
+
+
+def half_written(out: Path) -> list[str]:
+    """Files that have their name and yet cannot be read: of a run that was stopped. What says of itself that it is not
+    finished (.tmp, .part, .partial) may be anything."""
+    from mlx_pare.checkpoint import read_header
+
+    found = []
+    for file in sorted(f for f in out.rglob("*") if f.is_file()):
+        if ".tmp" in file.name or file.suffix == ".part" or ".part" in str(file.relative_to(out)):
+            continue
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            if file.suffix == ".safetensors":
+                read_header(file)
+        except Exception as error:
+            found.append(f"{file.relative_to(out)}: {error}")
+    return found
+
+
+def kills(driver: Driver, argv: list, out: Path, whole: dict[str, bytes], lasts: float, count: int, seed: int) -> dict:
+    """Kill a run ``count`` times at random moments, going on in the same directory until it is done, then anew.
+
+    ``lasts``: seconds of a run that is left alone. Returns how many kills, whole runs, and in which steps it died.
+    Raises AssertionError when anything differs from ``whole``.
+    """
+    moments, told = random.Random(seed), {"kills": 0, "ended": 0, "died in": {}}
+
+    def ended() -> None:
+        assert not differences(out, whole), f"{told}: {differences(out, whole)}"
+        told["ended"] += 1
+        shutil.rmtree(out)
+
+    while told["kills"] < count:
+        done = driver.run(argv, out, kill_after=moments.uniform(0, lasts / 2))
+        if done.code == -signal.SIGKILL:
+            told["kills"] += 1
+            assert not half_written(out), f"{told}: {half_written(out)}"
+            step = min((p.stem for p in out.glob("*.partial")), default="between")
+            told["died in"][step] = told["died in"].get(step, 0) + 1
+        else:
+            assert done.code == 0, f"{told}: {done.err}"
+            ended()
+    if out.exists():
+        assert (done := driver.run(argv, out)).code == 0, f"{told}: {done.err}"
+        ended()
+    return told
+
+
+def main() -> None:
+    """See the top of the file."""
+    count, seed, argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[sys.argv.index("--") + 1 :]
+    with tempfile.TemporaryDirectory() as folder, Driver(Path(folder)) as driver:
+        whole, out = Path(folder) / "whole", Path(folder) / "killed"
+        done = driver.run([*argv, "--out", whole, "--quiet"], whole)
+        assert done.code == 0, done.err
+        told = kills(driver, [*argv, "--out", out, "--quiet"], out, result(whole), done.seconds, count, seed)
+        sys.stdout.write(json.dumps({"seconds undisturbed": round(done.seconds, 1), **told}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
