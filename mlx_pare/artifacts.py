@@ -36,9 +36,11 @@ def beside(path: Path, temporary: str) -> Iterator[Path]:
         with place.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(place, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             place.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write that fails does not know of what
         raise
 
 
@@ -63,7 +65,8 @@ class Arrays:
         import mlx.core as mx
 
         about = {"schema": SCHEMA, **self.about}
-        with beside(path, path.stem + ".tmp.safetensors") as temporary:
+        # the dot: who looks for state-*.safetensors must not find the half of one
+        with beside(path, f".{path.stem}.tmp.safetensors") as temporary:
             try:
                 mx.save_safetensors(str(temporary), self.arrays, metadata={"pare": json.dumps(about, sort_keys=True)})
             except RuntimeError as error:  # MLX does not say why it could not be written

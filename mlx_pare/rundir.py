@@ -265,6 +265,7 @@ class Run:
             self._whole(name, record, editable)
             console.say(f"{name}: done before, kept")
             return False
+        self._compare()
         if final.exists():  # finished, but killed before the manifest said so: done again, or continued
             shutil.rmtree(partial, ignore_errors=True)
             os.rename(final, partial)
@@ -274,7 +275,6 @@ class Run:
             begun = _read_begun(partial / "step.json")
             if len(list(partial.iterdir())) > 1:  # nothing was done of what was refused at once
                 self._same(name, begun, asked)
-        self._compare()
         partial.mkdir(exist_ok=True)
         replace_file(partial / "step.json", dump_json(asked))
         console.record("begun", name)

@@ -1,6 +1,6 @@
-"""Runs that are killed, starved and disturbed from outside, and what they must leave behind: the harness of test_faults.
+"""Runs that are killed, starved and disturbed from outside, and what they must leave: the harness of test_faults.
 
-Run as a program it kills a run so many times at random moments:  python tests/faults.py KILLS SEED -- run MODEL --keep ...
+Run as a program it kills a run so many times at random moments:  python tests/faults.py KILLS SEED -- run MODEL ...
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 DRIVER = Path(__file__).with_name("faults_driver.py")
-# what holds times, or is of the process alone
-NOT_COMPARED = {"manifest.json", "log.txt", ".lock", "report.md", "report-fit.svg", "bench.json"}
-TIMES = {"seconds", "path", "tokens_per_s"}
+# what holds times (step.json: of the files it names), or is of the process alone
+NOT_COMPARED = {"manifest.json", "step.json", "log.txt", ".lock", "report.md", "report-fit.svg", "bench.json"}
+OF_THE_PLACE = {"seconds", "model", "path"}  # keys of JSON files: times, and where the run directory lies
 
 
 @dataclass
@@ -41,14 +42,20 @@ class Done:
 
 
 class Driver:
-    """Starts mlx-pare with faults planted: children of a warm process where that can fork, or processes of their own."""
+    """Starts mlx-pare with faults planted: children of a warm process where that can fork, or processes themselves."""
 
     def __init__(self, folder: Path):
-        self.said = folder / "stderr.txt"
+        self.said, self.temporary = folder / "stderr.txt", folder / "temporary"
+        self.temporary.mkdir()
+        self.environment = {**ENVIRONMENT, "TMPDIR": str(self.temporary)}
         self.server = None
         if sys.platform != "darwin":  # Apple's frameworks do not survive a fork
             self.server = subprocess.Popen(
-                [sys.executable, str(DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+                [sys.executable, str(DRIVER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self.environment,
             )
 
     def close(self) -> None:
@@ -72,7 +79,7 @@ class Driver:
             self.server.stdin.flush()
             pid = int(self.server.stdout.readline())
         else:
-            process = subprocess.Popen([sys.executable, str(DRIVER), job], env=ENVIRONMENT)
+            process = subprocess.Popen([sys.executable, str(DRIVER), job], env=self.environment)
             pid = process.pid
         bomb = threading.Timer(kill_after, send, (pid, sent)) if kill_after is not None else None
         if bomb:
@@ -89,19 +96,17 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(DRIVER.parents[1
 
 def send(pid: int, sent: int) -> None:
     """A signal, unless the process is gone."""
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, sent)
-    except ProcessLookupError:
-        pass
 
 
 # ---- what a run leaves ----
 
 
 def timeless(value):
-    """JSON without times."""
+    """JSON without times and places."""
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if not any(k.endswith(t) for t in TIMES)}
+        return {k: timeless(v) for k, v in value.items() if k not in OF_THE_PLACE}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
@@ -110,6 +115,8 @@ def result(out: Path) -> dict[str, bytes]:
     found = {}
     for file in sorted(f for f in out.rglob("*") if f.is_file() and f.name not in NOT_COMPARED):
         data = file.read_bytes()
+        if file.name == "recipe.toml":
+            data = b"\n".join(line for line in data.split(b"\n") if not line.startswith(b"model = "))
         if file.suffix == ".json" and "model" not in file.relative_to(out).parts[:-1]:
             data = json.dumps(timeless(json.loads(data))).encode()
         found[str(file.relative_to(out))] = data
@@ -117,11 +124,26 @@ def result(out: Path) -> dict[str, bytes]:
 
 
 def differences(out: Path, whole: dict[str, bytes]) -> list[str]:
-    """The files that are not as those of a run that nobody disturbed; leavings among them."""
+    """The files that are not as those of a run that nobody disturbed, of JSON what of it; leavings among them."""
     now = result(out)
-    steps = list(json.loads((out / "manifest.json").read_text())["steps"])
-    left = [str(f.relative_to(out)) for f in out.rglob("*") if ".tmp" in f.name or f.suffix in (".partial", ".part")]
-    return left + sorted(n for n in {*now, *whole} if now.get(n) != whole.get(n)) + [s for s in steps if ".partial" in s]
+    found = [str(f.relative_to(out)) for f in out.rglob("*") if ".tmp" in f.name or f.suffix in (".partial", ".part")]
+    for name in sorted({*now, *whole}):
+        one, two = whole.get(name), now.get(name)
+        if one != two and one and two and name.endswith(".json"):
+            one, two = (dict(leaves(json.loads(data))) for data in (one, two))
+            found += [f"{name}: {k} {one.get(k)} -> {two.get(k)}" for k in {*one, *two} if one.get(k) != two.get(k)]
+        elif one != two:
+            found.append(name)
+    return found
+
+
+def leaves(value, name: str = ""):
+    """The values in JSON with where they stand."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, f"{name}.{key}")
+    else:
+        yield name, value
 
 
 def half_written(out: Path) -> list[str]:
@@ -167,7 +189,8 @@ def kills(driver: Driver, argv: list, out: Path, whole: dict[str, bytes], lasts:
             assert done.code == 0, f"{told}: {done.err}"
             ended()
     if out.exists():
-        assert (done := driver.run(argv, out)).code == 0, f"{told}: {done.err}"
+        done = driver.run(argv, out)
+        assert done.code == 0, f"{told}: {done.err}"
         ended()
     return told
 
