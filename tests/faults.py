@@ -22,6 +22,7 @@ from pathlib import Path
 DRIVER = Path(__file__).with_name("faults_driver.py")
 # what holds times (step.json: of the files it names), or is of the process alone
 NOT_COMPARED = {"manifest.json", "step.json", "log.txt", ".lock", "report.md", "report-fit.svg", "bench.json"}
+IN_A_ROW = 5
 OF_THE_PLACE = {"seconds", "model", "path"}  # keys of JSON files: times, and where the run directory lies
 
 
@@ -166,32 +167,31 @@ def half_written(out: Path) -> list[str]:
 
 
 def kills(driver: Driver, argv: list, out: Path, whole: dict[str, bytes], lasts: float, count: int, seed: int) -> dict:
-    """Kill a run ``count`` times at random moments, going on in the same directory until it is done, then anew.
+    """Kill a run ``count`` times at random moments: of a new one, and then up to IN_A_ROW times of the same that goes
+    on, which is then left alone until it is done.
 
     ``lasts``: seconds of a run that is left alone. Returns how many kills, whole runs, and in which steps it died.
     Raises AssertionError when anything differs from ``whole``.
     """
     moments, told = random.Random(seed), {"kills": 0, "ended": 0, "died in": {}}
 
-    def ended() -> None:
-        assert not differences(out, whole), f"{told}: {differences(out, whole)}"
-        told["ended"] += 1
-        shutil.rmtree(out)
-
-    while told["kills"] < count:
-        done = driver.run(argv, out, kill_after=moments.uniform(0, lasts / 2))
+    killed = 0  # this run
+    while told["kills"] < count or killed:
+        enough = killed == IN_A_ROW or told["kills"] == count
+        after = None if enough else moments.uniform(0, lasts / 2 if killed else lasts)
+        done = driver.run(argv, out, kill_after=after)
         if done.code == -signal.SIGKILL:
             told["kills"] += 1
+            killed += 1
             assert not half_written(out), f"{told}: {half_written(out)}"
             step = min((p.stem for p in out.glob("*.partial")), default="between")
             told["died in"][step] = told["died in"].get(step, 0) + 1
         else:
             assert done.code == 0, f"{told}: {done.err}"
-            ended()
-    if out.exists():
-        done = driver.run(argv, out)
-        assert done.code == 0, f"{told}: {done.err}"
-        ended()
+            assert not differences(out, whole), f"{told}: {differences(out, whole)}"
+            told["ended"] += 1
+            killed = 0
+            shutil.rmtree(out)
     return told
 
 

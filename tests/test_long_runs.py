@@ -178,7 +178,7 @@ def settings(tmp_path_factory) -> Settings:
     (folder / "data.txt").write_text("\n".join(found[::2]), "utf-8")
     (folder / "test.txt").write_text("\n".join(found[1::2]), "utf-8")
     return Settings(
-        data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), keep=0.75, length=32, samples=4, tries=2,
+        data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), keep=0.75, length=32, samples=4, widths="even",
         recover_steps=2, trials=1, gguf="f16", context=256,
     )  # fmt: skip
 
