@@ -96,7 +96,7 @@ class Progress:
     def __init__(self, what: str | None, total: int):
         """``what`` None: nothing is shown."""
         self.what, self.total, self.done = what, total, 0
-        self.ahead = 0.0  # seconds of other work that is known to come between the pieces
+        self._ahead = 0.0  # seconds of other work to come between the pieces
         self._start = self._last = self._noted = time.monotonic()
         self._fresh = 0  # done in this process
         self._first = self._start, 0  # when its first piece was done, and how many that were
@@ -106,12 +106,19 @@ class Progress:
         """Work that was already done before: it does not count for the ETA."""
         self.done += count
 
+    def aside(self, spent: float, ahead: float) -> None:
+        """Other work between the pieces: the seconds it took just now, which are no part of their pace, and those that
+        it will still take."""
+        self._start += spent
+        self._first = self._first[0] + spent, self._first[1]
+        self._ahead = ahead
+
     def left(self) -> float:
         """Seconds to go, by the pace since the first piece was done: that one also paid for what is done once (files
         that are read for the first time), and may differ (a block that is not cut). Alone it is all that is known."""
         begun, before = self._first if self._fresh > self._first[1] else (self._start, 0)
         pace = (time.monotonic() - begun) / max(self._fresh - before, 1)
-        return pace * (self.total - self.done) + self.ahead
+        return pace * (self.total - self.done) + self._ahead
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """So many pieces more are done."""

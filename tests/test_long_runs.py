@@ -81,8 +81,23 @@ def test_eta_of_work_that_goes_on(clock):
         clock.now += 2
         bar.advance()
     assert bar.left() == pytest.approx(30)
-    bar.ahead = 12.0
+    clock.now += 6.0
+    bar.aside(6.0, 12.0)
     assert bar.left() == pytest.approx(42)
+
+
+def test_eta_of_training_that_is_validated(clock):
+    """Six validations of 30 s between 60 steps of 1 s; the first one was before."""
+    bar, end = console.Progress("recover: step", 60), 60.0 + 6 * 30
+    bar.aside(0.0, 6 * 30.0)
+    for step in range(1, 55):
+        clock.now, end = clock.now + 1, end - 1
+        bar.advance()
+        if step > 5:
+            assert bar.left() == pytest.approx(end, rel=0.2)
+        if step % 10 == 0:
+            clock.now, end = clock.now + 30, end - 30
+            bar.aside(30.0, (6 - step // 10) * 30.0)
 
 
 def test_eta_is_of_no_use_with_one_piece_done(clock):
@@ -178,8 +193,8 @@ def settings(tmp_path_factory) -> Settings:
     (folder / "data.txt").write_text("\n".join(found[::2]), "utf-8")
     (folder / "test.txt").write_text("\n".join(found[1::2]), "utf-8")
     return Settings(
-        data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), keep=0.75, length=32, samples=4, widths="even",
-        recover_steps=2, trials=1, gguf="f16", context=256,
+        data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), keep=0.75, length=32, samples=4,
+        widths="even", recover_steps=2, trials=1, gguf="f16", context=256,
     )  # fmt: skip
 
 
