@@ -7,30 +7,47 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .arch import Architecture, Keep, LayerKeep, cut
 from .checkpoint import Checkpoint
+from .console import gb
 from .errors import PareError, Refused
 from .packing import BITS, GROUP_SIZES, Packing
 
 SCHEMA = 1
 
 
+@contextmanager
+def beside(path: Path, temporary: str) -> Iterator[Path]:
+    """Write to the name that is given, flush, rename: ``path`` holds the old bytes or the new, never half of them. What
+    could not be written whole is removed: on a full disk its room is needed."""
+    place = path.with_name(temporary)
+    try:
+        yield place
+        with place.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(place, path)
+    except BaseException as error:
+        with suppress(OSError):
+            place.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write that fails does not know of what
+        raise
+
+
 def replace_file(path: Path, data: bytes) -> None:
-    """Write beside, flush, rename: ``path`` holds the old bytes or the new, never half of them."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """The bytes of a file at once, or the old ones."""
+    with beside(path, path.name + ".tmp") as temporary:
+        temporary.write_bytes(data)
 
 
 # ---- arrays ----
@@ -44,12 +61,19 @@ class Arrays:
     about: dict[str, Any]
 
     def save(self, path: Path) -> None:
+        """Raises PareError when it cannot be written."""
         import mlx.core as mx
 
         about = {"schema": SCHEMA, **self.about}
-        temporary = path.with_name(path.stem + ".tmp.safetensors")
-        mx.save_safetensors(str(temporary), self.arrays, metadata={"pare": json.dumps(about, sort_keys=True)})
-        os.replace(temporary, path)
+        # the dot: who looks for state-*.safetensors must not find the half of one
+        with beside(path, f".{path.stem}.tmp.safetensors") as temporary:
+            try:
+                mx.save_safetensors(str(temporary), self.arrays, metadata={"pare": json.dumps(about, sort_keys=True)})
+            except RuntimeError as error:  # MLX does not say why it could not be written
+                raise PareError(
+                    f"cannot write {path}, on whose disk {gb(disk_usage(path.parent).free)} are free: {error}",
+                    "make room on the disk: what is finished is kept, the same command continues",
+                ) from error
 
     @classmethod
     def load(cls, path: Path, what: str) -> Arrays:

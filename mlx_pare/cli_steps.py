@@ -214,8 +214,8 @@ def reconstruct_command(run: RunDir, memory_cap: Cap = None) -> dict[str, Any]:
 def prune_command(run: RunDir, no_reconstruct: NoReconstruct = False, memory_cap: Cap = None) -> dict[str, Any]:
     """Cut the model by the run's plan into RUN/prune/model; the source is never modified.
 
-    Takes the matrices that `reconstruct` made of the same plan, if it did. Where the memory holds both models as a whole,
-    they are made to write some text.
+    Takes the matrices that `reconstruct` made of the same plan, if it did. Where the memory holds both models as a
+    whole, they are made to write some text.
     """
     from . import steps
 
@@ -298,3 +298,13 @@ def report_command(run: RunDir) -> dict[str, Any]:
         path = report(opened.path)
     console.say(f"report: {path}")
     return {"report": str(path)}
+
+
+@command("status", "mlx-pare status RUN | mlx-pare status RUN --json")
+def status_command(run: RunDir) -> dict[str, Any]:
+    """How far a run is: steps done, the one at work and its progress, what comes next, the last error. Reads only."""
+    from .status import status
+
+    found = status(run)
+    show.show_status(found)
+    return found

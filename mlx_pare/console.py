@@ -1,5 +1,5 @@
 """The only writer to a terminal. Talk goes to stderr with --json (stdout then holds exactly one document), and
-nowhere with --quiet; errors are always one line on stderr.
+nowhere with --quiet; errors are always one line on stderr. All of it also goes to the log of the run that is open.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from . import log
+
+_logged: list[Path] = []  # the run directories that are open; a stage lies in one that is open as well
 _state = {"json": False, "quiet": False, "stdout": sys.stdout}
 
 
@@ -26,14 +30,32 @@ def _stream():
     return sys.stderr if _state["json"] else _state["stdout"]
 
 
+@contextmanager
+def logged(directory: Path) -> Iterator[None]:
+    """What is said meanwhile also goes to the log in a run directory."""
+    _logged.append(directory)
+    try:
+        yield
+    finally:
+        _logged.remove(directory)
+
+
+def record(kind: str, text: str) -> None:
+    """Something for the log alone."""
+    for directory in _logged:
+        log.write(directory, kind, text)
+
+
 def say(text: str = "") -> None:
     """One line of talk, plain text."""
+    record("said", text)
     if not _state["quiet"]:
         print(text, file=_stream(), flush=True)
 
 
 def warn(text: str) -> None:
     """One line on stderr, also with --quiet."""
+    record("warning", text)
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -66,31 +88,54 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], cap
 
 
 class Progress:
-    """Counts work done and says what is left. On a terminal a live line, elsewhere a line every ten seconds."""
+    """Counts work done and says what is left. On a terminal a live line, elsewhere a line every ten seconds; in the log
+    one every log.EVERY_S."""
 
     INTERVAL = 10.0
 
     def __init__(self, what: str | None, total: int):
         """``what`` None: nothing is shown."""
         self.what, self.total, self.done = what, total, 0
-        self._start = self._last = time.monotonic()
-        self._first_done = 0
+        self._ahead = 0.0  # seconds of other work to come between the pieces
+        self._start = self._last = self._noted = time.monotonic()
+        self._fresh = 0  # done in this process
+        self._first = self._start, 0  # when its first piece was done, and how many that were
         self._live = what is not None and sys.stderr.isatty() and not _state["quiet"]
 
     def skip(self, count: int) -> None:
         """Work that was already done before: it does not count for the ETA."""
         self.done += count
-        self._first_done += count
+
+    def aside(self, spent: float, ahead: float) -> None:
+        """Other work between the pieces: the seconds it took just now, which are no part of their pace, and those that
+        it will still take."""
+        self._start += spent
+        self._first = self._first[0] + spent, self._first[1]
+        self._ahead = ahead
+
+    def left(self) -> float:
+        """Seconds to go, by the pace since the first piece was done: that one also paid for what is done once (files
+        that are read for the first time), and may differ (a block that is not cut). Alone it is all that is known."""
+        begun, before = self._first if self._fresh > self._first[1] else (self._start, 0)
+        pace = (time.monotonic() - begun) / max(self._fresh - before, 1)
+        return pace * (self.total - self.done) + self._ahead
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        """So many pieces more are done."""
         self.done += count
+        self._fresh += count
         now = time.monotonic()
-        if self.what is None or _state["quiet"] or (not self._live and now - self._last < self.INTERVAL):
+        if count and self._fresh == count:
+            self._first = now, count
+        if self.what is None:
+            return
+        line = f"{self.what} {self.done}/{self.total}, {duration(self.left())} left{', ' + note if note else ''}"
+        if now - self._noted >= log.EVERY_S:
+            self._noted = now
+            record("progress", line)
+        if _state["quiet"] or (not self._live and now - self._last < self.INTERVAL):
             return
         self._last = now
-        fresh = max(self.done - self._first_done, 1)
-        left = (now - self._start) / fresh * (self.total - self.done)
-        line = f"{self.what} {self.done}/{self.total}, {duration(left)} left{', ' + note if note else ''}"
         end = "\n" if not self._live else ""
         print(f"\r\033[K{line}" if self._live else line, file=sys.stderr, end=end, flush=True)
 

@@ -5,6 +5,11 @@ Every error becomes one line on the terminal and an exit code: 1 failed, 2 usage
 
 from __future__ import annotations
 
+import errno
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
 
 class PareError(Exception):
     """Something failed. ``problem`` says what and where, ``cure`` what to do."""
@@ -34,3 +39,21 @@ class Refused(PareError):
     """Doing it would overwrite, mix different inputs, or not fit: nothing was touched."""
 
     exit_code = 3
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """The one line an error becomes, and the exit code of the command that it ends."""
+    if isinstance(error, PareError):
+        line, code = str(error), error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        line, code = "interrupted: what is finished is kept, the same command continues", 1
+    elif isinstance(error, OSError):
+        where = f": {error.filename2 or error.filename}" if error.filename else ""
+        line, code = f"{error.strerror or error}{where}", 1
+        if error.errno in FULL:
+            line += ". Make room on the disk: what is finished is kept, the same command continues."
+        elif error.errno in FORBIDDEN:
+            line += ". Give yourself the right to it, or use another place."
+    else:  # a defect of ours: one line all the same, and where to look
+        line, code = f"internal error, {type(error).__name__}: {error} (--debug shows where)", 1
+    return " ".join(line.split()), code

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -88,6 +92,24 @@ def peak_gpu_bytes() -> int | None:
     """The most MLX has allocated in this process; on a Mac not part of the resident size. None before MLX is used."""
     mlx = sys.modules.get("mlx.core")
     return mlx.get_peak_memory() if mlx else None
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """A Mac does not fall asleep meanwhile for want of somebody at it (`caffeinate -i`, which ends with this process,
+    however that ends). Elsewhere nothing. Never run on a Mac."""
+    program = shutil.which("caffeinate") if sys.platform == "darwin" else None
+    if program is None:
+        yield
+        return
+    command, quiet = [program, "-i", "-w", str(os.getpid())], subprocess.DEVNULL
+    # a session of its own: Ctrl-C is for us, we end it
+    holder = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+    try:
+        yield
+    finally:
+        holder.terminate()
+        holder.wait()
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import console
-from .errors import PareError
+from .errors import told
 from .score import CRITERIA
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app = typer.Typer(
     help="Make a model smaller on the Mac itself, and say whether it was worth it.\n\n"
     "Everyday: fit, run, evaluate, export, bench.  Single steps: calibrate, score, plan, stability, reconstruct, "
     "prune, recover, report.  "
-    "Looking around: inspect, demo, doctor.\n\n"
+    "Looking around: status, inspect, demo, doctor.\n\n"
     "Exit codes: 0 done, 1 failed, 2 usage, 3 refused (would overwrite, inputs changed, does not fit).",
 )
 
@@ -204,17 +204,10 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
                 os.environ.setdefault("HF_HUB_OFFLINE", "1")
             try:
                 console.document(function(*args, **kwargs))
-            except PareError as error:
-                _fail(error, str(error), error.exit_code, debug)
-            except KeyboardInterrupt as error:
-                _fail(error, "interrupted: what is finished is kept, the same command continues", 1, debug)
             except BrokenPipeError:  # `| head` has seen enough
                 raise
-            except OSError as error:
-                where = f" {error.filename}" if error.filename else ""
-                _fail(error, f"{error.strerror or error}{where}", 1, debug)
-            except Exception as error:  # a defect of ours: one line all the same, and where to look
-                _fail(error, f"internal error, {type(error).__name__}: {error} (--debug shows where)", 1, debug)
+            except (Exception, KeyboardInterrupt) as error:
+                _fail(error, debug)
 
         _add_modes(called, function)
         return app.command(name, epilog="Examples:  " + examples)(called)
@@ -222,12 +215,13 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
     return wrap
 
 
-def _fail(error: BaseException, line: str, code: int, debug: bool) -> None:
+def _fail(error: BaseException, debug: bool) -> None:
+    line, code = told(error)
     if debug:
         import traceback
 
         traceback.print_exception(error)
-    console.error(" ".join(line.split()))
+    console.error(line)
     console.document({"error": line, "exit_code": code})
     raise typer.Exit(code)
 

@@ -67,8 +67,8 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
         written = report(opened.path, measured)
         summary = _summary(opened, result, gguf, written, measured)
         opened.write_recipe(asked)  # only now: a request that was refused on the way leaves the recipe of what was done
-    _quality_gate(summary, s)
-    _fit_gate(summary, s)
+        _quality_gate(summary, s)
+        _fit_gate(summary, s)
     return summary
 
 

@@ -3,8 +3,11 @@
     RUN/manifest.json   schema, source, versions, machine, one record per finished step (written last)
     RUN/recipe.toml     exactly what was asked
     RUN/<step>/         the outputs of a step; RUN/<step>.partial/ while it works, renamed when it is done
+    RUN/log.txt         what was said, and errors (log.py)
 
-A step is skipped only when its parameters and the hashes of its inputs are the same and its outputs are whole.
+A step is skipped only when its parameters and the hashes of its inputs are the same and its outputs are whole. Big
+files are told apart by size and date, which is cheap; before the first work of a process all of their bytes are
+compared with what they were, because a bit that flips on a disk changes neither.
 """
 
 from __future__ import annotations
@@ -12,22 +15,29 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
 import time
 import tomllib
+import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from . import console, machine
+from . import __version__, console, log, machine
 from .artifacts import SCHEMA, Strict, dump_json, explain, replace_file
-from .errors import PareError, Refused
+from .errors import PareError, Refused, told
 
 BIG_FILE = 64 << 20
-HARMLESS = {".lock", "manifest.json.tmp", ".DS_Store"}  # what a killed start, or the Finder, leaves in a new directory
+QUICK = "quick:"  # so begins the fingerprint of a big file
+PATIENCE_S = 0.3  # for a lock: `status` asks for it, for a moment
+# what a killed start, or the Finder, leaves in a new directory
+HARMLESS = {".lock", "manifest.json.tmp", ".DS_Store", log.NAME}
 
 
 class StepRecord(Strict):
@@ -43,7 +53,8 @@ class StepRecord(Strict):
 
 
 class Manifest(Strict):
-    """What is known of a run: the model, where it was made, and every finished step."""
+    """What is known of a run: the model, where it was made, and every finished step. ``contents``: sha256 of all bytes
+    of the model's weights ("model:" and the name of the file) and of every big output (step/file)."""
 
     schema_version: int = SCHEMA
     model: str
@@ -51,6 +62,7 @@ class Manifest(Strict):
     versions: dict[str, str]
     machine: dict[str, Any]
     steps: dict[str, StepRecord] = Field(default_factory=dict)
+    contents: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _known_schema(self) -> Manifest:
@@ -66,7 +78,49 @@ def fingerprint(path: Path) -> str:
         if size <= BIG_FILE:
             return hashlib.file_digest(file, "sha256").hexdigest()
         stat = path.stat()
-        return "quick:" + hashlib.sha256(f"{size}:{stat.st_mtime_ns}".encode() + file.read(1 << 20)).hexdigest()
+        return QUICK + hashlib.sha256(f"{size}:{stat.st_mtime_ns}".encode() + file.read(1 << 20)).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What is known of the run in ``path``, whoever works on it. Raises PareError without one, or a damaged one."""
+    file = path / "manifest.json"
+    _there(file)
+    try:
+        return Manifest.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise PareError(
+            f"{file} is damaged: {explain(error)}", "restore it, or start a new run with another --out"
+        ) from error
+
+
+def _there(manifest: Path) -> None:
+    if not manifest.exists():
+        raise PareError(
+            f"no run at {manifest.parent}",
+            "start one with `mlx-pare calibrate MODEL --out RUN` or `mlx-pare run MODEL --out RUN`",
+        )
+
+
+def sha256(path: Path, bar: console.Progress) -> str:
+    """Of all of a file, whatever its size; ``bar`` counts the megabytes (MiB)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(8 << 20):
+            digest.update(part)
+            bar.advance(math.ceil(len(part) / (1 << 20)))
+    return digest.hexdigest()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process works on the run directory ``path``. Needs no right to write there."""
+    try:
+        with (path / ".lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 class Run:
@@ -76,21 +130,24 @@ class Run:
     def __init__(self, path: Path, model: Path | None = None, identity: str | None = None, locked: bool = True):
         self.path = Path(path)
         self._file = self.path / "manifest.json"
-        if model is None and not self._file.exists():
-            raise PareError(
-                f"no run at {self.path}",
-                "start one with `mlx-pare calibrate MODEL --out RUN` or `mlx-pare run MODEL --out RUN`",
-            )
+        if model is None:
+            _there(self._file)
         if model is not None and self.path.exists() and not self.path.is_dir():
             raise Refused(f"{self.path} exists and is not a directory", "choose another --out")
         self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire(locked)
+        self._logged = ExitStack()
+        self._locked = locked
+        self._sound = False  # whether the bytes of this run have been compared in this process
         try:
             self.manifest = self._open(model, identity)
         except BaseException:
             self._lock.close()
             raise
+        if locked:
+            self._logged.enter_context(console.logged(self.path))
+            log.write(self.path, "started", f"mlx-pare {__version__}: {' '.join(sys.argv[1:])}")
 
     def _refuse_foreign(self) -> None:
         """A directory that holds something else is not touched, not even by the lock."""
@@ -104,17 +161,25 @@ class Run:
 
     def _acquire(self, locked: bool):
         lock = (self.path / ".lock").open("a+")
-        try:
-            if locked:
+        given_up = time.monotonic() + PATIENCE_S
+        while locked:
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise Refused(f"another mlx-pare is working on {self.path}", "wait for it, or use another --out") from None
+                break
+            except OSError:
+                if time.monotonic() < given_up:
+                    time.sleep(PATIENCE_S / 10)
+                    continue
+                lock.close()
+                raise Refused(
+                    f"another mlx-pare is working on {self.path}",
+                    f"wait for it (`mlx-pare status {self.path}` says how far it is), or use another --out",
+                ) from None
         return lock
 
     def _open(self, model: Path | None, identity: str | None) -> Manifest:
         if self._file.exists():
-            manifest = self._read()
+            manifest = read_manifest(self.path)
             if identity is not None and manifest.source != identity:
                 raise Refused(
                     f"{self.path} belongs to {manifest.model}, which is another model than {model} or was "
@@ -133,22 +198,20 @@ class Run:
         replace_file(self._file, dump_json(manifest))
         return manifest
 
-    def _read(self) -> Manifest:
-        try:
-            return Manifest.model_validate_json(self._file.read_bytes())
-        except ValidationError as error:
-            raise PareError(
-                f"{self._file} is damaged: {explain(error)}", "restore it, or start a new run with another --out"
-            ) from error
-
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        if error is not None:
+            log.write(self.path, "trace", "".join(traceback.format_exception(error)))
+            log.write(self.path, "error", told(error)[0])
         self.close()
 
     def close(self) -> None:
         """Let another process have the directory."""
+        if not self._lock.closed and self._locked:
+            log.write(self.path, "ended", "the process lets go of the run")
+        self._logged.close()
         self._lock.close()
 
     @property
@@ -202,6 +265,7 @@ class Run:
             self._whole(name, record, editable)
             console.say(f"{name}: done before, kept")
             return False
+        self._compare()
         if final.exists():  # finished, but killed before the manifest said so: done again, or continued
             shutil.rmtree(partial, ignore_errors=True)
             os.rename(final, partial)
@@ -213,10 +277,14 @@ class Run:
                 self._same(name, begun, asked)
         partial.mkdir(exist_ok=True)
         replace_file(partial / "step.json", dump_json(asked))
+        console.record("begun", name)
         started = time.monotonic()
-        work(partial)
+        with machine.awake():
+            work(partial)
         os.rename(partial, final)
         outputs = {str(f.relative_to(final)): fingerprint(f) for f in sorted(final.rglob("*")) if f.is_file()}
+        big = {f"{name}/{file}": final / file for file, seen in outputs.items() if seen.startswith(QUICK)}
+        self.manifest.contents |= _contents(big, f"{name}: hash")
         done = StepRecord(
             **asked,
             outputs=outputs,
@@ -226,7 +294,29 @@ class Run:
         )
         self.manifest.steps[name] = done
         replace_file(self._file, dump_json(self.manifest))
+        console.record("done", f"{name}: {done.seconds:.1f} s, at most {console.gb(done.peak_bytes)}")
         return True
+
+    def _compare(self) -> None:
+        """Before the first work of a process: the weights of the model and the big outputs are, byte for byte, what
+        they were. Raises Refused."""
+        if self._sound:
+            return
+        known = self.manifest.contents
+        weights = {f"model:{file.name}": file for file in sorted(self.model.glob("*.safetensors"))}
+        outputs = {name: self.path / name for name in known if (self.path / name).is_file()}
+        now = _contents(weights | outputs, "compare with before")
+        for name, digest in now.items():
+            if known.get(name, digest) != digest:
+                redo = f"delete {self.path / name.partition('/')[0]} to do the step again"
+                raise Refused(
+                    f"{(weights | outputs)[name]} has other bytes than before, but its size and date: it is damaged",
+                    redo if name in outputs else "restore it with its date (cp -p), or use another --out",
+                )
+        if now.keys() - known.keys():
+            self.manifest.contents = known | now
+            replace_file(self._file, dump_json(self.manifest))
+        self._sound = True
 
     def _same(self, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for part in ("parameters", "inputs"):
@@ -250,6 +340,12 @@ class Run:
                 raise Refused(f"{file} is missing", f"delete {self.path / name} to do the step again")
             if not editable and fingerprint(file) != digest:
                 raise Refused(f"{file} changed since it was written", f"delete {self.path / name} to do the step again")
+
+
+def _contents(files: Mapping[str, Path], what: str) -> dict[str, str]:
+    """The sha256 of every file, by its name. About half a second per gigabyte."""
+    with console.progress(f"{what}: MiB", sum(math.ceil(f.stat().st_size / (1 << 20)) for f in files.values())) as bar:
+        return {name: sha256(file, bar) for name, file in files.items()}
 
 
 def _read_begun(path: Path) -> dict[str, Any]:

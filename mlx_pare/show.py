@@ -194,3 +194,25 @@ def show_shape(made: dict[str, Any]) -> dict[str, Any]:
         console.table("stages", ["<stage", *(k.replace("_", " ") for k in names[1:])], lines)
     console.table(made["asked"], ["<", "before", "after"], rows, caption="neighbours: " + "; ".join(made["neighbours"]))
     return made
+
+
+def show_status(found: dict[str, Any]) -> None:
+    """What `status` answers: the steps that are done, and in words what is going on."""
+    gb, step = console.gb, found["working"] or found["next"]
+    rows = [[s["step"], f"{s['seconds']:.1f}", gb(s["peak_bytes"]), gb(s["bytes"])] for s in found["steps"]]
+    console.table(f"{found['run']} of {found['model']}", ["<step", "seconds", "peak memory", "on disk"], rows)
+    words = {
+        "working": f"process {found['pid']} works on it since {console.duration(found['seconds'] or 0)}: {step}",
+        "finished": "finished",
+        "failed": f"ended at {step}; the same command goes on from there",
+        "killed": f"its process was killed, or the machine stopped, at {step}; the same command goes on from there",
+        "waiting": f"nobody works on it; next: {step}",
+    }
+    console.say(words[found["state"]])
+    if found["state"] == "working" and found["said"]:
+        console.say(f"last said ({found['said']['time']}): {found['said']['text']}")
+    if found["error"]:
+        console.say(f"error ({found['error']['time']}): {found['error']['text']}")
+    if found["left"]:
+        console.say(f"to come: {', '.join(found['left'])}")
+    console.say(f"{gb(found['bytes'])} on disk" + (f", log: {found['log']}" if found["log"] else ""))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,27 +129,34 @@ class Trainer:
 
         Raises Diverged, Refused for a directory with the state of another training.
         """
-        course = self.course
+        course, begun = self.course, time.monotonic()
         if not self._resume():
             self._validated()
             self._begin()
             self._save()
         with console.progress("recover: step", course.steps) as bar:
             bar.skip(self.step)
+            self._tell(bar, 0.0, time.monotonic() - begun)
             while self.step < course.steps and not self._exhausted():
                 now = min(course.segment, course.steps - self.step)
                 self._segment(now, bar)
                 self.step += now
+                begun = time.monotonic()
                 self._validated()
                 if self.after:
                     self.after(self.curve[-1]["losses"])
                 self._save()
+                self._tell(bar, time.monotonic() - begun, time.monotonic() - begun)
         self.model.update(tree_unflatten(list(self.best.items())))
 
     def _begin(self) -> None:
         """The optimizer, whose rate depends on where the training begins."""
         rates = self.course.learning_rate(self.curve[0]["loss"])
         self.optimizer = ClippedAdamW(rates, self.course.clip)
+
+    def _tell(self, bar: console.Progress, spent: float, each: float) -> None:
+        """What is left also has the validations in it."""
+        bar.aside(spent, each * math.ceil((self.course.steps - self.step) / self.course.segment))
 
     def _segment(self, steps: int, bar: console.Progress) -> None:
         start, every = bar.done, max(1, steps // 5)

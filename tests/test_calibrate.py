@@ -167,8 +167,8 @@ def test_resumed_after_every_block_in_turn(whole, tmp_path, monkeypatch):
 
 def test_half_written_files_are_ignored(whole, tmp_path):
     model, data, expected = whole
-    (tmp_path / "block-0000.tmp.safetensors").write_bytes(b"half")
-    (tmp_path / "hidden-0003.tmp.safetensors").write_bytes(b"half")
+    (tmp_path / ".block-0000.tmp.safetensors").write_bytes(b"half")
+    (tmp_path / ".hidden-0003.tmp.safetensors").write_bytes(b"half")
     assert calibrate(model, data, tmp_path).read_bytes() == expected
 
 

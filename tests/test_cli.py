@@ -27,7 +27,7 @@ from mlx_pare.options import app
 
 EVERYDAY = ["fit", "run", "evaluate", "export", "bench"]
 OTHERS = ["inspect", "demo", "doctor", "calibrate", "score", "plan", "stability", "reconstruct", "prune", "recover",
-          "report"]  # fmt: skip
+          "report", "status"]  # fmt: skip
 SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--recover-steps", "2", "--trials", "0", "--gguf", "f16",
          "--context", "256"]  # fmt: skip
 
@@ -129,7 +129,7 @@ def contents(*paths: Path) -> dict[str, bytes]:
         str(f): hashlib.sha256(f.read_bytes()).digest()
         for path in paths
         for f in sorted(path.rglob("*"))
-        if f.is_file() and f.name != ".lock"
+        if f.is_file() and f.name not in (".lock", "log.txt")
     }
 
 
@@ -181,6 +181,7 @@ LOOKS = [
     (["inspect", "MODEL", "--json"], True),
     (["doctor"], True),
     (["report", "RUN"], True),
+    (["status", "RUN"], True),
     (["plan", "RUN", "--keep", "0.5", "--dry-run"], False),
     (["run", "MODEL", "--out", "NEW", "--keep", "0.5", "--dry-run"], False),
 ]

@@ -27,6 +27,7 @@ VERBS = {
     "bench",
     "report",
     "inspect",
+    "status",
     "check",
 }
 MAX_LINES, MAX_FUNCTION = 400, 60
@@ -113,7 +114,10 @@ def test_mlx_lm_has_one_door():
 LIGHT = ["cli", "cli_steps", "options", "show", "console", "errors", "machine", "inspect", "fit", "fit.planner"]
 
 
-@pytest.mark.parametrize("module", [*LIGHT, "fit.footprint", "checkpoint", "arch", "packing", "report", "rundir"])
+LIGHT += ["fit.footprint", "checkpoint", "arch", "packing", "report", "rundir", "status", "log"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_need_no_arrays(module):
     code = f"""
 import sys, mlx_pare.{module}

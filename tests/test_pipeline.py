@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import shutil
 import sys
 import tomllib
@@ -37,8 +38,8 @@ CONTENDERS = {"original", "pruned", "recovered", "random", "fewer-bits"}
 
 
 def hashes(directory: Path) -> dict[str, tuple]:
-    """Contents and times of every file."""
-    files = sorted(f for f in directory.rglob("*") if f.is_file())
+    """Contents and times of every file but the log, which every process adds to."""
+    files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name != "log.txt")
     return {
         str(f.relative_to(directory)): (hashlib.sha256(f.read_bytes()).digest(), f.stat().st_mtime_ns) for f in files
     }

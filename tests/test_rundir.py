@@ -46,7 +46,9 @@ def begun(out: Path, model: Path, editable: bool = False) -> None:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+    """Of all files but the log, which every process adds to."""
+    files = (f for f in sorted(path.rglob("*")) if f.is_file() and f.name != "log.txt")
+    return {str(f.relative_to(path)): f.read_bytes() for f in files}
 
 
 # ---- skip, or refuse ----

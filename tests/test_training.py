@@ -216,16 +216,17 @@ def test_checkpointing_changes_neither_logits_nor_gradients_nor_other_models(pic
     assert type(lm.blocks(other)[0]) is kind and kind.__call__ is not type(lm.blocks(plain)[0]).__call__
 
 
-def test_a_state_survives_a_save_that_was_cut_short(trainer, monkeypatch):
-    """Killed while a state is written, the one before is taken."""
+@pytest.mark.parametrize("nth", [4, 5, 6, 7])
+def test_a_state_survives_a_save_that_was_cut_short(trainer, monkeypatch, nth):
+    """Killed while a state, or the best weights, are written, the ones before are taken."""
     whole = trainer(directory="whole")
     whole.run()
     saves, save = [], training.Arrays.save
 
     def dying(self, path):
         saves.append(path)
-        if len(saves) == 6:
-            path.with_name(path.stem + ".tmp.safetensors").write_bytes(b"half")
+        if len(saves) == nth:
+            path.with_name(f".{path.stem}.tmp.safetensors").write_bytes(b"half")
             raise Killed
         save(self, path)
 

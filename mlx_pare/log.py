@@ -1,0 +1,57 @@
+"""RUN/log.txt: what a run said and when, progress twice a minute, errors with their traceback. `status` reads its end.
+
+A line is ``2026-11-26 12:48:22 4711 kind     text`` (local time, process). No step reads it, and what cannot be
+written (a full disk) is lost: a log must not stop the work that it tells of.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+NAME = "log.txt"
+EVERY_S = 30.0  # between two lines of progress
+TAIL = 1 << 16  # bytes at the end of a log that are read again
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a log. ``kind``: started and ended (a process), begun and done (a step), progress, said, warning,
+    error, trace."""
+
+    time: str
+    pid: int
+    kind: str
+    text: str
+
+
+def write(directory: Path, kind: str, text: str) -> None:
+    """Append every line of ``text`` to the log in ``directory``; never fails."""
+    head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} {kind:8} "
+    lines = "".join(f"{head}{line}\n" for line in text.splitlines() if line.strip())
+    with suppress(OSError), (directory / NAME).open("ab", buffering=0) as file:
+        file.write(lines.encode("utf-8", "replace"))
+
+
+def last_session(directory: Path) -> list[Line]:
+    """What the last process wrote, as far as it is among the last TAIL bytes; empty where there is no log."""
+    try:
+        with (directory / NAME).open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    found = [line for line in map(_parse, text.splitlines()) if line]
+    starts = [number for number, line in enumerate(found) if line.kind == "started"]
+    return found[starts[-1] :] if starts else found
+
+
+def _parse(text: str) -> Line | None:
+    """None for the half of a line: of a process that was killed, or where the tail begins."""
+    parts = text.split(maxsplit=4)
+    if len(parts) < 5 or not parts[2].isdecimal():
+        return None
+    return Line(f"{parts[0]} {parts[1]}", int(parts[2]), parts[3], parts[4])

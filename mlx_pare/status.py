@@ -1,0 +1,107 @@
+"""status: how far a run is, from its manifest, its log and its lock. Reads only, also while another process works."""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import log
+from .rundir import is_locked, read_manifest
+from .schedule import name_of
+
+
+def expected(recipe: Mapping[str, Any]) -> list[str]:
+    """The steps of a run in their order (pipeline.py), as far as what was asked tells; those of a stage with its name
+    before them. Some may turn out not to be needed."""
+    cut = ["calibrate", "score", *(["sensitivity"] if recipe.get("widths") == "per-layer" else []), "plan"]
+    cut += [*(["reconstruct"] if recipe.get("reconstruct", True) else []), "prune"]
+    stages = recipe.get("stages") or []
+    if stages:
+        found = ["evaluate-original"]
+        for name in map(name_of, range(1, len(stages) + 1)):
+            after = "recovered" if name == name_of(len(stages)) else f"{name}-recovered"
+            found += [f"{name}/{step}" for step in cut]
+            found += [f"evaluate-{name}-pruned", f"{name}/recover", f"evaluate-{after}"]
+        found += ["plan", "evaluate-pruned"]
+    else:
+        found = [*cut, "evaluate-original", "evaluate-pruned"]
+        if recipe.get("recover_steps", 0) or recipe.get("local_steps", 0):
+            found += ["recover", "evaluate-recovered"]
+    found += ["evaluate-random", "evaluate-fewer-bits", "export"]
+    return found + (["bench"] if recipe.get("trials", 0) else [])
+
+
+def status(run: Path) -> dict[str, Any]:
+    """How far the run in ``run`` is.
+
+    ``state``: working, finished, failed, killed (its process is gone without a word) or waiting (some steps are done,
+    as when they are called one by one). ``steps``: name, seconds, peak_bytes, bytes on disk of those that are done.
+    ``working``: the step that is not done and has begun; ``next``: the first that has not. ``pid``, ``since``, ``said``
+    and ``error``: of the last process, from the log. Raises PareError without a run, or for a damaged manifest.
+    """
+    run = Path(run)
+    manifest = read_manifest(run)
+    recipe = tomllib.loads(file.read_text("utf-8")) if (file := run / "recipe.toml").exists() else {}
+    records = dict(manifest.steps)
+    for number in range(1, len(recipe.get("stages") or []) + 1):
+        if (place := run / name_of(number) / "manifest.json").exists():
+            inner = read_manifest(place.parent).steps
+            records |= {f"{name_of(number)}/{name}": record for name, record in inner.items()}
+    steps = [
+        {"step": name, "seconds": r.seconds, "peak_bytes": r.peak_bytes, "bytes": _bytes(run / name)}
+        for name, r in records.items()
+    ]
+    order = expected(recipe)
+    reached = max((order.index(name) for name in records if name in order), default=-1)
+    begun = sorted(str(p.relative_to(run).with_suffix("")) for p in [*run.glob("*.partial"), *run.glob("*/*.partial")])
+    begun = [name for name in begun if name in order or "/" not in name]  # a partial model inside a step is none
+    ahead = [name for name in order[reached + 1 :] if name not in begun]
+    session, locked = log.last_session(run), is_locked(run)
+    said = [line for line in session if line.kind in ("begun", "done", "said", "progress")]
+    errors = [line for line in session if line.kind == "error"]
+    return {
+        "run": str(run),
+        "model": manifest.model,
+        "state": _state(session, locked, bool(begun or ahead)),
+        "pid": session[-1].pid if session and locked else None,
+        "since": session[0].time if session else None,
+        "seconds": _seconds(session[0]) if session and locked else None,
+        "steps": steps,
+        "working": begun[0] if begun else None,
+        "next": ahead[0] if ahead else None,
+        "left": ahead,
+        "said": {"time": said[-1].time, "text": said[-1].text} if said else None,
+        "error": {"time": errors[-1].time, "text": errors[-1].text} if errors else None,
+        "bytes": _bytes(run),
+        "log": str(run / log.NAME) if session else None,
+    }
+
+
+def _state(session: list[log.Line], locked: bool, more: bool) -> str:
+    kinds = [line.kind for line in session]
+    if locked:
+        return "working"
+    if "error" in kinds:
+        return "failed"
+    if session and kinds[-1] != "ended":
+        return "killed"
+    return "waiting" if more else "finished"
+
+
+def _seconds(line: log.Line) -> float:
+    """Since a line was written."""
+    return max(0.0, time.time() - time.mktime(time.strptime(line.time, "%Y-%m-%d %H:%M:%S")))
+
+
+def _bytes(directory: Path) -> int:
+    """Of all files below; some may vanish meanwhile."""
+    total = 0
+    for file in directory.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except OSError:
+            continue
+    return total
