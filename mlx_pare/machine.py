@@ -10,9 +10,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,35 @@ def available_bytes() -> int:
     return free if most is None else min(free, most)
 
 
+def reset_peaks() -> None:
+    """Peaks count from now on: MLX's own, and on Linux the resident one (Documentation/filesystems/proc.rst)."""
+    if mlx := sys.modules.get("mlx.core"):
+        mlx.reset_peak_memory()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_rss_bytes() -> int:
-    """The largest resident size this process ever had."""
+    """The largest resident size of this process since ``reset_peaks``; on a Mac since it was started."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_gpu_bytes() -> int | None:
-    """The most MLX has allocated in this process; on a Mac not part of the resident size. None before MLX is used."""
+    """The most MLX has allocated since ``reset_peaks``; on a Mac not part of the resident size. None before MLX is
+    used."""
     mlx = sys.modules.get("mlx.core")
     return mlx.get_peak_memory() if mlx else None
+
+
+def swap_bytes() -> int:
+    """Swap in use on this computer, by whomever."""
+    import psutil
+
+    return psutil.swap_memory().used
 
 
 @contextmanager

@@ -394,5 +394,8 @@ def _warnings(run: Path) -> str:
 
 
 def _steps(manifest: Manifest) -> str:
-    rows = [_row(name, duration(s.seconds), gb(s.peak_bytes)) for name, s in manifest.steps.items()]
-    return "## Steps\n\n" + _table(["step", "time", "peak memory so far"], rows) if rows else ""
+    rows = []
+    for name, s in manifest.steps.items():
+        rest = (gb(n) if n else "-" for n in (s.peak_mlx_bytes, s.swap_growth_bytes))
+        rows.append(_row(name, duration(s.seconds), gb(s.peak_bytes), *rest))
+    return "## Steps\n\n" + _table(["step", "time", "peak memory", "... of MLX", "more swap"], rows) if rows else ""

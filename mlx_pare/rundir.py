@@ -41,8 +41,9 @@ HARMLESS = {".lock", "manifest.json.tmp", ".DS_Store", log.NAME}
 
 
 class StepRecord(Strict):
-    """One finished step. ``peak_bytes``: the largest resident size of the process up to its end, ``peak_mlx_bytes`` the
-    most that MLX had allocated, which on a Mac lies outside of it."""
+    """One finished step. ``peak_bytes``: the largest resident size of the process during it (on a Mac up to its end),
+    ``peak_mlx_bytes`` the most that MLX had allocated, which on a Mac lies outside of it, ``swap_growth_bytes`` by how
+    much more swap the computer used in the end."""
 
     parameters: dict[str, Any]
     inputs: dict[str, str]
@@ -50,6 +51,7 @@ class StepRecord(Strict):
     seconds: float
     peak_bytes: int
     peak_mlx_bytes: int | None = None
+    swap_growth_bytes: int = 0
 
 
 class Manifest(Strict):
@@ -278,7 +280,8 @@ class Run:
         partial.mkdir(exist_ok=True)
         replace_file(partial / "step.json", dump_json(asked))
         console.record("begun", name)
-        started = time.monotonic()
+        started, swapped = time.monotonic(), machine.swap_bytes()
+        machine.reset_peaks()
         with machine.awake():
             work(partial)
         os.rename(partial, final)
@@ -291,6 +294,7 @@ class Run:
             seconds=round(time.monotonic() - started, 3),
             peak_bytes=machine.peak_rss_bytes(),
             peak_mlx_bytes=machine.peak_gpu_bytes(),
+            swap_growth_bytes=max(0, machine.swap_bytes() - swapped),
         )
         self.manifest.steps[name] = done
         replace_file(self._file, dump_json(self.manifest))

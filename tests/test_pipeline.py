@@ -113,8 +113,7 @@ def test_manifest_records_every_step(finished):
     for name, record in manifest["steps"].items():
         assert record["seconds"] >= 0 and record["peak_bytes"] > 10 << 20, name
         assert record["inputs"] and record["outputs"], name
-    peaks = [record["peak_bytes"] for record in manifest["steps"].values()]
-    assert peaks == sorted(peaks)
+        assert record["swap_growth_bytes"] >= 0 and record["peak_mlx_bytes"] is not None, name
     assert manifest["source"] == Checkpoint(finished["model"]).identity()
 
 

@@ -380,3 +380,14 @@ def test_recipe_of_a_run_is_replaced_only_when_told(out, model):
         assert tomllib.loads((out / "recipe.toml").read_text()) == {"keep": 0.5}
         run.write_recipe({"keep": 0.7})
         assert tomllib.loads((out / "recipe.toml").read_text()) == {"keep": 0.7}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system counts resident peaks from the start of the process")
+def test_the_peak_is_that_of_the_step(out, model):
+    """What an earlier step took does not count."""
+    sizes = {"large": 300 << 20, "small": 1 << 20}
+    with Run(out, model, "identity") as run:
+        for name, size in sizes.items():
+            run.step(name, {}, {}, lambda directory, size=size: bytearray(size).find(b"x"))
+        large, small = (run.manifest.steps[name].peak_bytes for name in sizes)
+    assert large - small > 200 << 20
