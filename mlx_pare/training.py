@@ -129,7 +129,9 @@ class Trainer:
 
         Raises Diverged, Refused for a directory with the state of another training.
         """
-        course, begun = self.course, time.monotonic()
+        course = self.course
+        mx.eval(self.model.parameters())  # or the first validation, by which the others are reckoned, would pay for it
+        begun = time.monotonic()
         if not self._resume():
             self._validated()
             self._begin()
