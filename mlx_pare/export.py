@@ -327,12 +327,12 @@ def _reader(checkpoint: Checkpoint, arrays: dict[str, Any], tensor: Tensor) -> C
 
     from .quantized import Packed
 
-    weight = arrays.pop(tensor.name)
     packing = checkpoint.packing(tensor.module) if tensor.matrix else None
     if packing is None:
+        weight = arrays.pop(tensor.name)
         return lambda index: weight[index].astype(mx.float32)
-    scales, biases = arrays.pop(f"{tensor.module}.scales"), arrays.pop(f"{tensor.module}.biases")
-    return lambda index: Packed(weight[index], scales[index], biases[index], packing).dense()
+    packed = Packed.of([arrays.pop(f"{tensor.module}.{part}") for part in packing.parts], packing)
+    return lambda index: packed.rows(index).dense()
 
 
 def _convert(values: Any, row: Row, start: int) -> Any:

@@ -73,8 +73,8 @@ class _Repair:
         arrays = mx.load(str(self.file))
         if role not in self.packed:
             return arrays.get(role)
-        packing = Packing(self.packed[role]["bits"], self.packed[role]["group_size"])
-        return Packed(*(arrays[f"{role}.{part}"] for part in ("weight", "scales", "biases")), packing)
+        packing = Packing.of_config(self.packed[role])
+        return Packed.of((arrays[f"{role}.{part}"] for part in packing.parts), packing)
 
 
 def _repairs(repair: Path | None, checkpoint: Checkpoint, plan: Plan) -> list[_Repair]:
@@ -155,7 +155,7 @@ class _Surgeon:
             return None
         for origin in piece.origins:
             source = self.checkpoint.packing(origin.module)
-            if source is None or (source.bits, source.group_size) != (piece.packing.bits, piece.packing.group_size):
+            if source is None or source.as_config() != piece.packing.as_config():
                 return None
             if self.checkpoint.dtype(origin) != piece.dtype:
                 return None
@@ -309,4 +309,4 @@ def _take(array: mx.array, kept: Sequence[list[int] | None]) -> mx.array:
 
 def _entries(piece: Piece, packed: Packed) -> list[tuple[str, mx.array]]:
     names = [planned.name for planned in piece.stored()]
-    return list(zip(names, (packed.words, packed.scales, packed.biases), strict=True))
+    return list(zip(names, packed.arrays.values(), strict=True))
