@@ -42,7 +42,7 @@ class Packing:
         if mode != "affine":
             own = FLOAT_MODES[mode]
             if (bits or own[0], group or own[1]) != own:
-                raise ValueError(f"{mode} has {own[0]} bits in groups of {own[1]}")
+                raise ValueError(f"MLX packs {mode} in {own[0]} bits and groups of {own[1]}")
             return cls.named(mode, scale_bytes)
         if bits not in BITS or group not in GROUP_SIZES:
             known = (", ".join(map(str, numbers)) for numbers in (BITS, GROUP_SIZES))

@@ -21,7 +21,8 @@ import pytest
 def pico_models(tmp_path_factory) -> Callable[..., Path]:
     """``pico_models(family, packed=None, tokenizer="bpe", dtype=mx.float32, **config)``: path of a cached model.
 
-    ``packed`` is (bits, group size) or the name of a mode, applied by mlx-lm's own code. The directories are shared: copy before changing.
+    ``packed`` is (bits, group size) or the name of a mode, applied by mlx-lm's own code. The directories are shared:
+    copy before changing.
     """
     root = tmp_path_factory.mktemp("pico")
     made: dict[tuple, Path] = {}
