@@ -18,6 +18,8 @@ import pytest
 import reference
 import reference_packing
 from test_gptq import FORMS, N, alike
+from test_local import HELD, ROWS, faulty, kl
+from test_local import OPTIONS as HEALING
 from test_prune import (
     AXES,
     BROKEN,
@@ -32,11 +34,10 @@ from test_prune import (
     take,
     whole_groups,
 )
-from test_recover import OPTIONS, RATES, same_packing_and_shapes, stored
+from test_recover import OPTIONS, RATES, cut, same_packing_and_shapes, stored, texts
 
 from mlx_pare import gptq, levels, lm, pipeline, quantized, stream
 from mlx_pare.artifacts import Plan, repair_file
-from mlx_pare.block_training import Options as Healing
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Unsupported
@@ -54,6 +55,7 @@ from mlx_pare.steps import Settings
 from mlx_pare.texts import DEMO
 from mlx_pare.trial import Width, try_out, whole
 
+FIXTURES = cut, faulty, texts
 MODES = list(FLOAT_MODES)
 DOWN = "model.layers.1.mlp.down_proj"
 GROUPS = {mode: group for mode, (_, group) in FLOAT_MODES.items()}
@@ -313,7 +315,8 @@ def test_inside_a_group(pico_models, tmp_path, mode, dtype):
         _, rows, columns = kept_indices(out, f"{module}.weight", head_dim)
         wanted = take(in_mode(before, module, mode), rows, columns)
         measured = reference_packing.relative_error(wanted, in_mode(after, module, mode))
-        assert 0 < measured < 0.2 and error == pytest.approx(measured, rel=1e-3)
+        assert error == pytest.approx(measured, rel=1e-3, abs=1e-7)
+        assert 0 < measured < 0.2 or (mode == "mxfp8" and measured < 1e-3)  # powers of two change, seldom a digit
     left = prune(source, plan, tmp_path / "dense", requantize=False)
     assert left["requantized"] == {} and len(left["dense"]) == 4
     weight = arrays_of(tmp_path / "dense")[f"{DOWN}.weight"]
@@ -381,34 +384,15 @@ def test_trials_see_what_will_be_stored(pico_models):
     assert kl[0] == 0 and 0 < kl[2] < 0.1 * kl[1] and isinstance(full[0], Width)
 
 
-@pytest.fixture(scope="module")
-def cut(pico_models, tmp_path_factory):
-    """``cut(mode) -> (pruned, original)``: half the channels, in whole groups."""
-    made = {}
-
-    def pruned(mode: str) -> tuple[Path, Path]:
-        if mode not in made:
-            source, out = pico_models("llama", mode), tmp_path_factory.mktemp("cut") / "model"
-            prune(source, whole_groups(source, ("ffn",)), out)
-            made[mode] = out, source
-        return made[mode]
-
-    return pruned
-
-
-TRAIN, HELD = DATA.first(20), Rows.full(np.random.default_rng(4).integers(0, 500, (9, 24)))
-
-
 @pytest.mark.parametrize(
     ("mode", "method"), [*((mode, "lora") for mode in MODES), *(("mxfp8", method) for method in METHODS[1:])]
 )
-def test_recovery(cut, tmp_path, mode, method):
+def test_recovery(cut, texts, tmp_path, mode, method):
     """The validation KL falls in what is stored; the packing stays, and under `norms` every code and scale."""
-    pruned, original = cut(mode)
-    options = replace(OPTIONS, method=method, learning_rate=3 * RATES[method])
-    found, out = recover(pruned, original, TRAIN, HELD, tmp_path / "out", options), tmp_path / "out"
+    (pruned, original), out = cut("llama", mode), tmp_path / "out"
+    found = recover(pruned, original, *texts, out, replace(OPTIONS, method=method, learning_rate=RATES[method]))
     assert found["improved"] and found["kl_after"] < found["kl_before"]
-    logits_of = [exact(m, HELD) for m in (original, out)]
+    logits_of = [exact(m, texts[1]) for m in (original, out)]
     assert found["kl_after"] == pytest.approx(float(reference.kl(*logits_of).mean()), rel=1e-3)
     assert same_packing_and_shapes(Checkpoint(pruned), Checkpoint(out)) and mlx_lm.load(str(out))
     before, after = stored(pruned), stored(out)
@@ -420,11 +404,13 @@ def test_recovery(cut, tmp_path, mode, method):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_healing_block_by_block(cut, tmp_path, mode):
-    pruned, original = cut(mode)
-    found = local(pruned, original, TRAIN, HELD, tmp_path / "out", Healing(steps=20, batch=10, rank=8))
-    assert found["kl_after"] < found["kl_before"]
-    assert same_packing_and_shapes(Checkpoint(pruned), Checkpoint(tmp_path / "out"))
+def test_healing_block_by_block(faulty, tmp_path, mode):
+    """Through the rounding to the values of the mode, on the scales there are."""
+    (student, teacher), out = faulty("llama", mode), tmp_path / "out"
+    found = local(student, teacher, ROWS, HELD, out, HEALING)
+    assert found["kl_after"] < 0.9 * found["kl_before"]
+    assert found["kl_after"] == pytest.approx(kl(out, teacher, HELD), rel=1e-3)
+    assert same_packing_and_shapes(Checkpoint(student), Checkpoint(out))
 
 
 # ---- out of the house ----
