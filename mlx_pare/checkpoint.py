@@ -184,11 +184,6 @@ class Checkpoint:
             raise PareError(f"{self.path} lacks {missing[0]}, which its index lists", "download or copy it again")
 
     def _read_quantization(self) -> dict[str, Any]:
-        if self.config.get("quantize_activations"):
-            raise Unsupported(
-                f"{self.path} rounds what goes through it too (quantize_activations), which is not supported",
-                "take the key out of config.json: the weights are the same",
-            )
         found = self.config.get("quantization")
         if found is None:
             other = self.config.get("quantization_config")
@@ -218,6 +213,11 @@ class Checkpoint:
                 raise PareError(
                     f"{self.path}: the quantization{where} has {bits!r} bits in groups of {group!r}", str(error)
                 ) from error
+        if self.config.get("quantize_activations"):
+            raise Unsupported(
+                f"{self.path} rounds what goes through it too (quantize_activations), which is not supported",
+                "take the key out of config.json: the weights are the same",
+            )
         return found
 
     @property
@@ -259,7 +259,7 @@ class Checkpoint:
             packing = self.packing(module) if module in modules else None
             packed_part = packing is not None and leaf in packing.parts
             if packing and leaf == "biases" and not packed_part:
-                raise PareError(f"{self.path} holds {name}, and {packing.mode} has no biases", "download it again")
+                raise PareError(f"{self.path} holds {name}, and {packing.mode} has no biases", "convert it again")
             dropped = any(s in name for s in arch.family.ignored) or (module == "lm_head" and arch.tied)
             if not (name in expected or packed_part or dropped):
                 raise PareError(
@@ -318,8 +318,9 @@ class Checkpoint:
 
     @cached_property
     def _float(self) -> str:
-        """The dtype of the floats that are neither packed nor words: of the norms and affine scales."""
-        return next((entry.dtype for entry in self.entries.values() if entry.dtype in FLOATS), "BF16")
+        """The dtype of what is a float: of affine scales if there are any, else of the norms."""
+        floats = {name: entry.dtype for name, entry in self.entries.items() if entry.dtype in FLOATS}
+        return floats[min(floats, key=lambda name: not name.endswith(".scales"))] if floats else "BF16"
 
     @property
     def value_bytes(self) -> int:
