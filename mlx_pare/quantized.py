@@ -132,8 +132,8 @@ class StoredEmbedding(nn.Module):
 def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:
     """Quantize a matrix as mlx-lm would in this dtype, which affine scales and biases have too.
 
-    Choosing codes for float32 scales and rounding those to bfloat16 afterwards would cost a tenth more error. In nvfp4 a
-    group whose largest weight is below 0.006 becomes zero: its scale is an E4M3, and MLX has none of the whole tensor.
+    Choosing codes for float32 scales and rounding those to bfloat16 afterwards would cost a tenth more error. In nvfp4
+    a group whose largest weight is below 0.006 becomes zero: its scale is an E4M3, and MLX has none of all groups.
     """
     dense = dense.astype(dtype)
     if not packing.affine:

@@ -435,7 +435,7 @@ def settings(tmp_path_factory) -> Settings:
         (folder / f"{name}.txt").write_text("\n".join(part), "utf-8")
     return Settings(
         data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), keep=0.75, length=24, samples=12,
-        recover_steps=2, trials=1, context=256, step=16,
+        recover_steps=2, trials=1, context=256,
     )  # fmt: skip
 
 
