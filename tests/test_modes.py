@@ -444,6 +444,8 @@ def test_run(pico_models, settings, tmp_path, how):
     """From the model to the GGUF, reconstructed and recovered: packed as it was, as large as was predicted, opened by
     stock mlx-lm. For affine packings of every width that no other test runs as well."""
     source = pico_models("llama", how if isinstance(how, str) else (how, 32))
+    if how != "mxfp4":  # one of them with trials of widths, which take most of the time
+        settings = replace(settings, widths="even")
     done = pipeline.run(source, tmp_path / "run", settings)
     result, before = Checkpoint(done["model"]), Checkpoint(source)
     assert result.quantization.as_config() == before.quantization.as_config()
