@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from .quantized import Packed, codes_on, dense_weight, is_packed, packed, repacked
+from .quantized import Packed, dense_weight, is_packed, packed, repacked, rounded_on
 from .training import ClippedAdamW, Course
 
 METHODS = ("lora", "full")
@@ -67,17 +67,9 @@ class Matrix(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         weight = self.dense()
         if self.rounds:
-            weight = weight + mx.stop_gradient(_rounded(self.grid, weight) - weight)
+            weight = weight + mx.stop_gradient(rounded_on(self.grid, mx.stop_gradient(weight)) - weight)
         y = x @ weight.T
         return y + self.bias if "bias" in self else y
-
-
-def _rounded(grid: Packed, dense: mx.array) -> mx.array:
-    """The nearest matrix on a grid, float32."""
-    scales, biases = (
-        mx.repeat(part.astype(mx.float32), grid.packing.group_size, axis=1) for part in (grid.scales, grid.biases)
-    )
-    return scales * codes_on(grid, mx.stop_gradient(dense)) + biases
 
 
 def trainable(block: nn.Module, options: Options, draw: np.random.RandomState) -> nn.Module:

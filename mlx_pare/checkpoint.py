@@ -18,7 +18,7 @@ from typing import Any
 
 from .arch import Architecture, Tensor, describe, supported_types
 from .errors import PareError, Unsupported
-from .packing import BITS, GROUP_SIZES, Packing
+from .packing import FLOAT_MODES, Packing
 
 MAX_DIMENSIONS = 16
 MAX_HEADER = 100 << 20  # the limit of the safetensors library itself
@@ -191,27 +191,33 @@ class Checkpoint:
                 method = other.get("quant_method", "unknown") if isinstance(other, dict) else other
                 raise Unsupported(
                     f"{self.path} is quantized by {method!r}, which is not supported",
-                    "supported are dense fp32/fp16/bf16 and MLX affine checkpoints: convert it with mlx_lm.convert",
+                    "supported are dense fp32/fp16/bf16 and MLX's own packings: convert it with mlx_lm.convert",
                 )
             return {}
         if not isinstance(found, dict):
             raise PareError(f"{self.path}: config.json says quantization = {found!r}, expected an object")
-        modes = {found.get("mode", "affine")} | {v.get("mode", "affine") for v in found.values() if isinstance(v, dict)}
-        if modes != {"affine"}:
+        specs = {"": found, **{f" of {k}": v for k, v in found.items() if isinstance(v, dict)}}
+        modes = {str(spec.get("mode", "affine")) for spec in specs.values()}
+        if unknown := sorted(modes - {"affine", *FLOAT_MODES}):
             raise Unsupported(
-                f"{self.path} uses quantization mode {', '.join(sorted(map(str, modes - {'affine'})))!r}, which "
-                f"is not supported",
-                "the supported mode is affine",
+                f"{self.path} uses quantization mode {', '.join(unknown)!r}, which is not supported",
+                f"supported modes are affine, {', '.join(FLOAT_MODES)}",
             )
         if not any(name.endswith(".scales") for name in self.entries):
             return {}  # nothing is packed: mlx-lm loads it dense, whatever the config says
-        for where, spec in [("", found), *((f" of {k}", v) for k, v in found.items() if isinstance(v, dict))]:
-            bits, group = spec.get("bits"), spec.get("group_size")
-            if bits not in BITS or group not in GROUP_SIZES:
+        for where, spec in specs.items():
+            try:
+                Packing.of_config(spec)
+            except ValueError as error:
+                bits, group = (spec.get(key) for key in ("bits", "group_size"))
                 raise PareError(
-                    f"{self.path}: the quantization{where} has {bits!r} bits in groups of {group!r}",
-                    f"MLX packs {', '.join(map(str, BITS))} bits in groups of {', '.join(map(str, GROUP_SIZES))}",
-                )
+                    f"{self.path}: the quantization{where} has {bits!r} bits in groups of {group!r}", str(error)
+                ) from error
+        if self.config.get("quantize_activations"):
+            raise Unsupported(
+                f"{self.path} rounds what goes through it too (quantize_activations), which is not supported",
+                "take the key out of config.json: the weights are the same",
+            )
         return found
 
     @property
@@ -223,8 +229,7 @@ class Checkpoint:
         """The default packing of a quantized checkpoint."""
         if not self.quantized:
             return None
-        scale = next(e for name, e in self.entries.items() if name.endswith(".scales"))
-        return Packing(self._quantization["bits"], self._quantization["group_size"], DTYPE_BYTES[scale.dtype])
+        return Packing.of_config(self._quantization, DTYPE_BYTES[self._float])
 
     @cached_property
     def arch(self) -> Architecture:
@@ -251,7 +256,10 @@ class Checkpoint:
         modules = {t.module for t in expected.values() if t.matrix}
         for name in self.entries:
             module, _, leaf = name.rpartition(".")
-            packed_part = leaf in ("scales", "biases") and module in modules and f"{module}.scales" in self.entries
+            packing = self.packing(module) if module in modules else None
+            packed_part = packing is not None and leaf in packing.parts
+            if packing and leaf == "biases" and not packed_part:
+                raise PareError(f"{self.path} holds {name}, and {packing.mode} has no biases", "convert it again")
             dropped = any(s in name for s in arch.family.ignored) or (module == "lm_head" and arch.tied)
             if not (name in expected or packed_part or dropped):
                 raise PareError(
@@ -277,12 +285,13 @@ class Checkpoint:
 
     def _check_scales(self, tensor: Tensor, packing: Packing) -> None:
         rows, columns = tensor.shape
-        for name in (f"{tensor.module}.scales", f"{tensor.module}.biases"):
+        for name in (f"{tensor.module}.{part}" for part in packing.parts[1:]):
             entry = self.entries.get(name)
             if entry is None:
                 raise PareError(f"{self.path} lacks {name}")
-            if entry.dtype != self.dtype(tensor) or entry.dtype not in FLOATS:
-                raise PareError(f"{name} has dtype {entry.dtype}, expected one of {', '.join(sorted(FLOATS))}")
+            allowed = FLOATS if packing.affine else {"U8"}
+            if entry.dtype != packing.scale_dtype(self.dtype(tensor)) or entry.dtype not in allowed:
+                raise PareError(f"{name} has dtype {entry.dtype}, expected {' or '.join(sorted(allowed))}")
             if entry.shape != (rows, packing.groups(columns)) or columns % packing.group_size:
                 raise PareError(
                     f"{name} has shape {list(entry.shape)}, expected {rows} rows and a column for every "
@@ -296,17 +305,34 @@ class Checkpoint:
             return None
         spec = self._quantization.get(module)
         spec = spec if isinstance(spec, dict) else self._quantization
-        return Packing(int(spec["bits"]), int(spec["group_size"]), DTYPE_BYTES[scales.dtype])
+        affine = spec.get("mode", "affine") == "affine"
+        return Packing.of_config(spec, DTYPE_BYTES[scales.dtype if affine else self._float])
 
     def dtype(self, tensor: Tensor) -> str:
-        """The float dtype of a tensor, of its scales when it is packed: "F32", "F16" or "BF16"."""
-        packed = self.packing(tensor.module)
-        return self.entries[f"{tensor.module}.scales" if packed and tensor.matrix else tensor.name].dtype
+        """The float dtype of a tensor, of its scales when it is packed, in the float modes, whose scales are bytes, of
+        the norms around it: "F32", "F16" or "BF16"."""
+        packed = self.packing(tensor.module) if tensor.matrix else None
+        if packed and not packed.affine:
+            return self._float
+        return self.entries[f"{tensor.module}.scales" if packed else tensor.name].dtype
+
+    @cached_property
+    def _float(self) -> str:
+        """The dtype of what is a float: of affine scales if there are any, else of the norms."""
+        floats = {name: entry.dtype for name, entry in self.entries.items() if entry.dtype in FLOATS}
+        return floats[min(floats, key=lambda name: not name.endswith(".scales"))] if floats else "BF16"
 
     @property
     def value_bytes(self) -> int:
-        """Width of the dtype that mlx-lm computes in, and so of its KV cache: that of the embedding (or its scales)."""
-        return DTYPE_BYTES[self.dtype(next(self.arch.tensors()))]
+        """Width of the dtype that mlx-lm computes in, and so of its KV cache: that of the embedding (or its scales).
+
+        An embedding of a float mode gives bfloat16 (mlx.nn.QuantizedEmbedding), and that with a norm of another dtype
+        float32."""
+        embedding = next(self.arch.tensors())
+        packing = self.packing(embedding.module)
+        if packing and not packing.affine:
+            return 2 if self._float == "BF16" else 4
+        return DTYPE_BYTES[self.dtype(embedding)]
 
     def nbytes(self) -> int:
         """Bytes of the tensors that mlx-lm loads (headers and ignored tensors excluded)."""

@@ -2,14 +2,18 @@
 
 Columns are rounded in their order, and those that are not reached yet make up for each error as the inputs allow: GPTQ,
 Frantar et al. 2022 (arXiv 2210.17323). Scale and bias of a group are MLX's own for what its weights have become when it
-is reached, in the dtype in which they are stored, and its codes are chosen for those.
+is reached, in the dtype in which they are stored, and its codes are chosen for those. In the float modes only the
+values that a weight can take are others (levels.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 
+from . import levels
 from .elimination import Feedback
 from .packing import Packing
 from .quantized import Packed, pack, pack_codes
@@ -21,36 +25,33 @@ def quantize(weight: np.ndarray, packing: Packing, dtype: mx.Dtype, feedback: Fe
 
     ``feedback``: of the inputs of all these columns, in their order. All rows are worked on at once.
     """
-    words, scales, biases = [], [], []
+    groups: list[Packed] = []
     whole = weight.shape[1] // packing.group_size * packing.group_size
     for start in range(0, whole, packing.group_size):
         stop = start + packing.group_size
         upper, owed = feedback.group(start, stop)
         own = weight[:, start:stop] + owed
         group = pack(mx.array(own.astype(np.float32)), packing, dtype)
-        scale, bias = (np.array(a.astype(mx.float32)).astype(np.float64)[:, 0] for a in (group.scales, group.biases))
-        codes, errors = _round(np.ascontiguousarray(own.T), scale, bias, upper, 2**packing.bits - 1)
+        scale, bias = (np.array(part).astype(np.float64)[:, 0] for part in group.grid())
+        codes, errors = _round(np.ascontiguousarray(own.T), scale, bias, upper, packing)
         feedback.missed(errors.T)
-        words.append(pack_codes(codes.T, packing.bits))
-        scales.append(group.scales)
-        biases.append(group.biases)
-    packed = Packed(
-        mx.array(np.concatenate(words, axis=1)), *(mx.concatenate(a, axis=1) for a in (scales, biases)), packing
-    )
-    mx.eval(packed.scales, packed.biases)
+        groups.append(replace(group, words=mx.array(pack_codes(codes.T, packing.bits))))
+    arrays = zip(*(group.arrays.values() for group in groups), strict=True)
+    packed = Packed.of((mx.concatenate(same, axis=1) for same in arrays), packing)
+    mx.eval(packed.arrays)
     rest = weight[:, whole:].copy()  # a view would keep the whole matrix in memory
     return packed, rest + feedback.group(whole, weight.shape[1])[1] if rest.size else rest
 
 
 def _round(
-    own: np.ndarray, scale: np.ndarray, bias: np.ndarray, upper: np.ndarray, top: int
+    own: np.ndarray, scale: np.ndarray, bias: np.ndarray, upper: np.ndarray, packing: Packing
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes [n, out] of the columns ``own`` [n, out] of a group, and their errors over the diagonal of ``upper``."""
     codes, errors = np.empty(own.shape, np.uint8), np.empty(own.shape)
     step = np.where(scale == 0, 1, scale)
     for i, column in enumerate(own):
-        code = np.clip(np.rint((column - bias) / step), 0, top)
-        errors[i] = (column - (scale * code + bias)) / upper[i, i]
+        code = levels.nearest((column - bias) / step, packing, np)
+        errors[i] = (column - (scale * levels.values(code, packing, np) + bias)) / upper[i, i]
         own[i + 1 :] -= upper[i, i + 1 :, None] * errors[i]
         codes[i] = code
     return codes, errors

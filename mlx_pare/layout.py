@@ -6,7 +6,7 @@ plan counts bytes with it, prune writes by it, so predicted bytes and bytes on d
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .arch import Architecture, Keep, Tensor, cut
 from .artifacts import Size
@@ -25,7 +25,7 @@ FUSED = {  # roles that some families store as one matrix, rows one after the ot
 class Piece:
     """One tensor of the cut model. ``origins``: the tensors it is cut from, joined along their rows; none: it is zero.
 
-    ``dtype``: of its values, or of its scales and biases when it is packed.
+    ``dtype``: of its values, or of what it is packed in, which affine scales and biases have too.
     """
 
     tensor: Tensor
@@ -34,16 +34,14 @@ class Piece:
     dtype: str
 
     def stored(self) -> list[Planned]:
-        """The one or three safetensors entries it becomes, in the order they are written."""
+        """The one to three safetensors entries it becomes, in the order they are written."""
         if self.packing is None:
             return [Planned(self.tensor.name, self.dtype, self.tensor.shape)]
         rows, columns = self.tensor.shape
-        groups = (rows, self.packing.groups(columns))
-        return [
-            Planned(self.tensor.name, "U32", (rows, self.packing.words(columns))),
-            Planned(f"{self.tensor.module}.scales", self.dtype, groups),
-            Planned(f"{self.tensor.module}.biases", self.dtype, groups),
-        ]
+        _, *others = self.packing.parts
+        dtype, groups = self.packing.scale_dtype(self.dtype), (rows, self.packing.groups(columns))
+        words = Planned(self.tensor.name, "U32", (rows, self.packing.words(columns)))
+        return [words, *(Planned(f"{self.tensor.module}.{part}", dtype, groups) for part in others)]
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +77,7 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
             own = [checkpoint.packing(origin.module) for origin in origins]
             wanted = keep.packing(tensor.layer, tensor.spec.part) or packing or _common(own)
         if wanted is not None:
-            wanted = Packing(wanted.bits, wanted.group_size, DTYPE_BYTES[dtype]).fitted(tensor.shape[-1])
+            wanted = replace(wanted, scale_bytes=DTYPE_BYTES[dtype]).fitted(tensor.shape[-1])
         if _emptied(tensor, keep):
             origins = ()
         yield Piece(tensor, origins, wanted, dtype)

@@ -67,11 +67,12 @@ def for_backend(module: nn.Module) -> nn.Module:
     return to_float32(module)
 
 
-def packed(module: nn.Module, packing: Packing) -> nn.Module:
-    """A linear layer of a streamed block with its matrix packed anew, as it should compute on this device."""
+def packed(module: nn.Module, packing: Packing, dtype: mx.Dtype | None = None) -> nn.Module:
+    """A linear layer of a streamed block with its matrix packed anew, in this dtype (None: that of the layer), as it
+    should compute on this device."""
     from .quantized import packed_layer
 
-    return for_backend(packed_layer(getattr(module, "inner", module), packing))
+    return for_backend(packed_layer(getattr(module, "inner", module), packing, dtype))
 
 
 def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
@@ -79,7 +80,7 @@ def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
     from mlx_lm.utils import dequantize_model
 
     def widen(m: nn.Module) -> None:
-        if "scales" in m:
+        if "biases" in m:  # in the other modes bfloat16, which mlx-lm asks for, holds the very values
             m.scales, m.biases = m.scales.astype(mx.float32), m.biases.astype(mx.float32)
 
     model.apply_to_modules(lambda _, m: widen(m))

@@ -125,7 +125,7 @@ Method = Annotated[
     str,
     typer.Option(
         help="What is trained: lora or dora adapters (merged in the end), full (all weights of the blocks), norms "
-        "(norms and the scales of packed matrices, whose codes stay)."
+        "(norms and the affine scales of packed matrices, whose codes stay)."
     ),
 ]
 Rate = Annotated[

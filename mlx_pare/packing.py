@@ -1,12 +1,15 @@
-"""How MLX packs a quantized matrix: bits, groups, bytes. Arithmetic only, no arrays (those are in quantized.py).
+"""How MLX packs a quantized matrix: mode, bits, groups, bytes. Arithmetic only, no arrays (those are in quantized.py).
 
 An affine-packed matrix of logical shape (rows, columns) is three tensors: ``weight`` of uint32 words,
 (rows, columns * bits / 32), and ``scales`` and ``biases``, (rows, columns / group_size) each, in the model's dtype.
+In the float modes the codes are small floats (levels.py), a scale is one byte, and there are no biases.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 GROUP_SIZES = (128, 64, 32)  # what mx.quantize(mode="affine") accepts
 BITS = (2, 3, 4, 5, 6, 8)
@@ -15,9 +18,9 @@ FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, gr
 
 @dataclass(frozen=True)
 class Packing:
-    """Quantization of one matrix: ``bits`` per weight, one scale and bias per ``group_size`` columns.
+    """Quantization of one matrix: ``bits`` per weight, one scale per ``group_size`` columns, and one bias if affine.
 
-    The modes other than affine can be counted, not cut.
+    ``scale_bytes``: of the floats around it, which an affine packing's scales and biases are.
     """
 
     bits: int
@@ -30,12 +33,42 @@ class Packing:
         """The packing of "mxfp4", "mxfp8" or "nvfp4"."""
         return cls(*FLOAT_MODES[mode], scale_bytes, mode)
 
+    @classmethod
+    def of_config(cls, spec: Mapping[str, Any], scale_bytes: int = 2) -> Packing:
+        """What ``as_config`` gave, or mlx-lm wrote: no mode means affine, a float mode says the rest by itself.
+
+        Raises ValueError for what MLX cannot pack."""
+        mode, bits, group = spec.get("mode", "affine"), spec.get("bits"), spec.get("group_size")
+        if mode != "affine":
+            own = FLOAT_MODES[mode]
+            if (bits or own[0], group or own[1]) != own:
+                raise ValueError(f"MLX packs {mode} in {own[0]} bits and groups of {own[1]}")
+            return cls.named(mode, scale_bytes)
+        if bits not in BITS or group not in GROUP_SIZES:
+            known = (", ".join(map(str, numbers)) for numbers in (BITS, GROUP_SIZES))
+            raise ValueError("MLX packs {} bits in groups of {}".format(*known))
+        return cls(int(bits), int(group), scale_bytes, mode)
+
+    @property
+    def affine(self) -> bool:
+        """Whether a weight is scale * code + bias; in the float modes it is scale * (the float that the code is)."""
+        return self.mode == "affine"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors of a packed matrix by the last word of their names, in the order of mx.quantize."""
+        return ("weight", "scales", "biases") if self.affine else ("weight", "scales")
+
+    def scale_dtype(self, dtype: str) -> str:
+        """The dtype of scales (and biases) in a model whose floats are ``dtype``."""
+        return dtype if self.affine else "U8"
+
     def __str__(self) -> str:
-        return self.mode if self.mode != "affine" else f"{self.bits} bits in groups of {self.group_size}"
+        return self.mode if not self.affine else f"{self.bits} bits in groups of {self.group_size}"
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of weight + scales + biases."""
-        per_group = 2 * self.scale_bytes if self.mode == "affine" else 1
+        per_group = 2 * self.scale_bytes if self.affine else 1
         return rows * (self.words(columns) * 4 + self.groups(columns) * per_group)
 
     def words(self, columns: int) -> int:
@@ -49,12 +82,13 @@ class Packing:
 
         mlx-lm leaves such a matrix dense without a word (mlx_lm/utils.py quantize_model); the planner must know first.
         """
-        if self.mode != "affine":
+        if not self.affine:
             return self if columns % self.group_size == 0 else None
         for group in GROUP_SIZES:
             if group <= self.group_size and columns % group == 0:
                 return Packing(self.bits, group, self.scale_bytes)
         return None
 
-    def as_config(self) -> dict:
+    def as_config(self) -> dict[str, Any]:
+        """As config.json says it, and as MLX's functions take it."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}

@@ -76,8 +76,8 @@ class _Repair:
         arrays = mx.load(str(self.file))
         if role not in self.packed:
             return arrays.get(role)
-        packing = Packing(self.packed[role]["bits"], self.packed[role]["group_size"])
-        return Packed(*(arrays[f"{role}.{part}"] for part in ("weight", "scales", "biases")), packing)
+        packing = Packing.of_config(self.packed[role])
+        return Packed.of((arrays[f"{role}.{part}"] for part in packing.parts), packing)
 
 
 def _repairs(repair: Path | None, checkpoint: Checkpoint, plan: Plan) -> list[_Repair]:
@@ -318,5 +318,5 @@ def _zeros(piece: Piece) -> list[Stored]:
 
 def _entries(piece: Piece, panels: Sequence[Packed]) -> list[Stored]:
     """What is stored of a packed matrix, given in panels of rows."""
-    parts = ([raw_bytes(getattr(p, part)) for p in panels] for part in ("words", "scales", "biases"))
+    parts = ([raw_bytes(p.arrays[part]) for p in panels] for part in piece.packing.parts)
     return [(planned.name, each) for planned, each in zip(piece.stored(), parts, strict=True)]

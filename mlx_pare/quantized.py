@@ -1,4 +1,4 @@
-"""MLX packed weights as arrays: the only place that knows how words, scales and biases lie.
+"""MLX packed weights as arrays: the only place that knows how words, scales and biases lie, in every mode.
 
 Rows and whole groups of columns are sliced without touching a code. Columns cut inside a group must be dequantized,
 sliced and quantized again, which is lossy: the error is returned and ends up in the report.
@@ -6,7 +6,7 @@ sliced and quantized again, which is lossy: the error is returned and ends up in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,11 +14,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from . import levels
 from .checkpoint import Checkpoint
 from .packing import Packing
 
 EXPANDED_BYTES = 64 << 20  # of a matrix that are float32 at a time
 MX_DTYPE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+VANISHED = 2.0**-100  # mx.quantize makes infinities of groups of smaller numbers in mxfp4 and mxfp8 (MLX 0.32.4)
 
 
 def raw_bytes(array: mx.array) -> memoryview:
@@ -31,23 +33,41 @@ def raw_bytes(array: mx.array) -> memoryview:
 
 @dataclass
 class Packed:
-    """A matrix of logical shape (rows, columns): words (rows, columns*bits/32); scales, biases (rows, groups)."""
+    """A matrix of logical shape (rows, columns): words (rows, columns*bits/32); scales, biases (rows, groups), the
+    latter None in the float modes, where scales are uint8."""
 
     words: mx.array
     scales: mx.array
-    biases: mx.array
+    biases: mx.array | None
     packing: Packing
+
+    @classmethod
+    def of(cls, arrays: Iterable[mx.array], packing: Packing) -> Packed:
+        """From the arrays of ``packing.parts``."""
+        words, scales, *biases = arrays
+        return cls(words, scales, biases[0] if biases else None, packing)
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """What it is stored as, by the names of ``packing.parts``."""
+        return dict(zip(self.packing.parts, (self.words, self.scales, self.biases), strict=False))
+
+    def each(self, change: Callable[[mx.array], mx.array]) -> Packed:
+        """The same done to all its arrays."""
+        return Packed.of(map(change, self.arrays.values()), self.packing)
 
     def dense(self, dtype: mx.Dtype = mx.float32) -> mx.array:
         """Dequantized with arithmetic in float32: bfloat16 scales would round every weight to three digits."""
-        values = mx.dequantize(
-            self.words,
-            self.scales.astype(mx.float32),
-            self.biases.astype(mx.float32),
-            group_size=self.packing.group_size,
-            bits=self.packing.bits,
-        )
+        scales, biases = self.scales, self.biases
+        if self.packing.affine:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        values = mx.dequantize(self.words, scales, biases, **self.packing.as_config(), dtype=mx.float32)
         return values.astype(dtype)
+
+    def grid(self) -> tuple[mx.array, mx.array]:
+        """Scale and bias of every group, float32 [rows, groups]: a weight is scale * (what its code is) + bias."""
+        scales = levels.scales(self.scales, self.packing, mx)
+        return scales, self.biases.astype(mx.float32) if self.packing.affine else mx.zeros_like(scales)
 
 
 def read(checkpoint: Checkpoint, name: str) -> Packed | mx.array:
@@ -61,7 +81,7 @@ def read(checkpoint: Checkpoint, name: str) -> Packed | mx.array:
     packing = checkpoint.packing(module) if leaf == "weight" else None
     if packing is None:
         return lazy(name)
-    return Packed(lazy(name), lazy(f"{module}.scales"), lazy(f"{module}.biases"), packing)
+    return Packed.of((lazy(f"{module}.{part}") for part in packing.parts), packing)
 
 
 class StoredEmbedding(nn.Module):
@@ -79,22 +99,25 @@ class StoredEmbedding(nn.Module):
         index = np.array(tokens)
         if packing is None:
             return self._rows(self._name, index).astype(self._dtype)
-        parts = (self._rows(f"{module}.{part}", index.reshape(-1)) for part in ("weight", "scales", "biases"))
-        return Packed(*parts, packing).dense(self._dtype).reshape(*index.shape, -1)
+        parts = (self._rows(f"{module}.{part}", index.reshape(-1)) for part in packing.parts)
+        return Packed.of(parts, packing).dense(self._dtype).reshape(*index.shape, -1)
 
     def _rows(self, tensor: str, index: np.ndarray) -> mx.array:
         entry = self._checkpoint.entries[tensor]
         table = np.memmap(entry.file, np.uint8, "r", entry.start, (entry.shape[0], entry.nbytes // entry.shape[0]))
-        return mx.array(table[index]).view({**MX_DTYPE, "U32": mx.uint32}[entry.dtype])
+        return mx.array(table[index]).view({**MX_DTYPE, "U32": mx.uint32, "U8": mx.uint8}[entry.dtype])
 
 
 def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:
-    """Quantize a matrix as mlx-lm would in this dtype, which scales and biases have too.
+    """Quantize a matrix as mlx-lm would in this dtype, which affine scales and biases have too.
 
-    Choosing codes for float32 scales and rounding those to bfloat16 afterwards would cost a tenth more error.
+    Choosing codes for float32 scales and rounding those to bfloat16 afterwards would cost a tenth more error. In nvfp4
+    a group whose largest weight is below 0.006 becomes zero: its scale is an E4M3, and MLX has none of all groups.
     """
-    parts = mx.quantize(dense.astype(dtype), group_size=packing.group_size, bits=packing.bits)
-    return Packed(*parts, packing)
+    dense = dense.astype(dtype)
+    if not packing.affine:
+        dense = mx.where(mx.abs(dense) < VANISHED, mx.zeros_like(dense), dense)
+    return Packed.of(mx.quantize(dense, **packing.as_config()), packing)
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -105,16 +128,25 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def codes_on(grid: Packed, dense: mx.array) -> mx.array:
     """The codes [rows, columns], float32, of the matrix nearest to ``dense`` with the scales and biases of another."""
-    scales, biases = (
-        mx.repeat(part.astype(mx.float32), grid.packing.group_size, axis=1) for part in (grid.scales, grid.biases)
-    )
-    codes = mx.where(scales == 0, 0, (dense.astype(mx.float32) - biases) / mx.where(scales == 0, 1, scales))
-    return mx.clip(mx.round(codes), 0, 2**grid.packing.bits - 1)
+    scales, biases = _per_column(grid)
+    steps = mx.where(scales == 0, 0, (dense.astype(mx.float32) - biases) / mx.where(scales == 0, 1, scales))
+    return levels.nearest(steps, grid.packing, mx)
+
+
+def rounded_on(grid: Packed, dense: mx.array) -> mx.array:
+    """The matrix nearest to ``dense``, float32, with the scales and biases of another."""
+    scales, biases = _per_column(grid)
+    return scales * levels.values(codes_on(grid, dense), grid.packing, mx) + biases
+
+
+def _per_column(grid: Packed) -> tuple[mx.array, ...]:
+    """Scale and bias of every weight, float32 [rows, columns]."""
+    return tuple(mx.repeat(part, grid.packing.group_size, axis=1) for part in grid.grid())
 
 
 def repacked(grid: Packed, dense: mx.array) -> Packed:
-    """A matrix that moved a little, packed with the scales and biases it had: what did not move keeps its code, which
-    quantizing it again would not promise."""
+    """A matrix that moved a little, packed with the scales and biases it had: what did not move keeps its code (but
+    for the sign of a zero, which the float modes have), which quantizing it again would not promise."""
     words = mx.array(pack_codes(np.array(codes_on(grid, dense)), grid.packing.bits))
     return Packed(words, grid.scales, grid.biases, grid.packing)
 
@@ -201,15 +233,15 @@ def is_packed(module: nn.Module) -> bool:
 
 def packed(module: nn.Module) -> Packed:
     """A quantized layer's weight as a Packed matrix."""
-    return Packed(module.weight, module.scales, module.biases, Packing(module.bits, module.group_size))
+    packing = Packing(module.bits, module.group_size, mode=module.mode)
+    return Packed(module.weight, module.scales, module.get("biases"), packing)
 
 
 def dense_weight(module: nn.Module, start: int = 0, stop: int | None = None) -> mx.array:
     """Rows [start, stop) of a module's weight in float32."""
     if not is_packed(module):
         return module.weight[start:stop].astype(mx.float32)
-    p = packed(module)
-    return Packed(p.words[start:stop], p.scales[start:stop], p.biases[start:stop], p.packing).dense()
+    return packed(module).rows(slice(start, stop)).dense()
 
 
 def matrix(module: nn.Module) -> mx.array:
@@ -218,26 +250,26 @@ def matrix(module: nn.Module) -> mx.array:
 
 
 def stored_dtype(layer: nn.Module) -> mx.Dtype:
-    """Of the weight of a layer, or of its scales and biases."""
-    return layer.scales.dtype if is_packed(layer) else layer.weight.dtype
+    """Of the weight of a layer, or of its scales and biases; in the float modes what MLX makes of it unless asked."""
+    if not is_packed(layer):
+        return layer.weight.dtype
+    return layer.scales.dtype if packed(layer).packing.affine else mx.bfloat16
 
 
 def packed_so(layer: nn.Module, packing: Packing) -> bool:
     """Whether a layer is packed with these bits in these groups."""
-    return is_packed(layer) and (layer.bits, layer.group_size) == (packing.bits, packing.group_size)
+    return is_packed(layer) and packed(layer).packing.as_config() == packing.as_config()
 
 
-def packed_layer(layer: nn.Module, packing: Packing) -> nn.Module:
+def packed_layer(layer: nn.Module, packing: Packing, dtype: mx.Dtype | None = None) -> nn.Module:
     """A linear layer with its matrix packed, in groups that divide it; the layer itself where none does, or where it is
-    packed so already: to quantize it again would change it."""
+    packed so already: to quantize it again would change it. ``dtype`` it is packed in; None: that of the layer."""
     weight = matrix(layer)
     fitted = packing.fitted(weight.shape[-1])
     if fitted is None or packed_so(layer, fitted):
         return layer
-    made = nn.QuantizedLinear(
-        weight.shape[-1], weight.shape[0], bias="bias" in layer, group_size=fitted.group_size, bits=fitted.bits
-    )
-    parts = pack(weight, fitted, stored_dtype(layer))
+    made = nn.QuantizedLinear(weight.shape[-1], weight.shape[0], bias="bias" in layer, **fitted.as_config())
+    parts = pack(weight, fitted, dtype or stored_dtype(layer))
     made.weight, made.scales, made.biases = parts.words, parts.scales, parts.biases
     if "bias" in layer:
         made.bias = layer.bias
@@ -248,8 +280,7 @@ def dense_rows(module: nn.Module, index: mx.array) -> mx.array:
     """Chosen rows of a module's weight in float32: an embedding lookup that expands nothing else."""
     if not is_packed(module):
         return module.weight[index].astype(mx.float32)
-    p = packed(module)
-    return Packed(p.words[index], p.scales[index], p.biases[index], p.packing).dense()
+    return packed(module).rows(index).dense()
 
 
 def to_float32(module: nn.Module) -> nn.Module:

@@ -47,10 +47,10 @@ def reconstruct(
     """Write the new matrices of every kept layer to the directory ``out``; returns the plan they belong to.
 
     ``out``: a safetensors file per layer of the pruned model, with "o_proj" and "down_proj", float32 [hidden, kept
-    inputs], as far as they were solved, or, where they will be stored packed, "o_proj.weight", "o_proj.scales" and
-    "o_proj.biases"; "o_proj_bias", float32 [hidden], where there is one. Its description names the units and the error
-    (the share of the target that is missed, in squares) of each matrix before and after, and packed, where it is. An
-    earlier reconstruction there is replaced.
+    inputs], as far as they were solved, or, where they will be stored packed, "o_proj.weight", "o_proj.scales" and, if
+    affine, "o_proj.biases"; "o_proj_bias", float32 [hidden], where there is one. Its description names the units and
+    the error (the share of the target that is missed, in squares) of each matrix before and after, and packed, where it
+    is. An earlier reconstruction there is replaced.
     The plan is the given one, its ffn channels and kv heads chosen again, as many per layer, when its criterion is
     "obs". ``damping``: of every solve (None: least_squares.damping_for). A layer that loses its attention or
     feed-forward has no such matrix. Raises PareError for a plan that cuts the hidden size (what is cut there cannot be
@@ -213,7 +213,8 @@ class _Pair(stream.Observer):
                 continue
             changed = True
             if role in OTHERS:
-                replace_module(self.block, self.arch.path(index, role), lambda m, p=packing: lm.packed(m, p))
+                stored = packing, MX_DTYPE[piece.dtype]
+                replace_module(self.block, self.arch.path(index, role), lambda m, stored=stored: lm.packed(m, *stored))
         return changed
 
     def _listen(self, site: Site, run: Callable, hidden: mx.array) -> None:
@@ -279,14 +280,12 @@ class _Made:
         """What the repair file holds of it."""
         found = {role: self.weight}
         if self.packed:
-            parts = {"weight": self.packed.words, "scales": self.packed.scales, "biases": self.packed.biases}
-            found = {f"{role}.{name}": array for name, array in parts.items()}
+            found = {f"{role}.{name}": array for name, array in self.packed.arrays.items()}
         return found if self.bias is None else {**found, f"{role}_bias": self.bias}
 
-    def about(self) -> dict[str, float]:
+    def about(self) -> dict[str, Any]:
         """How it is packed, and the relative error of that, as prune gives it."""
-        packing = self.packed.packing
-        return {"bits": packing.bits, "group_size": packing.group_size, "error": self.rounding}
+        return {**self.packed.packing.as_config(), "error": self.rounding}
 
 
 def _difference(a: Iterable[mx.array], b: Iterable[mx.array]) -> Iterator[mx.array]:

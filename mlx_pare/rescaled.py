@@ -1,6 +1,7 @@
 """A packed matrix whose codes stay and whose scales and biases are trained, as factors of what they were: one learning
 rate then suits them, whatever their size, and the gains of the norms beside them (mlx_lm's quant/dwq.py trains scales
-and biases themselves). Nothing has to be quantized again afterwards.
+and biases themselves). Nothing has to be quantized again afterwards. Affine packing alone: a scale of the float modes
+is one byte, which has nothing between one power of two (or one eighth) and the next.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .quantized import Packed, packed
 
 
 class Rescaled(nn.Module):
-    """Stands in for a quantized linear layer; trains ``scale_gain`` and ``bias_gain`` [out, groups].
+    """Stands in for an affine quantized linear layer; trains ``scale_gain`` and ``bias_gain`` [out, groups].
 
     On the CPU backend, whose quantized matmul is slow, it holds what the codes contribute in float32 instead.
     """
@@ -54,7 +55,8 @@ class Rescaled(nn.Module):
 
 
 def rescale(model: nn.Module) -> None:
-    """Put Rescaled in the place of every packed linear layer of the blocks."""
+    """Put Rescaled in the place of every affine packed linear layer of the blocks."""
     for block in lm.blocks(model):
-        found = [(n, Rescaled(m)) for n, m in block.named_modules() if isinstance(m, nn.QuantizedLinear)]
+        linear = ((n, m) for n, m in block.named_modules() if isinstance(m, nn.QuantizedLinear))
+        found = [(name, Rescaled(module)) for name, module in linear if packed(module).packing.affine]
         block.update_modules(tree_unflatten(found))

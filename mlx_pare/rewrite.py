@@ -40,8 +40,8 @@ def write(
 
 def names(checkpoint: Checkpoint, tensor: Tensor) -> list[str]:
     """The entries that a tensor consists of: itself, or words, scales and biases."""
-    packed = tensor.matrix and checkpoint.packing(tensor.module)
-    return [tensor.name, *([f"{tensor.module}.scales", f"{tensor.module}.biases"] if packed else [])]
+    packing = checkpoint.packing(tensor.module) if tensor.matrix else None
+    return [f"{tensor.module}.{part}" for part in packing.parts] if packing else [tensor.name]
 
 
 def stored(checkpoint: Checkpoint, tensor: Tensor, new: Packed | mx.array) -> dict[str, mx.array]:
@@ -51,7 +51,7 @@ def stored(checkpoint: Checkpoint, tensor: Tensor, new: Packed | mx.array) -> di
     if packing is None:
         return {tensor.name: new.astype(dtype)}
     new = new if isinstance(new, Packed) else pack(new, packing, dtype)
-    return dict(zip(names(checkpoint, tensor), (new.words, new.scales, new.biases), strict=True))
+    return dict(zip(names(checkpoint, tensor), new.arrays.values(), strict=True))
 
 
 def write_stored(

@@ -19,7 +19,7 @@ from .quantized import Packed
 PANEL_BYTES = 1 << 20  # of a tensor, read at a time
 PANEL_VALUES = 1 << 19  # of its weights, expanded at a time
 
-_VIEWS = {"U32": np.uint32, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_VIEWS = {"U8": np.uint8, "U32": np.uint32, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 def row_panels(entry: Entry, rows: Sequence[int] | None, step: int) -> Iterator[np.ndarray]:
@@ -65,12 +65,12 @@ def read_panels(
 ) -> Iterator[Packed | mx.array]:
     """Chosen rows (None: all) of a tensor as arrays [some of them, columns], packed where it is packed."""
     packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-    names = [tensor.name, *(f"{tensor.module}.{part}" for part in ("scales", "biases") if packing)]
+    names = [f"{tensor.module}.{part}" for part in packing.parts] if packing else [tensor.name]
     entries = [checkpoint.entries[name] for name in names]
     step = max(1, PANEL_VALUES * tensor.shape[0] // tensor.size)
     for panels in zip(*(row_panels(entry, rows, step) for entry in entries), strict=True):
         arrays = [_array(panel, entry) for panel, entry in zip(panels, entries, strict=True)]
-        yield Packed(*arrays, packing) if packing else arrays[0]
+        yield Packed.of(arrays, packing) if packing else arrays[0]
 
 
 def _array(panel: np.ndarray, entry: Entry) -> mx.array:

@@ -54,8 +54,8 @@ def trained_values(student: Checkpoint, method: str, rank: int) -> int:
         return sum(t.size for t in blocks)
     matrices = [t for t in blocks if t.matrix]
     if method == "norms":
-        packed = [(t, student.packing(t.module)) for t in matrices]
-        return sum(t.size for t in blocks if not t.matrix) + sum(2 * t.size // p.group_size for t, p in packed if p)
+        packed = [(t, p) for t in matrices if (p := student.packing(t.module)) and p.affine]
+        return sum(t.size for t in blocks if not t.matrix) + sum(2 * t.size // p.group_size for t, p in packed)
     return sum(rank * sum(t.shape) + t.shape[0] for t in matrices)
 
 

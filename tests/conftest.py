@@ -21,14 +21,15 @@ import pytest
 def pico_models(tmp_path_factory) -> Callable[..., Path]:
     """``pico_models(family, packed=None, tokenizer="bpe", dtype=mx.float32, **config)``: path of a cached model.
 
-    ``packed`` is (bits, group size), applied by mlx-lm's own code. The directories are shared: copy before changing.
+    ``packed`` is (bits, group size) or the name of a mode, applied by mlx-lm's own code. The directories are shared:
+    copy before changing.
     """
     root = tmp_path_factory.mktemp("pico")
     made: dict[tuple, Path] = {}
 
     def model(
         family: str = "llama",
-        packed: tuple[int, int] | None = None,
+        packed: tuple[int, int] | str | None = None,
         tokenizer: str = "bpe",
         dtype: mx.Dtype = mx.float32,
         **config,
@@ -38,7 +39,8 @@ def pico_models(tmp_path_factory) -> Callable[..., Path]:
             source = packed and model(family, None, tokenizer, dtype, **config)
             directory = root / f"{len(made)}-{family}"
             if source:
-                made[key] = pico.quantize(source, directory, *packed)
+                how = (None, None, packed) if isinstance(packed, str) else packed
+                made[key] = pico.quantize(source, directory, *how)
             else:
                 made[key] = pico.make(directory, family, tokenizer, dtype, **config)
         return made[key]

@@ -156,12 +156,14 @@ def make(
     return directory
 
 
-def quantize(source: Path, target: Path, bits: int = 4, group_size: int = 32) -> Path:
-    """The same model packed by mlx-lm itself."""
+def quantize(
+    source: Path, target: Path, bits: int | None = 4, group_size: int | None = 32, mode: str = "affine"
+) -> Path:
+    """The same model packed by mlx-lm itself; in modes other than affine bits and groups are None."""
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     model, config = load_model(source)
-    model, config = quantize_model(model, config, group_size, bits)
+    model, config = quantize_model(model, config, group_size, bits, mode)
     target.mkdir(parents=True, exist_ok=True)
     save_model(target, model)
     save_config(config, target / "config.json")

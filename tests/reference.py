@@ -11,10 +11,11 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from reference_packing import float_dense
 
 # ---- reading a model directory ----
 
-NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32}
+NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 
 
 def tensors(file: Path) -> dict[str, np.ndarray]:
@@ -50,8 +51,11 @@ def load(directory: Path) -> tuple[dict, dict[str, np.ndarray]]:
             continue
         if array.dtype == np.uint32:
             special = config["quantization"].get(module)
-            bits = (special or config["quantization"])["bits"]
-            array = unpack(array, raw[f"{module}.scales"], raw[f"{module}.biases"], bits)
+            spec = special or config["quantization"]
+            if spec.get("mode", "affine") == "affine":
+                array = unpack(array, raw[f"{module}.scales"], raw[f"{module}.biases"], spec["bits"])
+            else:
+                array = float_dense(array, raw[f"{module}.scales"], spec["mode"])
         weights[name] = array.astype(np.float64)
     return config, weights
 

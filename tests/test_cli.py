@@ -217,7 +217,7 @@ def harmed(model: Path, place: Path, what: str) -> Path:
     changes = {
         "shape": {"intermediate_size": 160},
         "type": {"model_type": "mamba9"},
-        "mode": {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
+        "mode": {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp3"}},
         "sizes": {"hidden_size": -4},
     }
     (copy / "config.json").write_text(json.dumps({**config, **changes.get(what, {})}))
@@ -233,7 +233,7 @@ HARMS = [
     ("tensor missing", "lacks model.norm.weight"),
     ("shape", r"has shape \[.*config.json means"),
     ("type", "'mamba9' is not described here"),
-    ("mode", "quantization mode 'mxfp4', which is not supported"),
+    ("mode", "quantization mode 'mxfp3', which is not supported"),
     ("sizes", "hidden_size = -4"),
     ("config", "config.json is not valid JSON"),
 ]

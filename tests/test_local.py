@@ -66,8 +66,8 @@ def _halved(checkpoint: Checkpoint, tensor, random) -> dict[str, mx.array]:
     dense = dense * mx.array((random.random(dense.shape) < 0.5).astype(np.float32)).astype(dense.dtype)
     if not packed:
         return {tensor.name: dense}
-    new = quantized.pack(dense, read.packing, read.scales.dtype)
-    return {tensor.name: new.words, f"{tensor.module}.scales": new.scales, f"{tensor.module}.biases": new.biases}
+    new = quantized.pack(dense, read.packing, quantized.MX_DTYPE[checkpoint.dtype(tensor)])
+    return {f"{tensor.module}.{part}": array for part, array in new.arrays.items()}
 
 
 def streams(model: Path, rows: Rows) -> tuple[np.ndarray, list[dict]]:

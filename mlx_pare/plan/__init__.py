@@ -108,7 +108,7 @@ def whole(model: Path, like: Plan, limit: int) -> Plan | None:
     checkpoint = Checkpoint(model)
     everything = Keep(tuple(LayerKeep(i) for i in range(len(checkpoint.arch.layers))))
     source = checkpoint.quantization
-    group = like.group_size or (source.group_size if source else 64)
+    group = like.group_size or (source.group_size if source and source.affine else 64)
     for bits in sorted(BITS, reverse=True):
         after = size_of(checkpoint, everything, Packing(bits, group))
         if after.bytes <= limit:
