@@ -69,6 +69,10 @@ class Packed:
         scales = levels.scales(self.scales, self.packing, mx)
         return scales, self.biases.astype(mx.float32) if self.packing.affine else mx.zeros_like(scales)
 
+    def rows(self, keep: slice | mx.array) -> Packed:
+        """Exact: the codes of some rows."""
+        return self.each(lambda array: array[keep])
+
 
 def read(checkpoint: Checkpoint, name: str) -> Packed | mx.array:
     """The weight ``name`` of a checkpoint as it is stored, not read yet; a fresh array each time, so that dropping the
