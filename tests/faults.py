@@ -186,6 +186,7 @@ def kills(driver: Driver, argv: list, out: Path, whole: dict[str, bytes], lasts:
             assert not half_written(out), f"{told}: {half_written(out)}"
             step = min((p.stem for p in out.glob("*.partial")), default="between")
             told["died in"][step] = told["died in"].get(step, 0) + 1
+            sys.stderr.write(f"{told}\n")
         else:
             assert done.code == 0, f"{told}: {done.err}"
             assert not differences(out, whole), f"{told}: {differences(out, whole)}"
