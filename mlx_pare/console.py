@@ -1,5 +1,5 @@
-"""The only writer to a terminal. Talk goes to stderr with --json (stdout then holds exactly one document), and
-nowhere with --quiet; errors are always one line on stderr.
+"""The only writer to a terminal, which strangers' names cannot steer (errors.plain). Talk goes to stderr with --json
+(stdout then holds exactly one document), and nowhere with --quiet; errors are always one line on stderr.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from .errors import plain
 
 _state = {"json": False, "quiet": False, "stdout": sys.stdout}
 
@@ -29,17 +31,18 @@ def _stream():
 def say(text: str = "") -> None:
     """One line of talk, plain text."""
     if not _state["quiet"]:
+        text = "\n".join(plain(line) for line in text.split("\n"))
         print(text, file=_stream(), flush=True)
 
 
 def warn(text: str) -> None:
     """One line on stderr, also with --quiet."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {plain(text)}", file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
     """The one line an error becomes."""
-    print(f"mlx-pare: {text}", file=sys.stderr, flush=True)
+    print(f"mlx-pare: {plain(text)}", file=sys.stderr, flush=True)
 
 
 def document(value: Any) -> None:
@@ -53,7 +56,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], cap
     if _state["quiet"] or _state["json"]:
         return
     names = [name.lstrip("<") for name in columns]
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [["-" if cell is None else plain(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
     lefts = [name.startswith("<") for name in columns]
 
@@ -90,7 +93,7 @@ class Progress:
         self._last = now
         fresh = max(self.done - self._first_done, 1)
         left = (now - self._start) / fresh * (self.total - self.done)
-        line = f"{self.what} {self.done}/{self.total}, {duration(left)} left{', ' + note if note else ''}"
+        line = plain(f"{self.what} {self.done}/{self.total}, {duration(left)} left{', ' + note if note else ''}")
         end = "\n" if not self._live else ""
         print(f"\r\033[K{line}" if self._live else line, file=sys.stderr, end=end, flush=True)
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .bounded import check_links
 from .checkpoint import read_json
 from .errors import PareError
+from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET
 
 # enum llama_token_type, llama.cpp include/llama.h
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -66,7 +68,8 @@ def write(writer: Any, directory: Path, rows: int, config: Mapping[str, Any]) ->
     config.json, for the ids of special tokens that tokenizer_config.json does not name. Raises PareError for a
     tokenizer that llama.cpp would read differently.
     """
-    raw = read_json(directory / "tokenizer.json", "tokenizer")
+    check_links(directory)
+    raw = read_json(directory / "tokenizer.json", "tokenizer", MAX_TOKENIZER, TOKENIZER_BUDGET)
     settings_file = directory / "tokenizer_config.json"
     settings = read_json(settings_file, "tokenizer config") if settings_file.is_file() else {}
     found = read(raw, rows, str(directory / "tokenizer.json"))

@@ -13,7 +13,7 @@ from typing import Any
 from . import schedule
 from .artifacts import CONTENDERS, Metrics, Plan, replace_file
 from .console import count, duration, gb, span
-from .errors import PareError
+from .errors import PareError, plain
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn
@@ -80,8 +80,8 @@ def _title(manifest: Manifest) -> str:
 
 def _plain(text: str) -> str:
     """A name from outside as one line of Markdown that means nothing but itself."""
-    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`\[\]|#])", r"\\\1", line)
+    line = plain(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_~\[\]|#]|(?<=:)/)", r"\\\1", line)  # http:\/ is no link
 
 
 Found = Mapping[str, tuple[Metrics, int]]
