@@ -41,10 +41,7 @@ def loads(raw: bytes | str, budget: int = BUDGET, unique: bool = False) -> Any:
     """A JSON value; in ``unique`` ones no object has a key twice. Raises ValueError for what is none, takes more than
     ``budget`` bytes or is nested too deeply."""
     text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
-    wide = 1 if text.isascii() and "\\u" not in text else 4  # bytes a character may take
-    cost = (1 + wide) * len(text) + sum(size * text.count(mark) for mark, size in COSTS.items())
-    if cost > budget:
-        raise ValueError(f"it would take up to {cost >> 20} MiB of memory, more than {budget >> 20}")
+    check_cost(text, budget)
     try:
         found = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
@@ -55,6 +52,14 @@ def loads(raw: bytes | str, budget: int = BUDGET, unique: bool = False) -> Any:
             raise ValueError("it is nested too deeply")
         level = list(chain.from_iterable(v.values() if type(v) is dict else v for v in level))
     return found
+
+
+def check_cost(text: str, budget: int = BUDGET) -> None:
+    """Raises ValueError for JSON that may take more than ``budget`` bytes once it is parsed."""
+    wide = 1 if text.isascii() and "\\u" not in text else 4  # bytes a character may take
+    cost = (1 + wide) * len(text) + sum(size * text.count(mark) for mark, size in COSTS.items())
+    if cost > budget:
+        raise ValueError(f"it would take up to {cost >> 20} MiB of memory, more than {budget >> 20}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

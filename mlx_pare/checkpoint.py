@@ -177,11 +177,6 @@ class Checkpoint:
             raise PareError(f"no model*.safetensors in {self.path}")
         self._check_index(files)
         self.entries = read_headers(self.path)
-        if (code := self.config.get("model_file")) is not None:
-            raise Unsupported(
-                f"{self.path} wants code of its own to be run ({str(code)[:80]}), which is never done",
-                "take a model that stock mlx-lm has a class for",
-            )
         # known to the header, so that fit can count them
         for entry in self.entries.values():
             if entry.dtype.startswith("F8"):

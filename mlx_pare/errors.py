@@ -11,11 +11,15 @@ MAX_SHOWN = 4000  # characters of a message
 def plain(text: str, most: int = MAX_SHOWN) -> str:
     """Text in which strangers may have had a word, fit for a terminal and one line: control characters, the escape
     sequences they begin and whatever turns the writing round are written out, line ends become spaces."""
-    text = text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    text = _ends(text, most)
     if text.isprintable():
         return text
     line = "".join(" " if c.isspace() else c for c in text)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return _ends("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), most)
+
+
+def _ends(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 class PareError(Exception):

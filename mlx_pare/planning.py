@@ -124,7 +124,7 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
 def begun(out: Path) -> str | None:
     """How the plan of a run directory was chosen; None where there is none yet, or a manifest that cannot be read."""
     try:
-        steps = Manifest.model_validate_json((out / "manifest.json").read_bytes()).steps
+        steps = Manifest.read(out / "manifest.json", "run manifest").steps
     except (OSError, ValueError):
         return None
     return steps["plan"].parameters.get("widths", "even") if "plan" in steps else None

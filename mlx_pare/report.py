@@ -30,7 +30,7 @@ MACS_NOTE = (
 def report(run: Path, measured: Sequence[str] | None = None) -> Path:
     """Write RUN/report.md and its picture from the manifest and the steps' outputs; returns its path. ``measured``: the
     contenders that belong to the result (default: all that are there)."""
-    manifest = Manifest.model_validate_json((run / "manifest.json").read_bytes())
+    manifest = Manifest.read(run / "manifest.json", "run manifest")
     found = metrics(run, measured)
     sections = [
         _title(manifest),
