@@ -350,7 +350,7 @@ class Survivors(Strict):
 
 
 def survivors(path: Path) -> dict[str, Any]:
-    """The content of a survivors.json. Raises PareError when it is none: it comes with a model, which may be anybody's."""
+    """The content of a survivors.json. Raises PareError when it is none: it comes with a model, which is anybody's."""
     return Survivors.read(path, "survivors", "take the model as mlx-pare wrote it").model_dump(exclude_none=True)
 
 

@@ -28,7 +28,7 @@ from . import console, divergence, lm, rewrite, stream
 from .arch import Tensor
 from .artifacts import Arrays, dump_json, replace_file, survivors
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import PareError, Refused, UsageError
 from .shards import finish, partial_directory

@@ -132,7 +132,7 @@ def paired(a: Metrics, b: Metrics) -> tuple[float, float]:
 
 
 def _row(*cells: Any) -> str:
-    return "| " + " | ".join("-" if c is None else " ".join(str(c).split()).replace("|", "\\|") for c in cells) + " |"
+    return "| " + " | ".join("-" if c is None else _plain(str(c)) for c in cells) + " |"
 
 
 def _table(columns: list[str], rows: list[str]) -> str:
@@ -335,7 +335,7 @@ def _gguf(run: Path) -> str:
             f"same top token {checked['same_argmax']:.1%}."
         )
     else:
-        text += f" Not compared in llama.cpp: {checked.get('reason', 'not asked')}."
+        text += f" Not compared in llama.cpp: {_plain(checked.get('reason', 'not asked'))}."
     return f"## GGUF\n\n{text}"
 
 

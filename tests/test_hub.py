@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import socket
 import shutil
+import socket
 import struct
 import subprocess
 import sys
