@@ -28,11 +28,11 @@ quick = settings(derandomize=True, deadline=None, max_examples=100, suppress_hea
 
 @pytest.fixture(scope="module")
 def place():
-    before = signal.signal(signal.SIGALRM, fuzz.stop)
+    fuzz.watch()
     found = fuzz.Place()
     yield found
     found.close()
-    signal.signal(signal.SIGALRM, before)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @pytest.fixture(autouse=True)

@@ -84,7 +84,7 @@ def test_pickles_and_code_beside_the_weights_are_left_alone(model, monkeypatch):
 
 def test_nothing_here_could_run_what_a_model_says():
     """No pickles, no eval, no shell, and every command is a list that begins with a program of ours."""
-    forbidden = {"pickle", "marshal", "shelve", "dill", "joblib", "torch", "yaml", "runpy", "code", "importlib.util"}
+    forbidden = {"pickle", "marshal", "shelve", "dill", "joblib", "torch", "yaml", "runpy", "code"}
     runs = []
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -94,6 +94,7 @@ def test_nothing_here_could_run_what_a_model_says():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), file
+                assert called.rpartition(".")[2] not in ("spec_from_file_location", "exec_module"), file
                 given = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 assert given.get("shell", "False") == "False" and given.get("allow_pickle", "False") == "False", file
                 assert given.get("trust_remote_code", "False") == "False", file
@@ -313,7 +314,7 @@ def test_two_ids_of_one_token_are_found_at_once():
 
 
 BOMBS = {
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}" + "{% endfor %}" * 2,
     "memory": "{% set a = 'a' * 10 ** 9 %}{{ a * 20 }}",
     "power": "{{ 9 ** 9 ** 9 ** 9 }}",
     "escape": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -345,7 +346,7 @@ def test_a_template_is_a_program_with_limits(writers, bomb, monkeypatch):
 
 
 def test_a_template_writes_what_the_tokenizer_itself_would(writers, tmp_path):
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{{ tools | tojson if tools else '' }}"
     bounded_one = writers(template)
     stock = lm.stock_tokenizer(bounded_one.apply_chat_template.directory)
     chat = [{"role": "user", "content": "naïve 日本 🙂\u2028"}, {"role": "assistant", "content": "<|endoftext|>"}]
