@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -586,8 +586,8 @@ def judged(target: Target, place: Place, raw: bytes) -> tuple[bool, float, str, 
     """(accepted, seconds, where, what): the last two are empty when the contract was kept."""
     started, what, accepted, where = time.perf_counter(), "", False, ""
     try:
-        _busy.update(input=_busy["input"] + 1, since=None)
-        target.read(place, raw)
+        with reading():
+            target.read(place, raw)
         accepted = True
     except PareError as error:
         line = str(error)
@@ -607,9 +607,8 @@ def judged(target: Target, place: Place, raw: bytes) -> tuple[bool, float, str, 
 
 def processor_seconds(target: Target, place: Place, raw: bytes) -> float:
     """What reading this takes by itself: on a busy machine everything has to wait now and then."""
-    _busy.update(input=_busy["input"] + 1, since=None)
     started = time.process_time()
-    with contextlib.suppress(PareError):
+    with contextlib.suppress(PareError), reading():
         target.read(place, raw)
     return time.process_time() - started
 
@@ -649,7 +648,18 @@ def limit_memory() -> int:
     return resident("VmRSS")
 
 
-_busy: dict[str, Any] = {"input": 0, "since": None}  # the number of the input, and the one seen at the last tick
+_busy: dict[str, Any] = {"input": 0, "reading": False, "seen": None}  # the number of the input; that at the last tick
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """A reader is at work, on the next input."""
+    _busy["input"] += 1
+    _busy["reading"] = True
+    try:
+        yield
+    finally:
+        _busy["reading"] = False
 
 
 def watch() -> None:
@@ -660,9 +670,9 @@ def watch() -> None:
 
 
 def _tick(*_: Any) -> None:
-    if _busy["since"] == _busy["input"]:
+    if _busy["reading"] and _busy["seen"] == _busy["input"]:
         raise Hang(f"no answer within {HANG} seconds")
-    _busy["since"] = _busy["input"]
+    _busy["seen"] = _busy["input"]
 
 
 def ready(name: str, place: Place) -> Target:

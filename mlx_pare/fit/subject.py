@@ -349,7 +349,7 @@ def _gguf(path: Path, form: Form) -> Subject:
     total = sum(_elements(t.shape) for t in header.tensors.values())
     k_types = sum(_elements(t.shape) for t in header.tensors.values() if t.type.endswith("_K"))
     weights = planner.weights_of(arch, header.tensor_bytes)
-    weights = replace(weights, k_quants=round(footprint.read_bytes(arch, footprint.dense(1)) * k_types / total))
+    weights = replace(weights, k_quants=round(footprint.read_bytes(arch, footprint.dense(1)) * k_types / max(total, 1)))
     described = f"GGUF, {8 * header.tensor_bytes / footprint.parameters(arch)['total']:.2f} bits per weight"
     return Subject(str(path), "gguf", form, described, weights, arch)
 
