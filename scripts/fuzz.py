@@ -190,31 +190,44 @@ ARRAYS = packed_table(
     }
 )
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
+PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+A_TOKEN, A_TEXT = {"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
 TOKENIZERS = [
     {
-        "added_tokens": [{"id": 4, "content": "<s>", "special": True}], "normalizer": None, "post_processor": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "c": 3}, "merges": ["a b", ["ab", "c"]]},
+        "added_tokens": [{"id": 4, "content": "<s>", "special": True, **PLAIN_TOKEN}],
+        "normalizer": None, "post_processor": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "c": 3}, "merges": ["a b"]},
     },
     {
         "added_tokens": [], "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": gguf_tokenizer.QWEN2}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         ]},
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
-        "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}, {"Sequence": {}}]},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [A_TOKEN, A_TEXT], "pair": [A_TEXT, A_TEXT],
+            "special_tokens": {"a": {"id": "a", "ids": [0], "tokens": ["a"]}},
+        },
         "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [], "ignore_merges": False},
     },
     {
-        "added_tokens": [], "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "split": False},
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "split": False, "prepend_scheme": "first"},
         "normalizer": None, "post_processor": None,
         "model": {
-            "type": "BPE", "byte_fallback": True, "unk_token": "u", "merges": ["a b"],
+            "type": "BPE", "byte_fallback": True, "unk_token": "u", "merges": [["a", "b"]],
             "vocab": {t: i for i, t in enumerate([*BYTES, "u", "a", "b", "ab"])},
         },
     },
 ]  # fmt: skip
-SETTINGS = {"bos_token": "a", "eos_token": {"content": "b"}, "add_bos_token": True, "chat_template": "{{ messages }}"}
+SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "a",
+    "eos_token": {"__type": "AddedToken", "content": "b"},
+    "add_bos_token": True,
+    "chat_template": "{{ messages }}",
+}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "tools": []}
 LINES = [{"text": "one two"}, CHAT, {"prompt": "p", "completion": "q"}, {"content": "c"}, {"text": None}]
 LISTING = {
@@ -456,7 +469,7 @@ TARGETS: dict[str, Target] = {
         AMOUNTS, text, 1,
     ),
     "data": Target(read_data, DATA, text, 0.05),
-    "stock-tokenizer": Target(read_stock_tokenizer, [*TOKENIZERS, SETTINGS], share=0.00005, kinds=(0, 1)),
+    "stock-tokenizer": Target(read_stock_tokenizer, [*TOKENIZERS, SETTINGS], share=0.0006, kinds=(0, 1)),
 }  # fmt: skip
 
 # ---- changes ----
