@@ -68,13 +68,13 @@ class Arrays:
     def _read(cls, path: Path, what: str, wanted: Callable[[str], bool]) -> Arrays:
         from safetensors import SafetensorError, safe_open
 
-        read_header(path)  # bounds what follows, and names what is wrong better
         try:
+            read_header(path)  # bounds what the library would allocate
             with safe_open(path, framework="numpy") as file:
                 about = bounded.loads((file.metadata() or {}).get("pare", "{}"))
                 arrays = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 no dict
-        except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
-            raise PareError(f"cannot read {what} {path}: {error}") from error
+        except (PareError, OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+            raise PareError(f"cannot read {what} {path}: {getattr(error, 'problem', error)}") from error
         if not isinstance(about, dict):
             raise PareError(f"cannot read {what} {path}: its description is no object")
         if about.get("schema") != SCHEMA:

@@ -125,7 +125,7 @@ def begun(out: Path) -> str | None:
     """How the plan of a run directory was chosen; None where there is none yet, or a manifest that cannot be read."""
     try:
         steps = Manifest.read(out / "manifest.json", "run manifest").steps
-    except (OSError, ValueError):
+    except PareError:
         return None
     return steps["plan"].parameters.get("widths", "even") if "plan" in steps else None
 

@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from . import bounded
+from .checkpoint import TOKENIZER_FILES
 from .errors import PareError
 
 MAX_TOKENIZER = 64 << 20  # bytes of a tokenizer.json; the largest known (gemma) has 33 million
 TOKENIZER_BUDGET = 640 << 20  # bytes that reading one may take; gemma's takes 300 million
-READ = (".json", ".txt", ".model", ".jinja")  # what transformers opens to make a tokenizer
+# What transformers opens to make a tokenizer, beside what every model has
+MORE_FILES = ("config.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "processor_config.json")
 TRY_SECONDS, TRY_BYTES = 20, 4 << 30  # of processor and of address space, to load a tokenizer and read PROBES
 START_SECONDS, CHAT_SECONDS = 120, 10  # until the process is there, and until a chat is written
 CHAT_BYTES = 512 << 20  # that writing a chat may add, where the system can limit it (Linux)
@@ -41,8 +43,8 @@ def check(directory: Path) -> None:
     reasonable time and memory."""
     bounded.check_links(directory)
     try:
-        for file in sorted(directory.iterdir()):
-            if file.suffix in READ and file.exists():
+        for file in (directory / name for name in (*TOKENIZER_FILES, *MORE_FILES)):
+            if file.exists():
                 limit = MAX_TOKENIZER if file.suffix == ".model" or file.name == "tokenizer.json" else bounded.MAX_JSON
                 raw = bounded.contents(file, limit, "tokenizer file")
                 if file.name == "tokenizer.json":
