@@ -13,17 +13,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from . import bounded
 from .arch import Architecture, Keep, LayerKeep, cut
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_header
 from .console import gb
 from .errors import PareError, Refused
 from .packing import BITS, GROUP_SIZES, Packing
 
 SCHEMA = 1
+MAX_ARTIFACT = 64 << 20  # bytes; a plan of 126 layers of 53,248 channels takes 47 million
+ARTIFACT_BUDGET = 512 << 20  # bytes it may take in memory
 
 
 @contextmanager
@@ -90,11 +93,14 @@ class Arrays:
         from safetensors import SafetensorError, safe_open
 
         try:
+            read_header(path)  # bounds what the library would allocate
             with safe_open(path, framework="numpy") as file:
-                about = json.loads((file.metadata() or {}).get("pare", "{}"))
+                about = bounded.loads((file.metadata() or {}).get("pare", "{}"))
                 arrays = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 no dict
-        except (OSError, SafetensorError, ValueError) as error:
-            raise PareError(f"cannot read {what} {path}: {error}") from error
+        except (PareError, OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+            raise PareError(f"cannot read {what} {path}: {getattr(error, 'problem', error)}") from error
+        if not isinstance(about, dict):
+            raise PareError(f"cannot read {what} {path}: its description is no object")
         if about.get("schema") != SCHEMA:
             raise PareError(f"{path} has schema {about.get('schema')}, this version reads {SCHEMA}", "make it again")
         return cls(arrays, about)
@@ -112,6 +118,20 @@ class Strict(BaseModel):
     """A schema in which unknown keys are errors: a typo in an edited file must not pass."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @classmethod
+    def read(cls, path: Path, what: str, cure: str = "make it again") -> Self:
+        """From a JSON file of bounded size. Raises PareError, naming all that is wrong with it in one line."""
+        try:
+            text = bounded.contents(path, MAX_ARTIFACT, what).decode("utf-8")
+            bounded.check_cost(text, ARTIFACT_BUDGET)
+            return cls.model_validate_json(text)
+        except OSError as error:
+            raise PareError(f"cannot read {what} {path}: {error.strerror}") from error
+        except ValidationError as error:
+            raise PareError(f"{what} {path} is not valid: {explain(error)}", cure) from error
+        except ValueError as error:
+            raise PareError(f"{what} {path} is not valid: {error}", cure) from error
 
 
 class Target(Strict):
@@ -264,14 +284,7 @@ class Plan(Strict):
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise PareError(f"cannot read plan {path}: {error.strerror}") from error
-        except ValidationError as error:
-            raise PareError(
-                f"plan {path} is not valid: {explain(error)}", "mend it, or make it again with `mlx-pare plan`"
-            ) from error
+        return cls.read(path, "plan", "mend it, or make it again with `mlx-pare plan`")
 
 
 def _index_problems(where: str, indices: Sequence[int], size: int) -> list[str]:
@@ -327,7 +340,42 @@ class Metrics(Strict):
 
     @classmethod
     def load(cls, path: Path) -> Metrics:
-        return cls.model_validate_json(path.read_bytes())
+        return cls.read(path, "metrics")
+
+
+# ---- survivors ----
+
+
+class SurvivingLayer(Strict):
+    """One layer of a pruned model and its units, all as indices of the original."""
+
+    layer: int
+    source: int = Field(ge=0)
+    ffn: list[int]
+    kv_head: list[int]
+    q_head: list[int]
+
+
+class Survivors(Strict):
+    """survivors.json of a pruned model: which unit of the original every unit is."""
+
+    schema_version: int = SCHEMA
+    source_identity: str
+    hidden: list[int]
+    layers: list[SurvivingLayer]
+    parent: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Survivors:
+        for units in (self.hidden, [layer.source for layer in self.layers]):
+            if not units or units[0] < 0 or any(a >= b for a, b in pairwise(units)):
+                raise ValueError("indices that do not ascend")
+        return self
+
+
+def survivors(path: Path) -> dict[str, Any]:
+    """The content of a survivors.json. Raises PareError when it is none: it comes with a model, which is anybody's."""
+    return Survivors.read(path, "survivors", "take the model as mlx-pare wrote it").model_dump(exclude_none=True)
 
 
 def dump_json(value: Mapping[str, Any] | BaseModel) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from . import bounded
 from .arch import Architecture, Tensor, describe, supported_types
 from .errors import PareError, Unsupported
 from .packing import FLOAT_MODES, Packing
 
 MAX_DIMENSIONS = 16
-MAX_HEADER = 100 << 20  # the limit of the safetensors library itself
+MAX_HEADER = bounded.MAX_JSON  # the safetensors library takes 100 MB, which would be 2 GB in memory
+MAX_TENSORS = 1 << 18  # of all files together; the largest real model has 140,000
 DTYPE_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -53,7 +56,7 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where one tensor lies: ``start`` and ``end`` are byte offsets in ``file``."""
 
@@ -68,15 +71,13 @@ class Entry:
         return self.end - self.start
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str, most: int = bounded.MAX_JSON, budget: int = bounded.BUDGET) -> dict[str, Any]:
     """A JSON object from a file of bounded size; ``what`` it is goes into the PareError when it is not one."""
     try:
-        if path.stat().st_size > MAX_HEADER:
-            raise PareError(f"{what} {path} is larger than {MAX_HEADER >> 20} MiB")
-        found = json.loads(path.read_text("utf-8"))
+        found = bounded.loads(bounded.contents(path, most, what), budget)
     except OSError as error:
         raise PareError(f"cannot read {what} {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise PareError(f"{what} {path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise PareError(f"{what} {path} holds a {type(found).__name__}, expected an object")
@@ -86,7 +87,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensor table of one safetensors file. Raises PareError when it is cut off or its header makes no sense."""
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise PareError(f"{path} is not a safetensors file but a directory or a device")
+        size = found.st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -98,11 +102,11 @@ def read_header(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise PareError(f"cannot read {path}: {error.strerror}") from error
     try:
-        table = json.loads(raw)
+        table = bounded.loads(raw, unique=True)
         table.pop("__metadata__", None)
         entries = {name: _entry(path, 8 + length, info) for name, info in table.items()}
         _check_contiguous(entries, 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PareError(f"the header of {path} is damaged: {error}", "download or copy it again") from error
     end = max((e.end for e in entries.values()), default=8 + length)
     if end != size:
@@ -110,6 +114,22 @@ def read_header(path: Path) -> dict[str, Entry]:
             f"{path} has {size} bytes, its header describes {end}",
             "it is cut off or damaged: download or copy it again",
         )
+    return entries
+
+
+def read_headers(directory: Path) -> dict[str, Entry]:
+    """The tensors of every model*.safetensors of a directory, by name: mlx_lm/utils.py load_model merges them all and
+    never looks at the index. Raises PareError for a link out of the directory, a name that two files have, and as
+    read_header does."""
+    bounded.check_links(directory)
+    entries: dict[str, Entry] = {}
+    for file in sorted(directory.glob("model*.safetensors")):
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise PareError(f"tensor {name} is in {entries[name].file.name} and in {file.name}")
+            entries[name] = entry
+        if len(entries) > MAX_TENSORS:
+            raise PareError(f"{directory} holds more than {MAX_TENSORS} tensors")
     return entries
 
 
@@ -125,8 +145,8 @@ def _check_contiguous(entries: Mapping[str, Entry], base: int) -> None:
 def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
     start, end = info["data_offsets"]
     shape = tuple(info["shape"])
-    if any(type(n) is not int for n in (start, end, *shape)):
-        raise ValueError(f"{info['data_offsets']} and {info['shape']} are not whole numbers")
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (start, end, *shape)):
+        raise ValueError(f"{info['data_offsets']} and {info['shape']} are not whole numbers of a possible size")
     if info["dtype"] not in DTYPE_BYTES:
         raise PareError(
             f"{path} holds tensors of type {info['dtype']}, which is not supported", "convert it with mlx_lm.convert"
@@ -136,7 +156,7 @@ def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
     size = DTYPE_BYTES[info["dtype"]]
     for n in shape:
         size *= n
-    if start < 0 or end - start != size or any(n < 0 for n in shape):
+    if end - start != size:
         raise ValueError(f"{end - start} bytes for {info['dtype']} {list(shape)}")
     return Entry(path, info["dtype"], shape, base + start, base + end)
 
@@ -150,18 +170,13 @@ class Checkpoint:
             raise PareError(
                 f"no model directory at {self.path}", "give the path of a directory with config.json and *.safetensors"
             )
+        bounded.check_links(self.path)
         self.config = read_json(self.path / "config.json", "model config")
-        # mlx_lm/utils.py load_model merges every model*.safetensors and never looks at the index
         files = sorted(self.path.glob("model*.safetensors"))
         if not files:
             raise PareError(f"no model*.safetensors in {self.path}")
         self._check_index(files)
-        self.entries: dict[str, Entry] = {}
-        for file in files:
-            for name, entry in read_header(file).items():
-                if name in self.entries:
-                    raise PareError(f"tensor {name} is in {self.entries[name].file.name} and in {file.name}")
-                self.entries[name] = entry
+        self.entries = read_headers(self.path)
         # known to the header, so that fit can count them
         for entry in self.entries.values():
             if entry.dtype.startswith("F8"):

@@ -1,5 +1,6 @@
-"""The only writer to a terminal. Talk goes to stderr with --json (stdout then holds exactly one document), and
-nowhere with --quiet; errors are always one line on stderr. All of it also goes to the log of the run that is open.
+"""The only writer to a terminal, which strangers' names cannot steer (errors.plain). Talk goes to stderr with --json
+(stdout then holds exactly one document), and nowhere with --quiet; errors are always one line on stderr. All of it also
+goes to the log of the run that is open.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import log
+from .errors import plain
 
 _logged: list[Path] = []  # the run directories that are open; a stage lies in one that is open as well
 _state = {"json": False, "quiet": False, "stdout": sys.stdout}
@@ -50,18 +52,19 @@ def say(text: str = "") -> None:
     """One line of talk, plain text."""
     record("said", text)
     if not _state["quiet"]:
+        text = "\n".join(plain(line) for line in text.split("\n"))
         print(text, file=_stream(), flush=True)
 
 
 def warn(text: str) -> None:
     """One line on stderr, also with --quiet."""
     record("warning", text)
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {plain(text)}", file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
     """The one line an error becomes."""
-    print(f"mlx-pare: {text}", file=sys.stderr, flush=True)
+    print(f"mlx-pare: {plain(text)}", file=sys.stderr, flush=True)
 
 
 def document(value: Any) -> None:
@@ -75,7 +78,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], cap
     if _state["quiet"] or _state["json"]:
         return
     names = [name.lstrip("<") for name in columns]
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [["-" if cell is None else plain(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
     lefts = [name.startswith("<") for name in columns]
 
@@ -129,7 +132,7 @@ class Progress:
             self._first = now, count
         if self.what is None:
             return
-        line = f"{self.what} {self.done}/{self.total}, {duration(self.left())} left{', ' + note if note else ''}"
+        line = plain(f"{self.what} {self.done}/{self.total}, {duration(self.left())} left{', ' + note if note else ''}")
         if now - self._noted >= log.EVERY_S:
             self._noted = now
             record("progress", line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console
+from . import bounded, console
 from .errors import PareError
 
 SUFFIXES = (".txt", ".md", ".jsonl")
@@ -117,8 +116,8 @@ def _documents(file: Path, tokenizer: Any, field: str | None) -> list[tuple[str,
 def _record(line: str, where: str, tokenizer: Any, field: str | None) -> str:
     """The text of a record; "" where the field that should hold it is null or has no messages."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = bounded.loads(line)
+    except ValueError as error:
         raise PareError(f"{where} is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise PareError(f"{where} is no record but {line.strip()[:20]!r}", 'write {"text": "..."}')
@@ -152,6 +151,18 @@ def _chat(messages: list, record: dict[str, Any], where: str, tokenizer: Any) ->
         ) from error
 
 
+def _encoded(tokenizer: Any, text: str, **how: Any) -> list[int]:
+    """Its tokens. Raises PareError where a pattern of the tokenizer gives up: that is a panic of Rust, no Exception."""
+    try:
+        return tokenizer.encode(text, **how)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise PareError(
+            f"the tokenizer cannot read the text: {error}", "use a tokenizer.json of another copy"
+        ) from error
+
+
 def windows(
     tokenizer: Any, documents: Sequence[str], length: int, count: int | None = None, seed: int | None = None
 ) -> Rows:
@@ -162,10 +173,10 @@ def windows(
     when the text is shorter. Raises PareError when there is not one whole window.
     """
     bos = tokenizer.bos_token_id
-    every_window = bos is not None and tokenizer.encode("a")[:1] == [bos]
+    every_window = bos is not None and _encoded(tokenizer, "a")[:1] == [bos]
     ids: list[int] = []
     for document in documents:
-        encoded = tokenizer.encode(document, add_special_tokens=False, verbose=False)
+        encoded = _encoded(tokenizer, document, add_special_tokens=False, verbose=False)
         ids += [] if bos is None or every_window or encoded[:1] == [bos] else [bos]
         ids += encoded
     text = length - 1 if every_window else length

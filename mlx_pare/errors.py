@@ -9,6 +9,21 @@ import errno
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+MAX_SHOWN = 4000  # characters of a message
+
+
+def plain(text: str, most: int = MAX_SHOWN) -> str:
+    """Text in which strangers may have had a word, fit for a terminal and one line: control characters, the escape
+    sequences they begin and whatever turns the writing round are written out, line ends become spaces."""
+    text = _ends(text, most)
+    if text.isprintable():
+        return text
+    line = "".join(" " if c.isspace() else c for c in text)
+    return _ends("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), most)
+
+
+def _ends(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 class PareError(Exception):
@@ -17,9 +32,9 @@ class PareError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, cure: str | None = None):
-        super().__init__(problem)
-        self.problem = problem
-        self.cure = cure
+        self.problem = plain(problem)
+        self.cure = cure and plain(cure)
+        super().__init__(self.problem)
 
     def __str__(self) -> str:
         return f"{self.problem}. {self.cure[0].upper()}{self.cure[1:]}." if self.cure else f"{self.problem}."

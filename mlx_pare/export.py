@@ -283,7 +283,8 @@ def _licence(directory: Path) -> str | None:
     file = directory / "README.md"
     if not file.is_file():
         return None
-    front = re.match(r"---\n(.*?)\n---", file.read_text("utf-8", errors="replace")[: 1 << 16], re.DOTALL)
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        front = re.match(r"---\n(.*?)\n---", opened.read(1 << 16), re.DOTALL)
     found = re.search(r"^license:\s*([\w.+-]+)\s*$", front[1], re.MULTILINE) if front else None
     return found[1] if found else None
 

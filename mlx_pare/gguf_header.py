@@ -23,6 +23,7 @@ STRING, ARRAY = 8, 9
 ALIGNMENT = 32  # of tensor data, unless general.alignment says otherwise
 MAX_DIMS = 4  # GGML_MAX_DIMS
 # Far above any real file, and low enough that a hostile one costs little
+MAX_PARTS = 1000  # files of one model
 MAX_NAME = 1024  # bytes of a key or the name of a tensor (llama.cpp takes 64 for tensors)
 MAX_ENTRIES = 1 << 16  # tensors, or metadata keys
 MAX_STRINGS = 1 << 21  # in all arrays together; the largest real vocabularies have 0.8 million with their merges
@@ -90,11 +91,13 @@ def read_all(path: Path) -> Header:
     path = Path(path)
     header = read(path)
     count = header.metadata.get("split.count", 0)
-    if not isinstance(count, int) or count < 2:
+    if type(count) is not int or count < 2:
         return header
     named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name, re.DOTALL)
     if not named or int(named[3]) != count:
         raise PareError(f"{path} is one of {count} parts, but is not named as such", "give the parts their names back")
+    if count > MAX_PARTS:
+        raise PareError(f"{path} says that it is one of {count} parts, more than {MAX_PARTS}")
     parts = []
     for number in range(1, count + 1):
         part = path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf")

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .bounded import check_links
 from .checkpoint import read_json
 from .errors import PareError
+from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET
 
 # enum llama_token_type, llama.cpp include/llama.h
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -64,11 +66,24 @@ def write(writer: Any, directory: Path, rows: int, config: Mapping[str, Any]) ->
 
     ``rows``: rows of the embedding; a shorter vocabulary is padded with unused tokens. ``config``: the model's
     config.json, for the ids of special tokens that tokenizer_config.json does not name. Raises PareError for a
-    tokenizer that llama.cpp would read differently.
+    tokenizer that llama.cpp would read differently, and for one that is damaged.
     """
-    raw = read_json(directory / "tokenizer.json", "tokenizer")
+    check_links(directory)
+    raw = read_json(directory / "tokenizer.json", "tokenizer", MAX_TOKENIZER, TOKENIZER_BUDGET)
     settings_file = directory / "tokenizer_config.json"
     settings = read_json(settings_file, "tokenizer config") if settings_file.is_file() else {}
+    try:
+        return _written(writer, directory, raw, settings, rows, config)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another shape than tokenizers writes
+        raise PareError(
+            f"the tokenizer of {directory} is damaged: {type(error).__name__}, {str(error)[:200]}",
+            "download or copy it again",
+        ) from error
+
+
+def _written(
+    writer: Any, directory: Path, raw: Mapping, settings: Mapping, rows: int, config: Mapping[str, Any]
+) -> Tokenizer:
     found = read(raw, rows, str(directory / "tokenizer.json"))
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.pre)
@@ -106,14 +121,18 @@ def read(raw: Mapping[str, Any], rows: int, where: str) -> Tokenizer:
 
 def _pair(merge: Any) -> tuple[str, str]:
     left, right = merge.split(" ") if isinstance(merge, str) else merge
+    if not (isinstance(left, str) and isinstance(right, str)):
+        raise TypeError("merges are pairs of texts")
     return left, right
 
 
 def _tokens(raw: Mapping[str, Any], rows: int, where: str) -> tuple[list[str], list[int]]:
     """Texts and types by id, holes and the rest up to ``rows`` filled with unused tokens."""
-    by_id = {int(i): (text, NORMAL) for text, i in raw["model"]["vocab"].items()}
+    by_id = {i: (text, NORMAL) for text, i in raw["model"]["vocab"].items()}
     for token in raw.get("added_tokens") or ():
-        by_id[int(token["id"])] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
+        by_id[token["id"]] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
+    if not all(type(i) is int and i >= 0 and isinstance(text, str) for i, (text, _) in by_id.items()):
+        raise TypeError("tokens are texts, their ids whole numbers")
     size = max(by_id, default=-1) + 1
     if size > rows:
         raise PareError(f"{where} has ids up to {size - 1}, the embedding has {rows} rows: they do not belong together")
@@ -123,7 +142,8 @@ def _tokens(raw: Mapping[str, Any], rows: int, where: str) -> tuple[list[str], l
         tokens.append(text)
         types.append(kind)
     if len(set(tokens)) != rows:
-        repeated = next(t for i, t in enumerate(tokens) if t in set(tokens[:i]))
+        seen: set[str] = set()
+        repeated = next(t for t in tokens if t in seen or seen.add(t))
         raise PareError(f"{where} has two ids for {repeated!r}, which llama.cpp cannot load")
     return tokens, types
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from . import bounded
 from .checkpoint import Checkpoint, read_header, read_json
 from .errors import PareError, UsageError
 
@@ -31,7 +33,7 @@ PATIENCE = 8.0  # seconds for the first answer in all: looking up a host name kn
 GUESS = 100_000  # bytes of a weight file asked for at first: nearly always the whole header, and so one request
 WORKERS = 8
 MAX_FILES = 1000  # weight files of one model; the largest models have about 200
-MAX_LISTING = 32 << 20  # bytes
+MAX_LISTING = bounded.MAX_JSON
 MAX_RECEIVED = 256 << 20  # bytes of everything; 1 TB of weights has about 20 MB of headers
 FORMAT = 1  # of what is kept in the cache
 OTHERWISE = "give a name of the catalogue or a model directory"
@@ -166,11 +168,11 @@ class _Hub:
         """The commit that ``asked`` means now, and the size in bytes of every file in it (None: not said)."""
         raw = self._get(f"/api/models/{self.repo}/revision/{quote(self.asked, safe='')}?blobs=true", 0, MAX_LISTING)
         try:
-            found = json.loads(raw)
+            found = bounded.loads(raw)
             names = {str(f["rfilename"]): f.get("size") for f in found["siblings"]}
             if not _COMMIT.fullmatch(found["sha"]):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # also a hotel's login page
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # also a hotel's login page
             raise Unreachable(f"what {self.host} answers is not a list of files", "check the network") from error
         return found["sha"], {name: size for name, size in names.items() if name.isprintable()}
 
@@ -256,14 +258,11 @@ class _File:
         return f"{self.hub.repo}/{self.name}"
 
     def stat(self) -> SimpleNamespace:
-        return SimpleNamespace(st_size=self.size)
+        return SimpleNamespace(st_size=self.size, st_mode=stat.S_IFREG)
 
     def read(self, first: int, count: int) -> bytes:
         count = min(count, self.size - first)
         return self.hub.read(self.commit, self.name, first, count) if count > 0 else b""
-
-    def read_text(self, encoding: str) -> str:
-        return self.read(0, self.size).decode(encoding)
 
     @contextlib.contextmanager
     def open(self, mode: str):
@@ -324,7 +323,7 @@ def _tensors(files: list[_File], say: Callable[[str], None]) -> dict[str, Remote
     with ThreadPoolExecutor(WORKERS) as pool:  # map cancels what has not begun when one fails
         for done, (file, table) in enumerate(zip(files, pool.map(_header, files), strict=True), 1):
             if twice := tensors.keys() & table.keys():
-                raise PareError(f"tensor {_plain(min(twice))} is in {file} and in another weight file")
+                raise PareError(f"tensor {min(twice)[:80]} is in {file} and in another weight file")
             tensors |= table
             if done == len(files) or time.monotonic() - told >= 1:
                 told = time.monotonic()
@@ -338,12 +337,7 @@ def _header(file: _File) -> dict[str, RemoteTensor]:
     except HubError:
         raise
     except PareError as error:  # to download it again, which is the cure for a local file, would not help
-        raise PareError(_plain(error.problem), "look for another copy or conversion of the model") from error
-
-
-def _plain(text: str) -> str:
-    """Names that strangers gave, fit for a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:300])
+        raise PareError(error.problem[:300], "look for another copy or conversion of the model") from error
 
 
 # ---- the cache ----

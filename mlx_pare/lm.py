@@ -22,9 +22,10 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read by MLX at its first produc
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import tokenizer_files
 from .arch import both_rope_spellings
-from .checkpoint import read_json
-from .errors import PareError
+from .checkpoint import read_headers, read_json
+from .errors import PareError, Unsupported
 from .packing import Packing
 
 
@@ -42,9 +43,15 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
     from mlx_lm.utils import load_model
 
     config = both_rope_spellings(read_json(Path(path) / "config.json", "model config"))
+    if (code := config.get("model_file")) is not None:
+        raise Unsupported(
+            f"{path} wants code of its own to be run ({str(code)[:80]}), which is never done",
+            "take a model that stock mlx-lm has a class for",
+        )
+    read_headers(Path(path))  # mlx reads the same files, and believes them
     try:
         model, _ = load_model(Path(path), lazy=lazy, model_config=config)
-    except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
+    except Exception as error:  # whatever a config that means nothing leads to
         raise PareError(f"mlx-lm cannot load {path}: {error}") from error
     return model
 
@@ -90,14 +97,26 @@ def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
 
 
 def tokenizer(path: Path) -> Any:
-    """mlx-lm's wrapper around the directory's tokenizer."""
+    """mlx-lm's wrapper around the directory's tokenizer, which was tried before, and writes chats in a process of its
+    own (tokenizer_files.py). Raises PareError for files that are damaged, want code to be run, or are beyond bounds."""
+    tokenizer_files.check(Path(path))
+    found = stock_tokenizer(Path(path))
+    found.apply_chat_template = tokenizer_files.Chats(Path(path))
+    return found
+
+
+def stock_tokenizer(path: Path) -> Any:
+    """mlx-lm's own, which runs the template of the model in this process."""
     from mlx_lm.tokenizer_utils import load as load_tokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it warns of model types that it does not know: ours need its tokenizers alone
     try:
-        return load_tokenizer(Path(path))
-    except Exception as error:  # tokenizers and transformers raise bare Exceptions on damaged files
+        # said, because transformers otherwise asks at the terminal whether it may run the model's code
+        return load_tokenizer(path, {"trust_remote_code": False})
+    except BaseException as error:  # damaged files: bare Exceptions, and panics of Rust, which are none
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise PareError(
             f"cannot load the tokenizer of {path}: {error}", "tokenizer.json and tokenizer_config.json must be whole"
         ) from error

@@ -44,7 +44,7 @@ class Packing:
             if (bits or own[0], group or own[1]) != own:
                 raise ValueError(f"MLX packs {mode} in {own[0]} bits and groups of {own[1]}")
             return cls.named(mode, scale_bytes)
-        if bits not in BITS or group not in GROUP_SIZES:
+        if type(bits) is not int or bits not in BITS or type(group) is not int or group not in GROUP_SIZES:
             known = (", ".join(map(str, numbers)) for numbers in (BITS, GROUP_SIZES))
             raise ValueError("MLX packs {} bits in groups of {}".format(*known))
         return cls(int(bits), int(group), scale_bytes, mode)

@@ -23,7 +23,7 @@ from .arch import why_uniform
 from .artifacts import Arrays, Plan, dump_json
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import Refused, UsageError
+from .errors import PareError, Refused, UsageError
 from .layering import best_repaired, layers_by_of, with_layers
 from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
@@ -124,8 +124,8 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
 def begun(out: Path) -> str | None:
     """How the plan of a run directory was chosen; None where there is none yet, or a manifest that cannot be read."""
     try:
-        steps = Manifest.model_validate_json((out / "manifest.json").read_bytes()).steps
-    except (OSError, ValueError):
+        steps = Manifest.read(out / "manifest.json", "run manifest").steps
+    except PareError:
         return None
     return steps["plan"].parameters.get("widths", "even") if "plan" in steps else None
 

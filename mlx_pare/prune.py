@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from .arch.spec import Tensor, select
-from .artifacts import Arrays, Plan, dump_json, repair_file
-from .checkpoint import Checkpoint, read_json
+from .artifacts import Arrays, Plan, dump_json, repair_file, survivors
+from .checkpoint import Checkpoint
 from .console import progress, span
 from .errors import PareError, Refused
 from .layout import Piece, layout, size_of, smaller
@@ -290,7 +290,7 @@ def _ancestry(checkpoint: Checkpoint, lineage: Lineage | None) -> dict[str, Any]
     """What survived in the model of the original it was cut from; None where no lineage is asked."""
     if lineage is None:
         return None
-    found = read_json(checkpoint.path / "survivors.json", "survivors")
+    found = survivors(checkpoint.path / "survivors.json")
     if found.get("source_identity") != Checkpoint(lineage.original).identity():
         raise PareError(f"{checkpoint.path} was not cut from {lineage.original}", "cut the original instead")
     return found

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from . import console, divergence, local, on_policy, ranks, rewrite, stream, targets, teacher
-from .artifacts import dump_json, replace_file
+from .artifacts import dump_json, replace_file, survivors
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .domains import Domains, Sampler
@@ -163,10 +163,10 @@ class _Job:
     def _places(self) -> teacher.Places | None:
         """Where hidden states are matched: nowhere unless it was asked for or layers were cut, or the student's units
         do not come from this teacher."""
-        survivors = read_json(p, "survivors") if (p := self.student / "survivors.json").exists() else None
+        left = survivors(p) if (p := self.student / "survivors.json").exists() else None
         checkpoint = Checkpoint(self.original)
-        related = survivors is not None and survivors["source_identity"] == checkpoint.identity()
-        cut = related and len(survivors["layers"]) < len(checkpoint.arch.layers)
+        related = left is not None and left["source_identity"] == checkpoint.identity()
+        cut = related and len(left["layers"]) < len(checkpoint.arch.layers)
         self.how = self.options.objective.matching(cut)
         if self.how == "none":
             return None
@@ -174,7 +174,7 @@ class _Job:
             console.warn(f"hidden states are not matched: {self.student} was not cut from {self.original}")
             self.how = "none"
             return None
-        return teacher.places(survivors, checkpoint)
+        return teacher.places(left, checkpoint)
 
     def _teach(self, places: teacher.Places | None) -> tuple[teacher.Guide, list[mx.array]]:
         """The teacher's word on the training rows, and its hidden states at the places."""

@@ -13,7 +13,7 @@ from typing import Any
 from . import schedule
 from .artifacts import CONTENDERS, Metrics, Plan, replace_file
 from .console import count, duration, gb, span
-from .errors import PareError
+from .errors import PareError, plain
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn
@@ -30,7 +30,7 @@ MACS_NOTE = (
 def report(run: Path, measured: Sequence[str] | None = None) -> Path:
     """Write RUN/report.md and its picture from the manifest and the steps' outputs; returns its path. ``measured``: the
     contenders that belong to the result (default: all that are there)."""
-    manifest = Manifest.model_validate_json((run / "manifest.json").read_bytes())
+    manifest = Manifest.read(run / "manifest.json", "run manifest")
     found = metrics(run, measured)
     sections = [
         _title(manifest),
@@ -80,8 +80,8 @@ def _title(manifest: Manifest) -> str:
 
 def _plain(text: str) -> str:
     """A name from outside as one line of Markdown that means nothing but itself."""
-    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`\[\]|#])", r"\\\1", line)
+    line = plain(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_~\[\]|#]|(?<=:)/)", r"\\\1", line)  # http:\/ is no link
 
 
 Found = Mapping[str, tuple[Metrics, int]]
@@ -132,7 +132,7 @@ def paired(a: Metrics, b: Metrics) -> tuple[float, float]:
 
 
 def _row(*cells: Any) -> str:
-    return "| " + " | ".join("-" if c is None else " ".join(str(c).split()).replace("|", "\\|") for c in cells) + " |"
+    return "| " + " | ".join("-" if c is None else _plain(str(c)) for c in cells) + " |"
 
 
 def _table(columns: list[str], rows: list[str]) -> str:
@@ -335,7 +335,7 @@ def _gguf(run: Path) -> str:
             f"same top token {checked['same_argmax']:.1%}."
         )
     else:
-        text += f" Not compared in llama.cpp: {checked.get('reason', 'not asked')}."
+        text += f" Not compared in llama.cpp: {_plain(checked.get('reason', 'not asked'))}."
     return f"## GGUF\n\n{text}"
 
 

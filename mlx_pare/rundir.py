@@ -27,10 +27,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from . import __version__, console, log, machine
-from .artifacts import SCHEMA, Strict, dump_json, explain, replace_file
+from .artifacts import SCHEMA, Strict, dump_json, replace_file
 from .errors import PareError, Refused, told
 
 BIG_FILE = 64 << 20
@@ -87,12 +87,7 @@ def read_manifest(path: Path) -> Manifest:
     """What is known of the run in ``path``, whoever works on it. Raises PareError without one, or a damaged one."""
     file = path / "manifest.json"
     _there(file)
-    try:
-        return Manifest.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise PareError(
-            f"{file} is damaged: {explain(error)}", "restore it, or start a new run with another --out"
-        ) from error
+    return Manifest.read(file, "run manifest", "restore it, or start a new run with another --out")
 
 
 def _there(manifest: Path) -> None:

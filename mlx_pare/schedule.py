@@ -17,8 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .artifacts import Metrics, Plan, Target
-from .checkpoint import Checkpoint, read_json
+from .artifacts import Metrics, Plan, Target, survivors
+from .checkpoint import Checkpoint
 from .console import count, duration
 from .errors import Refused, UsageError
 from .fit.footprint import parameters
@@ -128,12 +128,12 @@ def composed(run: Path, asked: Sequence[float]) -> Plan:
     choose them again."""
     first, last = (run / name_of(number) / "prune" / "model" for number in (1, len(asked)))
     begun, done = Plan.load(first / "plan.json"), Plan.load(last / "plan.json")
-    survivors = read_json(last / "survivors.json", "survivors")
+    left = survivors(last / "survivors.json")
     layers = [
         layer.model_copy(update={key: said[key] for key in ("source", "ffn", "kv_head")})
-        for layer, said in zip(done.layers, survivors["layers"], strict=True)
+        for layer, said in zip(done.layers, left["layers"], strict=True)
     ]
-    hidden = None if len(survivors["hidden"]) == begun.before.hidden else survivors["hidden"]
+    hidden = None if len(left["hidden"]) == begun.before.hidden else left["hidden"]
     listed = ", ".join(f"{share:g}" for share in asked)
     target = Target(kind="keep", value=asked[-1], asked=f"keeping {listed} of the non-embedding parameters, in stages")
     changes = {"source": begun.source, "criterion": f"{done.criterion}, in stages", "target": target, "neighbours": []}
@@ -163,7 +163,7 @@ def story(run: Path) -> list[dict[str, Any]]:
     whole = math.nan
     while (place := run / name_of(len(found) + 1)).joinpath("prune", "model", "plan.json").exists():
         made = Plan.load(place / "prune" / "model" / "plan.json")
-        manifest = Manifest.model_validate_json((place / "manifest.json").read_bytes())
+        manifest = Manifest.read(place / "manifest.json", "run manifest")
         whole = made.before.non_embedding if not found else whole
         row: dict[str, Any] = {"stage": place.name, "parent": found[-1]["stage"] if found else "original"}
         row |= {"share": made.after.non_embedding / whole, "parameters": made.after.parameters}

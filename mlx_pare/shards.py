@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .bounded import check_links
 from .checkpoint import DTYPE_BYTES, Checkpoint
 
 SHARD_BYTES = 4 << 30
@@ -111,7 +112,7 @@ class ShardWriter:
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
     """config.json, with the quantization under both names that loaders look for."""
-    config = {k: v for k, v in config.items() if k != "_name_or_path"}
+    config = {k: v for k, v in config.items() if k not in ("_name_or_path", "auto_map")}
     if "quantization" in config:
         config["quantization_config"] = config["quantization"]  # mlx_lm.utils.save_config mirrors it for the hub
     (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
@@ -119,6 +120,7 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 
 def copy_tokenizer(source: Checkpoint, directory: Path) -> None:
     """Copy the tokenizer's files and the generation config; never code."""
+    check_links(source.path)  # since it was opened
     for file in source.tokenizer_files():
         shutil.copyfile(file, directory / file.name)
 

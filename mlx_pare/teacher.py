@@ -18,7 +18,7 @@ import numpy as np
 from . import lm, stream
 from .checkpoint import DTYPE_BYTES, Checkpoint
 from .corpus import Rows
-from .errors import Refused
+from .errors import PareError, Refused
 
 
 class Guide(Protocol):
@@ -64,6 +64,8 @@ def places(survivors: dict[str, Any], teacher: Checkpoint) -> Places:
     """Behind every kept layer that is followed by layers that were cut, and behind the last: there the student should
     be where the teacher's next kept layer begins. ``survivors``: survivors.json of the student."""
     sources = [layer["source"] for layer in survivors["layers"]]
+    if sources[-1] >= len(teacher.arch.layers) or survivors["hidden"][-1] >= teacher.arch.sizes["hidden"]:
+        raise PareError(f"survivors.json names units that {teacher.path} does not have", "give the original")
     ends = [*(source - 1 for source in sources[1:]), len(teacher.arch.layers) - 1]
     found = [(own, end) for own, (source, end) in enumerate(zip(sources, ends, strict=True)) if end != source]
     if not found or found[-1][0] != len(sources) - 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -306,12 +307,13 @@ def test_offline_a_downloaded_model_serves(server, model, monkeypatch):
     cached = Path(constants.HF_HUB_CACHE) / "models--org--model"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text(OTHER)
+    shutil.copytree(model, cached / "blobs")
     snapshot = cached / "snapshots" / OTHER
     snapshot.mkdir(parents=True)
-    (snapshot / "config.json").symlink_to(model / "config.json")
+    (snapshot / "config.json").symlink_to("../../blobs/config.json")
     refused(Unreachable, "offline mode is set")  # a part of it is none
     for name in ("model.safetensors", "model-q8_0.gguf"):
-        (snapshot / name).symlink_to(model / name)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
     found = remote(NAME)
     assert found == Remote(
         NAME, OTHER, CONFIG, local(model / "model.safetensors"),
@@ -494,7 +496,7 @@ def test_names_cannot_write_on_the_terminal(server, model):
     assert len(str(refused(PareError, "is damaged"))) < 400
     table = {"\x1b[2J": entry(0, 4, [1], "\x1b[31mF32")}
     (model / "model.safetensors").write_bytes(packed(table) + bytes(4))
-    refused(PareError, "tensors of type ?[31mF32")
+    refused(PareError, "tensors of type \\x1b[31mF32")
 
 
 def test_header_of_more_than_the_limit_is_not_read(server, model):

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import PareError, Unsupported
 from . import dense, gemma, hybrid, latent, mamba, moe, plain, uneven
 from .keep import Keep, LayerKeep
-from .rope import both_rope_spellings
+from .rope import both_rope_spellings, check_numbers
 from .rows import KEYS
 from .spec import AXES, Architecture, Family, Layer, Tensor, Wrapper, layer_types, whole
 from .uneven import uneven_types, why_no_sublayer_drops, why_uniform
@@ -17,6 +17,7 @@ _FILES = (dense, plain, gemma, moe, latent, hybrid, mamba, uneven)
 FAMILIES: tuple[Family, ...] = tuple(family for file in _FILES for family in file.FAMILIES)
 WRAPPERS: dict[str, Wrapper] = {name: wrapper for file in _FILES[:-1] for name, wrapper in file.WRAPPERS.items()}
 RESULT_TYPES = frozenset(family.name for family in FAMILIES if family.result)  # of no runtime but mlx-lm so far
+MAX_LAYERS = 500  # the deepest merges have 315; every layer costs a few objects, and a stranger says how many
 NEEDED = frozenset(KEYS)  # axes for which 0 is nonsense; of the others it means that there are none
 
 __all__ = [
@@ -68,6 +69,7 @@ def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architect
     """
     config, prefix = _unwrapped(config)
     family = family_of(config)
+    check_numbers(both_rope_spellings(config))
     # a null counts as absent here, but stays in the config: transformers fills an absent key with its own default
     full = {**config, **{k: v for k, v in family.defaults.items() if config.get(k) is None}}
     sizes = _sizes(family, full)
@@ -106,6 +108,8 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     ]
     if missing:
         raise PareError(f"config.json of type {config['model_type']} lacks {', '.join(missing)}")
+    if sizes["layer"] > MAX_LAYERS:
+        raise PareError(f"config.json says {family.keys['layer']} = {sizes['layer']}, more than any model has")
     if "q_head" not in family.keys:  # layer by layer
         return sizes
     sizes.setdefault("kv_head", sizes["q_head"])

@@ -20,7 +20,7 @@ from .rows import (
     swiglu,
     without,
 )
-from .spec import Wrapper, layer_types, tensor, whole
+from .spec import Wrapper, layer_types, listed_layers, tensor, whole
 
 # ---- gated DeltaNet: qwen3_next, qwen3_5 ----
 
@@ -133,12 +133,10 @@ LFM2_MODEL = (EMBED, *norms({"final_norm": "model.embedding_norm"}))
 
 def conv_kind(config: Mapping[str, Any], index: int) -> str:
     """mlx_lm/models/lfm2.py ModelArgs: which layers attend is listed by index, or by name for all."""
-    attending = config.get("full_attn_idxs")
-    if attending is None:
-        return layer_types(config, whole(config, "num_hidden_layers"))[index]
-    if not isinstance(attending, list):
-        raise PareError(f"config.json says full_attn_idxs = {str(attending)[:80]}, expected a list of layers")
-    return "full_attention" if index in attending else "conv"
+    count = whole(config, "num_hidden_layers")
+    if config.get("full_attn_idxs") is None:
+        return layer_types(config, count)[index]
+    return "full_attention" if index in listed_layers(config, "full_attn_idxs", count) else "conv"
 
 
 def lfm2_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:

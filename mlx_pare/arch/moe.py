@@ -6,7 +6,7 @@ that mlx_lm.convert wrote; on the hub the same weights have other names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .rows import (
@@ -29,7 +29,7 @@ from .rows import (
     shared_expert,
     swiglu,
 )
-from .spec import Wrapper, tensor, whole
+from .spec import Wrapper, listed_layers, tensor, whole
 
 GATED_EXPERTS = {"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"}
 
@@ -78,7 +78,7 @@ ROUTED = {**EXPERTS, "expert": "n_routed_experts"}
 def is_sparse(config: Mapping[str, Any], index: int) -> bool:
     """mlx_lm/models/qwen3_moe.py Qwen3MoeDecoderLayer, qwen3_next.py Qwen3NextDecoderLayer."""
     dense = config.get("mlp_only_layers")
-    chosen = not isinstance(dense, list) or index not in dense
+    chosen = not dense or index not in listed_layers(config, "mlp_only_layers", whole(config, "num_hidden_layers"))
     return chosen and bool(config.get("num_experts")) and (index + 1) % whole(config, "decoder_sparse_step") == 0
 
 
@@ -221,12 +221,18 @@ GLM4_MOE = planned(
 )
 
 
+def _end(given: Any, of: Callable[[list], Any]) -> Any:
+    """One end of where the experts are, of a pair of them the outer one; what is neither stays what it is."""
+    pair = isinstance(given, list) and 0 < len(given) <= 2 and all(type(end) is int for end in given)
+    return of(given) if pair else given
+
+
 def ernie_kind(config: Mapping[str, Any], index: int) -> str:
     """mlx_lm/models/ernie4_5_moe.py Ernie4_5_DecoderLayer; the ends may be lists, one for text and one for images."""
     first, last = config.get("moe_layer_start_index"), config.get("moe_layer_end_index")
     ends = {
-        "moe_layer_start_index": min(first) if isinstance(first, list) and first else first,
-        "moe_layer_end_index": max(last) if isinstance(last, list) and last else last,
+        "moe_layer_start_index": _end(first, min),
+        "moe_layer_end_index": _end(last, max),
     }
     if last is None:
         ends["moe_layer_end_index"] = whole(config, "num_hidden_layers") - 1

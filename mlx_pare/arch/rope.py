@@ -1,30 +1,57 @@
-"""The two spellings of rope in a config.json: rope_theta and rope_scaling, or transformers 5's rope_parameters."""
+"""The two spellings of rope in a config.json: rope_theta and rope_scaling, or transformers 5's rope_parameters; and the
+other numbers of it that are computed with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import PareError
+from .spec import shown
+
 
 def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with rope under both names: transformers 5 writes rope_parameters only, of which mlx-lm's llama and
-    qwen2 know nothing: they would silently compute with a theta of 10000."""
+    qwen2 know nothing: they would silently compute with a theta of 10000. Raises PareError for what is neither."""
     config = dict(config)
     parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict | None):
+        raise PareError(f"config.json says rope_parameters = {str(parameters)[:80]}, expected an object")
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         config["rope_theta"] = parameters["rope_theta"]
         scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
         if scaling.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
             config["rope_scaling"] = scaling
     elif parameters is None and config.get("rope_theta") is not None and config.get("rope_local_base_freq") is None:
-        scaling = config.get("rope_scaling") or {}
+        scaling = _block(config)
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"], "rope_type": kind}
     return config
 
 
+# What is computed with; null where a config says nothing of it.
+NUMBERS = ("rope_theta", "rope_local_base_freq", "rms_norm_eps", "max_position_embeddings", "query_pre_attn_scalar")
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Raises PareError for a number of the config that is none, or beyond reason."""
+    for key in NUMBERS:
+        value = config.get(key)
+        if not (value is None or (type(value) in (int, float) and abs(value) < 2**63)):
+            raise PareError(f"config.json says {key} = {shown(value)}, expected a number")
+
+
+def _block(config: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_scaling, empty where there is none. Raises PareError for what is no block."""
+    found = config.get("rope_scaling") or {}
+    kind = found.get("type") or found.get("rope_type") if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not isinstance(kind, str | None):
+        raise PareError(f"config.json says rope_scaling = {str(found)[:80]}, expected an object with a type")
+    return found
+
+
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     """How the rope is scaled, from either spelling, with its ``rope_type``; empty when it is not."""
-    scaling = both_rope_spellings(config).get("rope_scaling") or {}
+    scaling = _block(both_rope_spellings(config))
     kind = scaling.get("type") or scaling.get("rope_type") or "default"  # mlx_lm/models/rope_utils.py initialize_rope
     return {} if kind == "default" else {**{k: v for k, v in scaling.items() if k != "type"}, "rope_type": kind}

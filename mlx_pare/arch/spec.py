@@ -248,17 +248,32 @@ def whole(config: Mapping[str, Any], key: str, what: str = "", least: int = 1) -
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
         sort = "positive whole number" if least else "whole number"
-        raise PareError(f"config.json says {key} = {value!r}, expected a {sort}" + (f" ({what})" if what else ""))
+        raise PareError(f"config.json says {key} = {shown(value)}, expected a {sort}" + (f" ({what})" if what else ""))
     return value
+
+
+def shown(value: Any) -> str:
+    """A value of the config in a message: a list of a million is not written out to be cut off."""
+    if isinstance(value, list | dict) and len(value) > 20:
+        return f"a {type(value).__name__} of {len(value)}"
+    return repr(value)[:80]
+
+
+def listed_layers(config: Mapping[str, Any], key: str, count: int) -> list[Any]:
+    """The config's list of some of its layers. Raises PareError when it is none, or longer than there are layers."""
+    found = config.get(key)
+    if not isinstance(found, list) or len(found) > count:
+        raise PareError(f"config.json says {key} = {shown(found)}, expected a list of layers")
+    return found
 
 
 def layer_types(config: Mapping[str, Any], count: int) -> list[str]:
     """The config's list of a kind for every layer. Raises PareError when it is none."""
     kinds = config.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) != count:
+        raise PareError(f"config.json lists {len(kinds)} layer_types for {count} layers")
     if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise PareError(f"config.json says layer_types = {str(kinds)[:80]}, expected a list of names")
-    if len(kinds) != count:
-        raise PareError(f"config.json lists {len(kinds)} layer_types for {count} layers")
     return list(kinds)
 
 

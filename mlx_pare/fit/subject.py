@@ -6,6 +6,7 @@ where only a config is known. Headers are read, weights never.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import console
 from ..arch import Architecture, describe
-from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_header, read_json
+from ..bounded import check_links
+from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_headers, read_json
 from ..errors import PareError, Unsupported, UsageError
 from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
 from . import catalogue, footprint, planner, quantization
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     Listed = Mapping[str, Entry | RemoteTensor]  # tensors by name: of a directory, or of the hub
 
 USUAL = Packing(4, 64)  # what most people run, and what mlx_lm.convert -q makes
-# No model is as large as this (the deepest merges have 315 layers): beyond it counting would take minutes.
-LIMITS = {r"n(um)?_(hidden_)?layers": 500, r".*(size|heads|experts|_dim)(_per_.*)?": 10**7}
+# No model is as large as this.
+LIMITS = {r".*(size|heads|experts|_dim)(_per_.*)?": 10**7}
 # Parts of a checkpoint that mlx-lm drops when it loads a language model (the sanitize methods in mlx_lm/models).
 DROPPED = ("vision_tower", "visual.", "vision_model", "multi_modal_projector", "mtp.", "audio_tower", "embed_vision",
            "embed_audio", "rotary_emb.inv_freq")  # fmt: skip
@@ -120,12 +122,12 @@ class Subject:
 def open_subject(asked: str, form: Form) -> Subject:
     """The model that somebody means. Raises PareError for what cannot be read, UsageError for what is nothing."""
     path = Path(asked)
-    if asked and path.is_dir():
+    if asked and os.path.isdir(path):  # pathlib raises for a name that is too long
         planned = path / "plan" / "plan.json"
         if planned.exists() and not (path / "config.json").exists():
             return _planned(planned, form)
         return _directory(path, form)
-    if path.is_file():
+    if os.path.isfile(path):
         return _file(path, form)
     if (entry := catalogue.find(asked)) and "/" not in asked:
         return _catalogued(entry, form)
@@ -192,13 +194,14 @@ def _predicted(
 
 def _directory(path: Path, form: Form) -> Subject:
     """A model directory: bytes as they are there. One that could be cut is opened as the surgeon would."""
+    check_links(path)
     if not (path / "config.json").exists():
         if ggufs := sorted(path.glob("*.gguf")):
             return _first_of(ggufs, form)
         if (path / "manifest.json").exists():
             raise PareError(f"{path} is a run without a plan", f"make one with `mlx-pare plan {path}`")
     config = read_json(path / "config.json", "model config")
-    listed = {n: e for file in sorted(path.glob("model*.safetensors")) for n, e in read_header(file).items()}
+    listed = read_headers(path)
     if not listed and not (path / "model.safetensors.index.json").exists():
         found = _configured(str(path), "config", config, form)
         return replace(found, notes=(*found.notes, "no weights are there: predicted from config.json"))
@@ -346,7 +349,7 @@ def _gguf(path: Path, form: Form) -> Subject:
     total = sum(_elements(t.shape) for t in header.tensors.values())
     k_types = sum(_elements(t.shape) for t in header.tensors.values() if t.type.endswith("_K"))
     weights = planner.weights_of(arch, header.tensor_bytes)
-    weights = replace(weights, k_quants=round(footprint.read_bytes(arch, footprint.dense(1)) * k_types / total))
+    weights = replace(weights, k_quants=round(footprint.read_bytes(arch, footprint.dense(1)) * k_types / max(total, 1)))
     described = f"GGUF, {8 * header.tensor_bytes / footprint.parameters(arch)['total']:.2f} bits per weight"
     return Subject(str(path), "gguf", form, described, weights, arch)
 

@@ -1,0 +1,96 @@
+"""What strangers wrote, read within bounds: regular files inside their directory, and JSON that fits into memory.
+
+A model is somebody else's. Nothing of it may take more than BUDGET bytes to look at (a tokenizer more, see
+tokenizer_files.py), wait for a device or a pipe, or lead to a file outside of the model's directory. No arrays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from .errors import PareError
+
+MAX_JSON = 16 << 20  # bytes; the largest real index has 9 million, the largest header about as many
+BUDGET = 160 << 20  # bytes that parsed JSON may take
+MAX_DEPTH = 64  # of nested lists and objects; beyond some hundreds even printing them fails
+# What parsing costs by mark, in bytes: measured on the worst inputs of CPython 3.11 (tests/test_untrusted.py)
+COSTS = {"{": 130, "[": 72, '"': 32, ",": 32, ":": 40}
+
+
+def contents(path: Any, most: int = MAX_JSON, what: str = "file") -> bytes:
+    """The bytes of a regular file that has ``most`` of them. Raises PareError for a larger one, a device or a pipe,
+    OSError where it cannot be read. ``path``: a Path, or hub.py's remote file."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
+        raise PareError(f"cannot read {what} {path}: it is {kind}")
+    if found.st_size <= most:
+        with path.open("rb") as file:
+            raw = file.read(most + 1)  # it may have grown, and a file of /proc says that it is empty
+        if len(raw) <= most:
+            return raw
+    raise PareError(f"{what} {path} is larger than {most >> 20} MiB")
+
+
+def loads(raw: bytes | str, budget: int = BUDGET, unique: bool = False) -> Any:
+    """A JSON value; in ``unique`` ones no object has a key twice. Raises ValueError for what is none, takes more than
+    ``budget`` bytes or is nested too deeply."""
+    text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+    check_cost(text, budget)
+    try:
+        found = json.loads(text, object_pairs_hook=_unique if unique else None)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level, depth = [found], 0
+    while level := [value for value in level if type(value) in (dict, list)]:
+        if (depth := depth + 1) > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        level = list(chain.from_iterable(v.values() if type(v) is dict else v for v in level))
+    return found
+
+
+def check_cost(text: str, budget: int = BUDGET) -> None:
+    """Raises ValueError for JSON that may take more than ``budget`` bytes once it is parsed."""
+    wide = 1 if text.isascii() and "\\u" not in text else 4  # bytes a character may take
+    cost = (1 + wide) * len(text) + sum(size * text.count(mark) for mark, size in COSTS.items())
+    if cost > budget:
+        raise ValueError(f"it would take up to {cost >> 20} MiB of memory, more than {budget >> 20}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def check_links(directory: Path) -> None:
+    """Raises PareError for a symbolic link in a model directory that leads out of it: copied along with a tokenizer,
+    say, it would give away a file of the user's.
+
+    Links into the ``blobs`` beside a snapshot are how Hugging Face's cache stores a model, and stay inside of that.
+    The directory itself may be reached by a link: that one the user has named.
+    """
+    try:
+        home = directory.resolve()
+        links = [Path(entry.path) for entry in os.scandir(directory) if entry.is_symlink()]
+        homes = [home, *(place.parent.parent / "blobs" for place in (home, *home.parents) if _snapshot(place))]
+        for link in links:
+            target = link.resolve()
+            if not any(target.is_relative_to(place) for place in homes):
+                raise PareError(
+                    f"{link} is a link to {target}, which is outside of the model's directory",
+                    "put the file itself there, if it is meant to be read",
+                )
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise PareError(f"cannot read {directory}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _snapshot(place: Path) -> bool:
+    """Whether this is models--org--name/snapshots/<commit> of Hugging Face's cache."""
+    return place.parent.name == "snapshots" and place.parent.parent.name.startswith(("models--", "datasets--"))

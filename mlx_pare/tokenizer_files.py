@@ -1,0 +1,183 @@
+"""A model's tokenizer and chat template, held to bounds: both are programs that came with the model.
+
+A tokenizer holds regular expressions, whose search may take for ever, and a chat template is Jinja, in which two lines
+fill the memory. Both are tried, and templates always run, in a process of its own with limits of time and memory, which
+is ended when it reaches them. Run as a module, this file is that process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+from . import bounded
+from .checkpoint import TOKENIZER_FILES
+from .errors import PareError
+
+MAX_TOKENIZER = 64 << 20  # bytes of a tokenizer.json; the largest known (gemma) has 33 million
+TOKENIZER_BUDGET = 640 << 20  # bytes that reading one may take; gemma's takes 300 million
+# What transformers opens to make a tokenizer, beside what every model has
+MORE_FILES = ("config.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "processor_config.json")
+TRY_SECONDS, TRY_BYTES = 20, 4 << 30  # of processor and of address space, to load a tokenizer and read PROBES
+START_SECONDS, CHAT_SECONDS = 120, 10  # until the process is there, and until a chat is written
+CHAT_BYTES = 512 << 20  # that writing a chat may add, where the system can limit it (Linux)
+MAX_CHAT = 64 << 20  # bytes of a written chat
+# What makes a search go back and forth: runs of every sort of character, and ordinary text
+RUNS = ("a", "A", "0", " ", "\n", "\t", "!", "-", "'", "é", "日", "🙂", "\u0301", "ab ", "a1", " \n")
+TEXT = "It's 3,141.59 — don't\n\n\tfor (int i = 0; i < n; ++i) { naïve Größe 日本語 🙂 } The quick brown fox. "
+PROBES = (*(run * (4000 // len(run)) + "\x00" for run in RUNS), TEXT * 40)
+
+
+def check(directory: Path) -> None:
+    """Raises PareError for tokenizer files that lead out of the directory, are too large, or cannot be used in
+    reasonable time and memory."""
+    bounded.check_links(directory)
+    try:
+        for file in (directory / name for name in (*TOKENIZER_FILES, *MORE_FILES)):
+            if file.exists():
+                limit = MAX_TOKENIZER if file.suffix == ".model" or file.name == "tokenizer.json" else bounded.MAX_JSON
+                raw = bounded.contents(file, limit, "tokenizer file")
+                if file.name == "tokenizer.json":
+                    _try(str(file), hashlib.sha256(raw).hexdigest())
+                elif file.name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+                    bounded.loads(raw)
+    except OSError as error:
+        raise PareError(f"cannot read the tokenizer in {directory}: {error.strerror}") from error
+    except ValueError as error:
+        raise PareError(f"{file} is not valid JSON: {error}", "download or copy it again") from error
+
+
+@functools.lru_cache
+def _try(file: str, digest: str) -> None:
+    """Raises PareError for a tokenizer.json of this content that fails in the other process; known ones pass."""
+    try:
+        done = subprocess.run(_command("try", file), capture_output=True, env=_environment(), timeout=START_SECONDS)
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is None or done.returncode:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() if done else []
+        why = "takes too long" if done is None or done.returncode < 0 else (lines or ["cannot be loaded"])[-1][:300]
+        raise PareError(
+            f"cannot load the tokenizer {file}: it {why}", "tokenizer.json must be whole, and of a sane model"
+        )
+
+
+def _command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "mlx_pare.tokenizer_files", *words]
+
+
+def _environment() -> dict[str, str]:
+    """That of this process, in which the other one finds the same package."""
+    package = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
+    return {**os.environ, "PYTHONPATH": path, "RUST_BACKTRACE": "0", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class Chats:
+    """Writes chats by the template of a model directory, in place of the tokenizer's own apply_chat_template. The
+    process is started for the first one."""
+
+    def __init__(self, directory: Path):
+        self.directory, self._process = directory, None
+
+    def __call__(self, messages: list[Any], tokenize: bool = False, tools: Any = None) -> str:
+        """The text of a chat. Raises ValueError with the template's own complaint, or where it reaches a limit."""
+        if tokenize:
+            raise ValueError("a chat is written as text here")
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        answer = self._answer(CHAT_SECONDS, json.dumps({"messages": messages, "tools": tools}).encode() + b"\n")
+        if "text" not in answer:
+            raise ValueError(answer["error"])
+        return answer["text"]
+
+    def _start(self) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(_command("chat", str(self.directory)), env=_environment(), **pipes)
+        weakref.finalize(self, _end, self._process)
+        self._answer(START_SECONDS)
+
+    def _answer(self, seconds: float, question: bytes = b"") -> dict[str, Any]:
+        """What the process says next; one that does not in time, or says too much, is ended."""
+        process = self._process
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(question)
+            process.stdin.flush()
+            line = process.stdout.readline(MAX_CHAT)
+            if line.endswith(b"\n"):
+                return json.loads(line)
+        except OSError:  # it is gone
+            pass
+        finally:
+            timer.cancel()
+        _end(process)
+        raise ValueError(f"its template takes more than {seconds} seconds, or too much memory")
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what was not sent is not sent any more
+            pipe.close()
+
+
+# ---- the other process ----
+
+
+def _limit(what: int, most: int) -> None:
+    """Lower a limit of this process; macOS knows no limit of memory."""
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
+
+
+def try_out(file: str) -> None:
+    """Load a tokenizer.json and read the probes with it."""
+    _limit(resource.RLIMIT_CPU, TRY_SECONDS)
+    _limit(resource.RLIMIT_AS, TRY_BYTES)
+    from tokenizers import Tokenizer
+
+    found = Tokenizer.from_file(file)
+    for text in PROBES:
+        found.decode(found.encode(text).ids)
+
+
+def write_chats(directory: str) -> None:
+    """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it."""
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    from .lm import stock_tokenizer
+
+    try:
+        tokenizer, wrong = stock_tokenizer(Path(directory)), None
+    except PareError as error:
+        wrong = str(error)
+    if (used := Path("/proc/self/statm")).exists():  # pages, of which the sixth number is data
+        _limit(resource.RLIMIT_DATA, int(used.read_text().split()[5]) * resource.getpagesize() + CHAT_BYTES)
+    answers.write(b"{}\n")
+    for line in sys.stdin:
+        chat = json.loads(line)
+        tools = {"tools": chat["tools"]} if chat["tools"] else {}
+        try:
+            if wrong:
+                raise ValueError(wrong)
+            answer = {"text": tokenizer.apply_chat_template(chat["messages"], tokenize=False, **tools)}
+        except Exception as error:  # templates are programs of their own
+            answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        answers.write(json.dumps(answer).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    {"try": try_out, "chat": write_chats}[sys.argv[1]](sys.argv[2])
