@@ -120,8 +120,9 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     @classmethod
-    def read(cls, path: Path, what: str, cure: str = "make it again") -> Self:
-        """From a JSON file of bounded size. Raises PareError, naming all that is wrong with it in one line."""
+    def read(cls, path: Path, what: str, cure: str = "make it again", fault: str = "is not valid") -> Self:
+        """From a JSON file of bounded size. Raises PareError, naming all that is wrong with it in one line, when it
+        ``fault``."""
         try:
             text = bounded.contents(path, MAX_ARTIFACT, what).decode("utf-8")
             bounded.check_cost(text, ARTIFACT_BUDGET)
@@ -129,9 +130,9 @@ class Strict(BaseModel):
         except OSError as error:
             raise PareError(f"cannot read {what} {path}: {error.strerror}") from error
         except ValidationError as error:
-            raise PareError(f"{what} {path} is not valid: {explain(error)}", cure) from error
+            raise PareError(f"{what} {path} {fault}: {explain(error)}", cure) from error
         except ValueError as error:
-            raise PareError(f"{what} {path} is not valid: {error}", cure) from error
+            raise PareError(f"{what} {path} {fault}: {error}", cure) from error
 
 
 class Target(Strict):

@@ -118,13 +118,13 @@ def swap_bytes() -> int:
 def awake() -> Iterator[None]:
     """A Mac does not fall asleep meanwhile for want of somebody at it (`caffeinate -i`, which ends with this process,
     however that ends). Elsewhere nothing. Never run on a Mac."""
-    program = shutil.which("caffeinate") if sys.platform == "darwin" else None
-    if program is None:
+    caffeinate = shutil.which("caffeinate") if sys.platform == "darwin" else None
+    if caffeinate is None:
         yield
         return
-    command, quiet = [program, "-i", "-w", str(os.getpid())], subprocess.DEVNULL
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     # a session of its own: Ctrl-C is for us, we end it
-    holder = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+    holder = subprocess.Popen([caffeinate, "-i", "-w", str(os.getpid())], **quiet, start_new_session=True)
     try:
         yield
     finally:

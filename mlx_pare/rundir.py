@@ -87,7 +87,7 @@ def read_manifest(path: Path) -> Manifest:
     """What is known of the run in ``path``, whoever works on it. Raises PareError without one, or a damaged one."""
     file = path / "manifest.json"
     _there(file)
-    return Manifest.read(file, "run manifest", "restore it, or start a new run with another --out")
+    return Manifest.read(file, "run manifest", "restore it, or start a new run with another --out", "is damaged")
 
 
 def _there(manifest: Path) -> None:

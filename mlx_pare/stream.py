@@ -316,12 +316,15 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows, spooled: bool = False) ->
     there = _micro_batch(rows) if spooled else rows.count
     states = 3 * there * rows.length * arch.sizes["hidden"] * value
     block, expanded = [0] * len(arch.layers), [0] * len(arch.layers)
+    wide = 0
     for tensor in arch.tensors():
         if tensor.layer is not None:
             block[tensor.layer] += _stored_bytes(checkpoint, tensor)
-            if 4 * tensor.size <= EXPANDED_BYTES:  # MLX may have these together, of larger ones a part at a time
+            if 4 * tensor.size <= EXPANDED_BYTES:  # MLX may have these together, of wider ones a part at a time
                 expanded[tensor.layer] += 4 * tensor.size
-    more = max(expanded) + 2 * EXPANDED_BYTES if lm.cpu_backend() else 0
+            else:
+                wide = 2 * EXPANDED_BYTES
+    more = max(expanded) + wide if lm.cpu_backend() else 0
     running = max(block) + more + activation_bytes(checkpoint, rows)
     return BASE_BYTES + states + max(running, head_bytes(checkpoint) + 4 * head.CHUNK_BYTES)
 

@@ -52,7 +52,7 @@ def check(directory: Path) -> None:
                 elif file.name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
                     bounded.loads(raw)
     except OSError as error:
-        raise PareError(f"cannot read the tokenizer in {directory}: {error.strerror}") from error
+        raise PareError(f"cannot read tokenizer file {file}: {error.strerror}") from error
     except ValueError as error:
         raise PareError(f"{file} is not valid JSON: {error}", "download or copy it again") from error
 

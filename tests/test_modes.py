@@ -451,7 +451,6 @@ def test_run(pico_models, settings, tmp_path, how):
     assert all(result.packing(t.module) for t in result.arch.tensors() if t.matrix)
     assert Plan.load(tmp_path / "run" / "plan" / "plan.json").after.bytes == result.nbytes() < before.nbytes()
     assert mlx_lm.load(done["model"]) and done["after"]["kl_divergence"] > 0
-    assert done["contenders"]["pruned"]["kl_divergence"] < done["contenders"]["random"]["kl_divergence"]
     if isinstance(how, int):
         return
     tensors = {t.name: t for t in gguf.GGUFReader(done["gguf"]).tensors}

@@ -145,9 +145,8 @@ def test_norms_of_half_precision_move(pico_models, texts, family, dtype):
     optimizer = ClippedAdamW(rate, 0.0)
     for _ in range(10):
         optimizer.update(model, tree_unflatten([(name, mx.ones_like(gain)) for name, gain in gains.items()]))
-    moved = sum(rate * (1 - 0.9**t) / (1 - 0.999**t) ** 0.5 for t in range(1, 11))  # Adam as MLX has it, gradients of 1
     for name, gain in tree_flatten(model.trainable_parameters()):
-        np.testing.assert_allclose(np.array(gains[name] - gain), moved, rtol=1e-3)
+        np.testing.assert_allclose(np.array(gains[name] - gain), 10 * rate, rtol=1e-3)  # gradients of 1
     assert not mx.array_equal(model(tokens), after)
 
 

@@ -356,7 +356,8 @@ def test_a_step_of_a_run(run):
         stability.stability_step(opened, texts, ASKED, ["wanda"], 2, opened.model, True)
     text = report(opened.path).read_text()
     assert "## Stability of the choice" in text
-    assert all(line.split(":")[-1] in text for line in show.stability_lines(found))
+    told = text.replace("\\", "")
+    assert [line for line in show.stability_lines(found) if line.split(":")[-1] not in told] == []
     assert f"{found['cost']['perplexity']['mean']:.3f} ± {found['cost']['perplexity']['stdev']:.3f}" in text
 
 
