@@ -23,7 +23,7 @@ from .arch import why_uniform
 from .artifacts import Arrays, Plan, dump_json
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import Refused, UsageError
+from .errors import PareError, Refused, UsageError
 from .layering import best_repaired, layers_by_of, with_layers
 from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
