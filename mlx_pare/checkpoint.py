@@ -32,6 +32,7 @@ DTYPE_BYTES = {
     "BF16": 2,
     "I64": 8,
     "I32": 4,
+    "U64": 8,  # of random states
     "U32": 4,
     "I16": 2,
     "U16": 2,
