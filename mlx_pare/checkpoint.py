@@ -33,6 +33,7 @@ DTYPE_BYTES = {
     "I64": 8,
     "U64": 8,
     "I32": 4,
+    "U64": 8,  # of random states
     "U32": 4,
     "I16": 2,
     "U16": 2,

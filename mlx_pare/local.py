@@ -26,9 +26,9 @@ import numpy as np
 
 from . import console, divergence, lm, rewrite, stream
 from .arch import Tensor
-from .artifacts import Arrays, dump_json, replace_file, survivors
+from .artifacts import ARTIFACT_BUDGET, MAX_ARTIFACT, Arrays, dump_json, replace_file
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .errors import PareError, Refused, UsageError
 from .shards import finish, partial_directory
@@ -104,7 +104,10 @@ def _sources(student: Checkpoint, theirs: int) -> list[int]:
     if not file.exists():
         sources = list(range(count)) if count == theirs else []
     else:
-        sources = [layer["source"] for layer in survivors(file)["layers"]]
+        listed = read_json(file, "list of survivors", MAX_ARTIFACT, ARTIFACT_BUDGET).get("layers")
+        sources = (
+            [layer.get("source") for layer in listed if isinstance(layer, dict)] if isinstance(listed, list) else []
+        )
     whole = all(type(source) is int and 0 <= source < theirs for source in sources)
     if len(sources) != count or not whole or sources != sorted(set(sources)):
         raise PareError(

@@ -81,7 +81,8 @@ def _title(manifest: Manifest) -> str:
 def _plain(text: str) -> str:
     """A name from outside as one line of Markdown that means nothing but itself."""
     line = plain(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_~\[\]|#]|(?<=:)/)", r"\\\1", line)  # http:\/ is no link
+    marks = r"[\\`*~\[\]|#]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/"  # http:\/ is no link, and kv_head no emphasis
+    return re.sub(f"({marks})", r"\\\1", line)
 
 
 Found = Mapping[str, tuple[Metrics, int]]
