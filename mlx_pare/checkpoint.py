@@ -31,7 +31,6 @@ DTYPE_BYTES = {
     "F16": 2,
     "BF16": 2,
     "I64": 8,
-    "U64": 8,
     "I32": 4,
     "U64": 8,  # of random states
     "U32": 4,

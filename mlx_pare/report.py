@@ -396,6 +396,5 @@ def _warnings(run: Path) -> str:
 
 def _steps(manifest: Manifest) -> str:
     peaks = {name: (s.peak_bytes, s.peak_mlx_bytes, s.swap_growth_bytes) for name, s in manifest.steps.items()}
-    cells = {name: [gb(n) if n else "-" for n in of] for name, of in peaks.items()}
-    rows = [_row(name, duration(s.seconds), *cells[name]) for name, s in manifest.steps.items()]
+    rows = [_row(n, duration(s.seconds), *(gb(b) if b else "-" for b in peaks[n])) for n, s in manifest.steps.items()]
     return "## Steps\n\n" + _table(["step", "time", "peak memory", "... of MLX", "more swap"], rows) if rows else ""
