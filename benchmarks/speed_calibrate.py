@@ -31,13 +31,13 @@ def lines(work: Path, rounds: int) -> list[str]:
         f"| 4 bits | {timing.seconds(found['calibrate'])} | {timing.seconds(found['forward'])} "
         f"| {timing.spread(timing.ratios(found['calibrate'], found['forward']))} "
         f"| {timing.spread(timing.ratios(found['calibrate'], found['forward'], 'processor'))} "
-        f"| {timing.share(found['calibrate'], _without_head(model))} |",
+        f"| {timing.share(found['calibrate'], _blocks_and_norm(model))} |",
     ]
 
 
-def _without_head(model: Path) -> int:
-    entries = Checkpoint(model).entries
-    return sum(entry.nbytes for name, entry in entries.items() if not name.startswith("lm_head"))
+def _blocks_and_norm(model: Path) -> int:
+    outside = ("lm_head", "model.embed_tokens")  # whose rows are looked up
+    return sum(entry.nbytes for name, entry in Checkpoint(model).entries.items() if not name.startswith(outside))
 
 
 if __name__ == "__main__":
