@@ -6,7 +6,6 @@ The long run is scripts/fuzz.py, whose targets these are.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import signal
 import struct
@@ -18,13 +17,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parents[1]
-CORPUS = sorted((ROOT / "tests" / "fuzz_corpus").glob("*.bin"))
-spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts" / "fuzz.py")
-fuzz = sys.modules["fuzz"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fuzz)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import fuzz
+import fuzz_changes
+import fuzz_inputs
+import fuzz_targets
 
-LIGHT = sorted(set(fuzz.TARGETS) - {"stock-tokenizer"})
+CORPUS = sorted((Path(__file__).resolve().parent / "fuzz_corpus").glob("*.bin"))
+LIGHT = sorted(set(fuzz_targets.TARGETS) - {"stock-tokenizer"})
 quick = settings(
     derandomize=True, database=None, deadline=None, max_examples=50, suppress_health_check=list(HealthCheck)
 )
@@ -33,7 +33,7 @@ quick = settings(
 @pytest.fixture(scope="module")
 def place():
     fuzz.watch()
-    found = fuzz.Place()
+    found = fuzz_targets.Place()
     yield found
     found.close()
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -41,7 +41,7 @@ def place():
 
 @pytest.fixture(autouse=True)
 def _stay(monkeypatch):
-    monkeypatch.chdir(ROOT)  # some readers are tried in another directory
+    monkeypatch.chdir(CORPUS[0].parent)  # some readers are tried in another directory
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def test_what_once_broke_does_not_any_more(file, place):
 
 def test_there_is_something_to_try_again():
     assert len(CORPUS) > 10 and all(file.stat().st_size < 1 << 16 for file in CORPUS)
-    assert {file.stem.rpartition("-")[0] for file in CORPUS} <= set(fuzz.TARGETS)
+    assert {file.stem.rpartition("-")[0] for file in CORPUS} <= set(fuzz_targets.TARGETS)
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -78,7 +78,7 @@ def test_sound_inputs_are_read(name, place):
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_changed_inputs(name, place):
-    mutator = fuzz.Mutator(ready(name, place), 7)
+    mutator = fuzz_changes.Mutator(ready(name, place), 7)
     for _ in range(50):
         raw = mutator.make()
         assert not broken(name, place, raw), raw
@@ -118,12 +118,12 @@ def test_any_json_in_place_of_a_part(name, place, data):
 
 @quick
 @given(
-    head=st.binary(max_size=100) | values.map(fuzz.written),
+    head=st.binary(max_size=100) | values.map(fuzz_inputs.written),
     length=st.integers(0, 2**64 - 1) | st.none(),
     size=st.integers(0, 50),
 )
 def test_any_header(place, head, length, size):
-    assert not broken("header", place, fuzz.packed_table(head, size, length))
+    assert not broken("header", place, fuzz_inputs.packed_table(head, size, length))
 
 
 @quick
@@ -147,7 +147,7 @@ def test_any_gguf(place, counts, rest):
     ],
 )
 def test_a_reader_that_breaks_is_found(reader, place):
-    accepted, _, where, what = fuzz.judged(fuzz.Target(reader, [LIGHT]), place, b"x")
+    accepted, _, where, what = fuzz.judged(fuzz_targets.Target(reader, [LIGHT]), place, b"x")
     assert not accepted and where and what
 
 
@@ -155,7 +155,7 @@ def test_a_reader_that_does_not_come_back_is_found(place, monkeypatch):
     monkeypatch.setattr(fuzz, "HANG", 0.2)
     fuzz.watch()
     try:
-        where = fuzz.judged(fuzz.Target(lambda place, raw: time.sleep(60), []), place, b"x")[2]
+        where = fuzz.judged(fuzz_targets.Target(lambda place, raw: time.sleep(60), []), place, b"x")[2]
     finally:
         monkeypatch.undo()
         fuzz.watch()
@@ -164,5 +164,5 @@ def test_a_reader_that_does_not_come_back_is_found(place, monkeypatch):
 
 def test_the_same_seed_gives_the_same_inputs(place):
     target = ready("header", place)
-    first, again, other = ([fuzz.Mutator(target, seed).make() for _ in range(20)] for seed in (1, 1, 2))
+    first, again, other = ([fuzz_changes.Mutator(target, seed).make() for _ in range(20)] for seed in (1, 1, 2))
     assert first == again != other

@@ -352,5 +352,7 @@ def test_nothing_is_started_elsewhere(caffeinate, opened):
 def test_a_mac_without_the_program_works_all_the_same(on_a_mac, monkeypatch):
     on_a_mac()
     monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    monkeypatch.setattr(machine.subprocess, "Popen", lambda *_, **__: pytest.fail("something was started"))
     with machine.awake():
-        pass
+        worked = True
+    assert worked
