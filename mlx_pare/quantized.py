@@ -182,11 +182,6 @@ def relative_error(reference: mx.array, packed: Packed) -> float:
     return float(np.sqrt(lost / whole)) if whole > 0 else 0.0
 
 
-def rows_at_once(rows: int, columns: int) -> int:
-    """How many rows of a matrix are expanded at a time."""
-    return min(rows, max(1, EXPANDED_BYTES // (4 * columns)))
-
-
 class Float32Linear(nn.Module):
     """A linear layer that computes in float32 from weights in any format, expanded for the length of one call.
 
@@ -201,7 +196,7 @@ class Float32Linear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x, rows = x.astype(mx.float32), self.inner.weight.shape[0]
-        step = rows_at_once(rows, x.shape[-1])
+        step = min(rows, max(1, EXPANDED_BYTES // (4 * x.shape[-1])))
         parts = []
         for start in range(0, rows, step):
             parts.append(x @ dense_weight(self.inner, start, start + step).T)

@@ -33,6 +33,13 @@ class Planned:
         return size
 
 
+def packed_header(table: Mapping[str, Any]) -> bytes:
+    """The beginning of a safetensors file, up to the first tensor."""
+    raw = json.dumps(table, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
 class ShardWriter:
     """Writes safetensors shards one tensor at a time: headers first (all shapes are known), then each tensor's bytes.
 
@@ -86,10 +93,8 @@ class ShardWriter:
         for t in shard:
             header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
             offset += t.nbytes
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
         self._file = (self.directory / file_name).open("wb")
-        self._file.write(struct.pack("<Q", len(raw)) + raw)
+        self._file.write(packed_header(header))
 
     def _flush(self) -> None:
         if self._file is not None:

@@ -7,9 +7,7 @@ system calls: pages of a mapped file would count as this process's memory.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 from .checkpoint import read_header
 from .errors import PareError
 from .quantized import MX_DTYPE, raw_bytes
+from .shards import packed_header
 
 NAME = "hidden"
 _NAMES = {dtype: name for name, dtype in MX_DTYPE.items()}
@@ -40,12 +39,10 @@ class Spool:
     def create(cls, path: Path, shape: tuple[int, int, int], dtype: mx.Dtype) -> Spool:
         """A spool of zeros at ``path``: what is there already is lost."""
         nbytes = int(np.prod(shape)) * dtype.size
-        header = {"__metadata__": {}, NAME: {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [0, nbytes]}}
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
+        header = packed_header({NAME: {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [0, nbytes]}})
         with path.open("wb") as file:
-            file.write(struct.pack("<Q", len(raw)) + raw)
-            file.truncate(8 + len(raw) + nbytes)
+            file.write(header)
+            file.truncate(len(header) + nbytes)
         return cls(path)
 
     def normed(self, norm: Callable[[mx.array], mx.array]) -> Spool:

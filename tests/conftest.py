@@ -18,6 +18,16 @@ import pytest
 
 
 @pytest.fixture(scope="session")
+def two_texts(tmp_path_factory) -> dict[str, str]:
+    """Our own text in two halves, as the settings ``data`` and ``test_data`` of a run."""
+    folder, lines = tmp_path_factory.mktemp("text"), pico.TEXT.read_text("utf-8").split("\n")
+    halves = {"data": lines[: len(lines) // 2], "test_data": lines[len(lines) // 2 :]}
+    for name, part in halves.items():
+        (folder / f"{name}.txt").write_text("\n".join(part), "utf-8")
+    return {name: str(folder / f"{name}.txt") for name in halves}
+
+
+@pytest.fixture(scope="session")
 def pico_models(tmp_path_factory) -> Callable[..., Path]:
     """``pico_models(family, packed=None, tokenizer="bpe", dtype=mx.float32, **config)``: path of a cached model.
 

@@ -196,9 +196,9 @@ def test_layers_that_nobody_knows(pico_models, tmp_path, damage):
         for layer, source in zip(known["layers"], sources, strict=True):
             layer["source"] = source
         file.write_text(json.dumps(known))
-    with pytest.raises(PareError, match=r"does not say which of the 4 layers|survivors.json is not valid") as found:
+    with pytest.raises(PareError, match="does not say which of the 4 layers") as found:
         local(student, teacher, ROWS, HELD, tmp_path / "out", OPTIONS)
-    assert "survivors.json" in str(found.value).lower() and not (tmp_path / "out").exists()
+    assert "survivors.json" in found.value.cure and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("packed", [None, (8, 32)], ids=["dense", "8 bits"])

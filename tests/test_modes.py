@@ -52,7 +52,6 @@ from mlx_pare.reconstruct import reconstruct
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS
 from mlx_pare.steps import Settings
-from mlx_pare.texts import DEMO
 from mlx_pare.trial import Width, try_out, whole
 
 FIXTURES = cut, faulty, texts
@@ -426,14 +425,10 @@ def test_gguf_holds_the_values(pico_models, tmp_path, mode):
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> Settings:
+def settings(two_texts) -> Settings:
     """A small job, on our own text in two halves."""
-    folder = tmp_path_factory.mktemp("text")
-    lines = (DEMO / "calibration.txt").read_text("utf-8").split("\n")
-    for name, part in (("data", lines[: len(lines) // 2]), ("test", lines[len(lines) // 2 :])):
-        (folder / f"{name}.txt").write_text("\n".join(part), "utf-8")
     return Settings(
-        data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), keep=0.75, length=24, samples=12,
+        **two_texts, keep=0.75, length=24, samples=12,
         recover_steps=2, trials=1, context=256,
     )  # fmt: skip
 

@@ -28,7 +28,6 @@ from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import CRITERIA
 from mlx_pare.steps import Settings
-from mlx_pare.texts import DEMO
 
 reporting = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function
 
@@ -46,14 +45,10 @@ def hashes(directory: Path) -> dict[str, tuple]:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> Settings:
+def settings(two_texts) -> Settings:
     """A small job, on our own text in two halves."""
-    folder = tmp_path_factory.mktemp("text")
-    lines = (DEMO / "calibration.txt").read_text("utf-8").split("\n")
-    for name, part in (("data", lines[: len(lines) // 2]), ("test", lines[len(lines) // 2 :])):
-        (folder / f"{name}.txt").write_text("\n".join(part), "utf-8")
     return Settings(
-        data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), keep=0.75, length=32, samples=16,
+        **two_texts, keep=0.75, length=32, samples=16,
         recover_steps=4, trials=1, gguf="f16", context=256, criterion="minitron",
     )  # fmt: skip
 

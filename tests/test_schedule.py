@@ -23,21 +23,16 @@ from mlx_pare.options import settings_of
 from mlx_pare.prune import Lineage, prune
 from mlx_pare.report import report
 from mlx_pare.steps import Settings
-from mlx_pare.texts import DEMO
 
 SHARES = (0.8, 0.6, 0.45)
 DEEP = {"num_hidden_layers": 6}
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> Settings:
+def settings(two_texts) -> Settings:
     """A small job on our own text in two halves; seven steps do not divide by three."""
-    folder = tmp_path_factory.mktemp("text")
-    lines = (DEMO / "calibration.txt").read_text("utf-8").split("\n")
-    for name, part in (("data", lines[: len(lines) // 2]), ("test", lines[len(lines) // 2 :])):
-        (folder / f"{name}.txt").write_text("\n".join(part), "utf-8")
     return Settings(
-        data=str(folder / "data.txt"), test_data=str(folder / "test.txt"), stages=SHARES, length=32, samples=8,
+        **two_texts, stages=SHARES, length=32, samples=8,
         recover_steps=7, trials=0, gguf="f16", context=256, axes=("ffn", "layer"), protect=False, tries=1, batch=2,
         learning_rate=3e-4,
     )  # fmt: skip
