@@ -21,8 +21,8 @@ from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
-from .export import FILE_TYPES
 from .fit import macs
+from .gguf_target import FILE_TYPES
 from .layering import layers_by_of
 from .local import check_memory as check_local
 from .plan import shape, whole
