@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import gguf_types
+from . import gguf_types, gguf_uneven
 from .arch import Architecture, Tensor
 from .errors import PareError
 from .gguf_target import Target
@@ -46,6 +46,9 @@ def table(arch: Architecture, target: Target, kind: str) -> list[Row]:
     head_dim = arch.uniform("head_dim")
     rows = []
     for tensor in arch.tensors():
+        if split := gguf_uneven.parts(arch, target.architecture, tensor):
+            rows += [_part(tensor, part, take, target, head_dim, kind) for part, take in split]
+            continue
         name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise PareError(f"{tensor.name} has no name in llama.cpp's {target.architecture} architecture")
@@ -53,10 +56,22 @@ def table(arch: Architecture, target: Target, kind: str) -> list[Row]:
         if target.permute and "rope" in tensor.spec.transforms:
             take = rope_order(tensor.shape[0] // head_dim, head_dim)
         rows.append(Row(name, tensor.shape, tensor_type(tensor, kind), tensor, take))
+    if target.architecture == "deci":
+        for name, values in gguf_uneven.stand_ins(arch):
+            rows.append(Row(name, values.shape, "F16" if values.ndim > 1 else "F32", None, constant=values))
     if target.scaling_type == "llama3":
         factors = rope_factors(target, head_dim)
         rows.insert(0, Row("rope_freqs.weight", factors.shape, "F32", None, constant=factors))
     return rows
+
+
+def _part(tensor: Tensor, name: str, take: range, target: Target, head_dim: int, kind: str) -> Row:
+    """Some rows of a fused tensor; queries and keys in the order of the target's rope."""
+    if target.permute and name.split(".")[2] in gguf_uneven.ROPE:
+        order = [take.start + i for i in rope_order(len(take) // head_dim, head_dim)]
+    else:
+        order = list(take)
+    return Row(name, (len(take), *tensor.shape[1:]), tensor_type(tensor, kind), tensor, order)
 
 
 def rope_order(heads: int, head_dim: int) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import gguf_uneven
 from .arch import Architecture
 from .checkpoint import Checkpoint
 from .errors import PareError
@@ -37,12 +38,12 @@ class Target:
 def target_of(checkpoint: Checkpoint) -> Target:
     """The llama.cpp architecture for a checkpoint. Raises PareError when none computes the same."""
     arch, config, family = checkpoint.arch, checkpoint.arch.config, checkpoint.arch.family
-    if family.result:
-        raise PareError(
-            f"{checkpoint.path} is of type {family.name}, its layers differ: GGUF of such models is not there yet",
-            "export a model whose layers keep as many units as each other",
-        )
     theta, scaling = _rope(checkpoint)
+    if family.result:
+        name = gguf_uneven.architecture(arch)
+        target = Target(name, name == "deci", theta, scaling)
+        _check_scaling(checkpoint, target)
+        return target
     target = Target(family.gguf, family.gguf_rope == "norm", theta, scaling)
     biased = config.get("attention_out_bias") or config.get("mlp_bias")
     if family.gguf in ("qwen2", "seed_oss") and (target.scaling_type == "llama3" or biased):
@@ -61,7 +62,8 @@ def target_of(checkpoint: Checkpoint) -> Target:
 
 def _check_scaling(checkpoint: Checkpoint, target: Target) -> None:
     architecture, kind, scaling = target.architecture, target.scaling_type, target.scaling
-    allowed = {"llama": ("linear", "yarn", "llama3"), "gemma3": ("linear",)}.get(architecture, ("linear", "yarn"))
+    wide = ("linear", "yarn", "llama3")  # rope factors have a place
+    allowed = {"llama": wide, "deci": wide, "gemma3": ("linear",)}.get(architecture, ("linear", "yarn"))
     if kind not in ("default", *allowed):
         raise PareError(
             f"{checkpoint.path} scales its rope by {kind!r}, which llama.cpp's {architecture} does not do",
@@ -82,6 +84,7 @@ def _rope(checkpoint: Checkpoint) -> tuple[float, dict[str, Any]]:
     parameters = raw.get("rope_parameters") or {}
     parameters = parameters.get("full_attention", parameters)
     theta = raw.get("rope_theta") or parameters.get("rope_theta") or checkpoint.arch.config.get("rope_theta")
+    theta = theta or checkpoint.arch.config.get("rope_freq_constant")  # openelm
     if not theta:
         raise PareError(f"{checkpoint.path / 'config.json'} has no rope_theta")
     return float(theta), dict(raw.get("rope_scaling") or parameters)
@@ -102,7 +105,7 @@ def _gemma_q_norm(arch: Architecture) -> float:
 def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> None:
     """Add everything but the tokenizer and the tensors to a gguf.GGUFWriter; ``kind``: f32, f16 or q8_0."""
     arch, config = checkpoint.arch, checkpoint.arch.config
-    head_dim, kv_heads = arch.uniform("head_dim"), arch.uniform("kv_head")
+    head_dim = arch.uniform("head_dim")
     writer.add_name(checkpoint.path.resolve().name)
     licence = _licence(checkpoint.path)
     if licence:
@@ -114,9 +117,15 @@ def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> 
     writer.add_context_length(config.get("max_position_embeddings") or 2048)  # transformers' default for llama
     writer.add_embedding_length(arch.sizes["hidden"])
     writer.add_block_count(len(arch.layers))
-    writer.add_feed_forward_length(arch.uniform("ffn"))
-    writer.add_head_count(kv_heads * arch.uniform("group"))
-    writer.add_head_count_kv(kv_heads)
+    if arch.family.result:
+        layers = gguf_uneven.sizes(arch)
+        writer.add_feed_forward_length([layer.ffn for layer in layers])
+        writer.add_head_count([layer.heads for layer in layers])
+        writer.add_head_count_kv([layer.kv_heads for layer in layers])
+    else:
+        writer.add_feed_forward_length(arch.uniform("ffn"))
+        writer.add_head_count(arch.uniform("kv_head") * arch.uniform("group"))
+        writer.add_head_count_kv(arch.uniform("kv_head"))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
