@@ -20,6 +20,9 @@ from .errors import PareError
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # enum llama_ftype, llama.cpp include/llama.h
 
 
+RUNTIMES = ("mlx", "llama.cpp", "ollama", "lm-studio")  # all but the first read GGUF, by llama.cpp
+
+
 @dataclass(frozen=True)
 class Target:
     """How llama.cpp will run the model."""
@@ -33,6 +36,15 @@ class Target:
     @property
     def scaling_type(self) -> str:
         return str(self.scaling.get("type") or self.scaling.get("rope_type") or "default")
+
+
+def runtimes_of(arch: Architecture) -> dict[str, str | None]:
+    """Which class or architecture of every runtime computes what this model does; None where none does. What the config
+    sets beside sizes (scaled rope) is looked at by ``target_of`` alone."""
+    if not arch.family.result:
+        return {"mlx-lm": arch.family.name, "llama.cpp": arch.family.gguf, "transformers": arch.config["model_type"]}
+    there = gguf_uneven.architecture(arch) if gguf_uneven.why_not(arch) is None else None
+    return {"mlx-lm": arch.family.name, "llama.cpp": there, "transformers": None}
 
 
 def target_of(checkpoint: Checkpoint) -> Target:

@@ -21,8 +21,9 @@ from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
+from .export import why_not
 from .fit import macs
-from .gguf_target import FILE_TYPES
+from .gguf_target import FILE_TYPES, RUNTIMES
 from .layering import layers_by_of
 from .local import check_memory as check_local
 from .plan import shape, whole
@@ -149,6 +150,10 @@ def preflight(model: Path, s: Settings) -> None:
     one_of("recovery method", s.method, METHODS)
     layers_by_of(s, s.criterion)
     one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
+    for name in s.runtimes:
+        one_of("runtime", name, RUNTIMES)
+    if planning.wants_gguf(s) and (why := why_not(Checkpoint(model))):
+        raise Refused(f"no GGUF file can be made of it: {why.problem}", "leave out --gguf and --runtimes")
     options = s.plan_options()
     shape(Checkpoint(model), replace(options, bits=min(s.choose_bits)) if s.choose_bits else options)
     if s.reconstruct:
