@@ -27,8 +27,9 @@ TEMPLATES = {
     "a system message of its own": "{% if messages[0].role != 'system' %}<s>Be good.</s>\n{% endif %}" + LOOP
     + "<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n" + END + "{% if add_generation_prompt %}<assistant>{% endif %}",
     "the system in the first turn": "{% if messages[0].role == 'system' %}"
-    "{% set first = messages[0].content ~ '\n\n' %}{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}" + LOOP
-    + "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ first if loop.first else '' }}"
+    "{% set first = messages[0].content ~ '\n\n' %}{% set messages = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% endif %}" + LOOP + "<turn>"
+    "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ first if loop.first else '' }}"
     + "{{ m.content }}</turn>\n" + END + "{% if add_generation_prompt %}<turn>model\n{% endif %}",
     "no system": LOOP + "{% if m.role == 'system' %}{{ raise_exception('none here') }}{% endif %}"
     "{{ m.role }}: {{ m.content }}\n" + END + "assistant:",
