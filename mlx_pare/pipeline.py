@@ -31,11 +31,12 @@ from .reconstruct import check_memory as check_reconstruction
 from .reconstruct import costs as reconstruction_costs
 from .recover_options import METHODS
 from .recover_options import check_memory as check_recovery
-from .report import metrics, reconstructed, report, verdict
+from .report import report
 from .rundir import Run
 from .score import criterion
 from .steps import Settings
 from .texts import VALIDATION_ROWS, Texts
+from .verdict import metrics, reconstructed, verdict
 
 # Operations to choose and solve one matrix: an ffn of 16384 that is solved by its Gram matrix, minutes on two cores.
 AFFORDABLE = 1.5e13
