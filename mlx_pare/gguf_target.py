@@ -6,16 +6,15 @@ The architecture of a family stands in its table; here is what is to be said of 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from . import gguf_uneven
 from .arch import Architecture
 from .checkpoint import Checkpoint
 from .errors import PareError
+from .licence import licence_name
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # enum llama_ftype, llama.cpp include/llama.h
 
@@ -119,7 +118,7 @@ def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> 
     arch, config = checkpoint.arch, checkpoint.arch.config
     head_dim = arch.uniform("head_dim")
     writer.add_name(checkpoint.path.resolve().name)
-    licence = _licence(checkpoint.path)
+    licence = licence_name(checkpoint.path)
     if licence:
         writer.add_license(licence)
     writer.add_file_type(FILE_TYPES[kind])
@@ -169,14 +168,3 @@ def _scaling_metadata(writer: Any, target: Target) -> None:
     growth = 0.1 * math.log(max(factor, 1))
     mscale = (1 + scaling.get("mscale", 1) * growth) / (1 + scaling.get("mscale_all_dim", 0) * growth)
     writer.add_rope_scaling_attn_factors(mscale / (1 + growth))
-
-
-def _licence(directory: Path) -> str | None:
-    """The licence in the front matter of a README.md."""
-    file = directory / "README.md"
-    if not file.is_file():
-        return None
-    with file.open(encoding="utf-8", errors="replace") as opened:
-        front = re.match(r"---\n(.*?)\n---", opened.read(1 << 16), re.DOTALL)
-    found = re.search(r"^license:\s*([\w.+-]+)\s*$", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None

@@ -16,6 +16,7 @@ from .chat_template import SYSTEM, USER, Texts, go_template, read
 from .checkpoint import read_json
 from .errors import PareError
 from .gguf_tokenizer import first_token
+from .licence import licence_file
 from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats
 
 QUOTES = '"""'
@@ -23,7 +24,6 @@ QUOTES = '"""'
 SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
             "repetition_penalty": "repeat_penalty"}  # fmt: skip
 MAX_LICENCE = 1 << 20
-LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 
 
 @dataclass
@@ -58,7 +58,9 @@ def modelfile(model: Path, source: str, context: int) -> Modelfile:
     raw = read_json(model / "tokenizer.json", "tokenizer", MAX_TOKENIZER, TOKENIZER_BUDGET)
     files = ("tokenizer_config.json", "generation_config.json", "config.json")
     settings, generation, config = (_object(model / name) for name in files)
-    found = Modelfile(source, "{{ .Prompt }}", [], {"num_ctx": context}, licence_text(model))
+    there = licence_file(model)
+    licence = contents(there, MAX_LICENCE, "licence").decode("utf-8", "replace") if there else None
+    found = Modelfile(source, "{{ .Prompt }}", [], {"num_ctx": context}, licence)
     texts = None
     if settings.get("chat_template") or (model / "chat_template.jinja").is_file():
         texts = _texts(model, found.notes)
@@ -125,11 +127,3 @@ def _stops(texts: Texts | None, raw: Mapping, settings: Mapping, generation: Map
         behind = texts.before["assistant", "user"]
         found.append(max((text for text in added.values() if text and behind.startswith(text)), key=len, default=None))
     return list(dict.fromkeys(text for text in found if isinstance(text, str) and text))
-
-
-def licence_text(model: Path) -> str | None:
-    """The text of a licence file in a model directory."""
-    for name in LICENCES:
-        if (model / name).is_file():
-            return contents(model / name, MAX_LICENCE, "licence").decode("utf-8", "replace")
-    return None
