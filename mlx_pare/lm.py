@@ -320,3 +320,11 @@ def train(
             iterate_batches=lambda **_: batches(),
             training_callback=Callback(),
         )
+
+
+def greedy(model: nn.Module, tokens: list[int], count: int) -> list[int]:
+    """The likeliest token after ``tokens``, ``count`` times, by a resident model with mlx-lm's KV cache."""
+    from mlx_lm.generate import generate_step
+
+    found = generate_step(mx.array(tokens), model, max_tokens=count)
+    return [int(token) for token, _ in found]
