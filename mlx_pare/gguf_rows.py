@@ -11,14 +11,8 @@ from typing import Any
 from . import gguf_types
 from .arch import Architecture, Tensor
 from .errors import PareError
+from .fit import gguf_mix
 from .gguf_target import Target
-
-
-def tensor_type(tensor: Tensor, kind: str) -> str:
-    """The GGUF type of a tensor in a file of ``kind`` (f32, f16, q8_0): "F32", "F16" or "Q8_0". Arithmetic only."""
-    if kind == "f32" or not tensor.matrix:
-        return "F32"
-    return "Q8_0" if kind == "q8_0" and gguf_types.fits("Q8_0", tensor.shape[-1]) else "F16"
 
 
 @dataclass(frozen=True)
@@ -37,13 +31,13 @@ class Row:
         return gguf_types.nbytes(self.type, self.shape)
 
 
-def table(arch: Architecture, target: Target, kind: str) -> list[Row]:
-    """Every tensor of the file, in order."""
+def table(arch: Architecture, target: Target, kind: str, matrix: bool = False) -> list[Row]:
+    """Every tensor of a file of ``kind``, in order; ``matrix``: whether an importance matrix is used."""
     import gguf
 
     number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[target.architecture]
     names = gguf.get_tensor_name_map(number, len(arch.layers))
-    head_dim = arch.uniform("head_dim")
+    head_dim, type_of = arch.uniform("head_dim"), gguf_mix.type_of(arch, kind, matrix)
     rows = []
     for tensor in arch.tensors():
         name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
@@ -52,7 +46,7 @@ def table(arch: Architecture, target: Target, kind: str) -> list[Row]:
         take = None
         if target.permute and "rope" in tensor.spec.transforms:
             take = rope_order(tensor.shape[0] // head_dim, head_dim)
-        rows.append(Row(name, tensor.shape, tensor_type(tensor, kind), tensor, take))
+        rows.append(Row(name, tensor.shape, type_of(tensor), tensor, take))
     if target.scaling_type == "llama3":
         factors = rope_factors(target, head_dim)
         rows.insert(0, Row("rope_freqs.weight", factors.shape, "F32", None, constant=factors))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import mmap
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,9 @@ from . import console, gguf_header, machine
 from .checkpoint import Checkpoint
 from .errors import PareError
 from .export import verify
-from .gguf_header import ALIGNMENT
+from .gguf_quantize import environment
 from .gguf_rows import Row
+from .gguf_size import padded
 from .gguf_types import TYPES
 from .gguf_values import finite
 
@@ -56,15 +56,13 @@ def tokenize(gguf: Path, strings: Sequence[str]) -> list[list[int]]:
 def _ask(request: dict[str, Any]) -> None:
     if not available():
         raise PareError("llama-cpp-python is not installed", "pip install 'mlx-pare[llama]'")
-    package = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
         [sys.executable, "-m", "mlx_pare.llama_cpp"],
         input=json.dumps(request),
         capture_output=True,
         encoding="utf-8",
         errors="replace",
-        env={**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"},
+        env=environment(),
     )
     if done.returncode or not Path(request["answer"]).exists():
         raise PareError(f"llama.cpp cannot use {request['gguf']}: {_reason(done)}")
@@ -157,31 +155,43 @@ def judged(model: Path, gguf: Path, kind: str) -> dict:
 # ---- the file itself ----
 
 
-def check(path: Path, rows: Sequence[Row]) -> None:
-    """Read a file back: every tensor there with its shape and type, a sample of it finite, and nothing else.
-
-    Raises PareError; ``rows`` from gguf_rows.table.
+def check(path: Path, rows: Sequence[Row], every: bool = False) -> None:
+    """Read a file back: every tensor there with its shape and type, a sample of it (``every``: all of it) finite, and
+    nothing else. Raises PareError; ``rows`` from gguf_rows.table, in the order of the file or another.
     """
     try:
         header = gguf_header.read(path)
-        offset = 0
+        for row in rows:
+            if (found := header.tensors.get(row.name)) is None or found[:2] != (row.shape, row.type):
+                raise ValueError(f"{row.name} is {found and found.type}, expected {row.type}")
+        end = 0
+        for name, found in sorted(header.tensors.items(), key=lambda item: item[1].offset):
+            if found.offset != end:
+                raise ValueError(f"{name} is not where it should be")
+            end += padded(found.nbytes)
+        too_many = len(header.tensors) - len(rows)
+        if too_many or header.data_start + end != header.file_bytes:
+            expected = header.data_start + end
+            raise ValueError(f"{header.file_bytes} bytes and {too_many} tensors too many, expected {expected} and 0")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for row in rows:
-                if header.tensors.get(row.name) != (row.shape, row.type, offset, row.nbytes):
-                    raise ValueError(f"{row.name} is not where and what it should be")
-                unit = TYPES[row.type].size if row.type == "Q8_0" else 4
-                size = min(row.nbytes, 1024 * unit) // unit * unit or row.nbytes
-                for start in (header.data_start + offset, header.data_start + offset + row.nbytes - size):
-                    if not finite(np.frombuffer(data[start : start + size], np.uint8), row.type):
+                start = header.data_start + header.tensors[row.name].offset
+                for part in _parts(row, every):
+                    if not finite(np.frombuffer(data[start + part.start : start + part.stop], np.uint8), row.type):
                         raise ValueError(f"{row.name} holds NaN or infinity")
-                offset += -(-row.nbytes // ALIGNMENT) * ALIGNMENT
-        too_many = len(header.tensors) - len(rows)
-        if too_many or header.data_start + offset != header.file_bytes:
-            expected = header.data_start + offset
-            raise ValueError(f"{header.file_bytes} bytes and {too_many} tensors too many, expected {expected} and 0")
     except (PareError, ValueError) as error:
         problem = error.problem if isinstance(error, PareError) else error
         raise PareError(f"{path} reads back wrong: {problem}", "the disk may be full or damaged") from error
+
+
+def _parts(row: Row, every: bool) -> list[slice]:
+    """Which bytes of a tensor are looked at, whole blocks: all of them, or its two ends."""
+    unit = TYPES[row.type].size if TYPES[row.type].values > 1 else 4
+    step = 1024 * unit if not every else (8 << 20) // unit * unit
+    if every:
+        return [slice(at, min(at + step, row.nbytes)) for at in range(0, row.nbytes, step)]
+    size = min(row.nbytes, step) // unit * unit or row.nbytes
+    return [slice(0, size), slice(row.nbytes - size, row.nbytes)]
 
 
 # ---- the child ----
