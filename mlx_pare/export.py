@@ -37,7 +37,7 @@ def export(model: Path, out: Path, kind: str, matrix: Importance | None = None) 
 
     model, out, kind = Path(model), Path(out), gguf_quantize.known(kind)
     direct = gguf_quantize.direct(kind, matrix is not None)
-    _check_possible(out, kind, direct, matrix)
+    preflight(out, kind, matrix is not None)
     checkpoint = Checkpoint(model)
     predicted = gguf_size.predict(checkpoint, kind, matrix is not None)
     floats = None if direct else gguf_size.predict(checkpoint, gguf_quantize.between(checkpoint))
@@ -60,12 +60,12 @@ def export(model: Path, out: Path, kind: str, matrix: Importance | None = None) 
     return {"path": str(out), "bytes": out.stat().st_size, **predicted.about(), "notes": notes}
 
 
-def _check_possible(out: Path, kind: str, direct: bool, matrix: Importance | None) -> None:
-    """What can be known before the model is looked at."""
+def preflight(out: Path, kind: str, matrix: bool) -> None:
+    """What can be known before the model is looked at, or an importance matrix made. Raises as ``export``."""
     _refuse_existing(out)
-    if kind in NEEDS_MATRIX and matrix is None:
+    if kind in NEEDS_MATRIX and not matrix:
         raise UsageError(f"{kind} cannot be made without an importance matrix", "use --imatrix auto")
-    if not direct:
+    if not gguf_quantize.direct(kind, matrix):
         gguf_quantize.require(kind)
 
 
