@@ -79,7 +79,7 @@ def quantize(source: Path, out: Path, kind: str, tensors: int, matrix: Path | No
     found = program()
     if found:
         chosen = ["--imatrix", matrix.name] if matrix else []  # by name alone: it is told in the file
-        command = [found, *chosen, str(source.resolve()), str(out.resolve()), kind.upper(), str(threads)]
+        command = [found, *chosen, *map(str, (source.resolve(), out.resolve())), kind.upper(), str(threads)]
         request = ""
     else:
         asked = {"source": str(source.resolve()), "out": str(out.resolve()), "kind": kind, "threads": threads}

@@ -80,8 +80,8 @@ def _q6_k(values: Any) -> Any:
         whole = mx.where(largest == 0, 0, 1 / ratio).astype(mx.float16)
         parts = mx.minimum(mx.round(scales * ratio), 127)
         steps = (whole.astype(mx.float32) * parts)[..., None]
-        codes = mx.where(steps == 0, 0, mx.round(values.reshape(-1, 16, 16) / steps))
-        codes = (mx.clip(codes, -32, 31) + 32).astype(mx.uint8).reshape(-1, 2, 4, 32)  # NaN becomes some code or other
+        codes = mx.clip(mx.round(values.reshape(-1, 16, 16) / steps), -32, 31) + 32
+        codes = mx.where(steps == 0, 0, codes).astype(mx.uint8).reshape(-1, 2, 4, 32)
         low, high = codes & 15, codes >> 4
         low = low[:, :, :2] | (low[:, :, 2:] << 4)
         high = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)

@@ -49,7 +49,7 @@ def show_gguf(title: str, found: dict[str, Any]) -> None:
     rows.append(["header, vocabulary, padding", None, console.gb(found["bytes"] - found["tensor_bytes"])])
     console.table(f"{title}: {counted}", ["<type", "tensors", "bytes"], rows)
     for change, count in found["fallback_types"].items():
-        console.say(f"rows are no whole blocks in {count} tensors: {change}")
+        console.say(f"{change}: {count} tensors whose rows are no whole blocks")
     for line in found.get("notes", ()):
         console.say(f"note: {line}")
 
