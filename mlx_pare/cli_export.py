@@ -63,7 +63,7 @@ def export_command(
     chosen = [macs.find(mac)] if mac else macs.every()
     preflight(out, kind, imatrix != "none")
     matrix = _matrix(model, imatrix, settings_of(data=data, field=field, samples=samples, length=length))
-    done = export(model, out, kind, matrix)
+    done = export(model, out, kind, matrix, None if no_verify else judged)
     show.show_gguf(str(out), done)
     done["verify"] = {"checked": False, "reason": "not asked"} if no_verify else judged(model, out, done["kind"])
     done["fits"] = _fits(checkpoint, done, chosen, context)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import console, gguf_quantize, gguf_size
 from .checkpoint import Checkpoint
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
     from .imatrix import Importance
 
 
-def export(model: Path, out: Path, kind: str, matrix: Importance | None = None) -> dict:
+def export(
+    model: Path, out: Path, kind: str, matrix: Importance | None = None, judge: Callable[..., Any] | None = None
+) -> dict:
     """Write ``model`` (a directory) as the GGUF file ``out``; ``kind`` is one of gguf_target.FILE_TYPES, such as f16,
-    q8_0 or q4_k_m. ``matrix``: an importance matrix of this model (imatrix.measure, imatrix.load). Memory: a few rows.
+    q8_0 or q4_k_m. ``matrix``: an importance matrix of this model (imatrix.measure, imatrix.load). ``judge`` is called
+    with the model, a file of floats that llama.cpp is to quantize, and its kind (llama_cpp.judged). Memory: a few rows.
 
     Vectors stay F32; matrices whose rows are no whole blocks of their type get another ("fallbacks"). Returns path,
     bytes, what gguf_size.Prediction.about says, and notes on what llama.cpp does differently.
@@ -51,7 +55,7 @@ def export(model: Path, out: Path, kind: str, matrix: Importance | None = None) 
         if floats is None:
             notes = _write(checkpoint, predicted, partial)
         else:
-            notes = _quantize(checkpoint, floats, partial, kind, matrix)
+            notes = _quantize(checkpoint, floats, partial, kind, matrix, judge)
         llama_cpp.check(partial, predicted.rows, every=floats is not None)
         _refuse_existing(out)
         partial.rename(out)
@@ -96,7 +100,14 @@ def why_not(checkpoint: Checkpoint) -> PareError | None:
     return None
 
 
-def _quantize(checkpoint: Checkpoint, floats: Prediction, out: Path, kind: str, matrix: Importance | None) -> list[str]:
+def _quantize(
+    checkpoint: Checkpoint,
+    floats: Prediction,
+    out: Path,
+    kind: str,
+    matrix: Importance | None,
+    judge: Callable[..., Any] | None,
+) -> list[str]:
     """Floats into a file beside ``out``, from there by llama.cpp; that file and the matrix are removed again."""
     beside = out.with_name(f"{out.name}.d")
     between, chosen = beside / "floats", beside / matrix.name if matrix else None
@@ -105,6 +116,8 @@ def _quantize(checkpoint: Checkpoint, floats: Prediction, out: Path, kind: str, 
         if matrix:
             matrix.save(chosen)
         notes = _write(checkpoint, floats, between, matrix)
+        if judge:
+            judge(checkpoint.path, between, floats.kind, keep=False)
         gguf_quantize.quantize(between, out, kind, len(floats.rows), chosen)
         return notes
     finally:

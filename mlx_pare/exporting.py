@@ -41,7 +41,7 @@ def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None
         if weighed:
             matrix = imatrix.measure(model, texts.calibration, texts.label("calibration"), s.memory_cap, directory)
             matrix.save(directory / matrix.name)
-        done = export(model, file, kind, matrix)
+        done = export(model, file, kind, matrix, judged)
         done["verify"] = judged(model, file, kind)
         done["path"] = str((run.directory("export") / file.name).relative_to(run.path))
         (directory / "export.json").write_bytes(dump_json(done))

@@ -42,7 +42,8 @@ def convert(values: Any, kind: str) -> Any:
     if kind not in FLOATS:
         import gguf
 
-        return gguf.quants.quantize(np.array(values), gguf.GGMLQuantizationType[kind]).reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):  # `finite` looks at what came out
+            return gguf.quants.quantize(np.array(values), gguf.GGMLQuantizationType[kind]).reshape(-1)
     values = mx.contiguous(values.astype({"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[kind]))
     values = values.view(mx.uint16) if kind == "BF16" else values  # numpy has no bfloat16
     return np.array(values, copy=False).reshape(-1).view(np.uint8)
