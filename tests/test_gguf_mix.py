@@ -375,7 +375,7 @@ def test_a_published_size_to_the_byte():
 def test_what_falls_back():
     arch = MODELS["odd ffn"]
     found = {t.spec.role: (gguf_mix.wanted(arch, "q4_k_m")(t), type_of(arch, "q4_k_m")(t)) for t in arch.tensors()}
-    assert {role: pair for role, pair in found.items() if pair[0] != pair[1]} == {"down_proj": ("Q4_K", "F16")}
+    assert {role: pair for role, pair in found.items() if pair[0] != pair[1]} == {"down_proj": ("Q6_K", "F16")}
     assert found["lm_head"] == ("Q6_K", "Q6_K") and found["attn_norm"] == ("F32", "F32")
 
 
