@@ -33,7 +33,8 @@ def export(
     with the model, a file of floats that llama.cpp is to quantize, and its kind (llama_cpp.judged). Memory: a few rows.
 
     Vectors stay F32; matrices whose rows are no whole blocks of their type get another ("fallbacks"). Returns path,
-    bytes, what gguf_size.Prediction.about says, and notes on what llama.cpp does differently.
+    bytes, what gguf_size.Prediction.about says, what is known of the matrix (imatrix), and notes on what llama.cpp does
+    differently.
     Raises Refused when ``out`` exists, PareError when llama.cpp could not compute what the model does, or when there is
     no quantizer for the kind, UsageError for a kind that is not known or a matrix of another model; no file is left.
     """
@@ -61,7 +62,8 @@ def export(
         partial.rename(out)
     finally:
         partial.unlink(missing_ok=True)
-    return {"path": str(out), "bytes": out.stat().st_size, **predicted.about(), "notes": notes}
+    told = {"entries": len(matrix.sums), "dataset": matrix.datasets[0]} if matrix else None
+    return {"path": str(out), "bytes": out.stat().st_size, **predicted.about(), "imatrix": told, "notes": notes}
 
 
 def preflight(out: Path, kind: str, matrix: bool) -> None:

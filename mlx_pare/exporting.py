@@ -25,10 +25,9 @@ def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None
     why = None if s.gguf else why_not(Checkpoint(model))
     kind = None if why else known(s.gguf or ("q8_0" if Checkpoint(model).quantized else "f16"))
     weighed = kind is not None and not direct(kind, False)
-    asked: dict[str, Any] = {"kind": kind, "context": s.context}
     inputs = {"model": Checkpoint(model).identity()}
     if weighed:
-        asked["imatrix"], inputs["data"] = True, texts.calibration.digest()
+        inputs["data"] = texts.calibration.digest()
 
     def work(directory: Path) -> None:
         if why:
@@ -47,7 +46,7 @@ def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None
         (directory / "export.json").write_bytes(dump_json(done))
         (directory / "fits.json").write_bytes(dump_json(fits_of(model, done["tensor_bytes"], run.model, s)))
 
-    run.step("export", asked, inputs, work)
+    run.step("export", {"kind": kind, "context": s.context}, inputs, work)
     return None if why else run.output("export", f"model-{kind}.gguf")
 
 

@@ -126,10 +126,9 @@ def mlx_logits(model: Path, tokens: Sequence[int]) -> Any:
 
 # Mean logit difference over the logits' spread above which a file is rejected; of logits that have nothing in common it
 # is 1.13, a forgotten rope permutation leaves 0.27 (stories260K). Measured: f32 1e-6, f16 1e-3, q8_0 0.03, gemma3 2e-3
-# in f32 (llama.cpp tabulates GELU in float16). Of kinds by their bits, at most: in models drawn by lot (hidden 256, llama
-# and gemma3) 1: 0.60, 2: 0.57, 3: 0.39, 4: 0.24, 5: 0.12, 6: 0.06; in trained ones (novelist-9m, stories260K) 2: 0.14,
-# 3 and 4: 0.09, 5: 0.04, 6: 0.02. So the file of floats is judged before it is quantized: that is where a wrong order
-# would be seen.
+# in f32 (llama.cpp tabulates GELU in float16). Kinds by their bits, at most: of models drawn by lot (llama, gemma3 of
+# hidden size 256) 1: 0.60, 2: 0.57, 3: 0.39, 4: 0.24, 5: 0.12, 6: 0.06; of trained ones (novelist-9m, stories260K) 2:
+# 0.14, 3 and 4: 0.09, 5: 0.04, 6: 0.02. So the floats are judged before they are quantized: there a wrong order shows.
 LARGEST_DIFFERENCE = {"f32": 0.02, "f16": 0.05, "bf16": 0.1, "q8_0": 0.25}
 OF_BITS = {"1": 1.0, "2": 0.9, "3": 0.7, "4": 0.5, "5": 0.3, "6": 0.25}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +21,12 @@ from mlx_pare import gguf_header, gguf_quantize, gguf_rows, gguf_size, gguf_valu
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.export import export, verify
+from mlx_pare.exporting import export_step
 from mlx_pare.fit import fit
 from mlx_pare.fit.gguf_mix import type_of
 from mlx_pare.fit.subject import Form
+from mlx_pare.steps import Settings, open_run
+from mlx_pare.texts import Texts
 
 THROUGH_LLAMA = ["q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "iq4_nl", "iq3_s"]
 
@@ -261,6 +266,34 @@ def test_a_wrong_order_of_rows_is_seen_before_it_is_quantized(tmp_path, pico_mod
     with pytest.raises(PareError, match=r"computes something else .*\. Nothing was written"):
         export(model, tmp_path / "m.gguf", "q4_k_m", judge=llama_cpp.judged)
     assert left(tmp_path) == ["q.gguf"]
+
+
+# ---- in a run ----
+
+
+@needs_llama
+def test_a_run_makes_an_importance_matrix_of_its_calibration_text(tmp_path, pico_models, two_texts):
+    model, settings = pico_models("llama", **WIDE), Settings(**two_texts, gguf="Q4_K_M", samples=4, length=32, keep=0.5)
+    with open_run(model, tmp_path / "run") as run:
+        file = export_step(run, model, Texts(model, settings), settings)
+        kept = imatrix.load(file.with_name("imatrix.gguf"))
+        imatrix.check(kept, Checkpoint(model))
+        told = json.loads(file.with_name("export.json").read_text())
+        written = file.stat().st_mtime_ns
+        assert export_step(run, model, Texts(model, settings), settings).stat().st_mtime_ns == written
+    assert file.name == "model-q4_k_m.gguf" and told["bytes"] == file.stat().st_size
+    assert told["imatrix"] == {"entries": len(kept.sums), "dataset": "data"}
+    assert (kept.chunks, kept.chunk_size, kept.counts["blk.0.attn_q.weight"]) == (4, 32, 128.0)
+    with open_run(model, tmp_path / "run") as run, pytest.raises(Refused, match="kind was 'q4_k_m'"):
+        export_step(run, model, Texts(model, settings), replace(settings, gguf="q6_k"))
+
+
+@needs_llama
+def test_a_run_makes_none_where_none_is_used(tmp_path, pico_models, two_texts):
+    model, settings = pico_models("llama", **WIDE), Settings(**two_texts, gguf="q6_k", samples=4, length=32, keep=0.5)
+    with open_run(model, tmp_path / "run") as run:
+        file = export_step(run, model, Texts(model, settings), settings)
+    assert left(file.parent) == ["export.json", "fits.json", "model-q6_k.gguf", "step.json"]
 
 
 # ---- Q6_K, ours ----
