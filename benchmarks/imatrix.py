@@ -24,9 +24,8 @@ from mlx_pare.export import export
 from mlx_pare.fit import fit
 from mlx_pare.fit.gguf_mix import NEEDS_MATRIX
 from mlx_pare.fit.subject import Form
+from mlx_pare.gguf_quantize import PLAIN
 from mlx_pare.gguf_size import measured
-
-WITHOUT = ("f32", "f16", "bf16", "q8_0")  # types that take no matrix
 
 
 def theirs(model: Path, rows: corpus.Rows, work: Path) -> imatrix.Importance:
@@ -68,7 +67,7 @@ def compare(model: Path, kinds: list[str], matrices: dict, test: corpus.Rows, wo
             row = [kind, name, f"{said:,}", f"{done['bytes']:,}", f"{np.exp(loss.mean()):.3f}", difference, fallen]
             found.append(row)
             console.say(" | ".join(row))
-            if kind in WITHOUT:
+            if kind in PLAIN:
                 break
     return found
 

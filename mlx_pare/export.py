@@ -71,6 +71,8 @@ def preflight(out: Path, kind: str, matrix: bool) -> None:
     _refuse_existing(out)
     if kind in NEEDS_MATRIX and not matrix:
         raise UsageError(f"{kind} cannot be made without an importance matrix", "use --imatrix auto")
+    if kind in gguf_quantize.PLAIN and matrix:
+        raise UsageError(f"{kind} is written without an importance matrix", "leave --imatrix out")
     if not gguf_quantize.direct(kind, matrix):
         gguf_quantize.require(kind)
 
@@ -112,7 +114,8 @@ def _quantize(
 ) -> list[str]:
     """Floats into a file beside ``out``, from there by llama.cpp; that file and the matrix are removed again."""
     beside = out.with_name(f"{out.name}.d")
-    between, chosen = beside / "floats", beside / matrix.name if matrix else None
+    chosen = beside / matrix.name if matrix else None
+    between = beside / f"{chosen.name if chosen else ''}.floats"
     try:
         beside.mkdir(exist_ok=True)
         if matrix:

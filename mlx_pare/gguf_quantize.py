@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .fit import gguf_mix
 from .gguf_target import FILE_TYPES
 
 DIRECT = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q6_k")  # gguf_values.convert writes these
+PLAIN = ("f32", "f16", "bf16", "q8_0")  # an importance matrix would change nothing
 ROWS_BYTES = 1 << 30  # of float32 rows that llama.cpp has in memory at once
 STEP = re.compile(r"^\[ *\d+/ *\d+\] +(\S+)")  # its line about a tensor
 
@@ -106,8 +108,9 @@ def _watched(command: Sequence[str], request: str, tensors: int, where: Path | N
     )  # fmt: skip
     lines: list[str] = []
     try:
-        child.stdin.write(request)
-        child.stdin.close()
+        with suppress(BrokenPipeError):  # it ended before it read; its output says why
+            child.stdin.write(request)
+            child.stdin.close()
         with console.progress("quantize", tensors) as bar:
             for line in child.stdout:
                 lines = [*lines[-50:], line.strip()] if line.strip() else lines

@@ -193,7 +193,8 @@ def check(path: Path, rows: Sequence[Row], every: bool = False) -> None:
                         raise ValueError(f"{row.name} holds NaN or infinity")
     except (PareError, ValueError) as error:
         problem = error.problem if isinstance(error, PareError) else error
-        raise PareError(f"{path} reads back wrong: {problem}", "the disk may be full or damaged") from error
+        other = ", or this llama.cpp goes by other rules than the one that is known here" if every else ""
+        raise PareError(f"{path} reads back wrong: {problem}", f"the disk may be full or damaged{other}") from error
 
 
 def _parts(row: Row, every: bool) -> list[slice]:

@@ -139,6 +139,7 @@ sys.exit(done.returncode)""",
 
 
 def test_a_quantizer_that_fails_is_quoted(tmp_path, pico_models, monkeypatch):
+    """Also when it ends before it has read anything."""
     (tmp_path / "bin").mkdir()
     program(tmp_path / "bin", "print('loading'); print('error: no such thing as Q4_K_M'); print('bye'); sys.exit(1)")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -181,6 +182,12 @@ def test_without_a_quantizer_some_kinds_are_written_all_the_same(tmp_path, pico_
 def test_kinds_that_make_no_sense_are_refused(tmp_path, pico_models, kind, said):
     with pytest.raises(UsageError, match=said):
         export(pico_models("llama"), tmp_path / "m.gguf", kind)
+
+
+def test_a_matrix_that_would_change_nothing_is_refused(tmp_path, pico_models):
+    for kind in gguf_quantize.PLAIN:
+        with pytest.raises(UsageError, match=f"{kind} is written without an importance matrix"):
+            export(pico_models("llama"), tmp_path / "m.gguf", kind, imatrix.measure(pico_models("llama"), rows_of(2)))
 
 
 def test_an_existing_file_is_refused_first(tmp_path, pico_models):
@@ -232,7 +239,9 @@ def test_an_interrupt_ends_the_child(tmp_path, monkeypatch):
 def test_other_types_than_predicted_are_an_error(tmp_path, pico_models, monkeypatch):
     real = gguf_quantize.quantize
     monkeypatch.setattr(gguf_quantize, "quantize", lambda source, out, kind, *rest: real(source, out, "q4_k_s", *rest))
-    with pytest.raises(PareError, match=r"attn_v.weight is Q5_K, expected Q6_K|attn_v.weight is Q4_K, expected Q6_K"):
+    with pytest.raises(
+        PareError, match=r"attn_v.weight is Q5_K, expected Q6_K|attn_v.weight is Q4_K, expected Q6_K.*other rules"
+    ):
         export(pico_models("llama", **{**WIDE, "num_hidden_layers": 8}), tmp_path / "m.gguf", "q4_k_m")
     assert left(tmp_path) == []
 
