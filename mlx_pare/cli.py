@@ -15,7 +15,6 @@ import click
 import typer
 
 from . import console, show
-from .errors import Refused
 from .options import (
     Accumulate,
     AnyModel,
@@ -239,49 +238,7 @@ def evaluate_command(
     return found
 
 
-@command(
-    "export",
-    "mlx-pare export MODEL --gguf q8_0 -o model.gguf | mlx-pare export RUN/recover/model --gguf f16 -o m.gguf "
-    "--for m4-24gb",
-)
-def export_command(
-    model: Model,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")],
-    gguf: Gguf = None,
-    mac: Annotated[
-        str | None, typer.Option("--for", help="Exit 3 when it does not fit this Mac.", metavar="MAC")
-    ] = None,
-    context: Context = 8192,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not compare with MLX in llama.cpp (llama extra).")
-    ] = False,
-) -> dict[str, Any]:
-    """Write a GGUF file, re-read it, compare it in llama.cpp where that is installed, show on which Macs it fits."""
-    from .checkpoint import Checkpoint
-    from .export import export
-    from .fit import macs, planner
-    from .fit.memory import Needs, Use
-    from .llama_cpp import judged
-
-    checkpoint = Checkpoint(model)
-    chosen = [macs.find(mac)] if mac else macs.every()
-    done = export(model, out, gguf or ("q8_0" if checkpoint.quantized else "f16"))
-    done["verify"] = {"checked": False, "reason": "not asked"} if no_verify else judged(model, out, done["kind"])
-    needs = Needs(checkpoint.arch, Use(context, runtime="llama.cpp"))
-    done["fits"] = planner.fit(needs, planner.weights_of(checkpoint.arch, done["tensor_bytes"]), chosen)
-    show.fit_table(f"{out}: {done['kind']}, {console.gb(done['bytes'])}, {done['tensors']} tensors", done["fits"])
-    checked = done["verify"]
-    console.say(
-        f"llama.cpp against MLX: largest logit difference {checked['max_abs_difference']:.2g}"
-        if checked["checked"]
-        else f"not compared in llama.cpp: {checked['reason']}"
-    )
-    if mac and not done["fits"][0]["fits"]:
-        raise Refused(
-            f"{out} does not fit {mac} at {context} tokens: {console.gb(-done['fits'][0]['headroom_bytes'])} too much",
-            "the file is kept; cut more, or use a shorter context",
-        )
-    return done
+from . import cli_export  # noqa: E402, F401 in its place in the help
 
 
 @command("bench", "mlx-pare bench MODEL RUN/prune/model --trials 5")

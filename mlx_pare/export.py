@@ -1,62 +1,96 @@
 """A model directory as one GGUF file for llama.cpp, LM Studio and Ollama.
 
 Names come from gguf-py, everything else (architecture, row order, norms) from the family's table. Tensors are written
-one at a time, to a temporary name that becomes the real one only after the file was read back.
+one at a time, to a temporary name that becomes the real one only after the file was read back. Types that only
+llama.cpp writes, and all that are made with an importance matrix, are quantized by it from a file of floats of ours
+that lies beside for so long.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from . import console
+from . import console, gguf_quantize, gguf_size
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
-from .gguf_rows import Row, table
-from .gguf_target import FILE_TYPES, Target, metadata, target_of
+from .fit.gguf_mix import NEEDS_MATRIX
+from .gguf_size import Prediction, padded
+from .gguf_target import target_of
+
+if TYPE_CHECKING:
+    from .imatrix import Importance
 
 
-def export(model: Path, out: Path, kind: str) -> dict:
-    """Write ``model`` (a directory) as the GGUF file ``out``; ``kind`` is f32, f16 or q8_0. Memory is a few rows.
+def export(
+    model: Path, out: Path, kind: str, matrix: Importance | None = None, judge: Callable[..., Any] | None = None
+) -> dict:
+    """Write ``model`` (a directory) as the GGUF file ``out``; ``kind`` is one of gguf_target.FILE_TYPES, such as f16,
+    q8_0 or q4_k_m. ``matrix``: an importance matrix of this model (imatrix.measure, imatrix.load). ``judge`` is called
+    with the model, a file of floats that llama.cpp is to quantize, and its kind (llama_cpp.judged). Memory: a few rows.
 
-    Vectors stay F32; in q8_0, matrices whose rows are no multiple of 32 stay F16 ("fallbacks"). Returns path, kind,
-    architecture, bytes, tensor_bytes, tensors, fallbacks, and notes on what llama.cpp does differently.
-    Raises Refused when ``out`` exists, PareError when llama.cpp could not compute what the model does; no file is left.
+    Vectors stay F32; matrices whose rows are no whole blocks of their type get another ("fallbacks"). Returns path,
+    bytes, what gguf_size.Prediction.about says, what is known of the matrix (imatrix), and notes on what llama.cpp does
+    differently.
+    Raises Refused when ``out`` exists, PareError when llama.cpp could not compute what the model does, or when there is
+    no quantizer for the kind, UsageError for a kind that is not known or a matrix of another model; no file is left.
     """
     from . import llama_cpp
 
-    model, out = Path(model), Path(out)
-    if kind not in FILE_TYPES:
-        raise UsageError(f"there is no GGUF type {kind!r} here", f"choose one of {', '.join(FILE_TYPES)}")
-    _refuse_existing(out)
+    model, out, kind = Path(model), Path(out), gguf_quantize.known(kind)
+    direct = gguf_quantize.direct(kind, matrix is not None)
+    preflight(out, kind, matrix is not None)
     checkpoint = Checkpoint(model)
-    target = target_of(checkpoint)
-    rows = table(checkpoint.arch, target, kind)
-    size = sum(row.nbytes for row in rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if size > free:
-        raise PareError(f"{out} needs {console.gb(size)}, {out.parent} has {console.gb(free)} free")
+    predicted = gguf_size.predict(checkpoint, kind, matrix is not None)
+    floats = None if direct else gguf_size.predict(checkpoint, gguf_quantize.between(checkpoint))
+    if floats and any(row.source is None and len(row.shape) > 1 for row in predicted.rows):
+        raise PareError(
+            f"{model} has layers without attention or feed-forward, for which something else stands in the file, and "
+            "llama.cpp's quantizer may choose any type for that",
+            "export it as q8_0, f16 or another type that is written directly",
+        )
+    if matrix:
+        from . import imatrix
+
+        imatrix.check(matrix, checkpoint)
+    _check_room(out, predicted, floats)
     partial = out.with_name(f".{out.name}.part")
     try:
-        notes = _write(checkpoint, target, kind, rows, partial)
-        llama_cpp.check(partial, rows)
+        if floats is None:
+            notes = _write(checkpoint, predicted, partial)
+        else:
+            notes = _quantize(checkpoint, floats, partial, kind, matrix, judge)
+        llama_cpp.check(partial, predicted.rows, every=floats is not None)
         _refuse_existing(out)
         partial.rename(out)
     finally:
         partial.unlink(missing_ok=True)
-    return {
-        "path": str(out),
-        "kind": kind,
-        "architecture": target.architecture,
-        "bytes": out.stat().st_size,
-        "tensor_bytes": size,
-        "tensors": len(rows),
-        "fallbacks": [row.name for row in rows if kind == "q8_0" and row.type == "F16"],
-        "notes": notes,
-    }
+    told = {"entries": len(matrix.sums), "dataset": matrix.datasets[0]} if matrix else None
+    return {"path": str(out), "bytes": out.stat().st_size, **predicted.about(), "imatrix": told, "notes": notes}
+
+
+def preflight(out: Path, kind: str, matrix: bool) -> None:
+    """What can be known before the model is looked at, or an importance matrix made. Raises as ``export``."""
+    _refuse_existing(out)
+    if kind in NEEDS_MATRIX and not matrix:
+        raise UsageError(f"{kind} cannot be made without an importance matrix", "use --imatrix auto")
+    if kind in gguf_quantize.PLAIN and matrix:
+        raise UsageError(f"{kind} is written without an importance matrix", "leave --imatrix out")
+    if not gguf_quantize.direct(kind, matrix):
+        gguf_quantize.require(kind)
+
+
+def _check_room(out: Path, predicted: Prediction, floats: Prediction | None) -> None:
+    """Raises PareError when the disk cannot hold what will be written, a file of floats beside it for a while."""
+    size = sum(padded(row.nbytes) for of in (predicted, floats) if of for row in of.rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if size > free:
+        beside = f", with {floats.kind} beside it to quantize from," if floats else ""
+        raise PareError(f"{out}{beside} needs {console.gb(size)}, {out.parent} has {console.gb(free)} free")
 
 
 def _refuse_existing(out: Path) -> None:
@@ -76,28 +110,40 @@ def why_not(checkpoint: Checkpoint) -> PareError | None:
     return None
 
 
-def _write(checkpoint: Checkpoint, target: Target, kind: str, rows: Sequence[Row], path: Path) -> list[str]:
-    import gguf
-    import numpy as np
+def _quantize(
+    checkpoint: Checkpoint,
+    floats: Prediction,
+    out: Path,
+    kind: str,
+    matrix: Importance | None,
+    judge: Callable[..., Any] | None,
+) -> list[str]:
+    """Floats into a file beside ``out``, from there by llama.cpp; that file and the matrix are removed again."""
+    beside = out.with_name(f"{out.name}.d")
+    chosen = beside / matrix.name if matrix else None
+    between = beside / f"{chosen.name if chosen else ''}.floats"
+    try:
+        beside.mkdir(exist_ok=True)
+        if matrix:
+            matrix.save(chosen)
+        notes = _write(checkpoint, floats, between, matrix)
+        if judge:
+            judge(checkpoint.path, between, floats.kind, keep=False)
+        gguf_quantize.quantize(between, out, kind, len(floats.rows), chosen)
+        return notes
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
-    from . import gguf_tokenizer
+
+def _write(checkpoint: Checkpoint, of: Prediction, path: Path, matrix: Importance | None = None) -> list[str]:
     from .gguf_values import encoded
 
-    writer = gguf.GGUFWriter(path, target.architecture)
+    writer, notes = gguf_size.begun(path, checkpoint, of, matrix)
     try:
-        metadata(writer, checkpoint, target, kind)
-        notes = gguf_tokenizer.write(writer, checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.config).notes
-        for row in rows:
-            number = gguf.GGMLQuantizationType[row.type]
-            writer.add_tensor_info(row.name, row.shape, np.dtype(np.float32), row.nbytes, raw_dtype=number)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
         (file,) = writer.fout
-        writer.write_padding(file, file.tell())
-        with console.progress("export", len(rows)) as bar:
-            for row in rows:
-                written = sum(file.write(part) for part in encoded(checkpoint, row, target.q_norm))
+        with console.progress("export", len(of.rows)) as bar:
+            for row in of.rows:
+                written = sum(file.write(part) for part in encoded(checkpoint, row, of.target.q_norm))
                 if written != row.nbytes:
                     raise AssertionError(f"{row.name} has {written} bytes, announced {row.nbytes}")
                 writer.write_padding(file, written)

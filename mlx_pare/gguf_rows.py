@@ -11,19 +11,14 @@ from typing import Any
 from . import gguf_types, gguf_uneven
 from .arch import Architecture, Tensor
 from .errors import PareError
+from .fit import gguf_mix
 from .gguf_target import Target
-
-
-def tensor_type(tensor: Tensor, kind: str) -> str:
-    """The GGUF type of a tensor in a file of ``kind`` (f32, f16, q8_0): "F32", "F16" or "Q8_0". Arithmetic only."""
-    if kind == "f32" or not tensor.matrix:
-        return "F32"
-    return "Q8_0" if kind == "q8_0" and gguf_types.fits("Q8_0", tensor.shape[-1]) else "F16"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the file: rows ``take`` of ``source``, in that order (None: all), or a float32 ``constant``."""
+    """One tensor of the file: rows ``take`` of ``source``, in that order (None: all), or a float32 ``constant``.
+    ``ideal``: its type if its rows were whole blocks of any."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,31 +26,33 @@ class Row:
     source: Tensor | None
     take: Sequence[int] | None = None
     constant: Any = None
+    ideal: str = ""
 
     @property
     def nbytes(self) -> int:
         return gguf_types.nbytes(self.type, self.shape)
 
 
-def table(arch: Architecture, target: Target, kind: str) -> list[Row]:
-    """Every tensor of the file, in order."""
+def table(arch: Architecture, target: Target, kind: str, matrix: bool = False) -> list[Row]:
+    """Every tensor of a file of ``kind``, in order; ``matrix``: whether an importance matrix is used."""
     import gguf
 
     number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[target.architecture]
     names = gguf.get_tensor_name_map(number, len(arch.layers))
     head_dim = arch.uniform("head_dim")
+    types_of, ideals_of = (gguf_mix.types_of(arch, kind, matrix, wide) for wide in (False, True))
     rows = []
     for tensor in arch.tensors():
-        if split := gguf_uneven.parts(arch, target.architecture, tensor):
-            rows += [_part(tensor, part, take, target, head_dim, kind) for part, take in split]
-            continue
-        name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise PareError(f"{tensor.name} has no name in llama.cpp's {target.architecture} architecture")
-        take = None
-        if target.permute and "rope" in tensor.spec.transforms:
-            take = rope_order(tensor.shape[0] // head_dim, head_dim)
-        rows.append(Row(name, tensor.shape, tensor_type(tensor, kind), tensor, take))
+        parts = gguf_uneven.parts(arch, target.architecture, tensor)
+        if parts is None:
+            name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise PareError(f"{tensor.name} has no name in llama.cpp's {target.architecture} architecture")
+            parts = [(name, range(tensor.shape[0]))]
+        for (name, take), type_, ideal in zip(parts, types_of(tensor), ideals_of(tensor), strict=True):
+            order = _order(tensor, name, take, target, head_dim)
+            shape = (len(take), *tensor.shape[1:])
+            rows.append(Row(name, shape, type_, tensor, order, ideal=ideal))
     if target.architecture == "deci":
         for name, values in gguf_uneven.stand_ins(arch):
             rows.append(Row(name, values.shape, "F16" if values.ndim > 1 else "F32", None, constant=values))
@@ -65,13 +62,14 @@ def table(arch: Architecture, target: Target, kind: str) -> list[Row]:
     return rows
 
 
-def _part(tensor: Tensor, name: str, take: range, target: Target, head_dim: int, kind: str) -> Row:
-    """Some rows of a fused tensor; queries and keys in the order of the target's rope."""
-    if target.permute and name.split(".")[2] in gguf_uneven.ROPE:
-        order = [take.start + i for i in rope_order(len(take) // head_dim, head_dim)]
-    else:
-        order = list(take)
-    return Row(name, (len(take), *tensor.shape[1:]), tensor_type(tensor, kind), tensor, order)
+def _order(tensor: Tensor, name: str, take: range, target: Target, head_dim: int) -> list[int] | None:
+    """Which rows of a tensor stand in one of the file, queries and keys in the order of the target's rope; None: all,
+    as they are."""
+    whole = len(take) == tensor.shape[0]
+    turned = "rope" in tensor.spec.transforms if whole else name.split(".")[2] in gguf_uneven.ROPE
+    if target.permute and turned:
+        return [take.start + i for i in rope_order(len(take) // head_dim, head_dim)]
+    return None if whole else list(take)
 
 
 def rope_order(heads: int, head_dim: int) -> list[int]:

@@ -16,7 +16,12 @@ from .checkpoint import Checkpoint
 from .errors import PareError
 from .licence import licence_name
 
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # enum llama_ftype, llama.cpp include/llama.h
+FILE_TYPES = {  # what can be written: enum llama_ftype, llama.cpp include/llama.h
+    "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9,
+    "q2_k": 10, "q2_k_s": 21, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16,
+    "q5_k_m": 17, "q6_k": 18, "iq1_s": 24, "iq1_m": 31, "iq2_xxs": 19, "iq2_xs": 20, "iq2_s": 28, "iq2_m": 29,
+    "iq3_xxs": 23, "iq3_xs": 22, "iq3_s": 26, "iq3_m": 27, "iq4_nl": 25, "iq4_xs": 30,
+}  # fmt: skip
 
 
 RUNTIMES = ("mlx", "llama.cpp", "ollama", "lm-studio")  # all but the first read GGUF, by llama.cpp
@@ -114,7 +119,7 @@ def _gemma_q_norm(arch: Architecture) -> float:
 
 
 def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> None:
-    """Add everything but the tokenizer and the tensors to a gguf.GGUFWriter; ``kind``: f32, f16 or q8_0."""
+    """Add everything but the tokenizer and the tensors to a gguf.GGUFWriter; ``kind``: one of FILE_TYPES."""
     arch, config = checkpoint.arch, checkpoint.arch.config
     head_dim = arch.uniform("head_dim")
     writer.add_name(checkpoint.path.resolve().name)
@@ -122,7 +127,7 @@ def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> 
     if licence:
         writer.add_license(licence)
     writer.add_file_type(FILE_TYPES[kind])
-    if kind == "q8_0":
+    if kind not in ("f32", "f16", "bf16"):
         writer.add_quantization_version(2)  # GGML_QNT_VERSION
     writer.add_vocab_size(arch.sizes["vocab"])
     writer.add_context_length(config.get("max_position_embeddings") or 2048)  # transformers' default for llama

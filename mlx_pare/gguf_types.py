@@ -57,6 +57,16 @@ TYPES = {
     "Q2_0": Type(42, 64, 18),
 }
 
+# Where the float16 numbers that scale a whole block stand in it (ggml-common.h); the other types of blocks have none
+SCALES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S"), (0, 2)),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS"), (0, 2)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 4)),
+    "Q2_K": (80, 84),
+    "Q3_K": (108, 110),
+    "Q6_K": (208, 210),
+}
+
 NAMES = {kind.number: name for name, kind in TYPES.items()}
 
 

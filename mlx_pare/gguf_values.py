@@ -8,7 +8,9 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .errors import PareError
 from .gguf_rows import Row
-from .gguf_types import TYPES
+from .gguf_types import SCALES, TYPES
+
+FLOATS = ("F32", "F16", "BF16")
 
 
 def encoded(checkpoint: Checkpoint, row: Row, q_norm: float = 1.0) -> Iterator[memoryview]:
@@ -31,13 +33,19 @@ def encoded(checkpoint: Checkpoint, row: Row, q_norm: float = 1.0) -> Iterator[m
 
 
 def convert(values: Any, kind: str) -> Any:
-    """float32 rows (an MLX array) as uint8 of a type: "F32", "F16" or "Q8_0"."""
+    """float32 rows (an MLX array) as uint8 of a type: F32, F16, BF16, Q8_0, Q6_K, Q4_0, Q4_1, Q5_0 or Q5_1."""
     import mlx.core as mx
     import numpy as np
 
-    if kind == "Q8_0":
-        return _q8_0(values)
-    values = mx.contiguous(values.astype({"F32": mx.float32, "F16": mx.float16}[kind]))
+    if kind in ("Q8_0", "Q6_K"):
+        return _q8_0(values) if kind == "Q8_0" else _q6_k(values)
+    if kind not in FLOATS:
+        import gguf
+
+        with np.errstate(over="ignore", invalid="ignore"):  # `finite` looks at what came out
+            return gguf.quants.quantize(np.array(values), gguf.GGMLQuantizationType[kind]).reshape(-1)
+    values = mx.contiguous(values.astype({"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[kind]))
+    values = values.view(mx.uint16) if kind == "BF16" else values  # numpy has no bfloat16
     return np.array(values, copy=False).reshape(-1).view(np.uint8)
 
 
@@ -59,11 +67,56 @@ def _q8_0(values: Any) -> Any:
     return np.concatenate([np.array(part, copy=False).view(np.uint8) for part in parts], axis=1).reshape(-1)
 
 
+def _q6_k(values: Any) -> Any:
+    """Blocks of 256 values: codes of 6 bits, of every 16 an 8-bit scale, of the block one in float16. Layout and choice
+    of scales of quantize_row_q6_K_ref of ggml-quants.c: of 19 near the one that the largest value asks for, that of the
+    least error weighted by the square of the values."""
+    import mlx.core as mx
+    import numpy as np
+
+    with mx.stream(mx.cpu):
+        scales = _best_scales(values.reshape(-1, 16)).reshape(-1, 16)
+        largest = mx.take_along_axis(scales, mx.argmax(mx.abs(scales), axis=1, keepdims=True), axis=1)
+        ratio = mx.where(largest == 0, 0, -128 / largest)
+        whole = mx.where(largest == 0, 0, 1 / ratio).astype(mx.float16)
+        parts = mx.minimum(mx.round(scales * ratio), 127)
+        steps = (whole.astype(mx.float32) * parts)[..., None]
+        codes = mx.clip(mx.round(values.reshape(-1, 16, 16) / steps), -32, 31) + 32
+        codes = mx.where(steps == 0, 0, codes).astype(mx.uint8).reshape(-1, 2, 4, 32)
+        low, high = codes & 15, codes >> 4
+        low = low[:, :, :2] | (low[:, :, 2:] << 4)
+        high = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
+        stored = low, high, parts.astype(mx.int8), whole
+        mx.eval(stored)
+    return np.concatenate([np.array(p).reshape(len(p), -1).view(np.uint8) for p in stored], axis=1).reshape(-1)
+
+
+def _best_scales(parts: Any) -> Any:
+    """The scale of every row of [n, 16] whose codes of 6 bits, -32 to 31, come nearest; 0 where all is (nearly) 0."""
+    import mlx.core as mx
+
+    peak = mx.take_along_axis(parts, mx.argmax(mx.abs(parts), axis=1, keepdims=True), axis=1)
+    nothing = mx.abs(peak) < 1e-15
+    weights, best, scales = mx.square(parts), None, None
+    for step in sorted(range(-9, 10), key=bool):  # the plain one first
+        codes = mx.clip(mx.round(parts * (-(32 + 0.1 * step) / peak)), -32, 31)
+        weighted = weights * codes
+        along, square = (weighted * of for of in (parts, codes))
+        along, square = along.sum(axis=1, keepdims=True), square.sum(axis=1, keepdims=True)
+        found = along / square
+        better = mx.array(True) if best is None else mx.square(along) > best * square
+        scales = found if best is None else mx.where(better, found, scales)
+        best = found * along if best is None else mx.where(better, found * along, best)
+        mx.eval(scales, best)
+    return mx.where(nothing, 0, scales)
+
+
 def _checked(raw: Any, values: Any, row: Row) -> memoryview:
     """Encoded rows. Raises PareError for what is not finite, before or after."""
     import mlx.core as mx
 
-    if not finite(raw, row.type):
+    told = row.type in (*FLOATS, "Q8_0")  # by the encoded bytes alone; others hide a value among those of its block
+    if not finite(raw, row.type) or not (told or mx.isfinite(values).all()):
         if not mx.isfinite(values).all():
             raise PareError(f"{row.source.name} holds NaN or infinity", "the checkpoint is damaged")
         raise PareError(f"{row.source.name} has values too large for {row.type}", "export as f32")
@@ -71,11 +124,15 @@ def _checked(raw: Any, values: Any, row: Row) -> memoryview:
 
 
 def finite(raw: Any, kind: str) -> bool:
-    """Whether encoded whole values (Q8_0: blocks) are finite; ``raw`` is uint8."""
+    """Whether encoded whole values (or blocks: what scales them, where they have such a number) are finite; ``raw`` is
+    uint8."""
     import numpy as np
 
-    if kind == "Q8_0":
-        raw = np.ascontiguousarray(raw.reshape(-1, TYPES[kind].size)[:, :2]).reshape(-1)
+    if kind not in FLOATS:
+        if kind not in SCALES:
+            return True
+        raw = np.ascontiguousarray(raw.reshape(-1, TYPES[kind].size)[:, slice(*SCALES[kind])]).reshape(-1)
     # infinity and NaN have all bits of the exponent; np.isfinite takes twenty times as long for float16
-    bits, exponent = (raw.view("<u4"), 0x7F800000) if kind == "F32" else (raw.view("<u2"), 0x7C00)
+    width, exponent = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80)}.get(kind, ("<u2", 0x7C00))
+    bits = raw.view(width)
     return bool((bits & exponent).max() < exponent)

@@ -194,7 +194,10 @@ TeacherModel = Annotated[
     str | None,
     typer.Option(help="Model to learn from, with the same tokenizer, e.g. a larger sibling. Default: the original."),
 ]
-Gguf = Annotated[str | None, typer.Option(help="f32, f16 or q8_0. Default: f16, q8_0 for a quantized model.")]
+Gguf = Annotated[
+    str | None,
+    typer.Option(help="f16, q8_0, q4_k_m or another type of llama-quantize. Default: f16, q8_0 for a quantized model."),
+]
 
 
 def command(name: str, examples: str, network: bool = False) -> Callable:

@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from . import console, corpus, planning, schedule, steps
+from . import console, corpus, gguf_quantize, planning, schedule, steps
 from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
 from .export import why_not
+from .exporting import export_step
 from .fit import macs
-from .gguf_target import FILE_TYPES, RUNTIMES
+from .gguf_target import RUNTIMES
 from .layering import layers_by_of
 from .local import check_memory as check_local
 from .plan import shape, whole
@@ -61,7 +62,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
         narrow = whole(opened.model, Plan.load(opened.output("plan", "plan.json")), Checkpoint(result).nbytes())
         if narrow is not None:
             steps.contender_step(opened, "fewer-bits", narrow, texts, s)
-        gguf = steps.export_step(opened, result, s)
+        gguf = export_step(opened, result, texts, s)
         if s.trials > 0:
             steps.bench_step(opened, result, s)
         absent = {"recovered": not s.recovers, "fewer-bits": narrow is None}
@@ -150,11 +151,12 @@ def preflight(model: Path, s: Settings) -> None:
     criterion(s.criterion)
     one_of("recovery method", s.method, METHODS)
     layers_by_of(s, s.criterion)
-    one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
     for name in s.runtimes:
         one_of("runtime", name, RUNTIMES)
     if planning.wants_gguf(s) and (why := why_not(Checkpoint(model))):
         raise Refused(f"no GGUF file can be made of it: {why.problem}", "leave out --gguf and --runtimes")
+    if s.gguf and not gguf_quantize.direct(kind := gguf_quantize.known(s.gguf), False):
+        gguf_quantize.require(kind)
     options = s.plan_options()
     shape(Checkpoint(model), replace(options, bits=min(s.choose_bits)) if s.choose_bits else options)
     if s.reconstruct:

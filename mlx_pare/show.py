@@ -42,6 +42,18 @@ def _fit_row(row: dict[str, Any]) -> list[Any]:
     ]
 
 
+def show_gguf(title: str, found: dict[str, Any]) -> None:
+    """Of what types a GGUF file is, and which of them stand in for others."""
+    counted = f"{found['kind']}, {console.gb(found['bytes'])}, {found['tensors']} tensors"
+    rows = [[name, of["tensors"], console.gb(of["bytes"])] for name, of in found["types"].items()]
+    rows.append(["header, vocabulary, padding", None, console.gb(found["bytes"] - found["tensor_bytes"])])
+    console.table(f"{title}: {counted}", ["<type", "tensors", "bytes"], rows)
+    for change, count in found["fallback_types"].items():
+        console.say(f"{change}: {count} tensors whose rows are no whole blocks")
+    for line in found.get("notes", ()):
+        console.say(f"note: {line}")
+
+
 def show_fit(found: dict[str, Any]) -> None:
     """What `fit` answers: a row per Mac, what would make it fit, and what is not known."""
     here = found["here"]

@@ -86,6 +86,11 @@ class Texts:
     def test(self) -> corpus.Rows:
         return self.mixed("test", self.settings.samples).rows
 
+    def label(self, part: str) -> str:
+        """What its texts are called, without where they lie: for files that leave this machine."""
+        s = self.settings
+        return ", ".join(spec.name for spec in self.specs) if s.data else self.name(part)
+
     def name(self, part: str) -> str:
         s = self.settings
         chosen = (s.test_data or s.data) if part == "test" else s.data

@@ -17,8 +17,8 @@ import pico
 import pytest
 import typer
 
+from mlx_pare import exporting
 from mlx_pare import options as shared
-from mlx_pare import steps
 from mlx_pare.amounts import parse_amount
 from mlx_pare.arch import describe
 from mlx_pare.checkpoint import Checkpoint
@@ -507,7 +507,7 @@ def test_llama_cpp_keeps_its_cache_in_16_bits(pico_models):
 def test_what_the_steps_of_a_run_say_agrees(pico_models):
     """fits_of, which a run writes, and fit."""
     model = pico_models("gemma3_text")
-    rows = steps.fits_of(model, 10**6, model, Settings(context=300))["rows"]
+    rows = exporting.fits_of(model, 10**6, model, Settings(context=300))["rows"]
     case = case_of(model, context=300)
     assert next(r for r in rows if r["mac"] == case.mac.name)["total_bytes"] == case.row()["total_bytes"]
     assert SimpleNamespace(**case.row()).fits and pico.FAMILIES

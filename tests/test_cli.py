@@ -21,7 +21,7 @@ import mlx.core as mx
 import pico
 import pytest
 
-from mlx_pare import cli, console
+from mlx_pare import cli, console, gguf_header, llama_cpp
 from mlx_pare.options import app
 
 EVERYDAY = ["fit", "run", "evaluate", "export", "bench"]
@@ -761,3 +761,25 @@ def test_killed_run_ends_with_the_same_bytes(small, whole, tmp_path):
     same_results(whole["out"], out)
     steps = [list(json.loads((o / "manifest.json").read_text())["steps"]) for o in (whole["out"], out)]
     assert steps[0] == steps[1]
+
+
+# ---- GGUF of fewer bits ----
+
+WHOLE_BLOCKS = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+
+
+@pytest.mark.llama
+@pytest.mark.skipif(not llama_cpp.available(), reason="llama-cpp-python is not installed")
+def test_export_with_an_importance_matrix(tmp_path, pico_models, pare):
+    model = pico_models("llama", **WHOLE_BLOCKS)
+    told = json.loads(pare("export", model, "--gguf", "Q4_K_M", "--dry-run", "--json").out)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"Sentence number {i} is about the number {i * i}." for i in range(400)))
+    done = json.loads(
+        pare("export", model, "--gguf", "q4_k_m", "--imatrix", "auto", "--data", text, "--samples", 4, "--length", 32,
+             "-o", tmp_path / "m.gguf", "--json").out
+    )  # fmt: skip
+    assert told["tensor_bytes"] == done["tensor_bytes"] and told["types"] == done["types"] and told["path"] is None
+    assert 0 < done["bytes"] - told["bytes"] < 250  # what is said of the matrix
+    assert gguf_header.read(tmp_path / "m.gguf").metadata["quantize.imatrix.dataset"] == "text"
+    assert done["verify"]["checked"] and sorted(f.name for f in tmp_path.iterdir()) == ["m.gguf", "text.txt"]

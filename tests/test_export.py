@@ -18,7 +18,7 @@ from mlx_pare import gguf_rows, gguf_target, gguf_tokenizer, gguf_values, llama_
 from mlx_pare.arch import describe
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.export import export, verify
-from mlx_pare.gguf_rows import tensor_type
+from mlx_pare.fit.gguf_mix import type_of
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 500, 48)]  # six of gemma's pico windows
 
@@ -216,7 +216,7 @@ def test_an_existing_file_is_refused_and_untouched(tmp_path):
 def test_a_failure_leaves_no_file(tmp_path, monkeypatch, moment):
     calls, original = [], gguf_values.encoded
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         calls.append(args)
         if moment == "check" or len(calls) == 5:
             raise KeyboardInterrupt
@@ -232,11 +232,11 @@ def test_damage_on_the_way_to_the_disk_is_found(tmp_path, monkeypatch):
     model = pico.make(tmp_path / "model")
     check = llama_cpp.check
 
-    def damaged(path, rows):
+    def damaged(path, rows, every):
         raw = bytearray(path.read_bytes())
         raw[-4:] = np.float32("nan").tobytes()
         path.write_bytes(raw)
-        check(path, rows)
+        check(path, rows, every)
 
     monkeypatch.setattr(llama_cpp, "check", damaged)
     with pytest.raises(PareError, match="holds NaN"):
@@ -271,13 +271,14 @@ def awkward_blocks() -> np.ndarray:
     return rows
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_converted_bytes_are_those_of_gguf_py(kind):
     import gguf
 
     rows = awkward_blocks()
     rows = rows[:4] if kind == "F16" else rows
-    expected = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
+    with np.errstate(over="ignore"):
+        expected = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
     found = gguf_values.convert(mx.array(rows), kind)
     assert found.tobytes() == np.ascontiguousarray(expected).tobytes()
 
@@ -313,13 +314,12 @@ def test_what_llama_cpp_would_compute_differently_is_refused(tmp_path, family, c
 def test_types():
     with pytest.raises(UsageError, match="q4_k"):
         export(Path("model"), Path("m.gguf"), "q4_k")
-    tensors = {
-        t.spec.role: t
-        for t in describe({**pico.config_of("qwen2", vocab_size=512), "intermediate_size": 100}).tensors()
-    }
-    assert [tensor_type(tensors["down_proj"], kind) for kind in ("f32", "f16", "q8_0")] == ["F32", "F16", "F16"]
-    assert [tensor_type(tensors["up_proj"], kind) for kind in ("f32", "f16", "q8_0")] == ["F32", "F16", "Q8_0"]
-    assert {tensor_type(tensors[r], kind) for r in ("final_norm", "q_proj_bias") for kind in ("f16", "q8_0")} == {"F32"}
+    arch = describe({**pico.config_of("qwen2", vocab_size=512), "intermediate_size": 100})
+    tensors = {t.spec.role: t for t in arch.tensors()}
+    types = {kind: type_of(arch, kind) for kind in ("f32", "f16", "q8_0")}
+    assert [types[kind](tensors["down_proj"]) for kind in types] == ["F32", "F16", "F16"]
+    assert [types[kind](tensors["up_proj"]) for kind in types] == ["F32", "F16", "Q8_0"]
+    assert {types[kind](tensors[r]) for r in ("final_norm", "q_proj_bias") for kind in ("f16", "q8_0")} == {"F32"}
 
 
 # ---- tokenizers ----

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import gguf
 import llama_quantize
-import pico
 import pytest
 from gguf_conversion import STEMS, metadata, named, parts
 
-from mlx_pare import gguf_header, llama_cpp
+from mlx_pare import gguf_header, gguf_quantize, llama_cpp
 from mlx_pare.arch import Architecture, describe
 from mlx_pare.arch.spec import Family, Layer, tensor
 from mlx_pare.checkpoint import Checkpoint
@@ -19,7 +18,6 @@ from mlx_pare.errors import UsageError
 from mlx_pare.export import export
 from mlx_pare.fit import catalogue, gguf_mix
 from mlx_pare.fit.gguf_mix import kinds, storage, type_of
-from mlx_pare.gguf_rows import tensor_type
 from mlx_pare.gguf_target import FILE_TYPES
 from mlx_pare.gguf_types import nbytes
 
@@ -156,8 +154,11 @@ def settings(arch: Architecture) -> dict:
     }  # fmt: skip
 
 
-def dry_run(models: dict[str, Architecture], tried: list[str], root: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """For every model and kind, what llama.cpp would make of each tensor."""
+def dry_run(
+    models: dict[str, Architecture], tried: list[str], root: Path, by_matrix: tuple[str, ...] = ()
+) -> dict[str, dict[str, dict[str, str]]]:
+    """For every model and kind, what llama.cpp would make of each tensor; ``by_matrix``: kinds that get an importance
+    matrix beside those that need one."""
     jobs = []
     for number, arch in enumerate(models.values()):
         tensors = {name: squeezed(shape) for t in arch.tensors() for name, shape in parts(arch, t)}
@@ -167,7 +168,7 @@ def dry_run(models: dict[str, Architecture], tried: list[str], root: Path) -> di
             keys |= metadata(arch)
         llama_quantize.write(path, named(arch), tensors, len(arch.layers), keys)
         for kind in tried:
-            matrix = {"anything": 1} if kind in llama_quantize.NEEDS_MATRIX else None
+            matrix = {"anything": 1} if kind in (*llama_quantize.NEEDS_MATRIX, *by_matrix) else None
             jobs.append({"gguf": str(path), "kind": kind, "imatrix": matrix, "out": None})
     found = iter(llama_quantize.types(jobs, root))
     return {name: {kind: next(found) for kind in tried} for name in models}
@@ -176,6 +177,15 @@ def dry_run(models: dict[str, Architecture], tried: list[str], root: Path) -> di
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory) -> dict:
     return dry_run(MODELS, kinds(), tmp_path_factory.mktemp("mix"))
+
+
+# where an importance matrix changes something, and some where it does not
+BY_MATRIX = ("q4_0", "q5_0", "q4_1", "iq4_nl", "iq4_xs", "q4_k_s", "q3_k_m", "iq3_s", "q8_0")
+
+
+@pytest.fixture(scope="module")
+def judged_with_matrix(tmp_path_factory) -> dict:
+    return dry_run(MODELS, list(BY_MATRIX), tmp_path_factory.mktemp("matrix"), BY_MATRIX)
 
 
 # without apertus, whose activation is metadata under a name of its own
@@ -190,9 +200,9 @@ def judged_catalogue(tmp_path_factory) -> dict:
     return dry_run(KNOWN, ["q3_k_m", "q4_k_m", "iq2_s"], tmp_path_factory.mktemp("catalogue"))
 
 
-def agrees(arch: Architecture, kind: str, theirs: dict[str, str]) -> list[tuple]:
+def agrees(arch: Architecture, kind: str, theirs: dict[str, str], matrix: bool | None = None) -> list[tuple]:
     """The tensors whose type or bytes are other than llama.cpp's."""
-    ours, size, different = type_of(arch, kind), storage(arch, kind), []
+    ours, size, different = type_of(arch, kind, matrix), storage(arch, kind, matrix), []
     for t in arch.tensors():
         expected = [(theirs[part], shape) for part, shape in parts(arch, t)]
         if t.spec.role in gguf_mix.HALF:  # stays what it was, here float32, in real files bfloat16
@@ -210,6 +220,23 @@ def test_every_tensor_has_the_type_that_llama_cpp_gives_it(judged, name):
     refused = [kind for kind, theirs in judged[name].items() if "refused" in theirs]
     assert not refused
     assert not [d for kind, theirs in judged[name].items() for d in agrees(MODELS[name], kind, theirs)]
+
+
+@needs_llama
+@pytest.mark.parametrize("name", MODELS)
+def test_with_an_importance_matrix_too(judged_with_matrix, name):
+    assert not [
+        d for kind, theirs in judged_with_matrix[name].items() for d in agrees(MODELS[name], kind, theirs, True)
+    ]
+
+
+def test_an_importance_matrix_changes_some_types():
+    """Or the test above would compare what does not differ."""
+    arch = MODELS["llama"]
+    changed = {
+        kind for kind in BY_MATRIX for t in arch.tensors() if type_of(arch, kind, True)(t) != type_of(arch, kind)(t)
+    }
+    assert changed == {"q4_0", "q5_0", "iq4_nl", "iq4_xs"}
 
 
 @needs_llama
@@ -260,13 +287,20 @@ def test_files_of_every_kind_are_predicted_to_the_byte(tmp_path, pico_models, na
         assert header.tensor_bytes == sum(map(storage(arch, kind), arch.tensors()))
 
 
-@pytest.mark.parametrize("family", pico.FAMILIES)
 @pytest.mark.parametrize("changes", [{}, {"intermediate_size": 72}])
-def test_our_own_export_writes_the_same_types(family, changes):
-    arch = describe(pico.config_of(family, vocab_size=512, **changes))
-    for kind in FILE_TYPES:
-        ours = type_of(arch, kind)
-        assert {t.name: ours(t) for t in arch.tensors()} == {t.name: tensor_type(t, kind) for t in arch.tensors()}
+def test_our_own_export_writes_the_same_types(tmp_path, pico_models, changes):
+    directory = pico_models("llama", **changes)
+    arch = Checkpoint(directory).arch
+    for kind in gguf_quantize.DIRECT:
+        export(directory, tmp_path / kind, kind)
+        assert not agrees(arch, kind, {n: t.type for n, t in gguf_header.read(tmp_path / kind).tensors.items()})
+
+
+def test_the_kinds_that_can_be_written():
+    assert set(kinds()) - set(FILE_TYPES) == set(gguf_quantize.REASONS)
+    for kind, number in FILE_TYPES.items():
+        name = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+        assert gguf.LlamaFileType[name] == number
 
 
 # ---- published sizes ----
@@ -336,6 +370,16 @@ def test_a_published_size_to_the_byte():
 
 
 # ---- asking ----
+
+
+def test_what_falls_back():
+    arch = MODELS["odd ffn"]
+    found = {
+        t.spec.role: (*gguf_mix.types_of(arch, "q4_k_m", wide=True)(t), type_of(arch, "q4_k_m")(t))
+        for t in arch.tensors()
+    }
+    assert {role: pair for role, pair in found.items() if pair[0] != pair[1]} == {"down_proj": ("Q6_K", "F16")}
+    assert found["lm_head"] == ("Q6_K", "Q6_K") and found["attn_norm"] == ("F32", "F32")
 
 
 def test_kinds():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from test_uneven import COUNTS, FUSED, NAS, WIDE, model, plan_of  # noqa: F401 (model is a fixture)
+from test_uneven import COUNTS, FUSED, NAS, ROWS, WIDE, model, plan_of  # noqa: F401 (model is a fixture)
 
-from mlx_pare import gguf_rows, gguf_uneven, llama_cpp
+from mlx_pare import gguf_rows, gguf_size, gguf_uneven, imatrix, llama_cpp
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError
 from mlx_pare.export import export, verify
@@ -60,6 +60,27 @@ def test_packed(model, tmp_path):  # noqa: F811
     assert verify(out, tmp_path / "m.gguf")["max_abs_difference"] < 1e-4
     export(out, tmp_path / "q.gguf", "q8_0")
     assert verify(out, tmp_path / "q.gguf")["relative_difference"] < 0.05
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_quantized_by_llama_cpp(model, tmp_path, name):  # noqa: F811
+    """Types and bytes are known beforehand, of parts of fused matrices too; an importance matrix has all of them."""
+    source = model(name, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    counts = [(256, 4), (512, 2), (256, 3), (512, 4)]
+    prune(source, plan_of(source, counts), tmp_path / "out")
+    matrix = imatrix.measure(tmp_path / "out", ROWS)
+    for kind, of in (("q4_k_m", None), ("q4_k_m", matrix), ("q3_k_m", matrix)):
+        file = tmp_path / f"{kind}-{of is not None}.gguf"
+        expected = gguf_size.measured(Checkpoint(tmp_path / "out"), kind, of)
+        done = export(tmp_path / "out", file, kind, of)
+        assert file.stat().st_size == expected.nbytes == done["bytes"]
+        assert verify(tmp_path / "out", file)["relative_difference"] < 0.7
+
+
+def test_nothing_stands_in_where_llama_cpp_quantizes(model, tmp_path):  # noqa: F811
+    prune(source := model("llama", **WIDE), plan_of(source, NAS), tmp_path / "out")
+    with pytest.raises(PareError, match="something else stands in the file"):
+        export(tmp_path / "out", tmp_path / "m.gguf", "q4_k_m")
 
 
 def test_what_has_no_architecture_is_refused(model, tmp_path):  # noqa: F811

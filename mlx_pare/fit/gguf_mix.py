@@ -4,9 +4,10 @@ A kind is a base type and exceptions: more bits for the values of attention and 
 head, and for what a model shares widely (grouped queries, eight experts). Learned from src/llama-quant.cpp of llama.cpp
 (commit 007dbbf); tests/test_gguf_mix.py holds it to the installed llama.cpp, tensor by tensor, and to published sizes.
 
-Kinds that cannot be made without an importance matrix are taken to have one, the others to have none: with one, q4_0
-and q5_0 get one more scale in the first eighth of ffn_down, and iq4_xs and iq4_nl fewer bits there. Files whose types
-were chosen by hand (unsloth's UD) follow no rule: read their table with gguf_header.
+Kinds that cannot be made without an importance matrix (NEEDS_MATRIX) are taken to have one, the others to have none
+unless it is said: with one, q4_0 and q5_0 get one more scale in the first eighth of ffn_down, and iq4_xs and iq4_nl
+fewer bits there. Files whose types were chosen by hand (unsloth's UD) follow no rule: read their table with
+gguf_header.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from difflib import get_close_matches
 from math import prod
 from typing import NamedTuple
 
+from .. import gguf_uneven
 from ..arch import Architecture, Tensor
 from ..arch.spec import dim, length
 from ..errors import UsageError
@@ -34,7 +36,9 @@ BASE = {
 }  # fmt: skip
 
 FLOATS = ("F32", "F16", "BF16")
+WIDEST = 256  # values of the longest blocks
 TWO_BITS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
+NEEDS_MATRIX = (*TWO_BITS, "iq3_xxs", "iq3_xs", "q2_k_s")  # tensor_requires_imatrix there
 
 # What a type becomes when its blocks do not fit the columns; F16 when the second does not fit either
 FALLBACK = {
@@ -128,6 +132,11 @@ DOWN = {
     **dict.fromkeys(("iq2_s", "iq2_m"), Rule("IQ3_S", _first(8))),
     "iq3_m": Rule("Q4_K", lambda place: _first(8)(place) or (_of_eight(place) and _more(place))),
 }
+DOWN_BY_MATRIX = {  # instead, when there is an importance matrix
+    "q4_0": Rule("Q4_1", _first(8)),
+    "q5_0": Rule("Q5_1", _first(8)),
+    **dict.fromkeys(("iq4_nl", "iq4_xs"), Rule("")),
+}
 WIDE = {"iq3_xs": Rule("IQ3_XXS", _middle)}
 LOOKUP = {  # an untied embedding
     **dict.fromkeys(("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs"), Rule("Q2_K")),
@@ -161,8 +170,15 @@ SPLIT = {
     "shared_gate_up": {"shared_gate": "shared_ffn, hidden", "shared_up": "shared_ffn, hidden"},
     "in_proj_qkvz": {"in_proj_qkv": f"{_K} + {_K} + {_V}, hidden", "in_proj_z": f"{_V}, hidden"},
 }
+# ... and those of models whose layers differ, where the architecture in gguf_uneven.py wants them apart
+_QUERIES, _KEYS = "q_head*head_dim, hidden", "kv_head*head_dim, hidden"
+APART = {
+    "qkv_proj": {"q_proj": _QUERIES, "k_proj": _KEYS, "v_proj": _KEYS},
+    "gate_up_proj": {"gate_proj": "ffn, hidden", "up_proj": "ffn, hidden"},
+}
 PARTS = {
-    role: [(part, [dim(d) for d in dims.split(",")]) for part, dims in parts.items()] for role, parts in SPLIT.items()
+    role: [(part, [dim(d) for d in dims.split(",")]) for part, dims in parts.items()]
+    for role, parts in (SPLIT | APART).items()
 }
 
 
@@ -171,18 +187,33 @@ def kinds() -> list[str]:
     return list(BASE)
 
 
-def type_of(arch: Architecture, kind: str) -> Callable[[Tensor], str]:
-    """The GGUF type of each tensor in a file of ``kind``; "Q5_0 + Q4_K" for one that is stored as two.
+def type_of(arch: Architecture, kind: str, matrix: bool | None = None) -> Callable[[Tensor], str]:
+    """The GGUF type of each tensor in a file of ``kind``; "Q5_0 + Q4_K" for one that is stored as two. ``matrix``:
+    whether an importance matrix is used; None: where the kind cannot be made without.
 
     Raises UsageError for an unknown kind.
     """
-    mix = _Mix(arch, known(kind))
-    return lambda tensor: " + ".join(dict.fromkeys(mix.type(tensor, role, shape) for role, shape in mix.pieces(tensor)))
+    types = types_of(arch, kind, matrix)
+    return lambda tensor: " + ".join(dict.fromkeys(types(tensor)))
 
 
-def storage(arch: Architecture, kind: str) -> Callable[[Tensor], int]:
+def types_of(
+    arch: Architecture, kind: str, matrix: bool | None = None, wide: bool = False
+) -> Callable[[Tensor], list[str]]:
+    """As ``type_of``, the type of every piece that a tensor is stored as. ``wide``: what they would be if their rows
+    were as long as any type likes: where the two differ, a type falls back to another."""
+    mix, factor = _Mix(arch, known(kind), matrix), WIDEST if wide else 1
+
+    def named(tensor: Tensor) -> list[str]:
+        pieces = ((role, (*shape[:-1], factor * shape[-1]) if shape else shape) for role, shape in mix.pieces(tensor))
+        return [mix.type(tensor, role, shape) for role, shape in pieces]
+
+    return named
+
+
+def storage(arch: Architecture, kind: str, matrix: bool | None = None) -> Callable[[Tensor], int]:
     """Bytes of each tensor in a file of ``kind``: data only, no header and no padding. Raises as ``type_of``."""
-    mix = _Mix(arch, known(kind))
+    mix = _Mix(arch, known(kind), matrix)
     return lambda tensor: sum(nbytes(mix.type(tensor, role, shape), shape) for role, shape in mix.pieces(tensor))
 
 
@@ -197,12 +228,15 @@ def known(kind: str) -> str:
 class _Mix:
     """One kind for one model: what llama-quantize counts before it decides."""
 
-    def __init__(self, arch: Architecture, kind: str):
+    def __init__(self, arch: Architecture, kind: str, matrix: bool | None = None):
         first = arch.layers[0]
         heads, kv_heads = first.sizes["kv_head"] * first.sizes["group"], first.sizes["kv_head"]
         if "kv_latent" in first.sizes:  # stored as one head that all share
             kv_heads = 1
         self.arch, self.kind, self.base = arch, kind, BASE[kind]
+        uneven = arch.family.result and gguf_uneven.why_not(arch) is None
+        self.split = {*SPLIT, *(gguf_uneven.SPLIT[gguf_uneven.architecture(arch)] if uneven else ())}
+        self.matrix = kind in NEEDS_MATRIX if matrix is None else matrix
         self.tied = not any(tensor.spec.role == "lm_head" for tensor in arch.tensors())
         self.experts = max(layer.sizes.get("expert", 0) for layer in arch.layers)
         # of the first layer, which has no kv heads where it does not attend; gated DeltaNets are said to have some
@@ -218,7 +252,7 @@ class _Mix:
 
     def pieces(self, tensor: Tensor) -> list[tuple[str, tuple[int, ...]]]:
         """Role and shape of what a tensor is stored as."""
-        if tensor.spec.role not in PARTS:
+        if tensor.spec.role not in self.split:
             return [(tensor.spec.role, tensor.shape)]
         sizes = self.arch.layer_sizes(tensor.layer)
         return [(part, tuple(length(d, sizes) for d in dims)) for part, dims in PARTS[tensor.spec.role]]
@@ -246,6 +280,8 @@ class _Mix:
         group = GROUP_OF.get(role, "")
         table = LOOKUP if role in LOOKUPS else GROUPS[group][1] if group else {}
         chosen, rule = self.base, table.get(self.kind)
+        if group == "down" and self.matrix:
+            rule = DOWN_BY_MATRIX.get(self.kind, rule)
         if rule:
             chosen = (rule.type if rule.when(self.place(tensor, group)) else rule.otherwise) or self.base
         if self.kind in TWO_BITS:

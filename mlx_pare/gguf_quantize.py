@@ -1,0 +1,154 @@
+"""llama.cpp's own quantizer: for the GGUF types that we do not write, and for all with an importance matrix.
+
+``llama-quantize`` where it is on PATH, else llama_model_quantize of llama-cpp-python (the extra "llama"); both in a
+child process, because llama.cpp aborts on some bad files. Run as a module it is that child.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import console
+from .checkpoint import Checkpoint
+from .errors import PareError, UsageError
+from .fit import gguf_mix
+from .gguf_target import FILE_TYPES
+
+DIRECT = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q6_k")  # gguf_values.convert writes these
+PLAIN = ("f32", "f16", "bf16", "q8_0")  # an importance matrix would change nothing
+ROWS_BYTES = 1 << 30  # of float32 rows that llama.cpp has in memory at once
+STEP = re.compile(r"^\[ *\d+/ *\d+\] +(\S+)")  # its line about a tensor
+
+REASONS = {
+    "mxfp4_moe": "is for mixtures of experts, a dense model becomes Q8_0 by it",
+    **dict.fromkeys(("tq1_0", "tq2_0"), "is for models that were trained with ternary weights"),
+}
+
+
+def known(kind: str) -> str:
+    """The kind in lower case, when it can be written. Raises UsageError otherwise."""
+    kind = gguf_mix.known(kind)
+    if kind not in FILE_TYPES:
+        raise UsageError(f"{kind} {REASONS[kind]}", "choose another type, e.g. q4_k_m")
+    return kind
+
+
+def direct(kind: str, matrix: bool) -> bool:
+    """Whether our own writer makes a file of this kind."""
+    return kind in DIRECT and not matrix
+
+
+def between(checkpoint: Checkpoint) -> str:
+    """The kind of the file that is quantized from, as exact as the checkpoint; packed values are taken as float16."""
+    matrices = [tensor for tensor in checkpoint.arch.tensors() if tensor.matrix]
+    dtypes = {"F16" if checkpoint.packing(t.module) else checkpoint.dtype(t) for t in matrices}
+    return "f32" if "F32" in dtypes else "bf16" if dtypes == {"BF16"} else "f16"
+
+
+def program() -> str | None:
+    """The llama-quantize on PATH."""
+    return shutil.which("llama-quantize")
+
+
+def require(kind: str) -> None:
+    """Raises PareError when nothing here makes files of this kind."""
+    if program() is None and importlib.util.find_spec("llama_cpp") is None:
+        raise PareError(
+            f"{kind} takes llama.cpp's quantizer, and there is none here",
+            "pip install 'mlx-pare[llama]', put llama-quantize on PATH, or choose of " + ", ".join(DIRECT),
+        )
+
+
+def quantize(source: Path, out: Path, kind: str, tensors: int, matrix: Path | None = None) -> None:
+    """Write ``source``, a GGUF file of floats with so many ``tensors``, as ``out`` of ``kind``; ``matrix``: the file of
+    an importance matrix.
+
+    Raises PareError with what llama.cpp says when it fails; ``out`` may then be there in part.
+    """
+    require(kind)
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = program()
+    if found:
+        chosen = ["--imatrix", matrix.name] if matrix else []  # by name alone: it is told in the file
+        command = [found, *chosen, *map(str, (source.resolve(), out.resolve())), kind.upper(), str(threads)]
+        request = ""
+    else:
+        asked = {"source": str(source.resolve()), "out": str(out.resolve()), "kind": kind, "threads": threads}
+        command = [sys.executable, "-m", "mlx_pare.gguf_quantize"]
+        request = json.dumps({**asked, "matrix": str(matrix.resolve()) if matrix else None})
+    code, lines = _watched(command, request, tensors, matrix.resolve().parent if matrix else None)
+    if code or not out.exists():
+        telling = [line for line in lines if re.search(r"error|fail|GGML_ASSERT|requires", line, re.I)]
+        raise PareError(f"llama.cpp cannot write {kind}: {(telling or lines or [f'exit status {code}'])[-1]}")
+
+
+def environment() -> dict[str, str]:
+    """Of a child that runs a module of this package."""
+    package = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
+    return {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
+
+
+def _watched(command: Sequence[str], request: str, tensors: int, where: Path | None) -> tuple[int, list[str]]:
+    """Run a quantizer, show its progress; its exit status and last lines. It ends with us."""
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        errors="replace", env=environment(), cwd=where,
+    )  # fmt: skip
+    lines: list[str] = []
+    try:
+        with suppress(BrokenPipeError):  # it ended before it read; its output says why
+            child.stdin.write(request)
+            child.stdin.close()
+        with console.progress("quantize", tensors) as bar:
+            for line in child.stdout:
+                lines = [*lines[-50:], line.strip()] if line.strip() else lines
+                if step := STEP.match(line):
+                    bar.advance(note=step[1])
+        return child.wait(), lines
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+# ---- the child ----
+
+
+def _entries(library: Any, matrix: Path) -> tuple[Any, list[Any]]:
+    """The matrix as llama.cpp takes it: an array that ends with an empty entry; and what must not be collected."""
+    from . import imatrix
+
+    means = imatrix.load(matrix).means()
+    entries, kept = (library.llama_model_imatrix_data * (len(means) + 1))(), []
+    for entry, (name, values) in zip(entries, means.items(), strict=False):
+        kept.append(values)
+        entry.name, entry.size = name.encode(), len(values)
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    return ctypes.cast(entries, ctypes.POINTER(library.llama_model_imatrix_data)), [entries, *kept]
+
+
+def _answer(request: dict[str, Any]) -> int:
+    from llama_cpp import llama_cpp as library
+
+    params = library.llama_model_quantize_default_params()
+    params.ftype, params.nthread = FILE_TYPES[request["kind"]], request["threads"]
+    params.max_buf_size = ROWS_BYTES
+    if request["matrix"]:
+        params.imatrix, _kept = _entries(library, Path(request["matrix"]))
+    return library.llama_model_quantize(request["source"].encode(), request["out"].encode(), ctypes.byref(params))
+
+
+if __name__ == "__main__":
+    sys.exit(_answer(json.load(sys.stdin)))

@@ -1,0 +1,113 @@
+"""What a GGUF file will be before it is written: the type and the bytes of every tensor, and the header to the byte."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from . import gguf_tokenizer
+from .checkpoint import Checkpoint
+from .gguf_header import ALIGNMENT
+from .gguf_rows import Row, table
+from .gguf_target import Target, metadata, target_of
+
+if TYPE_CHECKING:
+    from .imatrix import Importance
+
+
+def padded(nbytes: int) -> int:
+    """Bytes up to where the next tensor begins."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A GGUF file of ``kind`` as it will be. ``rows``: its tensors; ``header_bytes``: everything before their data, the
+    vocabulary most of all; ``fallbacks``: name of a tensor -> its type if its rows were whole blocks of that."""
+
+    kind: str
+    target: Target
+    rows: Sequence[Row]
+    fallbacks: dict[str, str]
+    header_bytes: int = 0
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of data, without padding."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file, once the header was measured."""
+        return self.header_bytes + sum(padded(row.nbytes) for row in self.rows)
+
+    def about(self) -> dict[str, Any]:
+        """For people and JSON: kind, architecture, tensor_bytes, tensors, types (tensors and bytes of each), fallbacks
+        (names), fallback_types (how many tensors, by "Q4_K -> Q5_0")."""
+        types: dict[str, dict[str, int]] = {}
+        for row in self.rows:
+            counted = types.setdefault(row.type, {"tensors": 0, "bytes": 0})
+            counted["tensors"] += 1
+            counted["bytes"] += row.nbytes
+        told = Counter(f"{self.fallbacks[row.name]} -> {row.type}" for row in self.rows if row.name in self.fallbacks)
+        return {
+            "kind": self.kind,
+            "architecture": self.target.architecture,
+            "tensor_bytes": self.tensor_bytes,
+            "tensors": len(self.rows),
+            "types": types,
+            "fallbacks": list(self.fallbacks),
+            "fallback_types": dict(told),
+        }
+
+
+def predict(checkpoint: Checkpoint, kind: str, matrix: bool = False) -> Prediction:
+    """The tensors of a file, without its header. Raises PareError when llama.cpp could not compute what the model does,
+    UsageError for a kind that is not known."""
+    target = target_of(checkpoint)
+    rows = table(checkpoint.arch, target, kind, matrix)
+    fallbacks = {row.name: row.ideal for row in rows if row.ideal not in ("", row.type)}
+    return Prediction(kind, target, rows, fallbacks)
+
+
+def measured(checkpoint: Checkpoint, kind: str, matrix: Importance | None = None, needs: bool = False) -> Prediction:
+    """``predict`` with the header, which is written to a temporary file and measured. ``needs``: there will be an
+    importance matrix that is not made yet, whose few words in the header are not counted. Raises as ``predict``."""
+    found = predict(checkpoint, kind, matrix is not None or needs)
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / "header.gguf"
+        writer, _ = begun(file, checkpoint, found, matrix)
+        writer.close()
+        size = file.stat().st_size
+    return Prediction(found.kind, found.target, found.rows, found.fallbacks, size)
+
+
+def begun(
+    path: Path, checkpoint: Checkpoint, of: Prediction, matrix: Importance | None = None
+) -> tuple[Any, list[str]]:
+    """A gguf.GGUFWriter that has written everything up to the data of the first tensor, and notes on the tokenizer."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, of.target.architecture)
+    try:
+        metadata(writer, checkpoint, of.target, of.kind)
+        if matrix:
+            matrix.describe(writer)
+        notes = gguf_tokenizer.write(writer, checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.config).notes
+        for row in of.rows:
+            number = gguf.GGMLQuantizationType[row.type]
+            writer.add_tensor_info(row.name, row.shape, np.dtype(np.float32), row.nbytes, raw_dtype=number)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+    except BaseException:
+        writer.close()
+        raise
+    return writer, notes

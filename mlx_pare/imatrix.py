@@ -1,0 +1,191 @@
+"""An importance matrix: for every linear layer the mean square of each of its inputs, over some text.
+
+llama.cpp's quantizer weighs the error of a weight by it. Ours comes from one streamed pass, one block in memory at a
+time; the file is that of llama.cpp (common/imatrix-loader.cpp, tools/imatrix): GGUF with two tensors for each matrix,
+``NAME.in_sum2`` [1, columns], the sum of squares over all tokens, and ``NAME.counts`` [1, 1], how many tokens those
+were. As there by default, the head has no entry: it is better quantized without (tools/imatrix/README.md). Rows of q
+and k are stored in another order than ours, their columns are not.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import gguf_header, stream
+from .arch import Architecture
+from .checkpoint import Checkpoint
+from .corpus import Rows
+from .errors import PareError, UsageError
+from .gguf_rows import table
+from .gguf_target import target_of
+from .observers import Tap, replace_module
+
+TOLD = 127  # bytes of a string that llama-quantize puts into a file's metadata (llama_model_kv_override)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """``sums`` float32 [columns] and ``counts`` by the name of a matrix in GGUF; which texts (``datasets``), as
+    ``chunks`` pieces of ``chunk_size`` tokens; ``name`` of the file it is to be known by."""
+
+    sums: Mapping[str, np.ndarray]
+    counts: Mapping[str, float]
+    datasets: Sequence[str] = ("unknown",)
+    chunks: int = 0
+    chunk_size: int = 0
+    name: str = "imatrix.gguf"
+
+    def means(self) -> dict[str, np.ndarray]:
+        """What the quantizer takes: the mean square of every input, float32 [columns]; ones where no token was seen
+        (load_imatrix of tools/quantize/quantize.cpp)."""
+        return {
+            name: sums / np.float32(self.counts[name]) if self.counts[name] > 0 else np.ones_like(sums)
+            for name, sums in self.sums.items()
+        }
+
+    def describe(self, writer: Any) -> None:
+        """The keys that llama-quantize adds to a file made with an importance matrix, to a gguf.GGUFWriter."""
+        writer.add_string("quantize.imatrix.file", _cut(self.name))
+        writer.add_string("quantize.imatrix.dataset", _cut(self.datasets[0]))
+        writer.add_uint32("quantize.imatrix.entries_count", len(self.sums))
+        if self.chunks:
+            writer.add_uint32("quantize.imatrix.chunks_count", self.chunks)
+
+    def save(self, path: Path) -> None:
+        """Write it as llama-imatrix does."""
+        import gguf
+
+        partial = path.with_name(f".{path.name}.part")
+        writer = gguf.GGUFWriter(partial, "")
+        try:
+            writer.kv_data[0].clear()  # without general.architecture, which only models have
+            writer.add_type("imatrix")
+            writer.add_array("imatrix.datasets", list(self.datasets))
+            writer.add_uint32("imatrix.chunk_count", self.chunks)
+            writer.add_uint32("imatrix.chunk_size", self.chunk_size)
+            for name in sorted(self.sums):
+                writer.add_tensor(f"{name}.in_sum2", self.sums[name].astype(np.float32)[None])
+                writer.add_tensor(f"{name}.counts", np.array([[self.counts[name]]], np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            partial.rename(path)
+        finally:
+            writer.close()
+            partial.unlink(missing_ok=True)
+
+
+def _cut(text: str) -> str:
+    return text.encode()[:TOLD].decode(errors="ignore")
+
+
+# ---- from a file ----
+
+
+def load(path: Path) -> Importance:
+    """Read an importance matrix, ours or llama.cpp's. Raises PareError for a file that is none, or is damaged."""
+    path = Path(path)
+    header = gguf_header.read(path)
+    known = header.metadata
+    if not all(f"imatrix.{key}" in known for key in ("datasets", "chunk_count", "chunk_size")):
+        raise PareError(f"{path} is no importance matrix", "make one with --imatrix auto, or with llama-imatrix")
+    sums, counts = {}, {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for name, info in header.tensors.items():
+            stem, _, leaf = name.rpartition(".")
+            if leaf not in ("in_sum2", "counts") or info.type != "F32":
+                raise PareError(f"{path} holds {name!r} ({info.type}), which no importance matrix has")
+            start = header.data_start + info.offset
+            values = np.frombuffer(data[start : start + info.nbytes], "<f4")
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise PareError(f"{path}: {name!r} has values that are no sums of squares", "make it again")
+            (sums if leaf == "in_sum2" else counts)[stem] = values
+    for stem in sums.keys() ^ counts.keys():
+        raise PareError(f"{path} lacks one of the two tensors of {stem!r}", "make it again")
+    if wrong := next((stem for stem in sums if len(counts[stem]) != 1), None):
+        raise PareError(f"{path}: {wrong!r} is of several experts, which cannot be exported here")
+    chunks, size = (n if isinstance(n := known[f"imatrix.chunk_{key}"], int) else 0 for key in ("count", "size"))
+    tokens = {stem: float(n[0]) for stem, n in counts.items()}
+    return Importance(sums, tokens, chunks=chunks, chunk_size=size, name=path.name)  # lists of texts are not kept
+
+
+def check(of: Importance, checkpoint: Checkpoint) -> None:
+    """Raises UsageError when it belongs to another model: it lacks a matrix of a block, or has one of other columns."""
+    for row in table(checkpoint.arch, target_of(checkpoint), "f16"):
+        if row.source is None or row.source.layer is None or not row.source.matrix:
+            continue
+        found = of.sums.get(row.name)
+        if found is None or len(found) != row.shape[-1]:
+            what = "nothing" if found is None else f"{len(found)} inputs"
+            raise UsageError(
+                f"{of.name} has {what} of {row.name}, the model {row.shape[-1]}",
+                "it was made of another model; --imatrix auto makes one of this",
+            )
+
+
+# ---- from a pass over text ----
+
+
+class _Sum:
+    """Sum over tokens of the square of every input, float32 [columns]."""
+
+    def __init__(self) -> None:
+        self.sum = mx.array(0.0)
+
+    def update(self, x: mx.array, mask: mx.array) -> None:
+        """Add activations [rows, tokens, columns]; ``mask`` [rows, tokens] is 1 where there is text."""
+        self.sum = self.sum + mx.square(x.astype(mx.float32) * mask[..., None]).sum(axis=(0, 1))
+
+
+class Squares(stream.Observer):
+    """Sums the squares of what goes into every matrix of every block; ``found`` by the name of our tensor."""
+
+    def __init__(self, arch: Architecture):
+        self.arch, self.found, self.sums = arch, {}, {}
+
+    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
+        """Put taps on the block."""
+        self.sums = {t.name: _Sum() for t in self.arch.tensors() if t.layer == index and t.matrix}
+        roles = {t.name: t.spec.role for t in self.arch.tensors() if t.name in self.sums}
+        for name, total in self.sums.items():
+            path = self.arch.path(index, roles[name])
+            replace_module(block, path, lambda module, total=total: Tap(module, total, mask, "input"))
+
+    def pending(self) -> list[mx.array]:
+        """The sums so far."""
+        return [total.sum for total in self.sums.values()]
+
+    def leave(self, index: int, hidden: Any) -> None:
+        """Keep the sums, let the block go."""
+        self.found |= {name: np.array(total.sum) for name, total in self.sums.items()}
+        self.sums = {}
+
+
+def measure(
+    model: Path, rows: Rows, dataset: str = "text", memory_cap: int | None = None, scratch: Path | None = None
+) -> Importance:
+    """Stream ``rows`` through ``model`` and sum up; ``dataset``: what the text is called; ``scratch``: a directory for
+    hidden states where they do not fit in memory. Raises PareError for a model that cannot be GGUF, Refused when it
+    would take more memory than ``memory_cap`` (default: what is free)."""
+    checkpoint = Checkpoint(model)
+    made = table(checkpoint.arch, target_of(checkpoint), "f16")  # some are parts of one of ours, with its inputs
+    observer = Squares(checkpoint.arch)
+    spooled = stream.must_spool(checkpoint, rows, memory_cap)
+    with TemporaryDirectory(dir=scratch) as directory:
+        stream.walk(model, rows, observer, what="imatrix: block", spool=Path(directory) if spooled else None)
+    sums = {
+        row.name: observer.found[row.source.name] for row in made if row.source and row.source.name in observer.found
+    }
+    for name, total in sums.items():
+        if not np.isfinite(total).all():
+            raise PareError(f"what goes into {name} is not finite", "the model is broken, or overflows on this text")
+    return Importance(sums, dict.fromkeys(sums, float(rows.total)), (dataset,), rows.count, rows.length)
