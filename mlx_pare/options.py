@@ -13,6 +13,7 @@ import typer
 
 from . import console
 from .errors import told
+from .opened import opened
 from .score import CRITERIA
 
 app = typer.Typer(
@@ -30,7 +31,11 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    Path, typer.Argument(help="Model directory (config.json, *.safetensors, tokenizer).", metavar="MODEL")
+    Path,
+    typer.Argument(
+        help="Model directory (config.json, *.safetensors, tokenizer), or a .gguf file, which is rebuilt as one once.",
+        metavar="MODEL",
+    ),
 ]
 AnyModel = Annotated[
     str,
@@ -184,7 +189,7 @@ OnPolicy = Annotated[
     ),
 ]
 TeacherModel = Annotated[
-    str | None,
+    Path | None,
     typer.Option(help="Model to learn from, with the same tokenizer, e.g. a larger sibling. Default: the original."),
 ]
 Gguf = Annotated[str | None, typer.Option(help="f32, f16 or q8_0. Default: f16, q8_0 for a quantized model.")]
@@ -203,7 +208,7 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
             if not network:  # everything is local, nothing may wait; huggingface_hub reads it once, when it is imported
                 os.environ.setdefault("HF_HUB_OFFLINE", "1")
             try:
-                console.document(function(*args, **kwargs))
+                console.document(function(*args, **_directories(kwargs)))
             except BrokenPipeError:  # `| head` has seen enough
                 raise
             except (Exception, KeyboardInterrupt) as error:
@@ -213,6 +218,17 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
         return app.command(name, epilog="Examples:  " + examples)(called)
 
     return wrap
+
+
+def _directories(given: dict[str, Any]) -> dict[str, Any]:
+    """What the command line gives, with model directories in place of GGUF files. Texts name more than these."""
+    for name in ("model", "models", "teacher", "against"):
+        value = given.get(name)
+        if isinstance(value, Path):
+            given[name] = opened(value)
+        elif isinstance(value, list):
+            given[name] = [opened(model) for model in value]
+    return given
 
 
 def _fail(error: BaseException, debug: bool) -> None:

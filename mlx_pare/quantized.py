@@ -126,7 +126,10 @@ def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """The words [rows, columns*bits/32] of codes [rows, columns]: a row is one stream of bits, lowest first."""
-    stream = (np.ascontiguousarray(codes, np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    codes = np.ascontiguousarray(codes, np.uint8)
+    if bits in (4, 8):  # the same, at ten times the speed
+        return (codes if bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4).view("<u4")
+    stream = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
     return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")
 
 
