@@ -95,6 +95,12 @@ def _tq2_0(raw: Raw) -> Parts:
     return quarters.reshape(len(raw), -1), scale, -scale
 
 
+def _tq1_0(raw: Raw) -> Parts:
+    """The same, five to a byte."""
+    scale = np.repeat(_half(raw, 52), 2, axis=1)
+    return (np.sign(dense(raw, "TQ1_0")) * np.sign(scale[:, :1]) + 1).astype(np.uint8), scale, -scale
+
+
 def _mxfp4(raw: Raw) -> Parts:
     return _nibbles(raw[:, 1:], 16), raw[:, :1], None
 
@@ -108,6 +114,7 @@ FORMS = {
     "Q4_K": Form(Packing(4, 32), _q4_k, exact=False),
     "Q5_K": Form(Packing(5, 32), _q5_k, exact=False),
     "TQ2_0": Form(Packing(2, 128), _tq2_0),
+    "TQ1_0": Form(Packing(2, 128), _tq1_0),
     "MXFP4": Form(Packing.named("mxfp4"), _mxfp4),
 }
 

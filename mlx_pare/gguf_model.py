@@ -49,8 +49,9 @@ class Opened:
 def rebuild(gguf: Path, out: Path, dense: bool = False) -> dict:
     """Write the model of a GGUF file (or of all parts of one, given any) as the MLX model directory ``out``.
 
-    F32, F16 and BF16 stay; Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, TQ2_0 and MXFP4 keep codes and scales, Q4_K and Q5_K codes,
-    with scales rounded to float16; other types are packed anew with 8 bits. ``dense``: quantized ones become float16.
+    F32, F16 and BF16 stay; Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, TQ1_0, TQ2_0 and MXFP4 keep codes and scales, Q4_K and Q5_K
+    codes, with scales rounded to float16; other types are packed anew with 8 bits. ``dense``: quantized
+    ones become float16.
     Returns path, architecture, model_type, bytes, tensors, types (how many of each), rounded (by type: stored, tensors,
     relative_error, worst) and notes. Raises Refused where ``out`` exists, PareError for what cannot be rebuilt or is no
     sound model; nothing is left then. Memory: a few rows, and the tokenizer.

@@ -199,7 +199,7 @@ def llama3_scaling(factors: Sequence[float], theta: float) -> dict[str, Any]:
     1/factor is linear in 1/wavelength between its two ends, so two points there give both; with one, or none, every
     line between its neighbours gives the same factors.
     """
-    if not factors or not all(math.isfinite(f) and f >= 1 for f in factors):
+    if not factors or not all(1 <= f < math.inf for f in factors) or list(factors) != sorted(factors):
         raise PareError("rope_freqs.weight of the GGUF file holds what is no factor of a llama3 rope")
     most = max(factors)
     if min(factors) == most:

@@ -27,7 +27,7 @@ from .gguf_tokenizer import (
     USER_DEFINED,
 )
 
-MAX_PIECE = 256  # characters of a token that merges may lead to; SentencePiece makes at most 16 unless told
+MAX_SPLITS = 1 << 28  # characters of all tokens cut in two everywhere: gemma's have 20 million
 NEVER = -1e8  # scores below are of what no merge makes: gguf_tokenizer.py gives it -1e9
 # Other names of the same pre-tokenizers, in llama_vocab::impl::load of llama.cpp src/llama-vocab.cpp
 ALIASES = {
@@ -198,12 +198,13 @@ def merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float])
     parts, as in transformers convert_slow_tokenizer.generate_merges.
     """
     ids = {text: i for i, text in enumerate(tokens) if types[i] in (NORMAL, UNUSED, USER_DEFINED)}
+    made = {text: i for text, i in ids.items() if types[i] == NORMAL and scores[i] > NEVER}
+    if sum(len(text) ** 2 for text in made) > MAX_SPLITS:
+        raise PareError(
+            f"the GGUF file has tokens of up to {max(map(len, made))} characters, too many to make by merges"
+        )
     found = []
-    for text, i in ids.items():
-        if types[i] != NORMAL or not scores[i] > NEVER:
-            continue
-        if len(text) > MAX_PIECE:
-            raise PareError(f"the GGUF file has a token of {len(text)} characters, more than merges could make")
+    for text, i in made.items():
         pairs = [(text[:at], text[at:]) for at in range(1, len(text))]
         pairs = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
         found += [(-scores[i], i, ids[left], ids[right]) for left, right in pairs]
