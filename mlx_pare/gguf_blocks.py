@@ -121,7 +121,8 @@ FORMS = {
 
 def parts(rows: np.ndarray, kind: str) -> Parts:
     """Stored rows, uint8 [rows, bytes of a row], as codes [rows, columns], scales and biases [rows, groups]."""
-    found = FORMS[kind].parts(rows.reshape(-1, TYPES[kind].size))
+    with np.errstate(all="ignore"):  # what is not finite is the caller's to find
+        found = FORMS[kind].parts(rows.reshape(-1, TYPES[kind].size))
     return tuple(None if part is None else part.reshape(len(rows), -1) for part in found)
 
 
@@ -139,6 +140,6 @@ def dense(rows: np.ndarray, kind: str) -> np.ndarray:
     gguf-py cannot read."""
     import gguf
 
-    with np.errstate(all="ignore"):  # what is not finite is somebody else's to find
+    with np.errstate(all="ignore"):
         found = gguf.quants.dequantize(np.ascontiguousarray(rows), gguf.GGMLQuantizationType[kind])
     return found.reshape(len(rows), -1)

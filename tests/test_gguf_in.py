@@ -490,14 +490,14 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path, pico_models, monke
 
 
 def test_memory_is_a_few_rows(tmp_path, monkeypatch):
-    """An embedding of 64 MB: neither it nor its scales are in memory."""
+    """An embedding of 36 MB, 134 in float32: neither is in memory. (To read any JSON takes 16.)"""
     import tracemalloc
 
     monkeypatch.setattr(gguf_model.tokenizer_files, "check", lambda directory: None)  # takes 64 MB to read any
 
     model = pico.make(tmp_path / "model", "llama", num_hidden_layers=1)
     export(model, tmp_path / "m.gguf", "f32")
-    rows = 1 << 18
+    rows = 1 << 19
     wider = gguf_edit.edited(
         tmp_path / "m.gguf", tmp_path / "n.gguf", {"llama.vocab_size": rows},
         lambda name, v: (np.zeros((rows, 64), np.float32) if name == "token_embd.weight" else v,
@@ -508,5 +508,5 @@ def test_memory_is_a_few_rows(tmp_path, monkeypatch):
     rebuild(wider, tmp_path / "back")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 12e6 and mx.get_peak_memory() < 12e6
+    assert peak < 24e6 and mx.get_peak_memory() < 12e6
     assert Checkpoint(tmp_path / "back").packing("model.embed_tokens") == Packing(8, 32)
