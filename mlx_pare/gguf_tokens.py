@@ -48,8 +48,7 @@ class Files:
 
     def write(self, directory: Path) -> None:
         """tokenizer.json and tokenizer_config.json."""
-        text = json.dumps(self.tokenizer, ensure_ascii=False)
-        (directory / "tokenizer.json").write_text(text, "utf-8", "surrogatepass")
+        (directory / "tokenizer.json").write_text(json.dumps(self.tokenizer, ensure_ascii=False), "utf-8")
         (directory / "tokenizer_config.json").write_text(json.dumps(self.config, indent=1) + "\n", "utf-8")
 
 

@@ -56,7 +56,7 @@ def opened(model: Path) -> Path:
         return model
     parts = read_parts(model)
     first = next(iter(parts))
-    out = cache() / f"{first.stem}-{identity(parts)[:16]}"
+    out = cache() / f"{first.stem[:50]}-{identity(parts)[:16]}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with (out.parent / f"{out.name}.lock").open("w") as lock:  # another process may be at it
         fcntl.flock(lock, fcntl.LOCK_EX)

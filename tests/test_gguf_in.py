@@ -106,6 +106,18 @@ def file_values(path: Path) -> dict[str, np.ndarray]:
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
 
 
+@pytest.mark.parametrize("changes", [{"query_pre_attn_scalar": 20}, {"num_hidden_layers": 62, "intermediate_size": 32}])
+def test_the_attention_scale_of_gemma_stays_in_its_q_norm(tmp_path, changes):
+    """A file does not say it: llama.cpp goes by the number of layers, and our export puts the rest into q_norm."""
+    model = pico.make(tmp_path / "model", "gemma3_text", **changes)
+    export(model, tmp_path / "m.gguf", "f32")
+    rebuild(tmp_path / "m.gguf", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["query_pre_attn_scalar"] == (16 if "num_hidden_layers" in changes else 32)
+    ours, theirs = llama_cpp.mlx_logits(model, TOKENS), llama_cpp.mlx_logits(tmp_path / "back", TOKENS)
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_model_of_sixteen_bits_is_one_again(tmp_path, family, dtype):
