@@ -20,8 +20,8 @@ from .arch import Tensor, describe
 from .checkpoint import Checkpoint, Entry
 from .errors import PareError, Refused, Unsupported
 from .export import rope_order
-from .gguf_rows import FLOATS, Rounding, Row, float_parts, holds, words
 from .gguf_settings import Settings
+from .gguf_stored import FLOATS, Rounding, Row, float_parts, holds, words
 from .shards import ShardWriter, finish, partial_directory, write_config
 from .slices import row_panels
 

@@ -376,8 +376,8 @@ def fits_of(model: Path, gguf_bytes: int | None, original: Path, s: Settings) ->
         return planner.fit(needs, weights, every), planner.curve(needs, weights, every[0])
 
     (rows, curve), (original_rows, original_curve) = of(model), of(original)
-    gguf_rows = of(model, gguf_bytes)[0] if gguf_bytes else []
-    found = {"context": s.context, "rows": rows, "gguf_rows": gguf_rows, "original_rows": original_rows}
+    gguf_stored = of(model, gguf_bytes)[0] if gguf_bytes else []
+    found = {"context": s.context, "rows": rows, "gguf_stored": gguf_stored, "original_rows": original_rows}
     found |= {"curve": curve, "original_curve": original_curve}
     return found | {"original_fits": sum(r["fits"] for r in original_rows)}
 

@@ -44,7 +44,7 @@ from mlx_pare import (
     domains,
     gguf_header,
     gguf_model,
-    gguf_rows,
+    gguf_stored,
     gguf_tokenizer,
     gguf_tokens,
     hub,
@@ -159,7 +159,7 @@ def read_gguf_model(place: Place, raw: bytes) -> None:
     for row in opened.rows:
         first, *rest = row.planned()
         parts = [io.BytesIO() for _ in rest]
-        made = gguf_rows.words(row, parts, {}) if row.packing else gguf_rows.float_parts(row, {})
+        made = gguf_stored.words(row, parts, {}) if row.packing else gguf_stored.float_parts(row, {})
         assert sum(len(part) for part in made) == first.nbytes
         assert [len(part.getvalue()) for part in parts] == [planned.nbytes for planned in rest]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import gguf_blocks, gguf_model, gguf_rows, gguf_settings, llama_cpp, lm
+from mlx_pare import gguf_blocks, gguf_model, gguf_settings, gguf_stored, llama_cpp, lm
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError, Refused, Unsupported
 from mlx_pare.export import export
@@ -382,7 +382,7 @@ def test_other_factors_are_refused(factors):
 
 @pytest.mark.parametrize(("family", "module", "function", "fault"), [
     ("llama", gguf_model, "_undone", lambda order: list(order)),
-    ("gemma3_text", gguf_rows, "_shifted", lambda values, row: values),
+    ("gemma3_text", gguf_stored, "_shifted", lambda values, row: values),
     ("llama", gguf_settings, "_scaling", lambda *_: {}),
 ])  # fmt: skip
 def test_a_forgotten_step_is_noticed(tmp_path, monkeypatch, pico_models, family, module, function, fault):
