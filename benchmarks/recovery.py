@@ -56,7 +56,6 @@ FACTORS = {
     "16 tokens from disk": {"top": 16},
 }
 BEST = {"method": "full", "steps": 300, "batch": BATCH, "reports": 6}
-BEFORE = {"": 0, ", block by block before": 100}  # what goes before those steps
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,8 @@ def factors(clinic: Clinic, level: int, chosen: Sequence[str] | None = None) -> 
         yield f"| {what} | {found['after'][0]:.3f} | {found['after'][1]:.4f} | {found['seconds']:.0f} |"
 
 
-def best(clinic: Clinic, levels: Sequence[int]) -> Iterator[str]:
-    """Two lines per size: the same steps as others had, and with healing block by block before."""
+def best(clinic: Clinic, levels: Sequence[int], before: Sequence[int]) -> Iterator[str]:
+    """A line per size and number of steps that every block is healed by itself before: none, as others had, or some."""
     name = clinic.subject.name
     with (HERE / "measured" / "recovered.csv").open() as file:
         others = [row for row in csv.DictReader(file) if row["model"] == name]
@@ -154,7 +153,8 @@ def best(clinic: Clinic, levels: Sequence[int]) -> Iterator[str]:
     for level in levels:
         rivals = [(float(r["perplexity"]), r["pruner"]) for r in others if int(r["removed"]) == level]
         rival = "{:.2f} {}".format(*min(rivals)) if rivals else "-"
-        for what, steps in BEFORE.items():
+        for steps in before:
+            what = f", {steps} steps block by block before" if steps else ""
             found = clinic.heal(f"{level}-best{steps or ''}", clinic.cut(level), Options(**BEST, local_steps=steps))
             (p0, k0), (p1, k1) = found["before"], found["after"]
             cells = f"{p0:.3f} | {p1:.3f} | {k0:.4f} | {k1:.4f} | {rival} | {found['seconds']:.0f}"
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tables, default=tables)
     parser.add_argument("--subjects", nargs="+", help="of the reference models only these")
     parser.add_argument("--factors", nargs="+", help="only those with one of these words in their name")
+    parser.add_argument("--before", type=int, nargs="+", default=[0, 100], help="best: steps of every block before")
     parser.add_argument("--levels", type=int, nargs="+", default=[25, 50], help="percent removed")
     parser.add_argument("--try", dest="tries", type=int, default=50, help="candidates with widths of their own")
     parser.add_argument("--work", type=Path, help="where to work; kept (default: a temporary directory)")
@@ -276,7 +277,7 @@ def main() -> None:
             clinic = Clinic(Bench(subject, work, asked.tries), asked.reference)
             made = {
                 "factors": lambda c: factors(c, asked.levels[0], asked.factors),
-                "best": lambda c: best(c, asked.levels),
+                "best": lambda c: best(c, asked.levels, asked.before),
                 "packed": lambda c: packed(c, asked.levels[0]),
                 "speed": speed,
             }

@@ -21,7 +21,10 @@ import timing
 
 from mlx_pare import console
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.export import Row, convert, export, table, target_of
+from mlx_pare.export import export
+from mlx_pare.gguf_rows import Row, table
+from mlx_pare.gguf_target import target_of
+from mlx_pare.gguf_values import convert
 from mlx_pare.quantized import Packed
 from mlx_pare.slices import read_panels
 

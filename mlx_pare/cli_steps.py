@@ -43,6 +43,7 @@ from .options import (
     Rank,
     Rate,
     RunDir,
+    Runtimes,
     Samples,
     Schedule,
     Seed,
@@ -146,6 +147,7 @@ def plan_command(
     step: Step = None,
     no_protect: NoProtect = False,
     widths: Widths = "uniform",
+    runtimes: Runtimes = "mlx",
     layers_by: LayersBy = None,
     tries: Tries = None,
     choose_bits: ChooseBits = None,
@@ -154,11 +156,14 @@ def plan_command(
 ) -> dict[str, Any]:
     """Choose what to keep for a target; plan.json may be edited before `prune`."""
     from . import pipeline, planning, steps
+    from .arch import cut
     from .artifacts import Plan
+    from .checkpoint import Checkpoint
+    from .gguf_target import runtimes_of
 
     s = settings_of(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes, bits=bits,
-        min_speed=min_speed, group_size=group_size, step=step, protect=not no_protect, widths=widths,
+        min_speed=min_speed, group_size=group_size, step=step, protect=not no_protect, widths=widths, runtimes=runtimes,
         layers_by=layers_by, tries=tries, choose_bits=choose_bits, memory_cap=memory_cap,
     )  # fmt: skip
     with steps.continue_run(run) as opened:
@@ -166,10 +171,13 @@ def plan_command(
             return show.show_shape(pipeline.shape_of(opened.model, s))
         s = planning.settled(opened.model, replace(s, **steps.of_calibration(opened), memory_cap=s.memory_cap))
         path = planning.plan_step(opened, steps.Texts(opened.model, s), s)
-    made = Plan.load(path).model_dump()
+        plan, arch = Plan.load(path), Checkpoint(opened.model).arch
+    made, found = plan.model_dump(), runtimes_of(cut(arch, plan.keep(arch)))
     console.say(f"plan: {path}")
+    console.say(show.runtimes(found))
     return {
         "plan": str(path),
+        "runtimes": found,
         **show.show_shape({k: made[k] for k in ("before", "after", "neighbours")} | {"asked": made["target"]["asked"]}),
     }
 

@@ -19,7 +19,7 @@ from . import console, gguf_blocks, gguf_header, gguf_settings, gguf_tokens, tok
 from .arch import Tensor, describe
 from .checkpoint import Checkpoint, Entry
 from .errors import PareError, Refused, Unsupported
-from .export import rope_order
+from .gguf_rows import rope_order
 from .gguf_settings import Settings
 from .gguf_stored import FLOATS, Rounding, Row, float_parts, holds, words
 from .shards import ShardWriter, finish, partial_directory, write_config

@@ -233,22 +233,32 @@ def _space_prefix(raw: Mapping[str, Any], where: str) -> tuple[bool, list[str]]:
 
 def _add_special(writer: Any, raw: Mapping, settings: Mapping, config: Mapping, tokens: list[str]) -> None:
     ids = {text: i for i, text in enumerate(tokens)}
-    texts = {}
     for role in ("bos", "eos", "unk", "pad"):
-        entry = settings.get(f"{role}_token")
-        texts[role] = entry.get("content") if isinstance(entry, Mapping) else entry
-        found = ids.get(texts[role])
+        found = ids.get(_special(role, settings))
         if found is None:
             found = config.get(f"{role}_token_id")
             found = found[0] if isinstance(found, list) and found else found
         if isinstance(found, int) and 0 <= found < len(tokens):
             getattr(writer, f"add_{role}_token_id")(found)
-    first, last = _template_ends(raw)
-    for role, end in (("bos", first), ("eos", last)):
-        given = settings.get(f"add_{role}_token")
-        # always written: left out, llama.cpp decides by the name of the pre-tokenizer
-        flag = given if isinstance(given, bool) else end is not None and end == texts[role]
-        getattr(writer, f"add_add_{role}_token")(flag)
+    for role in ("bos", "eos"):  # always written: left out, llama.cpp decides by the name of the pre-tokenizer
+        getattr(writer, f"add_add_{role}_token")(_adds(role, raw, settings))
+
+
+def _special(role: str, settings: Mapping[str, Any]) -> Any:
+    entry = settings.get(f"{role}_token")
+    return entry.get("content") if isinstance(entry, Mapping) else entry
+
+
+def _adds(role: str, raw: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether the special token ``role`` is put before ("bos") or after ("eos") every text."""
+    given, end = settings.get(f"add_{role}_token"), _template_ends(raw)[role == "eos"]
+    return given if isinstance(given, bool) else end is not None and end == _special(role, settings)
+
+
+def first_token(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """The special token that is put before every text, by the tokenizer.json and tokenizer_config.json of a model."""
+    found = _special("bos", settings)
+    return found if isinstance(found, str) and _adds("bos", raw, settings) else None
 
 
 def _template_ends(raw: Mapping[str, Any]) -> tuple[str | None, str | None]:

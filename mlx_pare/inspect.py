@@ -6,9 +6,11 @@ from math import prod
 from os import PathLike
 from typing import Any
 
-from .arch import Architecture, uneven_types
+from . import gguf_uneven
+from .arch import Architecture, uneven_types, why_uniform
 from .fit.footprint import parameters
 from .fit.subject import Form, Subject, open_subject
+from .gguf_target import runtimes_of
 
 
 def inspect(model: str | PathLike[str]) -> dict[str, Any]:
@@ -49,10 +51,18 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
         "quantization": packing.as_config() if packing else None,
         "cuttable": {axis: "exact" if axis in family.exact else "approximate" for axis in cuttable},
         "leaves_as": sorted({e.model_type for e in family.exits} | set(uneven_types(arch) if arch.cuttable else ())),
-        "runtimes": {"mlx-lm": family.name, "llama.cpp": family.gguf, "transformers": config["model_type"]}
-        | ({"llama.cpp": None, "transformers": None} if family.result else {}),
+        "runtimes": runtimes_of(arch),
+        "runtimes_per_layer": _per_layer(arch) if arch.cuttable else None,
         "notes": list(subject.notes),
     }
+
+
+def _per_layer(arch: Architecture) -> dict[str, Any]:
+    """What would load the model when its layers are cut to widths of their own, and why not all of them."""
+    types = uneven_types(arch)
+    why = why_uniform(arch) if not types else gguf_uneven.why_not(arch)
+    there = gguf_uneven.architecture(arch) if types and not gguf_uneven.why_not(arch) else None
+    return {"mlx-lm": types, "llama.cpp": there, "why_not": why}
 
 
 def _size(arch: Architecture, *axes: str) -> int | list[int] | None:

@@ -21,9 +21,11 @@ import numpy as np
 from . import console, gguf_header, machine
 from .checkpoint import Checkpoint
 from .errors import PareError
-from .export import Row, verify
+from .export import verify
 from .gguf_header import ALIGNMENT
+from .gguf_rows import Row
 from .gguf_types import TYPES
+from .gguf_values import finite
 
 
 def available() -> bool:
@@ -158,7 +160,7 @@ def judged(model: Path, gguf: Path, kind: str) -> dict:
 def check(path: Path, rows: Sequence[Row]) -> None:
     """Read a file back: every tensor there with its shape and type, a sample of it finite, and nothing else.
 
-    Raises PareError; ``rows`` from export.table.
+    Raises PareError; ``rows`` from gguf_rows.table.
     """
     try:
         header = gguf_header.read(path)
@@ -180,15 +182,6 @@ def check(path: Path, rows: Sequence[Row]) -> None:
     except (PareError, ValueError) as error:
         problem = error.problem if isinstance(error, PareError) else error
         raise PareError(f"{path} reads back wrong: {problem}", "the disk may be full or damaged") from error
-
-
-def finite(raw: Any, kind: str) -> bool:
-    """Whether encoded whole values (Q8_0: blocks) are finite; ``raw`` is uint8."""
-    if kind == "Q8_0":
-        raw = np.ascontiguousarray(raw.reshape(-1, TYPES[kind].size)[:, :2]).reshape(-1)
-    # infinity and NaN have all bits of the exponent; np.isfinite takes twenty times as long for float16
-    bits, exponent = (raw.view("<u4"), 0x7F800000) if kind == "F32" else (raw.view("<u2"), 0x7C00)
-    return bool((bits & exponent).max() < exponent)
 
 
 # ---- the child ----

@@ -126,6 +126,26 @@ def stock_tokenizer(path: Path) -> Any:
 SAMPLE = "It's 3,141.59 — don't\n\n\tfor (int i = 0; i < n; ++i) { naïve Größe 日本語 🙂 }"
 
 
+def convert(model: Path, out: Path, packing: Packing, predicate: Callable[[str, Any], dict] | None) -> None:
+    """mlx_lm.convert: the same model packed, lazily; ``predicate``: module path -> packing, where it is not the same
+    for all. Raises PareError where mlx-lm cannot."""
+    from importlib import import_module
+
+    load(model), tokenizer(model)  # tried before: mlx-lm itself believes the files
+    try:
+        with redirect_stdout(io.StringIO()):
+            import_module("mlx_lm.convert").convert(
+                str(model),
+                str(out),
+                quantize=True,
+                q_bits=packing.bits,
+                q_group_size=packing.group_size,
+                quant_predicate=predicate,
+            )
+    except (ValueError, OSError, KeyError) as error:
+        raise PareError(f"mlx-lm cannot pack {model}: {error}") from error
+
+
 def same_tokens(one: Path, other: Path) -> bool:
     """Whether two directories read a text as the same tokens; their files may be written differently, as mlx_lm.convert
     does. Raises PareError where a tokenizer cannot be loaded."""
@@ -300,3 +320,11 @@ def train(
             iterate_batches=lambda **_: batches(),
             training_callback=Callback(),
         )
+
+
+def greedy(model: nn.Module, tokens: list[int], count: int) -> list[int]:
+    """The likeliest token after ``tokens``, ``count`` times, by a resident model with mlx-lm's KV cache."""
+    from mlx_lm.generate import generate_step
+
+    found = generate_step(mx.array(tokens), model, max_tokens=count)
+    return [int(token) for token, _ in found]

@@ -1,7 +1,7 @@
 """MODEL of the command line: a model directory is itself, a GGUF file is rebuilt once, into a cache, and reused.
 
 The cache is MLX_PARE_CACHE, or where the system keeps such things. What lies there may be deleted at any time: the same
-file is rebuilt to the same bytes, dates included, so that a run goes on.
+file is rebuilt to the same bytes, so that a run goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from .gguf_header import Header, read_parts
 VARIABLE = "MLX_PARE_CACHE"
 VERSION = 1  # of what is rebuilt: another one is rebuilt again
 SAMPLES, SAMPLE = 64, 1 << 12  # places in a file, and bytes of each, by which it is known again
-DATE = 10**9  # of all files in the cache, in seconds: Checkpoint.identity looks at it
 
 
 def cache() -> Path:
@@ -70,15 +69,7 @@ def _rebuild(model: Path, out: Path) -> None:
     from .gguf_model import rebuild
 
     console.say(f"{model} is rebuilt as an MLX model, once; it stays in {out.parent} ({VARIABLE} names another place)")
-    partial = out.with_name(out.name + ".new")
-    if partial.exists():
-        from .shards import remove
-
-        remove(partial)
-    told(rebuild(model, partial))
-    for file in partial.iterdir():
-        os.utime(file, (DATE, DATE))
-    os.rename(partial, out)
+    told(rebuild(model, out))
 
 
 def told(found: dict) -> None:

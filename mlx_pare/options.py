@@ -97,7 +97,14 @@ Widths = Annotated[
     str,
     typer.Option(
         help="even: every axis is cut by the same share. uniform: all layers alike, every division between the axes "
-        "tried. per-layer: widths of their own, by an integer programme, tried, the best reconstructed (no GGUF yet)."
+        "tried. per-layer: widths of their own, by an integer programme, tried, the best reconstructed."
+    ),
+]
+Runtimes = Annotated[
+    str,
+    typer.Option(
+        help="What must load the result: mlx, llama.cpp, ollama, lm-studio; separated by commas. All but mlx want a "
+        "GGUF file: layers are cut alike where llama.cpp has nothing for layers that differ."
     ),
 ]
 LayersBy = Annotated[
@@ -295,6 +302,7 @@ def settings_of(**given: Any):
     if data and not isinstance(data, str):  # one stays text, as recipes have always had it
         data = data[0] if len(data) == 1 else tuple(data)
     given["data"] = data
+    given["runtimes"] = tuple(r.strip().lower() for r in given.pop("runtimes", "mlx").split(",") if r.strip())
     given["choose_bits"] = _bits(given.pop("choose_bits", None))
     given["top"] = top_of(given.pop("targets", "full"))
     return Settings(**given)

@@ -21,8 +21,9 @@ from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
-from .export import FILE_TYPES
+from .export import why_not
 from .fit import macs
+from .gguf_target import FILE_TYPES, RUNTIMES
 from .layering import layers_by_of
 from .local import check_memory as check_local
 from .plan import shape, whole
@@ -30,11 +31,12 @@ from .reconstruct import check_memory as check_reconstruction
 from .reconstruct import costs as reconstruction_costs
 from .recover_options import METHODS
 from .recover_options import check_memory as check_recovery
-from .report import metrics, reconstructed, report, verdict
+from .report import report
 from .rundir import Run
 from .score import criterion
 from .steps import Settings
 from .texts import VALIDATION_ROWS, Texts
+from .verdict import metrics, reconstructed, verdict
 
 # Operations to choose and solve one matrix: an ffn of 16384 that is solved by its Gram matrix, minutes on two cores.
 AFFORDABLE = 1.5e13
@@ -149,6 +151,10 @@ def preflight(model: Path, s: Settings) -> None:
     one_of("recovery method", s.method, METHODS)
     layers_by_of(s, s.criterion)
     one_of("GGUF type", s.gguf, (None, *FILE_TYPES))
+    for name in s.runtimes:
+        one_of("runtime", name, RUNTIMES)
+    if planning.wants_gguf(s) and (why := why_not(Checkpoint(model))):
+        raise Refused(f"no GGUF file can be made of it: {why.problem}", "leave out --gguf and --runtimes")
     options = s.plan_options()
     shape(Checkpoint(model), replace(options, bits=min(s.choose_bits)) if s.choose_bits else options)
     if s.reconstruct:

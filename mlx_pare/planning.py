@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, trial
+from . import console, gguf_uneven, trial
 from .arch import why_uniform
 from .artifacts import Arrays, Plan, dump_json
 from .checkpoint import Checkpoint
@@ -73,11 +73,16 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     return run.output("plan", "plan.json")
 
 
+def wants_gguf(s: Settings) -> bool:
+    """Whether a GGUF file is a condition, by name or because what must load the result reads nothing else."""
+    return s.gguf is not None or any(name != "mlx" for name in s.runtimes)
+
+
 def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
     """The settings with the way to choose widths that this model, these axes, time and memory allow; what is not as
     asked is said. ``begun``: how the plan of a run was chosen before: so it goes on, whatever is free now.
 
-    Raises UsageError for bits that cannot be chosen, Refused for a GGUF type where there may be no GGUF file, and when
+    Raises UsageError for bits that cannot be chosen, Refused where a GGUF file is asked for and may not be, and when
     the trials need more memory than a --memory-cap allows, or than is free for those of widths per layer.
     """
     if s.widths not in WIDTHS:
@@ -104,11 +109,14 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
             why = why_uniform(checkpoint.arch)
             console.warn(f"widths that differ between layers would load nowhere ({why}): all layers are cut alike")
             s = replace(s, widths="uniform")
-        elif s.gguf:
-            raise Refused(
-                f"there is no GGUF of models whose layers differ, and --gguf {s.gguf} was asked",
-                "use --widths uniform, or leave out --gguf",
-            )
+        elif wants_gguf(s) and (why := gguf_uneven.why_not(checkpoint.arch)):
+            if s.gguf or s.choose_bits:
+                raise Refused(
+                    f"there is no GGUF of this model with layers that differ ({why}), and one was asked for",
+                    "use --widths uniform, or leave out --gguf and --runtimes",
+                )
+            console.warn(f"llama.cpp would not run layers that differ ({why}): all layers are cut alike")
+            s = replace(s, widths="uniform")
     try:
         if s.widths != begun:
             _check_memory(checkpoint, s)

@@ -217,7 +217,7 @@ class _Job:
         def mix(losses: dict[str, float]) -> None:
             sampler.reweight(losses, dict.fromkeys(losses, 0.0))  # the teacher's own divergence is 0 everywhere
 
-        # the first alone has the locally healed student, or dates of its own
+        # the first alone has the locally healed student
         about, _ = ranks.from_first(self.about() | {"options": asdict(options), "course": asdict(self.course)})
         writer = self._writer(model, guide, states, places) if options.on_policy else None
         return Trainer(

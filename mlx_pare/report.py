@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from . import schedule
-from .artifacts import CONTENDERS, Metrics, Plan, replace_file
+from . import markdown, schedule
+from .artifacts import CONTENDERS, Plan, replace_file
 from .console import count, duration, gb, span
-from .errors import PareError, plain
+from .errors import PareError
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn
 from .rundir import Manifest
 from .show import stability_lines
+from .verdict import Found, metrics, reconstructed, verdict
 
 BEST = 5  # candidates that are shown
 MACS_NOTE = (
@@ -52,92 +51,14 @@ def _json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Metrics, int]]:
-    """Measured contenders: name -> (metrics, bytes of weights); only ``names`` when an earlier call measured more."""
-    found = {}
-    for name in [n for n, _ in CONTENDERS] if names is None else names:
-        path = run / f"evaluate-{name}"
-        if (path / "metrics.json").exists():
-            found[name] = Metrics.load(path / "metrics.json"), json.loads((path / "size.json").read_text())["bytes"]
-    return found
-
-
-def reconstructed(manifest: Manifest) -> bool:
-    """Whether the contenders that the result is compared with were reconstructed as it was."""
-    steps = [manifest.steps.get(f"evaluate-{name}") for name in ("random", "fewer-bits")]
-    return all(step.parameters.get("reconstructed") for step in steps if step)
-
-
 def _title(manifest: Manifest) -> str:
     chip = manifest.machine.get("chip") or "no Apple chip"
     return (
-        f"# {_plain(Path(manifest.model).name)}\n\n"
+        f"# {markdown.escaped(Path(manifest.model).name)}\n\n"
         f"Source `{manifest.source[:16]}`, on {manifest.machine['system']} ({chip}); "
         + ", ".join(f"{k} {v}" for k, v in manifest.versions.items() if v != "not installed")
         + "."
     )
-
-
-def _plain(text: str) -> str:
-    """A name from outside as one line of Markdown that means nothing but itself."""
-    line = plain(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
-    marks = r"[\\`*~\[\]|#]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/"  # http:\/ is no link, and kv_head no emphasis
-    return re.sub(f"({marks})", r"\\\1", line)
-
-
-Found = Mapping[str, tuple[Metrics, int]]
-
-
-def verdict(found: Found, reconstructed: bool = False) -> str:
-    """Whether pruning was worth it, against the whole model with fewer bits at no more bytes and a random cut;
-    ``reconstructed``: whether those were, as the result was."""
-    if "original" not in found or "pruned" not in found:
-        return "Not measured yet."
-    dense, dense_bytes = found["original"]
-    ours, ours_bytes = found.get("recovered", found["pruned"])
-    text = (
-        f"{gb(dense_bytes)} -> {gb(ours_bytes)} ({ours_bytes / dense_bytes:.0%}), perplexity {dense.perplexity:.2f} -> "
-        f"{ours.perplexity:.2f} (x {ours.perplexity / dense.perplexity:.3f})."
-    )
-    if "random" in found:
-        luck, chosen = found["random"][0].perplexity, found["pruned"][0].perplexity
-        both = "both reconstructed, without recovery" if reconstructed else "both without recovery"
-        text += f" A random cut of the same size has {luck:.2f} (the chosen one {chosen:.2f}, {both})."
-        text += " **The choice was no better than chance.**" if luck <= chosen else ""
-    return f"{text} {_against_fewer_bits(found, ours, reconstructed)}"
-
-
-def _against_fewer_bits(found: Found, ours: Metrics, reconstructed: bool) -> str:
-    if "fewer-bits" not in found:
-        return "No narrower packing reaches this size, so fewer bits were not an alternative."
-    other, size = found["fewer-bits"]
-    how = "reconstructed as well, without recovery" if reconstructed else "without recovery"
-    rival = f"the whole model with fewer bits, {how}, takes {gb(size)} and has perplexity {other.perplexity:.2f}"
-    difference, error = paired(ours, other)
-    if abs(difference) < 2 * error:
-        return (
-            f"**Not worth it:** {rival}, which is no measurable difference ({difference:+.4f} ± {error:.4f} nats per "
-            "token, paired). Quantize instead: it is simpler."
-        )
-    if difference >= 0:
-        return f"**Not worth it:** {rival}. Quantize instead of pruning, or prune further than fewer bits can reach."
-    return f"**Worth it:** {rival}."
-
-
-def paired(a: Metrics, b: Metrics) -> tuple[float, float]:
-    """Mean difference of NLL in nats per token, and its standard error, over the windows both were measured on."""
-    if len(a.window_nll) != len(b.window_nll) or len(a.window_nll) < 2:
-        return math.log(a.perplexity / b.perplexity), 0.0
-    differences = [x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)]
-    return fmean(differences), stdev(differences) / math.sqrt(len(differences))
-
-
-def _row(*cells: Any) -> str:
-    return "| " + " | ".join("-" if c is None else _plain(str(c)) for c in cells) + " |"
-
-
-def _table(columns: list[str], rows: list[str]) -> str:
-    return "\n".join([_row(*columns), "|" + "---|" * len(columns), *rows])
 
 
 def _contenders(found: Found) -> str:
@@ -149,20 +70,20 @@ def _contenders(found: Found) -> str:
             m, size = found[name]
             same = None if m.top1_agreement is None else f"{m.top1_agreement:.1%}"
             numbers = [_number(m.bits_per_byte, 4), _number(m.kl_divergence, 4), _number(m.kl_p95, 3), same]
-            rows.append(_row(title, gb(size), f"{m.perplexity:.3f} ± {m.perplexity_stderr:.3f}", *numbers))
+            rows.append(markdown.row(title, gb(size), f"{m.perplexity:.3f} ± {m.perplexity_stderr:.3f}", *numbers))
     first = next(iter(found.values()))[0]
     note = (
         f"{first.tokens:,} predictions in {first.windows} windows of {first.length} tokens, the same for all; "
         "KL in nats against the original."
     )
     columns = ["model", "weights", "perplexity", "bits/byte", "KL", "KL 95%", "same top token"]
-    return f"## Contenders\n\n{_table(columns, rows)}\n\n{note}"
+    return f"## Contenders\n\n{markdown.table(columns, rows)}\n\n{note}"
 
 
 def _stages(run: Path) -> str:
     """What the stages of a schedule came to."""
-    rows = [_row(*row) for row in schedule.cells(schedule.story(run))]
-    table = _table([name.lstrip("<") for name in schedule.HEAD], rows)
+    rows = [markdown.row(*row) for row in schedule.cells(schedule.story(run))]
+    table = markdown.table([name.lstrip("<") for name in schedule.HEAD], rows)
     return f"## Stages\n\n{table}\n\n{schedule.NOTE}" if rows else ""
 
 
@@ -187,16 +108,16 @@ def _shape(run: Path) -> str:
         ("bytes", gb),
     ]
     rows = [
-        _row(name.replace("_", " "), show(getattr(plan.before, name)), show(getattr(plan.after, name)))
+        markdown.row(name.replace("_", " "), show(getattr(plan.before, name)), show(getattr(plan.after, name)))
         for name, show in fields
     ]
     dropped = sorted(set(range(plan.before.layers)) - {layer.source for layer in plan.layers})
-    asked = _plain(f"Criterion {plan.criterion}; asked: {plan.target.asked}; axes {', '.join(plan.axes)}.")
+    asked = markdown.escaped(f"Criterion {plan.criterion}; asked: {plan.target.asked}; axes {', '.join(plan.axes)}.")
     text = f"## Shape\n\n{asked}"
     if dropped:
         text += f" Layers removed: {', '.join(map(str, dropped))}{_dropped_by(run, dropped)}."
-    neighbours = _plain("; ".join(plan.neighbours)) or "none"
-    return f"{text}\n\n{_table(['', 'before', 'after'], rows)}\n\nNeighbours: {neighbours}."
+    neighbours = markdown.escaped("; ".join(plan.neighbours)) or "none"
+    return f"{text}\n\n{markdown.table(['', 'before', 'after'], rows)}\n\nNeighbours: {neighbours}."
 
 
 def _dropped_by(run: Path, dropped: list[int]) -> str:
@@ -209,9 +130,8 @@ def _dropped_by(run: Path, dropped: list[int]) -> str:
 
 def _stability(run: Path) -> str:
     found = _json(run / "stability" / "stability.json")
-    return (
-        "## Stability of the choice\n\n" + "\n".join(f"- {_plain(t)}" for t in stability_lines(found)) if found else ""
-    )
+    lines = [f"- {markdown.escaped(line)}" for line in stability_lines(found)] if found else []
+    return "## Stability of the choice\n\n" + "\n".join(lines) if found else ""
 
 
 def _tried(run: Path) -> str:
@@ -226,14 +146,14 @@ def _tried(run: Path) -> str:
     for i in dict.fromkeys(shown):
         marks = ", ".join(mark for mark, number in (("even split", even), ("taken", taken)) if number == i)
         numbers = [_number(every[i].get(name), 4) for name in ("kl", "reconstructed_kl")]
-        rows.append(_row(_sizes(every[i]) + (f" ({marks})" if marks else ""), *numbers))
+        rows.append(markdown.row(_sizes(every[i]) + (f" ({marks})" if marks else ""), *numbers))
     given_up = sum(row["kl"] is None for row in every)
     text = f"Widths {tried['widths']}: {len(every)} candidates tried on validation text, each part repaired for itself"
     text += f"; {given_up} of them were given up on the way." if given_up else "."
     if ranks := tried.get("rank_correlation"):
         listed = ", ".join(f"{name} {value:.2f}" for name, value in ranks.items())
         text += f" Rank correlation of the local errors of single changes with their measured KL: {listed}."
-    return f"## How the sizes were chosen\n\n{text}\n\n" + _table(["candidate", "KL", "KL reconstructed"], rows)
+    return f"## How the sizes were chosen\n\n{text}\n\n" + markdown.table(["candidate", "KL", "KL reconstructed"], rows)
 
 
 def _or_infinite(value: float | None) -> float:
@@ -278,7 +198,7 @@ def _recovery(run: Path) -> str:
     names = sorted(done["domains"]) if len(done["domains"]) > 1 else []
     losses = [(p["loss"], *(p["losses"][n] for n in names), p.get("train_loss")) for p in done["curve"]]
     cells = [["-" if loss is None else f"{loss:.5f}" for loss in line] for line in losses]
-    rows = [_row(p["step"], *line) for p, line in zip(done["curve"], cells, strict=True)]
+    rows = [markdown.row(p["step"], *line) for p, line in zip(done["curve"], cells, strict=True)]
     options, kept = done["options"], done["kept"]
     outcome = "no better, so the pruned model was kept" if kept == "pruned" else f"better, {kept} kept"
     text = (
@@ -294,7 +214,7 @@ def _recovery(run: Path) -> str:
     if done["local"]:
         text += f" Block by block before that: {done['kl']['pruned']:.5f} -> {done['kl']['local']:.5f}."
     head = ["step", "validation KL", *(f"KL of {name}" for name in names), "training loss"]
-    return f"## Recovery\n\n{text}\n\n" + (_table(head, rows) if rows else "")
+    return f"## Recovery\n\n{text}\n\n" + (markdown.table(head, rows) if rows else "")
 
 
 def _speed(run: Path) -> str:
@@ -309,7 +229,7 @@ def _speed(run: Path) -> str:
         ]
         ratio = m["ratio"]["decode_tokens_per_s"]
         rows.append(
-            _row(
+            markdown.row(
                 title,
                 *cells,
                 f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
@@ -318,7 +238,8 @@ def _speed(run: Path) -> str:
         )
     turns = f"{done['trials']} trials in turn, prompt {done['prompt_tokens']}, {done['new_tokens']} new tokens"
     note = f"{turns}; {done['backend']}."
-    return f"## Speed\n\n{_table(['', 'prefill tok/s', 'decode tok/s', 'decode ratio', 'peak memory'], rows)}\n\n{note}"
+    head = ["", "prefill tok/s", "decode tok/s", "decode ratio", "peak memory"]
+    return f"## Speed\n\n{markdown.table(head, rows)}\n\n{note}"
 
 
 def _gguf(run: Path) -> str:
@@ -326,7 +247,7 @@ def _gguf(run: Path) -> str:
     if not done:
         return ""
     if done["path"] is None:
-        return f"## GGUF\n\nThere is no GGUF file: {_plain(done['why'])}."
+        return f"## GGUF\n\nThere is no GGUF file: {markdown.escaped(done['why'])}."
     facts = [done["kind"], f"architecture {done['architecture']}", gb(done["bytes"]), f"{done['tensors']} tensors"]
     text = f"`{done['path']}`: {', '.join(facts)}."
     checked = done.get("verify") or {}
@@ -336,7 +257,7 @@ def _gguf(run: Path) -> str:
             f"same top token {checked['same_argmax']:.1%}."
         )
     else:
-        text += f" Not compared in llama.cpp: {_plain(checked.get('reason', 'not asked'))}."
+        text += f" Not compared in llama.cpp: {markdown.escaped(checked.get('reason', 'not asked'))}."
     return f"## GGUF\n\n{text}"
 
 
@@ -360,8 +281,10 @@ def _macs(run: Path, manifest: Manifest) -> str:
         text += f" The GGUF file fits {sum(row['fits'] for row in fits['gguf_stored'])}."
     columns = {"original": original, "result (MLX)": sizes, "GGUF": by_memory(fits["gguf_stored"])}
     columns = {title: found for title, found in columns.items() if found}  # older runs say nothing of the original
-    lines = [_row(f"{n:g} GB", _budget(sizes[n]), *(_room(found[n]) for found in columns.values())) for n in sizes]
-    table = _table(["memory", "GPU budget", *columns], lines)
+    lines = [
+        markdown.row(f"{n:g} GB", _budget(sizes[n]), *(_room(found[n]) for found in columns.values())) for n in sizes
+    ]
+    table = markdown.table(["memory", "GPU budget", *columns], lines)
     return f"## Macs\n\n{text}\n\n{table}\n\n{MACS_NOTE}\n\n{_picture(run, fits, manifest)}"
 
 
@@ -384,17 +307,24 @@ def _picture(run: Path, fits: Mapping[str, Any], manifest: Manifest) -> str:
         if not drawn(found, path):
             draw(found, path)
     except PareError as error:
-        return _plain(f"No picture: {error}")
+        return markdown.escaped(f"No picture: {error}")
     return f"![Memory of the original and the result on Macs, against what their GPUs may use]({path.name})"
 
 
 def _warnings(run: Path) -> str:
     steps = [place / step for place in (run, *sorted(run.glob("stage-*"))) for step in ("prune", "recover")]
     found = [w for step in steps for w in (_json(step / "check.json") or {}).get("warnings", [])]
-    return "## Warnings\n\n" + "\n".join(f"- {_plain(w)}" for w in found) if found else ""
+    return "## Warnings\n\n" + "\n".join(f"- {markdown.escaped(w)}" for w in found) if found else ""
 
 
 def _steps(manifest: Manifest) -> str:
     peaks = {name: (s.peak_bytes, s.peak_mlx_bytes, s.swap_growth_bytes) for name, s in manifest.steps.items()}
-    rows = [_row(n, duration(s.seconds), *(gb(b) if b else "-" for b in peaks[n])) for n, s in manifest.steps.items()]
-    return "## Steps\n\n" + _table(["step", "time", "peak memory", "... of MLX", "more swap"], rows) if rows else ""
+    rows = [
+        markdown.row(n, duration(s.seconds), *(gb(b) if b else "-" for b in peaks[n]))
+        for n, s in manifest.steps.items()
+    ]
+    return (
+        "## Steps\n\n" + markdown.table(["step", "time", "peak memory", "... of MLX", "more swap"], rows)
+        if rows
+        else ""
+    )

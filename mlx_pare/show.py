@@ -216,3 +216,10 @@ def show_status(found: dict[str, Any]) -> None:
     if found["left"]:
         console.say(f"to come: {', '.join(found['left'])}")
     console.say(f"{gb(found['bytes'])} on disk" + (f", log: {found['log']}" if found["log"] else ""))
+
+
+def runtimes(found: dict[str, Any]) -> str:
+    """One line: what would load a model."""
+    there = [f"{name} (as {what})" for name, what in found.items() if what]
+    missing = [name for name, what in found.items() if not what]
+    return f"loads in {', '.join(there)}" + (f"; not in {', '.join(missing)}" if missing else "")

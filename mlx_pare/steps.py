@@ -64,6 +64,7 @@ class Settings:
     step: int | None = None
     protect: bool = True
     widths: str = "uniform"
+    runtimes: Sequence[str] = ("mlx",)  # what must load the result
     layers_by: str | None = None
     tries: int | None = None
     choose_bits: Sequence[int] = ()

@@ -90,16 +90,18 @@ class Chats:
     def __init__(self, directory: Path):
         self.directory, self._process = directory, None
 
-    def __call__(self, messages: list[Any], tokenize: bool = False, tools: Any = None) -> str:
-        """The text of a chat. Raises ValueError with the template's own complaint, or where it reaches a limit."""
+    def __call__(self, messages: list[Any], tokenize: bool = False, tools: Any = None, answer: bool = False) -> str:
+        """The text of a chat; ``answer``: up to where the model's answer begins. Raises ValueError with the template's
+        own complaint, or where it reaches a limit."""
         if tokenize:
             raise ValueError("a chat is written as text here")
         if self._process is None or self._process.poll() is not None:
             self._start()
-        answer = self._answer(CHAT_SECONDS, json.dumps({"messages": messages, "tools": tools}).encode() + b"\n")
-        if "text" not in answer:
-            raise ValueError(answer["error"])
-        return answer["text"]
+        question = {"messages": messages, "tools": tools, "answer": answer}
+        found = self._answer(CHAT_SECONDS, json.dumps(question).encode() + b"\n")
+        if "text" not in found:
+            raise ValueError(found["error"])
+        return found["text"]
 
     def _start(self) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -169,11 +171,12 @@ def write_chats(directory: str) -> None:
     answers.write(b"{}\n")
     for line in sys.stdin:
         chat = json.loads(line)
-        tools = {"tools": chat["tools"]} if chat["tools"] else {}
+        more = {"tools": chat["tools"]} if chat["tools"] else {}
+        more |= {"add_generation_prompt": True} if chat["answer"] else {}
         try:
             if wrong:
                 raise ValueError(wrong)
-            answer = {"text": tokenizer.apply_chat_template(chat["messages"], tokenize=False, **tools)}
+            answer = {"text": tokenizer.apply_chat_template(chat["messages"], tokenize=False, **more)}
         except Exception as error:  # templates are programs of their own
             answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
         answers.write(json.dumps(answer).encode() + b"\n")

@@ -11,6 +11,7 @@ import pytest
 from mlx_pare.arch import Keep, LayerKeep, can_keep, cut, describe, positions, supported_types
 from mlx_pare.arch.spec import AXES, dim, length, select
 from mlx_pare.errors import PareError
+from mlx_pare.fit import reach
 
 SIZES = {"hidden": 6, "vocab": 7, "ffn": 5, "kv_head": 3, "group": 2, "head_dim": 4, "expert": 3}
 DIMS = [
@@ -363,3 +364,12 @@ def test_gemma_keeps_both_of_its_bases():
     config = cut(describe(pico.config_of("gemma3_text", vocab_size=512)), depth([0, 1, 2])).config
     assert (config["rope_theta"], config["rope_local_base_freq"]) == (10000.0, 1000.0)
     assert "rope_parameters" not in config
+
+
+def test_gemma_keeps_heads_that_divide_its_hidden_size():
+    """transformers, by which mlx-lm opens the tokenizer, refuses any other config; found with 3 of 4 kv heads."""
+    arch = describe(pico.config_of("gemma3_text", vocab_size=512, num_attention_heads=8, num_key_value_heads=4))
+    assert reach.space(arch, ("kv_head",), 1, []).choices["kv_head"] == [1, 2, 4]
+    layers = tuple(LayerKeep(i, {"kv_head": [0, 1, 2]}) for i in range(len(arch.layers)))
+    with pytest.raises(PareError, match="transformers refuses 6 heads with a hidden size of 64"):
+        cut(arch, Keep(layers))

@@ -336,13 +336,18 @@ def test_identity_stays_while_nothing_changes(model):
     assert Checkpoint(model).identity() == Checkpoint(Path(shutil.copytree(model, model.parent / "copy"))).identity()
 
 
-@pytest.mark.parametrize("where", [-1, -5000, 20000])
-def test_identity_changes_with_a_byte_of_the_weights(model, where):
+def test_identity_changes_with_any_one_tensor(model):
     before, file = Checkpoint(model).identity(), model / "model.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[where] ^= 1
+    raw, found = file.read_bytes(), {before}
+    for entry in Checkpoint(model).entries.values():
+        changed = bytearray(raw)
+        changed[(entry.start + entry.end) // 2] ^= 1
+        file.write_bytes(changed)
+        found.add(Checkpoint(model).identity())
+    assert len(found) == 1 + len(Checkpoint(model).entries)
     file.write_bytes(raw)
-    assert Checkpoint(model).identity() != before
+    os.utime(file, (1, 1))  # a copy is as good
+    assert Checkpoint(model).identity() == before
 
 
 def test_identity_changes_with_the_config(model):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import struct
 from pathlib import Path
@@ -15,12 +14,12 @@ import pytest
 import strings
 from mlx.utils import tree_flatten
 
-from mlx_pare import gguf_tokenizer, llama_cpp, lm
+from mlx_pare import gguf_rows, gguf_target, gguf_tokenizer, gguf_values, llama_cpp, lm
 from mlx_pare.arch import describe
 from mlx_pare.errors import PareError, Refused, UsageError
-from mlx_pare.export import export, tensor_type, verify
+from mlx_pare.export import export, verify
+from mlx_pare.gguf_rows import tensor_type
 
-exporting = importlib.import_module("mlx_pare.export")  # mlx_pare.export itself is the function
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 500, 48)]  # six of gemma's pico windows
 
 
@@ -181,16 +180,16 @@ def test_verify_without_llama_cpp_says_so(tmp_path, monkeypatch):
 # ---- planted faults ----
 
 FAULTS = [
-    ("llama", "rope_order", lambda heads, head_dim: list(range(heads * head_dim))),
-    ("gemma3_text", "_gemma_q_norm", lambda arch: 1.1),
+    ("llama", gguf_rows, "rope_order", lambda heads, head_dim: list(range(heads * head_dim))),
+    ("gemma3_text", gguf_target, "_gemma_q_norm", lambda arch: 1.1),
 ]
 
 
 @needs_llama
-@pytest.mark.parametrize(("family", "function", "fault"), FAULTS)
-def test_a_forgotten_transform_is_noticed(tmp_path, monkeypatch, family, function, fault):
+@pytest.mark.parametrize(("family", "module", "function", "fault"), FAULTS)
+def test_a_forgotten_transform_is_noticed(tmp_path, monkeypatch, family, module, function, fault):
     model = pico.make(tmp_path / "model", family)
-    monkeypatch.setattr(exporting, function, fault)
+    monkeypatch.setattr(module, function, fault)
     export(model, tmp_path / "m.gguf", "f32")
     assert verify(model, tmp_path / "m.gguf")["max_abs_difference"] > 0.05
 
@@ -213,9 +212,9 @@ def test_an_existing_file_is_refused_and_untouched(tmp_path):
     assert (tmp_path / "m.gguf").read_text() == "mine"
 
 
-@pytest.mark.parametrize("moment", ["_encoded", "check"])
+@pytest.mark.parametrize("moment", ["encoded", "check"])
 def test_a_failure_leaves_no_file(tmp_path, monkeypatch, moment):
-    calls, original = [], exporting._encoded
+    calls, original = [], gguf_values.encoded
 
     def fail(*args):
         calls.append(args)
@@ -223,7 +222,7 @@ def test_a_failure_leaves_no_file(tmp_path, monkeypatch, moment):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(llama_cpp if moment == "check" else exporting, moment, fail)
+    monkeypatch.setattr(llama_cpp if moment == "check" else gguf_values, moment, fail)
     with pytest.raises(KeyboardInterrupt):
         export(pico.make(tmp_path / "model"), tmp_path / "out" / "m.gguf", "f32")
     assert list((tmp_path / "out").iterdir()) == []
@@ -279,7 +278,7 @@ def test_converted_bytes_are_those_of_gguf_py(kind):
     rows = awkward_blocks()
     rows = rows[:4] if kind == "F16" else rows
     expected = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
-    found = exporting.convert(mx.array(rows), kind)
+    found = gguf_values.convert(mx.array(rows), kind)
     assert found.tobytes() == np.ascontiguousarray(expected).tobytes()
 
 
@@ -287,9 +286,9 @@ def test_converted_bytes_are_those_of_gguf_py(kind):
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 def test_one_value_that_is_not_finite_is_seen(kind, wrong):
     rows = np.ones((3, 64), np.float32)
-    assert llama_cpp.finite(exporting.convert(mx.array(rows), kind), kind)
+    assert gguf_values.finite(gguf_values.convert(mx.array(rows), kind), kind)
     rows[1, 40] = wrong
-    assert not llama_cpp.finite(exporting.convert(mx.array(rows), kind), kind)
+    assert not gguf_values.finite(gguf_values.convert(mx.array(rows), kind), kind)
 
 
 REFUSED = [

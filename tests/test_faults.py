@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import faults
+import pico
 import pytest
 from faults import Done, Driver, differences, half_written, result
 
@@ -301,8 +302,9 @@ def test_bit_that_flips_before_the_first_step_is_done(job, model, tmp_path):
     seen("bit flipped in a shard", done.line)
 
 
-def test_shard_that_was_swapped(job, late, model, pico_models):
-    other = pico_models("llama", (4, 32), tie_word_embeddings=True, rope_theta=20000.0) / "model.safetensors"
+def test_shard_that_was_swapped(job, late, model, tmp_path):
+    pico.make(tmp_path / "dense", seed=1)
+    other = pico.quantize(tmp_path / "dense", tmp_path / "other", 4, 32) / "model.safetensors"
     assert other.stat().st_size == (model / "model.safetensors").stat().st_size
     kept = model.parent / "kept.safetensors"
     shutil.copy2(model / "model.safetensors", kept)

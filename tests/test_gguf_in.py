@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from pathlib import Path
@@ -20,11 +19,12 @@ from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError, Refused, Unsupported
 from mlx_pare.export import export
 from mlx_pare.gguf_model import rebuild
+from mlx_pare.gguf_rows import rope_factors
+from mlx_pare.gguf_target import FILE_TYPES, Target
 from mlx_pare.gguf_types import TYPES
 from mlx_pare.packing import Packing
 from mlx_pare.quantized import Packed, pack_codes, read
 
-exporting = importlib.import_module("mlx_pare.export")
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 500, 48)]
 
 
@@ -81,7 +81,7 @@ def stored_as(name: str, array: np.ndarray, kind: str, gemma: bool) -> np.ndarra
 def test_there_and_back_is_exact(tmp_path, pico_models, variant, kind):
     family, changes = VARIANTS[variant]
     model = pico_models(family, **changes)
-    written = kind if kind in exporting.FILE_TYPES else "f32"
+    written = kind if kind in FILE_TYPES else "f32"
     export(model, tmp_path / "m.gguf", written)
     if written != kind:
         gguf_edit.edited(tmp_path / "m.gguf", tmp_path / "n.gguf", change=gguf_edit.matrices(kind.upper()))
@@ -357,11 +357,11 @@ def test_llama3_scaling_is_found_again(dims, theta, shape):
     factor, low, high, length = shape
     scaling = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
     scaling["original_max_position_embeddings"] = length
-    target = exporting.Target("llama", True, theta, {**scaling, "rope_type": "llama3"})
-    factors = exporting._rope_factors(target, dims)
+    target = Target("llama", True, theta, {**scaling, "rope_type": "llama3"})
+    factors = rope_factors(target, dims)
     found = gguf_settings.llama3_scaling(factors.tolist(), theta)
     if found.get("rope_type") == "llama3":
-        again = exporting._rope_factors(exporting.Target("llama", True, theta, found), dims)
+        again = rope_factors(Target("llama", True, theta, found), dims)
         assert np.abs(again / factors - 1).max() < 4e-6
     else:
         assert len(set(factors.tolist())) == 1 and found.get("factor", 1) == factors[0]

@@ -66,20 +66,23 @@ def test_another_content_is_another_model(file, place):
     assert opened.identity(read_parts(renamed)) != before
 
 
-def test_a_killed_call_leaves_nothing_that_looks_whole(file, cache, monkeypatch):
-    original = opened.os.utime
+@pytest.mark.parametrize("moment", ["write_config", "finish"])
+def test_a_killed_call_leaves_nothing_that_looks_whole(file, cache, monkeypatch, moment):
+    original = getattr(gguf_model, moment)
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opened.os, "utime", killed)
+    monkeypatch.setattr(gguf_model, moment, killed)
+    monkeypatch.setattr(gguf_model.shutil, "rmtree", lambda *_, **__: None)  # as if there had been no time to clean up
     with pytest.raises(KeyboardInterrupt):
         opened.opened(file)
-    monkeypatch.setattr(opened.os, "utime", original)
-    assert not [p for p in cache.iterdir() if p.is_dir() and not p.name.endswith(".new")]
-    (cache / "model-0.partial").mkdir()  # of another file
+    assert [p.name[-8:] for p in cache.iterdir() if p.is_dir()] == [".partial"]
+    monkeypatch.undo()
+    monkeypatch.setenv("MLX_PARE_CACHE", str(cache))
+    monkeypatch.setattr(gguf_model, moment, original)
     assert len(Checkpoint(opened.opened(file)).arch.layers) == 4
-    assert not list(cache.glob("*.new"))
+    assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [""]
 
 
 def test_a_damaged_file_leaves_nothing(file, cache):

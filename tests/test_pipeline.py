@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import lm, pipeline, planning, steps, tried
+from mlx_pare import lm, pipeline, planning, steps, tried, verdict
 from mlx_pare.artifacts import Arrays, Metrics, Plan, repair_file
 from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
@@ -627,13 +627,13 @@ VERDICTS = [
 
 @pytest.mark.parametrize("perplexities, words", VERDICTS)
 def test_verdict(measured, perplexities, words):
-    text = reporting.verdict(measured(**perplexities))
+    text = verdict.verdict(measured(**perplexities))
     assert words in text
     assert ("orth it" in words) == ("orth it" in text)
 
 
 def test_verdict_says_when_the_choice_was_no_better_than_chance(measured):
-    text = reporting.verdict(measured(original=10, pruned=20, recovered=12.5, random=19, fewer_bits=13))
+    text = verdict.verdict(measured(original=10, pruned=20, recovered=12.5, random=19, fewer_bits=13))
     assert "no better than chance" in text
 
 
@@ -642,12 +642,12 @@ def test_verdict_compares_window_by_window(measured):
     found = measured(original=10, pruned=12, random=30, fewer_bits=12.1)
     for name, values in (("pruned", [2.0, 3.0, 2.5, 2.2]), ("fewer-bits", [2.1, 2.9, 2.6, 2.2])):
         found[name] = (found[name][0].model_copy(update={"window_nll": values}), found[name][1])
-    assert "no measurable difference" in reporting.verdict(found)
-    assert reporting.paired(found["pruned"][0], found["fewer-bits"][0])[0] == pytest.approx(-0.025)
+    assert "no measurable difference" in verdict.verdict(found)
+    assert verdict.paired(found["pruned"][0], found["fewer-bits"][0])[0] == pytest.approx(-0.025)
 
 
 def test_verdict_compares_the_result_with_the_random_cut(measured):
-    text = reporting.verdict(measured(original=10, pruned=20, recovered=12.5, random=30, fewer_bits=13))
+    text = verdict.verdict(measured(original=10, pruned=20, recovered=12.5, random=30, fewer_bits=13))
     assert "1.00 kB -> 750 B (75%), perplexity 10.00 -> 12.50 (x 1.250)." in text
     assert (
         "A random cut of the same size has 30.00 (the chosen one 20.00, both without recovery)." in text
@@ -656,7 +656,7 @@ def test_verdict_compares_the_result_with_the_random_cut(measured):
 
 
 def test_verdict_says_that_all_were_reconstructed(measured, finished):
-    text = reporting.verdict(measured(original=10, pruned=20, random=30, fewer_bits=13), True)
+    text = verdict.verdict(measured(original=10, pruned=20, random=30, fewer_bits=13), True)
     assert "(the chosen one 20.00, both reconstructed, without recovery)" in text
     assert "the whole model with fewer bits, reconstructed as well, without recovery, takes 700 B" in text
     assert "both reconstructed, without recovery" in finished["summary"]["verdict"]

@@ -289,7 +289,7 @@ WRONG = [
         UsageError,
         "groups of",
     ),
-    (dict(gguf="f16", widths="per-layer"), Refused, "--gguf f16.*[Uu]se --widths uniform"),
+    (dict(runtimes=("mlx", "vllm")), UsageError, "'vllm'.*llama.cpp"),
     (dict(widths="wide"), UsageError, "'wide'.*per-layer"),
     (dict(memory_cap=10_000), Refused, "--memory-cap allows"),
 ]
@@ -302,9 +302,27 @@ def test_what_cannot_work_is_found_before_anything_is_written(model, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-def test_gguf_may_be_asked_where_layers_stay_alike(pico_models):
+def test_gguf_may_be_asked_where_layers_stay_alike(model, pico_models):
     s = replace(SMALL, widths="per-layer", gguf="f16", axes=("ffn", "kv_head"))
     assert planning.settled(pico_models("qwen2"), s).widths == "uniform"
+    assert planning.settled(model, s).widths == "per-layer"  # llama.cpp has deci for these
+
+
+def test_the_plan_respects_what_must_load_it(pico_models, capsys):
+    """llama.cpp has nothing for qwen3 with a head of its own and layers that differ."""
+    untied = pico_models("qwen3", tie_word_embeddings=False)
+    s = replace(SMALL, widths="per-layer", axes=("ffn", "kv_head"))
+    assert planning.settled(untied, s).widths == "per-layer"
+    assert planning.settled(untied, replace(s, runtimes=("mlx", "ollama"))).widths == "uniform"
+    assert "all layers are cut alike" in capsys.readouterr().err
+    with pytest.raises(Refused, match=r"no GGUF of this model with layers that differ.*--widths uniform"):
+        planning.settled(untied, replace(s, gguf="f16"))
+
+
+def test_a_model_that_no_gguf_can_hold_is_refused_at_once(pico_models, tmp_path):
+    model = pico_models("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(Refused, match=r"no GGUF file can be made of it.*dynamic"):
+        pipeline.run(model, tmp_path / "run", replace(SMALL, runtimes=("llama.cpp",)))
 
 
 def test_without_memory_for_trials_it_goes_on_without(model, monkeypatch, capsys):
@@ -341,8 +359,9 @@ def test_plan_command_takes_the_rows_of_its_run(scored, tmp_path, monkeypatch, h
 
 
 @pytest.fixture(scope="module")
-def finished(model, tmp_path_factory) -> tuple[Path, dict]:
+def finished(pico_models, tmp_path_factory) -> tuple[Path, dict]:
     """A whole run with widths of their own, forced by a part that nothing comes from."""
+    model = pico_models("qwen3", num_key_value_heads=4, tie_word_embeddings=False)
     out = tmp_path_factory.mktemp("whole") / "run"
     s = replace(SMALL, widths="per-layer", tries=8, axes=("ffn", "kv_head"), trials=1, samples=8)
     with pytest.MonkeyPatch.context() as patch:
@@ -362,7 +381,7 @@ def test_run_finishes_without_gguf(finished):
 def test_report_says_why_and_how(finished):
     out, summary = finished
     text = Path(summary["report"]).read_text()
-    assert "There is no GGUF file: " in text and "its layers differ" in text and "The GGUF file fits" not in text
+    assert "There is no GGUF file: " in text and "layers that differ" in text and "The GGUF file fits" not in text
     tried = read(out / "plan" / "tried.json")
     section = text.split("## How the sizes were chosen")[1].split("\n## ")[0]
     assert f"Widths per-layer: {len(tried['candidates'])} candidates tried" in section
@@ -374,9 +393,10 @@ def test_report_says_why_and_how(finished):
     assert f"{tried['candidates'][tried['taken']]['reconstructed_kl']:.4f}" in taken
 
 
-def test_it_is_said_once_and_a_second_run_does_nothing(finished, model, capsys):
+def test_it_is_said_once_and_a_second_run_does_nothing(finished, pico_models, capsys):
     out, summary = finished
     s = replace(SMALL, widths="per-layer", tries=8, axes=("ffn", "kv_head"), trials=1, samples=8)
+    model = pico_models("qwen3", num_key_value_heads=4, tie_word_embeddings=False)
     assert pipeline.run(model, out, s) == summary
     assert "GGUF" not in capsys.readouterr().err
 

@@ -35,7 +35,6 @@ from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Unsupported
 from mlx_pare.evaluate import evaluate
-from mlx_pare.export import export
 from mlx_pare.fit import fit
 from mlx_pare.inspect import inspect
 from mlx_pare.layout import size_of
@@ -494,7 +493,9 @@ def test_it_is_inspected_and_fitted(result):
     found, checkpoint = inspect(out), Checkpoint(out)
     assert found["parameters"]["total"] == size_of(checkpoint, None, None).parameters
     assert found["ffn"] == sorted({layer.sizes["ffn"] for layer in checkpoint.arch.layers})
-    assert found["cuttable"] == {} and found["runtimes"]["llama.cpp"] is None
+    assert found["cuttable"] == {} and found["runtimes"]["mlx-lm"] == checkpoint.arch.family.name
+    normed = any("q_norm" in name for name in checkpoint.entries)
+    assert found["runtimes"]["llama.cpp"] == (None if normed else "deci")
     fitted = fit(str(out))
     assert fitted["rows"][0]["weights_bytes"] == checkpoint.nbytes() and fitted["rows"][0]["fits"]
 
@@ -514,10 +515,6 @@ def test_it_is_healed(result, tmp_path, method):
     assert np.isfinite(stock(tmp_path / "healed")).all()
     assert Checkpoint(tmp_path / "healed").nbytes() == Checkpoint(out).nbytes()
 
-
-def test_no_gguf_of_it_yet(result, tmp_path):
-    with pytest.raises(PareError, match="its layers differ: GGUF of such models is not there yet"):
-        export(result[1], tmp_path / "model.gguf", "f16")
     assert not (tmp_path / "model.gguf").exists()
 
 

@@ -4,7 +4,6 @@ the terminal."""
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import os
 import pickle
@@ -20,7 +19,7 @@ from pathlib import Path
 import pico
 import pytest
 
-from mlx_pare import arch, bounded, console, corpus, lm, teacher, tokenizer_files
+from mlx_pare import arch, bounded, console, corpus, lm, markdown, teacher, tokenizer_files
 from mlx_pare.artifacts import survivors
 from mlx_pare.checkpoint import Checkpoint, read_header, read_json
 from mlx_pare.errors import PareError, plain
@@ -29,7 +28,6 @@ from mlx_pare.gguf_tokenizer import read as read_tokenizer
 from mlx_pare.shards import copy_tokenizer
 
 PACKAGE = Path(corpus.__file__).parent
-report = importlib.import_module("mlx_pare.report")  # the package has a function of that name
 
 
 @pytest.fixture(scope="module")
@@ -395,13 +393,13 @@ def test_a_command_says_it_in_one_plain_line(model):
 
 
 def test_markdown_of_a_report_means_nothing_but_itself():
-    said = report._plain(
+    said = markdown.escaped(
         f"{HOSTILE} <script>x</script> ![i](http://x/y) [a](javascript:b) **b** _c_ `d` | # &lt; ~~e~~"
     )
     assert said.isprintable() and "<" not in said and "http://" not in said
     for mark in "[]*_`|#~":
         assert said.count(mark) == said.count(f"\\{mark}"), mark
-    row = report._row("a", f"x|y\n{HOSTILE}<b>")
+    row = markdown.row("a", f"x|y\n{HOSTILE}<b>")
     assert row.count("|") - row.count("\\|") == 3 and row.isprintable() and "<" not in row
 
 

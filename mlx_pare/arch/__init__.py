@@ -219,6 +219,11 @@ def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
     smaller = Architecture(arch.family, arch.config, sizes, tuple(kept_sizes), arch.tied)
     if uneven.differ(smaller):
         return describe(uneven.config(smaller))
+    if arch.family.heads_divide and sizes["hidden"] % (heads := smaller.uniform("kv_head") * smaller.uniform("group")):
+        raise PareError(
+            f"transformers refuses {heads} heads with a hidden size of {sizes['hidden']}, no multiple of them",
+            "keep a number of heads that divides the hidden size",
+        )
     left = describe(_config(arch, smaller, sources, packed), untied=not arch.tied)
     if [layer.kind for layer in left.layers] != [layer.kind for layer in kept_sizes]:
         raise PareError(

@@ -129,6 +129,7 @@ GEMMA3 = Family(
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 32768,
     },
+    heads_divide=True,
     gguf="gemma3",
 )
 

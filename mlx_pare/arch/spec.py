@@ -221,6 +221,7 @@ class Family:
     exact: frozenset[str] = frozenset({"layer", "ffn", "kv_head", "vocab"})
     cuttable: frozenset[str] = frozenset({"layer", "ffn", "kv_head"})
     exits: tuple[Exit, ...] = ()
+    heads_divide: bool = False  # transformers refuses a hidden size that is no multiple of the heads, and no exit helps
     plain: bool = False  # its blocks compute what llama's do, but for what the rows and the rope say (see uneven.py)
     result: bool = False  # what a cut may leave as: opened and measured like a source, not cut again
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # stored by old exporters, used by nobody

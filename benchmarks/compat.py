@@ -1,0 +1,156 @@
+"""What loads a cut model, and computes the same: every cell of the table in the README, run.
+
+    python benchmarks/compat.py              all families of tests/pico.py that can be cut (minutes)
+    python benchmarks/compat.py --families llama qwen3 --models DIR
+
+A tiny model of each family, made by mlx-lm's own class from a seed, is cut along every axis, all layers alike and each
+with a size of its own. Of the result stock mlx-lm writes 64 tokens; llama.cpp computes logits (largest difference to
+mlx-lm's, both in float32) and writes 64 tokens; transformers opens config and tokenizer. --models adds real ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+import pico  # noqa: E402
+
+from mlx_pare import console, llama_cpp, lm  # noqa: E402
+from mlx_pare.arch import cut  # noqa: E402
+from mlx_pare.artifacts import LayerPlan, Plan, Size, Target  # noqa: E402
+from mlx_pare.check import check  # noqa: E402
+from mlx_pare.checkpoint import Checkpoint  # noqa: E402
+from mlx_pare.errors import PareError  # noqa: E402
+from mlx_pare.export import export, verify  # noqa: E402
+from mlx_pare.prune import prune  # noqa: E402
+
+TOKENS = 64
+CLOSE = 1e-4  # of logits, in float32
+PROMPT = "The old mill stood by the river."
+# shares of what there is that layers keep: alike, and in turn
+AXES = {
+    "ffn": {"ffn": (0.5,)},
+    "heads": {"kv_head": (0.5,)},
+    "layers": {"layer": 0.5},
+    "hidden": {"hidden": 0.5},
+    "ffn, each its own": {"ffn": (0.5, 1.0, 0.25)},
+    "heads, each its own": {"kv_head": (0.5, 1.0)},
+    "no attention here and there": {"ffn": (1.0,), "kv_head": (1.0, 0.0)},
+    "no ffn here and there": {"ffn": (1.0, 0.0), "kv_head": (1.0,)},
+}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 512}
+
+
+def plan_of(model: Path, shares: dict) -> Plan:
+    """A plan that keeps the first of the units, as many as the shares say, layer by layer in turn."""
+    checkpoint = Checkpoint(model)
+    arch = checkpoint.arch
+    if "layer" in shares:
+        kept = depth(arch, shares["layer"])
+    else:
+        kept = list(range(len(arch.layers)))
+    layers = []
+    for place, source in enumerate(kept):
+        units = {}
+        for axis in ("ffn", "kv_head"):
+            of = shares.get(axis, (1.0,))
+            units[axis] = list(range(round(arch.layers[source].sizes[axis] * of[place % len(of)])))
+        layers.append(LayerPlan(source=source, **units))
+    hidden = list(range(int(arch.sizes["hidden"] * shares["hidden"]))) if "hidden" in shares else None
+    nothing = dict.fromkeys(Size.model_fields, 0)
+    return Plan(
+        source=checkpoint.identity(),
+        criterion="first",
+        axes=["ffn", "kv_head"],
+        target=Target(kind="keep", value=0.5, asked="half"),
+        before=nothing,
+        after=nothing,
+        layers=layers,
+        hidden=hidden,
+    )
+
+
+def depth(arch, share: float) -> list[int]:
+    """Layers that go on being of their kind; the largest such set below the share."""
+    from mlx_pare.fit.reach import best_layers
+
+    for count in range(int(len(arch.layers) * share), 0, -1):
+        if found := best_layers(arch, [float(-i) for i in range(len(arch.layers))], count, [0]):
+            return found
+    raise PareError("no half of the layers can go on being of their kind")
+
+
+def cells(source: Path, axis: str, work: Path) -> tuple[str, str, str, str]:
+    """(leaves as, mlx-lm, llama.cpp, transformers) of one cut, in words."""
+    plan = plan_of(source, AXES[axis])
+    if problems := plan.problems(Checkpoint(source).arch):
+        return "-", f"refused: {problems[0]}", "-", "-"
+    out, gguf = work / "out", work / "m.gguf"
+    prune(source, plan, out)
+    arch = cut(Checkpoint(source).arch, plan.keep(Checkpoint(source).arch))
+    tokenizer, module = lm.tokenizer(out), lm.load_stock(out)
+    ids = tokenizer.encode(PROMPT)
+    ours = lm.greedy(module, ids, TOKENS)
+    here = f"yes, {TOKENS} tokens" if len(ours) == TOKENS else f"{len(ours)} tokens"
+    try:
+        done = export(out, gguf, "f32")
+        found = verify(out, gguf)
+        theirs = llama_cpp.greedy(gguf, ids, TOKENS)
+        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+        close = found["max_abs_difference"] <= CLOSE and not found["different"]
+        there = f"{done['architecture']}: {found['max_abs_difference']:.1e}, {same} of {TOKENS} tokens"
+        there += "" if close and same == TOKENS else " (!)"
+    except PareError as error:
+        there = f"no: {error.problem}"
+    try:
+        check(out, source)
+        transformers = "tokenizer" if arch.family.result else "config, tokenizer"
+    except PareError as error:
+        transformers = f"no: {error.problem}"
+    return arch.config["model_type"], here, there, transformers
+
+
+def rows(name: str, source: Path) -> Iterator[str]:
+    for axis in AXES:
+        with tempfile.TemporaryDirectory() as work:
+            try:
+                found = cells(source, axis, Path(work))
+            except PareError as error:
+                found = "-", f"refused: {error.problem}", "-", "-"
+        yield "| " + " | ".join([name, axis, *(cell.replace(str(source), name) for cell in found)]) + " |"
+
+
+def main() -> None:
+    """Print the table, and write it to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="*", default=list(pico.FAMILIES))
+    parser.add_argument("--models", type=Path, nargs="*", default=[], help="directories of real models")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "compat.md")
+    asked = parser.parse_args()
+    console.configure(quiet=True)
+    used = ("mlx", "mlx-lm", "gguf", "llama-cpp-python", "transformers")
+    lines = [f"{', '.join(f'{name} {version(name)}' for name in used)}; {platform.system()}, MLX's CPU backend", ""]
+    lines += ["| family | cut | leaves as | mlx-lm | llama.cpp (F32): logits, text | transformers |", "|---" * 6 + "|"]
+    print("\n".join(lines))
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = [(name, pico.make(Path(scratch) / name, name, **HEADS)) for name in asked.families]
+        for name, source in [*sources, *((m.name, m) for m in asked.models)]:
+            for line in rows(name, source):
+                print(line, flush=True)
+                lines.append(line)
+    asked.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    np.random.seed(0)
+    main()

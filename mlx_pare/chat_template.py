@@ -1,0 +1,138 @@
+"""A chat template in Jinja as one of Ollama, which are Go templates: the texts around the messages, found by asking.
+
+No program translates Jinja. But what a template makes of a conversation is a text before, between and after its
+messages, and almost always the same one at the same place. So conversations with marked messages are written by the
+model's own template, the texts at each place are cut out, and what they make of other, longer conversations is held
+against the template: where it differs, there is no translation, which is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import PareError
+
+Messages = Sequence[tuple[str, str]]  # (role, content)
+Write = Callable[[Messages], str]  # a conversation as the template writes it, ready for the model's answer
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+MARKS = ("Aq7zX", "Bk3wY", "Cm9vZ", "Dp5uW")  # no template has these in it, trims or changes them
+# Conversations that the texts are taken from do not count as proof
+PROOF: tuple[tuple[str, ...], ...] = (
+    (USER,),
+    (SYSTEM, USER),
+    (USER, ASSISTANT, USER),
+    (SYSTEM, USER, ASSISTANT, USER, ASSISTANT, USER),
+    (USER, ASSISTANT, USER, ASSISTANT, USER, ASSISTANT, USER),
+)
+CONTENTS = ('Who\'s "there"?', "{{ .Content }} {% x %}", "naïve 日本", "two\nlines, and a number: 12", "ok", "Q", "z")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What stands before a message, by its role and the role before it ("": none); and after the last one."""
+
+    before: Mapping[tuple[str, str], str]  # (role before, role)
+    after: str
+
+    def without(self, first: str) -> Texts:
+        """Without this at the very beginning."""
+        before = {place: text if place[0] else text.removeprefix(first) for place, text in self.before.items()}
+        return Texts(before, self.after)
+
+    def write(self, messages: Messages) -> str:
+        """The conversation, without any template."""
+        parts, last = [], ""
+        for role, content in messages:
+            parts += [self.before[last, role], content]
+            last = role
+        return "".join(parts) + self.after
+
+
+def read(write: Write) -> Texts:
+    """The texts of a template. Raises PareError, with the reason, for one that does more than put texts around them.
+
+    A template without a place for a system message is one whose users' messages alone are translated.
+    """
+    plain = _pieces(write, (USER, ASSISTANT, USER))
+    before = {("", USER): plain[0], (USER, ASSISTANT): plain[1], (ASSISTANT, USER): plain[2]}
+    proof = PROOF
+    try:
+        head = _pieces(write, (SYSTEM, USER))
+        before |= {("", SYSTEM): head[0], (SYSTEM, USER): head[1]}
+    except (ValueError, PareError):
+        proof = tuple(roles for roles in PROOF if SYSTEM not in roles)
+    found = Texts(before, plain[3])
+    for roles in proof:
+        messages = list(zip(roles, CONTENTS, strict=False))
+        try:
+            expected = write(messages)
+        except ValueError as error:
+            raise PareError(f"its chat template fails on a conversation: {error}") from error
+        if found.write(messages) != expected:
+            raise PareError(f"its chat template writes {', '.join(roles)} in another way than shorter conversations")
+    return found
+
+
+def _pieces(write: Write, roles: Sequence[str]) -> list[str]:
+    """The texts around marked messages. Raises PareError where a mark is not there once, in its order."""
+    marks = MARKS[: len(roles)]
+    try:
+        text = write(list(zip(roles, marks, strict=True)))
+    except ValueError as error:
+        raise PareError(f"its chat template fails on a conversation: {error}") from error
+    pieces = []
+    for mark in marks:
+        piece, found, text = text.partition(mark)
+        if not found or mark in text:
+            raise PareError(f"its chat template does not write every message ({', '.join(roles)}) once, in order")
+        pieces.append(piece)
+    return [*pieces, text]
+
+
+# ---- Go ----
+
+
+def go_string(text: str) -> str:
+    """A text as a string of Go, in ASCII, which neither Go's templates nor a Modelfile see anything special in."""
+    quoted = []
+    for character in text:
+        code = ord(character)
+        if character in '"\\':
+            quoted.append("\\" + character)
+        elif character == "\n":
+            quoted.append("\\n")
+        elif 32 <= code < 127:
+            quoted.append(character)
+        else:
+            quoted.append(f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
+    return f'"{"".join(quoted)}"'
+
+
+def go_template(texts: Texts) -> str:
+    """The same as a Go template over .Messages, each with .Role and .Content (Ollama, template/template.go).
+
+    Every text is a string inside of an action: what stands between the actions is white space, all of it trimmed.
+    """
+
+    def say(text: str) -> str:
+        return f"{{{{- {go_string(text)} }}}}" if text else ""
+
+    def branch(role: str) -> str:
+        before = {last: text for (last, now), text in texts.before.items() if now == role}
+        found = [f'{{{{- if eq $last "{last}" }}}}{say(text)}' for last, text in before.items() if last]
+        first = say(before.get("", before.get(USER, "")))
+        return "{{- else }}".join([*found, first]) + "{{- end }}" * len(found) + "{{- .Content }}"
+
+    roles = [role for role in (SYSTEM, USER, ASSISTANT) if any(now == role for _, now in texts.before)]
+    lines = ['{{- $last := "" }}', "{{- range $i, $_ := .Messages }}"]
+    for number, role in enumerate(roles):
+        lines.append(f'{{{{- {"else if" if number else "if"} eq .Role "{role}" }}}}{branch(role)}')
+    lines += [
+        "{{- end }}",
+        "{{- $last = .Role }}",
+        "{{- end }}",
+        '{{- if eq $last "user" }}' + say(texts.after) + "{{- end }}",
+    ]
+    return "\n".join(lines)

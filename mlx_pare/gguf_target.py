@@ -1,0 +1,170 @@
+"""How llama.cpp runs a model: its architecture there, and the metadata that tells it. No arrays.
+
+The architecture of a family stands in its table; here is what is to be said of rope, attention and sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import gguf_uneven
+from .arch import Architecture
+from .checkpoint import Checkpoint
+from .errors import PareError
+from .licence import licence_name
+
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # enum llama_ftype, llama.cpp include/llama.h
+
+
+RUNTIMES = ("mlx", "llama.cpp", "ollama", "lm-studio")  # all but the first read GGUF, by llama.cpp
+
+
+@dataclass(frozen=True)
+class Target:
+    """How llama.cpp will run the model."""
+
+    architecture: str
+    permute: bool  # its rope pairs neighbours, ours pairs halves of a head
+    theta: float
+    scaling: Mapping[str, Any] = field(default_factory=dict)  # rope scaling of config.json; empty: none
+    q_norm: float = 1.0  # factor on q_norm that makes up for another attention scale
+
+    @property
+    def scaling_type(self) -> str:
+        return str(self.scaling.get("type") or self.scaling.get("rope_type") or "default")
+
+
+def runtimes_of(arch: Architecture) -> dict[str, str | None]:
+    """Which class or architecture of every runtime computes what this model does; None where none does. What the config
+    sets beside sizes (scaled rope) is looked at by ``target_of`` alone."""
+    if not arch.family.result:
+        return {"mlx-lm": arch.family.name, "llama.cpp": arch.family.gguf, "transformers": arch.config["model_type"]}
+    there = gguf_uneven.architecture(arch) if gguf_uneven.why_not(arch) is None else None
+    return {"mlx-lm": arch.family.name, "llama.cpp": there, "transformers": None}
+
+
+def target_of(checkpoint: Checkpoint) -> Target:
+    """The llama.cpp architecture for a checkpoint. Raises PareError when none computes the same."""
+    arch, config, family = checkpoint.arch, checkpoint.arch.config, checkpoint.arch.family
+    theta, scaling = _rope(checkpoint)
+    if family.result:
+        name = gguf_uneven.architecture(arch)
+        target = Target(name, name == "deci", theta, scaling)
+        _check_scaling(checkpoint, target)
+        return target
+    target = Target(family.gguf, family.gguf_rope == "norm", theta, scaling)
+    biased = config.get("attention_out_bias") or config.get("mlp_bias")
+    if family.gguf in ("qwen2", "seed_oss") and (target.scaling_type == "llama3" or biased):
+        # only the llama architecture has rope factors and those biases; its blocks are the same but for the row order
+        target = Target("llama", True, theta, scaling)
+    kinds = {layer.kind for layer in arch.layers}
+    if target.architecture != "gemma3" and "sliding_attention" in kinds:
+        raise PareError(f"{checkpoint.path} has sliding attention, which llama.cpp's {target.architecture} lacks")
+    if config.get("rope_traditional"):
+        raise PareError(f"{checkpoint.path} sets rope_traditional, which is not supported in GGUF")
+    _check_scaling(checkpoint, target)
+    if target.architecture == "gemma3":
+        return Target("gemma3", False, theta, scaling, _gemma_q_norm(arch))
+    return target
+
+
+def _check_scaling(checkpoint: Checkpoint, target: Target) -> None:
+    architecture, kind, scaling = target.architecture, target.scaling_type, target.scaling
+    wide = ("linear", "yarn", "llama3")  # rope factors have a place
+    allowed = {"llama": wide, "deci": wide, "gemma3": ("linear",)}.get(architecture, ("linear", "yarn"))
+    if kind not in ("default", *allowed):
+        raise PareError(
+            f"{checkpoint.path} scales its rope by {kind!r}, which llama.cpp's {architecture} does not do",
+            f"supported are {', '.join(allowed)}",
+        )
+    if kind != "default" and not scaling.get("factor"):
+        raise PareError(f"{checkpoint.path / 'config.json'} scales its rope by {kind!r} but gives no factor")
+    if kind == "yarn" and (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)) != (32, 1):
+        raise PareError(
+            f"{checkpoint.path} uses yarn with other betas than 32 and 1",
+            "llama.cpp does not read them from the file for this architecture",
+        )
+
+
+def _rope(checkpoint: Checkpoint) -> tuple[float, dict[str, Any]]:
+    """Rope base and scaling from either spelling: rope_theta and rope_scaling, or transformers 5's rope_parameters."""
+    raw = checkpoint.config
+    parameters = raw.get("rope_parameters") or {}
+    parameters = parameters.get("full_attention", parameters)
+    theta = raw.get("rope_theta") or parameters.get("rope_theta") or checkpoint.arch.config.get("rope_theta")
+    theta = theta or checkpoint.arch.config.get("rope_freq_constant")  # openelm
+    if not theta:
+        raise PareError(f"{checkpoint.path / 'config.json'} has no rope_theta")
+    return float(theta), dict(raw.get("rope_scaling") or parameters)
+
+
+def _gemma_q_norm(arch: Architecture) -> float:
+    """llama.cpp takes 1/sqrt(head_dim) as the attention scale, but 1/sqrt(hidden // heads) in a model of 62 layers
+    (src/models/gemma3.cpp); the model means 1/sqrt(query_pre_attn_scalar). q_norm follows q_proj, so it can carry the
+    difference, and a depth-pruned 27B stays what it was."""
+    heads = arch.uniform("kv_head") * arch.uniform("group")
+    assumed = arch.sizes["hidden"] // heads if len(arch.layers) == 62 else arch.uniform("head_dim")
+    return math.sqrt(assumed / arch.config["query_pre_attn_scalar"])
+
+
+# ---- metadata ----
+
+
+def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> None:
+    """Add everything but the tokenizer and the tensors to a gguf.GGUFWriter; ``kind``: f32, f16 or q8_0."""
+    arch, config = checkpoint.arch, checkpoint.arch.config
+    head_dim = arch.uniform("head_dim")
+    writer.add_name(checkpoint.path.resolve().name)
+    licence = licence_name(checkpoint.path)
+    if licence:
+        writer.add_license(licence)
+    writer.add_file_type(FILE_TYPES[kind])
+    if kind == "q8_0":
+        writer.add_quantization_version(2)  # GGML_QNT_VERSION
+    writer.add_vocab_size(arch.sizes["vocab"])
+    writer.add_context_length(config.get("max_position_embeddings") or 2048)  # transformers' default for llama
+    writer.add_embedding_length(arch.sizes["hidden"])
+    writer.add_block_count(len(arch.layers))
+    if arch.family.result:
+        layers = gguf_uneven.sizes(arch)
+        writer.add_feed_forward_length([layer.ffn for layer in layers])
+        writer.add_head_count([layer.heads for layer in layers])
+        writer.add_head_count_kv([layer.kv_heads for layer in layers])
+    else:
+        writer.add_feed_forward_length(arch.uniform("ffn"))
+        writer.add_head_count(arch.uniform("kv_head") * arch.uniform("group"))
+        writer.add_head_count_kv(arch.uniform("kv_head"))
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(target.theta)
+    _scaling_metadata(writer, target)
+    if target.architecture == "gemma3":
+        raw = checkpoint.config
+        local = (raw.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
+        writer.add_sliding_window(config["sliding_window"])
+        # one entry per layer: the default period would be applied to whatever layers are left
+        writer.add_sliding_window_pattern([layer.kind == "sliding_attention" for layer in arch.layers])
+        writer.add_rope_freq_base_swa(float(raw.get("rope_local_base_freq") or local or config["rope_local_base_freq"]))
+
+
+def _scaling_metadata(writer: Any, target: Target) -> None:
+    import gguf
+
+    scaling, kind = target.scaling, target.scaling_type
+    if kind not in ("linear", "yarn"):
+        return
+    factor = float(scaling["factor"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    writer.add_rope_scaling_factor(factor)
+    if kind == "linear":
+        return
+    # mlx_lm/models/rope_utils.py YarnRoPE; the last divisor is what llama.cpp multiplies by itself (ggml rope_yarn)
+    writer.add_rope_scaling_orig_ctx_len(int(scaling.get("original_max_position_embeddings", 4096)))
+    growth = 0.1 * math.log(max(factor, 1))
+    mscale = (1 + scaling.get("mscale", 1) * growth) / (1 + scaling.get("mscale_all_dim", 0) * growth)
+    writer.add_rope_scaling_attn_factors(mscale / (1 + growth))

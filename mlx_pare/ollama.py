@@ -1,0 +1,129 @@
+"""A Modelfile for Ollama beside a GGUF file: template, stops, context, sampling, licence. Ollama was never run on it.
+
+Syntax: parser/parser.go of Ollama. A value in three quotes ends at the first three, and characters that cannot be
+printed are dropped, so what cannot be said is left out, which is noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .bounded import check_links, contents
+from .chat_template import SYSTEM, USER, Texts, go_template, read
+from .checkpoint import read_json
+from .errors import PareError
+from .gguf_tokenizer import first_token
+from .licence import licence_file
+from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats
+
+QUOTES = '"""'
+# generation_config.json -> PARAMETER, and what it must be (api/types.go of Ollama)
+SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+            "repetition_penalty": "repeat_penalty"}  # fmt: skip
+MAX_LICENCE = 1 << 20
+
+
+@dataclass
+class Modelfile:
+    """What is in the file; ``stops`` as text, ``template`` in Go."""
+
+    source: str
+    template: str | None
+    stops: list[str]
+    parameters: dict[str, float | int]
+    licence: str | None
+    notes: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """The file. Nothing in it is taken as it came: see the docstring of this module."""
+        lines = [f"FROM ./{self.source}"]
+        if self.template is not None:
+            lines.append(f"TEMPLATE {QUOTES}{self.template}{QUOTES}")
+        lines += [f"PARAMETER stop {quoted(stop)}" for stop in self.stops]
+        lines += [f"PARAMETER {name} {value}" for name, value in self.parameters.items()]
+        if self.licence:
+            lines.append(f"LICENSE {QUOTES}\n{self.licence.strip()}\n{QUOTES}")
+        return "\n".join(lines) + "\n"
+
+
+def modelfile(model: Path, source: str, context: int) -> Modelfile:
+    """The Modelfile of a model directory whose GGUF is called ``source``, for ``context`` tokens.
+
+    Without a chat template the prompt is taken as it is. Raises PareError for tokenizer files that are damaged.
+    """
+    check_links(model)
+    raw = read_json(model / "tokenizer.json", "tokenizer", MAX_TOKENIZER, TOKENIZER_BUDGET)
+    files = ("tokenizer_config.json", "generation_config.json", "config.json")
+    settings, generation, config = (_object(model / name) for name in files)
+    there = licence_file(model)
+    licence = contents(there, MAX_LICENCE, "licence").decode("utf-8", "replace") if there else None
+    found = Modelfile(source, "{{ .Prompt }}", [], {"num_ctx": context}, licence)
+    texts = None
+    if settings.get("chat_template") or (model / "chat_template.jinja").is_file():
+        texts = _texts(model, found.notes)
+        bos = first_token(raw, settings)  # the GGUF file says that it is added anyway: it would be there twice
+        found.template = go_template(texts.without(bos) if bos else texts) if texts else None
+    for stop in _stops(texts, raw, settings, generation, config):
+        if sayable(stop):
+            found.stops.append(stop)
+        else:
+            found.notes.append(f"the stop {stop!r} cannot be written in a Modelfile")
+    for key, name in SAMPLING.items():
+        value = generation.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6:
+            found.parameters[name] = int(value) if name == "top_k" else value
+    if found.licence and QUOTES in found.licence:
+        found.notes.append("the licence holds three quotes, which a Modelfile cannot: it is left out there")
+        found.licence = None
+    return found
+
+
+def quoted(text: str) -> str:
+    """A value in as many quotes as it needs. Raises ValueError for what no quotes hold."""
+    if not sayable(text):
+        raise ValueError(f"{text!r} cannot be written in a Modelfile")
+    return f"{QUOTES}{text}{QUOTES}" if '"' in text else f'"{text}"'
+
+
+def sayable(text: str) -> bool:
+    """Whether a Modelfile can hold a text: printed characters and line ends, no three quotes, none at its ends."""
+    printed = all(character.isprintable() or character == "\n" for character in text)
+    return bool(text) and printed and QUOTES not in text and '"' not in (text[0], text[-1])
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    return read_json(path, path.name) if path.is_file() else {}
+
+
+def _texts(model: Path, notes: list[str]) -> Texts | None:
+    """What the chat template puts around messages; None, with a note, where that cannot be said."""
+    chats = Chats(model)
+
+    def write(messages: Sequence[tuple[str, str]]) -> str:
+        return chats([{"role": role, "content": content} for role, content in messages], answer=True)
+
+    try:
+        found = read(write)
+    except PareError as error:
+        notes.append(f"no TEMPLATE is written: {error.problem}. Ollama then looks for one that is like the GGUF file's")
+        return None
+    if (SYSTEM, USER) not in found.before:
+        notes.append("the chat template has no place for a system message: in Ollama it is left out")
+    return found
+
+
+def _stops(texts: Texts | None, raw: Mapping, settings: Mapping, generation: Mapping, config: Mapping) -> list[str]:
+    """The special tokens that end an answer: those the model is said to end with, and the one that the chat template
+    writes behind it."""
+    added = {t["id"]: t["content"] for t in raw.get("added_tokens") or () if isinstance(t, Mapping)}
+    ids = generation.get("eos_token_id", config.get("eos_token_id"))
+    found = [added.get(i) for i in (ids if isinstance(ids, list) else [ids])]
+    eos = settings.get("eos_token")
+    found.append(eos.get("content") if isinstance(eos, Mapping) else eos)
+    if texts:
+        behind = texts.before["assistant", "user"]
+        found.append(max((text for text in added.values() if text and behind.startswith(text)), key=len, default=None))
+    return list(dict.fromkeys(text for text in found if isinstance(text, str) and text))

@@ -1,0 +1,129 @@
+"""What stock servers answer for a file or directory that we wrote: asked as any client asks, on this computer alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import PareError
+
+START_SECONDS, ANSWER_SECONDS = 120.0, 120.0
+HOST = "127.0.0.1"
+PROMPT, TOKENS = "Once upon a time", 16
+LLAMA_SERVER = (
+    "uvicorn",
+    "fastapi",
+    "starlette_context",
+    "sse_starlette",
+    "pydantic_settings",
+)  # llama-cpp-python[server]
+
+
+def mlx_lm(model: Path, chat: bool) -> dict[str, Any]:
+    """What mlx_lm.server answers for a model directory; see ``ask``."""
+    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--host", HOST, "--port"]
+    return ask("mlx_lm.server", command, chat)
+
+
+def llama_cpp(gguf: Path, chat: bool) -> dict[str, Any]:
+    """What llama.cpp's server answers for a GGUF file: llama-server where it is on the path, else that of
+    llama-cpp-python; where there is neither, "served" is False and "reason" says so."""
+    if found := shutil.which("llama-server"):
+        return ask("llama-server", [found, "-m", str(gguf), "--host", HOST, "--port"], chat)
+    if importlib.util.find_spec("llama_cpp") and all(map(importlib.util.find_spec, LLAMA_SERVER)):
+        command = [
+            sys.executable,
+            "-m",
+            "llama_cpp.server",
+            "--model",
+            str(gguf),
+            "--host",
+            HOST,
+            "--n_gpu_layers",
+            "0",
+        ]
+        return ask("llama_cpp.server", [*command, "--port"], chat)
+    return {"served": False, "reason": "there is no llama-server, and llama-cpp-python[server] is not installed"}
+
+
+def ask(name: str, command: Sequence[str], chat: bool) -> dict[str, Any]:
+    """Start a server (``command``, to which a free port is added), ask it as OpenAI's clients do, for a chat where the
+    model has a template, else for the rest of a text, and end it. Returns served, server, text, seconds.
+
+    Raises PareError, with the last line of the server, when it does not answer, or not as such a server does.
+    """
+    begun = time.monotonic()
+    with _running(command) as (port, log):
+        _wait(f"http://{HOST}:{port}/v1/models", name, log)
+        what = {"messages": [{"role": "user", "content": PROMPT}]} if chat else {"prompt": PROMPT}
+        path = "chat/completions" if chat else "completions"
+        request = urllib.request.Request(
+            f"http://{HOST}:{port}/v1/{path}",
+            json.dumps({**what, "max_tokens": TOKENS, "temperature": 0}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+                choice = json.load(answer)["choices"][0]
+                text = choice["message"]["content"] if chat else choice["text"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise PareError(f"{name} does not answer for it: {error}; it said: {_last(log)}") from error
+    if not isinstance(text, str) or not text.strip():
+        raise PareError(f"{name} answers with nothing")
+    return {"served": True, "server": name, "text": text, "seconds": round(time.monotonic() - begun, 1)}
+
+
+@contextmanager
+def _running(command: Sequence[str]) -> Iterator[tuple[int, Path]]:
+    """(port, file of its output) of a server while it runs."""
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log"
+        offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, str(port)], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=offline
+            )
+        try:
+            yield port, log
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(url: str, name: str, log: Path) -> None:
+    """Until the server answers at all. Raises PareError when it does not."""
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise PareError(f"{name} does not start: {_last(log)}")
+
+
+def _last(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    return (lines or ["nothing"])[-1][:300]

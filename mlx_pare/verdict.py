@@ -1,0 +1,76 @@
+"""Was it worth it? The result against what it competes with, in sentences. Every number was measured by a step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from .artifacts import CONTENDERS, Metrics
+from .console import gb
+from .rundir import Manifest
+
+
+def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Metrics, int]]:
+    """Measured contenders: name -> (metrics, bytes of weights); only ``names`` when an earlier call measured more."""
+    found = {}
+    for name in [n for n, _ in CONTENDERS] if names is None else names:
+        path = run / f"evaluate-{name}"
+        if (path / "metrics.json").exists():
+            found[name] = Metrics.load(path / "metrics.json"), json.loads((path / "size.json").read_text())["bytes"]
+    return found
+
+
+def reconstructed(manifest: Manifest) -> bool:
+    """Whether the contenders that the result is compared with were reconstructed as it was."""
+    steps = [manifest.steps.get(f"evaluate-{name}") for name in ("random", "fewer-bits")]
+    return all(step.parameters.get("reconstructed") for step in steps if step)
+
+
+Found = Mapping[str, tuple[Metrics, int]]
+
+
+def verdict(found: Found, reconstructed: bool = False) -> str:
+    """Whether pruning was worth it, against the whole model with fewer bits at no more bytes and a random cut;
+    ``reconstructed``: whether those were, as the result was."""
+    if "original" not in found or "pruned" not in found:
+        return "Not measured yet."
+    dense, dense_bytes = found["original"]
+    ours, ours_bytes = found.get("recovered", found["pruned"])
+    text = (
+        f"{gb(dense_bytes)} -> {gb(ours_bytes)} ({ours_bytes / dense_bytes:.0%}), perplexity {dense.perplexity:.2f} -> "
+        f"{ours.perplexity:.2f} (x {ours.perplexity / dense.perplexity:.3f})."
+    )
+    if "random" in found:
+        luck, chosen = found["random"][0].perplexity, found["pruned"][0].perplexity
+        both = "both reconstructed, without recovery" if reconstructed else "both without recovery"
+        text += f" A random cut of the same size has {luck:.2f} (the chosen one {chosen:.2f}, {both})."
+        text += " **The choice was no better than chance.**" if luck <= chosen else ""
+    return f"{text} {_against_fewer_bits(found, ours, reconstructed)}"
+
+
+def _against_fewer_bits(found: Found, ours: Metrics, reconstructed: bool) -> str:
+    if "fewer-bits" not in found:
+        return "No narrower packing reaches this size, so fewer bits were not an alternative."
+    other, size = found["fewer-bits"]
+    how = "reconstructed as well, without recovery" if reconstructed else "without recovery"
+    rival = f"the whole model with fewer bits, {how}, takes {gb(size)} and has perplexity {other.perplexity:.2f}"
+    difference, error = paired(ours, other)
+    if abs(difference) < 2 * error:
+        return (
+            f"**Not worth it:** {rival}, which is no measurable difference ({difference:+.4f} ± {error:.4f} nats per "
+            "token, paired). Quantize instead: it is simpler."
+        )
+    if difference >= 0:
+        return f"**Not worth it:** {rival}. Quantize instead of pruning, or prune further than fewer bits can reach."
+    return f"**Worth it:** {rival}."
+
+
+def paired(a: Metrics, b: Metrics) -> tuple[float, float]:
+    """Mean difference of NLL in nats per token, and its standard error, over the windows both were measured on."""
+    if len(a.window_nll) != len(b.window_nll) or len(a.window_nll) < 2:
+        return math.log(a.perplexity / b.perplexity), 0.0
+    differences = [x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)]
+    return fmean(differences), stdev(differences) / math.sqrt(len(differences))

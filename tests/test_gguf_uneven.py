@@ -1,0 +1,93 @@
+"""Models whose layers differ as GGUF: llama.cpp itself computes what stock mlx-lm does."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from test_uneven import COUNTS, FUSED, NAS, WIDE, model, plan_of  # noqa: F401 (model is a fixture)
+
+from mlx_pare import gguf_rows, gguf_uneven, llama_cpp
+from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.errors import PareError
+from mlx_pare.export import export, verify
+from mlx_pare.prune import prune
+
+pytestmark = [
+    pytest.mark.llama,
+    pytest.mark.skipif(not llama_cpp.available(), reason="llama-cpp-python is not installed"),
+]
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+CASES = {
+    "llama, widths": ("llama", COUNTS["both"], {}),
+    "llama, no ffn": ("llama-untied", COUNTS["no ffn"], {}),
+    "mistral": ("mistral", COUNTS["kv_head"], {}),
+    "qwen3": ("qwen3", COUNTS["no ffn"], {}),
+    "qwen3, widths": ("qwen3", COUNTS["both"], {}),
+    "no attention": ("llama-untied", NAS, WIDE),
+    "no attention first": ("llama", [(256, 0), *NAS[1:]], WIDE),
+    "neither first": ("llama", [(512, 0), (0, 4), (512, 4), (256, 0)], WIDE),
+    "biases": ("llama", NAS, {**WIDE, "attention_bias": True, "mlp_bias": True}),
+    "llama3 rope": ("llama", NAS, {**WIDE, "rope_scaling": SCALED}),
+    "linear rope": ("llama", NAS, {**WIDE, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "qwen2": ("qwen2", NAS, WIDE),
+}
+
+
+def exported(source, counts, tmp_path, kind="f32"):
+    prune(source, plan_of(source, counts), tmp_path / "out")
+    return tmp_path / "out", export(tmp_path / "out", tmp_path / "m.gguf", kind)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_the_same(model, tmp_path, case):  # noqa: F811
+    name, counts, changes = CASES[case]
+    out, done = exported(model(name, **changes), counts, tmp_path)
+    found = verify(out, tmp_path / "m.gguf")
+    assert found["max_abs_difference"] < 1e-4 and found["same_argmax"] == 1 and found["different"] == []
+    assert done["architecture"] == ("openelm" if name == "qwen3" else "deci")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    heads = fields[f"{done['architecture']}.attention.head_count_kv"].contents()
+    expected = [h for _, h in counts]
+    assert heads == (expected if expected[0] else [1, *expected[1:]])
+
+
+def test_packed(model, tmp_path):  # noqa: F811
+    """Codes of 4 bits, written as they are understood, and in 8 bits."""
+    source = model("llama", (4, FUSED), **WIDE)
+    out, _ = exported(source, NAS, tmp_path)
+    assert verify(out, tmp_path / "m.gguf")["max_abs_difference"] < 1e-4
+    export(out, tmp_path / "q.gguf", "q8_0")
+    assert verify(out, tmp_path / "q.gguf")["relative_difference"] < 0.05
+
+
+def test_what_has_no_architecture_is_refused(model, tmp_path):  # noqa: F811
+    with pytest.raises(PareError, match="norms of queries and keys and a head of its own"):
+        exported(model("qwen3-untied"), COUNTS["both"], tmp_path)
+    assert not (tmp_path / "m.gguf").exists()
+    assert gguf_uneven.why_not(Checkpoint(model("qwen3")).arch) is None
+
+
+FAULTS = {
+    "the rope of queries and keys": ("llama, widths", gguf_uneven, "ROPE", {"attn_q"}),
+    "gate and up in their places": ("llama, widths", gguf_uneven, "GATE_UP", None),
+    "a feed-forward that is nothing": ("no attention", gguf_uneven, "stand_ins", None),
+    "the factors of the rope": ("llama3 rope", gguf_rows, "rope_factors", lambda t, d: np.ones(d // 2, np.float32)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_forgotten_is_noticed(model, tmp_path, monkeypatch, fault):  # noqa: F811
+    case, module, what, other = FAULTS[fault]
+    if what == "GATE_UP":
+        swapped = {"gate_up_proj": ("ffn_up", "ffn_gate")}
+        monkeypatch.setattr(gguf_uneven, "SPLIT", {"deci": gguf_uneven.QKV | swapped})
+    elif what == "stand_ins":
+        real = gguf_uneven.stand_ins
+        monkeypatch.setattr(module, what, lambda arch: ((n, v + 0.1) for n, v in real(arch)))
+    else:
+        monkeypatch.setattr(module, what, other)
+    name, counts, changes = CASES[case]
+    out, _ = exported(model(name, **changes), counts, tmp_path)
+    assert verify(out, tmp_path / "m.gguf")["max_abs_difference"] > 0.01
