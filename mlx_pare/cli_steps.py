@@ -64,6 +64,25 @@ from .options import (
 )
 
 
+@command(
+    "import",
+    "mlx-pare import model.gguf -o DIR | mlx-pare import model-00001-of-00003.gguf -o DIR --dense",
+)
+def import_command(
+    model: Annotated[str, typer.Argument(help="A .gguf file, or any part of one in several.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Model directory to write.")],
+    dense: Annotated[bool, typer.Option("--dense", help="Quantized tensors become float16.")] = False,
+) -> dict[str, Any]:
+    """Rebuild a GGUF file as an MLX model directory. The other commands do it by themselves, into a cache."""
+    from .gguf_model import rebuild
+    from .opened import told
+
+    found = rebuild(Path(model), out, dense)
+    told(found)
+    console.say(f"model: {out} ({found['model_type']}, {console.gb(found['bytes'])})")
+    return found
+
+
 @command("calibrate", "mlx-pare calibrate MODEL --data notes/ --out RUN --samples 128 --length 512")
 def calibrate_command(
     model: Model,
@@ -283,7 +302,7 @@ def recover_command(
             local_steps=local_steps, targets=targets, patience=patience, batch=batch, accumulate=accumulate,
             schedule=schedule, clip=clip,
             rank=rank, kind=loss, temperature=temperature, cross_entropy=cross_entropy, match=match,
-            grad_checkpoint=grad_checkpoint, mix=mix, on_policy=on_policy, teacher=teacher,
+            grad_checkpoint=grad_checkpoint, mix=mix, on_policy=on_policy, teacher=teacher and str(teacher),
             data=data or before.get("data"), test_data=test_data or before.get("test_data"),
             length=before.get("length", 512), memory_cap=memory_cap, seed=seed,
             field=field or (None if data else before.get("field")),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ MAX_NAME = 1024  # bytes of a key or the name of a tensor (llama.cpp takes 64 fo
 MAX_ENTRIES = 1 << 16  # tensors, or metadata keys
 MAX_STRINGS = 1 << 21  # in all arrays together; the largest real vocabularies have 0.8 million with their merges
 MAX_ARRAY = 4096  # values of an array that is kept
+MAX_VOCABULARY = 1 << 20  # tokens, or merges, of a tokenizer that is read; the largest real ones have half of that
+MAX_TOKENS = 32 << 20  # bytes of all of them together; gemma's take 3 million
 MAX_TEXT = 1 << 17  # bytes of a text that is kept: chat templates take up to 20,000
 ROOM = 1 << 22  # bytes of names, texts and values (40 each) kept in all
 
@@ -69,7 +71,15 @@ class Header:
 
 def read(path: Path) -> Header:
     """The header of one file. Raises PareError, one line, for anything that is no sound little-endian GGUF 2 or 3."""
-    path = Path(path)
+    return _read(Path(path), lambda path, data: _Cursor(path, data).header())
+
+
+def vocabulary(path: Path) -> dict[str, Any]:
+    """The metadata of one file that begins with "tokenizer.", its arrays in full: within 150 MB. Raises as read."""
+    return _read(Path(path), lambda path, data: _Vocabulary(path, data).tokenizer())
+
+
+def _read(path: Path, reader: Callable[[Path, Any], Any]) -> Any:
     try:
         if not path.is_file():
             what = "a directory" if path.is_dir() else "no regular file" if path.exists() else "not there"
@@ -78,7 +88,7 @@ def read(path: Path) -> Header:
             if not path.stat().st_size:
                 raise PareError(f"{path} is empty, expected a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Cursor(path, data).header()
+                return reader(path, data)
     except OSError as error:
         raise PareError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -88,29 +98,38 @@ def read_all(path: Path) -> Header:
 
     Raises PareError for a part that is missing or damaged or belongs to something else.
     """
+    return union(path, read_parts(path))
+
+
+def read_parts(path: Path) -> dict[Path, Header]:
+    """The headers of the files that a model consists of, in order; given any of them. Raises as read_all."""
     path = Path(path)
     header = read(path)
     count = header.metadata.get("split.count", 0)
     if type(count) is not int or count < 2:
-        return header
+        return {path: header}
     named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name, re.DOTALL)
     if not named or int(named[3]) != count:
         raise PareError(f"{path} is one of {count} parts, but is not named as such", "give the parts their names back")
     if count > MAX_PARTS:
         raise PareError(f"{path} says that it is one of {count} parts, more than {MAX_PARTS}")
-    parts = []
+    parts: dict[Path, Header] = {}
     for number in range(1, count + 1):
         part = path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf")
         if not part.is_file():
             raise PareError(f"{part} is missing", f"all {count} parts must be in one directory")
-        parts.append(header if part == path else read(part))
-        found = tuple(parts[-1].metadata.get(key) for key in ("split.no", "split.count"))
+        parts[part] = header if part == path else read(part)
+        found = tuple(parts[part].metadata.get(key) for key in ("split.no", "split.count"))
         if found != (number - 1, count):
             raise PareError(f"{part} says it is part {_shown(found[0])} of {_shown(found[1])}, counting from 0")
-    return _union(path, parts)
+    return parts
 
 
-def _union(path: Path, parts: list[Header]) -> Header:
+def union(path: Path, files: Mapping[Path, Header]) -> Header:
+    """The headers of all parts as one: the metadata of the first, the tensors of all. Raises as read_all."""
+    parts = list(files.values())
+    if len(parts) == 1:
+        return parts[0]
     tensors: dict[str, TensorInfo] = {}
     for number, part in enumerate(parts, 1):
         if twice := tensors.keys() & part.tensors.keys():
@@ -224,15 +243,19 @@ class _Cursor:
 
     # ---- the whole ----
 
-    def header(self) -> Header:
-        version = self.preamble()
-        tensors, keys = self.count("tensors"), self.count("metadata keys")
+    def metadata(self, keys: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
         for _ in range(keys):
             key = self.name("a key")
             if key in metadata:
                 raise self.fail(f"the key {_shown(key)} is there twice")
             metadata[key] = self.value(key)
+        return metadata
+
+    def header(self) -> Header:
+        version = self.preamble()
+        tensors, keys = self.count("tensors"), self.count("metadata keys")
+        metadata = self.metadata(keys)
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self.fail(f"general.alignment is {_shown(alignment)}, expected a power of two")
@@ -291,3 +314,37 @@ class _Cursor:
 
     def limit(self, follows: int, offsets: list[int]) -> str:
         return f"the next tensor, at offset {follows}" if follows in offsets else f"the end, at byte {len(self.data)}"
+
+
+class _Vocabulary(_Cursor):
+    """Keeps the arrays of the tokenizer, of which a header only knows how long they are."""
+
+    def tokenizer(self) -> dict[str, Any]:
+        self.preamble()
+        _, keys = self.count("tensors"), self.count("metadata keys")
+        self.letters = MAX_TOKENS
+        return {key: value for key, value in self.metadata(keys).items() if key.startswith("tokenizer.")}
+
+    def array(self, key: str) -> tuple[Any, ...] | Skipped:
+        begin = self.at
+        kind, count = self.number("I"), self.number("Q")
+        if not key.startswith("tokenizer.") or kind not in (STRING, *SCALARS):
+            self.at = begin
+            return super().array(key)
+        self.strings -= count
+        if count > MAX_VOCABULARY or self.strings < 0:
+            raise self.fail(f"{_shown(key)} has {count} entries, more than any tokenizer")
+        return self.texts(key, count) if kind == STRING else self.numbers(SCALARS[kind], count)
+
+    def texts(self, key: str, count: int) -> tuple[str, ...]:
+        found, length = [], struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            size = length(self.data, self.skip(8))[0]
+            self.letters -= size
+            if self.letters < 0:
+                raise self.fail(f"{_shown(key)} makes it more than {MAX_TOKENS} bytes of tokens")
+            found.append(self.data[self.skip(size) : self.at])
+        try:
+            return tuple(raw.decode("utf-8") for raw in found)
+        except UnicodeDecodeError:
+            raise self.fail(f"a text of {_shown(key)} is not UTF-8") from None

@@ -13,6 +13,7 @@ import typer
 
 from . import console
 from .errors import told
+from .opened import opened
 from .score import CRITERIA
 
 app = typer.Typer(
@@ -25,12 +26,16 @@ app = typer.Typer(
     help="Make a model smaller on the Mac itself, and say whether it was worth it.\n\n"
     "Everyday: fit, run, evaluate, export, bench.  Single steps: calibrate, score, plan, stability, reconstruct, "
     "prune, recover, report.  "
-    "Looking around: status, inspect, demo, doctor.\n\n"
+    "Looking around: status, inspect, demo, doctor. From GGUF: import.\n\n"
     "Exit codes: 0 done, 1 failed, 2 usage, 3 refused (would overwrite, inputs changed, does not fit).",
 )
 
 Model = Annotated[
-    Path, typer.Argument(help="Model directory (config.json, *.safetensors, tokenizer).", metavar="MODEL")
+    Path,
+    typer.Argument(
+        help="Model directory (config.json, *.safetensors, tokenizer), or a .gguf file, which is rebuilt as one once.",
+        metavar="MODEL",
+    ),
 ]
 AnyModel = Annotated[
     str,
@@ -191,7 +196,7 @@ OnPolicy = Annotated[
     ),
 ]
 TeacherModel = Annotated[
-    str | None,
+    Path | None,
     typer.Option(help="Model to learn from, with the same tokenizer, e.g. a larger sibling. Default: the original."),
 ]
 Gguf = Annotated[
@@ -213,7 +218,7 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
             if not network:  # everything is local, nothing may wait; huggingface_hub reads it once, when it is imported
                 os.environ.setdefault("HF_HUB_OFFLINE", "1")
             try:
-                console.document(function(*args, **kwargs))
+                console.document(function(*args, **_directories(kwargs)))
             except BrokenPipeError:  # `| head` has seen enough
                 raise
             except (Exception, KeyboardInterrupt) as error:
@@ -223,6 +228,17 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
         return app.command(name, epilog="Examples:  " + examples)(called)
 
     return wrap
+
+
+def _directories(given: dict[str, Any]) -> dict[str, Any]:
+    """What the command line gives, with model directories in place of GGUF files. Texts name more than these."""
+    for name in ("model", "models", "teacher", "against"):
+        value = given.get(name)
+        if isinstance(value, Path):
+            given[name] = opened(value)
+        elif isinstance(value, list):
+            given[name] = [opened(model) for model in value]
+    return given
 
 
 def _fail(error: BaseException, debug: bool) -> None:

@@ -112,6 +112,26 @@ GGUF = [
     gguf_seed("gemma4", {"attention.shared_kv_layers": 1, "feed_forward_length": [128, 256]}),
 ]
 
+
+def gguf_model(name: str, tokenizer: dict[str, Any], kind: int, size: int) -> dict[str, Any]:
+    """A whole model of one layer: its matrices in blocks of 32 values, ``size`` bytes each; zeros."""
+    known = gguf_seed(name, {"attention.key_length": 16, "block_count": 1, "rope.scaling.type": "none"})["metadata"]
+    norms, tensors, at = ["blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"], [], 0
+    matrices = {"token_embd": (64, 8), "blk.0.attn_q": (64, 64), "blk.0.attn_k": (64, 32), "blk.0.attn_v": (64, 32)}
+    matrices |= {"blk.0.attn_output": (64, 64), "blk.0.ffn_gate": (64, 128), "blk.0.ffn_up": (64, 128)}
+    for tensor, shape in [*(matrices | {"blk.0.ffn_down": (128, 64)}).items(), *((n, (64,)) for n in norms)]:
+        tensors.append([f"{tensor}.weight", list(shape), kind if len(shape) > 1 else 0, at])
+        at += -(-(math.prod(shape) // 32 * size if len(shape) > 1 else 256) // 32) * 32
+    metadata = known | {f"tokenizer.ggml.{key}": value for key, value in tokenizer.items()}
+    return {"version": 3, "metadata": metadata, "tensors": tensors, "data": at}
+
+
+BY_MERGES = {"model": "gpt2", "pre": "qwen2", "tokens": ["a", "b", "ab", "</s>"], "token_type": [1, 1, 1, 3]}
+BY_MERGES |= {"merges": ["a b"], "eos_token_id": 3, "add_bos_token": False}
+BY_SCORES = {"model": "llama", "tokens": ["u", "<0x00>", "a", "b", "ab"], "token_type": [2, 6, 1, 1, 1]}
+BY_SCORES |= {"scores": [0.0, 0.0, -1.0, -2.0, -3.0], "bos_token_id": 0, "add_space_prefix": True}
+GGUF_MODELS = [gguf_model("llama", BY_MERGES, 8, 34), gguf_model("llama", BY_SCORES, 0, 128)]
+
 SIZE = {
     "layers": 2, "ffn": 128, "kv_heads": [2, 1], "q_heads": 4, "hidden": 64, "parameters": 9, "non_embedding": 8,
     "bytes": 7,

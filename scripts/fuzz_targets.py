@@ -18,6 +18,7 @@ from fuzz_inputs import (
     ARRAYS,
     DATA,
     GGUF,
+    GGUF_MODELS,
     LINES,
     LISTING,
     LLAMA,
@@ -35,7 +36,20 @@ from fuzz_inputs import (
     written,
 )
 
-from mlx_pare import arch, artifacts, checkpoint, corpus, domains, gguf_header, gguf_tokenizer, hub, rundir
+from mlx_pare import (
+    arch,
+    artifacts,
+    checkpoint,
+    corpus,
+    domains,
+    gguf_header,
+    gguf_model,
+    gguf_stored,
+    gguf_tokenizer,
+    gguf_tokens,
+    hub,
+    rundir,
+)
 from mlx_pare.amounts import parse_amount
 from mlx_pare.errors import PareError
 from mlx_pare.fit import footprint, quantization, subject
@@ -135,6 +149,19 @@ def read_gguf(place: Place, raw: bytes) -> None:
 
 def read_gguf_fit(place: Place, raw: bytes) -> None:
     subject.open_subject(str(place.put(raw, ".gguf")), subject.Form())
+
+
+def read_gguf_model(place: Place, raw: bytes) -> None:
+    """All that rebuilding one does, but for the disk and the process that tries the tokenizer."""
+    opened = gguf_model.open_gguf(place.put(raw, ".gguf"))
+    files = gguf_tokens.files(opened.vocabulary, opened.settings.arch.sizes["vocab"])
+    written([files.tokenizer, files.config, opened.settings.config])
+    for row in opened.rows:
+        first, *rest = row.planned()
+        parts = [io.BytesIO() for _ in rest]
+        made = gguf_stored.words(row, parts, {}) if row.packing else gguf_stored.float_parts(row, {})
+        assert sum(len(part) for part in made) == first.nbytes
+        assert [len(part.getvalue()) for part in parts] == [planned.nbytes for planned in rest]
 
 
 class Server(hub._Hub):
@@ -255,6 +282,7 @@ TARGETS: dict[str, Target] = {
     "directory": Target(read_directory, [LLAMA, PACKED, HEADER], share=0.03, kinds=(0, 1, 2, 3, 4, 5)),
     "gguf": Target(read_gguf, GGUF, gguf_file, 2),
     "gguf-fit": Target(read_gguf_fit, GGUF, gguf_file, 0.05),
+    "gguf-model": Target(read_gguf_model, GGUF_MODELS, gguf_file, 0.05),
     "hub": Target(read_hub, [LISTING, LLAMA, HEADER], share=0.1, kinds=(0, 1, 2, 128, 129, 130)),
     "plan": Target(read_plan, [PLAN], share=0.5),
     "manifest": Target(lambda p, raw: rundir.Manifest.read(Memory(raw), "run manifest") and None, [MANIFEST]),

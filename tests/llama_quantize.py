@@ -69,7 +69,7 @@ def _quantize(library, job: dict, lines: list[str]) -> dict:
     params = library.llama_model_quantize_default_params()
     name = f"LLAMA_FTYPE_MOSTLY_{job['kind'].upper()}"
     params.ftype = library.LLAMA_FTYPE_ALL_F32 if job["kind"] == "f32" else getattr(library, name)
-    params.nthread, params.dry_run = 2, job["out"] is None
+    params.nthread, params.dry_run, params.allow_requantize = 2, job["out"] is None, True
     keep = []
     if job["imatrix"]:
         entries = (library.llama_model_imatrix_data * (len(job["imatrix"]) + 1))()

@@ -1,0 +1,178 @@
+"""A GGUF file as MODEL: rebuilt once into a cache, known again by its content, and cut like any other model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf_edit
+import numpy as np
+import pico
+import pytest
+from test_cli import pare  # noqa: F401 a fixture
+
+from mlx_pare import gguf_model, llama_cpp, opened
+from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.errors import PareError
+from mlx_pare.export import export
+from mlx_pare.gguf_header import read_parts
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MLX_PARE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def file(tmp_path, pico_models) -> Path:
+    export(pico_models("llama"), tmp_path / "model.gguf", "q8_0")
+    return tmp_path / "model.gguf"
+
+
+def test_a_directory_is_itself(pico_models):
+    assert opened.opened(pico_models("llama")) == pico_models("llama")
+    assert opened.opened(Path("nowhere.gguf")) == Path("nowhere.gguf")
+
+
+def test_a_file_is_rebuilt_once_and_known_again(file, cache, monkeypatch):
+    first = opened.opened(file)
+    assert first.parent == cache and first.name.startswith("model-")
+    known = Checkpoint(first).identity()
+    monkeypatch.setattr(gguf_model, "rebuild", lambda *_: pytest.fail("rebuilt again"))
+    os.utime(file, (1, 1))  # dates do not matter
+    elsewhere = Path(shutil.copy(file, file.parent.parent / file.name))
+    assert opened.opened(file) == opened.opened(elsewhere) == first
+    monkeypatch.undo()
+    monkeypatch.setenv("MLX_PARE_CACHE", str(cache))
+    shutil.rmtree(cache)
+    assert Checkpoint(opened.opened(file)).identity() == known  # so a run over it goes on
+    elsewhere.unlink()
+
+
+@pytest.mark.parametrize("place", [40, -70, "middle"])
+def test_another_content_is_another_model(file, place):
+    raw, parts = bytearray(file.read_bytes()), read_parts(file)
+    before = opened.identity(parts)
+    at = len(raw) // 2 if place == "middle" else place % len(raw)
+    raw[at] ^= 1
+    file.write_bytes(raw)
+    assert opened.identity(parts) != before
+    file.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+    renamed = file.rename(file.with_name("other.gguf"))
+    assert opened.identity(read_parts(renamed)) != before
+
+
+@pytest.mark.parametrize("moment", ["write_config", "finish"])
+def test_a_killed_call_leaves_nothing_that_looks_whole(file, cache, monkeypatch, moment):
+    original = getattr(gguf_model, moment)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf_model, moment, killed)
+    monkeypatch.setattr(gguf_model.shutil, "rmtree", lambda *_, **__: None)  # as if there had been no time to clean up
+    with pytest.raises(KeyboardInterrupt):
+        opened.opened(file)
+    assert [p.name[-8:] for p in cache.iterdir() if p.is_dir()] == [".partial"]
+    monkeypatch.undo()
+    monkeypatch.setenv("MLX_PARE_CACHE", str(cache))
+    monkeypatch.setattr(gguf_model, moment, original)
+    assert len(Checkpoint(opened.opened(file)).arch.layers) == 4
+    assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [""]
+
+
+def test_a_damaged_file_leaves_nothing(file, cache):
+    broken = gguf_edit.edited(
+        file, file.with_name("broken.gguf"),
+        change=lambda name, v: (np.where(v > 0, np.nan, v) if name == "blk.3.ffn_up.weight" else v, "F32"),
+    )  # fmt: skip
+    with pytest.raises(PareError, match="holds NaN"):
+        opened.opened(broken)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+
+
+def test_names_of_files_are_names_of_directories_only(tmp_path, file, cache):
+    strange = file.rename(tmp_path / "..\x1b[31m model .gguf")
+    made = opened.opened(strange)
+    assert made.parent == cache and made.is_dir()
+
+
+@pytest.mark.parametrize("system", ["darwin", "linux"])
+def test_where_the_cache_is(monkeypatch, system, tmp_path):
+    monkeypatch.delenv("MLX_PARE_CACHE")
+    monkeypatch.setattr(opened.sys, "platform", system)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    expected = {"darwin": "Library/Caches/mlx-pare", "linux": ".cache/mlx-pare"}
+    assert opened.cache() == tmp_path / expected[system]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert opened.cache() == tmp_path / (expected["darwin"] if system == "darwin" else "x/mlx-pare")
+
+
+# ---- commands ----
+
+
+def test_import(pare, file, tmp_path):  # noqa: F811
+    done = pare("import", file, "-o", tmp_path / "out", "--json")
+    assert done.code == 0 and done.document["types"] == {"Q8_0": 29, "F32": 9}
+    assert Checkpoint(tmp_path / "out").quantized
+    assert pare("import", file, "-o", tmp_path / "out").code == 3
+    assert pare("import", tmp_path / "none.gguf", "-o", tmp_path / "no").code == 1
+    dense = pare("import", file, "-o", tmp_path / "dense", "--dense")
+    assert dense.code == 0 and "relative error" in dense.out and not Checkpoint(tmp_path / "dense").quantized
+
+
+def test_commands_take_a_file(pare, file, tmp_path, two_texts):  # noqa: F811
+    text = two_texts["test_data"]
+    there = pare("evaluate", file, "--data", text, "--samples", 3, "--length", 32, "--teacher", file, "--json")
+    assert there.code == 0 and there.document["kl_divergence"] == 0
+    assert pare("export", file, "--gguf", "q8_0", "-o", tmp_path / "again.gguf", "--no-verify").code == 0
+    again = gguf_edit.gguf.GGUFReader(tmp_path / "again.gguf").tensors
+    assert {t.name: t.data.tobytes() for t in again} == {
+        t.name: t.data.tobytes() for t in gguf_edit.gguf.GGUFReader(file).tensors
+    }
+    assert pare("bench", file, file, "--trials", 1, "--prompt", 8, "--new", 2).code == 0
+    seen = pare("inspect", file, "--json")
+    assert seen.code == 0 and seen.document["origin"] == "gguf"
+
+
+SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--recover-steps", "2", "--trials", "0"]
+SMALL += ["--context", "256", "--try", "2"]
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
+def test_from_a_file_to_a_smaller_file(pare, tmp_path, two_texts, kind):  # noqa: F811
+    """What somebody does who has nothing but a GGUF file."""
+    model = pico.make(tmp_path / "dense", "llama", hidden_size=256, head_dim=64, num_hidden_layers=2)
+    source = tmp_path / "model.gguf"
+    export(model, source, "q8_0")
+    if kind == "q4_k_m":
+        if not llama_cpp.available():
+            pytest.skip("llama-cpp-python is not installed")
+        import llama_quantize
+
+        export(model, tmp_path / "f32.gguf", "f32")
+        job = {"gguf": str(tmp_path / "f32.gguf"), "kind": kind, "imatrix": None, "out": str(source)}
+        source.unlink()
+        llama_quantize.types([job], tmp_path)
+    texts = ["--data", two_texts["data"], "--test-data", two_texts["test_data"]]
+    done = pare("run", source, "--out", tmp_path / "run", *SMALL, *texts, "--json")
+    assert done.code == 0, done.err
+    smaller = Path(done.document["gguf"])
+    assert smaller.stat().st_size < (tmp_path / "model.gguf").stat().st_size * (1 if kind == "q8_0" else 2)
+    again = pare("run", source, "--out", tmp_path / "run", *SMALL, *texts, "--json")  # it goes on where it ended
+    assert again.code == 0 and "rebuilt" not in again.err
+    if llama_cpp.available():
+        tokens = list(range(20, 60))
+        ours, theirs = llama_cpp.mlx_logits(Path(done.document["model"]), tokens), llama_cpp.logits(smaller, tokens)
+        assert np.abs(ours - theirs).mean() < 0.2 * ours.std()
+
+
+def test_the_command_line_stays_light():
+    code = "import sys, mlx_pare.opened; sys.exit(', '.join({'mlx', 'numpy', 'gguf'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
