@@ -177,12 +177,12 @@ def measure(
     hidden states where they do not fit in memory. Raises PareError for a model that cannot be GGUF, Refused when it
     would take more memory than ``memory_cap`` (default: what is free)."""
     checkpoint = Checkpoint(model)
-    names = {r.source.name: r.name for r in table(checkpoint.arch, target_of(checkpoint), "f16") if r.source}
+    stored = table(checkpoint.arch, target_of(checkpoint), "f16")  # raises before anything is computed
     observer = Squares(checkpoint.arch)
     spooled = stream.must_spool(checkpoint, rows, memory_cap)
     with TemporaryDirectory(dir=scratch) as directory:
         stream.walk(model, rows, observer, what="imatrix: block", spool=Path(directory) if spooled else None)
-    sums = {names[name]: total for name, total in observer.found.items()}
+    sums = {r.name: observer.found[r.source.name] for r in stored if r.source and r.source.name in observer.found}
     for name, total in sums.items():
         if not np.isfinite(total).all():
             raise PareError(f"what goes into {name} is not finite", "the model is broken, or overflows on this text")
