@@ -177,14 +177,12 @@ def measure(
     hidden states where they do not fit in memory. Raises PareError for a model that cannot be GGUF, Refused when it
     would take more memory than ``memory_cap`` (default: what is free)."""
     checkpoint = Checkpoint(model)
-    made = table(checkpoint.arch, target_of(checkpoint), "f16")  # some are parts of one of ours, with its inputs
+    stored = table(checkpoint.arch, target_of(checkpoint), "f16")  # raises before anything is computed
     observer = Squares(checkpoint.arch)
     spooled = stream.must_spool(checkpoint, rows, memory_cap)
     with TemporaryDirectory(dir=scratch) as directory:
         stream.walk(model, rows, observer, what="imatrix: block", spool=Path(directory) if spooled else None)
-    sums = {
-        row.name: observer.found[row.source.name] for row in made if row.source and row.source.name in observer.found
-    }
+    sums = {r.name: observer.found[r.source.name] for r in stored if r.source and r.source.name in observer.found}
     for name, total in sums.items():
         if not np.isfinite(total).all():
             raise PareError(f"what goes into {name} is not finite", "the model is broken, or overflows on this text")

@@ -233,7 +233,7 @@ def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
     if s.mac is None:
         return
     name = macs.find(s.mac).name
-    for what, key in (("the model", "rows"), ("the GGUF file", "gguf_stored")):
+    for what, key in (("the model", "rows"), ("the GGUF file", "gguf_rows")):
         row = next((r for r in summary["fits"][key] if r["mac"] == name), None)
         if row and not row["fits"]:
             raise Refused(

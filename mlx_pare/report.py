@@ -277,9 +277,9 @@ def _macs(run: Path, manifest: Manifest) -> str:
         text += f" Smallest: {fitting[0]:g} GB ({gb(sizes[fitting[0]]['headroom_bytes'])} free)."
     if gained := [f"{size:g} GB" for size in fitting if size in original and not original[size]["fits"]]:
         text += f" Memory sizes on which only the result fits: {', '.join(gained)}."
-    if fits["gguf_stored"]:
-        text += f" The GGUF file fits {sum(row['fits'] for row in fits['gguf_stored'])}."
-    columns = {"original": original, "result (MLX)": sizes, "GGUF": by_memory(fits["gguf_stored"])}
+    if fits["gguf_rows"]:
+        text += f" The GGUF file fits {sum(row['fits'] for row in fits['gguf_rows'])}."
+    columns = {"original": original, "result (MLX)": sizes, "GGUF": by_memory(fits["gguf_rows"])}
     columns = {title: found for title, found in columns.items() if found}  # older runs say nothing of the original
     lines = [
         markdown.row(f"{n:g} GB", _budget(sizes[n]), *(_room(found[n]) for found in columns.values())) for n in sizes

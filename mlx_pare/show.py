@@ -63,6 +63,11 @@ def show_fit(found: dict[str, Any]) -> None:
         free = console.gb(here["available_bytes"])
         console.say(f"this Mac: {here['mac']}, budget {console.gb(here['budget_bytes'])}, {free} free now")
     fit_table(_fit_title(found), found["rows"], found["note"])
+    if found["file_bytes"]:
+        size, rest = found["file_bytes"], found["file_bytes"] - found["weights_bytes"]
+        console.say(
+            f"the file takes {console.gb(size)}, {console.gb(rest)} of it are no weights: the vocabulary, mostly"
+        )
     for line in found["notes"]:
         console.say(f"note: {line}")
     for mac, changes in found["alternatives"].items():

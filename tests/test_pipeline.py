@@ -451,7 +451,7 @@ def test_report_has_the_verdict_the_gguf_and_the_macs(finished):
     assert (finished["out"] / export["path"]).stat().st_size == export["bytes"]
     fitting = sum(row["fits"] for row in fits["rows"])
     assert f"fits {fitting} of {len(fits['rows'])} Macs; the original {fits['original_fits']}." in text
-    assert f"The GGUF file fits {sum(row['fits'] for row in fits['gguf_stored'])}." in text
+    assert f"The GGUF file fits {sum(row['fits'] for row in fits['gguf_rows'])}." in text
 
 
 def test_report_has_a_line_per_memory_size(finished, parsed):
@@ -460,7 +460,7 @@ def test_report_has_a_line_per_memory_size(finished, parsed):
     assert header == ["memory", "GPU budget", "original", "result (MLX)", "GGUF"]
     assert [row[0] for row in rows] == [f"{size} GB" for size in sorted({r["memory_gb"] for r in fits["rows"]})]
     for size, budget, *cells in rows:
-        for cell, key in zip(cells, ("original_rows", "rows", "gguf_stored"), strict=True):
+        for cell, key in zip(cells, ("original_rows", "rows", "gguf_rows"), strict=True):
             same = [r for r in fits[key] if f"{r['memory_gb']} GB" == size]
             least = min(same, key=lambda r: r["headroom_bytes"])
             assert budget.rstrip("?") == gb(least["budget_bytes"])
@@ -494,7 +494,7 @@ def test_report_says_where_only_the_result_fits(copied):
     fits = read(copied / "export" / "fits.json")
     for row in fits["original_rows"]:
         row.update(HARD if row["memory_gb"] <= 16 else {})
-    for row in fits["rows"] + fits["gguf_stored"]:
+    for row in fits["rows"] + fits["gguf_rows"]:
         row.update(HARD if row["memory_gb"] == 8 else {})
     (copied / "export" / "fits.json").write_text(json.dumps(fits))
     text = reporting.report(copied).read_text()
@@ -505,8 +505,8 @@ def test_report_says_where_only_the_result_fits(copied):
 def test_report_of_an_older_run_has_its_macs(copied):
     """Made when rows had no verdict and the original only a number."""
     fits = read(copied / "export" / "fits.json")
-    old = {key: fits[key] for key in ("context", "rows", "gguf_stored", "original_fits")}
-    for row in old["rows"] + old["gguf_stored"]:
+    old = {key: fits[key] for key in ("context", "rows", "gguf_rows", "original_fits")}
+    for row in old["rows"] + old["gguf_rows"]:
         for key in ("verdict", "headroom_gb", "headroom_gib", "state_bytes", "scores_bytes", "unsure"):
             del row[key]
     (copied / "export" / "fits.json").write_text(json.dumps(old))

@@ -374,7 +374,7 @@ def test_run_finishes_without_gguf(finished):
     assert summary["gguf"] is None and not list(out.rglob("*.gguf"))
     assert Checkpoint(Path(summary["model"])).arch.family.name in ("openelm", "nemotron-nas")
     assert summary["after"]["kl_divergence"] > 0 and len(summary["bench"]["models"]) == 2
-    assert len(summary["fits"]["rows"]) > 50 and summary["fits"]["gguf_stored"] == []
+    assert len(summary["fits"]["rows"]) > 50 and summary["fits"]["gguf_rows"] == []
     assert json.dumps(summary, allow_nan=False)
 
 

@@ -627,7 +627,7 @@ def _network(called: Callable) -> bool:
 # ---- the command ----
 
 KEYS = ["model", "origin", "form", "parameters", "context", "batch", "runtime", "train", "macos", "weights_bytes",
-        "here", "rows", "alternatives", "curve", "notes", "note"]  # fmt: skip
+        "file_bytes", "here", "rows", "alternatives", "curve", "notes", "note"]  # fmt: skip
 
 
 @pytest.mark.parametrize("options, check", [

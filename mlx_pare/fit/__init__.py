@@ -52,7 +52,6 @@ def fit(
         )
     use = replace(use, runtime=use.runtime or ("llama.cpp" if subject.llama else "mlx"))
     asked = named or ([here] if here else [])
-    file, notes = _file(subject)
     about = {
         "model": subject.name,
         "origin": subject.origin,
@@ -64,33 +63,27 @@ def fit(
         "train": use.train,
         "macos": budget.macos,
         "weights_bytes": subject.weights.nbytes,
-        "file_bytes": file,
+        "file_bytes": _file(subject),
         "here": _here(here, budget),
     }
     answer = _answer(subject, use, budget, asked if named else [*asked, *table.every()], asked)
-    return about | answer | {"notes": [*subject.notes, *notes], "note": NOTE}
+    return about | answer | {"notes": list(subject.notes), "note": NOTE}
 
 
-def _file(subject: Subject) -> tuple[int | None, list[str]]:
-    """Bytes of the GGUF file that would be written of a model directory, and how they differ from its weights; (None,
-    nothing) where there is none. Of other models the vocabulary, which is in that file too, is not at hand."""
+def _file(subject: Subject) -> int | None:
+    """Bytes of the GGUF file that would be written of a model directory; None where there is none. Of other models the
+    vocabulary, which is in that file too, is not at hand."""
     kind = subject.form.gguf
     if kind is None or subject.checkpoint is None:
-        return None, []
+        return None
     from .. import gguf_size
-    from ..console import gb
     from ..errors import PareError
     from ..gguf_target import FILE_TYPES
 
     try:
-        found = gguf_size.measured(subject.checkpoint, kind) if kind in FILE_TYPES else None
+        return gguf_size.measured(subject.checkpoint, kind).nbytes if kind in FILE_TYPES else None
     except PareError:  # llama.cpp would not run it, or not read its tokenizer: `export` says why
-        found = None
-    if found is None:
-        return None, []
-    rest = found.nbytes - found.tensor_bytes
-    note = f"the file takes {gb(found.nbytes)}, {gb(rest)} of it are no weights: the vocabulary, mostly"
-    return found.nbytes, [note]
+        return None
 
 
 def _answer(subject: Subject, use: Use, budget: Budget, chosen: Sequence[Mac], asked: Sequence[Mac]) -> dict[str, Any]:
