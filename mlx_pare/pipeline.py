@@ -120,6 +120,7 @@ def dry_run(model: Path, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
     s = affordable(model, s)
     preflight(model, s)
+    s = planning.with_possible_axes(model, s)
     planning.settled(model, s)
     rows, extra = corpus.Rows.full(np.zeros((s.samples, s.length))), criterion(s.criterion).extra
     needed = check_calibration(Checkpoint(model), rows, s.memory_cap, extra)

@@ -24,6 +24,7 @@ from .artifacts import Arrays, Plan, dump_json
 from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import PareError, Refused, UsageError
+from .fit.reach import DEFAULT_AXES
 from .layering import best_repaired, layers_by_of, with_layers
 from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
@@ -80,6 +81,7 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
     Raises UsageError for bits that cannot be chosen, Refused for a GGUF type where there may be no GGUF file, and when
     the trials need more memory than a --memory-cap allows, or than is free for those of widths per layer.
     """
+    s = with_possible_axes(model, s)
     if s.widths not in WIDTHS:
         raise UsageError(f"unknown way to choose widths {s.widths!r}", f"choose one of {', '.join(WIDTHS)}")
     if s.choose_bits and (s.widths != "per-layer" or not (s.target_size or s.mac)):
@@ -119,6 +121,18 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
             console.warn(f"going on without trials, every axis is cut by the same share: {error.problem}")
         s = replace(s, widths="even")
     return s
+
+
+def with_possible_axes(model: Path, s: Settings) -> Settings:
+    """The settings, of the default axes those alone along which this model can be cut; which are not is said. Axes that
+    were asked for stay, and are refused later."""
+    if tuple(s.axes) != DEFAULT_AXES:
+        return s
+    arch = Checkpoint(model).arch
+    for axis in s.axes:
+        if why := arch.why_fixed(axis):
+            console.warn(f"{arch.family.name} is not cut along {axis}: {why}")
+    return replace(s, axes=tuple(axis for axis in s.axes if arch.why_fixed(axis) is None))
 
 
 def begun(out: Path) -> str | None:

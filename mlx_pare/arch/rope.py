@@ -22,11 +22,22 @@ def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
         scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
         if scaling.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
             config["rope_scaling"] = scaling
+        if config.get("model_type") == "phi3":
+            _older_phi3(config, parameters)
     elif parameters is None and config.get("rope_theta") is not None and config.get("rope_local_base_freq") is None:
         scaling = _block(config)
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"], "rope_type": kind}
     return config
+
+
+def _older_phi3(config: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+    """What mlx_lm/models/phi3.py reads elsewhere than where transformers 5 has put it."""
+    if isinstance(config.get("rope_scaling"), dict) and "rope_type" in config["rope_scaling"]:
+        config["rope_scaling"] = {"type": config["rope_scaling"]["rope_type"], **config["rope_scaling"]}
+    for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+        if config.get(key) is None and parameters.get(key) is not None:
+            config[key] = parameters[key]
 
 
 # What is computed with; null where a config says nothing of it.

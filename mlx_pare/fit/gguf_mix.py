@@ -17,7 +17,7 @@ from math import prod
 from typing import NamedTuple
 
 from ..arch import Architecture, Tensor
-from ..arch.spec import dim, length
+from ..arch.axes import dim, length
 from ..errors import UsageError
 from ..gguf_types import fits, nbytes
 
