@@ -34,7 +34,8 @@ class Shape:
 
     def slope(self, logits: mx.array) -> mx.array:
         """The derivative of logits by the product."""
-        return self.factor * (1.0 if self.cap is None else 1 - mx.square(logits / self.cap))
+        steep = mx.ones_like(logits) if self.cap is None else 1 - mx.square(logits / self.cap)
+        return self.factor * steep
 
 
 @dataclass

@@ -91,8 +91,8 @@ MORE = {
         "mlp_bias": False,
         "logits_scaling": 4.0,
         "attention_multiplier": 0.2,
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.4,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.7,
     },
     "ministral3": {
         "model_type": "ministral3",
