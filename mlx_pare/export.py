@@ -55,7 +55,7 @@ def export(model: Path, out: Path, kind: str) -> dict:
         "tensor_bytes": size,
         "tensors": len(rows),
         "fallbacks": [row.name for row in rows if kind == "q8_0" and row.type == "F16"],
-        "notes": notes,
+        "notes": [*target.notes, *notes],
     }
 
 

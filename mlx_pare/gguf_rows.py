@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import gguf_types
 from .arch import Architecture, Tensor
 from .errors import PareError
+from .gguf_further import LONG, rotary
 from .gguf_target import Target
 
 
@@ -23,7 +24,8 @@ def tensor_type(tensor: Tensor, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the file: rows ``take`` of ``source``, in that order (None: all), or a float32 ``constant``."""
+    """One tensor of the file: rows ``take`` of ``source``, in that order (None: all), times a ``factor``, or a float32
+    ``constant``."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,6 +33,7 @@ class Row:
     source: Tensor | None
     take: Sequence[int] | None = None
     constant: Any = None
+    factor: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -52,11 +55,31 @@ def table(arch: Architecture, target: Target, kind: str) -> list[Row]:
         take = None
         if target.permute and "rope" in tensor.spec.transforms:
             take = rope_order(tensor.shape[0] // head_dim, head_dim)
-        rows.append(Row(name, tensor.shape, tensor_type(tensor, kind), tensor, take))
+        factor = target.q_proj if tensor.spec.role == "q_proj" else 1.0
+        rows.append(Row(name, tensor.shape, tensor_type(tensor, kind), tensor, take, factor=factor))
+    if target.architecture in UNTIED and arch.tied:
+        embedding = next(row for row in rows if row.name == "token_embd.weight")
+        rows.append(replace(embedding, name="output.weight"))
     if target.scaling_type == "llama3":
         factors = rope_factors(target, head_dim)
         rows.insert(0, Row("rope_freqs.weight", factors.shape, "F32", None, constant=factors))
+    if target.architecture == "phi3" and target.scaling_type in LONG:
+        factors = long_factors(target, rotary(arch, target.architecture))
+        rows[:0] = [Row(name, factors.shape, "F32", None, constant=factors) for name in LONG_NAMES]
     return rows
+
+
+UNTIED = ("olmo2",)  # architectures that want a head of their own
+# llama.cpp takes the short ones while the context is no longer than the original length; mlx-lm never does
+LONG_NAMES = ("rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def long_factors(target: Target, dims: int) -> Any:
+    """float32 (dims / 2,): what longrope divides each rotary frequency by (mlx-lm's SuScaledRoPE)."""
+    import numpy as np
+
+    found = np.broadcast_to(np.asarray(target.scaling["long_factor"], np.float32), (dims // 2,))
+    return np.ascontiguousarray(found)
 
 
 def rope_order(heads: int, head_dim: int) -> list[int]:

@@ -1,8 +1,8 @@
 """What the numbers should be: plain float64 numpy, written from papers and formulas, sharing no code with the package.
 
 ``forward`` runs llama, mistral, qwen2, qwen3, seed_oss, gemma3_text, gemma2, phi3, olmo2, olmo3, smollm3, granite and
-ministral3, and returns the logits and, per layer, the activations that calibration looks at. Below it stand the criteria
-and metrics, one short function each.
+ministral3, and returns the logits and, per layer, the activations that calibration looks at. Below it stand the
+criteria and metrics, one short function each.
 """
 
 from __future__ import annotations

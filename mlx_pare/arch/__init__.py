@@ -244,6 +244,14 @@ def _check_axes(arch: Architecture, keep: Keep) -> None:
             raise PareError(
                 f"{arch.family.name} cannot be cut along {axis}: {why}", f"choose from {', '.join(arch.cut_axes)}"
             )
+    for count in sorted({len(layer.keep["kv_head"]) for layer in keep.layers if "kv_head" in layer.keep} - {0}):
+        if not arch.holds_heads(count):
+            heads, hidden = count * arch.layers[0].sizes["group"], arch.sizes["hidden"]
+            raise PareError(
+                f"{heads} query heads do not divide the hidden size of {hidden}: transformers opens no such "
+                f"{arch.family.name}, and mlx-lm reads the tokenizer with it",
+                "keep another number of kv heads",
+            )
 
 
 def _config(arch: Architecture, smaller: Architecture, sources: list[int], packed: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .rope import rope_scaling
+from .rope import rope_scaling, rotary_share
 from .rows import (
     AROUND,
     EMBED,
@@ -148,6 +148,7 @@ GEMMA3 = Family(
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 32768,
     },
+    divides=True,  # its configuration's validate_architecture
     fixed=(Fixed(("hidden",), "its embedding is scaled by the root of the hidden size"),),
     gguf="gemma3",
 )
@@ -157,18 +158,17 @@ GEMMA3 = Family(
 
 def _rope_is_plain(config: Mapping[str, Any]) -> bool:
     """Whether rope turns all of a head and is not scaled."""
-    return not rope_scaling(config) and config.get("partial_rotary_factor") in (None, 1, 1.0)
+    return not rope_scaling(config) and rotary_share(config) == 1
 
 
 # q, k and v are one matrix, gate and up another. mlx_lm/models/phi3.py computes head_dim = hidden // heads, so any
 # other head count leaves as mistral, whose matrices stand alone. Its sliding window is in the config, not in mlx-lm.
 PHI3_BLOCK = (
-    tensor("self_attn.qkv_proj.weight", "q_head*head_dim + kv_head*head_dim + kv_head*head_dim, hidden", "attention",
-           None, None, "rope"),
+    tensor("self_attn.qkv_proj.weight", "q_head*head_dim + kv_head*head_dim + kv_head*head_dim, hidden", "attention"),
     tensor("self_attn.o_proj.weight", "hidden, q_head*head_dim", "attention"),
     *FUSED,
     *PRE_NORMS,
-)  # fmt: skip
+)
 PHI3 = Family(
     name="phi3",
     model_types=("phi3",),

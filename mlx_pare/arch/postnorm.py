@@ -87,6 +87,7 @@ GEMMA2 = Family(  # it caps its scores, and so computes them itself
         "sliding_window": 4096,  # of transformers and llama.cpp
     },
     tied=True,
+    divides=True,  # its configuration's validate_architecture
     fixed=(Fixed(("hidden",), "its embedding is scaled by the root of the hidden size"),),
     gguf="gemma2",
 )

@@ -41,7 +41,8 @@ def _older_phi3(config: dict[str, Any], parameters: Mapping[str, Any]) -> None:
 
 
 # What is computed with; null where a config says nothing of it.
-NUMBERS = ("rope_theta", "rope_local_base_freq", "rms_norm_eps", "max_position_embeddings", "query_pre_attn_scalar")
+NUMBERS = ("rope_theta", "rope_local_base_freq", "rms_norm_eps", "max_position_embeddings", "query_pre_attn_scalar",
+           "partial_rotary_factor")  # fmt: skip
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
@@ -59,6 +60,12 @@ def _block(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(kind, str | None):
         raise PareError(f"config.json says rope_scaling = {str(found)[:80]}, expected an object with a type")
     return found
+
+
+def rotary_share(config: Mapping[str, Any]) -> float:
+    """The share of a head that the rope turns, where a family reads it from the config (phi3)."""
+    share = both_rope_spellings(config).get("partial_rotary_factor")
+    return 1.0 if share is None else float(share)
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,6 +155,7 @@ class Family:
     # such lists that a cut has to write where the config has none, because what is left out goes by the layer's place
     by_place: Mapping[str, Callable[[Mapping[str, Any], int], Any]] = field(default_factory=dict)
     needed: frozenset[str] = frozenset({"full_attention"})  # kinds of layers without which its class does not load
+    divides: bool = False  # transformers opens it only with query heads whose number divides the hidden size
     residual: str | None = None  # config key of a factor on all that its blocks add to the stream
     exact: frozenset[str] = frozenset({"layer", "ffn", "kv_head", "vocab"})
     cuttable: frozenset[str] = frozenset({"layer", "ffn", "kv_head"})
@@ -280,6 +281,12 @@ class Architecture:
             if axis in fixed.axes and fixed.when(self.config):
                 return fixed.why
         return None if axis in self.family.cuttable else "nobody has described how"
+
+    def holds_heads(self, kv_heads: int) -> bool:
+        """Whether a result with so many kv heads in every layer opens everywhere; those of the model itself do."""
+        sizes = self.layers[0].sizes
+        whole = kv_heads == sizes["kv_head"] or not self.family.divides
+        return whole or self.sizes["hidden"] % (kv_heads * sizes["group"]) == 0
 
     @property
     def cut_axes(self) -> list[str]:

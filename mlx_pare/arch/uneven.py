@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PareError
-from .rope import both_rope_spellings, rope_scaling
+from .rope import both_rope_spellings, rope_scaling, rotary_share
 from .rows import BEFORE, EMBED, HEAD, HEAD_NORMS, NORM, Rows, attention, keys_without, norms, planned, swiglu
 from .spec import FUSED, Architecture, Family, tensor, whole
 
@@ -248,7 +248,7 @@ class Uneven:
             return f"has no {', '.join(foreign) or 'such blocks'}"
         if any(layer.kind != "full_attention" for layer in arch.layers):
             return "has no sliding windows"
-        if arch.config.get("partial_rotary_factor") not in (None, 1, 1.0):
+        if rotary_share(arch.config) != 1:
             return "has no rope for a part of a head"
         if arch.config.get("rope_traditional"):
             return "has no rope that pairs neighbours"

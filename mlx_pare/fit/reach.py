@@ -73,6 +73,8 @@ def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequenc
         else:
             unit = step if axis in ("ffn", "hidden") else 1
             choices[axis] = sorted({*range(unit, full[axis] + 1, unit), full[axis]})
+            if axis == "kv_head":
+                choices[axis] = [n for n in choices[axis] if arch.holds_heads(n)]
     return Space(choices)
 
 
