@@ -12,8 +12,8 @@ from .arch.rope import both_rope_spellings, rope_scaling, rotary_share
 from .checkpoint import Checkpoint
 
 WINDOWS = ("gemma2", "gemma3", "olmo2")  # architectures that take a list of which layers have one
+BY_PLACE = ("smollm3",)  # architectures that treat layers by their place, and take no list
 LONG = ("longrope", "su")  # two names of phi3's scaling, by factors of their own for every pair
-
 
 ALLOWED = {  # ways to scale a rope, by architecture
     "llama": ("linear", "yarn", "llama3"),

@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import PareError, Refused, UsageError
 from .fit.reach import DEFAULT_AXES
+from .gguf_further import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
 from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
@@ -82,6 +83,12 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
     the trials need more memory than a --memory-cap allows, or than is free for those of widths per layer.
     """
     s = with_possible_axes(model, s)
+    if s.gguf and "layer" in s.axes and (architecture := Checkpoint(model).arch.family.gguf) in BY_PLACE:
+        raise Refused(
+            f"llama.cpp treats the layers of a {architecture} by their place, which a cut changes, and --gguf {s.gguf} "
+            "was asked",
+            "leave layer out of --axes, or leave out --gguf: mlx-lm loads the result",
+        )
     if s.widths not in WIDTHS:
         raise UsageError(f"unknown way to choose widths {s.widths!r}", f"choose one of {', '.join(WIDTHS)}")
     if s.choose_bits and (s.widths != "per-layer" or not (s.target_size or s.mac)):

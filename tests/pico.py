@@ -98,9 +98,8 @@ MORE = {
         "model_type": "ministral3",
         "architectures": ["Ministral3ForCausalLM"],
         "head_dim": 32,
-        "rope_theta": 5000.0,
         "rope_parameters": {
-            "rope_theta": 5000.0,
+            "rope_theta": 10000.0,
             "rope_type": "yarn",
             "factor": 4.0,
             "beta_fast": 32.0,
