@@ -11,13 +11,14 @@ import mlx_lm
 import numpy as np
 import pico
 import pytest
-from test_export import GELU_TABLE, difference, needs_llama
+from test_export import GELU_TABLE, LONG, difference, needs_llama
 from test_prune import BROKEN, DENSE, PACKED, largest, logits, masked, plan_of, whole_groups
 from transformers import AutoConfig
 
-from mlx_pare import layout, lm, stream
+from mlx_pare import layout, lm, pipeline, stream
 from mlx_pare.arch import Keep, LayerKeep, can_keep, cut, describe, why_uniform
 from mlx_pare.arch.axes import dim, select
+from mlx_pare.artifacts import Plan
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError
@@ -25,6 +26,7 @@ from mlx_pare.export import export
 from mlx_pare.fit.reach import best_layers, protected_layers, space
 from mlx_pare.inspect import inspect
 from mlx_pare.prune import prune
+from mlx_pare.steps import Settings
 
 HEADS = ("gemma2", "ministral3", "phi3", "smollm3")  # whose heads can be cut
 CASES = [(family, axes) for family in pico.MORE for axes in (("ffn",), ("layer",))]
@@ -87,6 +89,7 @@ EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 4}  # three kv heads: 
 LEFT = [
     ("phi3", "kv_head", EIGHT, "mistral"),
     ("phi3", "ffn", {}, "phi3"),
+    ("phi3", "layer", LONG, "phi3"),
     ("olmo2", "ffn", {}, "olmo2"),
     ("olmo3", "layer", {}, "olmo3"),
     ("smollm3", "kv_head", EIGHT | {"head_dim": 8}, "smollm3"),
@@ -230,3 +233,17 @@ def test_a_hidden_cut_runs(pico_models, tmp_path, family):
     prune(source, plan_of(source, ("ffn",), ffn=64, hidden=32), tmp_path / "out")
     found = lm.load(tmp_path / "out")
     assert np.isfinite(logits(found)).all() and found.model.norm.weight.shape == (32,)
+
+
+# ---- the whole job ----
+
+
+def test_run(pico_models, two_texts, tmp_path):
+    """Fused matrices, packed."""
+    settings = Settings(**two_texts, keep=0.75, length=32, samples=16, recover_steps=2, trials=0, gguf="f16",
+                        context=256, tries=2, method="norms", local_steps=1)  # fmt: skip
+    done = pipeline.run(pico_models("phi3", (4, 32)), tmp_path / "run", settings)
+    after = Checkpoint(Path(done["model"]))
+    assert after.arch.family.name in ("phi3", "llama") and Path(done["gguf"]).exists()
+    assert Plan.load(tmp_path / "run" / "plan" / "plan.json").after.bytes == after.nbytes()
+    assert {"original", "pruned", "recovered", "random"} <= set(done["contenders"])
