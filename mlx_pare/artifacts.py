@@ -244,8 +244,8 @@ class Plan(Strict):
                 found += _index_problems(f"layer {layer.source}: {axis}", kept, sizes[axis]) if kept else []
         if self.hidden is not None:
             found += _index_problems("hidden", self.hidden, arch.sizes["hidden"])
-            if self.cuts_hidden(arch) and "hidden" not in arch.family.cuttable:
-                found.append(f"the hidden size of {arch.family.name} cannot be cut")
+            if self.cuts_hidden(arch) and (why := arch.why_fixed("hidden")):
+                found.append(f"the hidden size of {arch.family.name} cannot be cut: {why}")
         if not found:
             try:
                 cut(arch, self.keep(arch))

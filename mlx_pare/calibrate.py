@@ -27,6 +27,8 @@ SITES = {
     "attn_ln": ("attn_norm", "output"),
     "ffn_ln": ("ffn_norm", "output"),
 }
+# Where there is no such norm, what is read is the stream itself.
+INSTEAD = {"attn_ln": ("q_proj", "input"), "ffn_ln": ("up_proj", "input")}
 # What is measured only when asked for, because it costs more; what a criterion wants of it its table says.
 EXTRA = ("contributions", "gradients")
 SAVE_EVERY_S = 30.0
@@ -48,7 +50,7 @@ class Statistics(stream.Observer):
         self.sums = [("block", self.cosine), (LAST, self.last)]
 
         def watch(site: str, accumulator: Callable[[Any], Any]) -> None:
-            role, side = SITES[site]
+            role, side = SITES[site] if self.arch.has(index, SITES[site][0]) else INSTEAD[site]
 
             def tap(module: Any) -> Tap:
                 self.sums.append((site, accumulator(module)))
@@ -100,12 +102,12 @@ def calibrate(
     """Stream ``rows`` through ``model`` and write ``directory``/stats.safetensors; returns its path.
 
     Arrays, per layer i: ``{i}.{site}.{name}`` for the sites ffn [ffn] and attention [q_head*head_dim] (inputs of
-    down_proj and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms), with the names of observers.Moments; and
-    ``{i}.block.cosine`` []; and ``angles`` [layers + 1, layers + 1] between the inputs of all blocks, the output of the
-    last one behind them (observers.angles). With ``extra`` "contributions" also ``{i}.ffn.removal`` [ffn] and
-    ``{i}.attention.contribution`` [kv_head] (observers.Removal, HeadContribution); with "gradients" the arrays of
-    gradients.measure. A directory with the blocks of an interrupted call is continued (gradients, which use few rows,
-    from their beginning): same bytes in the end.
+    down_proj and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms, or what is read where there are none),
+    with the names of observers.Moments; and ``{i}.block.cosine`` []; and ``angles`` [layers + 1, layers + 1] between
+    the inputs of all blocks, the output of the last one behind them (observers.angles). With ``extra`` "contributions"
+    also ``{i}.ffn.removal`` [ffn] and ``{i}.attention.contribution`` [kv_head] (observers.Removal, HeadContribution);
+    with "gradients" the arrays of gradients.measure. A directory with the blocks of an interrupted call is continued
+    (gradients, which use few rows, from their beginning): same bytes in the end.
     Raises Unsupported for a model that cannot be cut, Refused when the estimate of memory exceeds the cap, UsageError
     for an extra that is not known.
     """

@@ -168,7 +168,7 @@ def plan_command(
     )  # fmt: skip
     with steps.continue_run(run) as opened:
         if dry_run:
-            return show.show_shape(pipeline.shape_of(opened.model, s))
+            return show.show_shape(pipeline.shape_of(opened.model, planning.with_possible_axes(opened.model, s)))
         s = planning.settled(opened.model, replace(s, **steps.of_calibration(opened), memory_cap=s.memory_cap))
         path = planning.plan_step(opened, steps.Texts(opened.model, s), s)
         plan, arch = Plan.load(path), Checkpoint(opened.model).arch

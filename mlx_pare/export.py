@@ -69,7 +69,13 @@ def export(
     finally:
         partial.unlink(missing_ok=True)
     told = {"entries": len(matrix.sums), "dataset": matrix.datasets[0]} if matrix else None
-    return {"path": str(out), "bytes": out.stat().st_size, **predicted.about(), "imatrix": told, "notes": notes}
+    return {
+        "path": str(out),
+        "bytes": out.stat().st_size,
+        **predicted.about(),
+        "imatrix": told,
+        "notes": [*predicted.target.notes, *notes],
+    }
 
 
 def preflight(out: Path, kind: str, matrix: bool) -> None:

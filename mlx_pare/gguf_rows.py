@@ -4,21 +4,22 @@ those of a few constants."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import gguf_types, gguf_uneven
 from .arch import Architecture, Tensor
 from .errors import PareError
 from .fit import gguf_mix
+from .gguf_further import LONG, rotary
 from .gguf_target import Target
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the file: rows ``take`` of ``source``, in that order (None: all), or a float32 ``constant``.
-    ``ideal``: its type if its rows were whole blocks of any."""
+    """One tensor of the file: rows ``take`` of ``source``, in that order (None: all), times a ``factor``, or a float32
+    ``constant``. ``ideal``: its type if its rows were whole blocks of any."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,6 +27,7 @@ class Row:
     source: Tensor | None
     take: Sequence[int] | None = None
     constant: Any = None
+    factor: float = 1.0
     ideal: str = ""
 
     @property
@@ -52,13 +54,19 @@ def table(arch: Architecture, target: Target, kind: str, matrix: bool = False) -
         for (name, take), type_, ideal in zip(parts, types_of(tensor), ideals_of(tensor), strict=True):
             order = _order(tensor, name, take, target, head_dim)
             shape = (len(take), *tensor.shape[1:])
-            rows.append(Row(name, shape, type_, tensor, order, ideal=ideal))
+            factor = target.q_proj if tensor.spec.role == "q_proj" else 1.0
+            rows.append(Row(name, shape, type_, tensor, order, factor=factor, ideal=ideal))
     if target.architecture == "deci":
         for name, values in gguf_uneven.stand_ins(arch):
             rows.append(Row(name, values.shape, "F16" if values.ndim > 1 else "F32", None, constant=values))
+    if arch.family.gguf in gguf_mix.UNTIED and arch.tied:
+        rows.append(_head(next(row for row in rows if row.name == "token_embd.weight"), types_of, ideals_of))
     if target.scaling_type == "llama3":
         factors = rope_factors(target, head_dim)
         rows.insert(0, Row("rope_freqs.weight", factors.shape, "F32", None, constant=factors))
+    if target.architecture == "phi3" and target.scaling_type in LONG:
+        factors = long_factors(target, rotary(arch, target.architecture))
+        rows[:0] = [Row(name, factors.shape, "F32", None, constant=factors) for name in LONG_NAMES]
     return rows
 
 
@@ -70,6 +78,24 @@ def _order(tensor: Tensor, name: str, take: range, target: Target, head_dim: int
     if target.permute and turned:
         return [take.start + i for i in rope_order(len(take) // head_dim, head_dim)]
     return None if whole else list(take)
+
+
+def _head(embedding: Row, types_of: Callable, ideals_of: Callable) -> Row:
+    """The embedding once more, as the head that some architectures want."""
+    head = replace(embedding.source, spec=replace(embedding.source.spec, role="lm_head"))
+    return replace(embedding, name="output.weight", type=types_of(head)[0], ideal=ideals_of(head)[0])
+
+
+# llama.cpp takes the short ones while the context is no longer than the original length; mlx-lm never does
+LONG_NAMES = ("rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def long_factors(target: Target, dims: int) -> Any:
+    """float32 (dims / 2,): what longrope divides each rotary frequency by (mlx-lm's SuScaledRoPE)."""
+    import numpy as np
+
+    found = np.broadcast_to(np.asarray(target.scaling["long_factor"], np.float32), (dims // 2,))
+    return np.ascontiguousarray(found)
 
 
 def rope_order(heads: int, head_dim: int) -> list[int]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import gguf_uneven
 from .arch import Architecture
 from .checkpoint import Checkpoint
 from .errors import PareError
+from .gguf_further import ALLOWED, FURTHER, LONG, NOTES, OBJECTIONS, WINDOWS, rotary
 from .licence import licence_name
 
 FILE_TYPES = {  # what can be written: enum llama_ftype, llama.cpp include/llama.h
@@ -35,7 +36,9 @@ class Target:
     permute: bool  # its rope pairs neighbours, ours pairs halves of a head
     theta: float
     scaling: Mapping[str, Any] = field(default_factory=dict)  # rope scaling of config.json; empty: none
-    q_norm: float = 1.0  # factor on q_norm that makes up for another attention scale
+    q_norm: float = 1.0  # factor on q_norm, or where there is none on q_proj, that makes up for another attention scale
+    q_proj: float = 1.0
+    notes: tuple[str, ...] = ()  # on what it computes differently
 
     @property
     def scaling_type(self) -> str:
@@ -66,26 +69,31 @@ def target_of(checkpoint: Checkpoint) -> Target:
         # only the llama architecture has rope factors and those biases; its blocks are the same but for the row order
         target = Target("llama", True, theta, scaling)
     kinds = {layer.kind for layer in arch.layers}
-    if target.architecture != "gemma3" and "sliding_attention" in kinds:
+    if target.architecture not in WINDOWS and "sliding_attention" in kinds:
         raise PareError(f"{checkpoint.path} has sliding attention, which llama.cpp's {target.architecture} lacks")
+    if family.gguf in OBJECTIONS and (why := OBJECTIONS[family.gguf](arch)):
+        raise PareError(f"{checkpoint.path} {why}")
     if config.get("rope_traditional"):
         raise PareError(f"{checkpoint.path} sets rope_traditional, which is not supported in GGUF")
     _check_scaling(checkpoint, target)
     if target.architecture == "gemma3":
         return Target("gemma3", False, theta, scaling, _gemma_q_norm(arch))
+    if target.architecture == "gemma2":
+        return Target("gemma2", False, theta, q_proj=_gemma_q_proj(arch), notes=NOTES["gemma2"](arch))
+    if target.architecture == "phi3" and target.scaling_type in LONG:
+        return replace(target, notes=("its rope is scaled by the long factors at any length, as mlx-lm does it",))
     return target
 
 
 def _check_scaling(checkpoint: Checkpoint, target: Target) -> None:
     architecture, kind, scaling = target.architecture, target.scaling_type, target.scaling
-    wide = ("linear", "yarn", "llama3")  # rope factors have a place
-    allowed = {"llama": wide, "deci": wide, "gemma3": ("linear",)}.get(architecture, ("linear", "yarn"))
+    allowed = ALLOWED.get(architecture, ("linear", "yarn"))
     if kind not in ("default", *allowed):
         raise PareError(
             f"{checkpoint.path} scales its rope by {kind!r}, which llama.cpp's {architecture} does not do",
             f"supported are {', '.join(allowed)}",
         )
-    if kind != "default" and not scaling.get("factor"):
+    if kind not in ("default", *LONG) and not scaling.get("factor"):
         raise PareError(f"{checkpoint.path / 'config.json'} scales its rope by {kind!r} but gives no factor")
     if kind == "yarn" and (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)) != (32, 1):
         raise PareError(
@@ -106,13 +114,18 @@ def _rope(checkpoint: Checkpoint) -> tuple[float, dict[str, Any]]:
     return float(theta), dict(raw.get("rope_scaling") or parameters)
 
 
-def _gemma_q_norm(arch: Architecture) -> float:
+def _gemma_q_norm(arch: Architecture, largest: int = 62) -> float:
     """llama.cpp takes 1/sqrt(head_dim) as the attention scale, but 1/sqrt(hidden // heads) in a model of 62 layers
     (src/models/gemma3.cpp); the model means 1/sqrt(query_pre_attn_scalar). q_norm follows q_proj, so it can carry the
-    difference, and a depth-pruned 27B stays what it was."""
+    difference, and a depth-pruned 27B stays what it was. ``largest``: the number of layers that it looks for."""
     heads = arch.uniform("kv_head") * arch.uniform("group")
-    assumed = arch.sizes["hidden"] // heads if len(arch.layers) == 62 else arch.uniform("head_dim")
+    assumed = arch.sizes["hidden"] // heads if len(arch.layers) == largest else arch.uniform("head_dim")
     return math.sqrt(assumed / arch.config["query_pre_attn_scalar"])
+
+
+def _gemma_q_proj(arch: Architecture) -> float:
+    """The same of gemma2, whose largest has 46 layers (src/models/gemma2.cpp), and which has no q_norm."""
+    return _gemma_q_norm(arch, largest=46)
 
 
 # ---- metadata ----
@@ -145,16 +158,11 @@ def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> 
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(rotary(arch, target.architecture))
     writer.add_rope_freq_base(target.theta)
     _scaling_metadata(writer, target)
-    if target.architecture == "gemma3":
-        raw = checkpoint.config
-        local = (raw.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
-        writer.add_sliding_window(config["sliding_window"])
-        # one entry per layer: the default period would be applied to whatever layers are left
-        writer.add_sliding_window_pattern([layer.kind == "sliding_attention" for layer in arch.layers])
-        writer.add_rope_freq_base_swa(float(raw.get("rope_local_base_freq") or local or config["rope_local_base_freq"]))
+    if target.architecture in FURTHER:
+        FURTHER[target.architecture](writer, checkpoint)
 
 
 def _scaling_metadata(writer: Any, target: Target) -> None:

@@ -29,6 +29,8 @@ def encoded(checkpoint: Checkpoint, row: Row, q_norm: float = 1.0) -> Iterator[m
         values = panel.dense() if isinstance(panel, Packed) else panel.astype(mx.float32)
         if "norm+1" in row.source.spec.transforms:
             values = (values + 1) * (q_norm if row.source.spec.role == "q_norm" else 1)
+        if row.factor != 1:
+            values = values * row.factor
         yield _checked(convert(values, row.type), values, row)
 
 

@@ -126,8 +126,12 @@ def _of_head(end: stream.Streamed, norm: Any, hidden: mx.array, rows: Rows, part
         total.update(start, logits)
         mx.eval(total.mass, total.peak, total.target, total.top)
     slope = -dense_rows(end.head, targets)
+    if not end.shape.plain:
+        slope = slope * end.shape.slope(total.target)[..., None]
     for _, weight in end.chunks(inner):
-        slope = slope + mx.exp(inner @ weight.T - total.lse[:, None]) @ weight
+        logits = end.shape(inner @ weight.T)
+        steep = mx.exp(logits - total.lse[:, None])
+        slope = slope + (steep if end.shape.plain else steep * end.shape.slope(logits)) @ weight
         mx.eval(slope)
     predicted = mx.array(rows.mask()[part, 1:])[..., None]
     slope = mx.where(predicted, slope.reshape(len(x), -1, x.shape[-1]), 0)

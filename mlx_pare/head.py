@@ -14,6 +14,30 @@ from .spool import Spool
 CHUNK_BYTES = 64 << 20
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What some models do with the product of hidden states and head before it counts as logits: it is multiplied by
+    ``factor`` (granite), and held within ``cap`` by cap * tanh(x / cap) (gemma2); None: it is not held."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is done with it."""
+        return self.factor == 1.0 and self.cap is None
+
+    def __call__(self, product: mx.array) -> mx.array:
+        """Logits."""
+        scaled = product if self.factor == 1.0 else product * self.factor
+        return scaled if self.cap is None else self.cap * mx.tanh(scaled / self.cap)
+
+    def slope(self, logits: mx.array) -> mx.array:
+        """The derivative of logits by the product."""
+        steep = mx.ones_like(logits) if self.cap is None else 1 - mx.square(logits / self.cap)
+        return self.factor * steep
+
+
 @dataclass
 class Streamed:
     """The end of a walk: ``hidden`` [rows, length, hidden] after the final norm, and the head to read it with."""
@@ -22,6 +46,7 @@ class Streamed:
     head: Any
     vocab: int
     norm: Callable[[mx.array], mx.array]
+    shape: Shape = Shape()
 
     def of(self, hidden: mx.array) -> Streamed:
         """The same head for other hidden states, after the final norm."""
@@ -42,7 +67,7 @@ class Streamed:
         """(first token id, float32 logits [..., chunk]) over the vocabulary, for some of the hidden states."""
         x = hidden.astype(mx.float32)
         for start, weight in self.chunks(hidden):
-            yield start, x @ weight.T
+            yield start, self.shape(x @ weight.T)
 
     def all_logits(self, rows: Any) -> mx.array:
         """Float32 logits [rows, length, vocab] of a few rows (indices or a slice)."""

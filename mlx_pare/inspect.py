@@ -9,6 +9,7 @@ from typing import Any
 from . import gguf_uneven
 from .arch import Architecture, uneven_types, why_uniform
 from .fit.footprint import parameters
+from .fit.reach import AXES
 from .fit.subject import Form, Subject, open_subject
 from .gguf_target import runtimes_of
 
@@ -32,7 +33,8 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
     for layer in arch.layers:
         kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
     packing = subject.checkpoint.quantization if subject.checkpoint else None
-    cuttable = sorted(family.cuttable) if arch.cuttable else []
+    cuttable = arch.cut_axes if arch.cuttable else []
+    fixed = {axis: arch.why_fixed(axis) for axis in AXES if arch.cuttable and axis not in cuttable}
     return {
         "model_type": config["model_type"],
         "family": family.name,
@@ -50,6 +52,7 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
         "parameters": parameters(arch),
         "quantization": packing.as_config() if packing else None,
         "cuttable": {axis: "exact" if axis in family.exact else "approximate" for axis in cuttable},
+        "not_cuttable": fixed,
         "leaves_as": sorted({e.model_type for e in family.exits} | set(uneven_types(arch) if arch.cuttable else ())),
         "runtimes": runtimes_of(arch),
         "runtimes_per_layer": _per_layer(arch) if arch.cuttable else None,

@@ -9,29 +9,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .arch import Architecture, Keep, Tensor, cut
+from .arch.spec import FUSED
 from .artifacts import Size
 from .checkpoint import DTYPE_BYTES, Checkpoint
 from .fit.footprint import parameters
 from .packing import Packing
 from .shards import Planned
 
-FUSED = {  # roles that some families store as one matrix, rows one after the other
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
+Role = tuple[int | None, str]  # of a layer, or (None) of the model
 
 
 @dataclass(frozen=True)
 class Piece:
     """One tensor of the cut model. ``origins``: the tensors it is cut from, joined along their rows; none: it is zero.
 
-    ``dtype``: of its values, or of what it is packed in, which affine scales and biases have too.
+    ``dtype``: of its values, or of what it is packed in, which affine scales and biases have too. ``segment``: which
+    segment of the rows of its one origin it is, where that holds others too.
     """
 
     tensor: Tensor
     origins: tuple[Tensor, ...]
     packing: Packing | None
     dtype: str
+    segment: int | None = None
 
     def stored(self) -> list[Planned]:
         """The one to three safetensors entries it becomes, in the order they are written."""
@@ -70,7 +70,7 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
     old = {(t.layer, t.spec.role): t for t in checkpoint.arch.tensors()}
     for tensor in new.tensors():
         layer = None if tensor.layer is None else keep.layers[tensor.layer].source
-        origins = _origins(tensor, layer, old, checkpoint.arch.tied)
+        origins, segment = _origins(tensor, layer, old, checkpoint.arch.tied)
         dtype = checkpoint.dtype(origins[0]) if origins else checkpoint.dtype(old[None, "embed_tokens"])
         wanted = None
         if tensor.matrix:
@@ -80,20 +80,25 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
             wanted = replace(wanted, scale_bytes=DTYPE_BYTES[dtype]).fitted(tensor.shape[-1])
         if _emptied(tensor, keep):
             origins = ()
-        yield Piece(tensor, origins, wanted, dtype)
+        yield Piece(tensor, origins, wanted, dtype, segment)
 
 
 def _origins(
-    tensor: Tensor, layer: int | None, old: Mapping[tuple[int | None, str], Tensor], tied: bool
-) -> tuple[Tensor, ...]:
-    """The tensors of the source that a new one is made of. None for a bias that its family wants and ours has not."""
+    tensor: Tensor, layer: int | None, old: Mapping[Role, Tensor], tied: bool
+) -> tuple[tuple[Tensor, ...], int | None]:
+    """The tensors of the source that a new one is made of, and which segment of the rows of one that is, if it is not
+    all of it. No tensors for a bias that its family wants and ours has not."""
     role = tensor.spec.role
     if role == "lm_head" and tied:
         role = "embed_tokens"  # a head that is untied by the cut starts as the embedding
     if (layer, role) not in old and role.endswith("_bias"):
-        return ()
-    roles = (role,) if (layer, role) in old else FUSED[role]
-    return tuple(old[layer, part] for part in roles)
+        return (), None
+    if (layer, role) in old:
+        return (old[layer, role],), None
+    if role in FUSED:
+        return tuple(old[layer, part] for part in FUSED[role]), None
+    fused = next(name for name, parts in FUSED.items() if role in parts and (layer, name) in old)
+    return (old[layer, fused],), FUSED[fused].index(role)
 
 
 def _emptied(tensor: Tensor, keep: Keep) -> bool:

@@ -184,6 +184,12 @@ def head(model: nn.Module) -> nn.Module:
     return embedding(model) if own is None else own
 
 
+def logit_shape(model: nn.Module) -> tuple[float, float | None]:
+    """What the model does with the product of hidden states and head: a factor, and a soft cap or None. The attributes
+    are those of mlx_lm/models/granite.py and gemma2.py."""
+    return 1 / getattr(model, "logits_scaling", 1.0), getattr(model, "final_logit_softcapping", None)
+
+
 def generate(model: nn.Module, tok: Any, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
     """Text that stock mlx_lm.generate writes after ``prompt``."""
     from mlx_lm import stream_generate

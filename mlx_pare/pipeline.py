@@ -48,7 +48,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
 
     Raises Refused for a run directory of something else, PareError when a gate finds the result broken.
     """
-    s = affordable(model, settings)
+    s = affordable(model, planning.with_possible_axes(model, settings))
     preflight(model, s)
     s = planning.settled(model, s, planning.begun(out / schedule.name_of(1) if s.stages else out))
     texts = Texts(model, s)
@@ -121,7 +121,7 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
 
 def dry_run(model: Path, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
-    s = affordable(model, s)
+    s = affordable(model, planning.with_possible_axes(model, s))
     preflight(model, s)
     planning.settled(model, s)
     rows, extra = corpus.Rows.full(np.zeros((s.samples, s.length))), criterion(s.criterion).extra

@@ -24,6 +24,8 @@ from .artifacts import Arrays, Plan, dump_json
 from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import PareError, Refused, UsageError
+from .fit.reach import DEFAULT_AXES
+from .gguf_further import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
 from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
@@ -85,6 +87,13 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
     Raises UsageError for bits that cannot be chosen, Refused where a GGUF file is asked for and may not be, and when
     the trials need more memory than a --memory-cap allows, or than is free for those of widths per layer.
     """
+    s = with_possible_axes(model, s)
+    if s.gguf and "layer" in s.axes and (architecture := Checkpoint(model).arch.family.gguf) in BY_PLACE:
+        raise Refused(
+            f"llama.cpp treats the layers of a {architecture} by their place, which a cut changes, and --gguf {s.gguf} "
+            "was asked",
+            "leave layer out of --axes, or leave out --gguf: mlx-lm loads the result",
+        )
     if s.widths not in WIDTHS:
         raise UsageError(f"unknown way to choose widths {s.widths!r}", f"choose one of {', '.join(WIDTHS)}")
     if s.choose_bits and (s.widths != "per-layer" or not (s.target_size or s.mac)):
@@ -127,6 +136,18 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
             console.warn(f"going on without trials, every axis is cut by the same share: {error.problem}")
         s = replace(s, widths="even")
     return s
+
+
+def with_possible_axes(model: Path, s: Settings) -> Settings:
+    """The settings, of the default axes those alone along which this model can be cut; which are not is said. Axes that
+    were asked for stay, and are refused later."""
+    if tuple(s.axes) != DEFAULT_AXES:
+        return s
+    arch = Checkpoint(model).arch
+    for axis in s.axes:
+        if why := arch.why_fixed(axis):
+            console.warn(f"{arch.family.name} is not cut along {axis}: {why}")
+    return replace(s, axes=tuple(axis for axis in s.axes if arch.why_fixed(axis) is None))
 
 
 def begun(out: Path) -> str | None:

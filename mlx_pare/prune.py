@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .arch.spec import Tensor, select
+from .arch.axes import select
+from .arch.spec import Tensor
 from .artifacts import Arrays, Plan, dump_json, repair_file, survivors
 from .checkpoint import Checkpoint
 from .console import progress, span
@@ -150,7 +151,8 @@ class _Surgeon:
         """Kept indices along each dimension of an original tensor, None where all are."""
         sizes = self.checkpoint.arch.layer_sizes(origin.layer)
         keep = self.keep.of(piece.tensor.layer)
-        return [select(dim, sizes, keep) for dim in origin.spec.dims]
+        only = (piece.segment,)  # of the rows
+        return [select(d, sizes, keep, *only[n:]) for n, d in enumerate(origin.spec.dims)]
 
     def _exact(self, piece: Piece) -> tuple[list[int] | None, int] | None:
         """Kept columns, and of how many, in the unit in which bytes can be moved without a look at them: whole groups

@@ -38,7 +38,7 @@ from .quantized import MX_DTYPE, Packed, relative_error
 from .site import Site, parts, solve_costs
 
 CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are
-OTHERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # matrices that are not solved
+SOLVED = ("o_proj", "down_proj")
 
 
 def reconstruct(
@@ -163,7 +163,8 @@ class _Pair(stream.Observer):
         def at(role: str, make: Callable[[Any], Any]) -> Any:
             return replace_module(block, self.arch.path(index, role), make)
 
-        self.attention, self.ffn, self.middle = at("o_proj", Site), at("down_proj", Site), at("ffn_norm", _Before)
+        self.attention, self.ffn = at("o_proj", Site), at("down_proj", Site)
+        self.middle = at("ffn_norm", _Before) if self.arch.has(index, "ffn_norm") else _Before(None)
         if behind_norm(self.arch, index):
             self.attention.outputs, self.ffn.outputs = [], []
 
@@ -187,7 +188,7 @@ class _Pair(stream.Observer):
         self.attention.gone, self.ffn.gone = not heads, not channels
         if heads and (apart or len(heads) < sizes["kv_head"]):
             self._listen(self.attention, run, pruned)
-            target = _difference(middle, parts(pruned, middle)) if wanted is None else wanted
+            target = self._missing(middle, parts(pruned, middle)) if wanted is None else wanted
             heads = self._fit("o_proj", target, sizes["group"] * sizes["head_dim"], heads)
         del middle
         wanted, self.ffn.outputs = self.ffn.outputs, None
@@ -195,24 +196,33 @@ class _Pair(stream.Observer):
             if channels:
                 self._listen(self.ffn, run, pruned)
                 middle = self.middle.taken()
-                target = _difference(parts(after, middle), middle) if wanted is None else wanted
+                target = self._missing(parts(after, middle), middle) if wanted is None else wanted
                 channels = self._fit("down_proj", target, 1, channels)
                 del middle, target
             self._begin()
             self.pruned = run(pruned)
         self._save(planned.model_copy(update={"ffn": channels, "kv_head": heads}))
 
+    def _missing(self, there: Iterable[mx.array], carried: Iterable[mx.array]) -> Iterator[mx.array]:
+        """What a matrix has to give for one stream to become another, float32: two streams in 16 bits are much larger
+        than what it adds to them. Where the model scales what its blocks add (granite), before that."""
+        factor = 1 / self.arch.residual
+        for x, y in zip(there, carried, strict=True):
+            missing = x.astype(mx.float32) - y.astype(mx.float32)
+            yield missing if factor == 1 else missing * factor
+
     def _repacked(self, index: int) -> bool:
         """Put the matrices that are not solved into the block as they will be packed, where that is not how they are in
         the source; whether any matrix of the block changes so."""
         changed = False
-        for role in (*OTHERS, "o_proj", "down_proj"):
+        others = [role for part in ("attention", "ffn") for role in self.arch.readers(index, part)]
+        for role in (*others, *SOLVED):
             piece, origin = self.pieces.get((len(self.layers), role), (None, None))
             packing, before = piece and piece.packing, origin and self.checkpoint.packing(origin.module)
             if packing is None or (before is not None and packing.as_config() == before.as_config()):
                 continue
             changed = True
-            if role in OTHERS:
+            if role not in SOLVED:
                 stored = packing, MX_DTYPE[piece.dtype]
                 replace_module(self.block, self.arch.path(index, role), lambda m, stored=stored: lm.packed(m, *stored))
         return changed
@@ -286,8 +296,3 @@ class _Made:
     def about(self) -> dict[str, Any]:
         """How it is packed, and the relative error of that, as prune gives it."""
         return {**self.packed.packing.as_config(), "error": self.rounding}
-
-
-def _difference(a: Iterable[mx.array], b: Iterable[mx.array]) -> Iterator[mx.array]:
-    """In float32: two residual streams in 16 bits are much larger than what one matrix adds to them."""
-    return (x.astype(mx.float32) - y.astype(mx.float32) for x, y in zip(a, b, strict=True))

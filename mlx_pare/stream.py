@@ -181,11 +181,12 @@ def micro_batches(rows: Rows, first: int = 0) -> list[slice]:
 def per_row(value: Any, rows: Rows) -> bool:
     """Whether an argument of a block has a share for each row: an array whose first axis is the batch.
 
-    A boolean matrix is an attention mask [length, length] shared by all rows, also when there are as many rows.
+    A boolean matrix is an attention mask [length, length] shared by all rows, also when there are as many rows; a
+    column is a factor for every position (ministral3).
     """
     if not isinstance(value, mx.array) or value.ndim < 2 or value.shape[0] != rows.count:
         return False
-    return value.ndim > 2 or value.dtype != mx.bool_
+    return value.ndim > 2 or (value.dtype != mx.bool_ and value.shape[1] != 1)
 
 
 def shares(rows: Rows, part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -245,7 +246,7 @@ def walk(
     ``again``. The result's are read from there. Raises PareError for a model that cannot be spooled."""
     checkpoint = Checkpoint(path)
     model = lm.load(path)
-    vocab, readout = lm.embedding(model).weight.shape[0], lm.head(model)
+    vocab, readout, shape = lm.embedding(model).weight.shape[0], lm.head(model), head.Shape(*lm.logit_shape(model))
     dtype = mx.float32 if lm.cpu_backend() else stored_dtype(lm.embedding(model))
     model = lm.for_backend(model)
     embedding = StoredEmbedding(checkpoint, next(checkpoint.arch.tensors()).name, dtype)
@@ -265,9 +266,9 @@ def walk(
             lm.put_embedding(model, lambda tokens: placeholder((*tokens.shape, size), dtype))
         hidden = body(tokens)  # up to the final norm: the head is not applied
         if spool:
-            return Streamed(store.states.normed(body.norm), readout, vocab, body.norm)
+            return Streamed(store.states.normed(body.norm), readout, vocab, body.norm, shape)
         mx.eval(hidden)
-    return Streamed(hidden, readout, vocab, body.norm)
+    return Streamed(hidden, readout, vocab, body.norm, shape)
 
 
 def _into_the_first(body: Any, blocks: list, tokens: mx.array) -> mx.array:

@@ -39,16 +39,16 @@ LOST = 2.0  # squares of a stream's error over the dense one's, at which it is g
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a block whose units can go: the axis they lie on, its matrices, the last of which writes to the
+    """A part of a block whose units can go: the axis they lie on, and the role of the matrix that writes to the
     residual stream."""
 
     axis: str
-    roles: tuple[str, ...]
+    writer: str
 
 
 PARTS = {
-    "attention": Part("kv_head", ("q_proj", "k_proj", "v_proj", "o_proj")),
-    "ffn": Part("ffn", ("gate_proj", "up_proj", "down_proj")),
+    "attention": Part("kv_head", "o_proj"),
+    "ffn": Part("ffn", "down_proj"),
 }
 
 
@@ -206,7 +206,7 @@ class _SideBySide(stream.Observer):
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
         self.block = block
-        self.sites = {part: Site.put(block, self.arch.path(index, of.roles[-1])) for part, of in PARTS.items()}
+        self.sites = {part: Site.put(block, self.arch.path(index, of.writer)) for part, of in PARTS.items()}
         for part, site in self.sites.items():
             site.remembering = bool(self.every or self._counts(index, part))
 
@@ -293,7 +293,7 @@ class _SideBySide(stream.Observer):
     def _pack_readers(self, index: int, part: str, packing: Packing) -> list[tuple[str, Any]]:
         """Pack all matrices of a part but the last; returns what stood where."""
         before = []
-        for role in PARTS[part].roles[:-1]:
+        for role in self.arch.readers(index, part):
             path = self.arch.path(index, role)
 
             def packed(module: Any, path: str = path) -> Any:

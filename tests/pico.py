@@ -56,6 +56,64 @@ FAMILIES = {
     },
 }
 
+# These are the tests' families where a test says so: every one more costs seconds in every test over FAMILIES.
+MORE = {
+    "phi3": {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "olmo2": {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "tie_word_embeddings": False},
+    "olmo3": {
+        "model_type": "olmo3",
+        "architectures": ["Olmo3ForCausalLM"],
+        "tie_word_embeddings": False,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma2": {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 2.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "smollm3": {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 8},
+    "granite": {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": False,
+        "mlp_bias": False,
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.7,
+    },
+    "ministral3": {
+        "model_type": "ministral3",
+        "architectures": ["Ministral3ForCausalLM"],
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_theta": 10000.0,
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
+}
+
+PLUS_ONE = ("gemma2", "gemma3_text")  # they add 1 to the weights of norms, and scale the embedding
+
 TEXT = Path(__file__).resolve().parents[1] / "mlx_pare" / "demo" / "calibration.txt"
 
 
@@ -110,7 +168,7 @@ def write_tokenizer(directory: Path, kind: str = "bpe") -> int:
 
 
 def config_of(family: str, **changes) -> dict:
-    return {**BASE, **FAMILIES[family], **changes}
+    return {**BASE, **(FAMILIES | MORE)[family], **changes}
 
 
 def build(config: dict, seed: int = 0):
@@ -126,8 +184,8 @@ def build(config: dict, seed: int = 0):
     def draw(path: str, array: mx.array) -> mx.array:
         noise = mx.random.normal(array.shape)
         if "norm" in path:
-            return 0.1 * noise + (0.0 if config["model_type"] == "gemma3_text" else 1.0)
-        scale = 1.0 if "embed_tokens" in path and config["model_type"] != "gemma3_text" else array.shape[-1] ** -0.5
+            return 0.1 * noise + (0.0 if config["model_type"] in PLUS_ONE else 1.0)
+        scale = 1.0 if "embed_tokens" in path and config["model_type"] not in PLUS_ONE else array.shape[-1] ** -0.5
         return noise * scale * (0.2 if path.endswith("bias") else 1.0)
 
     model.update(tree_map_with_path(draw, model.parameters()))

@@ -1,7 +1,8 @@
 """What the numbers should be: plain float64 numpy, written from papers and formulas, sharing no code with the package.
 
-``forward`` runs llama, mistral, qwen2, qwen3, seed_oss and gemma3_text and returns the logits and, per layer, the
-activations that calibration looks at. Below it stand the criteria and metrics, one short function each.
+``forward`` runs llama, mistral, qwen2, qwen3, seed_oss, gemma3_text, gemma2, phi3, olmo2, olmo3, smollm3, granite and
+ministral3, and returns the logits and, per layer, the activations that calibration looks at. Below it stand the
+criteria and metrics, one short function each.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def unpack(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int)
 
 
 def load(directory: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(config, weights by name in float64); packed matrices are unpacked."""
+    """(config, weights by name in float64); packed matrices are unpacked, and those that are several in one (phi3) are
+    under the names of these."""
     config = json.loads((directory / "config.json").read_text())
     raw = {k: v for file in sorted(directory.glob("model*.safetensors")) for k, v in tensors(file).items()}
     weights = {}
@@ -57,6 +59,14 @@ def load(directory: Path) -> tuple[dict, dict[str, np.ndarray]]:
             else:
                 array = float_dense(array, raw[f"{module}.scales"], spec["mode"])
         weights[name] = array.astype(np.float64)
+    for name in [name for name in weights if name.endswith(("qkv_proj.weight", "gate_up_proj.weight"))]:
+        block, rows = name.rpartition(".weight")[0].rpartition(".")[0], weights.pop(name)
+        heads, kv_heads, d = sizes(config)
+        if "qkv" in name:
+            names, ends = ("q_proj", "k_proj", "v_proj"), (heads * d, (heads + kv_heads) * d)
+        else:
+            names, ends = ("gate_proj", "up_proj"), (len(rows) // 2,)
+        weights |= {f"{block}.{n}.weight": w for n, w in zip(names, np.split(rows, ends), strict=True)}
     return config, weights
 
 
@@ -73,10 +83,10 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
-def rope(x: np.ndarray, base: float) -> np.ndarray:
+def rope(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
     """Rotary embedding of [..., tokens, head_dim] on the halves (i, i + head_dim/2)."""
     half = x.shape[-1] // 2
-    angle = np.arange(x.shape[-2])[:, None] * base ** (-np.arange(half) / half)
+    angle = np.arange(x.shape[-2])[:, None] * angles
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], axis=-1)
 
@@ -96,6 +106,8 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
 
 def window_of(config: dict, layer: int) -> int | None:
     """How many tokens a layer looks back on, itself included; None: all."""
+    if config["model_type"] == "gemma2":  # as mlx-lm computes it
+        return None
     if config["model_type"] == "gemma3_text":
         sliding = (layer + 1) % config["sliding_window_pattern"] != 0
     else:
@@ -103,16 +115,58 @@ def window_of(config: dict, layer: int) -> int | None:
     return config["sliding_window"] if sliding else None
 
 
+def turns(config: dict, layer: int, head_dim: int) -> np.ndarray | None:
+    """By what angle a position turns every pair of a head, [head_dim / 2]; None: the layer has no rope."""
+    kind, half = config["model_type"], head_dim // 2
+    if kind == "smollm3" and (layer + 1) % 4 == 0:
+        return None
+    local = kind == "gemma3_text" and window_of(config, layer)
+    base = config["rope_local_base_freq"] if local else config["rope_theta"]
+    plain = base ** (-np.arange(half) / half)
+    if kind != "ministral3":
+        return plain
+    # YaRN (Peng et al. 2023, arXiv 2309.00071): pairs that turn less than beta_slow times within the original length
+    # are interpolated, those that turn more than beta_fast times are not
+    p = config["rope_parameters"]
+    place = [
+        head_dim * np.log(p["original_max_position_embeddings"] / (2 * np.pi * r)) / (2 * np.log(base))
+        for r in (p["beta_fast"], p["beta_slow"])
+    ]
+    low, high = max(np.floor(place[0]), 0), min(np.ceil(place[1]), head_dim - 1)
+    ramp = np.clip((np.arange(half) - low) / (high - low), 0, 1)
+    return plain * (1 - ramp) + plain / p["factor"] * ramp
+
+
+def numbers(config: dict) -> dict[str, float]:
+    """What some families multiply by: attention scores, embedding, all that is added to the stream, logits; and within
+    what they hold scores and logits (infinity: they do not)."""
+    kind, own = config["model_type"], sizes(config)[2] ** -0.5
+    found = {"scores": own, "embedding": 1.0, "added": 1.0, "logits": 1.0, "score cap": np.inf, "logit cap": np.inf}
+    if kind.startswith("gemma"):
+        found |= {"scores": config["query_pre_attn_scalar"] ** -0.5, "embedding": config["hidden_size"] ** 0.5}
+    if kind == "gemma2":
+        found |= {"score cap": config["attn_logit_softcapping"], "logit cap": config["final_logit_softcapping"]}
+    if kind == "granite":
+        found |= {"scores": config["attention_multiplier"], "embedding": config["embedding_multiplier"]}
+        found |= {"added": config["residual_multiplier"], "logits": 1 / config["logits_scaling"]}
+    return found
+
+
+def capped(x: np.ndarray, cap: float) -> np.ndarray:
+    return x if np.isinf(cap) else cap * np.tanh(x / cap)
+
+
 def forward(
     config: dict, weights: dict[str, np.ndarray], tokens: np.ndarray, factors: dict[int, float] | None = None
 ) -> tuple[np.ndarray, list[dict]]:
     """Logits [rows, tokens, vocab], and per layer: ffn, attention (inputs of down_proj and o_proj), attn_ln, ffn_ln
-    (outputs of the norms), before, after (of the block). ``factors``: on what a layer adds to the stream."""
-    gemma = config["model_type"] == "gemma3_text"
+    (what attention and feed-forward read), before, after (of the block). ``factors``: on what a layer adds to the
+    stream."""
+    kind, by = config["model_type"], numbers(config)
+    gemma, behind = kind.startswith("gemma"), kind.startswith("olmo")
     eps = config["rms_norm_eps"]
     heads, kv_heads, head_dim = sizes(config)
     count, length = tokens.shape
-    scale = (config["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         return rms_norm(x, weights[name] + (1 if gemma else 0), eps)
@@ -123,38 +177,46 @@ def forward(
     def split(x: np.ndarray, n: int) -> np.ndarray:
         return x.reshape(count, length, n, head_dim).transpose(0, 2, 1, 3)
 
-    def attend(x: np.ndarray, name: str, window: int | None) -> np.ndarray:
-        q, k, v = (
-            split(linear(x, f"{name}.{p}_proj"), n) for p, n in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
-        )
-        if f"{name}.q_norm.weight" in weights:
+    def attend(x: np.ndarray, name: str, layer: int) -> np.ndarray:
+        q, k, v = (linear(x, f"{name}.{p}_proj") for p in "qkv")
+        if behind:  # one norm over all heads
             q, k = norm(q, f"{name}.q_norm.weight"), norm(k, f"{name}.k_norm.weight")
-        base = config["rope_local_base_freq"] if gemma and window else config["rope_theta"]
-        q, k = rope(q, base), rope(k, base)
+        q, k, v = (split(a, n) for a, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+        if not behind and f"{name}.q_norm.weight" in weights:
+            q, k = norm(q, f"{name}.q_norm.weight"), norm(k, f"{name}.k_norm.weight")
+        angles = turns(config, layer, head_dim)
+        if angles is not None:
+            q, k = rope(q, angles), rope(k, angles)
+        if kind == "ministral3":  # longer texts are looked at more sharply, step by step
+            p = config["rope_parameters"]
+            far = np.log(1 + np.arange(length) // p["original_max_position_embeddings"])
+            q = q * (1 + p["llama_4_scaling_beta"] * far)[:, None]
         k, v = (np.repeat(a, heads // kv_heads, axis=1) for a in (k, v))
         back = np.arange(length)[:, None] - np.arange(length)[None, :]
-        seen = (back >= 0) & (back < (window or length))
-        mixed = softmax(np.where(seen, q @ k.transpose(0, 1, 3, 2) * scale, -np.inf)) @ v
+        seen = (back >= 0) & (back < (window_of(config, layer) or length))
+        found = capped(q @ k.transpose(0, 1, 3, 2) * by["scores"], by["score cap"])
+        mixed = softmax(np.where(seen, found, -np.inf)) @ v
         return mixed.transpose(0, 2, 1, 3).reshape(count, length, heads * head_dim)
 
-    x = weights["model.embed_tokens.weight"][tokens] * (np.sqrt(config["hidden_size"]) if gemma else 1)
+    x = weights["model.embed_tokens.weight"][tokens] * by["embedding"]
     layers = []
     for i in range(config["num_hidden_layers"]):
         block = f"model.layers.{i}"
-        kept = {"before": x, "attn_ln": norm(x, f"{block}.input_layernorm.weight")}
-        kept["attention"] = attend(kept["attn_ln"], f"{block}.self_attn", window_of(config, i))
+        kept = {"before": x, "attn_ln": x if behind else norm(x, f"{block}.input_layernorm.weight")}
+        kept["attention"] = attend(kept["attn_ln"], f"{block}.self_attn", i)
         r = linear(kept["attention"], f"{block}.self_attn.o_proj")
-        x = x + (norm(r, f"{block}.post_attention_layernorm.weight") if gemma else r)
-        kept["ffn_ln"] = norm(x, f"{block}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm.weight")
+        x = x + by["added"] * (norm(r, f"{block}.post_attention_layernorm.weight") if gemma or behind else r)
+        before = f"{block}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm.weight"
+        kept["ffn_ln"] = x if behind else norm(x, before)
         gate, up = (linear(kept["ffn_ln"], f"{block}.mlp.{n}_proj") for n in ("gate", "up"))
         kept["ffn"] = (gelu_tanh(gate) if gemma else silu(gate)) * up
         r = linear(kept["ffn"], f"{block}.mlp.down_proj")
-        x = x + (norm(r, f"{block}.post_feedforward_layernorm.weight") if gemma else r)
+        x = x + by["added"] * (norm(r, f"{block}.post_feedforward_layernorm.weight") if gemma or behind else r)
         if i in (factors or {}):
             x = kept["before"] + factors[i] * (x - kept["before"])
         layers.append({**kept, "after": x})
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    return norm(x, "model.norm.weight") @ head.T, layers
+    return capped(norm(x, "model.norm.weight") @ head.T * by["logits"], by["logit cap"]), layers
 
 
 # ---- statistics of activations [rows, tokens, units] of which the first lengths[r] tokens of a row are text ----
@@ -411,7 +473,8 @@ def two_streams(
     target is what the dense matrix gave, without the error that the pruned stream brings along. ``stored``: what the
     pruned stream goes through in place of what is solved (rounded, say). That stream is a whole forward each time.
     """
-    gemma = config["model_type"] == "gemma3_text"
+    behind = config["model_type"].startswith(("gemma", "olmo"))  # a norm, which no linear solve can reach past
+    factor = numbers(config)["added"]
     heads, kv_heads, d = sizes(config)
     text = np.arange(tokens.shape[1])[None] < lengths[:, None]
     dense, new, result, passed = forward(config, weights, tokens)[1], dict(weights), {}, np.zeros(())
@@ -421,9 +484,8 @@ def two_streams(
             new |= {n: np.zeros_like(weights[n]) for n in weights if n.rpartition(".")[0] in names}
             continue
         columns = [inputs_of(kept[i][0], heads // kv_heads * d), kept[i][1]]
-        middle = None if gemma else a["before"] + a["attention"] @ weights[f"{names[0]}.weight"].T
-        if not gemma:
-            middle = middle + weights.get(f"{names[0]}.bias", 0.0)
+        middle = a["attention"] @ weights[f"{names[0]}.weight"].T + weights.get(f"{names[0]}.bias", 0.0)
+        middle = a["before"] + factor * middle
         for name, site, chosen in zip(names, ("attention", "ffn"), columns, strict=True):
             own = forward(config, new, tokens)[1][i]
             if not chosen:
@@ -432,12 +494,13 @@ def two_streams(
                 continue
             old, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
             added = 0.0 if bias is None else bias
-            if gemma or not residual:
+            if behind or not residual:
                 target = a[site] @ old.T + added
             else:
                 target = (middle if site == "attention" else a["after"]) - (
                     own["before"] if site == "attention" else passed
                 )
+                target = target / factor
             x, data, before, left = own[site][text], own[site][text], old, chosen
             if bias is not None:  # a constant input that always stays
                 data = np.hstack([x, np.ones((len(x), 1))])
@@ -452,5 +515,6 @@ def two_streams(
                 if f"{name}.{leaf}" in result:
                     new[f"{name}.{leaf}"] = (stored or result)[f"{name}.{leaf}"]
             if site == "attention":
-                passed = own["before"] + own[site] @ new[f"{name}.weight"].T + new.get(f"{name}.bias", 0.0)
+                passed = own[site] @ new[f"{name}.weight"].T + new.get(f"{name}.bias", 0.0)
+                passed = own["before"] + factor * passed
     return {**new, **result}

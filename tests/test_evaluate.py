@@ -44,7 +44,7 @@ def logits(model, data: Rows) -> np.ndarray:
 
 @pytest.mark.parametrize("data", [rows(), PADDED], ids=["full", "padded"])
 @pytest.mark.parametrize("packed", [None, (4, 32)], ids=["dense", "4 bits"])
-@pytest.mark.parametrize("family", pico.FAMILIES)
+@pytest.mark.parametrize("family", [*pico.FAMILIES, "gemma2", "granite"])
 def test_perplexity(pico_models, family, packed, data):
     model = pico_models(family, packed)
     found = evaluate(model, data)

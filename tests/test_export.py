@@ -13,12 +13,14 @@ import pico
 import pytest
 import strings
 from mlx.utils import tree_flatten
+from test_prune import plan_of
 
-from mlx_pare import gguf_rows, gguf_target, gguf_tokenizer, gguf_values, llama_cpp, lm
+from mlx_pare import gguf_header, gguf_rows, gguf_target, gguf_tokenizer, gguf_values, llama_cpp, lm
 from mlx_pare.arch import describe
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.export import export, verify
 from mlx_pare.fit.gguf_mix import type_of
+from mlx_pare.prune import prune
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 500, 48)]  # six of gemma's pico windows
 
@@ -51,13 +53,56 @@ SEED_OSS |= dict(num_attention_heads=6, num_key_value_heads=3, head_dim=18)  # 6
 
 
 @needs_llama
-@pytest.mark.parametrize("family", ["llama", "llama-untied", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-untied", "mistral", "qwen2", "qwen3", *sorted({*pico.MORE} - {"gemma2"})]
+)
 def test_f32_matches_mlx(tmp_path, family):
     model = pico.make(tmp_path / "model", family)
     done = export(model, tmp_path / "m.gguf", "f32")
     assert difference(model, tmp_path / "m.gguf") < 1e-4
     assert done["bytes"] == (tmp_path / "m.gguf").stat().st_size > done["tensor_bytes"]
     assert done["fallbacks"] == [] and done["notes"] == []
+
+
+FACTORS = {"long_factor": [1.0, 2.0, 3.0, 5.0], "short_factor": [1.0, 1.1, 1.2, 1.3]}
+LONG = {"rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": 32}
+LONG |= {"max_position_embeddings": 256}
+YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}
+OTHER_FORMS = [
+    ("phi3", {"partial_rotary_factor": 0.5}),
+    ("phi3", LONG),
+    ("phi3", {"tie_word_embeddings": True}),
+    ("olmo2", {"tie_word_embeddings": True}),  # llama.cpp wants a head of its own
+    ("olmo3", YARN),  # in layers without a window only
+    ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+]
+
+
+@needs_llama
+@pytest.mark.parametrize(("family", "changes"), OTHER_FORMS)
+def test_f32_of_other_forms_matches_mlx(tmp_path, family, changes):
+    model = pico.make(tmp_path / "model", family, **changes)
+    done = export(model, tmp_path / "m.gguf", "f32")
+    assert difference(model, tmp_path / "m.gguf") < 1e-4
+    assert len(done["notes"]) == ("rope_scaling" in changes and family == "phi3")
+
+
+def test_phi3_as_transformers_5_writes_it(tmp_path):
+    """Everything that rope is computed with in rope_parameters, none of it where mlx-lm's phi3 reads it."""
+    old = {"original_max_position_embeddings": 32, "partial_rotary_factor": 0.5, "rope_theta": 5e3}
+    factors = {name: factors[:2] for name, factors in FACTORS.items()}
+    written = {"rope_scaling": {"type": "longrope", **factors}, "max_position_embeddings": 256, **old}
+    model, other = (pico.make(tmp_path / version / "model", "phi3", **written) for version in ("4", "5"))
+    config = json.loads((model / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in (*old, "rope_scaling")}
+    config["rope_parameters"] = {"rope_type": "longrope", **factors, **old}
+    (other / "config.json").write_text(json.dumps(config))
+    assert np.array_equal(*(llama_cpp.mlx_logits(path, TOKENS) for path in (model, other)))
+    files = []
+    for path in (model, other):
+        export(path, path / "m.gguf", "f32")
+        files.append((path / "m.gguf").read_bytes())
+    assert files[0] == files[1]
 
 
 def without_ffn(model: Path) -> Path:
@@ -92,6 +137,33 @@ def test_gemma_of_62_layers_keeps_its_attention_scale(tmp_path):
     model = without_ffn(pico.make(tmp_path / "model", "gemma3_text", **changes))
     export(model, tmp_path / "m.gguf", "f32")
     assert difference(model, tmp_path / "m.gguf") < 1e-4
+
+
+@needs_llama
+@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 46, "intermediate_size": 32}])
+def test_f32_gemma2_matches_mlx(tmp_path, changes):
+    """Of 46 layers, the 27B, llama.cpp takes hidden // heads for the attention scale, and there is no q_norm."""
+    model = pico.make(tmp_path / "model", "gemma2", **changes)
+    if not changes:
+        export(model, tmp_path / "m.gguf", "f32")
+        assert difference(model, tmp_path / "m.gguf") < GELU_TABLE
+    export(without_ffn(model), tmp_path / "muted.gguf", "f32")
+    assert difference(model, tmp_path / "muted.gguf") < 1e-4
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_gemma2_keeps_the_windows_of_the_original(tmp_path, listed):
+    """mlx-lm has none, so no logits tell: what a cut writes down, and what the file says of it."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    changes = {"layer_types": kinds} if listed else {}
+    model = pico.make(tmp_path / "model", "gemma2", max_position_embeddings=8192, **changes)
+    prune(model, plan_of(model, ("layer",)), tmp_path / "out")  # the first two and the last
+    done = export(tmp_path / "out", tmp_path / "m.gguf", "f32")
+    header = gguf_header.read(tmp_path / "m.gguf")
+    assert list(header.metadata["gemma2.attention.sliding_window_pattern"]) == [True, False, False]
+    assert header.metadata["gemma2.attention.sliding_window"] == 4096
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"] == [kinds[i] for i in (0, 1, 3)]
+    assert len(done["notes"]) == 1 and "beyond 4096 tokens" in done["notes"][0]
 
 
 BIASES = [({}, "seed_oss"), ({"attention_bias": False}, "seed_oss")]
@@ -182,13 +254,18 @@ def test_verify_without_llama_cpp_says_so(tmp_path, monkeypatch):
 FAULTS = [
     ("llama", gguf_rows, "rope_order", lambda heads, head_dim: list(range(heads * head_dim))),
     ("gemma3_text", gguf_target, "_gemma_q_norm", lambda arch: 1.1),
+    ("gemma2", gguf_target, "_gemma_q_proj", lambda arch: 1.2),
+    ("smollm3", gguf_rows, "rope_order", lambda heads, head_dim: list(range(heads * head_dim))),
+    ("phi3-long", gguf_rows, "long_factors", lambda target, dims: np.ones(dims // 2, np.float32)),
+    *((family, gguf_target, "FURTHER", {}) for family in ("gemma2", "ministral3", "olmo3", "phi3-long")),
+    ("granite", gguf_target, "FURTHER", {"granite": lambda writer, _: writer.add_logit_scale(4.0)}),
 ]
 
 
 @needs_llama
 @pytest.mark.parametrize(("family", "module", "function", "fault"), FAULTS)
 def test_a_forgotten_transform_is_noticed(tmp_path, monkeypatch, family, module, function, fault):
-    model = pico.make(tmp_path / "model", family)
+    model = pico.make(tmp_path / "model", family.removesuffix("-long"), **(LONG if family.endswith("-long") else {}))
     monkeypatch.setattr(module, function, fault)
     export(model, tmp_path / "m.gguf", "f32")
     assert verify(model, tmp_path / "m.gguf")["max_abs_difference"] > 0.05
@@ -299,6 +376,11 @@ REFUSED = [
     ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor"),
     ("llama", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 8}, "sliding"),
     ("llama", {"rope_traditional": True}, "rope_traditional"),
+    ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0, "long_factor": [1.0]}}, "ignores"),
+    ("smollm3", {"no_rope_layers": [1, 1, 0, 1] * 2}, "by place"),
+    ("smollm3", {"layer_types": ["sliding_attention"] * 4 + ["full_attention"] * 4, "sliding_window": 8}, "sliding"),
+    ("gemma2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+    ("ministral3", {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}, "sliding"),
 ]
 
 
@@ -309,6 +391,19 @@ def test_what_llama_cpp_would_compute_differently_is_refused(tmp_path, family, c
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(PareError, match=said):
         export(model, tmp_path / "m.gguf", "f32")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("olmo2", {"attention_bias": True}, "biases"),
+        ("olmo2", {"head_dim": 32}, "not as wide"),
+        ("smollm3", {"mlp_bias": True}, "biases"),
+    ],
+)
+def test_tensors_that_llama_cpp_has_no_place_for_are_refused(tmp_path, family, changes, said):
+    with pytest.raises(PareError, match=said):
+        export(pico.make(tmp_path / "model", family, **changes), tmp_path / "m.gguf", "f32")
 
 
 def test_types():

@@ -34,7 +34,7 @@ def numpy(arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("packed", [None, (4, 32)], ids=["dense", "4 bits"])
-@pytest.mark.parametrize("family", pico.FAMILIES)
+@pytest.mark.parametrize("family", [*pico.FAMILIES, "phi3", "gemma2", "granite"])
 def test_finite_differences(pico_models, family, packed):
     """A few channels, every kv head and the block itself, in the first and the last layer."""
     model = pico_models(family, packed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -272,6 +273,21 @@ def test_layers_that_must_be_alike_are(pico_models, family, capsys):
     assert planning.settled(pico_models("qwen3"), s) == s and not capsys.readouterr().err
     wide = pico_models("qwen2", intermediate_size=512)  # nemotron-nas holds its biases, in steps of 256
     assert planning.settled(wide, s) == s
+
+
+def test_default_axes_are_those_that_can_be_cut(pico_models, tmp_path, capsys):
+    """What nobody asked for is left out and said; what was asked is refused."""
+    for family, why in (("olmo2", "span all heads"), ("granite", "multipliers")):
+        path = pico_models(family)
+        assert planning.settled(path, replace(SMALL, axes=("ffn", "kv_head"))).axes == ("ffn",)
+        assert re.search(rf"{family} is not cut along kv_head: .*{why}", capsys.readouterr().err)
+        assert pipeline.dry_run(path, replace(SMALL, axes=("ffn", "kv_head")))["after"]["kv_heads"] == 2
+        with pytest.raises(UsageError, match=f"{family} cannot be cut along kv_head: .*{why}.* Choose from ffn, layer"):
+            pipeline.run(path, tmp_path / "run", replace(SMALL, axes=("kv_head", "ffn")))
+    with pytest.raises(Refused, match="layers of a smollm3 by their place"):
+        planning.settled(pico_models("smollm3"), replace(SMALL, gguf="f16"))
+    assert planning.settled(pico_models("smollm3"), SMALL).axes == SMALL.axes
+    assert not [*tmp_path.iterdir()]
 
 
 def test_hidden_is_cut_evenly(model, capsys):

@@ -29,7 +29,7 @@ DENSE, PACKED, BROKEN = 1e-5, 1e-4, 1e-2
 TOKENS = np.random.RandomState(0).randint(1, 500, (2, 27))  # longer than gemma's window of 8
 FAMILIES = sorted(pico.FAMILIES)
 AXES = {"ffn": ("ffn",), "kv_head": ("kv_head",), "layer": ("layer",), "all": ("ffn", "kv_head", "layer")}
-DEPTH = {"gemma3_text": [1, 3, 5]}  # sliding, sliding, full, from different periods
+DEPTH = {"gemma3_text": [1, 3, 5], "olmo3": [0, 2, 3]}  # sliding, sliding, full, from different periods; both kinds
 FUSED = 32  # columns in a quantization group of the packed models here
 
 EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}  # three kv heads: 6 do not divide 64
@@ -112,7 +112,8 @@ def masked(model: Path, plan: Plan) -> np.ndarray:
     for index, block in enumerate(module.model.layers):
         layer, mlp, attention = kept.get(index), block.mlp, block.self_attn
         _silence(mlp.down_proj, set(layer.ffn) if layer and layer.ffn else None, 1)
-        columns = attention.o_proj.weight.shape[1] // attention.n_kv_heads
+        heads = attention.n_kv_heads if "n_kv_heads" in vars(attention) else attention.num_key_value_heads
+        columns = attention.o_proj.weight.shape[1] // heads
         _silence(attention.o_proj, set(layer.kv_head) if layer and layer.kv_head else None, columns)
     return logits(module)
 

@@ -110,7 +110,7 @@ def test_what_stands_in_is_what_the_table_says(pico_models, scored, name):
 
 @pytest.mark.parametrize("name", SUMS)
 @pytest.mark.parametrize("packed", [None, (4, 32)], ids=["dense", "4 bits"])
-@pytest.mark.parametrize("family", pico.FAMILIES)
+@pytest.mark.parametrize("family", [*pico.FAMILIES, "phi3", "olmo2"])
 def test_scores(pico_models, scored, family, packed, name):
     model = pico_models(family, packed)
     found = scored(model, name)

@@ -62,12 +62,12 @@ def check(model, data: Rows) -> None:
 
 
 @pytest.mark.parametrize("stored", FORMATS)
-@pytest.mark.parametrize("family", pico.FAMILIES)
+@pytest.mark.parametrize("family", [*pico.FAMILIES, *pico.MORE])
 def test_logits(pico_models, family, stored):
     check(pico_models(family, **FORMATS[stored]), rows(3, 20))
 
 
-@pytest.mark.parametrize("family", pico.FAMILIES)
+@pytest.mark.parametrize("family", [*pico.FAMILIES, *pico.MORE])
 def test_dense_is_the_stock_forward(pico_models, family):
     model, data = pico_models(family), rows(3, 20)
     np.testing.assert_allclose(streamed(model, data), stock(model, data), rtol=0, atol=1e-5)

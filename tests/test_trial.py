@@ -31,7 +31,7 @@ DATA, HELD = rows(26), rows(7)  # 500 tokens of text for 128 inputs
 
 SEED_OSS = {"model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"], "head_dim": 8, "attention_bias": True,
             "attention_out_bias": True, "mlp_bias": True}  # fmt: skip
-VARIANTS = {family: (family, {}) for family in pico.FAMILIES} | {
+VARIANTS = {family: (family, {}) for family in (*pico.FAMILIES, "phi3", "olmo2")} | {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "seed_oss with biases": ("qwen2", SEED_OSS),
 }

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import PareError, Unsupported
-from . import dense, gemma, hybrid, latent, mamba, moe, plain, uneven
+from . import dense, gemma, hybrid, latent, mamba, moe, plain, postnorm, uneven
+from .axes import AXES
 from .keep import Keep, LayerKeep
 from .rope import both_rope_spellings, check_numbers
 from .rows import KEYS
-from .spec import AXES, Architecture, Family, Layer, Tensor, Wrapper, layer_types, whole
+from .spec import Architecture, Family, Layer, Tensor, Wrapper, layer_types, whole
 from .uneven import uneven_types, why_no_sublayer_drops, why_uniform
 
-_FILES = (dense, plain, gemma, moe, latent, hybrid, mamba, uneven)
+_FILES = (dense, postnorm, plain, gemma, moe, latent, hybrid, mamba, uneven)
 FAMILIES: tuple[Family, ...] = tuple(family for file in _FILES for family in file.FAMILIES)
 WRAPPERS: dict[str, Wrapper] = {name: wrapper for file in _FILES[:-1] for name, wrapper in file.WRAPPERS.items()}
 RESULT_TYPES = frozenset(family.name for family in FAMILIES if family.result)  # of no runtime but mlx-lm so far
@@ -188,11 +189,12 @@ def positions(arch: Architecture, count: int) -> list[str | None]:
 
 
 def can_keep(arch: Architecture, layers: Sequence[int]) -> bool:
-    """Whether the survivors of a depth cut keep their kinds in stock mlx-lm, which may derive them from the index."""
+    """Whether the survivors of a depth cut keep their kinds in stock mlx-lm, which may derive them from the index, and
+    are of all the kinds that it needs."""
     kinds = [arch.layers[i].kind for i in layers]
     if arch.family.kinds == "sliding_window_pattern":
         return len(layers) >= arch.config["sliding_window_pattern"] and kinds == positions(arch, len(layers))
-    return "full_attention" in kinds
+    return arch.family.needed <= set(kinds)
 
 
 def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
@@ -205,7 +207,14 @@ def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
     """
     require_cuttable(arch)
     sources = [layer.source for layer in keep.layers]
+    _check_axes(arch, keep)
     if not can_keep(arch, sources):
+        if arch.family.kinds != "sliding_window_pattern":
+            raise PareError(
+                f"keeping layers {sources} leaves an attention kind out: mlx-lm loads a {arch.family.name} only with "
+                f"{' and '.join(sorted(arch.family.needed))}",
+                "keep such a layer, or let `plan` choose",
+            )
         raise PareError(
             f"keeping layers {sources} would change the attention kind of a survivor: {arch.family.name} derives it "
             "from the layer's position",
@@ -219,11 +228,6 @@ def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
     smaller = Architecture(arch.family, arch.config, sizes, tuple(kept_sizes), arch.tied)
     if uneven.differ(smaller):
         return describe(uneven.config(smaller))
-    if arch.family.heads_divide and sizes["hidden"] % (heads := smaller.uniform("kv_head") * smaller.uniform("group")):
-        raise PareError(
-            f"transformers refuses {heads} heads with a hidden size of {sizes['hidden']}, no multiple of them",
-            "keep a number of heads that divides the hidden size",
-        )
     left = describe(_config(arch, smaller, sources, packed), untied=not arch.tied)
     if [layer.kind for layer in left.layers] != [layer.kind for layer in kept_sizes]:
         raise PareError(
@@ -233,11 +237,31 @@ def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
     return left
 
 
+def _check_axes(arch: Architecture, keep: Keep) -> None:
+    """Raises PareError for a cut along an axis on which this model is not cut."""
+    for axis in sorted({axis for layer in keep.layers for axis in layer.keep} | ({"hidden"} if keep.hidden else set())):
+        if why := arch.why_fixed(axis):
+            raise PareError(
+                f"{arch.family.name} cannot be cut along {axis}: {why}", f"choose from {', '.join(arch.cut_axes)}"
+            )
+    for count in sorted({len(layer.keep["kv_head"]) for layer in keep.layers if "kv_head" in layer.keep} - {0}):
+        if not arch.holds_heads(count):
+            heads, hidden = count * arch.layers[0].sizes["group"], arch.sizes["hidden"]
+            raise PareError(
+                f"{heads} query heads do not divide the hidden size of {hidden}: transformers opens no such "
+                f"{arch.family.name}, and mlx-lm reads the tokenizer with it",
+                "keep another number of kv heads",
+            )
+
+
 def _config(arch: Architecture, smaller: Architecture, sources: list[int], packed: bool) -> dict[str, Any]:
     config = dict(arch.config)
     widths = {a: smaller.uniform(a) for a in ("kv_head", "group", "head_dim", "ffn")}
     widths |= {"q_head": widths["kv_head"] * widths["group"], "layer": len(sources), **smaller.sizes}
     config |= {key: widths[axis] for axis, key in arch.family.keys.items()}
+    for key, by_place in arch.family.by_place.items():
+        if config.get(key) is None:
+            config[key] = [by_place(arch.config, i) for i in range(len(arch.layers))]
     for key in arch.family.per_layer:
         if isinstance(config.get(key), list):
             if len(config[key]) != len(arch.layers):
@@ -247,6 +271,7 @@ def _config(arch: Architecture, smaller: Architecture, sources: list[int], packe
         if exit_.when(widths, config):
             config |= {"model_type": exit_.model_type, "architectures": [exit_.architecture], **exit_.settings}
             config["head_dim"] = widths["head_dim"]
+            config.pop("auto_map", None)  # code for the original type
             if any(layer.kind == "sliding_attention" for layer in smaller.layers):
                 config["sliding_window"] = arch.config.get("sliding_window")
             config["tie_word_embeddings"] = arch.tied and not (exit_.unties_packed and packed)

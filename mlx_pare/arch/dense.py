@@ -1,9 +1,28 @@
-"""The families that can be cut, as data: one table of tensors each, and how their config.json spells the axes."""
+"""The families that can be cut, as data: one table of tensors each, and how their config.json spells the axes. Those
+with norms behind their matrices are in postnorm.py."""
 
 from __future__ import annotations
 
-from .rows import AROUND, EMBED, HEAD, HEAD_NORMS, KEYS, NORM, PRE_NORMS, attention, changed, norms, swiglu
-from .spec import Exit, Family, Wrapper, tensor
+from collections.abc import Mapping
+from typing import Any
+
+from .rope import rope_scaling, rotary_share
+from .rows import (
+    AROUND,
+    EMBED,
+    FUSED,
+    HEAD,
+    HEAD_NORMS,
+    KEYS,
+    NORM,
+    PRE_NORMS,
+    SQUARE_KEYS,
+    attention,
+    changed,
+    norms,
+    swiglu,
+)
+from .spec import Exit, Family, Fixed, Wrapper, tensor, whole
 
 LLAMA_BLOCK = attention("attention_bias", "attention_bias") + swiglu("mlp_bias") + PRE_NORMS
 QWEN2_BLOCK = attention(qkv_bias=True) + swiglu() + PRE_NORMS
@@ -129,11 +148,110 @@ GEMMA3 = Family(
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 32768,
     },
-    heads_divide=True,
+    divides=True,  # its configuration's validate_architecture
+    fixed=(Fixed(("hidden",), "its embedding is scaled by the root of the hidden size"),),
     gguf="gemma3",
 )
 
-FAMILIES = (LLAMA, QWEN2, SEED_OSS, QWEN3, GEMMA3)
+# ---- llama's block with a difference ----
+
+
+def _rope_is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether rope turns all of a head and is not scaled."""
+    return not rope_scaling(config) and rotary_share(config) == 1
+
+
+# q, k and v are one matrix, gate and up another. mlx_lm/models/phi3.py computes head_dim = hidden // heads, so any
+# other head count leaves as mistral, whose matrices stand alone. Its sliding window is in the config, not in mlx-lm.
+PHI3_BLOCK = (
+    tensor("self_attn.qkv_proj.weight", "q_head*head_dim + kv_head*head_dim + kv_head*head_dim, hidden", "attention"),
+    tensor("self_attn.o_proj.weight", "hidden, q_head*head_dim", "attention"),
+    *FUSED,
+    *PRE_NORMS,
+)
+PHI3 = Family(
+    name="phi3",
+    model_types=("phi3",),
+    keys=SQUARE_KEYS,
+    model=(EMBED, NORM, HEAD),
+    blocks={"full_attention": PHI3_BLOCK},
+    defaults={"tie_word_embeddings": False, "rope_theta": 10000.0},
+    cuttable=frozenset({"layer", "ffn", "kv_head", "hidden"}),
+    fixed=(
+        Fixed(
+            ("kv_head", "hidden"),
+            "mlx-lm computes the width of its heads from their number, and no other class has its scaled or partial "
+            "rope",
+            lambda config: not _rope_is_plain(config),
+        ),
+    ),
+    exits=(
+        Exit(
+            lambda sizes, config: sizes["q_head"] * sizes["head_dim"] != sizes["hidden"],
+            "mistral",
+            "MistralForCausalLM",
+            {"sliding_window": None},
+        ),
+    ),
+    plain=True,
+    gguf="phi3",
+)
+
+
+def smollm3_rope(config: Mapping[str, Any], index: int) -> int:
+    """Whether a layer has rope: mlx_lm/models/smollm3.py ModelArgs, where the config lists none."""
+    interval = config.get("no_rope_layer_interval")
+    return int((index + 1) % (4 if interval is None else whole(config, "no_rope_layer_interval")) != 0)
+
+
+SMOLLM3 = Family(  # without make_cache, layers with a window cache everything
+    name="smollm3",
+    model_types=("smollm3",),
+    keys=KEYS,
+    model=(EMBED, NORM, HEAD),
+    blocks={"full_attention": LLAMA_BLOCK},
+    defaults={"tie_word_embeddings": True, "rope_theta": 10000.0},
+    per_layer=("layer_types", "no_rope_layers"),
+    by_place={"no_rope_layers": smollm3_rope},
+    cuttable=frozenset({"layer", "ffn", "kv_head", "hidden"}),
+    gguf="smollm3",
+    gguf_rope="norm",
+)
+
+GRANITE = Family(  # stored so: mlx_lm/models/granite.py quant_predicate
+    name="granite",
+    model_types=("granite",),
+    keys=SQUARE_KEYS,
+    model=(EMBED, NORM, *changed((HEAD,), ("lm_head",), stored="8bit")),
+    blocks={"full_attention": changed(LLAMA_BLOCK, ("o_proj", "down_proj"), stored="8bit")},
+    defaults={"tie_word_embeddings": True},
+    residual="residual_multiplier",
+    exact=frozenset({"layer", "ffn", "vocab"}),
+    cuttable=frozenset({"layer", "ffn"}),
+    fixed=(
+        Fixed(
+            ("kv_head", "hidden"),
+            "mlx-lm computes the width of its heads from their number, and no other class has its multipliers",
+        ),
+    ),
+    gguf="granite",
+    gguf_rope="norm",
+)
+
+MINISTRAL_BLOCK = (*attention(), *swiglu(), *PRE_NORMS)
+MINISTRAL3 = Family(
+    name="ministral3",
+    model_types=("ministral3",),
+    keys=KEYS,
+    model=(EMBED, NORM, HEAD),
+    blocks={"full_attention": MINISTRAL_BLOCK, "sliding_attention": MINISTRAL_BLOCK},
+    kinds="layer_types",
+    cuttable=frozenset({"layer", "ffn", "kv_head", "hidden"}),
+    gguf="mistral3",
+    gguf_rope="norm",
+)
+
+FAMILIES = (LLAMA, QWEN2, SEED_OSS, QWEN3, GEMMA3, PHI3, SMOLLM3, GRANITE, MINISTRAL3)
 WRAPPERS = {
     "gemma3": Wrapper(
         "gemma3_text",

@@ -1,4 +1,4 @@
-"""The Gemma families but gemma3, which can be cut, as data. For planning only."""
+"""The Gemma families but gemma2 and gemma3, which can be cut, as data. For planning only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import PareError
 from .moe import experts
+from .postnorm import PLUS_ONE
 from .rows import (
     AROUND,
     BEFORE,
@@ -27,17 +28,8 @@ from .rows import (
 )
 from .spec import Wrapper, layer_types, tensor, whole
 
-PLUS_ONE = (EMBED, *changed((NORM,), ("final_norm",), transforms=("norm+1",)))
-
-# Neither has a window in mlx-lm, whatever the config says. gemma2 caps the scores, and so computes them itself.
+# It has no window in mlx-lm, whatever the config says.
 GEMMA = planned("gemma", (*attention(), *swiglu(), *norms(BEFORE, "norm+1")), model=PLUS_ONE, tied=True)
-GEMMA2 = planned(
-    "gemma2",
-    (*attention(), *swiglu(), *norms(AROUND, "norm+1")),
-    model=PLUS_ONE,
-    tied=True,
-    defaults={"attn_logit_softcapping": 50.0},
-)
 
 # ---- layers that take the keys and values of an earlier one, and an embedding of their own for every layer ----
 
@@ -219,7 +211,7 @@ GEMMA3N = planned(
     tied=True,
 )
 
-FAMILIES = (GEMMA, GEMMA2, GEMMA4, GEMMA3N)
+FAMILIES = (GEMMA, GEMMA4, GEMMA3N)
 WRAPPERS = {
     "gemma4": Wrapper("gemma4_text", shared=("vocab_size",)),
     "gemma4_unified": Wrapper("gemma4_text", shared=("vocab_size",)),

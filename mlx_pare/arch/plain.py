@@ -1,7 +1,4 @@
-"""Dense families that can be planned for but not cut, as data. Where no config key is named, mlx-lm reads none.
-
-What mlx-lm ignores is not described either: phi3, for one, has a sliding window in its config and none in mlx-lm.
-"""
+"""Dense families that can be planned for but not cut, as data. Where no config key is named, mlx-lm reads none."""
 
 from __future__ import annotations
 
@@ -18,60 +15,16 @@ from .rows import (
     HEAD_NORMS,
     NORM,
     PRE_NORMS,
+    SQUARE_KEYS,
     UNGATED,
-    WIDE_HEAD_NORMS,
     attention,
-    changed,
     every,
     feed_forward,
-    keys_without,
-    listed,
     norms,
     planned,
     swiglu,
 )
 from .spec import Wrapper, tensor
-
-SQUARE_KEYS = keys_without("head_dim")  # head_dim is hidden / heads, whatever the config says
-
-PHI3 = planned(
-    "phi3",
-    (
-        tensor(
-            "self_attn.qkv_proj.weight",
-            "q_head*head_dim + kv_head*head_dim + kv_head*head_dim, hidden",
-            "attention",
-        ),
-        tensor("self_attn.o_proj.weight", "hidden, q_head*head_dim", "attention"),
-        *FUSED,
-        *PRE_NORMS,
-    ),
-    keys=SQUARE_KEYS,
-    defaults={"tie_word_embeddings": False},
-)
-
-OLMO_NORMS = (*WIDE_HEAD_NORMS, *norms(AFTER))
-OLMO2 = planned("olmo2", (*attention("attention_bias", "attention_bias"), *swiglu("mlp_bias"), *OLMO_NORMS))
-
-OLMO3_BLOCK = (*attention("attention_bias", "attention_bias"), *swiglu(), *OLMO_NORMS)
-OLMO3 = planned(
-    "olmo3",
-    {"full_attention": OLMO3_BLOCK, "sliding_attention": OLMO3_BLOCK},
-    kinds=listed(every(4)),
-    defaults={"tie_word_embeddings": False},
-    gguf="olmo2",
-)
-
-LLAMA_BLOCK = (*attention("attention_bias", "attention_bias"), *swiglu("mlp_bias"), *PRE_NORMS)
-SMOLLM3 = planned("smollm3", LLAMA_BLOCK)  # without make_cache, layers with a window cache everything
-
-MINISTRAL_BLOCK = (*attention(), *swiglu(), *PRE_NORMS)
-MINISTRAL3 = planned(
-    "ministral3",
-    {"full_attention": MINISTRAL_BLOCK, "sliding_attention": MINISTRAL_BLOCK},
-    kinds="layer_types",
-    gguf="mistral3",
-)
 
 # one norm before attention and feed-forward, which work side by side; the head is the embedding
 COHERE_NORM = norms({"attn_norm": "input_layernorm"}, bias="layer_norm_bias")
@@ -110,13 +63,6 @@ APERTUS = planned(
         *norms({"attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm"}),
     ),
     keys=SQUARE_KEYS,
-)
-
-GRANITE = planned(  # mlx_lm/models/granite.py quant_predicate
-    "granite",
-    changed(LLAMA_BLOCK, ("o_proj", "down_proj"), stored="8bit"),
-    keys=SQUARE_KEYS,
-    model=(EMBED, NORM, *changed((HEAD,), ("lm_head",), stored="8bit")),
 )
 
 
@@ -172,7 +118,6 @@ ERNIE4_5 = planned(
 )
 
 FAMILIES = (
-    PHI3, OLMO2, OLMO3, SMOLLM3, MINISTRAL3, COHERE, COHERE2, APERTUS, GRANITE, EXAONE4, GLM4, NEMOTRON, STARCODER2,
-    ERNIE4_5,
+    COHERE, COHERE2, APERTUS, EXAONE4, GLM4, NEMOTRON, STARCODER2, ERNIE4_5,
 )  # fmt: skip
 WRAPPERS = {"mistral3": Wrapper(None, defaults={"tie_word_embeddings": False})}

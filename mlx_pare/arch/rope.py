@@ -22,6 +22,8 @@ def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
         scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
         if scaling.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
             config["rope_scaling"] = scaling
+        if config.get("model_type") == "phi3":
+            _older_phi3(config, parameters)
     elif parameters is None and config.get("rope_theta") is not None and config.get("rope_local_base_freq") is None:
         scaling = _block(config)
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -29,8 +31,18 @@ def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _older_phi3(config: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+    """What mlx_lm/models/phi3.py reads elsewhere than where transformers 5 has put it."""
+    if isinstance(config.get("rope_scaling"), dict) and "rope_type" in config["rope_scaling"]:
+        config["rope_scaling"] = {"type": config["rope_scaling"]["rope_type"], **config["rope_scaling"]}
+    for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+        if config.get(key) is None and parameters.get(key) is not None:
+            config[key] = parameters[key]
+
+
 # What is computed with; null where a config says nothing of it.
-NUMBERS = ("rope_theta", "rope_local_base_freq", "rms_norm_eps", "max_position_embeddings", "query_pre_attn_scalar")
+NUMBERS = ("rope_theta", "rope_local_base_freq", "rms_norm_eps", "max_position_embeddings", "query_pre_attn_scalar",
+           "partial_rotary_factor")  # fmt: skip
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
@@ -48,6 +60,12 @@ def _block(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(kind, str | None):
         raise PareError(f"config.json says rope_scaling = {str(found)[:80]}, expected an object with a type")
     return found
+
+
+def rotary_share(config: Mapping[str, Any]) -> float:
+    """The share of a head that the rope turns, where a family reads it from the config (phi3)."""
+    share = both_rope_spellings(config).get("partial_rotary_factor")
+    return 1.0 if share is None else float(share)
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:

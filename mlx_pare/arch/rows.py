@@ -27,6 +27,8 @@ def keys_without(*axes: str, **more: str) -> dict[str, str]:
     return {axis: key for axis, key in KEYS.items() if axis not in axes} | more
 
 
+SQUARE_KEYS = keys_without("head_dim")  # head_dim is hidden / heads, whatever the config says
+
 EMBED = tensor("model.embed_tokens.weight", "vocab, hidden", "embedding")
 NORM = tensor("model.norm.weight", "hidden", "norm", "final_norm")
 HEAD = tensor("lm_head.weight", "vocab, hidden", "embedding")

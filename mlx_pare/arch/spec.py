@@ -20,88 +20,7 @@ from math import prod
 from typing import Any
 
 from ..errors import PareError
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis. ``scope``: "model" (one set of indices for all layers) or "layer". ``factors``: nested in these."""
-
-    name: str
-    scope: str
-    factors: tuple[str, ...] = ()
-
-
-AXES = {
-    axis.name: axis
-    for axis in (
-        Axis("layer", "model"),
-        Axis("vocab", "model"),
-        Axis("hidden", "model"),
-        Axis("ffn", "layer"),
-        Axis("kv_head", "layer"),
-        Axis("group", "layer"),  # query heads that share one kv_head
-        Axis("q_head", "layer", ("kv_head", "group")),
-        Axis("head_dim", "layer"),
-        Axis("expert", "layer"),
-        Axis("expert_ffn", "layer"),  # width of one expert
-        Axis("shared_ffn", "layer"),  # width of the experts that every token visits
-        Axis("active", "layer"),  # experts one token visits; no tensor has this axis
-        Axis("expert_latent", "layer"),  # what the experts see, where it is not the hidden size
-        Axis("q_latent", "layer"),  # multi-head latent attention: rank of the queries,
-        Axis("kv_latent", "layer"),  # of keys and values,
-        Axis("nope_dim", "layer"),  # and the parts of a head without rope,
-        Axis("rope_dim", "layer"),  # with rope,
-        Axis("v_dim", "layer"),  # and of its values
-        Axis("linear_k_head", "layer"),  # linear attention and state-space layers
-        Axis("linear_v_head", "layer"),
-        Axis("linear_k_dim", "layer"),
-        Axis("linear_v_dim", "layer"),
-        Axis("conv_kernel", "layer"),  # positions a short convolution sees,
-        Axis("conv_tail", "layer"),  # all but the newest of them
-        Axis("layer_vocab", "model"),  # embeddings of their own for every layer
-        Axis("layer_input", "model"),
-        Axis("altup", "model"),  # copies of the hidden state in gemma3n,
-        Axis("laurel", "layer"),  # and the rank of the way around its layers
-        Axis("one", "model"),
-    )
-}
-
-Segment = tuple[str, ...]
-Dim = tuple[Segment, ...]
-
-
-def dim(text: str) -> Dim:
-    """Parse "a*b + c" into segments of primitive axes: nested axes such as q_head become their factors."""
-    segments = []
-    for part in text.split("+"):
-        names = [name.strip() for name in part.split("*")]
-        unknown = [name for name in names if name not in AXES]
-        if unknown:
-            raise ValueError(f"unknown axis {unknown[0]!r} in {text!r}")
-        segments.append(tuple(p for name in names for p in (AXES[name].factors or (name,))))
-    return tuple(segments)
-
-
-def length(dimension: Dim, sizes: Mapping[str, int]) -> int:
-    """How many entries a dimension has, given the size of each axis."""
-    return sum(prod(sizes[axis] for axis in segment) for segment in dimension)
-
-
-def select(dimension: Dim, sizes: Mapping[str, int], keep: Mapping[str, Sequence[int]]) -> list[int] | None:
-    """Kept indices along a dimension, row-major within each segment; None when nothing on it is cut."""
-    if not any(axis in keep for segment in dimension for axis in segment):
-        return None
-    kept, offset = [], 0
-    for segment in dimension:
-        index = [offset]
-        for i, axis in enumerate(segment):
-            stride = prod(sizes[a] for a in segment[i + 1 :])
-            units = keep.get(axis, range(sizes[axis]))
-            steps = units if stride == 1 else [unit * stride for unit in units]
-            index = [start + step for start in index for step in steps]
-        kept += index
-        offset += prod(sizes[axis] for axis in segment)
-    return kept
+from .axes import Dim, dim, length
 
 
 @dataclass(frozen=True)
@@ -143,7 +62,7 @@ def tensor(
     return TensorSpec(name, parsed, role or name.split(".")[-2], part, when, tuple(transforms), stored)
 
 
-_HEAD = dim("head_dim")
+_HEAD, _HIDDEN = dim("head_dim"), dim("hidden")
 
 
 @dataclass(frozen=True)
@@ -189,6 +108,21 @@ MIXERS = {
 }
 
 
+FUSED = {  # roles that some families store as one matrix, rows one after the other: the segments of its rows
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Axes along which a family is not cut, why, and with which configs."""
+
+    axes: tuple[str, ...]
+    why: str
+    when: Callable[[Mapping[str, Any]], bool] = lambda config: True
+
+
 @dataclass(frozen=True)
 class Exit:
     """The model type a pruned model leaves as, when its own could not be loaded with the new shape."""
@@ -218,10 +152,15 @@ class Family:
     tied: bool | None = None  # whether the embedding is the head too; None: the config says, under
     tied_key: str = "tie_word_embeddings"
     per_layer: tuple[str, ...] = ("layer_types",)  # config lists with one entry per layer
+    # such lists that a cut has to write where the config has none, because what is left out goes by the layer's place
+    by_place: Mapping[str, Callable[[Mapping[str, Any], int], Any]] = field(default_factory=dict)
+    needed: frozenset[str] = frozenset({"full_attention"})  # kinds of layers without which its class does not load
+    divides: bool = False  # transformers opens it only with query heads whose number divides the hidden size
+    residual: str | None = None  # config key of a factor on all that its blocks add to the stream
     exact: frozenset[str] = frozenset({"layer", "ffn", "kv_head", "vocab"})
     cuttable: frozenset[str] = frozenset({"layer", "ffn", "kv_head"})
+    fixed: tuple[Fixed, ...] = ()  # why not along other axes, or not with every config
     exits: tuple[Exit, ...] = ()
-    heads_divide: bool = False  # transformers refuses a hidden size that is no multiple of the heads, and no exit helps
     plain: bool = False  # its blocks compute what llama's do, but for what the rows and the rope say (see uneven.py)
     result: bool = False  # what a cut may leave as: opened and measured like a source, not cut again
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # stored by old exporters, used by nobody
@@ -336,6 +275,24 @@ class Architecture:
         """Whether mlx-pare can cut it; if not, it can be planned for."""
         return bool(self.family.cuttable) and not self.prefix
 
+    def why_fixed(self, axis: str) -> str | None:
+        """Why it cannot be cut along an axis; None when it can."""
+        for fixed in self.family.fixed:
+            if axis in fixed.axes and fixed.when(self.config):
+                return fixed.why
+        return None if axis in self.family.cuttable else "nobody has described how"
+
+    def holds_heads(self, kv_heads: int) -> bool:
+        """Whether a result with so many kv heads in every layer opens everywhere; those of the model itself do."""
+        sizes = self.layers[0].sizes
+        whole = kv_heads == sizes["kv_head"] or not self.family.divides
+        return whole or self.sizes["hidden"] % (kv_heads * sizes["group"]) == 0
+
+    @property
+    def cut_axes(self) -> list[str]:
+        """The axes along which it can be cut."""
+        return sorted(axis for axis in self.family.cuttable if self.why_fixed(axis) is None)
+
     def axes(self, kind: str) -> set[str]:
         """The axes on which the tensors of this kind of layer lie; a config may give sizes that nothing has."""
         specs = (spec for spec in self.family.blocks[kind] if spec.present(self.config))
@@ -368,12 +325,37 @@ class Architecture:
         there = (s for s in specs if s.present(self.config) and not (s.role == "lm_head" and self.tied))
         return [(spec, tuple(length(d, sizes) for d in spec.dims)) for spec in there]
 
+    def row(self, layer: int, role: str) -> tuple[TensorSpec, int | None]:
+        """The row of the table for a role, and which segment of its first dimension that is where it is stored as one
+        with others (None: it is stored alone). Raises KeyError where the layer has no such role."""
+        found = {spec.role: spec for spec in self.family.blocks[self.layers[layer].kind]}
+        if role in found:
+            return found[role], None
+        for fused, roles in FUSED.items():
+            if fused in found and role in roles:
+                return found[fused], roles.index(role)
+        raise KeyError(role)
+
+    def has(self, layer: int, role: str) -> bool:
+        """Whether a layer has a tensor of this role, alone or as one with others."""
+        try:
+            return bool(self.row(layer, role))
+        except KeyError:
+            return False
+
     def path(self, layer: int, role: str) -> str:
         """Module path of a role inside its block, e.g. "mlp.down_proj"."""
-        for spec in self.family.blocks[self.layers[layer].kind]:
-            if spec.role == role:
-                return spec.name.rpartition(".")[0]
-        raise KeyError(role)
+        return self.row(layer, role)[0].name.rpartition(".")[0]
+
+    def readers(self, layer: int, part: str) -> list[str]:
+        """The roles of the matrices of a part ("attention", "ffn") that read the hidden state, as they are stored."""
+        table = self.family.blocks[self.layers[layer].kind]
+        return [s.role for s in table if s.part == part and len(s.dims) > 1 and s.dims[-1] == _HIDDEN]
+
+    @property
+    def residual(self) -> float:
+        """The factor on all that a block adds to the stream."""
+        return float(self.config.get(self.family.residual, 1.0)) if self.family.residual else 1.0
 
     def each(self, *axes: str) -> int | list[int]:
         """The size of a layer axis, or of a product of some: one number where all layers agree, else one per layer."""

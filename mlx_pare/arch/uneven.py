@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PareError
-from .rope import both_rope_spellings, rope_scaling
+from .rope import both_rope_spellings, rope_scaling, rotary_share
 from .rows import BEFORE, EMBED, HEAD, HEAD_NORMS, NORM, Rows, attention, keys_without, norms, planned, swiglu
-from .spec import Architecture, Family, tensor, whole
+from .spec import FUSED, Architecture, Family, tensor, whole
 
 UNIT = 256  # nemotron-nas rounds the width of a feed-forward up to a multiple of this
 ABSENT = 1  # width of the zero feed-forward that stands for none in openelm
@@ -248,14 +248,16 @@ class Uneven:
             return f"has no {', '.join(foreign) or 'such blocks'}"
         if any(layer.kind != "full_attention" for layer in arch.layers):
             return "has no sliding windows"
+        if rotary_share(arch.config) != 1:
+            return "has no rope for a part of a head"
         if arch.config.get("rope_traditional"):
             return "has no rope that pairs neighbours"
         return self.objection(arch)
 
 
-_PLAIN = {
-    row.role for row in (EMBED, NORM, HEAD, *attention(), *swiglu(), *norms(BEFORE))
-}  # what every llama block has
+_PLAIN = {row.role for row in (EMBED, NORM, HEAD, *attention(), *swiglu(), *norms(BEFORE))} | set(
+    FUSED
+)  # what every llama block has
 EXITS = (  # the first that can hold a result is taken; the first stores nothing for what is not there
     Uneven(
         NEMOTRON_NAS,

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..arch import Architecture, Tensor
-from ..arch.spec import MIXERS, Layer, dim, length
+from ..arch.axes import dim, length
+from ..arch.spec import MIXERS, Layer
 from ..checkpoint import DTYPE_BYTES, Checkpoint
 from ..packing import Packing
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from .. import gguf_uneven
 from ..arch import Architecture, Tensor
-from ..arch.spec import dim, length
+from ..arch.axes import dim, length
 from ..errors import UsageError
 from ..gguf_types import fits, nbytes
 
@@ -35,6 +35,7 @@ BASE = {
     "tq1_0": "TQ1_0", "tq2_0": "TQ2_0", "mxfp4_moe": "MXFP4",
 }  # fmt: skip
 
+UNTIED = ("olmo2",)  # architectures that want a head of their own, whatever the model has
 FLOATS = ("F32", "F16", "BF16")
 WIDEST = 256  # values of the longest blocks
 TWO_BITS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
@@ -237,7 +238,9 @@ class _Mix:
         uneven = arch.family.result and gguf_uneven.why_not(arch) is None
         self.split = {*SPLIT, *(gguf_uneven.SPLIT[gguf_uneven.architecture(arch)] if uneven else ())}
         self.matrix = kind in NEEDS_MATRIX if matrix is None else matrix
-        self.tied = not any(tensor.spec.role == "lm_head" for tensor in arch.tensors())
+        self.tied = (
+            not any(tensor.spec.role == "lm_head" for tensor in arch.tensors()) and arch.family.gguf not in UNTIED
+        )
         self.experts = max(layer.sizes.get("expert", 0) for layer in arch.layers)
         # of the first layer, which has no kv heads where it does not attend; gated DeltaNets are said to have some
         self.gqa = 0 if first.kind.partition("+")[0] in ("conv", "mamba", "feed_forward") else heads // kv_heads

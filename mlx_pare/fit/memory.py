@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..arch import Architecture
-from ..arch.spec import Layer, length
+from ..arch.axes import length
+from ..arch.spec import Layer
 from ..errors import UsageError
 from . import footprint
 

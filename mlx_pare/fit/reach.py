@@ -54,10 +54,10 @@ def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequenc
     for axis in axes:
         if axis not in AXES:
             raise UsageError(f"unknown axis {axis!r}", f"choose from {', '.join(AXES)}")
-        if axis not in arch.family.cuttable:
+        if why := arch.why_fixed(axis):
             raise UsageError(
-                f"{arch.family.name} cannot be cut along {axis}",
-                f"choose from {', '.join(sorted(arch.family.cuttable))}",
+                f"{arch.family.name} cannot be cut along {axis}: {why}",
+                f"choose from {', '.join(a for a in AXES if a in arch.cut_axes)}",
             )
     full = {
         "ffn": arch.uniform("ffn"),
@@ -73,8 +73,8 @@ def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequenc
         else:
             unit = step if axis in ("ffn", "hidden") else 1
             choices[axis] = sorted({*range(unit, full[axis] + 1, unit), full[axis]})
-        if axis == "kv_head" and arch.family.heads_divide:
-            choices[axis] = [n for n in choices[axis] if full["hidden"] % (n * arch.uniform("group")) == 0]
+            if axis == "kv_head":
+                choices[axis] = [n for n in choices[axis] if arch.holds_heads(n)]
     return Space(choices)
 
 
@@ -103,15 +103,16 @@ def growing(reach: Space, group_size: int, measure: Callable[[Level], float]) ->
 
 
 def _realisable(arch: Architecture, count: int, protected: Sequence[int]) -> bool:
-    if not any(positions(arch, count)) and "full_attention" in {arch.layers[i].kind for i in protected}:
+    if not any(positions(arch, count)) and arch.family.needed <= {arch.layers[i].kind for i in protected}:
         return count >= len(protected)  # any others will do
     return best_layers(arch, [0.0] * len(arch.layers), count, protected) is not None
 
 
 def protected_layers(arch: Architecture) -> list[int]:
-    """First, last, and last full-attention layer: cutting them hurts most (every depth paper keeps the ends)."""
-    full = [i for i, layer in enumerate(arch.layers) if layer.kind == "full_attention"]
-    return sorted({0, len(arch.layers) - 1, *full[-1:]})
+    """First, last, and the last layer of every kind that mlx-lm needs, full attention for one: cutting them hurts most
+    (every depth paper keeps the ends)."""
+    last = {layer.kind: i for i, layer in enumerate(arch.layers)}
+    return sorted({0, len(arch.layers) - 1, *(last[kind] for kind in arch.family.needed if kind in last)})
 
 
 def best_layers(arch: Architecture, scores: Sequence[float], count: int, protected: Sequence[int]) -> list[int] | None:
@@ -134,7 +135,13 @@ def best_layers(arch: Architecture, scores: Sequence[float], count: int, protect
                 if new[j + 1] is None or candidate[0] > new[j + 1][0]:
                     new[j + 1] = candidate
         best = new
-    return best[count][1] if best[count] is not None and can_keep(arch, best[count][1]) else None
+    if best[count] is None or can_keep(arch, best[count][1]):
+        return best[count] and best[count][1]
+    lacking = sorted(arch.family.needed - {arch.layers[i].kind for i in best[count][1]})
+    among = [i for i, layer in enumerate(arch.layers) if lacking and layer.kind == lacking[0]]
+    if not among or len(protected) >= count:
+        return None
+    return best_layers(arch, scores, count, [*protected, max(among, key=lambda i: float(scores[i]))])
 
 
 def skeleton(arch: Architecture, level: Level, protected: Sequence[int]) -> Keep:

@@ -9,7 +9,7 @@ off they are, model by model.
 
 from __future__ import annotations
 
-from ..arch.spec import length
+from ..arch.axes import length
 from ..errors import UsageError
 from . import footprint
 from .macs import Mac

@@ -16,7 +16,7 @@ from math import inf, prod
 import numpy as np
 
 from ..arch import Architecture, Keep, LayerKeep, Tensor, uneven_types, why_no_sublayer_drops, why_uniform
-from ..arch.spec import length
+from ..arch.axes import length
 from ..arch.uneven import UNIT
 from ..checkpoint import DTYPE_BYTES, Checkpoint
 from ..errors import PareError, Refused

@@ -20,7 +20,8 @@ def angular(source: Source, layer: int) -> mx.array:
 
 def magnitude(source: Source, layer: int) -> mx.array:
     """L2 norm of all matrices of the layer."""
-    roles = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    arch = source.arch
+    roles = (*arch.readers(layer, "attention"), "o_proj", *arch.readers(layer, "ffn"), "down_proj")
     return mx.sqrt(sum(source.sums(layer, role, mx.square, 0).sum() for role in roles))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..arch import Tensor
+from ..arch.axes import select
 from ..checkpoint import Checkpoint
 from ..errors import PareError
 from ..quantized import Packed
@@ -39,9 +40,11 @@ class Source:
 
     def sums(self, layer: int, role: str, of: Callable[[mx.array], mx.array], axis: int) -> mx.array:
         """Sums along an axis of a matrix [out, in] in float32 of which ``of`` was taken, element by element: [in] for
-        axis 0, [out] for axis 1. The matrix is expanded a part of its rows at a time."""
-        found = []
-        for panel in read_panels(self.checkpoint, self._tensors[layer, role]):
+        axis 0, [out] for axis 1. The matrix is expanded a part of its rows at a time; where it is stored as one with
+        others, its own rows alone are read."""
+        found, (spec, segment) = [], self.arch.row(layer, role)
+        rows = None if segment is None else select(spec.dims[0], self.arch.layer_sizes(layer), {}, segment)
+        for panel in read_panels(self.checkpoint, self._tensors[layer, spec.role], rows):
             found.append(of(panel.dense() if isinstance(panel, Packed) else panel.astype(mx.float32)).sum(axis=axis))
             mx.eval(found[-1])
         return sum(found[1:], found[0]) if axis == 0 else mx.concatenate(found)

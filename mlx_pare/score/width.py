@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 
 from ..observers import sparsity
 from .source import Source
 
-# The matrices that read the output of each norm, and the one that writes back to the residual stream after them.
-READERS = {"attn_ln": ("q_proj", "k_proj", "v_proj"), "ffn_ln": ("gate_proj", "up_proj")}
+# The part whose matrices read the output of each norm, and the one that writes back to the residual stream after them.
+READING = {"attn_ln": "attention", "ffn_ln": "ffn"}
 WRITER = {"attn_ln": "o_proj", "ffn_ln": "down_proj"}
+
+
+def _columns(source: Source, layer: int, norm: str, of: Callable[[mx.array], mx.array]) -> mx.array:
+    """Sums [hidden] over the matrices that read a norm's output."""
+    return sum(source.sums(layer, role, of, 0) for role in source.arch.readers(layer, READING[norm]))
 
 
 def _norm(source: Source, layer: int, site: str) -> mx.array:
@@ -58,7 +65,7 @@ def magnitude_heads(source: Source, layer: int) -> mx.array:
 
 def magnitude_hidden(source: Source, layer: int, norm: str) -> mx.array:
     """L2 norm of a hidden channel's columns in the matrices that read it and rows in the one that writes it."""
-    columns = sum(source.sums(layer, role, mx.square, 0) for role in READERS[norm])
+    columns = _columns(source, layer, norm, mx.square)
     return mx.sqrt(columns + source.sums(layer, WRITER[norm], mx.square, 1))
 
 
@@ -79,8 +86,7 @@ def wanda_heads(source: Source, layer: int) -> mx.array:
 
 def wanda_hidden(source: Source, layer: int, norm: str) -> mx.array:
     """The same for all matrices that read a norm's output."""
-    columns = sum(source.sums(layer, role, mx.abs, 0) for role in READERS[norm])
-    return columns * _norm(source, layer, norm)
+    return _columns(source, layer, norm, mx.abs) * _norm(source, layer, norm)
 
 
 # ---- flap: how much a unit's output fluctuates around its mean, which a bias could stand for ----
