@@ -522,7 +522,9 @@ def test_every_fault_is_said(written, tmp_path, name):
 def test_a_hidden_cut_of_gemma_is_a_fault(planned):
     model, found = planned("gemma3_text", keep=1.0)
     broken = Plan.model_validate({**found.model_dump(), "hidden": list(range(60))})
-    assert broken.problems(Checkpoint(model).arch) == ["the hidden size of gemma3_text cannot be cut"]
+    assert broken.problems(Checkpoint(model).arch) == [
+        "the hidden size of gemma3_text cannot be cut: its embedding is scaled by the root of the hidden size"
+    ]
 
 
 def test_a_cut_that_changes_a_kind_is_a_fault(planned):
