@@ -1,7 +1,8 @@
-"""The command export: a model directory as a GGUF file, or what that file would be."""
+"""The command export: a model as a GGUF file, for Ollama, packed by mlx-lm, or for the hub."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,20 +10,23 @@ import typer
 
 from . import console, show
 from .errors import Refused, UsageError
-from .options import Context, Data, DryRun, Field, Gguf, Length, Model, Samples, command, settings_of
+from .options import Context, Data, DryRun, Field, Gguf, GroupSize, Length, Model, Samples, command, settings_of
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
     from .imatrix import Importance
 
 
 @command(
     "export",
     "mlx-pare export MODEL --gguf q8_0 -o model.gguf | mlx-pare export RUN/recover/model --gguf q4_k_m --imatrix auto "
-    "-o m.gguf --for m4-24gb | mlx-pare export MODEL --gguf q4_k_m --dry-run",
+    "-o m.gguf --for m4-24gb | mlx-pare export MODEL --gguf q4_k_m --dry-run | mlx-pare export RUN/recover/model "
+    "--ollama DIR --gguf q4_k_m | mlx-pare export RUN/recover/model --mlx DIR --bits 4 --mixed | mlx-pare export "
+    "RUN/recover/model --hub-ready DIR",
 )
 def export_command(
     model: Model,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The file to write.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The GGUF file to write.")] = None,
     gguf: Gguf = None,
     imatrix: Annotated[
         str | None,
@@ -31,6 +35,20 @@ def export_command(
             "llama-imatrix made. Default: none, auto for types that cannot be made without.",
             metavar="none|auto|FILE",
         ),
+    ] = None,
+    ollama: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a GGUF file and a Modelfile for Ollama into a directory.")
+    ] = None,
+    mlx: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a float model packed by mlx-lm, with --bits.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="With --mlx: 2, 3, 4, 5, 6 or 8.")] = 4,
+    group_size: GroupSize = 64,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="With --mlx: more bits for values, down_proj in some layers, and the head.")
+    ] = False,
+    hub_ready: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a directory to upload: weights, card, licence.")
     ] = None,
     data: Data = None,
     field: Field = None,
@@ -41,48 +59,138 @@ def export_command(
     ] = None,
     context: Context = 8192,
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not compare with MLX in llama.cpp (llama extra).")
+        bool,
+        typer.Option("--no-verify", help="Do not compare a GGUF file with MLX in llama.cpp, nor ask stock servers."),
     ] = False,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
-    """Write a GGUF file, re-read it, compare it in llama.cpp where that is installed, show on which Macs it fits."""
+    """Write a GGUF file (alone or with a Modelfile), a packed MLX model or a directory for the hub. What was written is
+    opened again: compared in llama.cpp where that is installed, asked through stock servers, held against the Macs."""
+    if sum(given is not None for given in (out, ollama, mlx, hub_ready)) + dry_run != 1:
+        raise UsageError("export writes one thing", "name it: -o FILE, --ollama DIR, --mlx DIR or --hub-ready DIR")
+    if mlx or hub_ready:
+        return _directory(model, mlx, hub_ready, (bits, group_size, mixed), no_verify)
     from . import gguf_quantize
     from .checkpoint import Checkpoint
-    from .export import export, preflight
     from .fit import macs
     from .fit.gguf_mix import NEEDS_MATRIX
-    from .llama_cpp import judged
 
     checkpoint = Checkpoint(model)
     kind = gguf_quantize.known(gguf or ("q8_0" if checkpoint.quantized else "f16"))
     imatrix = imatrix or ("auto" if kind in NEEDS_MATRIX else "none")
     if dry_run:
         return _predicted(checkpoint, kind, imatrix)
-    if out is None:
-        raise UsageError("export writes a file", "name it: -o model.gguf")
     chosen = [macs.find(mac)] if mac else macs.every()
-    preflight(out, kind, imatrix != "none")
-    matrix = _matrix(model, imatrix, settings_of(data=data, field=field, samples=samples, length=length))
-    done = export(model, out, kind, matrix, None if no_verify else judged)
-    show.show_gguf(str(out), done)
-    done["verify"] = {"checked": False, "reason": "not asked"} if no_verify else judged(model, out, done["kind"])
-    done["fits"] = _fits(checkpoint, done, chosen, context)
-    show.fit_table(str(out), done["fits"])
+    texts = settings_of(data=data, field=field, samples=samples, length=length)
+    if ollama:
+        return _for_ollama(checkpoint, ollama, kind, (imatrix, texts), (chosen, mac, context), no_verify)
+    done = _gguf(checkpoint, out, kind, (imatrix, texts), (chosen, context), no_verify)
+    _require_fit(done, mac, context)
+    return done
+
+
+def _gguf(
+    checkpoint: Checkpoint, out: Path, kind: str, matrix: tuple[str, Any], fit: tuple[list, int], no_verify: bool
+) -> dict[str, Any]:
+    """Write the file, have it judged, show what it is. ``matrix``: which one, and the texts it may be made of; ``fit``:
+    Macs, and tokens of context."""
+    from . import served
+    from .export import export, preflight
+    from .llama_cpp import judged
+
+    preflight(out, kind, matrix[0] != "none")
+    made = _matrix(checkpoint.path, *matrix)
+    done = export(checkpoint.path, out, kind, made, None if no_verify else judged)
+    show.show_gguf(out.name, done)
+    unasked = {"checked": False, "reason": "not asked"}
+    done["verify"] = unasked if no_verify else judged(checkpoint.path, out, done["kind"])
+    done["served"] = {"served": False, "reason": "not asked"}
+    if not no_verify:
+        done["served"] = _asked(checkpoint, lambda chat: served.llama_cpp(out, chat))
+    done["fits"] = _fits(checkpoint, done, *fit)
+    show.fit_table(out.name, done["fits"])
     checked = done["verify"]
     console.say(
         f"llama.cpp against MLX: largest logit difference {checked['max_abs_difference']:.2g}"
         if checked["checked"]
         else f"not compared in llama.cpp: {checked['reason']}"
     )
-    if mac and not done["fits"][0]["fits"]:
-        raise Refused(
-            f"{out} does not fit {mac} at {context} tokens: {console.gb(-done['fits'][0]['headroom_bytes'])} too much",
-            "the file is kept; cut more, or use a shorter context",
-        )
+    console.say(show.answered(done["served"]))
     return done
 
 
-def _fits(checkpoint: Any, done: dict[str, Any], chosen: list, context: int) -> list[dict[str, Any]]:
+def _require_fit(done: dict[str, Any], mac: str | None, context: int) -> None:
+    if mac and not done["fits"][0]["fits"]:
+        over = console.gb(-done["fits"][0]["headroom_bytes"])
+        raise Refused(
+            f"{done['path']} does not fit {mac} at {context} tokens: {over} too much",
+            "the file is kept; cut more, or use a shorter context",
+        )
+
+
+def _asked(checkpoint: Checkpoint, ask: Any) -> dict[str, Any]:
+    """What a stock server answers, where the memory holds the model."""
+    from .check import not_resident
+    from .tokenizer_files import has_chat_template
+
+    if too_large := not_resident(checkpoint.path, None):
+        return {"served": False, "reason": too_large}
+    return ask(has_chat_template(checkpoint.path))
+
+
+def _for_ollama(
+    checkpoint: Checkpoint,
+    out: Path,
+    kind: str,
+    matrix: tuple[str, Any],
+    fit: tuple[list, str | None, int],
+    no_verify: bool,
+) -> dict[str, Any]:
+    """A directory with a GGUF file and its Modelfile, whose context the Mac that was named can hold."""
+    from .ollama import modelfile
+    from .shards import finish, partial_directory
+
+    macs, mac, context = fit
+    if out.exists():
+        raise Refused(f"{out} exists already", "choose another name, or move it away")
+    partial, name = partial_directory(out), f"model-{kind}.gguf"
+    try:
+        done = _gguf(checkpoint, partial / name, kind, matrix, (macs, context), no_verify)
+        longest = [checkpoint.arch.config.get("max_position_embeddings") or context, context]
+        if mac:
+            longest.append(done["fits"][0]["max_context"] or context)
+        found = modelfile(checkpoint.path, name, min(longest))
+        (partial / "Modelfile").write_text(found.text(), "utf-8")
+        finish(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    done |= {"path": str(out / name), "modelfile": str(out / "Modelfile"), "num_ctx": min(longest)}
+    done["notes"] = [*done["notes"], *found.notes]
+    for note in found.notes:
+        console.say(f"note: {note}")
+    console.say(f"ollama create NAME -f {out / 'Modelfile'}    (Ollama itself was not run)")
+    _require_fit(done, mac, context)
+    return done
+
+
+def _directory(
+    model: Path, mlx: Path | None, hub: Path | None, packing: tuple[int, int, bool], no_verify: bool
+) -> dict[str, Any]:
+    """A model directory: packed, or for the hub; asked through mlx-lm's server."""
+    from . import deploy, served
+    from .checkpoint import Checkpoint
+
+    done = deploy.packed(model, mlx, *packing) if mlx else deploy.hub_ready(model, hub)
+    checkpoint = Checkpoint(done["out"])
+    done["served"] = {"served": False, "reason": "not asked"}
+    if not no_verify:
+        done["served"] = _asked(checkpoint, lambda chat: served.mlx_lm(checkpoint.path, chat))
+    console.say(f"{done['out']}: {console.gb(done['bytes'])}")
+    console.say(show.answered(done["served"]))
+    return done
+
+
+def _fits(checkpoint: Checkpoint, done: dict[str, Any], chosen: list, context: int) -> list[dict[str, Any]]:
     from .fit import planner
     from .fit.memory import Needs, Use
 
@@ -90,7 +198,7 @@ def _fits(checkpoint: Any, done: dict[str, Any], chosen: list, context: int) -> 
     return planner.fit(needs, planner.weights_of(checkpoint.arch, done["tensor_bytes"]), chosen)
 
 
-def _predicted(checkpoint: Any, kind: str, asked: str) -> dict[str, Any]:
+def _predicted(checkpoint: Checkpoint, kind: str, asked: str) -> dict[str, Any]:
     """What the file would be; nothing is written."""
     from . import gguf_size, imatrix
 

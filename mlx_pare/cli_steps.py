@@ -83,6 +83,26 @@ def import_command(
     return found
 
 
+@command(
+    "adapters",
+    "mlx-pare adapters ADAPTER --parent MODEL --model RUN/prune/model -o OUT",
+)
+def adapters_command(
+    adapter: Annotated[Path, typer.Argument(help="A LoRA adapter directory of mlx-lm.", metavar="ADAPTER")],
+    parent: Annotated[Path, typer.Option(help="The model that the adapter is for.")],
+    model: Annotated[Path, typer.Option(help="The model that was cut from it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The adapter directory to write.")],
+) -> dict[str, Any]:
+    """Carry a LoRA adapter of the original over to the model that was cut from it: what is left of it there."""
+    from .adapters import carry
+
+    found = carry(adapter, parent, model, out)
+    gone = f", {len(found['left_out'])} tensors of layers that are gone left out" if found["left_out"] else ""
+    console.say(f"{out}: {found['tensors']} tensors in {len(found['layers'])} layers{gone}")
+    console.say(f"mlx_lm.generate --model {model} --adapter-path {out}")
+    return found
+
+
 @command("calibrate", "mlx-pare calibrate MODEL --data notes/ --out RUN --samples 128 --length 512")
 def calibrate_command(
     model: Model,

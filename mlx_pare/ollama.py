@@ -17,7 +17,7 @@ from .checkpoint import read_json
 from .errors import PareError
 from .gguf_tokenizer import first_token
 from .licence import licence_file
-from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats
+from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats, has_chat_template
 
 QUOTES = '"""'
 # generation_config.json -> PARAMETER, and what it must be (api/types.go of Ollama)
@@ -62,7 +62,7 @@ def modelfile(model: Path, source: str, context: int) -> Modelfile:
     licence = contents(there, MAX_LICENCE, "licence").decode("utf-8", "replace") if there else None
     found = Modelfile(source, "{{ .Prompt }}", [], {"num_ctx": context}, licence)
     texts = None
-    if settings.get("chat_template") or (model / "chat_template.jinja").is_file():
+    if has_chat_template(model):
         texts = _texts(model, found.notes)
         bos = first_token(raw, settings)  # the GGUF file says that it is added anyway: it would be there twice
         found.template = go_template(texts.without(bos) if bos else texts) if texts else None

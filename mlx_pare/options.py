@@ -232,7 +232,7 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
 
 def _directories(given: dict[str, Any]) -> dict[str, Any]:
     """What the command line gives, with model directories in place of GGUF files. Texts name more than these."""
-    for name in ("model", "models", "teacher", "against"):
+    for name in ("model", "models", "teacher", "against", "parent"):
         value = given.get(name)
         if isinstance(value, Path):
             given[name] = opened(value)

@@ -240,3 +240,10 @@ def runtimes(found: dict[str, Any]) -> str:
     there = [f"{name} (as {what})" for name, what in found.items() if what]
     missing = [name for name, what in found.items() if not what]
     return f"loads in {', '.join(there)}" + (f"; not in {', '.join(missing)}" if missing else "")
+
+
+def answered(found: dict[str, Any]) -> str:
+    """One line: what a stock server said."""
+    if not found["served"]:
+        return f"not asked through a server: {found['reason']}"
+    return f"{found['server']} answers: {found['text'].strip()[:60]!r}"

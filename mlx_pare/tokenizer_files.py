@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import bounded
-from .checkpoint import TOKENIZER_FILES
+from .checkpoint import TOKENIZER_FILES, read_json
 from .errors import PareError
 
 MAX_TOKENIZER = 64 << 20  # bytes of a tokenizer.json; the largest known (gemma) has 33 million
@@ -81,6 +81,13 @@ def _environment() -> dict[str, str]:
     package = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
     return {**os.environ, "PYTHONPATH": path, "RUST_BACKTRACE": "0", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Whether a model directory says how chats are written. Raises PareError for a damaged tokenizer_config.json."""
+    file = directory / "tokenizer_config.json"
+    settings = read_json(file, "tokenizer config") if file.is_file() else {}
+    return bool(settings.get("chat_template")) or (directory / "chat_template.jinja").is_file()
 
 
 class Chats:

@@ -10,9 +10,11 @@ import mlx_lm
 import pico
 import pytest
 import yaml
+from test_adapters import adapter_of
 from test_uneven import COUNTS, model, plan_of  # noqa: F401 (model is a fixture)
+from typer.testing import CliRunner
 
-from mlx_pare import card, deploy, served
+from mlx_pare import card, cli, deploy, served
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.prune import prune
@@ -153,3 +155,44 @@ def test_without_a_server_of_llama_cpp_it_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(served, "LLAMA_SERVER", ("no_such_module",))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert served.llama_cpp(tmp_path / "m.gguf", False)["served"] is False
+
+
+# ---- the command line ----
+
+
+def command(*words, code: int = 0) -> dict:
+    done = CliRunner().invoke(cli.app, [*map(str, words), "--json"])
+    assert done.exit_code == code, done.output
+    return json.loads(done.stdout)
+
+
+def test_a_directory_for_ollama(pruned, tmp_path):
+    found = command(
+        "export", pruned, "--ollama", tmp_path / "for", "--gguf", "q8_0", "--for", "m4-24gb", "--context", "300"
+    )
+    assert sorted(f.name for f in (tmp_path / "for").iterdir()) == ["Modelfile", "model-q8_0.gguf"]
+    assert found["modelfile"] == str(tmp_path / "for" / "Modelfile") and found["num_ctx"] == 300
+    assert "PARAMETER num_ctx 300" in (tmp_path / "for" / "Modelfile").read_text()
+    assert found["verify"]["checked"] and found["fits"][0]["fits"] and Path(found["path"]).exists()
+    assert found["served"]["served"] and found["served"]["text"].strip()
+    assert "exists already" in command("export", pruned, "--ollama", tmp_path / "for", code=3)["error"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_packed_and_hub_by_command(pruned, tmp_path):
+    found = command("export", pruned, "--mlx", tmp_path / "mlx", "--bits", "4", "--group-size", "32", "--mixed")
+    assert found["served"]["server"] == "mlx_lm.server" and found["bytes"] == Checkpoint(tmp_path / "mlx").nbytes()
+    found = command("export", tmp_path / "mlx", "--hub-ready", tmp_path / "hub", "--no-verify")
+    assert found["served"] == {"served": False, "reason": "not asked"} and "README.md" in found["files"]
+    assert (
+        "writes one thing" in command("export", pruned, "--mlx", tmp_path / "a", "-o", tmp_path / "b", code=2)["error"]
+    )
+    assert "writes one thing" in command("export", pruned, code=2)["error"]
+
+
+def test_adapters_by_command(model, tmp_path):  # noqa: F811
+    source = model("llama")
+    adapter = adapter_of(source, tmp_path / "adapter")
+    prune(source, plan_of(source, [(64, 2)] * 4), tmp_path / "cut")
+    found = command("adapters", adapter, "--parent", source, "--model", tmp_path / "cut", "-o", tmp_path / "out")
+    assert found["layers"] == [0, 1, 2, 3] and (tmp_path / "out" / "adapters.safetensors").exists()
