@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .arch import Architecture, Tensor
-from .arch.spec import length, select
+from .arch.axes import length, select
 from .artifacts import dump_json, survivors
 from .checkpoint import Checkpoint, read_header, read_json
 from .errors import PareError, Refused, Unsupported

@@ -70,14 +70,9 @@ def export_command(
         raise UsageError("export writes one thing", "name it: -o FILE, --ollama DIR, --mlx DIR or --hub-ready DIR")
     if mlx or hub_ready:
         return _directory(model, mlx, hub_ready, (bits, group_size, mixed), no_verify)
-    from . import gguf_quantize
-    from .checkpoint import Checkpoint
     from .fit import macs
-    from .fit.gguf_mix import NEEDS_MATRIX
 
-    checkpoint = Checkpoint(model)
-    kind = gguf_quantize.known(gguf or ("q8_0" if checkpoint.quantized else "f16"))
-    imatrix = imatrix or ("auto" if kind in NEEDS_MATRIX else "none")
+    checkpoint, kind, imatrix = _settled(model, gguf, imatrix)
     if dry_run:
         return _predicted(checkpoint, kind, imatrix)
     chosen = [macs.find(mac)] if mac else macs.every()
@@ -87,6 +82,17 @@ def export_command(
     done = _gguf(checkpoint, out, kind, (imatrix, texts), (chosen, context), no_verify)
     _require_fit(done, mac, context)
     return done
+
+
+def _settled(model: Path, gguf: str | None, imatrix: str | None) -> tuple[Checkpoint, str, str]:
+    """The model, and type and matrix where they were left out."""
+    from .checkpoint import Checkpoint
+    from .fit.gguf_mix import NEEDS_MATRIX
+    from .gguf_quantize import known
+
+    checkpoint = Checkpoint(model)
+    kind = known(gguf or ("q8_0" if checkpoint.quantized else "f16"))
+    return checkpoint, kind, imatrix or ("auto" if kind in NEEDS_MATRIX else "none")
 
 
 def _gguf(

@@ -551,6 +551,9 @@ def test_runs_that_lack_something(pico_models, tmp_path, refused):
     assert not answer(out)["notes"]  # means the same
     shutil.copy(model / "model.safetensors", model / "again")
     (model / "again").replace(model / "model.safetensors")
+    assert not answer(out)["notes"]  # a copy is as good
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 777.0}))
     assert "changed since the plan" in answer(out)["notes"][0]
     shutil.rmtree(model)
     assert "no model directory at" in refused(1, out)
