@@ -53,6 +53,15 @@ def tokenize(gguf: Path, strings: Sequence[str]) -> list[list[int]]:
         return json.loads(answer.read_text())
 
 
+def greedy(gguf: Path, tokens: Sequence[int], count: int) -> list[int]:
+    """The likeliest token after ``tokens``, ``count`` times, computed as ``logits`` does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "greedy.json"
+        asked = {"task": "greedy", "gguf": str(gguf), "tokens": [int(t) for t in tokens], "count": count}
+        _ask(asked | {"answer": str(answer)})
+        return json.loads(answer.read_text())
+
+
 def _ask(request: dict[str, Any]) -> None:
     if not available():
         raise PareError("llama-cpp-python is not installed", "pip install 'mlx-pare[llama]'")
@@ -219,8 +228,8 @@ def _answer(request: dict[str, Any]) -> None:
         found = [model.tokenize(s.encode(), add_bos=False, special=False) for s in request["strings"]]
         answer.write_text(json.dumps(found))
         return
-    tokens = request["tokens"]
-    size = max(len(tokens), 32)
+    tokens, count = request["tokens"], request.get("count", 0)
+    size = max(len(tokens) + count, 32)
     model = Llama(
         request["gguf"],
         n_ctx=size,
@@ -235,6 +244,13 @@ def _answer(request: dict[str, Any]) -> None:
         type_v=0,
     )
     model.eval(tokens)
+    if request["task"] == "greedy":
+        found = [int(model._scores[len(tokens) - 1].argmax())]
+        while len(found) < count:
+            model.eval(found[-1:])
+            found.append(int(model._scores[len(tokens) + len(found) - 1].argmax()))
+        answer.write_text(json.dumps(found))
+        return
     np.save(answer, model._scores[: len(tokens)].astype(np.float32))
 
 

@@ -250,6 +250,9 @@ def _gguf(run: Path) -> str:
         return f"## GGUF\n\nThere is no GGUF file: {markdown.escaped(done['why'])}."
     facts = [done["kind"], f"architecture {done['architecture']}", gb(done["bytes"]), f"{done['tensors']} tensors"]
     text = f"`{done['path']}`: {', '.join(facts)}."
+    if done.get("imatrix"):
+        weighed = "by an importance matrix (`export/imatrix.gguf`) of the calibration text"
+        text += f" It was quantized by llama.cpp, its errors weighed {weighed}."
     checked = done.get("verify") or {}
     if checked.get("checked"):
         text += (
