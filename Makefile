@@ -43,8 +43,9 @@ bench: setup
 run-demo:
 	$(RUN) $(BIN)/mlx-pare demo --out runs/demo
 
+# as many files at a time as there are cores, four at most; then BLAS has one thread in each
 run-test:
-	$(RUN) $(BIN)/python -m pytest
+	env OPENBLAS_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 run-bench:
 	$(RUN) $(BIN)/python benchmarks/stream_memory.py
