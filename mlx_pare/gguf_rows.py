@@ -10,6 +10,7 @@ from typing import Any
 
 from . import gguf_types, gguf_uneven
 from .arch import Architecture, Tensor
+from .arch.rope import llama3_factors
 from .errors import PareError
 from .fit import gguf_mix
 from .gguf_further import LONG, rotary
@@ -105,12 +106,8 @@ def rope_order(heads: int, head_dim: int) -> list[int]:
 
 
 def rope_factors(target: Target, head_dim: int) -> Any:
-    """float32 (head_dim / 2,): what llama3 scaling divides each rotary frequency by (mlx-lm's Llama3RoPE)."""
+    """float32 (head_dim / 2,): what llama3 scaling divides each rotary frequency by."""
     import numpy as np
 
-    s = target.scaling
-    factor, low, high = float(s["factor"]), s.get("low_freq_factor", 1.0), s.get("high_freq_factor", 4.0)
-    length = s.get("original_max_position_embeddings", 8192)
-    waves = 2 * math.pi * target.theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((length / waves - low) / (high - low), 0, 1)  # 0: long waves, fully scaled; 1: short, untouched
-    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    waves = [2 * math.pi * target.theta ** (i / head_dim) for i in range(0, head_dim, 2)]
+    return np.array(llama3_factors(target.scaling, waves), np.float32)

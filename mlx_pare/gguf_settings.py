@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .arch import Architecture, both_rope_spellings, describe
+from .arch.rope import llama3_factors
 from .errors import PareError, Unsupported
 from .fit.gguf_config import Facts, config_of
 from .gguf_header import Header
@@ -179,16 +180,6 @@ def _yarn(facts: Facts, factor: float) -> dict[str, Any]:
     growth = 0.1 * math.log(max(factor, 1))
     if attention not in (None, 1) and growth:
         found["mscale"] = (attention * (1 + growth) - 1) / growth
-    return found
-
-
-def llama3_factors(scaling: Mapping[str, Any], waves: Sequence[float]) -> list[float]:
-    """What llama3 scaling divides rotary frequencies of these wavelengths by (mlx_lm rope_utils.py Llama3RoPE)."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    length, found = scaling["original_max_position_embeddings"], []
-    for wave in waves:
-        smooth = min(max((length / wave - low) / (high - low), 0), 1)
-        found.append(1 / ((1 - smooth) / scaling["factor"] + smooth))
     return found
 
 

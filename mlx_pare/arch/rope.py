@@ -3,7 +3,7 @@ other numbers of it that are computed with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import PareError
@@ -73,3 +73,14 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = _block(both_rope_spellings(config))
     kind = scaling.get("type") or scaling.get("rope_type") or "default"  # mlx_lm/models/rope_utils.py initialize_rope
     return {} if kind == "default" else {**{k: v for k, v in scaling.items() if k != "type"}, "rope_type": kind}
+
+
+def llama3_factors(scaling: Mapping[str, Any], waves: Sequence[float]) -> list[float]:
+    """What llama3 scaling divides the rotary frequencies of these wavelengths by (mlx_lm/models/rope_utils.py
+    Llama3RoPE): long waves by its factor, short ones by 1, those between by something between."""
+    low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
+    length, found = scaling.get("original_max_position_embeddings", 8192), []
+    for wave in waves:
+        smooth = min(max((length / wave - low) / (high - low), 0), 1)
+        found.append(1 / ((1 - smooth) / float(scaling["factor"]) + smooth))
+    return found
