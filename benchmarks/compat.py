@@ -146,7 +146,7 @@ def cells(name: str, source: Path) -> Iterator[tuple[str, Cell]]:
 def main() -> None:
     """Print the tables, and write them to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="*", default=list(pico.FAMILIES))
+    parser.add_argument("--families", nargs="*", default=[*pico.FAMILIES, *pico.MORE])
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="directories of real models")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "compat.md")
     asked = parser.parse_args()

@@ -115,7 +115,13 @@ def test_manifest_records_every_step(finished):
 def test_recipe_is_what_was_asked(finished, settings):
     recipe = tomllib.loads((finished["out"] / "recipe.toml").read_text("utf-8"))
     asked = {k: v for k, v in vars(settings).items() if v is not None}
-    assert recipe == {**asked, "axes": ["ffn", "kv_head"], "choose_bits": [], "model": str(finished["model"])}
+    assert recipe == {
+        **asked,
+        "axes": ["ffn", "kv_head"],
+        "choose_bits": [],
+        "runtimes": ["mlx"],
+        "model": str(finished["model"]),
+    }
 
 
 def test_original_is_not_touched(finished):
@@ -135,7 +141,8 @@ def test_nothing_temporary_is_left(finished):
 
 def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypatch):
     before = hashes(finished["out"])
-    for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate", "export", "bench"):
+    monkeypatch.setattr(importlib.import_module("mlx_pare.exporting"), "export", lambda *_: pytest.fail("done again"))
+    for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate", "bench"):
         monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
     for module, verb in (
         (planning, "plan"),
