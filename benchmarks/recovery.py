@@ -54,6 +54,7 @@ FACTORS = {
     "block by block alone, 100 steps each": {"local_steps": 100, "steps": 0},
     "64 tokens from disk": {"top": 64},
     "16 tokens from disk": {"top": 16},
+    "half of the rows its own": {"on_policy": 0.5},
 }
 BEST = {"method": "full", "steps": 300, "batch": BATCH, "reports": 6}
 
