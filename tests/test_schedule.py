@@ -284,7 +284,8 @@ def test_killed_in_a_stage_it_ends_in_the_same_bytes(finished, settings, tmp_pat
 
 
 def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypatch):
-    for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate", "export"):
+    monkeypatch.setattr(importlib.import_module("mlx_pare.exporting"), "export", lambda *_: pytest.fail("done again"))
+    for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate"):
         monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
     assert pipeline.run(finished["model"], finished["out"], settings) == finished["summary"]
 
