@@ -5,12 +5,14 @@
 
 A tiny model of each family, made by mlx-lm's own class from a seed, is cut along every axis, all layers alike and each
 with a size of its own. Of the result stock mlx-lm writes 64 tokens; llama.cpp computes logits (largest difference to
-mlx-lm's, both in float32) and writes 64 tokens; transformers opens config and tokenizer. --models adds real ones.
+mlx-lm's, both in float32) and writes 64 tokens; transformers opens config and tokenizer, and where torch is installed
+computes logits as well. --models adds real ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import platform
 import sys
 import tempfile
@@ -115,8 +117,21 @@ def cell(source: Path, axis: str, work: Path) -> Cell:
     ours = lm.greedy(lm.load_stock(out), ids, TOKENS)
     check(out, source)  # transformers opens config and tokenizer, the tokenizer alone where it knows no such model
     there, short = in_llama_cpp(out, work / "m.gguf", ids, ours)
-    opened = "tokenizer" if arch.family.result else "config, tokenizer"
+    opened = "tokenizer" if arch.family.result else in_transformers(out, ids + ours)
     return Cell(arch.config["model_type"], f"{len(ours)} tokens", there, opened, short)
+
+
+def in_transformers(out: Path, tokens: list[int]) -> str:
+    """What transformers makes of it: its logits beside mlx-lm's where torch is installed."""
+    if importlib.util.find_spec("torch") is None:
+        return "config, tokenizer"
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        theirs = model(torch.tensor([tokens])).logits[0].numpy()
+    return f"logits {abs(theirs - llama_cpp.mlx_logits(out, tokens)).max():.1e}"
 
 
 def in_llama_cpp(out: Path, gguf: Path, ids: list[int], ours: list[int]) -> tuple[str, str]:
