@@ -83,7 +83,12 @@ MORE = {
         "final_logit_softcapping": 2.0,
         "hidden_activation": "gelu_pytorch_tanh",
     },
-    "smollm3": {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 8},
+    "smollm3": {
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "num_hidden_layers": 8,
+        "pad_token_id": 0,  # transformers has one of its own vocabulary
+    },
     "granite": {
         "model_type": "granite",
         "architectures": ["GraniteForCausalLM"],
