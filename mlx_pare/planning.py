@@ -88,11 +88,11 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
     the trials need more memory than a --memory-cap allows, or than is free for those of widths per layer.
     """
     s = with_possible_axes(model, s)
-    if s.gguf and "layer" in s.axes and (architecture := Checkpoint(model).arch.family.gguf) in BY_PLACE:
+    if wants_gguf(s) and "layer" in s.axes and (architecture := Checkpoint(model).arch.family.gguf) in BY_PLACE:
         raise Refused(
-            f"llama.cpp treats the layers of a {architecture} by their place, which a cut changes, and --gguf {s.gguf} "
-            "was asked",
-            "leave layer out of --axes, or leave out --gguf: mlx-lm loads the result",
+            f"llama.cpp treats the layers of a {architecture} by their place, which a cut changes, and a GGUF file was "
+            "asked for",
+            "leave layer out of --axes, or leave out --gguf and --runtimes: mlx-lm loads the result",
         )
     if s.widths not in WIDTHS:
         raise UsageError(f"unknown way to choose widths {s.widths!r}", f"choose one of {', '.join(WIDTHS)}")
