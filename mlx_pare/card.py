@@ -21,8 +21,9 @@ MADE = {"recovered": "recover", "pruned": "prune"}  # contender -> step whose mo
 
 def run_of(model: Path) -> Path | None:
     """The run directory that a model lies in, as RUN/recover/model; None when it lies in none."""
-    found = model.resolve().parents
-    return next((path for path in found[:3] if (path / "manifest.json").is_file()), None)
+    step = model.resolve().parent
+    inside = model.resolve().name == "model" and step.name in MADE.values()
+    return step.parent if inside and (step.parent / "manifest.json").is_file() else None
 
 
 def card(model: Path, source: Path | None = None) -> str:

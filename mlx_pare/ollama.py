@@ -118,9 +118,10 @@ def _texts(model: Path, notes: list[str]) -> Texts | None:
 def _stops(texts: Texts | None, raw: Mapping, settings: Mapping, generation: Mapping, config: Mapping) -> list[str]:
     """The special tokens that end an answer: those the model is said to end with, and the one that the chat template
     writes behind it."""
-    added = {t["id"]: t["content"] for t in raw.get("added_tokens") or () if isinstance(t, Mapping)}
+    tokens = [t for t in raw.get("added_tokens") or () if isinstance(t, Mapping) and isinstance(t.get("content"), str)]
+    added = {t["id"]: t["content"] for t in tokens if type(t.get("id")) is int}
     ids = generation.get("eos_token_id", config.get("eos_token_id"))
-    found = [added.get(i) for i in (ids if isinstance(ids, list) else [ids])]
+    found = [added.get(i) for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
     eos = settings.get("eos_token")
     found.append(eos.get("content") if isinstance(eos, Mapping) else eos)
     if texts:

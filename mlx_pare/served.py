@@ -66,8 +66,8 @@ def ask(name: str, command: Sequence[str], chat: bool) -> dict[str, Any]:
     Raises PareError, with the last line of the server, when it does not answer, or not as such a server does.
     """
     begun = time.monotonic()
-    with _running(command) as (port, log):
-        _wait(f"http://{HOST}:{port}/v1/models", name, log)
+    with _running(command) as (port, log, process):
+        _wait(f"http://{HOST}:{port}/v1/models", name, log, process)
         what = {"messages": [{"role": "user", "content": PROMPT}]} if chat else {"prompt": PROMPT}
         path = "chat/completions" if chat else "completions"
         request = urllib.request.Request(
@@ -87,8 +87,8 @@ def ask(name: str, command: Sequence[str], chat: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def _running(command: Sequence[str]) -> Iterator[tuple[int, Path]]:
-    """(port, file of its output) of a server while it runs."""
+def _running(command: Sequence[str]) -> Iterator[tuple[int, Path, subprocess.Popen]]:
+    """(port, file of its output, process) of a server while it runs."""
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
@@ -100,7 +100,7 @@ def _running(command: Sequence[str]) -> Iterator[tuple[int, Path]]:
                 [*command, str(port)], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=offline
             )
         try:
-            yield port, log
+            yield port, log, process
         finally:
             process.terminate()
             try:
@@ -110,10 +110,10 @@ def _running(command: Sequence[str]) -> Iterator[tuple[int, Path]]:
                 process.wait()
 
 
-def _wait(url: str, name: str, log: Path) -> None:
-    """Until the server answers at all. Raises PareError when it does not."""
+def _wait(url: str, name: str, log: Path, process: subprocess.Popen) -> None:
+    """Until the server answers at all. Raises PareError when it does not, or has ended."""
     end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
+    while process.poll() is None and time.monotonic() < end:
         try:
             urllib.request.urlopen(url, timeout=5).close()
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import mlx_lm
@@ -118,13 +119,22 @@ def test_mlx_lm_serves_it(pruned, kind):
     assert found["served"] and found["server"] == "mlx_lm.server" and found["text"].strip()
 
 
-def test_a_server_that_does_not_start_is_told():
+def test_a_server_that_ends_is_told_at_once():
+    begun = time.monotonic()
     with pytest.raises(PareError, match="broken does not start: no such thing"):
-        served.START_SECONDS, kept = 3.0, served.START_SECONDS
-        try:
-            served.ask("broken", [sys.executable, "-c", "print('no such thing'); raise SystemExit(1)"], False)
-        finally:
-            served.START_SECONDS = kept
+        served.ask("broken", [sys.executable, "-c", "print('no such thing'); raise SystemExit(1)"], False)
+    assert time.monotonic() - begun < served.START_SECONDS / 2
+
+
+def test_a_server_that_never_answers_is_told(monkeypatch):
+    monkeypatch.setattr(served, "START_SECONDS", 2.0)
+    with pytest.raises(PareError, match="deaf does not start: nothing"):
+        served.ask("deaf", [sys.executable, "-c", "import time; time.sleep(60)"], False)
+
+
+def test_somebody_elses_manifest_is_no_run(pruned, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    assert card.run_of(pruned) is None and "Was it worth it" not in card.card(pruned)
 
 
 ANSWERS = """

@@ -203,3 +203,12 @@ def test_no_stop_breaks_out(hostile):
     else:
         with pytest.raises(ValueError, match="cannot be written"):
             ollama.quoted(hostile)
+
+
+def test_ids_and_tokens_that_make_no_sense_are_no_stops(model):
+    directory = model(TEMPLATES["marks around"], eos_token=["no", "text"])
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    raw["added_tokens"] += [{"id": 3}, {"content": "no id"}, {"id": [1], "content": "a list"}, "a word"]
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [[1], {"a": 2}, None, True, 0]}))
+    assert ollama.modelfile(directory, "m.gguf", 64).stops == ["<|endoftext|>"]
