@@ -9,6 +9,7 @@ from .arch import RESULT_TYPES
 from .checkpoint import Checkpoint
 from .console import gb
 from .errors import PareError
+from .stock_path import plain, warning
 
 PROMPT = "The"
 TOKENS = 48
@@ -24,10 +25,10 @@ def check(model: Path, original: Path, memory_cap: int | None = None) -> list[st
         if not (model / file.name).exists() or (model / file.name).read_bytes() != file.read_bytes():
             raise PareError(f"{model / file.name} differs from the original's")
     _transformers(model)
+    warnings = [told] if (told := warning(model)) else []
     if too_large := not_resident(original, memory_cap):
-        return [f"no text was generated: {too_large}"]
+        return [*warnings, f"no text was generated: {too_large}"]
     ours, theirs = (_text(path) for path in (model, original))
-    warnings = []
     if not ours.strip() and theirs.strip():
         warnings.append("generates nothing, the original does")
     if repeats(ours) and not repeats(theirs):
@@ -51,12 +52,13 @@ def _transformers(model: Path) -> None:
     """Its config and its tokenizer. Of what only mlx-lm has a class for (arch/uneven.py), the tokenizer alone."""
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        if Checkpoint(model).config.get("model_type") not in RESULT_TYPES:
-            AutoConfig.from_pretrained(model)
-        AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # transformers raises whatever it likes
-        raise PareError(f"transformers cannot open {model}: {error}") from error
+    with plain(model) as name:
+        try:
+            if Checkpoint(model).config.get("model_type") not in RESULT_TYPES:
+                AutoConfig.from_pretrained(name)
+            AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # transformers raises whatever it likes
+            raise PareError(f"transformers cannot open {model}: {error}") from error
 
 
 def repeats(text: str) -> bool:

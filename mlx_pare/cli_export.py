@@ -183,7 +183,7 @@ def _directory(
     model: Path, mlx: Path | None, hub: Path | None, packing: tuple[int, int, bool], no_verify: bool
 ) -> dict[str, Any]:
     """A model directory: packed, or for the hub; asked through mlx-lm's server."""
-    from . import deploy, served
+    from . import deploy, served, stock_path
     from .checkpoint import Checkpoint
 
     done = deploy.packed(model, mlx, *packing) if mlx else deploy.hub_ready(model, hub)
@@ -193,6 +193,8 @@ def _directory(
         done["served"] = _asked(checkpoint, lambda chat: served.mlx_lm(checkpoint.path, chat))
     console.say(f"{done['out']}: {console.gb(done['bytes'])}")
     console.say(show.answered(done["served"]))
+    if told := stock_path.warning(checkpoint.path):
+        console.warn(told)
     return done
 
 

@@ -69,15 +69,17 @@ from .options import (
     "mlx-pare import model.gguf -o DIR | mlx-pare import model-00001-of-00003.gguf -o DIR --dense",
 )
 def import_command(
-    model: Annotated[str, typer.Argument(help="A .gguf file, or any part of one in several.", metavar="FILE")],
+    model: Annotated[
+        str, typer.Argument(help="A GGUF file, or any part of one in several, or the folder of one.", metavar="FILE")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Model directory to write.")],
     dense: Annotated[bool, typer.Option("--dense", help="Quantized tensors become float16.")] = False,
 ) -> dict[str, Any]:
     """Rebuild a GGUF file as an MLX model directory. The other commands do it by themselves, into a cache."""
     from .gguf_model import rebuild
-    from .opened import told
+    from .opened import gguf_of, told
 
-    found = rebuild(Path(model), out, dense)
+    found = rebuild(gguf_of(Path(model)) or Path(model), out, dense)
     told(found)
     console.say(f"model: {out} ({found['model_type']}, {console.gb(found['bytes'])})")
     return found

@@ -22,7 +22,7 @@ from .errors import PareError, Refused, Unsupported
 from .gguf_rows import rope_order
 from .gguf_settings import Settings
 from .gguf_stored import FLOATS, Rounding, Row, float_parts, holds, words
-from .shards import ShardWriter, finish, partial_directory, write_config
+from .shards import OUR_KEY, ShardWriter, finish, partial_directory, write_config
 from .slices import row_panels
 
 MAX_ROW = 1 << 24  # values of a row, which is read at once
@@ -46,12 +46,13 @@ class Opened:
         return sum(planned.nbytes for row in self.rows for planned in row.planned())
 
 
-def rebuild(gguf: Path, out: Path, dense: bool = False) -> dict:
+def rebuild(gguf: Path, out: Path, dense: bool = False, origin: str | None = None) -> dict:
     """Write the model of a GGUF file (or of all parts of one, given any) as the MLX model directory ``out``.
 
     F32, F16 and BF16 stay; Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, TQ1_0, TQ2_0 and MXFP4 keep codes and scales, Q4_K and Q5_K
     codes, with scales rounded to float16; other types are packed anew with 8 bits. ``dense``: quantized
-    ones become float16.
+    ones become float16. ``origin``: the hash of the file's bytes, which then is part of config.json, and so of what
+    tells the model apart from others (Checkpoint.identity).
     Returns path, architecture, model_type, bytes, tensors, types (how many of each), rounded (by type: stored, tensors,
     relative_error, worst) and notes. Raises Refused where ``out`` exists, PareError for what cannot be rebuilt or is no
     sound model; nothing is left then. Memory: a few rows, and the tokenizer.
@@ -71,7 +72,7 @@ def rebuild(gguf: Path, out: Path, dense: bool = False) -> dict:
         files.write(partial)
         tokenizer_files.check(partial)
         rounded = _write(opened, partial)
-        write_config(partial, opened.settings.config)
+        write_config(partial, opened.settings.config | ({OUR_KEY: {"gguf_sha256": origin}} if origin else {}))
         if opened.licence:
             (partial / "README.md").write_text(f"---\nlicense: {opened.licence}\n---\n")
         with suppress(Unsupported):  # what can be run, but not cut

@@ -33,7 +33,8 @@ app = typer.Typer(
 Model = Annotated[
     Path,
     typer.Argument(
-        help="Model directory (config.json, *.safetensors, tokenizer), or a .gguf file, which is rebuilt as one once.",
+        help="Model directory (config.json, *.safetensors, tokenizer), or a GGUF file or the folder of one, which is "
+        "rebuilt as one once.",
         metavar="MODEL",
     ),
 ]

@@ -23,11 +23,10 @@ from .errors import PareError, Refused
 from .layout import Piece, layout, size_of, smaller
 from .packing import Packing
 from .quantized import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
-from .shards import ShardWriter, copy_tokenizer, finish, partial_directory, write_config
+from .shards import OUR_KEY, ShardWriter, copy_tokenizer, finish, partial_directory, write_config
 from .slices import PANEL_VALUES, read_panels, sliced
 
 Stored = tuple[str, Iterable[memoryview]]  # a name of the new model, and the bytes under it in parts
-OUR_KEY = "pare"  # config.json key that transformers and mlx-lm ignore
 
 
 @dataclass(frozen=True)

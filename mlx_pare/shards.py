@@ -15,6 +15,7 @@ from .bounded import check_links
 from .checkpoint import DTYPE_BYTES, Checkpoint
 
 SHARD_BYTES = 4 << 30
+OUR_KEY = "pare"  # of config.json; transformers and mlx-lm ignore it
 
 
 @dataclass(frozen=True)

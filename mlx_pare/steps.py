@@ -23,6 +23,7 @@ from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
+from .opened import require
 from .plan import Options as PlanOptions
 from .plan import redraw
 from .prune import Lineage, prune
@@ -134,9 +135,10 @@ def open_run(model: Path, out: Path) -> Run:
 
 
 def continue_run(out: Path, locked: bool = True) -> Run:
-    """A run directory that was begun before. Raises Refused when its model changed since."""
+    """A run directory that was begun before. Raises PareError if its model is gone, Refused if it changed since."""
     run = Run(out, locked=locked)
     try:
+        require(run.model, out)
         if Checkpoint(run.model).identity() != run.manifest.source:
             raise Refused(f"{run.model} changed since {out} was begun", "start a new run with another --out")
     except BaseException:
