@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import Refused, UsageError
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
+from .opened import StrPath, opened
 from .quantized import matrix
 from .spool import Spool
 
@@ -92,9 +93,9 @@ class Statistics(stream.Observer):
 
 
 def calibrate(
-    model: Path,
+    model: StrPath,
     rows: Rows,
-    directory: Path,
+    directory: StrPath,
     memory_cap: int | None = None,
     save_every_s: float = SAVE_EVERY_S,
     extra: Sequence[str] = (),
@@ -111,6 +112,7 @@ def calibrate(
     Raises Unsupported for a model that cannot be cut, Refused when the estimate of memory exceeds the cap, UsageError
     for an extra that is not known.
     """
+    model, directory = opened(model), Path(directory)
     checkpoint = Checkpoint(model)
     require_cuttable(checkpoint.arch)
     extra = sorted(set(extra))

@@ -20,13 +20,18 @@ from .errors import PareError, Refused, UsageError
 from .fit.gguf_mix import NEEDS_MATRIX
 from .gguf_size import Prediction, padded
 from .gguf_target import target_of
+from .opened import StrPath, opened
 
 if TYPE_CHECKING:
     from .imatrix import Importance
 
 
 def export(
-    model: Path, out: Path, kind: str, matrix: Importance | None = None, judge: Callable[..., Any] | None = None
+    model: StrPath,
+    out: StrPath,
+    kind: str,
+    matrix: Importance | None = None,
+    judge: Callable[..., Any] | None = None,
 ) -> dict:
     """Write ``model`` (a directory) as the GGUF file ``out``; ``kind`` is one of gguf_target.FILE_TYPES, such as f16,
     q8_0 or q4_k_m. ``matrix``: an importance matrix of this model (imatrix.measure, imatrix.load). ``judge`` is called
@@ -40,7 +45,7 @@ def export(
     """
     from . import llama_cpp
 
-    model, out, kind = Path(model), Path(out), gguf_quantize.known(kind)
+    model, out, kind = opened(model), Path(out), gguf_quantize.known(kind)
     direct = gguf_quantize.direct(kind, matrix is not None)
     preflight(out, kind, matrix is not None)
     checkpoint = Checkpoint(model)

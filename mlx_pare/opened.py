@@ -33,6 +33,8 @@ PIECE = 1 << 12  # bytes at the beginning, in the middle and at the end of every
 AT_REST_S = 3  # a file that changed less than this ago may change again without another date
 NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}  # of a network disk
 
+StrPath = str | os.PathLike[str]  # what the Python API takes for a path
+
 
 def cache() -> Path:
     """The directory of rebuilt models."""
@@ -43,7 +45,7 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-pare"
 
 
-def opened(model: str | os.PathLike[str]) -> Path:
+def opened(model: StrPath) -> Path:
     """The model directory of MODEL: itself, or that of a GGUF file, which is rebuilt unless the cache has it whole.
 
     Raises PareError for a file that cannot be rebuilt, UsageError for a folder of several.

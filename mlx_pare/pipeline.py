@@ -27,6 +27,8 @@ from .fit import macs
 from .gguf_target import RUNTIMES
 from .layering import layers_by_of
 from .local import check_memory as check_local
+from .opened import StrPath
+from .opened import opened as model_of
 from .plan import shape, whole
 from .reconstruct import check_memory as check_reconstruction
 from .reconstruct import costs as reconstruction_costs
@@ -43,11 +45,12 @@ from .verdict import metrics, reconstructed, verdict
 AFFORDABLE = 1.5e13
 
 
-def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
+def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
     """Do everything for one model, resumable at any point; returns paths and the metrics before and after.
 
     Raises Refused for a run directory of something else, PareError when a gate finds the result broken.
     """
+    model, out, settings = model_of(model), Path(out), _with_teacher(settings)
     s = affordable(model, planning.with_possible_axes(model, settings))
     preflight(model, s)
     s = planning.settled(model, s, planning.begun(out / schedule.name_of(1) if s.stages else out))
@@ -73,6 +76,11 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
         _quality_gate(summary, s)
         _fit_gate(summary, s)
     return summary
+
+
+def _with_teacher(s: Settings) -> Settings:
+    """The settings with a model directory as teacher."""
+    return replace(s, teacher=str(model_of(s.teacher))) if s.teacher else s
 
 
 def _cut(run: Run, texts: Texts, s: Settings, original: Path | None = None) -> Path:
@@ -119,8 +127,9 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
     return result
 
 
-def dry_run(model: Path, s: Settings) -> dict[str, Any]:
+def dry_run(model: StrPath, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
+    model, s = model_of(model), _with_teacher(s)
     s = affordable(model, planning.with_possible_axes(model, s))
     preflight(model, s)
     planning.settled(model, s)

@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint
 from .console import progress, span
 from .errors import PareError, Refused
 from .layout import Piece, layout, size_of, smaller
+from .opened import StrPath, opened
 from .packing import Packing
 from .quantized import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
 from .shards import OUR_KEY, ShardWriter, copy_tokenizer, finish, partial_directory, write_config
@@ -39,11 +40,11 @@ class Lineage:
 
 
 def prune(
-    model: Path,
+    model: StrPath,
     plan: Plan,
-    out: Path,
+    out: StrPath,
     requantize: bool = True,
-    repair: Path | None = None,
+    repair: StrPath | None = None,
     lineage: Lineage | None = None,
 ) -> dict[str, Any]:
     """Write the pruned model to ``out`` (which must not exist); returns what was done to each requantized tensor.
@@ -53,7 +54,7 @@ def prune(
     Raises PareError for a plan that does not suit the model (all reasons at once) or a lineage that is not the model's,
     Refused when ``out`` exists.
     """
-    checkpoint = Checkpoint(model)
+    checkpoint, out, repair = Checkpoint(opened(model)), Path(out), repair and Path(repair)
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
     plan.check(checkpoint)

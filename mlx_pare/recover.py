@@ -27,6 +27,7 @@ from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
 from .objective import Taps, loss_of
+from .opened import StrPath, opened
 from .recover_options import GENTLE_BELOW, RATES, Options, check_memory
 from .shards import finish, partial_directory, remove
 from .student import merged, prepare, resident
@@ -34,14 +35,14 @@ from .training import Course, Diverged, Trainer
 
 
 def recover(
-    student: Path,
-    original: Path,
+    student: StrPath,
+    original: StrPath,
     train: Rows | Domains,
     validation: Rows | Domains,
-    out: Path,
+    out: StrPath,
     options: Options,
     memory_cap: int | None = None,
-    work: Path | None = None,
+    work: StrPath | None = None,
 ) -> dict[str, Any]:
     """Write the healed model to ``out``; returns validation KL before and after, the curve, whether it helped.
 
@@ -50,6 +51,7 @@ def recover(
     the tokenizers differ or the training does not fit in memory, Diverged when the loss is not a number any more.
     """
     options.check()
+    student, original, out = opened(student), opened(original), Path(out)
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
     if usual := options.learning_rate is None:
@@ -59,7 +61,7 @@ def recover(
     if (batch := min(options.batch, train.rows.count)) % (size := ranks.this()[1]):
         raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
     teacher.check_tokenizer(student, original)
-    work = work or out.with_name(out.name + ".work")
+    work = Path(work) if work else out.with_name(out.name + ".work")
     gentle_below = GENTLE_BELOW if usual else None  # a rate that was asked for is the rate
     course = replace(options.course, gentle_below=gentle_below)
     job = _Job(student, original, train, validation, options, course, work, memory_cap)

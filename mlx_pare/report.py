@@ -15,6 +15,7 @@ from .errors import PareError
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn
+from .opened import StrPath
 from .rundir import Manifest
 from .show import stability_lines
 from .verdict import Found, metrics, reconstructed, verdict
@@ -26,9 +27,10 @@ MACS_NOTE = (
 )
 
 
-def report(run: Path, measured: Sequence[str] | None = None) -> Path:
+def report(run: StrPath, measured: Sequence[str] | None = None) -> Path:
     """Write RUN/report.md and its picture from the manifest and the steps' outputs; returns its path. ``measured``: the
     contenders that belong to the result (default: all that are there)."""
+    run = Path(run)
     manifest = Manifest.read(run / "manifest.json", "run manifest")
     found = metrics(run, measured)
     sections = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import log
+from .opened import StrPath
 from .rundir import is_locked, read_manifest
 from .schedule import name_of
 
@@ -34,7 +35,7 @@ def expected(recipe: Mapping[str, Any]) -> list[str]:
     return found + (["bench"] if recipe.get("trials", 0) else [])
 
 
-def status(run: Path) -> dict[str, Any]:
+def status(run: StrPath) -> dict[str, Any]:
     """How far the run in ``run`` is.
 
     ``state``: working, finished, failed, killed (its process is gone without a word) or waiting (some steps are done,

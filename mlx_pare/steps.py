@@ -24,6 +24,7 @@ from .fit.memory import Needs, Use
 from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .opened import require
+from .option_types import check as check_types
 from .plan import Options as PlanOptions
 from .plan import redraw
 from .prune import Lineage, prune
@@ -41,7 +42,8 @@ RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what its result 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that can be asked of a run; see `mlx-pare run --help`. Exactly one target must be given."""
+    """Everything that can be asked of a run; see `mlx-pare run --help`. Exactly one target must be given. Raises
+    UsageError for a value of another type."""
 
     data: str | Sequence[str] | None = None  # as domains.parse_all reads it
     test_data: str | None = None
@@ -92,6 +94,9 @@ class Settings:
     min_quality: float | None = None
     memory_cap: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @property
     def recovers(self) -> bool:
