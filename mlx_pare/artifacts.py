@@ -287,6 +287,11 @@ class Plan(Strict):
     def load(cls, path: Path) -> Plan:
         return cls.read(path, "plan", "mend it, or make it again with `mlx-pare plan`")
 
+    @classmethod
+    def of(cls, plan: Plan | str | os.PathLike[str]) -> Plan:
+        """The plan itself, or that of a plan.json. Raises PareError as ``load``."""
+        return plan if isinstance(plan, Plan) else cls.load(Path(plan))
+
 
 def _index_problems(where: str, indices: Sequence[int], size: int) -> list[str]:
     if not indices:

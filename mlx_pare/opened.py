@@ -31,6 +31,7 @@ VERSION = 2  # of what is rebuilt: another one is rebuilt again
 LIST = "rebuilt.json"  # the files of a rebuilt model, written last
 PIECE = 1 << 12  # bytes at the beginning, in the middle and at the end of every tensor
 AT_REST_S = 3  # a file that changed less than this ago may change again without another date
+NO_FILE = {errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO}  # of a link, a directory, a socket
 NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}  # of a network disk
 
 StrPath = str | os.PathLike[str]  # what the Python API takes for a path
@@ -167,21 +168,31 @@ def remembered(parts: Mapping[Path, Header], seen: str) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Alone with a file of the cache. Nothing is written to it, and a link at its name is not followed."""
+    handle = _lock(path)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO):
-            raise PareError(f"{path} is no file of mlx-pare", "remove it: the cache needs the name") from error
-        raise
-    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(path: Path) -> int:
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno in NO_FILE:
+                raise PareError(f"{path} is no file of mlx-pare", "remove it: the cache needs the name") from error
+            raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
+                os.close(handle)
                 raise
-        yield
-    finally:
-        os.close(handle)
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(handle), os.lstat(path)):
+                return handle
+        os.close(handle)  # a cleaner removed the file meanwhile: others lock a new one
 
 
 def whole(directory: Path) -> bool:

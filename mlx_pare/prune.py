@@ -41,7 +41,7 @@ class Lineage:
 
 def prune(
     model: StrPath,
-    plan: Plan,
+    plan: Plan | StrPath,
     out: StrPath,
     requantize: bool = True,
     repair: StrPath | None = None,
@@ -55,6 +55,7 @@ def prune(
     Refused when ``out`` exists.
     """
     checkpoint, out, repair = Checkpoint(opened(model)), Path(out), repair and Path(repair)
+    plan = Plan.of(plan)
     if out.exists():
         raise Refused(f"{out} exists already", "choose another place or remove it")
     plan.check(checkpoint)

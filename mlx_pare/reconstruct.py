@@ -43,7 +43,12 @@ SOLVED = ("o_proj", "down_proj")
 
 
 def reconstruct(
-    model: StrPath, plan: Plan, rows: Rows, out: StrPath, damping: float | None = None, memory_cap: int | None = None
+    model: StrPath,
+    plan: Plan | StrPath,
+    rows: Rows,
+    out: StrPath,
+    damping: float | None = None,
+    memory_cap: int | None = None,
 ) -> Plan:
     """Write the new matrices of every kept layer to the directory ``out``; returns the plan they belong to.
 
@@ -57,7 +62,7 @@ def reconstruct(
     feed-forward has no such matrix. Raises PareError for a plan that cuts the hidden size (what is cut there cannot be
     made up for so) or does not suit the model, Refused when the estimate of memory exceeds the cap.
     """
-    return _lead(opened(model), plan, rows, rows.count, Path(out), damping, memory_cap)[0]
+    return _lead(opened(model), Plan.of(plan), rows, rows.count, Path(out), damping, memory_cap)[0]
 
 
 def reconstructed_kl(

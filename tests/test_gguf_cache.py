@@ -243,6 +243,19 @@ def test_f06_a_lock_is_not_emptied(file, cache):
     assert lock.read_text() == "somebody's"
 
 
+def test_f04_a_cleaner_may_take_a_lock_from_who_waits_for_it(file, cache, monkeypatch):
+    lock, original, held = cache / f"{opened.opened(file).name}.lock", opened.fcntl.flock, []
+
+    def flock(handle, how):
+        if not held:
+            lock.unlink()
+        held.append(handle)
+        original(handle, how)
+
+    monkeypatch.setattr(opened.fcntl, "flock", flock)
+    assert opened.opened(file).is_dir() and len(held) == 2 and lock.exists()
+
+
 @pytest.mark.parametrize("number", sorted(opened.NO_LOCKS))
 def test_f15_a_disk_without_locks_serves_as_a_cache(file, monkeypatch, number):
     def flock(*_):

@@ -41,7 +41,8 @@ def steps(model: Any, at: Callable[[str], Any]) -> dict[str, Any]:
     made = mlx_pare.plan(model, at("scores.safetensors"), PlanOptions(keep=0.75, axes=("ffn",)))
     made = mlx_pare.reconstruct(model, made, ROWS, at("repair"))
     found["plan"] = made.model_dump()
-    found["pruned"] = mlx_pare.prune(model, made, at("pruned"), repair=at("repair"))
+    Path(at("plan.json")).write_bytes(made.dump())
+    found["pruned"] = mlx_pare.prune(model, at("plan.json"), at("pruned"), repair=at("repair"))
     found["recovered"] = mlx_pare.recover(
         at("pruned"), model, ROWS, ROWS, at("recovered"), RecoverOptions(steps=1, batch=2), work=at("work")
     )["kept"]
@@ -51,7 +52,8 @@ def steps(model: Any, at: Callable[[str], Any]) -> dict[str, Any]:
     assert len(timed["models"]) == 2
     assert len(mlx_pare.bench(model, trials=1, prompt=8, new=2)["models"]) == 1
     found["inspected"] = mlx_pare.inspect(at("pruned"))["ffn"]
-    found["fits"] = mlx_pare.fit(at("pruned"), ["m4-24gb"])["weights_bytes"]
+    found["fits"] = mlx_pare.fit(at("pruned"), "m4-24gb")["weights_bytes"]
+    assert len(mlx_pare.fit(at("pruned"), ["m4-24gb"])["rows"]) == 1
     return {k: v.replace(str(at("")).rstrip("/"), "") if isinstance(v, str) else v for k, v in found.items()}
 
 
