@@ -28,7 +28,7 @@ from .checkpoint import read_headers, read_json
 from .errors import PareError, Unsupported
 from .opened import opened
 from .packing import Packing
-from .stock_path import plain
+from .stock_path import plain, require_text
 
 
 def cpu_backend() -> bool:
@@ -44,7 +44,7 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
     """The stock mlx-lm model, weights unread when ``lazy``; never executes code from the model directory."""
     from mlx_lm.utils import load_model
 
-    path = opened(path)
+    require_text(path := opened(path))
     config = both_rope_spellings(read_json(path / "config.json", "model config"))
     if (code := config.get("model_file")) is not None:
         raise Unsupported(
@@ -108,7 +108,7 @@ def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
 def tokenizer(path: Path) -> Any:
     """mlx-lm's wrapper around the directory's tokenizer, which was tried before, and writes chats in a process of its
     own (tokenizer_files.py). Raises PareError for files that are damaged, want code to be run, or are beyond bounds."""
-    path = opened(path)
+    require_text(path := opened(path))
     tokenizer_files.check(path)
     found = stock_tokenizer(path)
     found.apply_chat_template = tokenizer_files.Chats(path)

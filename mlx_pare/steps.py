@@ -34,6 +34,7 @@ from .recover_options import Options as RecoverOptions
 from .rundir import Run, fingerprint
 from .schedule import name_of
 from .score import criterion, described, score
+from .stock_path import require_text
 from .texts import Texts
 from .training import Diverged
 
@@ -135,7 +136,8 @@ class Settings:
 
 
 def open_run(model: Path, out: Path) -> Run:
-    """The run directory for a model, new or to be continued."""
+    """The run directory for a model, new or to be continued. Raises PareError for a name that MLX cannot open."""
+    require_text(out)
     return Run(out, model, Checkpoint(model).identity())
 
 

@@ -59,6 +59,14 @@ def _no_link(path: Path, why: str | None) -> PareError:
     )
 
 
+def require_text(path: Path) -> None:
+    """Raises PareError for a path whose bytes are no UTF-8: MLX and the tokenizers library open none."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise PareError(f"the path {path} is not UTF-8, and MLX cannot open it", "rename it") from None
+
+
 def warning(path: Path) -> str | None:
     """What the user must know of a model directory that stock mlx-lm cannot open where it lies; None if it can."""
     if not PATTERN.search(str(path.absolute())):

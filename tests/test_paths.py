@@ -199,3 +199,18 @@ def test_f01_servers_get_a_plain_name(tmp_path, monkeypatch):
     for given, there in asked:
         assert there and os.path.isabs(given) and "[" not in str(given)
     assert str(asked[1][0]).endswith(".gguf")
+
+
+@pytest.mark.skipif(os.uname().sysname == "Darwin", reason="macOS has no such names")
+def test_f01_a_name_that_is_not_utf8_is_refused_at_once(pare, pico_models, tmp_path, texts):  # noqa: F811
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/v\xff")
+    model = pico_models("llama")
+    for asked in ([copied(model, Path(odd)), "--out", tmp_path / "run"], [model, "--out", odd + "-run"]):
+        done = pare("calibrate", *asked, *texts, "--samples", 2, "--length", 32)
+        assert done.code == 1 and "not UTF-8" in done.err and not Path(asked[-1]).exists()
+
+
+def test_f01_a_gguf_file_whose_name_is_not_utf8(pico_models, tmp_path):
+    export(pico_models("llama"), tmp_path / "m.gguf", "q8_0")
+    odd = (tmp_path / "m.gguf").rename(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.gguf"))
+    assert len(lm.load(odd).layers) == 4  # it is known in the cache by another name
