@@ -204,6 +204,10 @@ def test_f04_a_step_says_how_to_get_the_model_back(pare, file, cache, two_texts,
     assert done.code == 1 and f"mlx-pare calibrate FILE.gguf --out {tmp_path / 'run'}" in done.err
     assert pare("calibrate", file, "--out", tmp_path / "run", *texts).code == 0  # as it says
     assert pare("score", tmp_path / "run").code == 0
+    assert pare("plan", tmp_path / "run", "--keep", 0.9, "--widths", "even").code == 0
+    shutil.rmtree(cache)
+    done = pare("fit", tmp_path / "run")  # of the plan, which names the model
+    assert done.code == 1 and "FILE.gguf" in done.err
 
 
 def test_f04_a_model_that_is_no_gguf_file_may_have_moved(pare, pico_models, two_texts, tmp_path):  # noqa: F811

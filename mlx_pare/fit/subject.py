@@ -19,7 +19,7 @@ from ..bounded import check_links
 from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_headers, read_json
 from ..errors import PareError, Unsupported, UsageError
 from ..gguf_header import is_gguf
-from ..opened import ggufs_in
+from ..opened import ggufs_in, require
 from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
 from . import catalogue, footprint, planner, quantization
 from .footprint import Storage
@@ -370,6 +370,7 @@ def _planned(path: Path, form: Form) -> Subject:
     model = read_json(manifest, "run manifest").get("model")
     if not isinstance(model, str):
         raise PareError(f"{manifest} does not say which model it is about", "restore it, or start a new run")
+    require(Path(model), manifest.parent)
     checkpoint = Checkpoint(model)
     if problems := plan.problems(checkpoint.arch):
         raise PareError(f"{path} does not suit {checkpoint.path}: {'; '.join(problems)}", "make the plan again")
