@@ -240,7 +240,7 @@ def require(model: Path, run: Path) -> None:
     )
     if not model.is_dir():
         raise PareError(
-            f"the model of {run} is gone: there is no directory {model}",
+            f"the model of {run} is gone: there is no model directory at {model}",
             f"if it was rebuilt from a GGUF file, {again}; if it was moved, give its new path in place of FILE.gguf",
         )
     rebuilt = (model / LIST).exists() or (
