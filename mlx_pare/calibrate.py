@@ -12,7 +12,8 @@ import mlx.core as mx
 
 from . import gradients, stream
 from .arch import Architecture, require_cuttable
-from .artifacts import Arrays, dump_json, replace_file
+from .artifacts import Arrays, dump_json
+from .atomic import replace_file, sweep
 from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import Refused, UsageError
@@ -119,8 +120,7 @@ def calibrate(
     check_memory(checkpoint, rows, memory_cap, extra)
     spooled = stream.must_spool(checkpoint, rows, memory_cap, _held(checkpoint, rows, extra))
     directory.mkdir(parents=True, exist_ok=True)
-    for stale in directory.glob("*.tmp*"):
-        stale.unlink()
+    sweep(directory)
     _same_inputs(directory, {"model": checkpoint.identity(), "data": rows.digest(), "extra": ", ".join(extra)})
     if len(list(directory.glob("block-*.safetensors"))) < len(checkpoint.arch.layers):
         rounds = len(stream.micro_batches(rows)) if "contributions" in extra else None

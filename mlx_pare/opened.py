@@ -154,7 +154,7 @@ def remembered(parts: Mapping[Path, Header], seen: str) -> str:
     content = content_of(parts)
     changed = max(max(found.st_mtime_ns, found.st_ctime_ns) for found in (path.stat() for path in parts))
     if time.time_ns() - changed > AT_REST_S * 10**9 and glimpse(parts) == seen:
-        from .artifacts import replace_file
+        from .atomic import replace_file
 
         with suppress(OSError):  # it is only slower without
             note.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,8 @@ def whole(directory: Path) -> bool:
 
 
 def _list_files(directory: Path) -> None:
-    from .artifacts import dump_json, replace_file
+    from .artifacts import dump_json
+    from .atomic import replace_file
     from .rundir import fingerprint
 
     files = {file.name: fingerprint(file) for file in sorted(directory.iterdir()) if file.is_file()}
@@ -224,7 +225,7 @@ def _rebuild(file: Path, out: Path, content: str) -> None:
 
 
 def _remove(out: Path) -> None:
-    from .shards import remove
+    from .atomic import remove
 
     if out.is_symlink() or out.is_file():
         out.unlink()

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .artifacts import Arrays, Plan, dump_json, replace_file
+from .artifacts import Arrays, Plan, dump_json
+from .atomic import replace_file, scratch
 from .corpus import Rows
 from .errors import PareError
 from .reconstruct import reconstructed_kl
@@ -115,9 +115,6 @@ def plan_kl(run: Run, texts: Texts, s: Settings, made: Plan) -> float:
     known = Known(run, calibration.digest(), held.digest(), "reconstructed")
     key = known.key(made.model_dump(include={"criterion", "bits", "group_size", "layers"}))
     if key not in known:
-        scratch = run.path / "finalist.tmp"
-        try:
-            known.add({key: reconstructed_kl(run.model, made, calibration, held, scratch, s.memory_cap)})
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with scratch(run.path, "finalist") as place:
+            known.add({key: reconstructed_kl(run.model, made, calibration, held, place, s.memory_cap)})
     return known[key]
