@@ -265,9 +265,7 @@ class Run:
         with other parameters or inputs.
         """
         asked = {"parameters": json.loads(json.dumps(dict(parameters), default=str)), "inputs": dict(inputs)}
-        final, partial = self.path / name, self.path / f"{name}.partial"
-        if partial.is_symlink():  # what is behind it is not ours to empty
-            raise Refused(f"{partial} is a link, and mlx-pare makes none", "remove the link")
+        final = self.path / name
         record = self.manifest.steps.get(name)
         if record is not None and final.exists():
             self._same(name, {"parameters": record.parameters, "inputs": record.inputs}, asked)
@@ -275,19 +273,7 @@ class Run:
             console.say(f"{name}: done before, kept")
             return False
         self._compare()
-        if final.exists():  # finished, but killed before the manifest said so: done again, or continued
-            shutil.rmtree(partial, ignore_errors=True)
-            os.rename(final, partial)
-        if not resumes:
-            shutil.rmtree(partial, ignore_errors=True)
-        elif (partial / "step.json").exists():
-            begun = _read_begun(partial / "step.json")
-            if len(list(partial.iterdir())) > 1:  # nothing was done of what was refused at once
-                self._same(name, begun, asked)
-        partial.mkdir(exist_ok=True)
-        if self._alone:
-            sweep(partial, deep=True)
-        replace_file(partial / "step.json", dump_json(asked))
+        partial = self._working(name, asked, resumes)
         console.record("begun", name)
         started, swapped = time.monotonic(), machine.swap_bytes()
         machine.reset_peaks()
@@ -309,6 +295,26 @@ class Run:
         replace_file(self._file, dump_json(self.manifest))
         console.record("done", f"{name}: {done.seconds:.1f} s, at most {console.gb(done.peak_bytes)}")
         return True
+
+    def _working(self, name: str, asked: Mapping[str, Any], resumes: bool) -> Path:
+        """The directory that a step works in, with a note of what was asked. Raises Refused as ``step``."""
+        final, partial = self.path / name, self.path / f"{name}.partial"
+        if partial.is_symlink():  # what is behind it is not ours to empty
+            raise Refused(f"{partial} is a link, and mlx-pare makes none", "remove the link")
+        if final.exists():  # finished, but killed before the manifest said so: done again, or continued
+            shutil.rmtree(partial, ignore_errors=True)
+            os.rename(final, partial)
+        if not resumes:
+            shutil.rmtree(partial, ignore_errors=True)
+        elif (partial / "step.json").exists():
+            begun = _read_begun(partial / "step.json")
+            if len(list(partial.iterdir())) > 1:  # nothing was done of what was refused at once
+                self._same(name, begun, asked)
+        partial.mkdir(exist_ok=True)
+        if self._alone:
+            sweep(partial, deep=True)
+        replace_file(partial / "step.json", dump_json(asked))
+        return partial
 
     def _compare(self) -> None:
         """Before the first work of a process: the weights of the model and the big outputs are, byte for byte, what
