@@ -165,6 +165,58 @@ def test_f06_links_at_temporary_names_of_arrays_are_not_followed(tmp_path):
     assert list(Arrays.load(tmp_path / "scores.safetensors", "scores").arrays) == ["a"]
 
 
+# ---- what people changed is kept ----
+
+
+@pytest.fixture
+def run(place, tmp_path) -> Path:
+    """A run directory in which nothing is done yet."""
+    rundir.Run(tmp_path / "run", place / "model", Checkpoint(place / "model").identity()).close()
+    return tmp_path / "run"
+
+
+def test_f07_fit_draws_into_a_new_file_only(place, tmp_path):
+    picture = tmp_path / "pic.svg"
+    picture.write_text("precious")
+    assert "exists already" in pare("fit", place / "model", "--plot", picture, code=3)
+    assert picture.read_text() == "precious"
+    pare("fit", place / "model", "--plot", tmp_path / "other.svg")
+    assert (tmp_path / "other.svg").read_text().startswith("<?xml")
+
+
+def test_f07_a_report_that_was_changed_is_kept(run, capsys):
+    assert json.loads(pare("report", run))["report"] == str(run / "report.md")
+    with (run / "report.md").open("a") as file:
+        file.write("\nMy notes.\n")
+    changed = (run / "report.md").read_bytes()
+    for _ in range(2):
+        assert json.loads(pare("report", run))["report"] == str(run / "report-2.md")
+    assert (run / "report.md").read_bytes() == changed and b"My notes" not in (run / "report-2.md").read_bytes()
+    (run / "report-2.md").write_text("mine as well")
+    assert json.loads(pare("report", run))["report"] == str(run / "report-3.md")
+    assert (run / "report-2.md").read_text() == "mine as well"
+    done = CliRunner().invoke(cli.app, ["report", str(run)])
+    assert f"{run / 'report.md'} was changed since mlx-pare wrote it, and is kept" in " ".join(done.output.split())
+
+
+def test_f07_a_report_that_nobody_changed_is_written_again(run):
+    path = run / "report.md"
+    pare("report", run)
+    before = path.read_text()
+    with rundir.Run(run) as opened:
+        opened.step("step", {}, {}, lambda directory: None)
+    assert json.loads(pare("report", run))["report"] == str(path)
+    assert "| step |" in path.read_text() and "| step |" not in before
+    assert [file.name for file in run.glob("report*")] == ["report.md"]
+
+
+@pytest.mark.parametrize("text", ["", "mine", "<!-- mlx-pare wrote this; sha256 of all above: 00 -->"])
+def test_f07_somebody_elses_report_is_kept(run, text):
+    (run / "report.md").write_text(text)
+    pare("report", run)
+    assert (run / "report.md").read_text() == text and (run / "report-2.md").exists()
+
+
 # ---- weights for the hub are no links ----
 
 
