@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from . import gradients, stream
 from .arch import Architecture, require_cuttable
 from .artifacts import Arrays, dump_json
 from .atomic import replace_file, sweep
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .errors import Refused, UsageError
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
@@ -195,7 +194,7 @@ def contribution_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
 def _same_inputs(directory: Path, inputs: dict[str, str]) -> None:
     """Blocks of another model or other rows must not be mixed in. Raises Refused when they lie there."""
     note = directory / "inputs.json"
-    if note.exists() and json.loads(note.read_text()) != inputs:
+    if note.exists() and read_json(note, "note") != inputs:
         raise Refused(f"{directory} holds statistics begun with another model, other text or extras", "remove it first")
     replace_file(note, dump_json(inputs))
 

@@ -11,7 +11,6 @@ both streams through what is done, which costs a forward pass, and trains what i
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -152,7 +151,7 @@ def _begin(scratch: Path, pair: Sequence[Checkpoint], rows: Sequence[Rows], opti
     note = scratch / "inputs.json"
     if not note.exists() and not all(is_ours(file.name) for file in scratch.iterdir()):
         raise Refused(f"{scratch} was not made by mlx-pare", "move it away")
-    if note.exists() and json.loads(note.read_text()) != inputs:
+    if note.exists() and read_json(note, "note") != inputs:
         raise Refused(f"{scratch} was begun with other models, rows or options", "remove it first")
     replace_file(note, dump_json(inputs))
 

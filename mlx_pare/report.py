@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from . import edited, markdown, schedule
 from .artifacts import CONTENDERS, Plan
+from .checkpoint import read_json
 from .console import count, duration, gb, span
 from .errors import PareError
 from .fit.bars import by_memory, verdict_of
@@ -49,7 +49,7 @@ def report(run: StrPath, measured: Sequence[str] | None = None) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path, path.name) if path.exists() else None
 
 
 def _title(manifest: Manifest) -> str:

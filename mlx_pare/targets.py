@@ -29,6 +29,7 @@ import numpy as np
 
 from . import head, machine, stream
 from .atomic import replace_file, sweep
+from .bounded import contents
 from .checkpoint import Checkpoint
 from .console import gb, progress
 from .corpus import Rows
@@ -253,7 +254,7 @@ def _about(directory: Path) -> dict[str, Any] | None:
     if not note.exists():
         return None
     try:
-        about = json.loads(note.read_text())
+        about = json.loads(contents(note))
         if about["schema"] != SCHEMA:
             raise PareError(f"{note} has schema {about['schema']}, this version reads {SCHEMA}", "collect them again")
         record(about["k"], about["vocab"])

@@ -14,6 +14,7 @@ from typing import Any
 
 from .artifacts import Arrays, Plan, dump_json
 from .atomic import replace_file, scratch
+from .bounded import contents
 from .corpus import Rows
 from .errors import PareError
 from .reconstruct import reconstructed_kl
@@ -47,7 +48,7 @@ class Known:
     def __init__(self, run: Run, *about: str):
         self.file, self.about = run.path / "trials.json", [run.manifest.source, *about]
         try:
-            self.found: dict[str, float | None] = json.loads(self.file.read_text()) if self.file.exists() else {}
+            self.found: dict[str, float | None] = json.loads(contents(self.file)) if self.file.exists() else {}
             if not all(kl is None or isinstance(kl, int | float) for kl in self.found.values()):
                 raise ValueError
         except (ValueError, AttributeError) as error:
