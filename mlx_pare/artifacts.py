@@ -6,6 +6,7 @@ Arrays are safetensors files whose header carries a JSON description under the k
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -114,15 +114,21 @@ def scratch(directory: Path, name: str) -> Iterator[Path]:
         yield place
 
 
-def working(directory: Path) -> Path:
-    """A directory that a killed call continues from: a new one, or one with our note in it; returns it. Raises Refused
-    for any other."""
+@contextmanager
+def working(directory: Path) -> Iterator[Path]:
+    """A directory that a killed call continues from: a new one, or one with our note in it. It is removed in the end if
+    nothing else is in it. Raises Refused for any other directory."""
     note = directory / ".mlx-pare"
     if directory.exists() and not note.exists() and any(directory.iterdir()):
         raise Refused(f"{directory} exists already, and mlx-pare did not make it", "move it away")
     directory.mkdir(parents=True, exist_ok=True)
     note.touch()
-    return directory
+    try:
+        yield directory
+    finally:
+        if directory.exists() and list(directory.iterdir()) == [note]:
+            note.unlink()
+            directory.rmdir()
 
 
 def is_ours(name: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -60,18 +61,18 @@ def recover(
     if (batch := min(options.batch, train.rows.count)) % (size := ranks.this()[1]):
         raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
     teacher.check_tokenizer(student, original)
-    work = Path(work) if work else working(out.with_name(out.name + ".work"))
     gentle_below = GENTLE_BELOW if usual else None  # a rate that was asked for is the rate
     course = replace(options.course, gentle_below=gentle_below)
-    job = _Job(student, original, train, validation, options, course, work, memory_cap)
-    try:
-        summary = job.run()
-    except Diverged:  # what was healed block by block before that is still good
-        remove(work / "training" if options.local_steps else work)
-        raise
-    if ranks.this()[0] == 0:
-        _keep_the_best(job, summary, out)
-        remove(work)
+    with nullcontext(Path(work)) if work else working(out.with_name(out.name + ".work")) as place:
+        job = _Job(student, original, train, validation, options, course, place, memory_cap)
+        try:
+            summary = job.run()
+        except Diverged:  # what was healed block by block before that is still good
+            remove(place / "training" if options.local_steps else place)
+            raise
+        if ranks.this()[0] == 0:
+            _keep_the_best(job, summary, out)
+            remove(place)
     return summary
 
 

@@ -107,6 +107,30 @@ def test_f05_steps_of_the_python_interface_delete_nothing_beside_their_output(pl
     assert before.items() <= contents(tmp_path).items()
 
 
+@pytest.mark.parametrize("name", ["out.work", "out.blocks"])
+def test_f05_directories_to_continue_from_are_ours_or_refused(place, tmp_path, name):
+    from mlx_pare.atomic import working
+    from mlx_pare.corpus import Rows
+    from mlx_pare.local import Options, local
+
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("precious")
+    with pytest.raises(Refused, match="mlx-pare"):
+        if name == "out.work":
+            with working(tmp_path / name):
+                pytest.fail("somebody else's directory was taken")
+        else:
+            rows = Rows.full([[1, 2, 3, 4]] * 2)
+            local(place / "cut", place / "model", rows, rows, tmp_path / "out", Options(steps=1))
+    assert contents(tmp_path) == {name: None, f"{name}/thesis.txt": b"precious"}
+    for _ in range(2):
+        with working(tmp_path / "mine") as mine:
+            (mine / "half").touch()
+    with pytest.raises(KeyboardInterrupt), working(tmp_path / "empty"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "mine" / "half").exists() and not (tmp_path / "empty").exists()
+
+
 # ---- links where temporary files would lie ----
 
 
