@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import console
+from . import bounded, console
 from .errors import PareError, UsageError
 from .gguf_header import Header, is_gguf, read_parts
 
@@ -147,8 +147,8 @@ def remembered(parts: Mapping[Path, Header], seen: str) -> str:
     them again."""
     first = next(iter(parts)).resolve()
     note = cache() / f"{_slug(first)}-{hashlib.sha256(os.fsencode(first)).hexdigest()[:16]}.hash"
-    with suppress(OSError, ValueError, AttributeError):
-        known = json.loads(note.read_bytes())
+    with suppress(PareError, OSError, ValueError, AttributeError):
+        known = json.loads(bounded.contents(note))
         if known.get("glimpse") == seen and re.fullmatch("[0-9a-f]{64}", str(known.get("content"))):
             return known["content"]
     content = content_of(parts)
@@ -200,9 +200,9 @@ def whole(directory: Path) -> bool:
     from .rundir import fingerprint
 
     try:
-        files = json.loads((directory / LIST).read_bytes())["files"]
+        files = json.loads(bounded.contents(directory / LIST))["files"]
         return bool(files) and all(fingerprint(directory / name) == known for name, known in files.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (PareError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 

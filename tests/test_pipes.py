@@ -125,6 +125,20 @@ def test_f29_pipes_in_a_model(finished, tmp_path, name):
         out.unlink(missing_ok=True)
 
 
+def test_f29_pipes_in_the_cache_of_rebuilt_models(finished, tmp_path, monkeypatch):
+    cache, file = tmp_path / "cache", tmp_path / "model.gguf"
+    monkeypatch.setenv("MLX_PARE_CACHE", str(cache))
+    assert told("export", finished / "model", "-o", file, "--no-verify")[0] == 0
+    evaluate = ["evaluate", file, "--data", finished / "test.txt", "--length", "32", "--samples", "2"]
+    code, said = told(*evaluate)
+    assert code == 0
+    rebuilt = next(place for place in cache.iterdir() if place.is_dir())
+    for name in sorted(f.relative_to(cache) for f in [*rebuilt.iterdir(), *cache.glob("*.hash")]):
+        pipe(cache / name)
+        again = told(*evaluate)
+        assert again == (0, said) or name.name in json.loads(again[1])["error"]
+
+
 def test_f29_a_pipe_is_no_log_and_no_lock(tmp_path):
     for name in (log.NAME, ".lock"):
         os.mkfifo(tmp_path / name)
