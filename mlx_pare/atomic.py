@@ -42,6 +42,17 @@ def refuse_existing(out: Path) -> None:
         raise Refused(f"{out} exists already", "choose another name, or move it away")
 
 
+def require_room(out: Path, size: int, besides: str = "") -> None:
+    """Raises PareError if the disk that is to hold ``out`` has fewer than ``size`` bytes free. ``besides``: what takes
+    some of them, for the message."""
+    free = shutil.disk_usage(next(place for place in out.absolute().parents if place.exists())).free
+    if size > free:
+        raise PareError(
+            f"{out}{besides} needs {console.gb(size)}, {out.parent} has {console.gb(free)} free",
+            "make room on the disk",
+        )
+
+
 @contextmanager
 def created(out: Path) -> Iterator[Path]:
     """Make a new file or directory: the block writes to the path that it gets, which does not exist and ends in the
@@ -175,7 +186,7 @@ def _private(out: Path) -> Iterator[Path]:
         with undisturbed(), _alone(out.parent):
             _remove_dead_of(out)
             place = out.with_name(f"{_beginning(out)}{secrets.token_hex(8)}{PART}")
-            place.mkdir(mode=0o700)
+            _make(place, out)
             lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             locks.acquire(lock)
         yield place
@@ -185,6 +196,14 @@ def _private(out: Path) -> Iterator[Path]:
                 shutil.rmtree(place, ignore_errors=True)
             if lock is not None:
                 os.close(lock)
+
+
+def _make(place: Path, out: Path) -> None:
+    try:
+        place.mkdir(mode=0o700)
+    except OSError as error:  # people know ``out``
+        error.filename = str(out)
+        raise
 
 
 @contextmanager

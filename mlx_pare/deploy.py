@@ -9,7 +9,7 @@ from typing import Any
 
 from . import console
 from .arch import Architecture
-from .atomic import created, refuse_existing
+from .atomic import created, refuse_existing, require_room
 from .card import card, run_of
 from .checkpoint import Checkpoint
 from .clone import clone
@@ -111,8 +111,6 @@ def _weights(files: Sequence[Path], to: Path) -> None:
     """Clone or copy files of weights into a directory, never link them: an edit of a link would change the original.
     Raises PareError when the disk has no room for what cannot be cloned."""
     copied = [file for file in files if not clone(file, to / file.name)]
-    size, free = sum(file.stat().st_size for file in copied), shutil.disk_usage(to).free
-    if size > free:
-        raise PareError(f"{to} needs {console.gb(size)}, {to.parent} has {console.gb(free)} free", "make room")
+    require_room(to, sum(file.stat().st_size for file in copied))
     for file in copied:
         shutil.copyfile(file, to / file.name)

@@ -9,13 +9,12 @@ that lies beside for so long.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import console, gguf_quantize, gguf_size
-from .atomic import created, refuse_existing, scratch
+from .atomic import created, refuse_existing, require_room, scratch
 from .checkpoint import Checkpoint
 from .errors import PareError, UsageError
 from .fit.gguf_mix import NEEDS_MATRIX
@@ -93,11 +92,7 @@ def preflight(out: Path, kind: str, matrix: bool) -> None:
 def _check_room(out: Path, predicted: Prediction, floats: Prediction | None) -> None:
     """Raises PareError when the disk cannot hold what will be written, a file of floats beside it for a while."""
     size = sum(padded(row.nbytes) for of in (predicted, floats) if of for row in of.rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if size > free:
-        beside = f", with {floats.kind} beside it to quantize from," if floats else ""
-        raise PareError(f"{out}{beside} needs {console.gb(size)}, {out.parent} has {console.gb(free)} free")
+    require_room(out, size, f", with {floats.kind} beside it to quantize from," if floats else "")
 
 
 # ---- what is written ----

@@ -7,7 +7,6 @@ the data a few rows at a time. Codes of quantized tensors are kept where MLX has
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -17,7 +16,7 @@ from typing import Any
 
 from . import console, gguf_blocks, gguf_header, gguf_settings, gguf_tokens, tokenizer_files
 from .arch import Tensor, describe
-from .atomic import created, refuse_existing
+from .atomic import created, refuse_existing, require_room
 from .checkpoint import Checkpoint, Entry
 from .errors import PareError, Unsupported
 from .gguf_rows import rope_order
@@ -63,10 +62,7 @@ def rebuild(gguf: Path, out: Path, dense: bool = False, origin: str | None = Non
     opened = open_gguf(gguf, dense)
     arch = opened.settings.arch
     files = gguf_tokens.files(opened.vocabulary, arch.sizes["vocab"], arch.config.get("max_position_embeddings"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free, size = shutil.disk_usage(out.parent).free, opened.nbytes
-    if size > free:
-        raise PareError(f"{out} needs {console.gb(size)}, {out.parent} has {console.gb(free)} free")
+    require_room(out, opened.nbytes)
     with created(out) as place:
         place.mkdir()
         files.write(place)
@@ -84,7 +80,7 @@ def rebuild(gguf: Path, out: Path, dense: bool = False, origin: str | None = Non
         "path": str(out),
         "architecture": opened.settings.architecture,
         "model_type": arch.config["model_type"],
-        "bytes": size,
+        "bytes": opened.nbytes,
         "tensors": len(opened.rows),
         "types": types,
         "rounded": rounded,

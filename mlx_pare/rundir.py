@@ -299,8 +299,9 @@ class Run:
     def _working(self, name: str, asked: Mapping[str, Any], resumes: bool) -> Path:
         """The directory that a step works in, with a note of what was asked. Raises Refused as ``step``."""
         final, partial = self.path / name, self.path / f"{name}.partial"
-        if partial.is_symlink():  # what is behind it is not ours to empty
-            raise Refused(f"{partial} is a link, and mlx-pare makes none", "remove the link")
+        for place in (final, partial):
+            if place.is_symlink():  # what is behind it is not ours to empty
+                raise Refused(f"{place} is a link, and mlx-pare makes none", "remove the link")
         if final.exists():  # finished, but killed before the manifest said so: done again, or continued
             shutil.rmtree(partial, ignore_errors=True)
             os.rename(final, partial)

@@ -160,7 +160,7 @@ def test_f06_links_do_not_make_a_directory_empty(tmp_path, link):
     assert victim.read_text() == "precious"
 
 
-@pytest.mark.parametrize("link", ["manifest.json.tmp", "recipe.toml.tmp", "step.partial", "log.txt"])
+@pytest.mark.parametrize("link", ["manifest.json.tmp", "recipe.toml.tmp", "step.partial", "step", "log.txt"])
 def test_f06_links_in_a_run_directory_are_not_followed(tmp_path, link):
     out, victim, folder = tmp_path / "run", tmp_path / "victim", tmp_path / "folder"
     (tmp_path / "model").mkdir()
@@ -168,10 +168,10 @@ def test_f06_links_in_a_run_directory_are_not_followed(tmp_path, link):
     victim.write_text("precious")
     folder.mkdir()
     (out / link).unlink(missing_ok=True)
-    (out / link).symlink_to(folder if link == "step.partial" else victim)
+    (out / link).symlink_to(folder if link.startswith("step") else victim)
     with rundir.Run(out, tmp_path / "model", "identity") as run:
         run.write_recipe({"keep": 0.5})
-        if link == "step.partial":
+        if link.startswith("step"):
             with pytest.raises(Refused, match="is a link"):
                 run.step("step", {}, {}, lambda directory: None)
         else:
@@ -395,6 +395,30 @@ def test_f18_what_got_the_name_meanwhile_is_kept(writing, name, kind, exclusive,
     kept = {"file": out.is_file, "directory": lambda: not list(out.iterdir()), "link": out.is_symlink}
     assert kept[kind]()
     assert {file.name for file in out.parent.iterdir()} <= {"out", "out.rejected"}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_f19_what_fails_leaves_no_directories_above_it_either(writing, name, tmp_path, monkeypatch):
+    command, out = writing(name)
+    command = [out / "above" / "it" if word == out else word for word in command]
+
+    def broken(*given, **named) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(f"mlx_pare.{LAST[name][0]}.{LAST[name][1]}", broken)
+    assert "internal error" in pare(*command, code=1)
+    assert not list(out.parent.iterdir())
+
+
+def test_f19_an_error_names_what_people_know(writing, monkeypatch):
+    command, out = writing("import")
+    out.parent.chmod(0o500)
+
+    def forbidden(path, mode=0o777, **named) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "mkdir", forbidden)
+    assert pare(*command, code=1).startswith(f"Permission denied: {out}.")
 
 
 @pytest.mark.parametrize("name", LAST)
