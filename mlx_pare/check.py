@@ -22,8 +22,9 @@ def check(model: Path, original: Path, memory_cap: int | None = None) -> list[st
     Raises PareError when stock mlx-lm or transformers cannot open it, or its tokenizer differs from the original's.
     """
     for file in Checkpoint(original).tokenizer_files():
-        if not (model / file.name).exists() or (model / file.name).read_bytes() != file.read_bytes():
-            raise PareError(f"{model / file.name} differs from the original's")
+        ours = model / file.relative_to(original)
+        if not ours.is_file() or ours.read_bytes() != file.read_bytes():
+            raise PareError(f"{ours} differs from the original's")
     _transformers(model)
     warnings = [told] if (told := warning(model)) else []
     if too_large := not_resident(original, memory_cap):

@@ -104,14 +104,17 @@ def fit_command(
         str | None, typer.Option(help='GPU memory as iogpu.wired_limit_mb sets it: "20480" or "20GB".')
     ] = None,
     reserve: Annotated[str | None, typer.Option(help='Memory to keep free for other programs, e.g. "3GB".')] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it: FILE.svg or FILE.png.", metavar="FILE")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: a new FILE.svg or FILE.png.", metavar="FILE")] = None,
 ) -> dict[str, Any]:
     """Every Mac: does a model fit, how long a context, how fast, and what would make it fit. Loads nothing."""
     from .fit import fit
     from .fit.macs import Budget, gib
     from .fit.memory import TRAIN_BATCH, TRAIN_LENGTH, Use
+    from .fit.plot import draw, preflight
     from .fit.subject import Form
 
+    if plot:
+        preflight(plot)
     form = Form.named(bits, group_size, gguf)
     use = Use(
         context=context if context is not None else TRAIN_LENGTH if train else 8192,
@@ -123,8 +126,6 @@ def fit_command(
     found = fit(model, [*(mac or []), *(f"{gib(size):g}gb" for size in memory_size or [])], use, form, budget)
     show.show_fit(found)
     if plot:
-        from .fit.plot import draw
-
         found["plot"] = str(draw(found, plot))
         console.say(f"drawn: {plot}")
     return found

@@ -228,10 +228,9 @@ def stability_command(
 
     For the sizes of the run's plan, on parts of its calibration text that share no row; test text is only measured on.
     """
-    import json
-
     from . import stability, steps
     from .artifacts import Arrays
+    from .checkpoint import read_json
 
     with steps.continue_run(run) as opened:
         s = settings_of(**steps.of_calibration(opened), memory_cap=memory_cap, reconstruct=not no_reconstruct)
@@ -239,7 +238,7 @@ def stability_command(
         names = [name.strip() for name in (criterion or own).split(",") if name.strip()]
         texts = steps.Texts(opened.model, s)
         path = stability.stability_step(opened, texts, s, names, draws, against, measure)
-    found = json.loads(path.read_text())
+    found = read_json(path, "stability")
     show.show_stability(found)
     return found
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import console
+from . import bounded, console
 from .errors import PareError, UsageError
 from .gguf_header import Header, is_gguf, read_parts
 
@@ -147,14 +147,14 @@ def remembered(parts: Mapping[Path, Header], seen: str) -> str:
     them again."""
     first = next(iter(parts)).resolve()
     note = cache() / f"{_slug(first)}-{hashlib.sha256(os.fsencode(first)).hexdigest()[:16]}.hash"
-    with suppress(OSError, ValueError, AttributeError):
-        known = json.loads(note.read_bytes())
+    with suppress(PareError, OSError, ValueError, AttributeError):
+        known = json.loads(bounded.contents(note))
         if known.get("glimpse") == seen and re.fullmatch("[0-9a-f]{64}", str(known.get("content"))):
             return known["content"]
     content = content_of(parts)
     changed = max(max(found.st_mtime_ns, found.st_ctime_ns) for found in (path.stat() for path in parts))
     if time.time_ns() - changed > AT_REST_S * 10**9 and glimpse(parts) == seen:
-        from .artifacts import replace_file
+        from .atomic import replace_file
 
         with suppress(OSError):  # it is only slower without
             note.parent.mkdir(parents=True, exist_ok=True)
@@ -200,14 +200,15 @@ def whole(directory: Path) -> bool:
     from .rundir import fingerprint
 
     try:
-        files = json.loads((directory / LIST).read_bytes())["files"]
+        files = json.loads(bounded.contents(directory / LIST))["files"]
         return bool(files) and all(fingerprint(directory / name) == known for name, known in files.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (PareError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
 def _list_files(directory: Path) -> None:
-    from .artifacts import dump_json, replace_file
+    from .artifacts import dump_json
+    from .atomic import replace_file
     from .rundir import fingerprint
 
     files = {file.name: fingerprint(file) for file in sorted(directory.iterdir()) if file.is_file()}
@@ -224,7 +225,7 @@ def _rebuild(file: Path, out: Path, content: str) -> None:
 
 
 def _remove(out: Path) -> None:
-    from .shards import remove
+    from .atomic import remove
 
     if out.is_symlink() or out.is_file():
         out.unlink()

@@ -206,6 +206,9 @@ Gguf = Annotated[
 ]
 
 
+NEW_RUNS = ("run", "demo", "calibrate")  # commands that make a run directory; those that take one have a parameter RUN
+
+
 def command(name: str, examples: str, network: bool = False) -> Callable:
     """Register a command: modes are set, errors become one line and an exit code, the result is the JSON document.
 
@@ -213,6 +216,8 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
     """
 
     def wrap(function: Callable) -> Callable:
+        continues = "run" in signatures.signature(function).parameters or name in NEW_RUNS
+
         @functools.wraps(function)
         def called(*args: Any, as_json: bool, quiet: bool, debug: bool, **kwargs: Any) -> None:
             console.configure(as_json, quiet)
@@ -223,7 +228,7 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
             except BrokenPipeError:  # `| head` has seen enough
                 raise
             except (Exception, KeyboardInterrupt) as error:
-                _fail(error, debug)
+                _fail(error, debug, continues)
 
         _add_modes(called, function)
         return app.command(name, epilog="Examples:  " + examples)(called)
@@ -242,8 +247,8 @@ def _directories(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _fail(error: BaseException, debug: bool) -> None:
-    line, code = told(error)
+def _fail(error: BaseException, debug: bool, continues: bool) -> None:
+    line, code = told(error, continues)
     if debug:
         import traceback
 

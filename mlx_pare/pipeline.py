@@ -8,7 +8,6 @@ With a schedule the steps up to recover are done once for every stage, each in a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from . import console, corpus, gguf_quantize, planning, schedule, steps
 from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .errors import PareError, Refused, UsageError
 from .export import why_not
 from .exporting import export_step
@@ -220,7 +219,7 @@ def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
 def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: Sequence[str]) -> dict[str, Any]:
     def of(name: str) -> dict[str, Any]:
         step = run.directory(f"evaluate-{name}")
-        return json.loads((step / "metrics.json").read_text()) | json.loads((step / "size.json").read_text())
+        return read_json(step / "metrics.json", "metrics") | read_json(step / "size.json", "size")
 
     found = metrics(run.path, measured)
     return {
@@ -231,9 +230,9 @@ def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: 
         "before": of("original"),
         "after": of("recovered" if "recovered" in found else "pruned"),
         "contenders": {name: of(name) for name in found},
-        "fits": json.loads((run.directory("export") / "fits.json").read_text()),
+        "fits": read_json(run.directory("export") / "fits.json", "fits"),
         **({"stages": told} if (told := schedule.story(run.path)) else {}),
-        "bench": json.loads(p.read_text()) if (p := run.directory("bench") / "bench.json").exists() else None,
+        "bench": read_json(p, "bench") if (p := run.directory("bench") / "bench.json").exists() else None,
     }
 
 

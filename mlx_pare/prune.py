@@ -17,14 +17,15 @@ import numpy as np
 from .arch.axes import select
 from .arch.spec import Tensor
 from .artifacts import Arrays, Plan, dump_json, repair_file, survivors
+from .atomic import created, refuse_existing
 from .checkpoint import Checkpoint
 from .console import progress, span
-from .errors import PareError, Refused
+from .errors import PareError
 from .layout import Piece, layout, size_of, smaller
 from .opened import StrPath, opened
 from .packing import Packing
 from .quantized import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
-from .shards import OUR_KEY, ShardWriter, copy_tokenizer, finish, partial_directory, write_config
+from .shards import OUR_KEY, ShardWriter, copy_tokenizer, write_config
 from .slices import PANEL_VALUES, read_panels, sliced
 
 Stored = tuple[str, Iterable[memoryview]]  # a name of the new model, and the bytes under it in parts
@@ -56,13 +57,12 @@ def prune(
     """
     checkpoint, out, repair = Checkpoint(opened(model)), Path(out), repair and Path(repair)
     plan = Plan.of(plan)
-    if out.exists():
-        raise Refused(f"{out} exists already", "choose another place or remove it")
+    refuse_existing(out)
     plan.check(checkpoint)
     surgeon = _Surgeon(checkpoint, plan, requantize, _repairs(repair, checkpoint, plan), lineage)
-    partial = partial_directory(out)
-    surgeon.write(partial)
-    finish(partial, out)
+    with created(out) as place:
+        place.mkdir()
+        surgeon.write(place)
     return {"requantized": surgeon.requantized, "dense": surgeon.left_dense}
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from . import log
 from .opened import StrPath
-from .rundir import is_locked, read_manifest
+from .rundir import is_locked, read_manifest, read_recipe
 from .schedule import name_of
 
 
@@ -45,7 +45,7 @@ def status(run: StrPath) -> dict[str, Any]:
     """
     run = Path(run)
     manifest = read_manifest(run)
-    recipe = tomllib.loads(file.read_text("utf-8")) if (file := run / "recipe.toml").exists() else {}
+    recipe = read_recipe(run)
     records = dict(manifest.steps)
     for number in range(1, len(recipe.get("stages") or []) + 1):
         if (place := run / name_of(number) / "manifest.json").exists():
@@ -60,7 +60,8 @@ def status(run: StrPath) -> dict[str, Any]:
     begun = sorted(str(p.relative_to(run).with_suffix("")) for p in [*run.glob("*.partial"), *run.glob("*/*.partial")])
     begun = [name for name in begun if name in order or "/" not in name]  # a partial model inside a step is none
     ahead = [name for name in order[reached + 1 :] if name not in begun]
-    session, locked = log.last_session(run), is_locked(run)
+    session = log.last_session(run)
+    locked = _works(session) if (seen := is_locked(run)) is None else seen
     said = [line for line in session if line.kind in ("begun", "done", "said", "progress")]
     errors = [line for line in session if line.kind == "error"]
     return {
@@ -90,6 +91,19 @@ def _state(session: list[log.Line], locked: bool, more: bool) -> str:
     if session and kinds[-1] != "ended":
         return "killed"
     return "waiting" if more else "finished"
+
+
+def _works(session: list[log.Line]) -> bool:
+    """On a file system without locks: whether the process that wrote last is there, and has not said that it ended."""
+    if not session or session[-1].kind == "ended":
+        return False
+    try:
+        os.kill(session[-1].pid, 0)  # signal 0 is none: it asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of somebody else
+        return True
+    return True
 
 
 def _seconds(line: log.Line) -> float:

@@ -12,7 +12,8 @@ from typing import Any
 
 from . import console, lm, ranks
 from .amounts import parse_amount
-from .artifacts import Metrics, Plan, dump_json, replace_file
+from .artifacts import Metrics, Plan, dump_json
+from .atomic import replace_file
 from .bench import bench
 from .calibrate import calibrate
 from .check import check, not_resident

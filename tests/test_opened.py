@@ -14,7 +14,7 @@ import pico
 import pytest
 from test_cli import pare  # noqa: F401 a fixture
 
-from mlx_pare import gguf_model, llama_cpp, opened
+from mlx_pare import atomic, gguf_model, llama_cpp, opened
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError
 from mlx_pare.export import export
@@ -66,7 +66,7 @@ def test_another_content_is_another_model(file, place):
     assert opened.identity(read_parts(renamed)) != before
 
 
-@pytest.mark.parametrize("moment", ["write_config", "finish"])
+@pytest.mark.parametrize("moment", ["write_config", "Checkpoint"])
 def test_a_killed_call_leaves_nothing_that_looks_whole(file, cache, monkeypatch, moment):
     original = getattr(gguf_model, moment)
 
@@ -74,10 +74,10 @@ def test_a_killed_call_leaves_nothing_that_looks_whole(file, cache, monkeypatch,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gguf_model, moment, killed)
-    monkeypatch.setattr(gguf_model.shutil, "rmtree", lambda *_, **__: None)  # as if there had been no time to clean up
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)  # as if there had been no time to clean up
     with pytest.raises(KeyboardInterrupt):
         opened.opened(file)
-    assert [p.name[-8:] for p in cache.iterdir() if p.is_dir()] == [".partial"]
+    assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [".part"]
     monkeypatch.undo()
     monkeypatch.setenv("MLX_PARE_CACHE", str(cache))
     monkeypatch.setattr(gguf_model, moment, original)
