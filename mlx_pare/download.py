@@ -15,9 +15,10 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from . import console, hub_cache
@@ -195,21 +196,34 @@ class _Stopped(Exception):
 
 
 def _fetch_all(name: HubName, hub: Hub, commit: str, blobs: list[_Blob]) -> None:
-    """All files side by side. Raises what the first of them raises; what was received stays."""
-    stop = threading.Event()
+    """All files side by side. Raises what the first of them raises; what was received stays.
+
+    The threads are not waited for: Ctrl-C must not wait for a connection that has stalled.
+    """
+    stop, todo, done = threading.Event(), SimpleQueue(), SimpleQueue()
+    for blob in blobs:
+        todo.put(blob)
     with console.progress(f"download {name}", sum(blob.size for blob in blobs), console.gb) as bar:
         bar.skip(sum(blob.there for blob in blobs))
         fetch = _Fetch(hub, commit, bar, stop)
-        with ThreadPoolExecutor(WORKERS) as pool:
-            futures = [pool.submit(fetch.blob, blob) for blob in blobs]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                stop.set()
-                for future in futures:
-                    future.cancel()
-                raise
+
+        def work() -> None:
+            with contextlib.suppress(Empty):
+                while not stop.is_set():
+                    blob = todo.get_nowait()
+                    try:
+                        done.put(fetch.blob(blob))
+                    except BaseException as error:
+                        done.put(error)
+
+        for _ in range(min(WORKERS, len(blobs))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in blobs:
+                if (error := done.get()) is not None:
+                    raise error
+        finally:
+            stop.set()
 
 
 class _Fetch:
@@ -221,7 +235,8 @@ class _Fetch:
 
     def advance(self, count: int) -> None:
         with self._lock:
-            self.bar.advance(count)
+            if not self.stop.is_set():
+                self.bar.advance(count)
 
     def blob(self, blob: _Blob) -> None:
         """One file, unless another process fetches it meanwhile: huggingface_hub's lock is ours."""
@@ -333,10 +348,13 @@ def _make_snapshot(hub: Hub, commit: str, files: list[str]) -> None:
                 library_name="mlx-pare",
                 tqdm_class=_no_bytes(hub),
             )
-        except (PareError, OSError):
+        except PareError:
             raise
         except Exception as error:  # whatever huggingface_hub and its HTTP client raise
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            if getattr(error, "errno", None):  # a full disk, say
+                raise
+            cause = error.__cause__ or error
+            reason = (str(cause).strip() or type(cause).__name__).split("\n")[0]
             raise Unreachable(f"the snapshot of {hub.repo} cannot be made ({reason})", AGAIN) from error
 
 

@@ -79,7 +79,8 @@ def _gguf_files(name: HubName, names: Iterable[str], lacking: str) -> list[str]:
         kinds = list(dict.fromkeys(filter(None, map(kind_of, chosen))))
         there = ", ".join(kinds[:SHOWN]) + (", ..." if len(kinds) > SHOWN else "")
         which = f"{len(chosen)} GGUF models" + (f" of type {name.tag}" if name.tag else "")
-        example = f"{name.repo}:{kinds[0]}" if len(kinds) == len(chosen) else f"{name.repo}/{chosen[0]}"
+        usual = "Q4_K_M" if "Q4_K_M" in kinds else (kinds or [""])[0]
+        example = f"{name.repo}:{usual}" if len(kinds) == len(chosen) else f"{name.repo}/{chosen[0]}"
         raise UsageError(f"{name.repo} has {which}" + (f" ({there})" if there else ""), f"name one, as in {example}")
     parts = models[chosen[0]]
     if len(parts) > MAX_FILES:

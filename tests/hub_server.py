@@ -195,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not (repo.folder / file).is_file() or revision not in repo.refs.values():
             return self.send(asked, 404, {"X-Error-Code": "EntryNotFound"})
         if not large(repo.folder / file):
-            return self.file(asked, f"/{name}/{file}", None)
+            return self.file(asked, f"/{name}/{file}", None, revision)
         headers = {
             "Location": f"{self.hub.cdn}/{name}/{quote(file)}?signed=1",
             "X-Linked-Size": str((repo.folder / file).stat().st_size),
@@ -204,13 +204,13 @@ class _Handler(BaseHTTPRequestHandler):
         }
         return self.send(asked, 302, headers | repo.headers.get(file, {}), b"Found. Redirecting")
 
-    def file(self, asked: Asked, path: str, trouble: str | None) -> int:
+    def file(self, asked: Asked, path: str, trouble: str | None, revision: str = SHA) -> int:
         _, org, name, file = path.split("/", 3)
         repo = self.hub.repos[f"{org}/{name}"]
         target = repo.folder / file
         size = target.stat().st_size
         first, last, status = 0, size - 1, 200
-        headers = {"ETag": f'"{etag(target)}"', "X-Repo-Commit": repo.refs.get("main", SHA)}
+        headers = {"ETag": f'"{etag(target)}"', "X-Repo-Commit": revision}
         if asked.range and self.hub.ranges:
             first, last = (int(n or size) for n in asked.range.removeprefix("bytes=").split("-"))
             if first >= size:
