@@ -91,18 +91,12 @@ def read(path: Path) -> Header:
 
 
 def read_start(name: str, start: bytes, size: int) -> Header | None:
-    """The header of a file of which only the first bytes are here.
+    """The header of a file of which only the first bytes are here; None if it goes on behind them. Raises as read.
 
     Args:
         name: of the file, for messages.
         start: its first bytes.
         size: how many bytes all of it has.
-
-    Returns:
-        The header; None if it goes on behind ``start``.
-
-    Raises:
-        PareError: as read.
     """
     try:
         return _Cursor(name, start, size).header()

@@ -8,7 +8,7 @@ from pathlib import Path
 from . import hub_cache
 from .errors import PareError
 from .gguf_header import Header, check_part, read_all, read_start, union
-from .hub import OTHERWISE, Hub, Unreachable, in_time
+from .hub import OTHERWISE, File, Hub, Unreachable, in_time
 from .hub_files import needed
 from .hub_name import HubName
 
@@ -51,9 +51,9 @@ def gguf_header(name: HubName, say: Callable[[str], None]) -> tuple[str, Header]
 def _header(hub: Hub, commit: str, file: str, size: int | None) -> Header:
     if type(size) is not int or size < 0:
         raise PareError(f"{hub.host} does not say how large {hub.repo}/{file} is", OTHERWISE)
-    start = b""
+    start, remote = b"", File(hub, commit, file, size)
     for wanted in STARTS:
-        start += hub.read(commit, file, len(start), min(wanted, size) - len(start))
+        start += remote.read(len(start), min(wanted, size) - len(start))
         if (found := read_start(f"{hub.repo}/{file}", start, size)) is not None:
             return found
         if len(start) < min(wanted, size):

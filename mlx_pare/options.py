@@ -36,8 +36,8 @@ app = typer.Typer(
 Model = Annotated[
     Path,
     typer.Argument(
-        help="A directory (config.json, *.safetensors, tokenizer), a GGUF file or the folder of one, a model on the hub "
-        "(org/name, org/name@revision, org/name:Q4_K_M), or a name that `mlx-pare models` lists.",
+        help="A directory (config.json, *.safetensors, tokenizer), a GGUF file or the folder of one, a model on the "
+        "hub (org/name, org/name@revision, org/name:Q4_K_M), or a name that `mlx-pare models` lists.",
         metavar="MODEL",
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import pytest
 from hub_server import SHA, HubServer, Repo, etag
 from huggingface_hub import constants, snapshot_download
 
-from mlx_pare import bounded, console, download, hub_cache
+from mlx_pare import bounded, console, download, hub_cache, hub_fetch
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError, Refused, Unsupported, UsageError
 from mlx_pare.hub import HubError, Unreachable
@@ -39,7 +40,7 @@ BESIDE = ("LICENSE", "README.md", "chat_template.jinja", "additional_chat_templa
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch) -> None:
-    monkeypatch.setattr(download, "PAUSE", 0.01)
+    monkeypatch.setattr(hub_fetch, "PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def refused(kind: type[PareError], *words: str, text: str = NAME) -> PareError:
 
 def partial(folder: Path) -> Path:
     """Where the incomplete weights of a model lie."""
-    return hub_cache.storage(NAME) / "blobs" / (etag(folder / WEIGHTS) + download.INCOMPLETE)
+    return hub_cache.storage(NAME) / "blobs" / (etag(folder / WEIGHTS) + hub_fetch.INCOMPLETE)
 
 
 # ---- names ----
@@ -315,7 +316,7 @@ def test_a_blob_that_was_cut_off_is_fetched_again(server, model):
 
 def test_segments_of_a_large_file(server, model, monkeypatch):
     size = (model / WEIGHTS).stat().st_size
-    monkeypatch.setattr(download, "SEGMENT", size // 2 + 1)
+    monkeypatch.setattr(hub_fetch, "SEGMENT", size // 2 + 1)
     assert (fetch() / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
     assert asked(server) == [f"bytes=0-{size // 2}", f"bytes={size // 2 + 1}-{size - 1}"]
 
@@ -513,6 +514,15 @@ def started(server: HubServer, home: Path, *arguments: object) -> subprocess.Pop
     return subprocess.Popen(command, env=clean | given, **pipes)
 
 
+def incomplete(blobs: Path) -> list[int]:
+    """The sizes of files that are not whole yet."""
+    found = []
+    for file in blobs.glob("*.incomplete"):
+        with contextlib.suppress(FileNotFoundError):  # it was finished meanwhile
+            found.append(file.stat().st_size)
+    return found
+
+
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -530,7 +540,7 @@ def test_a_run_that_was_killed_in_the_download_goes_on(server, model, tmp_path):
     server.trouble[CDN] = ["stall"]
     process = started(server, home, *command, *few)
     blobs = home / "hub" / "models--org--model" / "blobs"
-    until(lambda: any(f.stat().st_size == size // 2 for f in blobs.glob("*.incomplete")))
+    until(lambda: size // 2 in incomplete(blobs))
     process.kill()
     process.communicate(timeout=60)
     assert not (tmp_path / "run").exists()
@@ -550,7 +560,7 @@ def test_ctrl_c_ends_a_download_at_once(server, model, tmp_path):
     server.trouble[CDN] = ["stall"]
     process = started(server, tmp_path / "hf", "evaluate", NAME, "--data", model / "README.md")
     blobs = tmp_path / "hf" / "hub" / "models--org--model" / "blobs"
-    until(lambda: any(f.stat().st_size > 1000 for f in blobs.glob("*.incomplete")))
+    until(lambda: (model / WEIGHTS).stat().st_size // 2 in incomplete(blobs))
     process.terminate()
     begun = time.monotonic()
     _, err = process.communicate(timeout=40)
