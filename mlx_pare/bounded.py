@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from .errors import PareError
 
 MAX_JSON = 16 << 20  # bytes; the largest real index has 9 million, the largest header about as many
+SHARED = ".huggingface-shared-blobs"  # marks the blobs that the models of Hugging Face's cache share (since 2.x)
 BUDGET = 160 << 20  # bytes that parsed JSON may take
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja: transformers 4.52 and later
 MAX_DEPTH = 64  # of nested lists and objects; beyond some hundreds even printing them fails
@@ -110,14 +111,20 @@ def check_links(directory: Path) -> None:
     """Raises PareError for a symbolic link in a model directory that leads out of it: copied along with a tokenizer,
     say, it would give away a file of the user's.
 
-    Links into the ``blobs`` beside a snapshot are how Hugging Face's cache stores a model, and stay inside of that.
+    Links into the ``blobs`` beside a snapshot are how Hugging Face's cache stores a model, and stay inside of that. So
+    do links into the blobs that all models of the cache share, which have a marker.
     The directory itself may be reached by a link: that one the user has named.
     """
     try:
         home = directory.resolve()
         folders = [place for place in (directory, directory / MORE_TEMPLATES) if place.is_dir()]
         links = [Path(entry.path) for place in folders for entry in os.scandir(place) if entry.is_symlink()]
-        homes = [home, *(place.parent.parent / "blobs" for place in (home, *home.parents) if _snapshot(place))]
+        homes = [home]
+        for place in (home, *home.parents):
+            if _snapshot(place):
+                homes.append(place.parent.parent / "blobs")
+                shared = place.parents[2] / "blobs"
+                homes += [shared] if (shared / SHARED).is_file() else []
         for link in links:
             target = link.resolve()
             if not any(target.is_relative_to(place) for place in homes):

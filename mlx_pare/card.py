@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from .licence import licence_name
 from .rundir import Manifest
 from .verdict import metrics, reconstructed, verdict
 
-SNAPSHOT = re.compile(r"models--([\w.-]+)--([\w.-]+)")  # as Hugging Face's cache calls a repository
 MADE = {"recovered": "recover", "pruned": "prune"}  # contender -> step whose model it is
 
 
@@ -32,31 +30,30 @@ def card(model: Path, source: Path | None = None) -> str:
     and the hashes of plan and data. Raises PareError for a damaged model or manifest."""
     checkpoint, run = Checkpoint(model), run_of(source or model)
     manifest = Manifest.read(run / "manifest.json", "run manifest") if run else None
-    parent = Path(manifest.model) if manifest else None
-    sections = [_front(checkpoint, parent), _made(checkpoint, parent)]
+    sections = [_front(checkpoint, manifest), _made(checkpoint, manifest)]
     if run and manifest:
         sections += [_measured(source or model, run, manifest, source is not None), _asked(run), _hashes(run, manifest)]
     sections.append(_use(checkpoint))
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front(checkpoint: Checkpoint, parent: Path | None) -> str:
+def _front(checkpoint: Checkpoint, manifest: Manifest | None) -> str:
     lines = ["library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx", "- mlx-pare", "- pruned"]
-    known = licence_name(parent) if parent else None
+    known = licence_name(Path(manifest.model)) if manifest else None
     if known := known or licence_name(checkpoint.path):
         lines.insert(0, f"license: {known}")
-    if parent and (found := SNAPSHOT.search(str(parent))):
-        lines.insert(0, f"base_model: {found[1]}/{found[2]}")
+    if manifest and manifest.hub:
+        lines.insert(0, f"base_model: {manifest.hub.repo}")
     return "\n".join(["---", *lines, "---"])
 
 
-def _made(checkpoint: Checkpoint, parent: Path | None) -> str:
+def _made(checkpoint: Checkpoint, manifest: Manifest | None) -> str:
     arch, packing = checkpoint.arch, checkpoint.quantization
     stored = f"{packing.bits} bits in groups of {packing.group_size}" if packing else "not quantized"
     size = sum(tensor.size for tensor in arch.tensors())
-    origin = f" from `{markdown.escaped(parent.name)}`" if parent else ""
+    origin = f" from `{markdown.escaped(manifest.called)}`" if manifest else ""
     return (
-        f"# {markdown.escaped(checkpoint.path.resolve().name if not parent else parent.name)}, pruned\n\n"
+        f"# {markdown.escaped(manifest.called if manifest else checkpoint.path.resolve().name)}, pruned\n\n"
         f"Made{origin} by mlx-pare {__version__}: {size:,} parameters in {len(arch.layers)} layers, {stored}, "
         f"{gb(checkpoint.nbytes())}. `survivors.json` says which unit of the original every unit is."
     )

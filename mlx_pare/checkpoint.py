@@ -170,6 +170,29 @@ def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
     return Entry(path, info["dtype"], shape, base + start, base + end)
 
 
+def cuttable(config: Mapping[str, Any], where: Any, untied: bool | None = None) -> Architecture:
+    """The architecture of a config. Raises Unsupported for one that can be planned for, but not cut; ``where``: for the
+    message."""
+    arch = describe(config, untied=untied)
+    if not (arch.cuttable or arch.family.result):
+        raise Unsupported(
+            f"{where} is of type {config['model_type']}, which can be planned for, but not cut",
+            f"supported types are {', '.join(supported_types())}",
+        )
+    return arch
+
+
+def check_packing(config: Mapping[str, Any], where: Any) -> None:
+    """Raises Unsupported for weights that neither are floats nor packed by MLX, as far as the config says it."""
+    other = config.get("quantization_config") if config.get("quantization") is None else None
+    if other:
+        method = other.get("quant_method", "unknown") if isinstance(other, dict) else other
+        raise Unsupported(
+            f"{where} is quantized by {method!r}, which is not supported",
+            "supported are dense fp32/fp16/bf16 and MLX's own packings: convert it with mlx_lm.convert",
+        )
+
+
 class Checkpoint:
     """A model directory opened for reading. Raises PareError when it cannot be the model its config describes."""
 
@@ -208,15 +231,9 @@ class Checkpoint:
             raise PareError(f"{self.path} lacks {missing[0]}, which its index lists", "download or copy it again")
 
     def _read_quantization(self) -> dict[str, Any]:
+        check_packing(self.config, self.path)
         found = self.config.get("quantization")
         if found is None:
-            other = self.config.get("quantization_config")
-            if other:
-                method = other.get("quant_method", "unknown") if isinstance(other, dict) else other
-                raise Unsupported(
-                    f"{self.path} is quantized by {method!r}, which is not supported",
-                    "supported are dense fp32/fp16/bf16 and MLX's own packings: convert it with mlx_lm.convert",
-                )
             return {}
         if not isinstance(found, dict):
             raise PareError(f"{self.path}: config.json says quantization = {found!r}, expected an object")
@@ -258,12 +275,7 @@ class Checkpoint:
     @cached_property
     def arch(self) -> Architecture:
         """The architecture, after checking that every tensor is described, present and of its shape."""
-        arch = describe(self.config, untied="lm_head.weight" in self.entries)
-        if not (arch.cuttable or arch.family.result):
-            raise Unsupported(
-                f"{self.path} is of type {self.config['model_type']}, which can be planned for, but not cut",
-                f"supported types are {', '.join(supported_types())}",
-            )
+        arch = cuttable(self.config, self.path, untied="lm_head.weight" in self.entries)
         expected = {t.name: t for t in arch.tensors()}
         self._check_described(arch, expected)
         for tensor in expected.values():

@@ -223,12 +223,13 @@ def evaluate_command(
     """Perplexity with its standard error, bits per byte; against a teacher KL divergence and agreement."""
     from . import corpus, lm
     from .evaluate import evaluate
+    from .hub_name import called
 
     tokenizer = lm.tokenizer(model)
     rows = corpus.windows(tokenizer, corpus.read(Path(data), tokenizer, field), length, samples)
     found = evaluate(model, rows, tokenizer, teacher, data, memory(memory_cap)).model_dump()
     console.table(
-        model.name,
+        called(model),
         ["<metric", "value"],
         [
             [k, f"{v:.5g}" if isinstance(v, float) else v]
@@ -272,6 +273,8 @@ def bench_command(
 
 
 # ---- looking around ----
+
+from . import cli_models  # noqa: E402, F401
 
 
 @command("inspect", "mlx-pare inspect MODEL --json | mlx-pare inspect qwen3-30b-a3b", network=True)

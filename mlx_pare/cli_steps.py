@@ -69,8 +69,13 @@ from .options import (
     "mlx-pare import model.gguf -o DIR | mlx-pare import model-00001-of-00003.gguf -o DIR --dense",
 )
 def import_command(
-    model: Annotated[
-        str, typer.Argument(help="A GGUF file, or any part of one in several, or the folder of one.", metavar="FILE")
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A GGUF file, or any part of one in several, or the folder of one, or one on the hub: "
+            "org/name/file.gguf, org/name:Q4_K_M.",
+            metavar="FILE",
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Model directory to write.")],
     dense: Annotated[bool, typer.Option("--dense", help="Quantized tensors become float16.")] = False,
@@ -79,7 +84,7 @@ def import_command(
     from .gguf_model import rebuild
     from .opened import gguf_of, told
 
-    found = rebuild(gguf_of(Path(model)) or Path(model), out, dense)
+    found = rebuild(gguf_of(file) or file, out, dense)
     told(found)
     console.say(f"model: {out} ({found['model_type']}, {console.gb(found['bytes'])})")
     return found
@@ -122,7 +127,7 @@ def calibrate_command(
 
     The criterion only decides whether more is measured: taylor and taylor2 need gradients, iterative contributions.
     """
-    from . import steps
+    from . import named, steps
     from .checkpoint import Checkpoint
 
     steps.criterion(criterion)  # a wrong name must not leave a run directory behind
@@ -134,7 +139,7 @@ def calibrate_command(
     texts = steps.Texts(model, s)
     _ = texts.calibration  # nor may a wrong text: the recipe of a run is kept
     with steps.open_run(model, out) as run:
-        run.write_recipe({"model": str(model), **asdict(s)}, replace=False)
+        run.write_recipe({"model": named.written(model), **asdict(s)}, replace=False)
         stats = steps.calibrate_step(run, texts, s)
     console.say(f"statistics: {stats}")
     return {"stats": str(stats)}

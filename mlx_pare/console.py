@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,9 @@ class Progress:
 
     INTERVAL = 10.0
 
-    def __init__(self, what: str | None, total: int):
-        """``what`` None: nothing is shown."""
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, what: str | None, total: int, shown: Callable[[float], str] = str):
+        """``what`` None: nothing is shown. ``shown``: how an amount is written, e.g. ``gb`` for bytes."""
+        self.what, self.total, self.done, self.shown = what, total, 0, shown
         self._ahead = 0.0  # seconds of other work to come between the pieces
         self._start = self._last = self._noted = time.monotonic()
         self._fresh = 0  # done in this process
@@ -132,7 +132,8 @@ class Progress:
             self._first = now, count
         if self.what is None:
             return
-        line = plain(f"{self.what} {self.done}/{self.total}, {duration(self.left())} left{', ' + note if note else ''}")
+        done, left = f"{self.shown(self.done)}/{self.shown(self.total)}", duration(self.left())
+        line = plain(f"{self.what} {done}, {left} left{', ' + note if note else ''}")
         if now - self._noted >= log.EVERY_S:
             self._noted = now
             record("progress", line)
@@ -148,9 +149,9 @@ class Progress:
 
 
 @contextmanager
-def progress(what: str | None, total: int) -> Iterator[Progress]:
+def progress(what: str | None, total: int, shown: Callable[[float], str] = str) -> Iterator[Progress]:
     """A Progress that is closed in the end."""
-    bar = Progress(what, total)
+    bar = Progress(what, total, shown)
     try:
         yield bar
     finally:

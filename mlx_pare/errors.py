@@ -37,7 +37,10 @@ class PareError(Exception):
         super().__init__(self.problem)
 
     def __str__(self) -> str:
-        return f"{self.problem}. {self.cure[0].upper()}{self.cure[1:]}." if self.cure else f"{self.problem}."
+        if not self.cure:
+            return f"{self.problem}."
+        end = "" if self.cure.endswith("?") else "."
+        return f"{self.problem}. {self.cure[0].upper()}{self.cure[1:]}{end}"
 
 
 class Unsupported(PareError):

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint
 from .corpus import Rows
 from .divergence import measure
 from .errors import PareError, UsageError
+from .hub_name import called
 from .opened import StrPath, opened
 
 
@@ -47,7 +48,7 @@ def evaluate(
         raise UsageError(f"{rows.total} tokens are too little to measure", "give more text or a larger --length")
     with tempfile.TemporaryDirectory() as scratch:
         spools = [Path(tempfile.mkdtemp(dir=scratch)) if spooled else None for _ in range(2)]
-        student = stream.walk(model, rows, what=f"evaluate {model.name}: block", spool=spools[0])
+        student = stream.walk(model, rows, what=f"evaluate {called(model)}: block", spool=spools[0])
         reference = teacher and stream.walk(teacher, rows, what="teacher: block", spool=spools[1])
         found = measure(rows, student, reference)
     nll = float(found["nll"].mean())

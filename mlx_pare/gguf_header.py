@@ -90,6 +90,20 @@ def read(path: Path) -> Header:
     return _read(Path(path), lambda path, data: _Cursor(path, data).header())
 
 
+def read_start(name: str, start: bytes, size: int) -> Header | None:
+    """The header of a file of which only the first bytes are here; None if it goes on behind them. Raises as read.
+
+    Args:
+        name: of the file, for messages.
+        start: its first bytes.
+        size: how many bytes all of it has.
+    """
+    try:
+        return _Cursor(name, start, size).header()
+    except _GoesOn:
+        return None
+
+
 def vocabulary(path: Path) -> dict[str, Any]:
     """The metadata of one file that begins with "tokenizer.", its arrays in full: within 150 MB. Raises as read."""
     return _read(Path(path), lambda path, data: _Vocabulary(path, data).tokenizer())
@@ -135,10 +149,15 @@ def read_parts(path: Path) -> dict[Path, Header]:
         if not part.is_file():
             raise PareError(f"{part} is missing", f"all {count} parts must be in one directory")
         parts[part] = header if part == path else read(part)
-        found = tuple(parts[part].metadata.get(key) for key in ("split.no", "split.count"))
-        if found != (number - 1, count):
-            raise PareError(f"{part} says it is part {_shown(found[0])} of {_shown(found[1])}, counting from 0")
+        check_part(part, parts[part], number, count)
     return parts
+
+
+def check_part(path: Path, header: Header, number: int, count: int) -> None:
+    """Raises PareError for a file whose header does not say that it is this part (counting from 1) of ``count``."""
+    found = tuple(header.metadata.get(key) for key in ("split.no", "split.count"))
+    if found != (number - 1, count) and not (count == 1 and found[1] in (None, 0, 1)):
+        raise PareError(f"{path} says it is part {_shown(found[0])} of {_shown(found[1])}, counting from 0")
 
 
 def union(path: Path, files: Mapping[Path, Header]) -> Header:
@@ -164,11 +183,17 @@ def _shown(value: Any) -> str:
     return repr(value)[:80]
 
 
+class _GoesOn(Exception):
+    """What is wanted lies behind the bytes that are here."""
+
+
 class _Cursor:
     """A position in the bytes of one file, and how much of them may still be kept."""
 
-    def __init__(self, path: Path, data: Any):
+    def __init__(self, path: Path | str, data: Any, size: int | None = None):
+        """``size``: how many bytes the file has, if ``data`` is only its beginning."""
         self.path, self.data, self.at = path, data, 0
+        self.size = len(data) if size is None else size
         self.room, self.strings = ROOM, MAX_STRINGS
 
     def fail(self, problem: str) -> PareError:
@@ -184,8 +209,10 @@ class _Cursor:
     def skip(self, size: int) -> int:
         """Go on by so many bytes; returns where they begin."""
         start = self.at
+        if size > self.size - start:
+            raise self.fail(f"it ends at byte {self.size}, within something that begins at byte {start}")
         if size > len(self.data) - start:
-            raise self.fail(f"it ends at byte {len(self.data)}, within something that begins at byte {start}")
+            raise _GoesOn
         self.at = start + size
         return start
 
@@ -254,7 +281,9 @@ class _Cursor:
             for _ in range(count):
                 at += 8 + length(data, at)[0]
         except (struct.error, OverflowError):  # beyond the end, and far beyond
-            at = len(data) + 1
+            if at <= self.size - 8:
+                raise _GoesOn from None
+            at = self.size + 1
         self.skip(at - self.at)
 
     # ---- the whole ----
@@ -282,7 +311,7 @@ class _Cursor:
                 raise self.fail(f"the tensor {_shown(name)} is there twice")
             rows[name] = self.row(name, alignment)
         start = -(-self.at // alignment) * alignment
-        return Header(version, metadata, self.placed(rows, start), start, len(self.data))
+        return Header(version, metadata, self.placed(rows, start), start, self.size)
 
     def preamble(self) -> int:
         if self.data[:4] != MAGIC[: len(self.data)]:
@@ -313,7 +342,7 @@ class _Cursor:
     def placed(self, rows: Mapping[str, tuple[tuple[int, ...], int, int]], start: int) -> dict[str, TensorInfo]:
         """The table in the order of the file, checked: no tensor reaches into the next one or beyond the end."""
         offsets = sorted({offset for _, _, offset in rows.values()})
-        follows = dict(zip(offsets, [*offsets[1:], max(len(self.data) - start, 0)], strict=True)) if rows else {}
+        follows = dict(zip(offsets, [*offsets[1:], max(self.size - start, 0)], strict=True)) if rows else {}
         if len(offsets) < len(rows):
             raise self.fail("two tensors are at the same offset")
         placed = {}
@@ -329,7 +358,7 @@ class _Cursor:
         return placed
 
     def limit(self, follows: int, offsets: list[int]) -> str:
-        return f"the next tensor, at offset {follows}" if follows in offsets else f"the end, at byte {len(self.data)}"
+        return f"the next tensor, at offset {follows}" if follows in offsets else f"the end, at byte {self.size}"
 
 
 class _Vocabulary(_Cursor):

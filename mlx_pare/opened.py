@@ -22,9 +22,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import bounded, console
+from . import bounded, console, named
 from .errors import PareError, UsageError
 from .gguf_header import Header, is_gguf, read_parts
+from .hub_name import of_snapshot
 
 VARIABLE = "MLX_PARE_CACHE"
 VERSION = 2  # of what is rebuilt: another one is rebuilt again
@@ -46,12 +47,14 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-pare"
 
 
-def opened(model: StrPath) -> Path:
-    """The model directory of MODEL: itself, or that of a GGUF file, which is rebuilt unless the cache has it whole.
+def opened(model: StrPath, run: Path | None = None) -> Path:
+    """The model directory of MODEL: itself, or that of a GGUF file, which is rebuilt unless the cache has it whole. A
+    model on the hub, or of the catalogue, is downloaded before (named.py, also for ``run``).
 
-    Raises PareError for a file that cannot be rebuilt, UsageError for a folder of several.
+    Raises PareError for a file that cannot be rebuilt or a model that cannot be downloaded, UsageError for a folder of
+    several and for an unknown name.
     """
-    model = Path(model)
+    model = named.local(model, run)
     file = gguf_of(model)
     if file is None:
         return model
@@ -68,6 +71,7 @@ def opened(model: StrPath) -> Path:
                 raise PareError(f"{file} changed while it was read", "wait until it is written, and try again")
             _list_files(out)
     console.say(f"{model} as an MLX model: {out}")
+    named.rebuilt(model, out)
     return out
 
 
@@ -239,6 +243,13 @@ def require(model: Path, run: Path) -> None:
         f"`mlx-pare run FILE.gguf --out {run}` or `mlx-pare calibrate FILE.gguf --out {run}`, with the options of "
         "before, rebuilds it"
     )
+    if not model.is_dir() and (found := of_snapshot(model)):
+        name = f"{found.repo}@{found.revision}"
+        again = f"`mlx-pare run {name} --out {run}` or `mlx-pare calibrate {name} --out {run}`"
+        raise PareError(
+            f"the model of {run} is gone: {model} is not in the cache any more",
+            f"{again}, with the options of before, downloads it again",
+        )
     if not model.is_dir():
         raise PareError(
             f"the model of {run} is gone: there is no model directory at {model}",

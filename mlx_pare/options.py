@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect as signatures
-import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +13,11 @@ import typer
 
 from . import console
 from .errors import told
+from .named import local, offline, typed
 from .opened import opened
 from .score import CRITERIA
+
+MODELS = ("model", "models", "teacher", "against", "parent")  # parameters of commands that name models
 
 app = typer.Typer(
     name="mlx-pare",
@@ -33,16 +36,16 @@ app = typer.Typer(
 Model = Annotated[
     Path,
     typer.Argument(
-        help="Model directory (config.json, *.safetensors, tokenizer), or a GGUF file or the folder of one, which is "
-        "rebuilt as one once.",
+        help="A directory (config.json, *.safetensors, tokenizer), a GGUF file or the folder of one, a model on the "
+        "hub (org/name, org/name@revision, org/name:Q4_K_M), or a name that `mlx-pare models` lists.",
         metavar="MODEL",
     ),
 ]
 AnyModel = Annotated[
     str,
     typer.Argument(
-        help="A directory, a config.json, a .gguf file, a run directory or its plan.json, a hub id (org/name), or a "
-        "well-known name such as qwen3-32b.",
+        help="A directory, a config.json, a .gguf file, a run directory or its plan.json, a model on the hub "
+        "(org/name, org/name@revision, org/name:Q4_K_M), or a name that `mlx-pare models` lists.",
         metavar="MODEL",
     ),
 ]
@@ -212,7 +215,8 @@ NEW_RUNS = ("run", "demo", "calibrate")  # commands that make a run directory; t
 def command(name: str, examples: str, network: bool = False) -> Callable:
     """Register a command: modes are set, errors become one line and an exit code, the result is the JSON document.
 
-    Only with ``network`` may it ask the hub, as long as the user has not set HF_HUB_OFFLINE.
+    Models that are named are downloaded before. Only with ``network`` may the command itself ask the hub, and never
+    if the user has set HF_HUB_OFFLINE.
     """
 
     def wrap(function: Callable) -> Callable:
@@ -221,10 +225,10 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
         @functools.wraps(function)
         def called(*args: Any, as_json: bool, quiet: bool, debug: bool, **kwargs: Any) -> None:
             console.configure(as_json, quiet)
-            if not network:  # everything is local, nothing may wait; huggingface_hub reads it once, when it is imported
-                os.environ.setdefault("HF_HUB_OFFLINE", "1")
             try:
-                console.document(function(*args, **_directories(kwargs)))
+                given = _directories(kwargs)
+                with nullcontext() if network else offline():  # every model is here now, nothing may wait
+                    console.document(function(*args, **given))
             except BrokenPipeError:  # `| head` has seen enough
                 raise
             except (Exception, KeyboardInterrupt) as error:
@@ -237,13 +241,17 @@ def command(name: str, examples: str, network: bool = False) -> Callable:
 
 
 def _directories(given: dict[str, Any]) -> dict[str, Any]:
-    """What the command line gives, with model directories in place of GGUF files. Texts name more than these."""
-    for name in ("model", "models", "teacher", "against", "parent"):
+    """What the command line gives, with model directories in place of GGUF files and of names. Texts name more than
+    these: `fit` and `inspect` read headers only. ``file``: a GGUF file, which stays one."""
+    run = given.get("out")
+    for name in MODELS:
         value = given.get(name)
         if isinstance(value, Path):
-            given[name] = opened(value)
+            given[name] = opened(value, run)
         elif isinstance(value, list):
             given[name] = [opened(model) for model in value]
+    if isinstance(given.get("file"), Path):
+        given["file"] = local(given["file"], gguf=True)
     return given
 
 
@@ -260,6 +268,10 @@ def _fail(error: BaseException, debug: bool, continues: bool) -> None:
 
 def _add_modes(called: Callable, function: Callable) -> None:
     own = signatures.signature(function, eval_str=True)
+    for name in (*MODELS, "file"):
+        for about in getattr(own.parameters[name].annotation, "__metadata__", ()) if name in own.parameters else ():
+            if "Path" in str(own.parameters[name].annotation):
+                about.parser, about.metavar = typed, about.metavar or "MODEL"
     modes = [
         signatures.Parameter(n, signatures.Parameter.KEYWORD_ONLY, default=False, annotation=a)
         for n, a in (("as_json", Json), ("quiet", Quiet), ("debug", Debug))

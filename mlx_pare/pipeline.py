@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, corpus, gguf_quantize, planning, schedule, steps
+from . import console, corpus, gguf_quantize, named, planning, schedule, steps
 from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint, read_json
@@ -49,13 +49,14 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
 
     Raises Refused for a run directory of something else, PareError when a gate finds the result broken.
     """
-    model, out, settings = model_of(model), Path(out), _with_teacher(settings)
+    out, settings = Path(out), _with_teacher(settings)
+    model = model_of(model, out)
     s = affordable(model, planning.with_possible_axes(model, settings))
     preflight(model, s)
     s = planning.settled(model, s, planning.begun(out / schedule.name_of(1) if s.stages else out))
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
-    asked = {"model": str(model), **asdict(s)}
+    asked = {"model": named.written(model), **asdict(s)}
     with steps.open_run(model, out) as opened:
         schedule.agree(opened, s)
         opened.write_recipe(asked, replace=False)

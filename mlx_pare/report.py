@@ -55,7 +55,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 def _title(manifest: Manifest) -> str:
     chip = manifest.machine.get("chip") or "no Apple chip"
     return (
-        f"# {markdown.escaped(Path(manifest.model).name)}\n\n"
+        f"# {markdown.escaped(manifest.called)}\n\n"
         f"Source `{manifest.source[:16]}`, on {manifest.machine['system']} ({chip}); "
         + ", ".join(f"{k} {v}" for k, v in manifest.versions.items() if v != "not installed")
         + "."
@@ -306,7 +306,7 @@ def _room(row: Mapping[str, Any]) -> str:
 
 def _picture(run: Path, fits: Mapping[str, Any], manifest: Manifest) -> str:
     """The same as a picture beside the report. What drawing needs may be missing: that is no reason for no report."""
-    found, path = {"model": Path(manifest.model).name, "runtime": "mlx", **fits}, run / "report-fit.svg"
+    found, path = {"model": manifest.called, "runtime": "mlx", **fits}, run / "report-fit.svg"
     try:
         if not drawn(found, path):
             path = draw(found, path, edited.write)

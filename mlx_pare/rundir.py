@@ -32,6 +32,7 @@ from . import __version__, bounded, console, locks, log, machine
 from .artifacts import SCHEMA, Strict, dump_json
 from .atomic import is_ours, replace_file, sweep
 from .errors import PareError, Refused, told
+from .hub_name import HubName, of_snapshot
 
 BIG_FILE = 64 << 20
 PIECES = 256
@@ -56,7 +57,8 @@ class StepRecord(Strict):
 
 class Manifest(Strict):
     """What is known of a run: the model, where it was made, and every finished step. ``contents``: sha256 of all bytes
-    of the model's weights ("model:" and the name of the file) and of every big output (step/file)."""
+    of the model's weights ("model:" and the name of the file) and of every big output (step/file). ``origin``: of a
+    model that was named on the hub, the name that was given ("asked") and the same with its commit ("hub")."""
 
     schema_version: int = SCHEMA
     model: str
@@ -65,6 +67,18 @@ class Manifest(Strict):
     machine: dict[str, Any]
     steps: dict[str, StepRecord] = Field(default_factory=dict)
     contents: dict[str, str] = Field(default_factory=dict)
+    origin: dict[str, str] | None = None
+
+    @property
+    def hub(self) -> HubName | None:
+        """The model on the hub that the run is about, with its commit; None for any other model."""
+        return HubName.parse(self.origin.get("hub", "")) if self.origin else of_snapshot(self.model)
+
+    @property
+    def called(self) -> str:
+        """A short name of the model for people."""
+        found = self.hub
+        return str(HubName(found.repo, file=found.file)) if found else Path(self.model).name
 
     @model_validator(mode="after")
     def _known_schema(self) -> Manifest:
@@ -131,7 +145,14 @@ class Run:
     """An opened run directory, locked against other processes until closed (it is a context manager). Only who helps
     the process that has the lock, and writes nothing, opens it not ``locked``."""
 
-    def __init__(self, path: Path, model: Path | None = None, identity: str | None = None, locked: bool = True):
+    def __init__(
+        self,
+        path: Path,
+        model: Path | None = None,
+        identity: str | None = None,
+        locked: bool = True,
+        origin: dict[str, str] | None = None,
+    ):
         self.path = Path(path)
         self._file = self.path / "manifest.json"
         if model is None:
@@ -146,7 +167,7 @@ class Run:
         self._locked = locked
         self._sound = False  # whether the bytes of this run have been compared in this process
         try:
-            self.manifest = self._open(model, identity)
+            self.manifest = self._open(model, identity, origin)
         except BaseException:
             self._lock.close()
             raise
@@ -185,7 +206,7 @@ class Run:
             time.sleep(PATIENCE_S / 10)
         return lock
 
-    def _open(self, model: Path | None, identity: str | None) -> Manifest:
+    def _open(self, model: Path | None, identity: str | None, origin: dict[str, str] | None) -> Manifest:
         if self._file.exists():
             manifest = read_manifest(self.path)
             if identity is not None and manifest.source != identity:
@@ -202,6 +223,7 @@ class Run:
             source=identity,
             versions=machine.versions(),
             machine=machine.this_machine().as_dict(),
+            origin=origin,
         )
         replace_file(self._file, dump_json(manifest))
         return manifest

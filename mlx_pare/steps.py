@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import console, lm, ranks
+from . import console, lm, named, ranks
 from .amounts import parse_amount
 from .artifacts import Metrics, Plan, dump_json
 from .atomic import replace_file
@@ -139,7 +139,8 @@ class Settings:
 def open_run(model: Path, out: Path) -> Run:
     """The run directory for a model, new or to be continued. Raises PareError for a name that MLX cannot open."""
     require_text(out)
-    return Run(out, model, Checkpoint(model).identity())
+    origin = named.origin(model)
+    return Run(out, model, Checkpoint(model).identity(), origin=asdict(origin) if origin else None)
 
 
 def continue_run(out: Path, locked: bool = True) -> Run:

@@ -8,13 +8,36 @@ os.environ["MLX_DISABLE_COMPILE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pico
 import pytest
+from hub_server import HubServer
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
+    """The hub that huggingface_hub talks to, its cache and login, for one test."""
+    from huggingface_hub import close_session, constants
+
+    with HubServer() as running:
+        home = tmp_path / "home"
+        places = {"HF_HUB_CACHE": home / "hub", "HF_ASSETS_CACHE": home / "assets", "HF_TOKEN_PATH": home / "token"}
+        for name, value in ({k: str(v) for k, v in places.items()} | {"ENDPOINT": running.url}).items():
+            monkeypatch.setattr(constants, name, value)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)  # made of ENDPOINT at import
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+        monkeypatch.setenv("NO_PROXY", "*")
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+            monkeypatch.delenv(name, raising=False)
+        close_session()
+        yield running
+    close_session()
 
 
 @pytest.fixture(scope="session")

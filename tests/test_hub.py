@@ -11,14 +11,13 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hub_server import SHA, HubServer, Repo
-from huggingface_hub import close_session, constants
+from hub_server import SHA, Repo
+from huggingface_hub import constants
 from safetensors.numpy import save_file
 
 from mlx_pare import hub
@@ -30,24 +29,6 @@ NAME = "org/model"
 OTHER = "f" * 40
 CONFIG = {"model_type": "llama", "hidden_size": 64}
 API, CDN = f"/api/models/{NAME}/revision/main", f"/{NAME}/model.safetensors"
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
-    """The hub that huggingface_hub talks to, its cache and login, for one test."""
-    with HubServer() as running:
-        home = tmp_path / "home"
-        places = {"HF_HUB_CACHE": home / "hub", "HF_ASSETS_CACHE": home / "assets", "HF_TOKEN_PATH": home / "token"}
-        for name, value in ({k: str(v) for k, v in places.items()} | {"ENDPOINT": running.url}).items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-        monkeypatch.setenv("NO_PROXY", "*")
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
-            monkeypatch.delenv(name, raising=False)
-        close_session()
-        yield running
-    close_session()
 
 
 @pytest.fixture
@@ -194,6 +175,7 @@ def test_weights_are_not_transferred(server, model):
     file = model / "model.safetensors"
     end = large(file)
     found = remote(NAME)
+    server.settle()
     assert found.tensors == local(file) and end < 200
     ((asked),) = [a for a in server.log if a.by == "cdn"]
     assert (asked.range, asked.sent, asked.status) == (f"bytes=0-{GUESS - 1}", GUESS, 206)

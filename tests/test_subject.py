@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 import pico
 import pytest
-from hub_server import HubServer, Repo
-from huggingface_hub import close_session, constants
+from hub_server import Repo
+from huggingface_hub import constants
 from safetensors.numpy import save_file
 from test_gguf_header import build, row, s, u32
 
@@ -112,7 +112,7 @@ def test_every_model_has_an_answer_for_every_mac(name):
 def test_names_aliases_and_hub_ids_in_any_case():
     known: dict[str, str] = {}
     for entry in catalogue.entries():
-        for name in {entry.name, *entry.aliases, entry.hub.lower()}:
+        for name in {entry.name, *entry.aliases, *entry.like, entry.hub.lower()}:
             assert known.setdefault(name, entry.name) == entry.name, name  # nothing means two models
             assert name == name.lower() and catalogue.find(f" {name.upper()} ") is entry
     for name in ("Qwen3:4B", "LLAMA3:8b", "Mistral"):
@@ -565,23 +565,6 @@ def test_runs_that_lack_something(pico_models, tmp_path, refused):
 # ---- the hub ----
 
 
-@pytest.fixture
-def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
-    """A hub on this machine that huggingface_hub talks to."""
-    with HubServer() as running:
-        home = tmp_path / "home"
-        places = {"HF_HUB_CACHE": home / "hub", "HF_ASSETS_CACHE": home / "assets", "HF_TOKEN_PATH": home / "token"}
-        for name, value in ({k: str(v) for k, v in places.items()} | {"ENDPOINT": running.url}).items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-        monkeypatch.setenv("NO_PROXY", "*")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        close_session()
-        yield running
-    close_session()
-
-
 def test_a_model_on_the_hub_is_as_its_directory(server, pico_models, tmp_path, sparse):
     folders = {
         "org/dense": pico_models("llama"),
@@ -610,13 +593,13 @@ def test_a_hub_that_does_not_answer(server, pico_models, monkeypatch):
     with pytest.raises(PareError, match="HF_HUB_OFFLINE"):
         answer("org/unknown")
     assert len(server.log) == asked
-    server.repos["org/gguf"] = Repo(Path(__file__).parent)
+    server.repos["org/other"] = Repo(Path(__file__).parent)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(PareError):
-        answer("org/gguf")
+    with pytest.raises(PareError, match="neither"):
+        answer("org/other")
 
 
-def test_only_fit_and_inspect_may_use_the_network():
+def test_only_fit_and_inspect_may_use_the_network_after_their_models_are_there():
     commands = {command.name: command for command in cli.app.registered_commands}
     found = {name for name, command in commands.items() if _network(command.callback)}
     assert found == {"fit", "inspect"}

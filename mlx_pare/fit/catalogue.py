@@ -1,7 +1,9 @@
-"""Well-known models by name, so that they can be planned for without a file and without a network.
+"""Well-known models by name, so that they can be planned for without a file and a network, and downloaded by name.
 
 catalogue.json holds for each the facts of its published config.json, where they were read, and a flag: V read in a
-source, R partly recalled.
+source, R partly recalled. ``hub`` is the repository of the original weights. ``mlx`` is one that MLX packed, where a
+source names it. ``like`` are names of other models with the same shapes: they can be planned for, and are never
+downloaded, since their weights are others.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from ..errors import UsageError
 
 
 @dataclass(frozen=True, eq=False)  # one object per model: a config cannot be hashed
@@ -27,6 +31,18 @@ class Entry:
     source: str
     flag: str
     note: str = ""
+    like: tuple[str, ...] = ()
+    mlx: Mapping[str, Any] | None = None
+
+    @property
+    def repository(self) -> str:
+        """The repository that the name stands for if the weights are wanted."""
+        return self.mlx["hub"] if self.mlx else self.hub
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the weights in that repository; None for floats, whose width its own config says."""
+        return self.mlx["bits"] if self.mlx else None
 
 
 def entries() -> list[Entry]:
@@ -39,8 +55,9 @@ def _by_name() -> dict[str, Entry]:
     found = json.loads(Path(__file__).with_name("catalogue.json").read_text("utf-8"))
     known: dict[str, Entry] = {}
     for raw in found:
-        entry = Entry(**{**raw, "aliases": tuple(raw["aliases"]), "note": raw.get("note") or ""})
-        for name in (entry.name, *entry.aliases, entry.hub.lower()):
+        lists = {key: tuple(raw.get(key, ())) for key in ("aliases", "like")}
+        entry = Entry(**{**raw, **lists, "note": raw.get("note") or ""})
+        for name in (entry.name, *entry.aliases, *entry.like, entry.hub.lower()):
             known.setdefault(name, entry)
     return known
 
@@ -53,3 +70,51 @@ def find(name: str) -> Entry | None:
 def near(name: str) -> list[str]:
     """Names that somebody who typed this may have meant."""
     return difflib.get_close_matches(name.strip().lower(), _by_name(), n=4, cutoff=0.6)
+
+
+def unknown(text: str) -> UsageError:
+    """The error for a text that is neither a path nor a name, with the names that may have been meant."""
+    close = near(text)
+    kinds = "a directory, a config.json, a .gguf file, a hub id (org/name) or a name that `mlx-pare models` lists"
+    cure = f"did you mean {', '.join(close)}?" if close else f"give {kinds}"
+    return UsageError(f"there is no file, directory or known model {text!r}", cure)
+
+
+def repositories_near(repo: str) -> list[str]:
+    """Repositories of the catalogue that somebody who typed this one may have meant."""
+    found = (entry.hub for name in near(repo) if (entry := find(name)))
+    return list(dict.fromkeys(hub for hub in found if hub.lower() != repo.lower()))[:2]
+
+
+def rows() -> list[dict[str, Any]]:
+    """The catalogue as `mlx-pare models` lists it, by family.
+
+    Returns:
+        A dictionary per model. ``parameters``: as published, else as our count. ``repository``: what its name stands
+        for, ``bits`` of it (None: floats), and the ``source`` of that. ``cuttable``: the axes along which it can be
+        cut, none if it can only be planned for.
+    """
+    from ..arch import describe
+    from .footprint import parameters
+
+    listed = []
+    for entry in entries():
+        arch = describe(entry.config)
+        listed.append(
+            {
+                "name": entry.name,
+                "aliases": list(entry.aliases),
+                "same_shapes": list(entry.like),
+                "model_type": entry.config["model_type"],
+                "parameters": entry.parameters or parameters(arch)["total"],
+                "cuttable": list(arch.cut_axes) if arch.cuttable else [],
+                "repository": entry.repository,
+                "original": entry.hub,
+                "bits": entry.bits,
+                "source": entry.mlx["source"] if entry.mlx else entry.source,
+                "config_source": entry.source,
+                "recalled": entry.flag != "V",
+                "note": entry.note or None,
+            }
+        )
+    return listed

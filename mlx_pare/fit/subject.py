@@ -20,13 +20,16 @@ from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_headers, r
 from ..errors import PareError, Unsupported, UsageError
 from ..gguf_header import is_gguf
 from ..opened import ggufs_in, require
-from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
+from ..packing import Packing
 from . import catalogue, footprint, planner, quantization
 from .footprint import Storage
+from .form import Form
 from .planner import Weights
 
 if TYPE_CHECKING:
-    from ..hub import RemoteTensor
+    from ..gguf_header import Header
+    from ..hub_cache import RemoteTensor
+    from ..hub_name import HubName
 
     Listed = Mapping[str, Entry | RemoteTensor]  # tensors by name: of a directory, or of the hub
 
@@ -36,62 +39,6 @@ LIMITS = {r".*(size|heads|experts|_dim)(_per_.*)?": 10**7}
 # Parts of a checkpoint that mlx-lm drops when it loads a language model (the sanitize methods in mlx_lm/models).
 DROPPED = ("vision_tower", "visual.", "vision_model", "multi_modal_projector", "mtp.", "audio_tower", "embed_vision",
            "embed_audio", "rotary_emb.inv_freq")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Form:
-    """How the weights are to be stored: packed by MLX, as GGUF of a kind like "q4_k_m", or as floats of 2 or 4 bytes;
-    none of them: as they are."""
-
-    packing: Packing | None = None
-    gguf: str | None = None
-    floats: int | None = None
-
-    @classmethod
-    def named(cls, bits: str | None = None, group_size: int = 64, gguf: str | None = None) -> Form:
-        """From what the command line gives: "4" or "mxfp4", "q4_k_m". Raises UsageError."""
-        if bits and gguf:
-            raise UsageError("--bits and --gguf are two forms", "give one of them")
-        if gguf:
-            from .gguf_mix import known
-
-            return cls(gguf=known(gguf))
-        if bits is None:
-            return cls()
-        if bits in ("16", "32"):
-            return cls(floats=int(bits) // 8)
-        if bits.lower() in FLOAT_MODES:
-            return cls(Packing.named(bits.lower()))
-        if not (bits.isdecimal() and int(bits) in BITS and group_size in GROUP_SIZES):
-            known = ", ".join([*map(str, BITS), "16", "32", *FLOAT_MODES])
-            raise UsageError(
-                f"MLX cannot pack {bits} bits in groups of {group_size}", f"bits are {known}, groups 32, 64, 128"
-            )
-        return cls(Packing(int(bits), group_size))
-
-    def storage(self, arch: Architecture, width: int = 2) -> Storage | None:
-        """How any tensor is stored in this form, beside floats of ``width`` bytes; None: as it is."""
-        if self.gguf:
-            return footprint.gguf(arch, self.gguf)
-        if self.floats:
-            return footprint.dense(self.floats)
-        return footprint.packed(replace(self.packing, scale_bytes=width), width) if self.packing else None
-
-    def weights(self, arch: Architecture, storage: Storage) -> Weights:
-        """What is known of weights stored so."""
-        found = planner.stored(arch, storage)
-        k_quants = footprint.read_bytes(arch, footprint.dense(1)) if self.gguf and "_k" in self.gguf else 0
-        return replace(found, k_quants=k_quants)
-
-    @property
-    def given(self) -> bool:
-        """Whether a form was asked for."""
-        return bool(self.packing or self.gguf or self.floats)
-
-    def __str__(self) -> str:
-        if self.floats:
-            return "16-bit floats" if self.floats == 2 else "32-bit floats"
-        return f"GGUF {self.gguf}" if self.gguf else str(self.packing or "as stored")
 
 
 @dataclass(frozen=True)
@@ -133,13 +80,11 @@ def open_subject(asked: str, form: Form) -> Subject:
         return _file(path, form)
     if (entry := catalogue.find(asked)) and "/" not in asked:
         return _catalogued(entry, form)
-    from .. import hub
+    from ..hub_name import on_hub
 
-    if hub.looks_like_repo(asked):
-        return _remote(asked, form)
-    close = catalogue.near(asked)
-    cure = f"did you mean {', '.join(close)}?" if close else "give a directory, a config.json, a .gguf file or a hub id"
-    raise UsageError(f"there is no file, directory or known model {asked!r}", cure)
+    if name := on_hub(asked):
+        return _remote(name, form)
+    raise catalogue.unknown(asked)
 
 
 def _file(path: Path, form: Form) -> Subject:
@@ -230,24 +175,31 @@ def _first_of(files: list[Path], form: Form) -> Subject:
     return replace(found, notes=(*found.notes, note))
 
 
-def _remote(asked: str, form: Form) -> Subject:
+def _remote(name: HubName, form: Form) -> Subject:
     """A model on the hub: its config and headers. Where the hub cannot be reached, the catalogue if it knows it."""
     from .. import hub
 
+    if name.file or name.tag:
+        return _remote_gguf(name, form)
     try:
-        found = hub.remote(asked, console.say)
+        found = hub.remote(str(name), console.say)
     except hub.HubError as error:  # also one that asks for a licence first
-        if entry := catalogue.find(asked.partition("@")[0]):
+        if entry := catalogue.find(name.repo):
             known = _catalogued(entry, form)
             return replace(known, notes=(f"{error.problem}: answered from the catalogue", *known.notes))
         raise
     if not found.tensors:
-        files = ", ".join(name for name, _ in found.gguf[:3])
-        raise PareError(
-            f"{asked} holds no safetensors weights" + (f" but GGUF files ({files})" if files else ""),
-            "download a .gguf file and give its path" if files else "give another model",
-        )
-    return _listed(asked, "hub", found.config, found.tensors, form)
+        return _remote_gguf(name, form)
+    return _listed(str(name), "hub", found.config, found.tensors, form)
+
+
+def _remote_gguf(name: HubName, form: Form) -> Subject:
+    """A GGUF file on the hub: the one that the name means."""
+    from ..hub_gguf import gguf_header
+
+    file, header = gguf_header(name, console.say)
+    shown = name if name.file else f"{name} ({file})"
+    return _of_header(str(shown), header, form)
 
 
 def _listed(name: str, origin: str, config: Mapping[str, Any], listed: Listed, form: Form) -> Subject:
@@ -337,22 +289,26 @@ def _unknown(name: str, origin: str, nbytes: int, why: str, form: Form) -> Subje
 def _gguf(path: Path, form: Form) -> Subject:
     """A GGUF file, or all parts of one: the header says types and bytes of every tensor."""
     from ..gguf_header import read_all
+
+    return _of_header(str(path), read_all(path), form)
+
+
+def _of_header(name: str, header: Header, form: Form) -> Subject:
     from .gguf_config import config_of
 
-    header = read_all(path)
     try:
         config = config_of(header)
         arch = _described(config)
     except Unsupported as error:
-        return _unknown(str(path), "gguf", header.tensor_bytes, error.problem, form)
+        return _unknown(name, "gguf", header.tensor_bytes, error.problem, form)
     if form.given:
-        return _predicted(str(path), "gguf", config, arch, form, 2)
+        return _predicted(name, "gguf", config, arch, form, 2)
     total = sum(_elements(t.shape) for t in header.tensors.values())
     k_types = sum(_elements(t.shape) for t in header.tensors.values() if t.type.endswith("_K"))
     weights = planner.weights_of(arch, header.tensor_bytes)
     weights = replace(weights, k_quants=round(footprint.read_bytes(arch, footprint.dense(1)) * k_types / max(total, 1)))
     described = f"GGUF, {8 * header.tensor_bytes / footprint.parameters(arch)['total']:.2f} bits per weight"
-    return Subject(str(path), "gguf", form, described, weights, arch)
+    return Subject(name, "gguf", form, described, weights, arch)
 
 
 # ---- what a plan will leave ----

@@ -1,0 +1,188 @@
+"""Files of a model on the hub, received by byte ranges, so that one that was cut off goes on with the missing bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from . import console, hub_cache
+from .hub import Hub, HubError, Unreachable
+from .hub_name import HubName
+
+WORKERS = 8
+RETRIES = 5  # broken connections in a row that bring nothing new
+PAUSE = 0.5  # seconds before the first of them is tried again; twice as long before every further one
+SEGMENT = 4 << 30  # bytes of a file asked for at once: the hub refuses more than 50 GB
+AGAIN = "check the network and give the same command again, which goes on from there"
+OTHERWISE = "give a model directory"
+INCOMPLETE = ".mlx-pare.incomplete"  # huggingface_hub counts *.incomplete as such, and can remove them
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file to be fetched: its name in the repository, its bytes, and its place in the cache."""
+
+    file: str
+    size: int
+    place: Path
+
+    @property
+    def partial(self) -> Path:
+        return self.place.with_name(self.place.name + INCOMPLETE)
+
+    @property
+    def there(self) -> int:
+        """Bytes that an earlier call left."""
+        with contextlib.suppress(OSError):
+            return min(self.partial.stat().st_size, self.size)
+        return 0
+
+
+class _Stopped(Exception):
+    """Another file failed, or somebody pressed Ctrl-C."""
+
+
+def fetch_all(name: HubName, hub: Hub, commit: str, blobs: list[Blob]) -> None:
+    """All files side by side. Raises what the first of them raises; what was received stays.
+
+    The threads are not waited for: Ctrl-C must not wait for a connection that has stalled.
+    """
+    stop, todo, done = threading.Event(), SimpleQueue(), SimpleQueue()
+    for blob in blobs:
+        todo.put(blob)
+    with console.progress(f"download {name}", sum(blob.size for blob in blobs), console.gb) as bar:
+        bar.skip(sum(blob.there for blob in blobs))
+        fetch = _Fetch(hub, commit, bar, stop)
+
+        def work() -> None:
+            with contextlib.suppress(Empty):
+                while not stop.is_set():
+                    blob = todo.get_nowait()
+                    try:
+                        done.put(fetch.blob(blob))
+                    except BaseException as error:
+                        done.put(error)
+
+        for _ in range(min(WORKERS, len(blobs))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in blobs:
+                if (error := done.get()) is not None:
+                    raise error
+        finally:
+            stop.set()
+
+
+class _Fetch:
+    """Receives files of one commit."""
+
+    def __init__(self, hub: Hub, commit: str, bar: console.Progress, stop: threading.Event):
+        self.hub, self.commit, self.bar, self.stop = hub, commit, bar, stop
+        self._lock = threading.Lock()
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            if not self.stop.is_set():
+                self.bar.advance(count)
+
+    def blob(self, blob: Blob) -> None:
+        """One file, unless another process fetches it meanwhile: huggingface_hub's lock is ours."""
+        from filelock import Timeout
+        from huggingface_hub.utils import WeakFileLock
+
+        locks = hub_cache.root() / ".locks" / hub_cache.storage(self.hub.repo).name
+        locks.mkdir(parents=True, exist_ok=True)
+        while not self.stop.is_set():
+            with contextlib.suppress(Timeout), WeakFileLock(locks / f"{blob.place.name}.lock", timeout=1):
+                if hub_cache.missing(blob.place.parent, {blob.place.name: blob.size}):
+                    self._receive(blob)
+                else:
+                    self.advance(blob.size - blob.there)
+                return
+
+    def _receive(self, blob: Blob) -> None:
+        """Raises HubError for a server that sends other bytes than it announced."""
+        for attempt in (1, 2):
+            handle = os.open(blob.partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            with open(handle, "r+b", buffering=0) as file:
+                resumed = blob.there
+                digest = self._complete(blob, file)
+            if not _SHA256.fullmatch(blob.place.name) or digest == blob.place.name:
+                os.replace(blob.partial, blob.place)
+                return
+            blob.partial.unlink()
+            if attempt == 2 or not resumed:
+                break
+            self.advance(-blob.size)  # what an earlier call left was damaged: all of it once more
+        raise HubError(f"{self.hub.repo}/{blob.file} has other bytes than its checksum says", "download it again")
+
+    def _complete(self, blob: Blob, file: Any) -> str:
+        """Append what is missing, over as many connections as it takes; returns the sha256 of all of it."""
+        if os.fstat(file.fileno()).st_size > blob.size:
+            file.truncate(0)
+        written = _Written(file)
+        failed = 0
+        while written.size < blob.size:
+            before = written.size
+            try:
+                self._append(blob, written)
+                if written.size == before:
+                    raise Unreachable(f"{self.hub.host} sends no more of {self.hub.repo}/{blob.file}", AGAIN)
+                failed = 0
+            except Unreachable as error:
+                failed = failed + 1 if written.size == before else 1
+                if failed > RETRIES:
+                    part = f"{console.gb(written.size)} of {console.gb(blob.size)} of {blob.file}"
+                    raise Unreachable(f"{error.problem}; {part} are here", AGAIN) from error
+                self.stop.wait(PAUSE * 2 ** (failed - 1))
+        return written.digest.hexdigest()
+
+    def _append(self, blob: Blob, written: _Written) -> None:
+        """What one connection brings."""
+        for at, piece in self._pieces(blob, written.size):
+            if self.stop.is_set():
+                raise _Stopped
+            if at == 0 and written.size:  # a server that knows no ranges begins anew
+                self.advance(-written.size)
+                written.clear()
+            if written.size + len(piece) > blob.size:
+                more = f"{self.hub.host} sends more of {self.hub.repo}/{blob.file} than the {blob.size} bytes it said"
+                raise HubError(more, OTHERWISE)
+            written.add(piece)
+            self.advance(len(piece))
+
+    def _pieces(self, blob: Blob, have: int) -> Iterator[tuple[int, bytes]]:
+        last = None if blob.size <= SEGMENT else min(have + SEGMENT, blob.size) - 1
+        timeout = float(self.hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        return self.hub.pieces(self.hub.path(self.commit, blob.file), have, last, timeout)
+
+
+class _Written:
+    """An unbuffered file that grows, its size, and the sha256 of all of its bytes."""
+
+    def __init__(self, file: Any):
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+        while piece := file.read(1 << 20):
+            self.digest.update(piece)
+            self.size += len(piece)
+
+    def add(self, piece: bytes) -> None:
+        view = memoryview(piece)
+        while view:  # such a file may take a part of it
+            view = view[self.file.write(view) :]
+        self.digest.update(piece)
+        self.size += len(piece)
+
+    def clear(self) -> None:
+        self.file.seek(0)
+        self.file.truncate(0)
+        self.size, self.digest = 0, hashlib.sha256()
