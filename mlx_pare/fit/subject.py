@@ -18,11 +18,14 @@ from ..arch import Architecture, describe
 from ..bounded import check_links
 from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_headers, read_json
 from ..errors import PareError, Unsupported, UsageError
+from ..foreign_formats import foreign
 from ..gguf_header import is_gguf
 from ..opened import ggufs_in, require
-from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
+from ..packing import Packing
+from ..weight_files import told
 from . import catalogue, footprint, planner, quantization
 from .footprint import Storage
+from .form import Form
 from .planner import Weights
 
 if TYPE_CHECKING:
@@ -36,62 +39,6 @@ LIMITS = {r".*(size|heads|experts|_dim)(_per_.*)?": 10**7}
 # Parts of a checkpoint that mlx-lm drops when it loads a language model (the sanitize methods in mlx_lm/models).
 DROPPED = ("vision_tower", "visual.", "vision_model", "multi_modal_projector", "mtp.", "audio_tower", "embed_vision",
            "embed_audio", "rotary_emb.inv_freq")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Form:
-    """How the weights are to be stored: packed by MLX, as GGUF of a kind like "q4_k_m", or as floats of 2 or 4 bytes;
-    none of them: as they are."""
-
-    packing: Packing | None = None
-    gguf: str | None = None
-    floats: int | None = None
-
-    @classmethod
-    def named(cls, bits: str | None = None, group_size: int = 64, gguf: str | None = None) -> Form:
-        """From what the command line gives: "4" or "mxfp4", "q4_k_m". Raises UsageError."""
-        if bits and gguf:
-            raise UsageError("--bits and --gguf are two forms", "give one of them")
-        if gguf:
-            from .gguf_mix import known
-
-            return cls(gguf=known(gguf))
-        if bits is None:
-            return cls()
-        if bits in ("16", "32"):
-            return cls(floats=int(bits) // 8)
-        if bits.lower() in FLOAT_MODES:
-            return cls(Packing.named(bits.lower()))
-        if not (bits.isdecimal() and int(bits) in BITS and group_size in GROUP_SIZES):
-            known = ", ".join([*map(str, BITS), "16", "32", *FLOAT_MODES])
-            raise UsageError(
-                f"MLX cannot pack {bits} bits in groups of {group_size}", f"bits are {known}, groups 32, 64, 128"
-            )
-        return cls(Packing(int(bits), group_size))
-
-    def storage(self, arch: Architecture, width: int = 2) -> Storage | None:
-        """How any tensor is stored in this form, beside floats of ``width`` bytes; None: as it is."""
-        if self.gguf:
-            return footprint.gguf(arch, self.gguf)
-        if self.floats:
-            return footprint.dense(self.floats)
-        return footprint.packed(replace(self.packing, scale_bytes=width), width) if self.packing else None
-
-    def weights(self, arch: Architecture, storage: Storage) -> Weights:
-        """What is known of weights stored so."""
-        found = planner.stored(arch, storage)
-        k_quants = footprint.read_bytes(arch, footprint.dense(1)) if self.gguf and "_k" in self.gguf else 0
-        return replace(found, k_quants=k_quants)
-
-    @property
-    def given(self) -> bool:
-        """Whether a form was asked for."""
-        return bool(self.packing or self.gguf or self.floats)
-
-    def __str__(self) -> str:
-        if self.floats:
-            return "16-bit floats" if self.floats == 2 else "32-bit floats"
-        return f"GGUF {self.gguf}" if self.gguf else str(self.packing or "as stored")
 
 
 @dataclass(frozen=True)
@@ -166,7 +113,9 @@ def _catalogued(entry: catalogue.Entry, form: Form) -> Subject:
 
 
 def _configured(name: str, origin: str, config: Mapping[str, Any], form: Form) -> Subject:
-    return _predicted(name, origin, config, _described(config), form, quantization.value_bytes(config))
+    found = _predicted(name, origin, config, _described(config), form, quantization.value_bytes(config))
+    alien = None if form.given else foreign(config, {})
+    return replace(found, notes=(alien.note,)) if alien and alien.note else found
 
 
 def _described(config: Mapping[str, Any], untied: bool | None = None) -> Architecture:
@@ -212,6 +161,8 @@ def _directory(path: Path, form: Form) -> Subject:
         arch = checkpoint.arch
     except Unsupported:
         return found  # can be planned for, not cut
+    if checkpoint.leftovers:
+        found = replace(found, notes=(*found.notes, told(checkpoint.leftovers)))
     if form.given:
         return replace(found, checkpoint=checkpoint)
     like, packing, width = footprint.like(checkpoint), checkpoint.quantization, checkpoint.value_bytes
@@ -263,9 +214,11 @@ def _listed(name: str, origin: str, config: Mapping[str, Any], listed: Listed, f
     found = _predicted(name, origin, config, arch, form, _width(loaded, config))
     if form.given:
         return found
+    weights, alien = planner.weights_of(arch, _total(loaded)), foreign(config, {n: e.dtype for n, e in listed.items()})
+    if alien and alien.note:
+        return replace(found, described=f"{alien.name}, as stored", weights=weights, notes=(alien.note,))
     if any(entry.dtype.startswith("F8_E4") for entry in loaded.values()) and found.packing is None:
         return replace(found, notes=("stored as 8-bit floats, which mlx-lm unpacks on loading",))
-    weights = planner.weights_of(arch, _total(loaded))
     return replace(found, weights=weights, notes=_doubts(arch, loaded))
 
 
