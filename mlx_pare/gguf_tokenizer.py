@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from . import added_tokens
 from .bounded import check_links
 from .checkpoint import read_json
 from .errors import PareError
@@ -68,7 +69,10 @@ TWO_SPACES = Note(
 
 @dataclass
 class Tokenizer:
-    """What goes into the file. ``tokens`` and ``types`` by id; ``known``: differences that llama.cpp cannot avoid."""
+    """What goes into the file. ``tokens`` and ``types`` by id; ``known``: differences that llama.cpp cannot avoid.
+
+    ``phi3``: the file needs a name by which llama.cpp takes it for Phi-3 (added_tokens.py).
+    """
 
     model: str  # llama.cpp's tokenizer.ggml.model: "gpt2" (byte-level BPE) or "llama" (SentencePiece-style)
     pre: str
@@ -78,6 +82,7 @@ class Tokenizer:
     scores: list[float] = field(default_factory=list)
     space_prefix: bool | None = None
     known: list[Note] = field(default_factory=list)
+    phi3: bool = False
 
     @property
     def notes(self) -> list[str]:
@@ -158,15 +163,19 @@ def read(raw: Mapping[str, Any], rows: int, where: str) -> Tokenizer:
         raise PareError(f"{where} is a {model.get('type')} tokenizer, which is not supported", "supported is BPE")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("dropout"):
         raise PareError(f"{where} marks subwords with a prefix, a suffix or dropout, which llama.cpp does not know")
-    tokens, types, left_out = _tokens(raw, rows, where)
+    tokens, types, beside = _tokens(raw, rows, where)
+    added = [token for token in raw.get("added_tokens") or () if token["id"] < rows]
+    phi3 = added_tokens.as_phi3(added, tokens)
+    if not phi3 and (other := added_tokens.unlike(added)):
+        beside.append(Note(other[0], lambda text: any(content in text for content in other[1])))
     merges = [_pair(m) for m in model.get("merges", ())]
     if model.get("byte_fallback"):
         found = _sentencepiece(raw, tokens, types, merges, where)
-        return replace(found, known=[*found.known, *left_out])
+        return replace(found, known=[*found.known, *beside], phi3=phi3)
     pre, known = pre_tokenizer(raw, where)
     # llama.cpp splits a merge at its space, so spaces inside tokens are written as byte-level BPE writes them
     joined = [" ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair) for pair in merges]
-    return Tokenizer("gpt2", pre, tokens, types, merges=joined, known=[*known, *left_out])
+    return Tokenizer("gpt2", pre, tokens, types, merges=joined, known=[*known, *beside], phi3=phi3)
 
 
 def _pair(merge: Any) -> tuple[str, str]:
