@@ -26,14 +26,13 @@ def check(model: Path, original: Path, memory_cap: int | None = None) -> list[st
     for file in Checkpoint(original).tokenizer_files():
         if not _same(model / file.name, file):
             raise PareError(f"{model / file.name} differs from the original's")
-    _transformers(model)
-    warnings = [told] if (told := warning(model)) else []
+    warnings = [*([told] if (told := warning(model)) else []), *_transformers(model, original)]
     if too_large := not_resident(original, memory_cap):
         return [*warnings, f"no text was generated: {too_large}"]
     lm.load(model)  # a model that stock mlx-lm cannot open is broken; what a sound one writes is only a hint
     texts, failed = attempt(lambda: [_text(path) for path in (model, original)])
     if texts is None:
-        return [*warnings, f"no text was generated: {failed}"]
+        return [*warnings, f"no text was generated: {failed.problem}"]
     ours, theirs = texts
     if not ours.strip() and theirs.strip():
         warnings.append("generates nothing, the original does")
@@ -62,17 +61,24 @@ def _text(path: Path) -> str:
     return lm.generate(lm.load_stock(path), lm.tokenizer(path), PROMPT, TOKENS)
 
 
-def _transformers(model: Path) -> None:
-    """Its config and its tokenizer. Of what only mlx-lm has a class for (arch/uneven.py), the tokenizer alone."""
+def _transformers(model: Path, original: Path) -> list[str]:
+    """A warning if transformers opens neither the model nor its original. Raises PareError if only the original."""
+    _, failed = attempt(lambda: _open(model))
+    if failed is None:
+        return []
+    if attempt(lambda: _open(original))[1] is None:
+        raise PareError(f"transformers cannot open {model}: {failed.problem}")
+    return [f"transformers can open neither the original nor the result: {failed.problem}"]
+
+
+def _open(model: Path) -> None:
+    """Config and tokenizer, by transformers. It has no class for layers that differ (arch/uneven.py)."""
     from transformers import AutoConfig, AutoTokenizer
 
     with plain(model) as name:
-        try:
-            if Checkpoint(model).config.get("model_type") not in RESULT_TYPES:
-                AutoConfig.from_pretrained(name)
-            AutoTokenizer.from_pretrained(name)
-        except Exception as error:  # transformers raises whatever it likes
-            raise PareError(f"transformers cannot open {model}: {error}") from error
+        if Checkpoint(model).config.get("model_type") not in RESULT_TYPES:
+            AutoConfig.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name)
 
 
 def repeats(text: str) -> bool:

@@ -43,11 +43,11 @@ def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None
         inputs["data"] = texts.calibration.digest()
 
     def work(directory: Path) -> None:
-        done, failed = None, why and why.problem
+        done, failed = None, why
         if kind:
             done, failed = attempt(lambda: _written(run, model, directory, kind, texts if weighed else None, s))
         if failed:
-            done = {"path": None, "why": failed + _set_aside(run, directory)}
+            done = {"path": None, "why": _reason(failed, run, directory)}
             console.warn(f"going on without a GGUF file: {done['why']}")
         for note in done.get("notes", ()):
             console.say(f"note: {note}")
@@ -85,10 +85,11 @@ def _written(run: Run, model: Path, directory: Path, kind: str, texts: Texts | N
     return done
 
 
-def _set_aside(run: Run, directory: Path) -> str:
-    """Where a file lies that was made and rejected."""
+def _reason(failed: PareError, run: Run, directory: Path) -> str:
+    """Why there is no file, with the place of one that was made and rejected. It moves when the step is done."""
     found = sorted(directory.glob("*.rejected"))
-    return f". The file is kept as {run.directory('export') / found[0].name}" if found else ""
+    more = f". The file is kept as {run.directory('export') / found[0].name}" if found else ""
+    return failed.problem + more
 
 
 def fits_of(model: Path, gguf_bytes: int | None, original: Path, s: Settings) -> dict[str, Any]:

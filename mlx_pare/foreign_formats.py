@@ -38,8 +38,8 @@ class Foreign:
         """What to do for a model that can be cut."""
         if self.loads:
             return "supported are dense fp32/fp16/bf16 and MLX's own packings: convert it with mlx_lm.convert"
-        which = f", {self.original}" if self.original else ", which its model card names"
-        return f"{VERSION} cannot load this format, so mlx_lm.convert fails too: take the float original{which}"
+        which = self.original or "which its model card names"
+        return f"take the float original, {which}: {VERSION} cannot load this format, so mlx_lm.convert fails too"
 
     @property
     def note(self) -> str:

@@ -359,7 +359,7 @@ def bench_step(run: Run, model: Path, s: Settings) -> None:
         prompt, new = (64, 32) if lm.cpu_backend() else (512, 128)
         found, failed = attempt(lambda: bench([run.model, model], s.trials, prompt, new))
         if failed:
-            raise _Unmeasured(failed)
+            raise _Unmeasured(failed.problem)
         (directory / "bench.json").write_bytes(dump_json(found))
 
     inputs = {"model": Checkpoint(model).identity(), "original": run.manifest.source}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from pathlib import Path
 
 import pico
 import pytest
+from test_prune import plan_of
 
 from mlx_pare import exporting, gguf_quantize, llama_cpp, lm, pipeline, steps
+from mlx_pare.check import check
 from mlx_pare.errors import PareError, Refused
 from mlx_pare.export import verify
 from mlx_pare.gguf_quantize import INSTALL
+from mlx_pare.prune import prune
 from mlx_pare.steps import Settings
 
 CASED = (
@@ -159,3 +163,24 @@ def test_f36_every_place_that_lacks_llama_cpp_says_so(tmp_path, monkeypatch):
     for call in (lambda: gguf_quantize.require("q4_k_m"), lambda: llama_cpp.tokenize(tmp_path / "m.gguf", ["x"])):
         with pytest.raises(PareError, match="llama-cpp-python"):
             call()
+
+
+def opened_by_transformers(monkeypatch, closed: tuple[Path, ...]) -> None:
+    """transformers cannot open these directories."""
+    checking = sys.modules["mlx_pare.check"]
+
+    def opens(path: Path) -> None:
+        if path in closed:
+            raise ValueError("unknown model type")
+
+    monkeypatch.setattr(checking, "_open", opens)
+
+
+def test_case_02_what_transformers_cannot_open_either_way_is_a_warning(pico_models, tmp_path, monkeypatch):
+    model, out = pico_models("llama"), tmp_path / "out"
+    prune(model, plan_of(model, ("ffn",)), out)
+    opened_by_transformers(monkeypatch, (model, out))
+    assert any("neither the original nor the result: " in line for line in check(out, model))
+    opened_by_transformers(monkeypatch, (out,))
+    with pytest.raises(PareError, match=r"transformers cannot open .*unknown model type"):
+        check(out, model)
