@@ -92,6 +92,19 @@ def loads(raw: bytes | str, budget: int = BUDGET, unique: bool = False) -> Any:
     return found
 
 
+def read_json(path: Path, what: str, most: int = MAX_JSON, budget: int = BUDGET) -> dict[str, Any]:
+    """A JSON object from a file of bounded size; ``what`` it is goes into the PareError when it is not one."""
+    try:
+        found = loads(contents(path, most, what), budget)
+    except OSError as error:
+        raise PareError(f"cannot read {what} {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise PareError(f"{what} {path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise PareError(f"{what} {path} holds a {type(found).__name__}, expected an object")
+    return found
+
+
 def check_cost(text: str, budget: int = BUDGET) -> None:
     """Raises ValueError for JSON that may take more than ``budget`` bytes once it is parsed."""
     wide = 1 if text.isascii() and "\\u" not in text else 4  # bytes a character may take

@@ -26,6 +26,21 @@ PROOF: tuple[tuple[str, ...], ...] = (
     (SYSTEM, USER, ASSISTANT, USER, ASSISTANT, USER),
     (USER, ASSISTANT, USER, ASSISTANT, USER, ASSISTANT, USER),
 )
+# How models mark their thoughts; a template may take them out of earlier answers
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<thought>", "</thought>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|think:start|>", "<|think:end|>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|channel|>analysis<|message|>", "<|end|>"),
+)
+PADDED = ("  spaces around \n", "\n an answer\n\n", " more ")
 CONTENTS = ('Who\'s "there"?', "{{ .Content }} {% x %}", "naïve 日本", "two\nlines, and a number: 12", "ok", "Q", "z")
 
 
@@ -72,7 +87,24 @@ def read(write: Write) -> Texts:
             raise PareError(f"its chat template fails on a conversation: {error}") from error
         if found.write(messages) != expected:
             raise PareError(f"its chat template writes {', '.join(roles)} in another way than shorter conversations")
+    for start, end in THOUGHTS:
+        answer = f"{start}\nWhy?\n{end}\n\nok"
+        if _differs(found, write, [(USER, "Q"), (ASSISTANT, answer), (USER, "z")]):
+            raise PareError(f"its chat template takes thoughts ({end}) out of earlier answers, which Ollama's cannot")
     return found
+
+
+def trims(found: Texts, write: Write) -> bool:
+    """Whether a template takes white space away from both ends of messages, which its translation keeps."""
+    return _differs(found, write, list(zip((USER, ASSISTANT, USER), PADDED, strict=True)))
+
+
+def _differs(found: Texts, write: Write, messages: Messages) -> bool:
+    """Whether the template writes a conversation in another way; one that it refuses shows nothing."""
+    try:
+        return write(messages) != found.write(messages)
+    except ValueError:
+        return False
 
 
 def _pieces(write: Write, roles: Sequence[str]) -> list[str]:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from . import lm, machine
 from .arch import RESULT_TYPES
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .console import gb
 from .errors import PareError
+from .optional import attempt
 from .stock_path import plain, warning
+from .tokenizer_class import SETTINGS
 
 PROMPT = "The"
 TOKENS = 48
@@ -23,18 +25,29 @@ def check(model: Path, original: Path, memory_cap: int | None = None) -> list[st
     """
     for file in Checkpoint(original).tokenizer_files():
         ours = model / file.relative_to(original)
-        if not ours.is_file() or ours.read_bytes() != file.read_bytes():
+        if not _same(ours, file):
             raise PareError(f"{ours} differs from the original's")
-    _transformers(model)
-    warnings = [told] if (told := warning(model)) else []
+    warnings = [*([told] if (told := warning(model)) else []), *_transformers(model, original)]
     if too_large := not_resident(original, memory_cap):
         return [*warnings, f"no text was generated: {too_large}"]
-    ours, theirs = (_text(path) for path in (model, original))
+    lm.load(model)  # a model that stock mlx-lm cannot open is broken; what a sound one writes is only a hint
+    texts, failed = attempt(lambda: [_text(path) for path in (model, original)])
+    if texts is None:
+        return [*warnings, f"no text was generated: {failed.problem}"]
+    ours, theirs = texts
     if not ours.strip() and theirs.strip():
         warnings.append("generates nothing, the original does")
     if repeats(ours) and not repeats(theirs):
         warnings.append(f"repeats itself, the original does not: {ours[:80]!r}")
     return warnings
+
+
+def _same(ours: Path, theirs: Path) -> bool:
+    """Whether a tokenizer file is the original's. A cut may have named another class in it (tokenizer_class.py)."""
+    if not ours.exists() or ours.name != SETTINGS:
+        return ours.exists() and ours.read_bytes() == theirs.read_bytes()
+    found, expected = (read_json(file, "tokenizer config") for file in (ours, theirs))
+    return {**found, "tokenizer_class": None} == {**expected, "tokenizer_class": None}
 
 
 def not_resident(model: Path, memory_cap: int | None) -> str:
@@ -49,17 +62,24 @@ def _text(path: Path) -> str:
     return lm.generate(lm.load_stock(path), lm.tokenizer(path), PROMPT, TOKENS)
 
 
-def _transformers(model: Path) -> None:
-    """Its config and its tokenizer. Of what only mlx-lm has a class for (arch/uneven.py), the tokenizer alone."""
+def _transformers(model: Path, original: Path) -> list[str]:
+    """A warning if transformers opens neither the model nor its original. Raises PareError if only the original."""
+    _, failed = attempt(lambda: _open(model))
+    if failed is None:
+        return []
+    if attempt(lambda: _open(original))[1] is None:
+        raise PareError(f"transformers cannot open {model}: {failed.problem}")
+    return [f"transformers can open neither the original nor the result: {failed.problem}"]
+
+
+def _open(model: Path) -> None:
+    """Config and tokenizer, by transformers. It has no class for layers that differ (arch/uneven.py)."""
     from transformers import AutoConfig, AutoTokenizer
 
     with plain(model) as name:
-        try:
-            if Checkpoint(model).config.get("model_type") not in RESULT_TYPES:
-                AutoConfig.from_pretrained(name)
-            AutoTokenizer.from_pretrained(name)
-        except Exception as error:  # transformers raises whatever it likes
-            raise PareError(f"transformers cannot open {model}: {error}") from error
+        if Checkpoint(model).config.get("model_type") not in RESULT_TYPES:
+            AutoConfig.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name)
 
 
 def repeats(text: str) -> bool:

@@ -1,7 +1,7 @@
 """A model directory: config, tensor headers, lazy arrays. New ones are written by shards.py.
 
-Headers are read here, bounded and without any array library, so that looking at a model costs milliseconds. Nothing of
-a checkpoint is trusted: sizes are checked before anything is allocated, names before anything is opened.
+Nothing of a checkpoint is trusted: its headers are read within bounds (safetensors_header.py), names are checked before
+anything is opened. No array library is needed to look at a model.
 """
 
 from __future__ import annotations
@@ -9,43 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import bounded
+from . import bounded, tied_head
 from .arch import Architecture, Tensor, describe, supported_types
+from .bounded import read_json
 from .errors import PareError, Unsupported
+from .foreign_formats import foreign
 from .packing import FLOAT_MODES, Packing
+from .safetensors_header import DTYPE_BYTES, FLOATS, Entry, read_header
+from .weight_files import INDEX, PATTERN, leftovers, read_headers
 
-MAX_DIMENSIONS = 16
+__all__ = [
+    "DTYPE_BYTES",
+    "FLOATS",
+    "TOKENIZER_FILES",
+    "Checkpoint",
+    "Entry",
+    "read_header",
+    "read_headers",
+    "read_json",
+]
+
 PIECE = 256  # bytes of every tensor that tell models apart
-MAX_HEADER = bounded.MAX_JSON  # the safetensors library takes 100 MB, which would be 2 GB in memory
-MAX_TENSORS = 1 << 18  # of all files together; the largest real model has 140,000
-DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "U64": 8,  # of random states
-    "U32": 4,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,  # counted, not read: mlx-lm unpacks them
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-}
-FLOATS = {"F32", "F16", "BF16"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -65,109 +55,11 @@ def tokenizer_files(directory: Path) -> list[Path]:
     return [f for f in (*named, *sorted((directory / bounded.MORE_TEMPLATES).glob("*.jinja"))) if f.is_file()]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where one tensor lies: ``start`` and ``end`` are byte offsets in ``file``."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
-
-
-def read_json(path: Path, what: str, most: int = bounded.MAX_JSON, budget: int = bounded.BUDGET) -> dict[str, Any]:
-    """A JSON object from a file of bounded size; ``what`` it is goes into the PareError when it is not one."""
-    try:
-        found = bounded.loads(bounded.contents(path, most, what), budget)
-    except OSError as error:
-        raise PareError(f"cannot read {what} {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise PareError(f"{what} {path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise PareError(f"{what} {path} holds a {type(found).__name__}, expected an object")
-    return found
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensor table of one safetensors file. Raises PareError when it is cut off or its header makes no sense."""
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise PareError(f"{path} is not a safetensors file but a directory or a device")
-        size = found.st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise PareError(
-                    f"{path} is not a safetensors file or is cut off ({size} bytes)", "download or copy it again"
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise PareError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        table = bounded.loads(raw, unique=True)
-        table.pop("__metadata__", None)
-        entries = {name: _entry(path, 8 + length, info) for name, info in table.items()}
-        _check_contiguous(entries, 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PareError(f"the header of {path} is damaged: {error}", "download or copy it again") from error
-    end = max((e.end for e in entries.values()), default=8 + length)
-    if end != size:
-        raise PareError(
-            f"{path} has {size} bytes, its header describes {end}",
-            "it is cut off or damaged: download or copy it again",
-        )
-    return entries
-
-
-def read_headers(directory: Path) -> dict[str, Entry]:
-    """The tensors of every model*.safetensors of a directory, by name: mlx_lm/utils.py load_model merges them all and
-    never looks at the index. Raises PareError for a link out of the directory, a name that two files have, and as
-    read_header does."""
-    bounded.check_links(directory)
-    entries: dict[str, Entry] = {}
-    for file in sorted(directory.glob("model*.safetensors")):
-        for name, entry in read_header(file).items():
-            if name in entries:
-                raise PareError(f"tensor {name} is in {entries[name].file.name} and in {file.name}")
-            entries[name] = entry
-        if len(entries) > MAX_TENSORS:
-            raise PareError(f"{directory} holds more than {MAX_TENSORS} tensors")
-    return entries
-
-
-def _check_contiguous(entries: Mapping[str, Entry], base: int) -> None:
-    """As the safetensors library: every byte belongs to exactly one tensor."""
-    end = base
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.start != end:
-            raise ValueError(f"{name} starts at byte {entry.start - base}, expected {end - base}")
-        end = entry.end
-
-
-def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
-    start, end = info["data_offsets"]
-    shape = tuple(info["shape"])
-    if any(type(n) is not int or not 0 <= n < 2**63 for n in (start, end, *shape)):
-        raise ValueError(f"{info['data_offsets']} and {info['shape']} are not whole numbers of a possible size")
-    if info["dtype"] not in DTYPE_BYTES:
-        raise PareError(
-            f"{path} holds tensors of type {info['dtype']}, which is not supported", "convert it with mlx_lm.convert"
-        )
-    if len(shape) > MAX_DIMENSIONS:  # the product of a hundred thousand numbers takes hours
-        raise ValueError(f"{len(shape)} dimensions")
-    size = DTYPE_BYTES[info["dtype"]]
-    for n in shape:
-        size *= n
-    if end - start != size:
-        raise ValueError(f"{end - start} bytes for {info['dtype']} {list(shape)}")
-    return Entry(path, info["dtype"], shape, base + start, base + end)
+def _free_head(arch: Architecture) -> str:
+    """What to do with a trained head, by what the model's class can hold."""
+    if arch.family.tied:
+        return f"mlx-lm's {arch.family.name} has no head: train without lm_head, or take the model before it was merged"
+    return f"set {arch.family.tied_key} to false in config.json; if the head is no part of the model, take it out"
 
 
 def cuttable(config: Mapping[str, Any], where: Any, untied: bool | None = None) -> Architecture:
@@ -182,15 +74,11 @@ def cuttable(config: Mapping[str, Any], where: Any, untied: bool | None = None) 
     return arch
 
 
-def check_packing(config: Mapping[str, Any], where: Any) -> None:
-    """Raises Unsupported for weights that neither are floats nor packed by MLX, as far as the config says it."""
-    other = config.get("quantization_config") if config.get("quantization") is None else None
-    if other:
-        method = other.get("quant_method", "unknown") if isinstance(other, dict) else other
-        raise Unsupported(
-            f"{where} is quantized by {method!r}, which is not supported",
-            "supported are dense fp32/fp16/bf16 and MLX's own packings: convert it with mlx_lm.convert",
-        )
+def refuse_foreign(config: Mapping[str, Any], where: Any, tensors: Mapping[str, str] | None = None) -> None:
+    """Raises Unsupported for the formats of other quantizers: they can be counted, but not cut. ``tensors``: name ->
+    dtype, if known; ``where``: for the message."""
+    if found := foreign(config, tensors or {}):
+        raise Unsupported(f"{where} is quantized as {found.name}, which is not supported", found.cure)
 
 
 class Checkpoint:
@@ -204,22 +92,16 @@ class Checkpoint:
             )
         bounded.check_links(self.path)
         self.config = read_json(self.path / "config.json", "model config")
-        files = sorted(self.path.glob("model*.safetensors"))
+        files = sorted(self.path.glob(PATTERN))
         if not files:
             raise PareError(f"no model*.safetensors in {self.path}")
         self._check_index(files)
         self.entries = read_headers(self.path)
-        # known to the header, so that fit can count them
-        for entry in self.entries.values():
-            if entry.dtype.startswith("F8"):
-                raise Unsupported(
-                    f"{entry.file} holds tensors of type {entry.dtype}, which is not supported",
-                    "convert it with mlx_lm.convert",
-                )
+        refuse_foreign(self.config, self.path, {name: entry.dtype for name, entry in self.entries.items()})
         self._quantization = self._read_quantization()
 
     def _check_index(self, files: list[Path]) -> None:
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX
         if not index.exists():
             return
         weight_map = read_json(index, "weight index").get("weight_map", {})
@@ -231,7 +113,6 @@ class Checkpoint:
             raise PareError(f"{self.path} lacks {missing[0]}, which its index lists", "download or copy it again")
 
     def _read_quantization(self) -> dict[str, Any]:
-        check_packing(self.config, self.path)
         found = self.config.get("quantization")
         if found is None:
             return {}
@@ -302,6 +183,12 @@ class Checkpoint:
                     f"{self.path} holds {name}, which the {arch.family.name} family does not describe",
                     "such a model is not supported; a tensor is never skipped silently",
                 )
+        if arch.tied and tied_head.differs(self.entries, next(arch.tensors()).module):
+            raise PareError(
+                f"{self.path} holds a head (lm_head.weight) that is not the embedding, and its config says that the "
+                "embedding is the head: mlx-lm would drop the head",
+                _free_head(arch),
+            )
 
     def _check_shape(self, tensor: Tensor) -> None:
         entry, packing = self.entries[tensor.name], self.packing(tensor.module)
@@ -401,6 +288,11 @@ class Checkpoint:
                 begin = max(entry.start, (entry.start + entry.end - PIECE) // 2)
                 digest.update(os.pread(opened[entry.file].fileno(), min(PIECE, entry.nbytes), begin))
         return digest.hexdigest()
+
+    @property
+    def leftovers(self) -> list[str]:
+        """The names of weight files that are not read (weight_files.py)."""
+        return leftovers(self.path, self.entries)
 
     def tokenizer_files(self) -> list[Path]:
         """The files that make the tokenizer and its chat templates, those that are there."""

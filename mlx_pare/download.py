@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import console, hub_cache
-from .checkpoint import check_packing, cuttable, read_json
+from .checkpoint import cuttable, read_json, refuse_foreign
 from .errors import PareError, Refused
 from .hub import File, Hub, HubError, Unreachable, in_time
 from .hub_fetch import AGAIN, OTHERWISE, WORKERS, Blob, fetch_all
@@ -122,7 +122,7 @@ def _check_config(hub: Hub, commit: str, size: Any) -> None:
     if type(size) is not int:
         return
     config = read_json(File(hub, commit, "config.json", size), "model config")
-    check_packing(config, hub.repo)
+    refuse_foreign(config, hub.repo)
     cuttable(config, hub.repo)
 
 

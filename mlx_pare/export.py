@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import console, gguf_quantize, gguf_size
+from . import console, gguf_quantize, gguf_size, gguf_tokenizer
 from .atomic import created, refuse_existing, require_room, scratch
 from .checkpoint import Checkpoint
 from .errors import PareError, UsageError
@@ -43,7 +43,7 @@ def export(
     Raises Refused when ``out`` exists, PareError when llama.cpp could not compute what the model does, or when there is
     no quantizer for the kind, UsageError for a kind that is not known or a matrix of another model; no file is left.
     """
-    from . import llama_cpp
+    from . import llama_cpp, tokenizer_class
 
     model, out, kind = opened(model), Path(out), gguf_quantize.known(kind)
     direct = gguf_quantize.direct(kind, matrix is not None)
@@ -74,7 +74,7 @@ def export(
         "bytes": out.stat().st_size,
         **predicted.about(),
         "imatrix": told,
-        "notes": [*predicted.target.notes, *notes],
+        "notes": [*predicted.target.notes, *notes, *tokenizer_class.differing(model)],
     }
 
 
@@ -99,9 +99,10 @@ def _check_room(out: Path, predicted: Prediction, floats: Prediction | None) -> 
 
 
 def why_not(checkpoint: Checkpoint) -> PareError | None:
-    """Why there can be no GGUF file of a checkpoint; None when there can."""
+    """Why llama.cpp cannot run a checkpoint, or cannot read its tokenizer; None if it can do both."""
     try:
         target_of(checkpoint)
+        gguf_tokenizer.check(checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.config)
     except PareError as error:
         return error
     return None
@@ -159,5 +160,5 @@ def verify(model: Path, gguf: Path) -> dict:
     from . import llama_cpp
 
     if not llama_cpp.available():
-        return {"checked": False, "reason": "llama-cpp-python is not installed (pip install 'mlx-pare[llama]')"}
+        return {"checked": False, "reason": f"llama-cpp-python is not installed ({gguf_quantize.INSTALL})"}
     return {"checked": True, **llama_cpp.compare(Path(model), Path(gguf))}

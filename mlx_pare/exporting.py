@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from . import console, imatrix
 from .artifacts import dump_json
+from .atomic import remove
 from .checkpoint import Checkpoint
+from .errors import PareError
 from .export import export, why_not
 from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .gguf_quantize import direct, known
 from .llama_cpp import judged
+from .optional import attempt
+from .planning import wants_gguf
 from .rundir import Run
 from .steps import Settings
 from .texts import Texts
 
 
 def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None:
-    """The result as GGUF, compared in llama.cpp, with the Macs it fits. None, which is said, where there can be no such
-    file and no type of it was asked for. What llama.cpp quantizes it does by an importance matrix of the calibration
-    text, which is kept beside the file."""
-    why = None if s.gguf else why_not(Checkpoint(model))
+    """The result as a GGUF file, judged by llama.cpp, and the Macs that take it.
+
+    llama.cpp quantizes some types by an importance matrix of the calibration text, which is kept beside the file.
+
+    Returns:
+        The file, or None if there can be none or if it failed. The console and export.json tell why; if a GGUF file was
+        asked for, ``required`` ends the run after its report.
+    """
+    asked = wants_gguf(s)
+    if asked and failure(run):  # the same command tries again
+        remove(run.directory("export"))
+    why = None if asked else why_not(Checkpoint(model))
     kind = None if why else known(s.gguf or ("q8_0" if Checkpoint(model).quantized else "f16"))
     weighed = kind is not None and not direct(kind, False)
     inputs = {"model": Checkpoint(model).identity()}
@@ -30,24 +43,53 @@ def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None
         inputs["data"] = texts.calibration.digest()
 
     def work(directory: Path) -> None:
-        if why:
-            console.warn(f"going on without a GGUF file: {why.problem}")
-            (directory / "export.json").write_bytes(dump_json({"path": None, "why": why.problem}))
-            (directory / "fits.json").write_bytes(dump_json(fits_of(model, None, run.model, s)))
-            return
-        file = directory / f"model-{kind}.gguf"
-        matrix = None
-        if weighed:
-            matrix = imatrix.measure(model, texts.calibration, texts.label("calibration"), s.memory_cap, directory)
-            matrix.save(directory / matrix.name)
-        done = export(model, file, kind, matrix, judged)
-        done["verify"] = judged(model, file, kind)
-        done["path"] = str((run.directory("export") / file.name).relative_to(run.path))
+        done, failed = None, why
+        if kind:
+            done, failed = attempt(lambda: _written(run, model, directory, kind, texts if weighed else None, s))
+        if failed:
+            done = {"path": None, "why": _reason(failed, run, directory)}
+            console.warn(f"going on without a GGUF file: {done['why']}")
+        for note in done.get("notes", ()):
+            console.say(f"note: {note}")
         (directory / "export.json").write_bytes(dump_json(done))
-        (directory / "fits.json").write_bytes(dump_json(fits_of(model, done["tensor_bytes"], run.model, s)))
+        (directory / "fits.json").write_bytes(dump_json(fits_of(model, done.get("tensor_bytes"), run.model, s)))
 
     run.step("export", {"kind": kind, "context": s.context}, inputs, work)
-    return None if why else run.output("export", f"model-{kind}.gguf")
+    return None if failure(run) else run.output("export", f"model-{kind}.gguf")
+
+
+def required(run: Run, s: Settings) -> None:
+    """Raises PareError if a GGUF file was asked for and could not be made."""
+    if wants_gguf(s) and (why := failure(run)):
+        raise PareError(
+            f"no GGUF file was made: {why}",
+            f"everything else is kept, see {run.path / 'report.md'}; the same command tries the export again",
+        )
+
+
+def failure(run: Run) -> str | None:
+    """Why the export of a run has no GGUF file; None if it has one, or was not done."""
+    file = run.directory("export") / "export.json"
+    return json.loads(file.read_text())["why"] if file.exists() and "why" in json.loads(file.read_text()) else None
+
+
+def _written(run: Run, model: Path, directory: Path, kind: str, texts: Texts | None, s: Settings) -> dict[str, Any]:
+    """Write and judge the file; returns what export.json says of it. ``texts``: for an importance matrix, if any."""
+    file, matrix = directory / f"model-{kind}.gguf", None
+    if texts:
+        matrix = imatrix.measure(model, texts.calibration, texts.label("calibration"), s.memory_cap, directory)
+        matrix.save(directory / matrix.name)
+    done = export(model, file, kind, matrix, judged)
+    done["verify"] = judged(model, file, kind)
+    done["path"] = str((run.directory("export") / file.name).relative_to(run.path))
+    return done
+
+
+def _reason(failed: PareError, run: Run, directory: Path) -> str:
+    """Why there is no file, with the place of one that was made and rejected. It moves when the step is done."""
+    found = sorted(directory.glob("*.rejected"))
+    more = f". The file is kept as {run.directory('export') / found[0].name}" if found else ""
+    return failed.problem + more
 
 
 def fits_of(model: Path, gguf_bytes: int | None, original: Path, s: Settings) -> dict[str, Any]:

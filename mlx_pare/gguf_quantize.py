@@ -28,6 +28,8 @@ from .gguf_target import FILE_TYPES
 DIRECT = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q6_k")  # gguf_values.convert writes these
 PLAIN = ("f32", "f16", "bf16", "q8_0")  # an importance matrix would change nothing
 ROWS_BYTES = 1 << 30  # of float32 rows that llama.cpp has in memory at once
+# The requirement of the extra "llama" in pyproject.toml. It names no mlx-pare: that is installed from its source.
+INSTALL = "pip install 'llama-cpp-python[server]>=0.3.30'"
 STEP = re.compile(r"^\[ *\d+/ *\d+\] +(\S+)")  # its line about a tensor
 
 REASONS = {
@@ -65,8 +67,8 @@ def require(kind: str) -> None:
     """Raises PareError when nothing here makes files of this kind."""
     if program() is None and importlib.util.find_spec("llama_cpp") is None:
         raise PareError(
-            f"{kind} takes llama.cpp's quantizer, and there is none here",
-            "pip install 'mlx-pare[llama]', put llama-quantize on PATH, or choose of " + ", ".join(DIRECT),
+            f"{kind} takes llama.cpp's quantizer, and neither llama-cpp-python nor llama-quantize is here",
+            f"{INSTALL}, put llama-quantize on PATH, or choose one of {', '.join(DIRECT)}",
         )
 
 

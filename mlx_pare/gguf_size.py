@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from . import gguf_tokenizer
+from .added_tokens import name_for
 from .checkpoint import Checkpoint
 from .gguf_header import ALIGNMENT
 from .gguf_rows import Row, table
@@ -98,7 +99,8 @@ def begun(
         metadata(writer, checkpoint, of.target, of.kind)
         if matrix:
             matrix.describe(writer)
-        notes = gguf_tokenizer.write(writer, checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.config).notes
+        tokenizer = gguf_tokenizer.write(writer, checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.config)
+        writer.add_name(name_for(checkpoint.path.resolve().name, tokenizer.phi3))
         for row in of.rows:
             number = gguf.GGMLQuantizationType[row.type]
             writer.add_tensor_info(row.name, row.shape, np.dtype(np.float32), row.nbytes, raw_dtype=number)
@@ -110,4 +112,4 @@ def begun(
     except BaseException:
         writer.close()
         raise
-    return writer, notes
+    return writer, tokenizer.notes

@@ -132,10 +132,9 @@ def _gemma_q_proj(arch: Architecture) -> float:
 
 
 def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> None:
-    """Add everything but the tokenizer and the tensors to a gguf.GGUFWriter; ``kind``: one of FILE_TYPES."""
+    """Add everything but the name, the tokenizer and the tensors to a gguf.GGUFWriter; ``kind``: one of FILE_TYPES."""
     arch, config = checkpoint.arch, checkpoint.arch.config
     head_dim = arch.uniform("head_dim")
-    writer.add_name(checkpoint.path.resolve().name)
     licence = licence_name(checkpoint.path)
     if licence:
         writer.add_license(licence)

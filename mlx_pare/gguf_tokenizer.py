@@ -7,11 +7,14 @@ choice loads, runs and mis-tokenizes without a word, so the choice is a literal 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from . import added_tokens
 from .bounded import check_links
 from .checkpoint import read_json
 from .errors import PareError
@@ -47,9 +50,29 @@ SPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+@dataclass(frozen=True)
+class Note:
+    """A difference that llama.cpp cannot avoid: what it is, and whether a text may show it."""
+
+    text: str
+    shows: Callable[[str], bool]
+
+
+DECOMPOSED = Note(
+    "llama.cpp does not apply the NFC normalization: decomposed accents become other tokens",
+    lambda text: not unicodedata.is_normalized("NFC", text),
+)
+TWO_SPACES = Note(
+    "llama.cpp adds a space in front of texts that already begin with one", lambda text: text.startswith(" ")
+)
+
+
 @dataclass
 class Tokenizer:
-    """What goes into the file. ``tokens`` and ``types`` by id; ``notes`` are differences llama.cpp cannot avoid."""
+    """What goes into the file. ``tokens`` and ``types`` by id; ``known``: differences that llama.cpp cannot avoid.
+
+    ``phi3``: the file needs a name by which llama.cpp takes it for Phi-3 (added_tokens.py).
+    """
 
     model: str  # llama.cpp's tokenizer.ggml.model: "gpt2" (byte-level BPE) or "llama" (SentencePiece-style)
     pre: str
@@ -58,7 +81,17 @@ class Tokenizer:
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     space_prefix: bool | None = None
-    notes: list[str] = field(default_factory=list)
+    known: list[Note] = field(default_factory=list)
+    phi3: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        """The known differences, for people."""
+        return [note.text for note in self.known]
+
+    def foreseen(self, text: str) -> bool:
+        """Whether llama.cpp may read a text as other tokens, by a known difference."""
+        return any(note.shows(text) for note in self.known)
 
 
 def write(writer: Any, directory: Path, rows: int, config: Mapping[str, Any]) -> Tokenizer:
@@ -68,23 +101,49 @@ def write(writer: Any, directory: Path, rows: int, config: Mapping[str, Any]) ->
     config.json, for the ids of special tokens that tokenizer_config.json does not name. Raises PareError for a
     tokenizer that llama.cpp would read differently, and for one that is damaged.
     """
-    check_links(directory)
-    raw = read_json(directory / "tokenizer.json", "tokenizer", MAX_TOKENIZER, TOKENIZER_BUDGET)
-    settings_file = directory / "tokenizer_config.json"
-    settings = read_json(settings_file, "tokenizer config") if settings_file.is_file() else {}
+    with _damage(directory):
+        found, raw, settings = _opened(directory, rows)
+        _add(writer, found)
+        _add_special(writer, raw, settings, config, found.tokens)
+        if template := _chat_template(directory, settings):
+            writer.add_chat_template(template)
+        return found
+
+
+def check(directory: Path, rows: int, config: Mapping[str, Any]) -> Tokenizer:
+    """What ``write`` would write, with nothing written. Raises as ``write``."""
+    with _damage(directory):
+        found, raw, settings = _opened(directory, rows)
+        _special_ids(raw, settings, config, found.tokens)
+        return found
+
+
+@contextmanager
+def _damage(directory: Path) -> Iterator[None]:
+    """Errors of files that are of another shape than the tokenizers library writes, as PareErrors."""
     try:
-        return _written(writer, directory, raw, settings, rows, config)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another shape than tokenizers writes
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise PareError(
             f"the tokenizer of {directory} is damaged: {type(error).__name__}, {str(error)[:200]}",
             "download or copy it again",
         ) from error
 
 
-def _written(
-    writer: Any, directory: Path, raw: Mapping, settings: Mapping, rows: int, config: Mapping[str, Any]
-) -> Tokenizer:
-    found = read(raw, rows, str(directory / "tokenizer.json"))
+def _opened(directory: Path, rows: int) -> tuple[Tokenizer, Mapping[str, Any], Mapping[str, Any]]:
+    """The section, tokenizer.json and tokenizer_config.json of a model directory."""
+    check_links(directory)
+    file, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if not file.exists():
+        raise PareError(
+            f"{directory} has no tokenizer.json, and GGUF files are made from nothing else",
+            "save the tokenizer with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))",
+        )
+    raw = read_json(file, "tokenizer", MAX_TOKENIZER, TOKENIZER_BUDGET)
+    return read(raw, rows, str(file)), raw, read_json(settings, "tokenizer config") if settings.is_file() else {}
+
+
+def _add(writer: Any, found: Tokenizer) -> None:
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.pre)
     writer.add_token_list(found.tokens)
@@ -95,11 +154,6 @@ def _written(
         writer.add_token_merges(found.merges)
     if found.space_prefix is not None:
         writer.add_add_space_prefix(found.space_prefix)
-    _add_special(writer, raw, settings, config, found.tokens)
-    template = _chat_template(directory, settings)
-    if template:
-        writer.add_chat_template(template)
-    return found
 
 
 def read(raw: Mapping[str, Any], rows: int, where: str) -> Tokenizer:
@@ -109,14 +163,19 @@ def read(raw: Mapping[str, Any], rows: int, where: str) -> Tokenizer:
         raise PareError(f"{where} is a {model.get('type')} tokenizer, which is not supported", "supported is BPE")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("dropout"):
         raise PareError(f"{where} marks subwords with a prefix, a suffix or dropout, which llama.cpp does not know")
-    tokens, types = _tokens(raw, rows, where)
+    tokens, types, beside = _tokens(raw, rows, where)
+    added = [token for token in raw.get("added_tokens") or () if token["id"] < rows]
+    phi3 = added_tokens.as_phi3(added, tokens)
+    if not phi3 and (other := added_tokens.unlike(added)):
+        beside.append(Note(other[0], lambda text: any(content in text for content in other[1])))
     merges = [_pair(m) for m in model.get("merges", ())]
     if model.get("byte_fallback"):
-        return _sentencepiece(raw, tokens, types, merges, where)
-    pre, notes = pre_tokenizer(raw, where)
+        found = _sentencepiece(raw, tokens, types, merges, where)
+        return replace(found, known=[*found.known, *beside], phi3=phi3)
+    pre, known = pre_tokenizer(raw, where)
     # llama.cpp splits a merge at its space, so spaces inside tokens are written as byte-level BPE writes them
     joined = [" ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair) for pair in merges]
-    return Tokenizer("gpt2", pre, tokens, types, merges=joined, notes=notes)
+    return Tokenizer("gpt2", pre, tokens, types, merges=joined, known=[*known, *beside], phi3=phi3)
 
 
 def _pair(merge: Any) -> tuple[str, str]:
@@ -126,33 +185,56 @@ def _pair(merge: Any) -> tuple[str, str]:
     return left, right
 
 
-def _tokens(raw: Mapping[str, Any], rows: int, where: str) -> tuple[list[str], list[int]]:
-    """Texts and types by id, holes and the rest up to ``rows`` filled with unused tokens."""
-    by_id = {i: (text, NORMAL) for text, i in raw["model"]["vocab"].items()}
-    for token in raw.get("added_tokens") or ():
-        by_id[token["id"]] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
+def _tokens(raw: Mapping[str, Any], rows: int, where: str) -> tuple[list[str], list[int], list[Note]]:
+    """Texts and types by id, holes and the rest up to ``rows`` filled with unused tokens; and what is left out.
+
+    Added tokens beyond the rows belong to other models of the family (an image token), or were never trained (a pad
+    token): llama.cpp's own converter leaves them out as well. Raises PareError for ordinary tokens beyond the rows.
+    """
+    ordinary = {i: text for text, i in raw["model"]["vocab"].items()}
+    added = {token["id"]: token for token in raw.get("added_tokens") or ()}
+    by_id = {i: (text, NORMAL) for i, text in ordinary.items()}
+    by_id |= {i: (t["content"], CONTROL if t.get("special") else USER_DEFINED) for i, t in added.items()}
     if not all(type(i) is int and i >= 0 and isinstance(text, str) for i, (text, _) in by_id.items()):
         raise TypeError("tokens are texts, their ids whole numbers")
-    size = max(by_id, default=-1) + 1
-    if size > rows:
-        raise PareError(f"{where} has ids up to {size - 1}, the embedding has {rows} rows: they do not belong together")
-    tokens, types = [], []
+    if any(i >= rows and (i not in added or by_id[i][0] != text) for i, text in ordinary.items()):
+        raise PareError(
+            f"{where} has ids up to {max(by_id)}, the embedding has {rows} rows: they do not belong together"
+        )
+    left_out = [by_id.pop(i)[0] for i in sorted(by_id) if i >= rows]
+    tokens, types, names = [], [], {text for text, _ in by_id.values()}
     for i in range(rows):
-        text, kind = by_id.get(i, (f"[PAD{i}]", UNUSED))
+        text, kind = by_id.get(i) or (_free(f"[PAD{i}]", names), UNUSED)
         tokens.append(text)
         types.append(kind)
     if len(set(tokens)) != rows:
         seen: set[str] = set()
         repeated = next(t for t in tokens if t in seen or seen.add(t))
         raise PareError(f"{where} has two ids for {repeated!r}, which llama.cpp cannot load")
-    return tokens, types
+    return tokens, types, [_without_rows(left_out)] if left_out else []
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """A name for a token that is not taken yet."""
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _without_rows(contents: Sequence[str]) -> Note:
+    """What is said of added tokens that are left out."""
+    listed = ", ".join(contents[:3]) + (", ..." if len(contents) > 3 else "")
+    return Note(
+        f"{len(contents)} added tokens have no row in the embedding and are left out: {listed}",
+        lambda text: any(content in text for content in contents),
+    )
 
 
 # ---- byte-level BPE ----
 
 
-def pre_tokenizer(raw: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-    """llama.cpp's name for the way a byte-level tokenizer.json splits text, and notes on what will differ."""
+def pre_tokenizer(raw: Mapping[str, Any], where: str) -> tuple[str, list[Note]]:
+    """llama.cpp's name for the way a byte-level tokenizer.json splits text, and what will differ."""
     pieces = [piece for step in _steps(raw.get("pre_tokenizer"), "pretokenizers") for piece in _pieces(step)]
     key = (tuple(p for p in pieces if p != "bytes"), bool(raw["model"].get("ignore_merges")))
     if pieces[-1:] != ["bytes"] or key not in PRE_TOKENIZERS:
@@ -164,8 +246,7 @@ def pre_tokenizer(raw: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
     normalizers = [step["type"] for step in _steps(raw.get("normalizer"), "normalizers")]
     if set(normalizers) - {"NFC"}:
         raise PareError(f"{where} normalizes text by {', '.join(normalizers)}, which llama.cpp does not do")
-    notes = ["llama.cpp does not apply the NFC normalization: decomposed accents become other tokens"]
-    return PRE_TOKENIZERS[key], notes if normalizers else []
+    return PRE_TOKENIZERS[key], [DECOMPOSED] if normalizers else []
 
 
 def _steps(node: Mapping[str, Any] | None, key: str) -> Sequence[Mapping[str, Any]]:
@@ -190,7 +271,7 @@ def _pieces(step: Mapping[str, Any]) -> list[str]:
 
 
 def _sentencepiece(raw: Mapping[str, Any], tokens: list[str], types: list[int], merges: list, where: str) -> Tokenizer:
-    prefix, notes = _space_prefix(raw, where)
+    prefix, known = _space_prefix(raw, where)
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -204,10 +285,10 @@ def _sentencepiece(raw: Mapping[str, Any], tokens: list[str], types: list[int], 
         # What no merge makes (single characters, special tokens) must never win.
         scores.append(float(-ranks[text]) if text in ranks else -1e9)
         kinds.append(UNKNOWN if text == unknown else BYTE if kind == NORMAL and _BYTE_TOKEN.fullmatch(text) else kind)
-    return Tokenizer("llama", "default", tokens, kinds, scores=scores, space_prefix=prefix, notes=notes)
+    return Tokenizer("llama", "default", tokens, kinds, scores=scores, space_prefix=prefix, known=known)
 
 
-def _space_prefix(raw: Mapping[str, Any], where: str) -> tuple[bool, list[str]]:
+def _space_prefix(raw: Mapping[str, Any], where: str) -> tuple[bool, list[Note]]:
     """Whether a space is put in front of the text. Raises PareError when llama.cpp treats spaces differently."""
     spaces = [dict(step) for step in _steps(raw.get("normalizer"), "normalizers")]
     splits = [dict(step) for step in _steps(raw.get("pre_tokenizer"), "pretokenizers")]
@@ -220,8 +301,7 @@ def _space_prefix(raw: Mapping[str, Any], where: str) -> tuple[bool, list[str]]:
     known = {"type": "Metaspace", "replacement": SPACE, "split": False}
     if not spaces and known.items() <= meta.items():
         scheme = meta.get("prepend_scheme", "always")
-        notes = ["llama.cpp adds a space in front of texts that already begin with one"] if scheme != "never" else []
-        return scheme != "never", notes
+        return scheme != "never", [TWO_SPACES] if scheme != "never" else []
     raise PareError(
         f"{where} treats spaces by {spaces} and {splits}, which is not known here",
         "llama.cpp would tokenize it silently wrong; please report the model",
@@ -232,16 +312,30 @@ def _space_prefix(raw: Mapping[str, Any], where: str) -> tuple[bool, list[str]]:
 
 
 def _add_special(writer: Any, raw: Mapping, settings: Mapping, config: Mapping, tokens: list[str]) -> None:
-    ids = {text: i for i, text in enumerate(tokens)}
+    for role, found in _special_ids(raw, settings, config, tokens).items():
+        getattr(writer, f"add_{role}_token_id")(found)
+    for role in ("bos", "eos"):  # always written: left out, llama.cpp decides by the name of the pre-tokenizer
+        getattr(writer, f"add_add_{role}_token")(_adds(role, raw, settings))
+
+
+def _special_ids(raw: Mapping, settings: Mapping, config: Mapping, tokens: list[str]) -> dict[str, int]:
+    """The ids of special tokens, by their role."""
+    ids, special = {text: i for i, text in enumerate(tokens)}, {}
+    for role in ("bos", "eos"):
+        name = _special(role, settings)
+        if _adds(role, raw, settings) and isinstance(name, str) and name not in ids:
+            raise PareError(
+                f"the tokenizer puts {name!r} around every text, and the embedding has no row for it",
+                f"take add_{role}_token out of tokenizer_config.json, or the token out of its template",
+            )
     for role in ("bos", "eos", "unk", "pad"):
         found = ids.get(_special(role, settings))
         if found is None:
             found = config.get(f"{role}_token_id")
             found = found[0] if isinstance(found, list) and found else found
         if isinstance(found, int) and 0 <= found < len(tokens):
-            getattr(writer, f"add_{role}_token_id")(found)
-    for role in ("bos", "eos"):  # always written: left out, llama.cpp decides by the name of the pre-tokenizer
-        getattr(writer, f"add_add_{role}_token")(_adds(role, raw, settings))
+            special[role] = found
+    return special
 
 
 def _special(role: str, settings: Mapping[str, Any]) -> Any:

@@ -29,6 +29,7 @@ from .errors import PareError, Unsupported
 from .opened import opened
 from .packing import Packing
 from .stock_path import plain, require_text
+from .weight_files import without_leftovers
 
 
 def cpu_backend() -> bool:
@@ -51,8 +52,8 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
             f"{path} wants code of its own to be run ({str(code)[:80]}), which is never done",
             "take a model that stock mlx-lm has a class for",
         )
-    read_headers(path)  # mlx reads the same files, and believes them
-    with plain(path) as name:
+    entries = read_headers(path)  # mlx reads the same files, and believes them
+    with without_leftovers(path, entries) as whole, plain(whole) as name:
         try:
             model, _ = load_model(name, lazy=lazy, model_config=config)
         except Exception as error:  # whatever a config that means nothing leads to
@@ -144,7 +145,8 @@ def convert(model: Path, out: Path, packing: Packing, predicate: Callable[[str, 
     from importlib import import_module
 
     load(model), tokenizer(model)  # tried before: mlx-lm itself believes the files
-    with plain(model) as name, redirect_stdout(io.StringIO()):
+    whole = without_leftovers(model, read_headers(model))
+    with whole as place, plain(place) as name, redirect_stdout(io.StringIO()):
         try:
             import_module("mlx_lm.convert").convert(
                 str(name),

@@ -6,13 +6,15 @@ printed are dropped, so what cannot be said is left out, which is noted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from .bounded import check_links, contents
-from .chat_template import SYSTEM, USER, Texts, go_template, read
+from .chat_template import SYSTEM, USER, Texts, go_template, read, trims
 from .checkpoint import read_json
 from .errors import PareError
 from .gguf_tokenizer import first_token
@@ -24,6 +26,9 @@ QUOTES = '"""'
 SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
             "repetition_penalty": "repeat_penalty"}  # fmt: skip
 MAX_LICENCE = 1 << 20
+DAYS = (datetime(2001, 2, 3, 4, 5, 6), datetime(2038, 11, 22, 13, 44, 55))  # alike in no part of a date
+WHERE = {"type": "object", "properties": {"at": {"type": "string", "description": "Where."}}, "required": ["at"]}
+TOOL = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": WHERE}}
 
 
 @dataclass
@@ -71,14 +76,23 @@ def modelfile(model: Path, source: str, context: int) -> Modelfile:
             found.stops.append(stop)
         else:
             found.notes.append(f"the stop {stop!r} cannot be written in a Modelfile")
-    for key, name in SAMPLING.items():
-        value = generation.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6:
-            found.parameters[name] = int(value) if name == "top_k" else value
+    found.parameters |= _sampling(generation)
     if found.licence and QUOTES in found.licence:
         found.notes.append("the licence holds three quotes, which a Modelfile cannot: it is left out there")
         found.licence = None
     return found
+
+
+def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
+    """How tokens are drawn, by generation_config.json. Greedy decoding is a temperature of 0, which needs no more."""
+    greedy, found = generation.get("do_sample") is False, {}
+    for key, name in SAMPLING.items():
+        value = generation.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6:
+            found[name] = int(value) if name == "top_k" else value
+    if not greedy:
+        return found
+    return {"temperature": 0, **{name: value for name, value in found.items() if name == "repeat_penalty"}}
 
 
 def quoted(text: str) -> str:
@@ -100,10 +114,11 @@ def _object(path: Path) -> Mapping[str, Any]:
 
 def _texts(model: Path, notes: list[str]) -> Texts | None:
     """What the chat template puts around messages; None, with a note, where that cannot be said."""
-    chats = Chats(model)
+    chats, today = Chats(model), datetime.now()
 
-    def write(messages: Sequence[tuple[str, str]]) -> str:
-        return chats([{"role": role, "content": content} for role, content in messages], answer=True)
+    def write(messages: Sequence[tuple[str, str]], day: datetime = today, tools: Any = None) -> str:
+        asked = [{"role": role, "content": content} for role, content in messages]
+        return chats(asked, answer=True, today=day, tools=tools)
 
     try:
         found = read(write)
@@ -112,7 +127,26 @@ def _texts(model: Path, notes: list[str]) -> Texts | None:
         return None
     if (SYSTEM, USER) not in found.before:
         notes.append("the chat template has no place for a system message: in Ollama it is left out")
+    notes += _beyond(found, write)
     return found
+
+
+def _beyond(found: Texts, write: Callable[..., str]) -> list[str]:
+    """What a chat template does that its translation does not."""
+    notes, short = [], [[(USER, "Q")], [(SYSTEM, "s"), (USER, "Q")]]
+
+    def changes(chat: Sequence[tuple[str, str]], **given: Any) -> bool:
+        with suppress(ValueError):
+            return write(chat, **given) != write(chat)
+        return False
+
+    if any(changes(chat, day=day) for chat in short for day in DAYS):
+        notes.append("the chat template writes the date: TEMPLATE keeps the day of the export for ever")
+    if trims(found, write):
+        notes.append("the chat template takes white space from both ends of messages: TEMPLATE keeps it")
+    if any(changes(chat, tools=[TOOL]) for chat in short):
+        notes.append("the chat template describes tools to the model: TEMPLATE does not, so Ollama offers none")
+    return notes
 
 
 def _stops(texts: Texts | None, raw: Mapping, settings: Mapping, generation: Mapping, config: Mapping) -> list[str]:

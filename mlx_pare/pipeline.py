@@ -21,7 +21,7 @@ from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint, read_json
 from .errors import PareError, Refused, UsageError
 from .export import why_not
-from .exporting import export_step
+from .exporting import export_step, required
 from .fit import macs
 from .gguf_target import RUNTIMES
 from .layering import layers_by_of
@@ -75,6 +75,7 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
         opened.write_recipe(asked)  # only now: a request that was refused on the way leaves the recipe of what was done
         _quality_gate(summary, s)
         _fit_gate(summary, s)
+        required(opened, s)
     return summary
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from . import tokenizer_class
 from .arch.axes import select
 from .arch.spec import Tensor
 from .artifacts import Arrays, Plan, dump_json, repair_file, survivors
@@ -145,6 +146,8 @@ class _Surgeon:
         (directory / "plan.json").write_bytes(self.plan.dump())
         (directory / "README.md").write_text(self._card(), "utf-8")
         copy_tokenizer(self.checkpoint, directory)
+        if self.arch.config["model_type"] != self.checkpoint.config["model_type"]:
+            tokenizer_class.keep(self.checkpoint.path, directory)
 
     # ---- one tensor ----
 

@@ -262,7 +262,8 @@ def _gguf(run: Path) -> str:
         )
     else:
         text += f" Not compared in llama.cpp: {markdown.escaped(checked.get('reason', 'not asked'))}."
-    return f"## GGUF\n\n{text}"
+    notes = "".join(f"\n- {markdown.escaped(note)}" for note in done.get("notes", ()))
+    return f"## GGUF\n\n{text}" + (f"\n{notes}" if notes else "")
 
 
 def _macs(run: Path, manifest: Manifest) -> str:

@@ -26,6 +26,7 @@ from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .opened import require
 from .option_types import check as check_types
+from .optional import attempt
 from .plan import Options as PlanOptions
 from .plan import redraw
 from .prune import Lineage, prune
@@ -358,8 +359,17 @@ def bench_step(run: Run, model: Path, s: Settings) -> None:
 
     def work(directory: Path) -> None:
         prompt, new = (64, 32) if lm.cpu_backend() else (512, 128)
-        (directory / "bench.json").write_bytes(dump_json(bench([run.model, model], s.trials, prompt, new)))
+        found, failed = attempt(lambda: bench([run.model, model], s.trials, prompt, new))
+        if failed:
+            raise _Unmeasured(failed.problem)
+        (directory / "bench.json").write_bytes(dump_json(found))
 
-    run.step(
-        "bench", {"trials": s.trials}, {"model": Checkpoint(model).identity(), "original": run.manifest.source}, work
-    )
+    inputs = {"model": Checkpoint(model).identity(), "original": run.manifest.source}
+    try:
+        run.step("bench", {"trials": s.trials}, inputs, work)
+    except _Unmeasured as error:
+        console.warn(f"speed was not measured: {error}")
+
+
+class _Unmeasured(Exception):
+    """The bench failed: the step counts as not done, and the run goes on."""

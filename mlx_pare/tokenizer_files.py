@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,22 @@ class Chats:
     def __init__(self, directory: Path):
         self.directory, self._process = directory, None
 
-    def __call__(self, messages: list[Any], tokenize: bool = False, tools: Any = None, answer: bool = False) -> str:
-        """The text of a chat; ``answer``: up to where the model's answer begins. Raises ValueError with the template's
-        own complaint, or where it reaches a limit."""
+    def __call__(
+        self,
+        messages: list[Any],
+        tokenize: bool = False,
+        tools: Any = None,
+        answer: bool = False,
+        today: datetime | None = None,
+    ) -> str:
+        """The text of a chat; ``answer``: up to where the model's answer begins; ``today``: what the template takes for
+        the time (default: the clock). Raises ValueError with the template's own complaint, or where it reaches a
+        limit."""
         if tokenize:
             raise ValueError("a chat is written as text here")
         if self._process is None or self._process.poll() is not None:
             self._start()
-        question = {"messages": messages, "tools": tools, "answer": answer}
+        question = {"messages": messages, "tools": tools, "answer": answer, "today": today and today.isoformat()}
         found = self._answer(CHAT_SECONDS, json.dumps(question).encode() + b"\n")
         if "text" not in found:
             raise ValueError(found["error"])
@@ -164,6 +173,20 @@ def try_out(file: str) -> None:
         found.decode(found.encode(text).ids)
 
 
+def set_clock(today: str | None) -> None:
+    """Make transformers write a time of ISO 8601 into templates, in this process; None: the clock's."""
+    from transformers.utils import chat_template_utils
+
+    class Stopped(datetime):
+        """A clock that stands still."""
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.fromisoformat(today)
+
+    chat_template_utils.datetime = Stopped if today else datetime
+
+
 def write_chats(directory: str) -> None:
     """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
@@ -181,6 +204,7 @@ def write_chats(directory: str) -> None:
         chat = json.loads(line)
         more = {"tools": chat["tools"]} if chat["tools"] else {}
         more |= {"add_generation_prompt": True} if chat["answer"] else {}
+        set_clock(chat["today"])
         try:
             if wrong:
                 raise ValueError(wrong)

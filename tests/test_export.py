@@ -61,7 +61,8 @@ def test_f32_matches_mlx(tmp_path, family):
     done = export(model, tmp_path / "m.gguf", "f32")
     assert difference(model, tmp_path / "m.gguf") < 1e-4
     assert done["bytes"] == (tmp_path / "m.gguf").stat().st_size > done["tensor_bytes"]
-    assert done["fallbacks"] == [] and done["notes"] == []
+    notes = [note for note in done["notes"] if "transformers makes a" not in note]  # pico's pattern is not qwen2's
+    assert done["fallbacks"] == [] and notes == []
 
 
 FACTORS = {"long_factor": [1.0, 2.0, 3.0, 5.0], "short_factor": [1.0, 1.1, 1.2, 1.3]}

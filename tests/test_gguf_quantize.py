@@ -155,7 +155,7 @@ def nobody(monkeypatch) -> None:
 def test_without_a_quantizer_it_is_said_before_anything_is_done(tmp_path, pico_models, monkeypatch):
     nobody(monkeypatch)
     monkeypatch.setattr(gguf_size, "begun", lambda *args: pytest.fail("something was written"))
-    with pytest.raises(PareError, match=r"there is none here. Pip install 'mlx-pare\[llama\]', put llama-quantize on"):
+    with pytest.raises(PareError, match=r"is here. Pip install 'llama-cpp-python\[server\]>=0.3.30', put"):
         export(pico_models("llama"), tmp_path / "m.gguf", "q4_k_m")
     assert left(tmp_path) == []
 

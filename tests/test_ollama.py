@@ -212,3 +212,85 @@ def test_ids_and_tokens_that_make_no_sense_are_no_stops(model):
     (directory / "tokenizer.json").write_text(json.dumps(raw))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [[1], {"a": 2}, None, True, 0]}))
     assert ollama.modelfile(directory, "m.gguf", 64).stops == ["<|endoftext|>"]
+
+
+# ---- what a template does beyond putting texts around messages ----
+
+ROUND = LOOP + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n" + END
+ANSWER = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+DATED = {
+    "always": "{{ strftime_now('%d %b %Y') }}\n" + ROUND + ANSWER,
+    "without a system message": "{% if messages[0].role != 'system' %}Today is {{ strftime_now('%A') }}\n{% endif %}"
+    + ROUND + ANSWER,
+    "before the answer": ROUND + "{{ strftime_now('%H') }}" + ANSWER + "{{ strftime_now('%Y-%m') }}",
+    "in a macro": "{% macro day() %}{{ strftime_now('%j') }}{% endmacro %}{{ day() }}" + ROUND + ANSWER,
+}  # fmt: skip
+UNDATED = {
+    "no clock": ROUND + ANSWER,
+    "a clock that is not read": "{% if false %}{{ strftime_now('%Y') }}{% endif %}" + ROUND + ANSWER,
+    "a date of its own": "26 Jul 2024\n" + ROUND + ANSWER,
+}
+
+
+@pytest.mark.parametrize("name", [*DATED, *UNDATED])
+def test_case_18_the_day_of_the_export_is_said(model, name):
+    made = ollama.modelfile(model((DATED | UNDATED)[name]), "m.gguf", 512)
+    assert made.template is not None
+    assert len([note for note in made.notes if "the day of the export" in note]) == (name in DATED)
+
+
+THOUGHTS = {
+    "split": "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}",
+    "of all but the last": "{% if m.role == 'assistant' and not loop.last and '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}",
+    "other marks": "{{ m.content.split('[/THINK]')[-1] if m.role == 'assistant' else m.content }}",
+    "seed": "{{ m.content.split('</seed:think>')[-1] if m.role == 'assistant' else m.content }}",
+    "command": "{{ m.content.split('<|END_THINKING|>')[-1] if m.role == 'assistant' else m.content }}",
+}
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_case_18_thoughts_that_a_template_takes_out_leave_no_template(model, name):
+    template = LOOP + "<|{{ m.role }}|>\n" + THOUGHTS[name] + "<|end|>\n" + END + ANSWER
+    made = ollama.modelfile(model(template), "m.gguf", 512)
+    assert made.template is None and "TEMPLATE" not in made.text()
+    assert any("no TEMPLATE is written" in note and "thoughts" in note for note in made.notes)
+
+
+def test_case_18_thoughts_that_stay_are_no_reason(model):
+    made = ollama.modelfile(model(ROUND + ANSWER), "m.gguf", 512)
+    assert made.template is not None and made.notes == []
+
+
+def test_case_18_a_template_that_refuses_a_mark_is_still_translated(model):
+    refuses = (
+        "{% for m in messages %}{% if '<|channel|>' in m.content %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+    )
+    assert ollama.modelfile(model(refuses + ROUND + ANSWER), "m.gguf", 512).template is not None
+
+
+def test_case_18_what_else_a_template_does_is_a_note(model):
+    trims = LOOP + "<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>\n" + END + ANSWER
+    assert any("white space" in note for note in ollama.modelfile(model(trims), "m.gguf", 512).notes)
+    tools = "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}" + ROUND + ANSWER
+    assert any("tools" in note for note in ollama.modelfile(model(tools), "m.gguf", 512).notes)
+
+
+SAMPLING = [
+    ({"do_sample": False, "temperature": 0.6, "top_p": 0.9, "top_k": 40, "min_p": 0.1}, {"temperature": "0"}),
+    ({"do_sample": False}, {"temperature": "0"}),
+    ({"do_sample": False, "repetition_penalty": 1.1}, {"temperature": "0", "repeat_penalty": "1.1"}),
+    ({"do_sample": True, "temperature": 0.6}, {"temperature": "0.6"}),
+    ({"do_sample": "false", "temperature": 0.6}, {"temperature": "0.6"}),
+    ({"temperature": 0.6, "top_p": 0.9}, {"temperature": "0.6", "top_p": "0.9"}),
+    ({}, {}),
+]
+
+
+@pytest.mark.parametrize(("generation", "expected"), SAMPLING)
+def test_case_18_greedy_decoding_is_temperature_0(model, generation, expected):
+    directory = model(TEMPLATES["marks around"])
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    text = ollama.modelfile(directory, "m.gguf", 512).text()
+    left_out = ("model", "template", "stop", "license", "num_ctx")
+    assert {name: value for name, value in parsed(text) if name not in left_out} == expected

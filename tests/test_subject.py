@@ -344,7 +344,7 @@ def test_experts_that_are_lost_or_too_many(tmp_path, sparse, refused):
 
 
 def test_packings_of_others(tmp_path, sparse):
-    """mxfp4 (experts alone), FP8 (which mlx-lm unpacks) and GPTQ."""
+    """mxfp4 (experts alone) and GPTQ."""
     apart = experts_apart(sparse)
     two = {n: np.zeros((a.shape[0], a.shape[1] // 8), np.int32) for n, a in apart.items() if ".mlp.experts." in n}
     gptq = {n: a for n, a in apart.items() if n not in two}
@@ -353,7 +353,8 @@ def test_packings_of_others(tmp_path, sparse):
     method = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}
     folder = listed(tmp_path / "gptq", MOE | method, gptq)
     found = answer(folder)
-    assert found["weights_bytes"] == on_disk(folder) and not found["notes"] and found["form"].startswith("gptq, 4 bits")
+    assert found["weights_bytes"] == on_disk(folder) and found["form"] == "gptq, as stored"
+    assert "mlx-lm 0.32 cannot load" in found["notes"][0]
     blocks = {n: np.zeros(a.size // 2, np.uint8) for n, a in apart.items() if ".mlp.experts." in n}
     scales = {
         n.replace("weight", "weight_scales"): np.zeros(a.size // 32, np.uint8) for n, a in apart.items() if n in blocks
@@ -362,7 +363,7 @@ def test_packings_of_others(tmp_path, sparse):
         tmp_path / "mxfp4", MOE | {"quantization_config": {"quant_method": "mxfp4"}}, apart | blocks | scales
     )
     found = answer(folder)
-    assert found["weights_bytes"] == on_disk(folder) and found["form"] == "mxfp4 experts"
+    assert found["weights_bytes"] == on_disk(folder) and "cannot load" in found["notes"][0]  # only gpt_oss's are
     assert on_disk(folder) == open_subject(str(written(tmp_path / "alone", json.loads(
         (folder / "config.json").read_text()))), Form()).weights.nbytes  # fmt: skip
 
@@ -380,12 +381,21 @@ def fp8(folder: Path, config: dict, tensors: dict[str, tuple[int, ...]]) -> Path
 
 
 def test_8_bit_floats_are_counted_as_what_they_become(tmp_path):
-    for config in (MOE, pico.config_of("llama", vocab_size=96)):
+    """Where mlx-lm unpacks them; elsewhere they are counted as they are stored, since nothing loads them."""
+    latent = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24, "q_lora_rank": 48}
+    dense = {"n_routed_experts": None, "n_shared_experts": None, "first_k_dense_replace": 99, "moe_layer_freq": 1}
+    deepseek = pico.config_of("llama", vocab_size=96, **latent, **dense) | {"model_type": "deepseek_v3"}
+    for config in (deepseek, MOE, pico.config_of("llama", vocab_size=96)):
         config = {**config, "quantization_config": {"quant_method": "fp8"}}
-        folder = fp8(tmp_path / config["model_type"], config, {t.name: t.shape for t in describe(config).tensors()})
-        found = answer(folder)
-        assert found["weights_bytes"] == 2 * on_disk(folder) and "8-bit" in found["notes"][0]
-        assert bytes_of(found) == bytes_of(answer(folder / "config.json"))
+        tensors = {t.name: t.shape for t in describe(config).tensors()}
+        folder = fp8(tmp_path / config["model_type"], config, tensors | {"model.layers.0.mlp.weight_scale_inv": (1,)})
+        found, unpacked = answer(folder), config["model_type"] == "deepseek_v3"
+        assert ("unpacks" if unpacked else "cannot load") in found["notes"][0]
+        if unpacked:
+            assert found["weights_bytes"] == 2 * (on_disk(folder) - 1)
+            assert bytes_of(found) == bytes_of(answer(folder / "config.json"))
+        else:
+            assert found["weights_bytes"] == on_disk(folder)
     unknown = fp8(tmp_path / "unknown", {"model_type": "mamba9"}, {"w": (64, 64)})
     assert answer(unknown)["weights_bytes"] == on_disk(unknown)
 

@@ -1,4 +1,4 @@
-"""In which form weights are to be stored: packed by MLX, as a GGUF file, or as floats."""
+"""How weights are to be stored: as they are, packed by MLX, as a type of GGUF, or as floats."""
 
 from __future__ import annotations
 

@@ -18,9 +18,11 @@ from ..arch import Architecture, describe
 from ..bounded import check_links
 from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_headers, read_json
 from ..errors import PareError, Unsupported, UsageError
+from ..foreign_formats import foreign
 from ..gguf_header import is_gguf
 from ..opened import ggufs_in, require
 from ..packing import Packing
+from ..weight_files import told
 from . import catalogue, footprint, planner, quantization
 from .footprint import Storage
 from .form import Form
@@ -111,7 +113,9 @@ def _catalogued(entry: catalogue.Entry, form: Form) -> Subject:
 
 
 def _configured(name: str, origin: str, config: Mapping[str, Any], form: Form) -> Subject:
-    return _predicted(name, origin, config, _described(config), form, quantization.value_bytes(config))
+    found = _predicted(name, origin, config, _described(config), form, quantization.value_bytes(config))
+    alien = None if form.given else foreign(config, {})
+    return replace(found, notes=(alien.note,)) if alien and alien.note else found
 
 
 def _described(config: Mapping[str, Any], untied: bool | None = None) -> Architecture:
@@ -157,6 +161,8 @@ def _directory(path: Path, form: Form) -> Subject:
         arch = checkpoint.arch
     except Unsupported:
         return found  # can be planned for, not cut
+    if checkpoint.leftovers:
+        found = replace(found, notes=(*found.notes, told(checkpoint.leftovers)))
     if form.given:
         return replace(found, checkpoint=checkpoint)
     like, packing, width = footprint.like(checkpoint), checkpoint.quantization, checkpoint.value_bytes
@@ -215,9 +221,11 @@ def _listed(name: str, origin: str, config: Mapping[str, Any], listed: Listed, f
     found = _predicted(name, origin, config, arch, form, _width(loaded, config))
     if form.given:
         return found
+    weights, alien = planner.weights_of(arch, _total(loaded)), foreign(config, {n: e.dtype for n, e in listed.items()})
+    if alien and alien.note:
+        return replace(found, described=f"{alien.name}, as stored", weights=weights, notes=(alien.note,))
     if any(entry.dtype.startswith("F8_E4") for entry in loaded.values()) and found.packing is None:
         return replace(found, notes=("stored as 8-bit floats, which mlx-lm unpacks on loading",))
-    weights = planner.weights_of(arch, _total(loaded))
     return replace(found, weights=weights, notes=_doubts(arch, loaded))
 
 

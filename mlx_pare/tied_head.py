@@ -1,0 +1,47 @@
+"""A head that is stored although the embedding is said to be the head: the same numbers, or a head that was trained.
+
+mlx-lm drops such a head. That loses nothing if it is a copy of the embedding, and the training of a merged adapter if
+it is not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+
+from .safetensors_header import Entry
+
+STEP = 8 << 20  # bytes that are compared at once
+HEAD = "lm_head."
+
+
+def differs(entries: Mapping[str, Entry], embedding: str) -> bool:
+    """Whether a stored head is not the embedding, bit for bit.
+
+    Args:
+        entries: The tensors of a checkpoint, by name.
+        embedding: The module of the embedding, such as model.embed_tokens.
+
+    Returns:
+        False if no head is stored, or if each of its tensors has the bytes, type and shape of the embedding's.
+    """
+    head = {name.removeprefix(HEAD): entry for name, entry in entries.items() if name.startswith(HEAD)}
+    own = {name.removeprefix(f"{embedding}."): e for name, e in entries.items() if name.startswith(f"{embedding}.")}
+    return bool(head) and (head.keys() != own.keys() or not all(_same(head[leaf], own[leaf]) for leaf in head))
+
+
+def _same(one: Entry, other: Entry) -> bool:
+    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return alike and _same_bytes(one, other, *(entry.file.stat().st_mtime_ns for entry in (one, other)))
+
+
+@lru_cache
+def _same_bytes(one: Entry, other: Entry, *changed: int) -> bool:
+    """Whether two tensors have the same bytes. The times of their files keep an answer from outliving a change."""
+    with one.file.open("rb") as a, other.file.open("rb") as b:
+        for at in range(0, one.nbytes, STEP):
+            size = min(STEP, one.nbytes - at)
+            if os.pread(a.fileno(), size, one.start + at) != os.pread(b.fileno(), size, other.start + at):
+                return False
+    return True
