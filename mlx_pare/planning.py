@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, gguf_uneven, trial
+from . import console, gguf_uneven, text_record, trial
 from .arch import why_uniform
 from .artifacts import Arrays, Plan, dump_json
 from .checkpoint import Checkpoint
@@ -50,10 +50,12 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     if s.min_speed is not None:
         asked["min_speed"] = s.min_speed
     inputs = {"model": run.manifest.source, "scores": fingerprint(scores)}
+    by = layers_by_of(s, Arrays.described(scores, "scores")["criterion"])
+    if s.widths != "even" or by is not None:
+        text_record.check(run, texts)
     if s.widths != "even":
         asked |= {"widths": s.widths, "tries": tries(s)}
         inputs |= {"data": texts.calibration.digest(), "held": held_rows(texts).digest()}
-    by = layers_by_of(s, Arrays.described(scores, "scores")["criterion"])
     if by is not None:
         asked |= {"layers_by": by, "layers by default": s.layers_by is None, "reconstruct": s.reconstruct}
         inputs["held"] = held_rows(texts).digest()
@@ -174,6 +176,7 @@ def tries(s: Settings) -> int:
 
 def sensitivity_step(run: Run, texts: Texts, s: Settings) -> Path:
     """How much every part of every layer matters."""
+    text_record.check(run, texts)
     held = held_rows(texts)
 
     def work(directory: Path) -> None:

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, local, on_policy, ranks, rewrite, stream, targets, teacher
+from . import console, divergence, lm, local, on_policy, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, replace_file, survivors
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
@@ -60,7 +60,7 @@ def recover(
     train, validation = Domains.of_one(train), Domains.of_one(validation)
     if (batch := min(options.batch, train.rows.count)) % (size := ranks.this()[1]):
         raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
-    teacher.check_tokenizer(student, original)
+    lm.require_same_tokens(student, original)
     work = Path(work) if work else out.with_name(out.name + ".work")
     gentle_below = GENTLE_BELOW if usual else None  # a rate that was asked for is the rate
     course = replace(options.course, gentle_below=gentle_below)

@@ -33,6 +33,7 @@ from . import __version__, console, log, machine
 from .artifacts import SCHEMA, Strict, dump_json, replace_file
 from .errors import PareError, Refused, told
 
+MANIFEST, RECIPE = "manifest.json", "recipe.toml"
 BIG_FILE = 64 << 20
 PIECES = 256
 QUICK = "quick:"  # so begins the fingerprint of a big file
@@ -88,9 +89,29 @@ def fingerprint(path: Path) -> str:
 
 def read_manifest(path: Path) -> Manifest:
     """What is known of the run in ``path``, whoever works on it. Raises PareError without one, or a damaged one."""
-    file = path / "manifest.json"
+    file = path / MANIFEST
     _there(file)
     return Manifest.read(file, "run manifest", "restore it, or start a new run with another --out", "is damaged")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run directory, its manifest may be damaged."""
+    if not (path / MANIFEST).is_file():
+        return False
+    try:
+        found = json.loads((path / MANIFEST).read_bytes())
+        return isinstance(found, dict) and {"schema_version", "source", "steps"} <= found.keys()
+    except (OSError, ValueError, RecursionError):
+        return (path / ".lock").exists()
+
+
+def read_recipe(path: Path) -> dict[str, Any] | None:
+    """What was asked of the run in ``path``; None without a recipe. Raises PareError for a damaged one."""
+    file = path / RECIPE
+    try:
+        return tomllib.loads(file.read_text("utf-8")) if file.exists() else None
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise PareError(f"{file} cannot be read: {error}", "put it right, or delete it") from error
 
 
 def _there(manifest: Path) -> None:
@@ -129,7 +150,7 @@ class Run:
 
     def __init__(self, path: Path, model: Path | None = None, identity: str | None = None, locked: bool = True):
         self.path = Path(path)
-        self._file = self.path / "manifest.json"
+        self._file = self.path / MANIFEST
         if model is None:
             _there(self._file)
         if model is not None and self.path.exists() and not self.path.is_dir():
@@ -186,8 +207,9 @@ class Run:
                     f"changed since",
                     "use another --out",
                 )
-            if model is not None:
-                manifest.model = str(model.resolve())  # the same model may have been moved since
+            if model is not None and manifest.model != (now := str(model.resolve())):
+                manifest.model = now  # the same model was moved since
+                replace_file(self._file, dump_json(manifest))
             return manifest
         manifest = Manifest(
             model=str(model.resolve()),
@@ -228,16 +250,23 @@ class Run:
         return self.path / step / name
 
     def recipe(self) -> dict[str, Any]:
-        """What was asked when the run was begun, as far as it was more than the defaults."""
-        file = self.path / "recipe.toml"
-        return tomllib.loads(file.read_text("utf-8")) if file.exists() else {}
+        """What was asked when the run was begun, as far as it was more than the defaults. Raises Refused if the file is
+        missing: the defaults would then be taken for what was asked."""
+        found = read_recipe(self.path)
+        if found is None:
+            raise Refused(
+                f"{self.path / RECIPE} is missing, which says on what text the run works",
+                f"`mlx-pare calibrate {self.model} --out {self.path}` writes it again, with the --data, --samples and "
+                "--length of before",
+            )
+        return found
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
         """What was asked, without what was left out; an earlier recipe is kept unless ``replace``."""
-        if not replace and (self.path / "recipe.toml").exists():
+        if not replace and (self.path / RECIPE).exists():
             return
         lines = [f"{key} = {_toml(value)}" for key, value in asked.items() if value is not None]
-        replace_file(self.path / "recipe.toml", ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+        replace_file(self.path / RECIPE, ("\n".join(lines) + "\n").encode("utf-8", "replace"))
 
     # ---- steps ----
 

@@ -8,6 +8,7 @@ is ended when it reaches them. Run as a module, this file is that process.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import json
@@ -23,6 +24,7 @@ from typing import Any
 from . import bounded
 from .checkpoint import TOKENIZER_FILES, read_json
 from .errors import PareError
+from .frozen_clock import freeze
 
 MAX_TOKENIZER = 64 << 20  # bytes of a tokenizer.json; the largest known (gemma) has 33 million
 TOKENIZER_BUDGET = 640 << 20  # bytes that reading one may take; gemma's takes 300 million
@@ -92,10 +94,14 @@ def has_chat_template(directory: Path) -> bool:
 
 class Chats:
     """Writes chats by the template of a model directory, in place of the tokenizer's own apply_chat_template. The
-    process is started for the first one."""
+    process is started for the first one. ``date``: the day, YYYY-MM-DD, that templates are told; None: today."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, date: str | None = None):
         self.directory, self._process = directory, None
+        try:
+            self.date = datetime.date.fromisoformat(date or datetime.date.today().isoformat()).isoformat()
+        except (TypeError, ValueError) as error:
+            raise PareError(f"{date!r} is no date", "write it as 2026-01-31") from error
 
     def __call__(self, messages: list[Any], tokenize: bool = False, tools: Any = None, answer: bool = False) -> str:
         """The text of a chat; ``answer``: up to where the model's answer begins. Raises ValueError with the template's
@@ -112,7 +118,7 @@ class Chats:
 
     def _start(self) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(_command("chat", str(self.directory)), env=_environment(), **pipes)
+        self._process = subprocess.Popen(_command("chat", str(self.directory), self.date), env=_environment(), **pipes)
         weakref.finalize(self, _end, self._process)
         self._answer(START_SECONDS)
 
@@ -163,8 +169,9 @@ def try_out(file: str) -> None:
         found.decode(found.encode(text).ids)
 
 
-def write_chats(directory: str) -> None:
-    """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it."""
+def write_chats(directory: str, date: str) -> None:
+    """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it. It is ``date``."""
+    freeze(date)
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is no answer
     from .lm import stock_tokenizer
@@ -190,4 +197,4 @@ def write_chats(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    {"try": try_out, "chat": write_chats}[sys.argv[1]](sys.argv[2])
+    {"try": try_out, "chat": write_chats}[sys.argv[1]](*sys.argv[2:])

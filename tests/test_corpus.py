@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from mlx_pare import corpus, lm
+from mlx_pare import corpus, lm, overlap
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError
 
@@ -77,7 +77,7 @@ def test_split_is_disjoint_whole_and_stable():
     assert sorted(p for texts in lines.values() for p in texts) == sorted(PARAGRAPHS)
     assert 200 < len(lines["calibration"]) < 280 and 10 < len(lines["test"]) < 60
     assert corpus.split(documents, shares) == parts
-    corpus.forbid_overlap(parts)
+    overlap.forbid(parts)
 
 
 def test_split_follows_the_paragraph_not_its_place():
@@ -97,19 +97,17 @@ def test_split_follows_the_paragraph_not_its_place():
 def test_overlap_is_an_error():
     shared = "This paragraph is long enough that two texts do not share it by chance."
     with pytest.raises(PareError, match="calibration text and the test text share") as found:
-        corpus.forbid_overlap(
-            {"calibration": ["first\n" + shared], "validation": ["other"], "test": [f"  {shared} \nx"]}
-        )
+        overlap.forbid({"calibration": ["first\n" + shared], "validation": ["other"], "test": [f"  {shared} \nx"]})
     assert shared[:40] in str(found.value) and "disjoint" in found.value.cure
-    corpus.forbid_overlap({"calibration": ["Chapter 1\n" + shared], "test": ["Chapter 1\n" + shared[1:]]})
+    overlap.forbid({"calibration": ["Chapter 1\n" + shared], "test": ["Chapter 1\n" + shared[1:]]})
 
 
 def test_overlap_within_a_part_is_none():
     shared = "This paragraph is long enough that two texts do not share it by chance."
     texts = {"test one": [shared], "test two": [shared], "calibration": ["other"]}
-    corpus.forbid_overlap(texts, lambda name: name.split()[0])
+    overlap.forbid(texts, lambda name: name.split()[0])
     with pytest.raises(PareError, match="test two text and the calibration text"):
-        corpus.forbid_overlap({**texts, "calibration": [shared]}, lambda name: name.split()[0])
+        overlap.forbid({**texts, "calibration": [shared]}, lambda name: name.split()[0])
 
 
 # ---- files ----
@@ -202,8 +200,9 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "field", "says"),
     [
-        ('{"id": 1, "title": "x"}', None, 'in "text" or "messages" or "content" or "prompt" with "completion". '
-                                          'It has "id", "title": choose with --field'),
+        ('{"id": 1, "title": "x"}', None, 'in "text" or "messages" or "content" or "prompt" with "completion" or '
+                                          '"conversations" or "instruction" with "output". It has "id", "title": '
+                                          'choose with --field'),
         ("{}", None, "It has nothing"),
         ('{"prompt": "a"}', None, "has no text in"),
         ('{"prompt": "a", "completion": 3}', None, "has no text in"),

@@ -183,12 +183,12 @@ def test_nan_of_the_teacher(pico_models, tmp_path):
 
 
 def test_other_tokenizer(pico_models, tmp_path):
-    with pytest.raises(UsageError, match="tokens, the model"):
+    with pytest.raises(Refused, match=r"has another vocabulary, 600 tokens, than .*, 512 tokens"):
         evaluate(pico_models("llama"), rows(), teacher=wide(tmp_path / "wide"))
     same_size = tmp_path / "same"
     shutil.copytree(pico_models("llama"), same_size)
     (same_size / "tokenizer.json").write_text(pico.tokenizer_json("spm"), "utf-8")
-    with pytest.raises(UsageError, match="different tokenizers"):
+    with pytest.raises(Refused, match="has another tokenizer than"):
         evaluate(pico_models("llama"), rows(), teacher=same_size)
 
 
