@@ -184,7 +184,10 @@ def require_same_tokens(model: Path, other: Path) -> None:
     cure = "use a model of the same family, whose tokenizer.json is the same"
     if sizes[0] != sizes[1]:
         raise Refused(f"{other} has another vocabulary, {sizes[1]} tokens, than {model}, {sizes[0]} tokens", cure)
-    if any(checkpoint.tokenizer_files() for checkpoint in found) and not same_tokens(model, other):
+    without = [checkpoint.path for checkpoint in found if not checkpoint.tokenizer_files()]
+    if len(without) == 1:
+        raise Refused(f"{without[0]} has no tokenizer: it may be another tokenizer", "put its tokenizer files there")
+    if not without and not same_tokens(model, other):
         raise Refused(f"{other} has another tokenizer than {model}", cure)
 
 

@@ -196,7 +196,7 @@ def stability(q: Question, scratch: Path) -> dict[str, Any]:
     """
     check(q.criteria)
     if q.other is not None:
-        _same_model(q.model, q.other)
+        require_parent(q.model, q.other)
     counts = [max(1, round(share * q.rows.count)) for share in SHARES]
     parts = calibrate_in_parts(
         q.model, q.rows, [*counts, *(draw.count for draw in q.draws[:1])], scratch / "parts", q.memory_cap
@@ -325,9 +325,9 @@ def _mean(values: list[float]) -> dict[str, Any]:
 # ---- a float parent ----
 
 
-def _same_model(model: Path, other: Path) -> None:
+def require_parent(model: Path, other: Path) -> None:
     """Raises UsageError for a model of other sizes, Refused for another tokenizer."""
-    arches, cure = [Checkpoint(path).arch for path in (model, other)], "name the model that it was quantized from"
-    if len({repr((arch.sizes, arch.layers)) for arch in arches}) > 1:
-        raise UsageError(f"{other} has other sizes than {model}", cure)
     lm.require_same_tokens(model, other)
+    arches = [Checkpoint(path).arch for path in (model, other)]
+    if len({repr((arch.sizes, arch.layers)) for arch in arches}) > 1:
+        raise UsageError(f"{other} has other sizes than {model}", "name the model that it was quantized from")

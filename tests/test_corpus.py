@@ -9,7 +9,7 @@ import pytest
 
 from mlx_pare import corpus, lm, overlap
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import PareError
+from mlx_pare.errors import PareError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,39 @@ def test_digest_sees_tokens_lengths_and_shape():
         Rows(tokens.reshape(3, 4), np.array([4, 4, 3], dtype=np.int32)).digest(),
     }
     assert len(digests) == 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "says"),
+    [
+        (-np.ones((2, 8)), None, "token ids hold -1"),
+        (np.array([[1, 2], [3, -4]]), None, "token ids hold -4"),
+        (np.array([[1.5, 2.0]]), None, "token ids are not whole numbers"),
+        (np.array([[1.0, np.nan]]), None, "token ids are float64 that int32 cannot hold"),
+        (np.array([[1, 1 << 40]]), None, "token ids are int64 that int32 cannot hold"),
+        (np.array([["a"]]), None, "token ids are"),
+        (np.array([[True]]), None, "token ids are bool"),
+        (np.arange(4), None, r"token rows have the shape \[4\]"),
+        (np.zeros((2, 3, 4), int), None, r"token rows have the shape"),
+        (np.zeros((2, 3), int), [3, 4], "a row of 3 tokens has the length 4"),
+        (np.zeros((2, 3), int), [3, -1], "lengths hold -1"),
+        (np.zeros((2, 3), int), [3, 1.5], "lengths are not whole numbers"),
+        (np.zeros((2, 3), int), [3], r"rows of shape \[2, 3\] have lengths of shape \[1\]"),
+        (np.zeros((2, 3), int), [[3], [3]], "have lengths of shape"),
+    ],
+)
+def test_f12_what_token_rows_may_not_be(tokens, lengths, says):
+    with pytest.raises(UsageError, match=says):
+        _ = Rows.full(tokens) if lengths is None else Rows(tokens, np.array(lengths))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint16, np.float32, np.float64])
+def test_f12_whole_numbers_of_any_type_are_rows(kind):
+    found = Rows(np.array([[1, 2], [3, 0]], dtype=kind), np.array([2, 1], dtype=kind))
+    assert found.tokens.dtype == found.lengths.dtype == np.int32 and found.tokens.tolist() == [[1, 2], [3, 0]]
+    assert Rows.full(np.zeros((0, 4), kind)).count == 0
+    huge = Rows(np.broadcast_to(np.int32(7), (1 << 40, 4)), np.broadcast_to(np.int32(4), (1 << 40,)))
+    assert huge.count == 1 << 40  # not a byte of it was read
 
 
 PARAGRAPHS = [f"Paragraph {i} is about the number {i * i} and nothing else." for i in range(300)]
