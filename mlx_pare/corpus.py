@@ -36,8 +36,8 @@ class Rows:
                 f"token rows of shape {list(tokens.shape)} have lengths of shape {list(lengths.shape)}",
                 "tokens are [rows, length], lengths [rows]",
             )
-        if lengths.size and lengths.max() > tokens.shape[1]:
-            raise UsageError(f"a row of {tokens.shape[1]} tokens has the length {lengths.max()}")
+        if lengths.size and (most := _stored(lengths).max()) > tokens.shape[1]:
+            raise UsageError(f"a row of {tokens.shape[1]} tokens has the length {most}")
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "lengths", lengths)
 
@@ -85,7 +85,7 @@ class Rows:
 
     def require_known(self, vocabulary: int) -> None:
         """Raises UsageError for an id that a model with ``vocabulary`` rows in its embedding does not have."""
-        if self.tokens.size and (most := self.tokens.max()) >= vocabulary:
+        if self.tokens.size and (most := _stored(self.tokens).max()) >= vocabulary:
             raise UsageError(
                 f"the data holds token {most}, the model knows {vocabulary}",
                 "use the tokenizer that belongs to the model",
@@ -103,10 +103,14 @@ def _whole(values: np.ndarray, what: str) -> np.ndarray:
             raise UsageError(f"{what} are not whole numbers", "give integers")
     else:
         raise UsageError(f"{what} are {values.dtype} that int32 cannot hold", "give integers")
-    some = found[tuple(slice(None) if step else slice(1) for step in found.strides)]  # of a broadcast array one value
-    if some.size and some.min() < 0:
-        raise UsageError(f"{what} hold {some.min()}", "give numbers that are not negative")
+    if found.size and (least := _stored(found).min()) < 0:
+        raise UsageError(f"{what} hold {least}", "give numbers that are not negative")
     return found
+
+
+def _stored(values: np.ndarray) -> np.ndarray:
+    """Every value once, of an array that was broadcast: rows that are only counted have no memory of their own."""
+    return values[tuple(slice(None) if step else slice(1) for step in values.strides)]
 
 
 def read(path: Path, tokenizer: Any = None, field: str | None = None, framing: set[str] | None = None) -> list[str]:

@@ -8,38 +8,57 @@ import time
 from typing import Any
 
 
-def freeze(day: str) -> None:
-    """From here on ``datetime`` and ``time.strftime``, ``localtime`` and ``gmtime`` say midnight of a day, YYYY-MM-DD.
+class Clock:
+    """What ``datetime`` and ``time.strftime``, ``localtime`` and ``gmtime`` of this process say from here on.
 
-    To be called before anything imports these names from their modules. What measures time goes on.
+    To be made before anything imports these names from their modules. What measures time goes on.
     """
-    moment = datetime.datetime.fromisoformat(day)
 
-    class Date(datetime.date):
-        @classmethod
-        def today(cls) -> datetime.date:
-            return cls(moment.year, moment.month, moment.day)
+    def __init__(self) -> None:
+        self.set("1970-01-01")
+        self._replace_dates()
+        self._replace_times()
 
-    class DateTime(datetime.datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
-            return cls(moment.year, moment.month, moment.day, tzinfo=tz)
+    def set(self, moment: str) -> None:
+        """From here on it is ``moment``: a date, YYYY-MM-DD, which is its midnight, or a time of ISO 8601."""
+        self._now = _fields(moment)
 
-        @classmethod
-        def today(cls) -> datetime.datetime:
-            return cls.now()
+    def _replace_dates(self) -> None:
+        clock = self
 
-        @classmethod
-        def utcnow(cls) -> datetime.datetime:
-            return cls.now()
+        class Date(datetime.date):
+            @classmethod
+            def today(cls) -> datetime.date:
+                return cls(*clock._now[:3])
 
-    parts, strftime = moment.timetuple(), time.strftime
-    localtime, gmtime = time.localtime, time.gmtime
+        class DateTime(datetime.datetime):
+            @classmethod
+            def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+                return cls(*clock._now, tzinfo=tz)
 
-    def said(form: str, when: Any = parts) -> str:
-        return strftime(form, when)
+            @classmethod
+            def today(cls) -> datetime.datetime:
+                return cls.now()
 
-    datetime.date, datetime.datetime = Date, DateTime
-    time.strftime = said
-    time.localtime = lambda seconds=None: parts if seconds is None else localtime(seconds)
-    time.gmtime = lambda seconds=None: parts if seconds is None else gmtime(seconds)
+            @classmethod
+            def utcnow(cls) -> datetime.datetime:
+                return cls.now()
+
+        datetime.date, datetime.datetime = Date, DateTime
+
+    def _replace_times(self) -> None:
+        strftime, localtime, gmtime = time.strftime, time.localtime, time.gmtime
+
+        def now() -> time.struct_time:
+            return datetime.datetime.now().timetuple()
+
+        def said(form: str, when: Any = None) -> str:
+            return strftime(form, now() if when is None else when)
+
+        time.strftime = said
+        time.localtime = lambda seconds=None: now() if seconds is None else localtime(seconds)
+        time.gmtime = lambda seconds=None: now() if seconds is None else gmtime(seconds)
+
+
+def _fields(moment: str) -> tuple[int, ...]:
+    return datetime.datetime.fromisoformat(moment).timetuple()[:6]

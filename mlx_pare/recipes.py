@@ -23,14 +23,15 @@ def dated(out: Path, s: Settings) -> Settings:
     return replace(s, date=s.date or noted.get("date") or datetime.date.today().isoformat())
 
 
+def located(s: Settings) -> Settings:
+    """The settings with absolute paths: a later command may be called in another directory."""
+    there = {key: path and str(Path(path).absolute()) for key in ("test_data", "teacher") for path in [getattr(s, key)]}
+    return replace(s, data=s.data and domains.absolute(s.data), **there)
+
+
 def recipe_of(model: Path, s: Settings) -> dict[str, Any]:
-    """What is asked of a run. Paths are absolute: a later command may be called in another directory."""
-    asked = {"model": str(model.absolute()), **asdict(s)}
-    for key in ("test_data", "teacher"):
-        asked[key] = asked[key] and str(Path(asked[key]).absolute())
-    if s.data:
-        asked["data"] = domains.absolute(s.data)
-    return asked
+    """What is asked of a run, as its recipe holds it."""
+    return {"model": str(model.absolute()), **asdict(located(s))}
 
 
 def of_calibration(run: Run) -> dict[str, Any]:

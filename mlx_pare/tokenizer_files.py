@@ -24,7 +24,7 @@ from typing import Any
 from . import bounded
 from .checkpoint import TOKENIZER_FILES, read_json
 from .errors import PareError
-from .frozen_clock import freeze
+from .frozen_clock import Clock
 
 MAX_TOKENIZER = 64 << 20  # bytes of a tokenizer.json; the largest known (gemma) has 33 million
 TOKENIZER_BUDGET = 640 << 20  # bytes that reading one may take; gemma's takes 300 million
@@ -103,14 +103,22 @@ class Chats:
         except (TypeError, ValueError) as error:
             raise PareError(f"{date!r} is no date", "write it as 2026-01-31") from error
 
-    def __call__(self, messages: list[Any], tokenize: bool = False, tools: Any = None, answer: bool = False) -> str:
-        """The text of a chat; ``answer``: up to where the model's answer begins. Raises ValueError with the template's
-        own complaint, or where it reaches a limit."""
+    def __call__(
+        self,
+        messages: list[Any],
+        tokenize: bool = False,
+        tools: Any = None,
+        answer: bool = False,
+        today: datetime.datetime | None = None,
+    ) -> str:
+        """The text of a chat; ``answer``: up to where the model's answer begins; ``today``: another time than that of
+        these chats. Raises ValueError with the template's own complaint, or where it reaches a limit."""
         if tokenize:
             raise ValueError("a chat is written as text here")
         if self._process is None or self._process.poll() is not None:
             self._start()
-        question = {"messages": messages, "tools": tools, "answer": answer}
+        now = today.isoformat() if today else self.date
+        question = {"messages": messages, "tools": tools, "answer": answer, "now": now}
         found = self._answer(CHAT_SECONDS, json.dumps(question).encode() + b"\n")
         if "text" not in found:
             raise ValueError(found["error"])
@@ -118,7 +126,7 @@ class Chats:
 
     def _start(self) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(_command("chat", str(self.directory), self.date), env=_environment(), **pipes)
+        self._process = subprocess.Popen(_command("chat", str(self.directory)), env=_environment(), **pipes)
         weakref.finalize(self, _end, self._process)
         self._answer(START_SECONDS)
 
@@ -169,9 +177,9 @@ def try_out(file: str) -> None:
         found.decode(found.encode(text).ids)
 
 
-def write_chats(directory: str, date: str) -> None:
-    """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it. It is ``date``."""
-    freeze(date)
+def write_chats(directory: str) -> None:
+    """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it."""
+    clock = Clock()
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is no answer
     from .lm import stock_tokenizer
@@ -185,6 +193,7 @@ def write_chats(directory: str, date: str) -> None:
     answers.write(b"{}\n")
     for line in sys.stdin:
         chat = json.loads(line)
+        clock.set(chat["now"])
         more = {"tools": chat["tools"]} if chat["tools"] else {}
         more |= {"add_generation_prompt": True} if chat["answer"] else {}
         try:
@@ -197,4 +206,4 @@ def write_chats(directory: str, date: str) -> None:
 
 
 if __name__ == "__main__":
-    {"try": try_out, "chat": write_chats}[sys.argv[1]](*sys.argv[2:])
+    {"try": try_out, "chat": write_chats}[sys.argv[1]](sys.argv[2])

@@ -66,14 +66,16 @@ def test_case_20_a_template_is_told_the_date(model, tmp_path, template):
     written = tokenizer_files.Chats(tmp_path / "m", "2025-02-03")(CHAT)
     assert written.startswith("<|user 03 Feb 2025") and "hello" in written
     assert template is IF_GIVEN or "00:00:00" in written
-    today = tokenizer_files.Chats(tmp_path / "m")(CHAT)
-    assert datetime.date.today().strftime("%d %b %Y") in today
+    chats = tokenizer_files.Chats(tmp_path / "m")
+    assert datetime.date.today().strftime("%d %b %Y") in chats(CHAT)
+    assert "07 Jun 2031" in chats(CHAT, today=datetime.datetime(2031, 6, 7, 8, 9))
+    assert datetime.date.today().strftime("%d %b %Y") in chats(CHAT)
 
 
 def test_case_20_python_that_stands_in_for_a_template_is_told_it_too(tmp_path):
     """As mlx-lm's own templates, which are Python: they ask datetime, or time."""
     code = (
-        "from mlx_pare.frozen_clock import freeze; freeze('2025-02-03')\n"
+        "from mlx_pare.frozen_clock import Clock; Clock().set('2025-02-03')\n"
         "from datetime import date, datetime, timezone; import time\n"
         "print(datetime.now().isoformat(), datetime.now(timezone.utc).isoformat(), datetime.today().isoformat(),"
         " datetime.utcnow().isoformat(), date.today().isoformat(), time.strftime('%Y-%m-%d'),"
