@@ -156,12 +156,13 @@ def read(path: Path, tokenizer: Any = None, field: str | None = None, framing: s
 
 def _files(folder: Path) -> Iterator[Path]:
     """The files of a folder and of what is in it, in order. Hidden ones (macOS puts ._NAME beside NAME on other disks),
-    what an archive of macOS has beside them, and run directories are left out."""
-    runs = {manifest.parent for manifest in folder.rglob(MANIFEST) if is_run(manifest.parent)}
+    what an archive of macOS has beside them, run directories and pruned models are left out."""
+    ours = {manifest.parent for manifest in folder.rglob(MANIFEST) if is_run(manifest.parent)}
+    ours |= {file.parent for file in folder.rglob("survivors.json")}  # of a directory for the hub, say, with its card
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
         inside = file.relative_to(folder).parts
         hidden = any(name.startswith(".") or name == "__MACOSX" for name in inside)
-        if not hidden and not any(parent in runs for parent in file.parents):
+        if not hidden and not any(parent in ours for parent in file.parents):
             yield file
 
 

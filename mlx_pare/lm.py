@@ -142,6 +142,7 @@ def stock_tokenizer(path: Path) -> Any:
             ) from error
 
 
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 # what tokenizers differ in
 SAMPLE = "It's 3,141.59 — don't\n\n\tfor (int i = 0; i < n; ++i) { naïve Größe 日本語 🙂 }"
 
@@ -184,7 +185,7 @@ def require_same_tokens(model: Path, other: Path) -> None:
     cure = "use a model of the same family, whose tokenizer.json is the same"
     if sizes[0] != sizes[1]:
         raise Refused(f"{other} has another vocabulary, {sizes[1]} tokens, than {model}, {sizes[0]} tokens", cure)
-    without = [checkpoint.path for checkpoint in found if not checkpoint.tokenizer_files()]
+    without = [c.path for c in found if not any(file.name in VOCABULARIES for file in c.tokenizer_files())]
     if len(without) == 1:
         raise Refused(f"{without[0]} has no tokenizer: it may be another tokenizer", "put its tokenizer files there")
     if not without and not same_tokens(model, other):

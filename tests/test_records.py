@@ -194,6 +194,14 @@ def test_f09_run_directories_are_left_out(tmp_path, damaged):
         corpus.read(out)
 
 
+def test_f09_directories_for_the_hub_are_left_out(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "hub").mkdir()
+    for name in ("README.md", "merges.txt", "survivors.json"):
+        (tmp_path / "hub" / name).write_text("a card")
+    assert corpus.read(tmp_path) == ["text"]
+
+
 def test_f09_a_manifest_of_something_else_is_no_run(tmp_path):
     (tmp_path / "manifest.json").write_text('{"name": "an app"}')
     (tmp_path / "a.txt").write_text("text")
