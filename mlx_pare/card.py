@@ -11,7 +11,7 @@ from .artifacts import CONTENDERS
 from .checkpoint import Checkpoint
 from .console import gb
 from .licence import licence_name
-from .rundir import Manifest
+from .manifest import Manifest
 from .verdict import metrics, reconstructed, verdict
 
 MADE = {"recovered": "recover", "pruned": "prune"}  # contender -> step whose model it is

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,7 +127,7 @@ def calibrate_command(
 
     The criterion only decides whether more is measured: taylor and taylor2 need gradients, iterative contributions.
     """
-    from . import named, steps
+    from . import recipes, steps
     from .checkpoint import Checkpoint
 
     steps.criterion(criterion)  # a wrong name must not leave a run directory behind
@@ -135,12 +135,15 @@ def calibrate_command(
         data=data, test_data=test_data, samples=samples, length=length, memory_cap=memory_cap, seed=seed,
         criterion=criterion, field=field,
     )  # fmt: skip
+    s = recipes.dated(out, s)
     Checkpoint(model)
     texts = steps.Texts(model, s)
     _ = texts.calibration  # nor may a wrong text: the recipe of a run is kept
     with steps.open_run(model, out) as run:
-        run.write_recipe({"model": named.written(model), **asdict(s)}, replace=False)
+        if "calibrate" not in run.manifest.steps:
+            run.write_recipe(recipes.recipe_of(model, s), replace=False)
         stats = steps.calibrate_step(run, texts, s)
+        recipes.write(run, model, s)  # the same text may lie elsewhere now
     console.say(f"statistics: {stats}")
     return {"stats": str(stats)}
 
@@ -182,7 +185,7 @@ def plan_command(
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Choose what to keep for a target; plan.json may be edited before `prune`."""
-    from . import pipeline, planning, steps
+    from . import pipeline, planning, recipes, steps
     from .arch import cut
     from .artifacts import Plan
     from .checkpoint import Checkpoint
@@ -196,8 +199,8 @@ def plan_command(
     with steps.continue_run(run) as opened:
         if dry_run:
             return show.show_shape(pipeline.shape_of(opened.model, planning.with_possible_axes(opened.model, s)))
-        s = planning.settled(opened.model, replace(s, **steps.of_calibration(opened), memory_cap=s.memory_cap))
-        path = planning.plan_step(opened, steps.Texts(opened.model, s), s)
+        s = planning.settled(opened.model, replace(s, **recipes.of_calibration(opened), memory_cap=s.memory_cap))
+        path = planning.plan_step(opened, recipes.texts_of(opened, s), s)
         plan, arch = Plan.load(path), Checkpoint(opened.model).arch
     made, found = plan.model_dump(), runtimes_of(cut(arch, plan.keep(arch)))
     console.say(f"plan: {path}")
@@ -233,15 +236,15 @@ def stability_command(
 
     For the sizes of the run's plan, on parts of its calibration text that share no row; test text is only measured on.
     """
-    from . import stability, steps
+    from . import recipes, stability, steps
     from .artifacts import Arrays
     from .checkpoint import read_json
 
     with steps.continue_run(run) as opened:
-        s = settings_of(**steps.of_calibration(opened), memory_cap=memory_cap, reconstruct=not no_reconstruct)
+        s = settings_of(**recipes.of_calibration(opened), memory_cap=memory_cap, reconstruct=not no_reconstruct)
         own = Arrays.described(opened.output("score", "scores.safetensors"), "scores")["criterion"]
         names = [name.strip() for name in (criterion or own).split(",") if name.strip()]
-        texts = steps.Texts(opened.model, s)
+        texts = recipes.texts_of(opened, s)
         path = stability.stability_step(opened, texts, s, names, draws, against, measure)
     found = read_json(path, "stability")
     show.show_stability(found)
@@ -254,11 +257,11 @@ def reconstruct_command(run: RunDir, memory_cap: Cap = None) -> dict[str, Any]:
 
     Streams the calibration text of the run once more. With criterion obs it also chooses the units.
     """
-    from . import steps
+    from . import recipes, steps
 
     with steps.continue_run(run) as opened:
-        s = settings_of(**steps.of_calibration(opened), memory_cap=memory_cap)
-        repair = steps.reconstruct_step(opened, steps.Texts(opened.model, s), s)
+        s = settings_of(**recipes.of_calibration(opened), memory_cap=memory_cap)
+        repair = steps.reconstruct_step(opened, recipes.texts_of(opened, s), s)
     console.say(f"repair: {repair}")
     return {"repair": None if repair is None else str(repair)}
 
@@ -316,7 +319,7 @@ def recover_command(
     Trains on the text of the run's calibration, in rows of the same length, unless --data names another. Killed, the
     same command continues. Under mlx.launch the processes share the rows of every batch.
     """
-    from . import ranks, steps
+    from . import ranks, recipes, steps, text_record
 
     first = ranks.this()[0] == 0
     if not first:
@@ -331,11 +334,14 @@ def recover_command(
             grad_checkpoint=grad_checkpoint, mix=mix, on_policy=on_policy, teacher=teacher and str(teacher),
             data=data or before.get("data"), test_data=test_data or before.get("test_data"),
             length=before.get("length", 512), memory_cap=memory_cap, seed=seed,
-            field=field or (None if data else before.get("field")),
+            field=field or (None if data else before.get("field")), date=before.get("date"),
         )  # fmt: skip
-        texts = steps.Texts(opened.model, s)
-        if data:
-            texts.apart_from(steps.Texts(opened.model, settings_of(**steps.of_calibration(opened))))
+        begun = recipes.texts_of(opened)
+        text_record.check(opened, begun)
+        texts = begun.asking(s)
+        if data or test_data or field:
+            texts = steps.Texts(opened.model, s)
+            texts.apart_from(begun)
         model = steps.recover_step(opened, texts, s)
     console.say(f"model: {model}")
     return {"model": str(model)}

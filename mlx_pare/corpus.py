@@ -1,22 +1,25 @@
-"""Text into token rows: files and folders, windows, splits by hash. Overlap is an error."""
+"""Text into token rows: files and folders, windows, splits by hash."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import bounded, console
-from .errors import PareError
+from . import console
+from .errors import PareError, UsageError
+from .manifest import is_run
+from .records import LINES, PLAIN, Reader
+from .rundir import MANIFEST
 
-SUFFIXES = (".txt", ".md", ".jsonl")
-KINDS = {"text": str, "messages": list, "content": str}  # what a record holds its text in, when nobody says: the first
+SUFFIXES = (*PLAIN, *LINES)  # of files that are read in a folder
+WHAT_TO_GIVE = "give a .txt, .md or .jsonl file, or a folder of them"
 MANY_DOCUMENTS = 20  # from here on a document is the unit of a split, below that a paragraph
-OVERLAP_CHARS = 60  # shorter paragraphs (headings, "Yes.") may stand in two texts by chance
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,25 @@ class Rows:
     tokens: np.ndarray
     lengths: np.ndarray
 
+    def __post_init__(self) -> None:
+        """Raises UsageError for what cannot be token rows."""
+        tokens, lengths = (_whole(of, what) for of, what in ((self.tokens, "token ids"), (self.lengths, "lengths")))
+        if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
+            raise UsageError(
+                f"token rows of shape {list(tokens.shape)} have lengths of shape {list(lengths.shape)}",
+                "tokens are [rows, length], lengths [rows]",
+            )
+        if lengths.size and (most := _stored(lengths).max()) > tokens.shape[1]:
+            raise UsageError(f"a row of {tokens.shape[1]} tokens has the length {most}")
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "lengths", lengths)
+
     @classmethod
     def full(cls, tokens: np.ndarray) -> Rows:
         """Rows without padding."""
-        tokens = np.ascontiguousarray(tokens, dtype=np.int32)
+        tokens = np.ascontiguousarray(tokens)
+        if tokens.ndim != 2:
+            raise UsageError(f"token rows have the shape {list(tokens.shape)}", "tokens are [rows, length]")
         return cls(tokens, np.full(len(tokens), tokens.shape[1], dtype=np.int32))
 
     def joined(self, other: Rows) -> Rows:
@@ -66,89 +84,87 @@ class Rows:
         """bool [rows, length]: which positions hold text."""
         return np.arange(self.length)[None, :] < self.lengths[:, None]
 
-
-def read(path: Path, tokenizer: Any = None, field: str | None = None) -> list[str]:
-    """The documents of a file or folder: .txt and .md hold one each, .jsonl one a line.
-
-    A record's text is its ``field`` (of several, separated by commas, the first it has): text, or a list of chat
-    messages. Without one it is "text", "messages", "content", or "prompt" with "completion"; chats are written by the
-    tokenizer's template. What is left out because it is empty or of another kind is counted in one line.
-    Raises PareError when nothing can be read there, naming file and line of a record that cannot.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise PareError(f"no text at {path}", "give a .txt, .md or .jsonl file, or a folder of them")
-    there = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    files = there if path.is_file() else [f for f in there if f.suffix in SUFFIXES]
-    found = [each for f in files for each in _documents(f, tokenizer, field)]
-    documents = [text for _, text in found if text.strip()]
-    if not documents:
-        raise PareError(f"{path} holds no text", f"files read are {', '.join(SUFFIXES)}")
-    empty = [where for where, text in found if not text.strip()]
-    other = [str(f) for f in there if f.suffix not in SUFFIXES and not f.name.startswith(".") and f != path]
-    left = [f"{len(of)} {what} (first {of[0]})" for what, of in (("empty", empty), ("of another kind", other)) if of]
-    if left:
-        console.say(f"{path}: {len(documents)} documents; left out: {', '.join(left)}")
-    return documents
+    def require_known(self, vocabulary: int) -> None:
+        """Raises UsageError for an id that a model with ``vocabulary`` rows in its embedding does not have."""
+        if self.tokens.size and (most := _stored(self.tokens).max()) >= vocabulary:
+            raise UsageError(
+                f"the data holds token {most}, the model knows {vocabulary}",
+                "use the tokenizer that belongs to the model",
+            )
 
 
-def _documents(file: Path, tokenizer: Any, field: str | None) -> list[tuple[str, str]]:
-    """(where, text) of everything in a file, empty ones too."""
-    try:
-        text = file.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PareError(f"{file} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise PareError(f"cannot read {file}: {error.strerror}") from error
-    if file.suffix != ".jsonl":
-        return [(str(file), text)]
-    lines = text.split("\n")  # not splitlines: JSON strings may hold other separators
-    places = [(f"{file} line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-    found = [(where, _record(line, where, tokenizer, field)) for where, line in places]
-    for where, text in found:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can hold a lone surrogate
-            raise PareError(f"{where} holds half a character, {text[error.start]!r}, which is no text") from error
+def _whole(values: np.ndarray, what: str) -> np.ndarray:
+    """int32 of an array of whole numbers that are not negative. Raises UsageError for others."""
+    values = np.asarray(values)
+    if values.dtype == np.int32:
+        found = values
+    elif values.dtype.kind in "iuf" and np.isfinite(values).all() and (abs(values) < 1 << 31).all():
+        found = values.astype(np.int32)
+        if (found != values).any():
+            raise UsageError(f"{what} are not whole numbers", "give integers")
+    else:
+        raise UsageError(f"{what} are {values.dtype} that int32 cannot hold", "give integers")
+    if found.size and (least := _stored(found).min()) < 0:
+        raise UsageError(f"{what} hold {least}", "give numbers that are not negative")
     return found
 
 
-def _record(line: str, where: str, tokenizer: Any, field: str | None) -> str:
-    """The text of a record; "" where the field that should hold it is null or has no messages."""
-    try:
-        record = bounded.loads(line)
-    except ValueError as error:
-        raise PareError(f"{where} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise PareError(f"{where} is no record but {line.strip()[:20]!r}", 'write {"text": "..."}')
-    kinds = KINDS if field is None else {name.strip(): (str, list) for name in field.split(",")}
-    for name, kind in kinds.items():
-        if isinstance(value := record.get(name), kind):
-            return value if isinstance(value, str) else _chat(value, record, where, tokenizer)
-    pair = record.get("prompt"), record.get("completion")
-    if field is None and all(isinstance(side, str) for side in pair):  # as mlx-lm's CompletionsDataset reads them
-        turns = [{"role": role, "content": side} for role, side in zip(("user", "assistant"), pair, strict=True)]
-        return _chat(turns, record, where, tokenizer)
-    if any(name in record and record[name] is None for name in kinds):
-        return ""
-    wanted = " or ".join(f'"{name}"' for name in kinds) + (' or "prompt" with "completion"' if field is None else "")
-    has = ", ".join(f'"{name}"' for name in list(record)[:8]) or "nothing"
-    raise PareError(f"{where} has no text in {wanted}", f"it has {has}: choose with --field")
+def _stored(values: np.ndarray) -> np.ndarray:
+    """Every value once, of an array that was broadcast: rows that are only counted have no memory of their own."""
+    return values[tuple(slice(None) if step else slice(1) for step in values.strides)]
 
 
-def _chat(messages: list, record: dict[str, Any], where: str, tokenizer: Any) -> str:
-    """Messages as the tokenizer's template writes them, with the record's tools, as mlx-lm's ChatDataset does."""
-    if not messages:
-        return ""
-    if tokenizer is None:
-        raise PareError(f"{where} is a chat, which only a tokenizer with a chat template can write")
-    tools = {"tools": record["tools"]} if record.get("tools") else {}
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **tools)
-    except Exception as error:  # templates are programs of their own
-        raise PareError(
-            f"{where}: the tokenizer cannot write this chat: {error}", "choose a field that holds text with --field"
-        ) from error
+def read(path: Path, tokenizer: Any = None, field: str | None = None, framing: set[str] | None = None) -> list[str]:
+    """The documents of a file or folder: one of a .txt or .md file, one of each record of a .jsonl or .ndjson file.
+
+    A file that is named may also be a list of records (.json), a table (.csv, .tsv), or plain text of any ending. In a
+    folder these are left out, as are hidden files and run directories.
+
+    Args:
+        path: A file or a folder.
+        tokenizer: Writes chats by its template.
+        field: Names that may hold a record's text, separated by commas: the first that it has. Default: "text",
+            "messages", "content", "prompt" with "completion", "conversations", or "instruction" with "output".
+        framing: Takes the lines of chats that no speaker wrote (see records.Reader).
+
+    Returns:
+        Documents with text. What is left out because it is empty or of another kind is counted in one line.
+
+    Raises:
+        PareError: Nothing can be read there, or a record cannot; file and line are named.
+    """
+    path, reader = Path(path), Reader(tokenizer, field)
+    if not path.exists():
+        raise PareError(f"no text at {path}", WHAT_TO_GIVE)
+    if path.is_dir() and is_run(path):
+        raise PareError(f"{path} is a run directory, which mlx-pare wrote itself", "name the text it was made with")
+    there = [path] if path.is_file() else list(_files(path))
+    files = there if path.is_file() else [f for f in there if f.suffix.lower() in SUFFIXES]
+    found = [each for f in files for each in reader.documents(f)]
+    documents = [text for _, text in found if text.strip()]
+    other = [str(f) for f in there if f.suffix.lower() not in SUFFIXES and f != path]
+    if not documents:
+        named = f" ({len(other)} of another kind, first {other[0]})" if other else ""
+        raise PareError(f"{path} holds no text{named}", f"{WHAT_TO_GIVE}; a .json or .csv file must be named itself")
+    empty = [where for where, text in found if not text.strip()]
+    left = [f"{len(of)} {what} (first {of[0]})" for what, of in (("empty", empty), ("of another kind", other)) if of]
+    if left:
+        console.say(f"{path}: {len(documents)} documents; left out: {', '.join(left)}")
+    if framing is not None:
+        framing |= reader.framing
+    return documents
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of what is in it, in order. Hidden ones (macOS puts ._NAME beside NAME on other disks),
+    what an archive of macOS has beside them, run directories and pruned models are left out."""
+    ours = {manifest.parent for manifest in folder.rglob(MANIFEST) if is_run(manifest.parent)}
+    ours |= {file.parent for file in folder.rglob("survivors.json")}  # of a directory for the hub, say, with its card
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        inside = file.relative_to(folder).parts
+        hidden = any(name.startswith(".") or name == "__MACOSX" for name in inside)
+        if not hidden and not any(parent in ours for parent in file.parents):
+            yield file
 
 
 def _encoded(tokenizer: Any, text: str, **how: Any) -> list[int]:
@@ -163,6 +179,37 @@ def _encoded(tokenizer: Any, text: str, **how: Any) -> list[int]:
         ) from error
 
 
+def _begins(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself begins every text with BOS."""
+    return (bos := tokenizer.bos_token_id) is not None and _encoded(tokenizer, "a")[:1] == [bos]
+
+
+def _text_tokens(tokenizer: Any, length: int) -> int:
+    """How many tokens of a row of ``length`` are text."""
+    return length - 1 if _begins(tokenizer) else length
+
+
+def token_ids(tokenizer: Any, documents: Sequence[str]) -> Iterator[list[int]]:
+    """The ids of each document, after BOS unless every row begins with one."""
+    bos, every_row = tokenizer.bos_token_id, _begins(tokenizer)
+    for document in documents:
+        encoded = _encoded(tokenizer, document, add_special_tokens=False, verbose=False)
+        yield encoded if bos is None or every_row or encoded[:1] == [bos] else [bos, *encoded]
+
+
+def enough(tokenizer: Any, documents: Sequence[str], length: int) -> bool:
+    """Whether the documents make one row of ``length`` tokens; no more of them is read than that takes."""
+    found, needed = 0, _text_tokens(tokenizer, length)
+    return any((found := found + len(ids)) >= needed for ids in token_ids(tokenizer, documents))
+
+
+def row_chars(tokenizer: Any, documents: Sequence[str], length: int) -> int:
+    """Characters that certainly make one row of ``length`` tokens, by a sample of the documents."""
+    some = [text[at : at + 1000] for text in documents[:: len(documents) // 16 + 1] for at in (0, len(text) // 2)]
+    ids = sum(map(len, token_ids(tokenizer, some)))
+    return max(1, math.ceil(1.25 * length * sum(map(len, some)) / max(1, ids)))
+
+
 def windows(
     tokenizer: Any, documents: Sequence[str], length: int, count: int | None = None, seed: int | None = None
 ) -> Rows:
@@ -172,19 +219,13 @@ def windows(
     expects. The first ``count`` windows, or with a ``seed`` a random choice in the order of the text; all there are
     when the text is shorter. Raises PareError when there is not one whole window.
     """
-    bos = tokenizer.bos_token_id
-    every_window = bos is not None and _encoded(tokenizer, "a")[:1] == [bos]
-    ids: list[int] = []
-    for document in documents:
-        encoded = _encoded(tokenizer, document, add_special_tokens=False, verbose=False)
-        ids += [] if bos is None or every_window or encoded[:1] == [bos] else [bos]
-        ids += encoded
-    text = length - 1 if every_window else length
+    bos, text = tokenizer.bos_token_id, _text_tokens(tokenizer, length)
+    ids = [token for document in token_ids(tokenizer, documents) for token in document]
     whole = len(ids) // text
     if whole == 0:
         raise PareError(f"the text has {len(ids)} tokens, one row needs {text}", "give more text or a smaller --length")
     rows = np.asarray(ids[: whole * text], dtype=np.int32).reshape(whole, text)
-    if every_window:
+    if text < length:
         rows = np.concatenate([np.full((whole, 1), bos, dtype=np.int32), rows], axis=1)
     if count is not None and count < whole:
         chosen = range(count) if seed is None else np.sort(np.random.RandomState(seed).permutation(whole)[:count])
@@ -202,11 +243,10 @@ def split(documents: Sequence[str], parts: dict[str, int]) -> dict[str, list[str
         total += share
         bounds[name] = total
     divided: dict[str, list[str]] = {name: [] for name in parts}
-    many = len(documents) >= MANY_DOCUMENTS
     for document in documents:
-        separator, units = ("", [document]) if many else paragraphs(document)
+        separator, of_document = units(document, len(documents))
         pieces: dict[str, list[str]] = {name: [] for name in parts}
-        for unit in units:
+        for unit in of_document:
             bucket = int.from_bytes(hashlib.sha256(unit.strip().encode()).digest()[:8]) % total
             pieces[next(n for n, bound in bounds.items() if bucket < bound)].append(unit)
         for name, chosen in pieces.items():
@@ -215,24 +255,12 @@ def split(documents: Sequence[str], parts: dict[str, int]) -> dict[str, list[str
     return divided
 
 
+def units(document: str, documents: int) -> tuple[str, list[str]]:
+    """(separator, units) of a document that is one of so many: itself, or its paragraphs."""
+    return ("", [document]) if documents >= MANY_DOCUMENTS else paragraphs(document)
+
+
 def paragraphs(document: str) -> tuple[str, list[str]]:
     """(separator, units): paragraphs between blank lines; lines where the text has one paragraph a line."""
     separator = "\n\n" if "\n\n" in document.strip() else "\n"
     return separator, [unit for unit in document.split(separator) if unit.strip()]
-
-
-def forbid_overlap(texts: dict[str, Sequence[str]], part: Callable[[str], str] = str) -> None:
-    """Raises PareError when two named texts share a paragraph: a score on seen text flatters.
-
-    ``part`` of a name: texts of the same part may share."""
-    seen: dict[str, str] = {}
-    for name, documents in texts.items():
-        lines = (line.strip() for document in documents for line in document.split("\n"))
-        own = dict.fromkeys(line for line in lines if len(line) >= OVERLAP_CHARS)  # in order: the first is named
-        for paragraph in own:
-            if paragraph in seen and part(seen[paragraph]) != part(name):
-                raise PareError(
-                    f"the {seen[paragraph]} text and the {name} text share the paragraph {paragraph[:50]!r}...",
-                    "they must be disjoint: take it out of one of them",
-                )
-        seen.update(dict.fromkeys(own, name))

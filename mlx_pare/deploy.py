@@ -16,8 +16,8 @@ from .clone import clone
 from .errors import PareError, UsageError
 from .fit.gguf_mix import GROUP_OF
 from .licence import licence_file
+from .manifest import Manifest
 from .packing import BITS, Packing
-from .rundir import Manifest
 from .shards import copy_tokenizer
 
 MORE_BITS = {2: 6, 3: 6, 4: 6, 5: 8, 6: 8}  # of --mixed, as mlx-lm's own recipes go on

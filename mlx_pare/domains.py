@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from . import corpus
+from . import corpus, overlap
 from .corpus import Rows
+from .dividing import divide
 from .errors import PareError, UsageError
 
 SHARES = {"calibration": 80, "validation": 10, "test": 10}  # of a text that the user gives, by paragraph
@@ -43,6 +44,23 @@ def parse(text: str) -> Spec:
     What exists as it was given is a path, whatever it holds of ":" and "=". Raises UsageError for a wrong name or
     weight, PareError when there is nothing.
     """
+    name, path, weight = _reading(text)
+    return Spec(name or _name(Path(path)), Path(path), 1.0 if weight is None else float(weight))
+
+
+def absolute(data: str | Sequence[str]) -> str | list[str]:
+    """What --data says, one text or several, with absolute paths. Raises as ``parse``."""
+    if not isinstance(data, str | Path):
+        return [absolute(one) for one in data]
+    name, path, weight = _reading(str(data))
+    if os.path.isabs(path):
+        return str(data)
+    named, weighted = "" if name is None else f"{name}=", "" if weight is None else f":{weight}"
+    return f"{named}{Path(path).absolute()}{weighted}"
+
+
+def _reading(text: str) -> tuple[str | None, str, str | None]:
+    """(name, path, weight) as they were written."""
     head, _, weight = text.rpartition(":")
     name, _, rest = text.partition("=")
     readings = [(None, text, None), (None, head, weight), (name, rest, None)]
@@ -51,14 +69,11 @@ def parse(text: str) -> Spec:
     wrong = {reading: _wrong(reading, text) for reading in there}
     for reading in there:
         if wrong[reading] is None:
-            name, path, weight = reading
-            return Spec(name or _name(Path(path)), Path(path), 1.0 if weight is None else float(weight))
+            return reading
     if there:
         raise wrong[there[0]]
     plain = [reading[1] for reading in readings if reading[1] and not _wrong(reading, text)]
-    raise PareError(
-        f"no text at {plain[-1] if plain else repr(text)}", "give a .txt, .md or .jsonl file, or a folder of them"
-    )
+    raise PareError(f"no text at {plain[-1] if plain else repr(text)}", corpus.WHAT_TO_GIVE)
 
 
 def _wrong(reading: tuple[str | None, str, str | None], text: str) -> UsageError | None:
@@ -94,35 +109,58 @@ def parse_all(texts: str | Path | Sequence[str]) -> list[Spec]:
     return specs
 
 
-def read_domains(specs: Sequence[Spec], tokenizer: Any = None, field: str | None = None) -> dict[str, list[str]]:
+def read_domains(
+    specs: Sequence[Spec], tokenizer: Any = None, field: str | None = None, framing: set[str] | None = None
+) -> dict[str, list[str]]:
     """Domain -> its documents. Raises PareError as ``corpus.read``."""
-    return {spec.name: corpus.read(spec.path, tokenizer, field) for spec in specs}
+    return {spec.name: corpus.read(spec.path, tokenizer, field, framing) for spec in specs}
 
 
 def read_parts(
-    specs: Sequence[Spec], test: Path | None, tokenizer: Any = None, field: str | None = None
-) -> dict[str, dict[str, list[str]]]:
-    """Part ("calibration", "validation", "test") -> domain -> documents.
+    specs: Sequence[Spec], test: Path | None, tokenizer: Any = None, field: str | None = None,
+    length: int | None = None, framing: set[str] | None = None,
+) -> dict[str, dict[str, list[str]]]:  # fmt: skip
+    """Read domains and divide each by itself, so that it is in each part. No two parts share text.
 
-    Every domain is divided by itself, by the hash of its units, so that it is in each part; the test part is the text
-    at ``test`` where there is one. Raises PareError for what cannot be read, or when two parts share a paragraph.
+    Args:
+        specs: The domains.
+        test: The text of the test part; None: a share of every domain.
+        tokenizer: Writes chats, and tells how long texts are.
+        field: As ``corpus.read`` takes it.
+        length: Tokens of a row. Every part of a domain gets one row if its text allows it.
+        framing: Takes the lines of chats that no speaker wrote.
+
+    Returns:
+        Part ("calibration", "validation", "test") -> domain -> documents.
+
+    Raises:
+        PareError: A text cannot be read, or two parts overlap.
     """
-    shares = SHARES if test is None else HELD
-    found = read_domains(specs, tokenizer, field)
-    divided = {name: corpus.split(of, shares) for name, of in found.items()}
+    shares, framing = SHARES if test is None else HELD, set() if framing is None else framing
+    divided = {
+        name: _divided(of, shares, tokenizer, length)
+        for name, of in read_domains(specs, tokenizer, field, framing).items()
+    }
     parts = {part: {name: of[part] for name, of in divided.items()} for part in shares}
     if test is not None:
-        parts["test"] = {_name(test): corpus.read(test, tokenizer, field)}
-    forbid_overlap(parts)
+        parts["test"] = {_name(test): corpus.read(test, tokenizer, field, framing)}
+    forbid_overlap(parts, framing)
     return parts
 
 
-def forbid_overlap(parts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
-    """Raises PareError when two parts share a paragraph, be it in different domains; within a part they may."""
+def _divided(documents: list[str], shares: dict[str, int], tokenizer: Any, length: int | None) -> dict[str, list[str]]:
+    if length is None:
+        return divide(documents, shares)
+    row = corpus.row_chars(tokenizer, documents, length)
+    return divide(documents, shares, lambda part: corpus.enough(tokenizer, part, length), row)
+
+
+def forbid_overlap(parts: Mapping[str, Mapping[str, Sequence[str]]], framing: Collection[str] = frozenset()) -> None:
+    """Raises PareError when two parts overlap, be it in different domains; within a part they may."""
     labels = {
         (part if len(of) == 1 else f"{part} ({name})"): (part, of[name]) for part, of in parts.items() for name in of
     }
-    corpus.forbid_overlap({label: of for label, (_, of) in labels.items()}, lambda label: labels[label][0])
+    overlap.forbid({label: of for label, (_, of) in labels.items()}, lambda label: labels[label][0], framing)
 
 
 # ---- rows of all domains ----
@@ -175,15 +213,19 @@ def windows(
 ) -> Domains:  # fmt: skip
     """Domain -> documents of a part as rows of ``length`` tokens, mixed as ``mix`` says; a domain that has no weight
     has 1. Raises PareError where a domain has not one row, naming it and the part."""
-    found, where = {}, part
-    try:
-        for name, of in documents.items():
-            where = part if len(documents) == 1 else f"{part} of {name}"
+    found: dict[str, Rows] = {}
+    for name, of in documents.items():
+        try:
             found[name] = corpus.windows(tokenizer, of, length)
-        where = part
+        except PareError as error:
+            where = part if len(documents) == 1 else f"{part} of {name}"
+            raise PareError(
+                f"{where}: {error.problem}", f"{error.cure}: calibration, validation and test take a row each"
+            ) from error
+    try:
         return mix(found, {name: weights.get(name, 1.0) for name in found}, count, seed)
     except PareError as error:
-        raise PareError(f"{where}: {error.problem}", error.cure) from error
+        raise PareError(f"{part}: {error.problem}", error.cure) from error
 
 
 def mix(

@@ -31,18 +31,18 @@ def evaluate(
 
     perplexity = exp(mean NLL); its standard error comes from the spread between rows (tokens of one row are not
     independent). bits_per_byte = NLL / ln 2 / UTF-8 bytes of the predicted text, which compares across tokenizers.
-    Raises UsageError for a teacher with another tokenizer and for too short a text, PareError when a model answers NaN.
+    It is None for a text of special tokens only. Raises Refused for a teacher with another tokenizer, UsageError for
+    too short a text, PareError when a model answers NaN.
     """
     model, teacher = opened(model), None if teacher is None else opened(teacher)
     checkpoint = Checkpoint(model)
     spooled = stream.must_spool(checkpoint, rows, memory_cap)
     if teacher is not None:
-        _same_tokenizer(checkpoint, Checkpoint(teacher))
+        lm.require_same_tokens(model, teacher)
         kept = rows.count * rows.length * checkpoint.arch.sizes["hidden"] * 4  # the student's, while the teacher runs
         head = stream.head_bytes(checkpoint)
         spooled = stream.must_spool(Checkpoint(teacher), rows, memory_cap, head, kept) or spooled
-    if rows.tokens.max() >= checkpoint.arch.sizes["vocab"]:
-        raise UsageError(f"the data holds token {rows.tokens.max()}, the model knows {checkpoint.arch.sizes['vocab']}")
+    rows.require_known(checkpoint.arch.sizes["vocab"])
     predicted = np.maximum(rows.lengths - 1, 0)
     if predicted.sum() < 2:
         raise UsageError(f"{rows.total} tokens are too little to measure", "give more text or a larger --length")
@@ -65,7 +65,7 @@ def evaluate(
         length=rows.length,
         perplexity=perplexity,
         perplexity_stderr=perplexity * _error(windows),
-        bits_per_byte=nll * int(predicted.sum()) / math.log(2) / _bytes(rows, tokenizer) if tokenizer else None,
+        bits_per_byte=nll * int(predicted.sum()) / math.log(2) / size if (size := _bytes(rows, tokenizer)) else None,
         **_against(found),
         window_nll=[float(window.mean()) for window in windows if len(window)],
     )
@@ -91,21 +91,10 @@ def _against(found: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _bytes(rows: Rows, tokenizer: Any) -> int:
+    """UTF-8 bytes of the predicted text; 0 without a tokenizer, and for a text of special tokens only."""
+    if tokenizer is None:
+        return 0
     return sum(
         len(tokenizer.decode(row[1:n].tolist(), skip_special_tokens=True).encode())
         for row, n in zip(rows.tokens, rows.lengths, strict=True)
     )
-
-
-def _same_tokenizer(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Logits can only be compared id by id when both models mean the same tokens."""
-    if student.arch.sizes["vocab"] != teacher.arch.sizes["vocab"]:
-        raise UsageError(
-            f"the teacher has {teacher.arch.sizes['vocab']} tokens, the model {student.arch.sizes['vocab']}"
-        )
-    files = [c.path / "tokenizer.json" for c in (student, teacher)]
-    if all(f.exists() for f in files) and not lm.same_tokens(student.path, teacher.path):
-        raise UsageError(
-            f"{student.path} and {teacher.path} have different tokenizers",
-            "the teacher must share the student's tokenizer",
-        )

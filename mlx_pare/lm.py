@@ -24,8 +24,8 @@ import mlx.nn as nn
 
 from . import tokenizer_files
 from .arch import both_rope_spellings
-from .checkpoint import read_headers, read_json
-from .errors import PareError, Unsupported
+from .checkpoint import Checkpoint, read_headers, read_json
+from .errors import PareError, Refused, Unsupported
 from .opened import opened
 from .packing import Packing
 from .stock_path import plain, require_text
@@ -106,13 +106,21 @@ def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
     return model
 
 
-def tokenizer(path: Path) -> Any:
-    """mlx-lm's wrapper around the directory's tokenizer, which was tried before, and writes chats in a process of its
-    own (tokenizer_files.py). Raises PareError for files that are damaged, want code to be run, or are beyond bounds."""
+def tokenizer(path: Path, date: str | None = None) -> Any:
+    """mlx-lm's wrapper around a directory's tokenizer. Another process tries the files first, and writes chats
+    (tokenizer_files.py).
+
+    Args:
+        path: The model directory.
+        date: The day, YYYY-MM-DD, that chat templates are told. Default: today.
+
+    Raises:
+        PareError: The files are damaged, want code to be run, or are beyond bounds.
+    """
     require_text(path := opened(path))
     tokenizer_files.check(path)
     found = stock_tokenizer(path)
-    found.apply_chat_template = tokenizer_files.Chats(path)
+    found.apply_chat_template = tokenizer_files.Chats(path, date)
     return found
 
 
@@ -135,6 +143,7 @@ def stock_tokenizer(path: Path) -> Any:
             ) from error
 
 
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 # what tokenizers differ in
 SAMPLE = "It's 3,141.59 — don't\n\n\tfor (int i = 0; i < n; ++i) { naïve Größe 日本語 🙂 }"
 
@@ -168,6 +177,21 @@ def same_tokens(one: Path, other: Path) -> bool:
         return True
     a, b = tokenizer(one), tokenizer(other)
     return a.get_vocab() == b.get_vocab() and a.encode(SAMPLE) == b.encode(SAMPLE)
+
+
+def require_same_tokens(model: Path, other: Path) -> None:
+    """Raises Refused when two models read a text as different tokens, or know different numbers of them: what one says
+    of a token then means nothing to the other. Without tokenizer files on both sides only the numbers are compared."""
+    found = [Checkpoint(path) for path in (model, other)]
+    sizes = [checkpoint.arch.sizes["vocab"] for checkpoint in found]
+    cure = "use a model of the same family, whose tokenizer.json is the same"
+    if sizes[0] != sizes[1]:
+        raise Refused(f"{other} has another vocabulary, {sizes[1]} tokens, than {model}, {sizes[0]} tokens", cure)
+    without = [c.path for c in found if not any(file.name in VOCABULARIES for file in c.tokenizer_files())]
+    if len(without) == 1:
+        raise Refused(f"{without[0]} has no tokenizer: it may be another tokenizer", "put its tokenizer files there")
+    if not without and not same_tokens(model, other):
+        raise Refused(f"{other} has another tokenizer than {model}", cure)
 
 
 def body(model: nn.Module) -> nn.Module:

@@ -9,13 +9,13 @@ With a schedule the steps up to recover are done once for every stage, each in a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import console, corpus, gguf_quantize, named, planning, schedule, steps
+from . import console, corpus, gguf_quantize, planning, recipes, schedule, steps
 from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint, read_json
@@ -51,12 +51,12 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
     """
     out, settings = Path(out), _with_teacher(settings)
     model = model_of(model, out)
-    s = affordable(model, planning.with_possible_axes(model, settings))
+    s = affordable(model, planning.with_possible_axes(model, recipes.dated(out, settings)))
     preflight(model, s)
     s = planning.settled(model, s, planning.begun(out / schedule.name_of(1) if s.stages else out))
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
-    asked = {"model": named.written(model), **asdict(s)}
+    asked = recipes.recipe_of(model, s)
     with steps.open_run(model, out) as opened:
         schedule.agree(opened, s)
         opened.write_recipe(asked, replace=False)
@@ -118,7 +118,7 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
         console.say(f"{stage.name} of {len(s.stages)}: to {stage.share:g} of the original, {stage.steps} steps")
         asked = planning.settled(result, stage.settings(s, run.model, result), planning.begun(place))
         with steps.open_run(result, place) as opened:
-            opened.write_recipe({"model": str(result), **asdict(asked)}, replace=False)
+            opened.write_recipe(recipes.recipe_of(result, asked), replace=False)
             pruned = _cut(opened, texts, asked, None if result == run.model else run.model)
             steps.evaluate_step(run, f"{stage.name}-pruned", pruned, texts, s)
             drawn = (s.seed + stage.number - 1) % 2**32  # or every stage would train on the same rows

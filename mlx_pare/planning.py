@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, gguf_uneven, trial
+from . import console, gguf_uneven, text_record, trial
 from .arch import why_uniform
 from .artifacts import Arrays, Plan, dump_json
 from .checkpoint import Checkpoint
@@ -27,9 +27,10 @@ from .errors import PareError, Refused, UsageError
 from .fit.reach import DEFAULT_AXES
 from .gguf_further import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
+from .manifest import Manifest
 from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
-from .rundir import Manifest, Run, fingerprint
+from .rundir import Run, fingerprint
 from .sensitivity import sensitivity
 from .steps import Settings
 from .texts import Texts
@@ -50,10 +51,12 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     if s.min_speed is not None:
         asked["min_speed"] = s.min_speed
     inputs = {"model": run.manifest.source, "scores": fingerprint(scores)}
+    by = layers_by_of(s, Arrays.described(scores, "scores")["criterion"])
+    if s.widths != "even" or by is not None:
+        text_record.check(run, texts)
     if s.widths != "even":
         asked |= {"widths": s.widths, "tries": tries(s)}
         inputs |= {"data": texts.calibration.digest(), "held": held_rows(texts).digest()}
-    by = layers_by_of(s, Arrays.described(scores, "scores")["criterion"])
     if by is not None:
         asked |= {"layers_by": by, "layers by default": s.layers_by is None, "reconstruct": s.reconstruct}
         inputs["held"] = held_rows(texts).digest()
@@ -174,6 +177,7 @@ def tries(s: Settings) -> int:
 
 def sensitivity_step(run: Run, texts: Texts, s: Settings) -> Path:
     """How much every part of every layer matters."""
+    text_record.check(run, texts)
     held = held_rows(texts)
 
     def work(directory: Path) -> None:

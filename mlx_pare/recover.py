@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, local, on_policy, ranks, rewrite, stream, targets, teacher
+from . import console, divergence, lm, local, on_policy, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, survivors
 from .atomic import created, refuse_existing, remove, replace_file, working
 from .checkpoint import Checkpoint, read_json
@@ -60,7 +60,7 @@ def recover(
     train, validation = Domains.of_one(train), Domains.of_one(validation)
     if (batch := min(options.batch, train.rows.count)) % (size := ranks.this()[1]):
         raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
-    teacher.check_tokenizer(student, original)
+    lm.require_same_tokens(student, original)
     gentle_below = GENTLE_BELOW if usual else None  # a rate that was asked for is the rate
     course = replace(options.course, gentle_below=gentle_below)
     with nullcontext(Path(work)) if work else working(out.with_name(out.name + ".work")) as place:

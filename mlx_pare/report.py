@@ -15,8 +15,8 @@ from .errors import PareError
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn
+from .manifest import Manifest
 from .opened import StrPath
-from .rundir import Manifest
 from .show import stability_lines
 from .verdict import Found, metrics, reconstructed, verdict
 

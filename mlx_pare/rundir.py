@@ -19,72 +19,23 @@ import os
 import shutil
 import sys
 import time
-import tomllib
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pydantic import Field, model_validator
-
 from . import __version__, bounded, console, locks, log, machine
-from .artifacts import SCHEMA, Strict, dump_json
+from .artifacts import dump_json
 from .atomic import is_ours, replace_file, sweep
 from .errors import PareError, Refused, told
-from .hub_name import HubName, of_snapshot
+from .manifest import MANIFEST, RECIPE, Manifest, StepRecord, read_manifest, read_recipe, require_run
 
 BIG_FILE = 64 << 20
 PIECES = 256
 QUICK = "quick:"  # so begins the fingerprint of a big file
 PATIENCE_S = 0.3  # for a lock: `status` asks for it, for a moment
 HARMLESS = {".lock", ".DS_Store", log.NAME}  # what a killed start, or the Finder, leaves in a new directory
-
-
-class StepRecord(Strict):
-    """One finished step. ``peak_bytes``: the largest resident size of the process during it (on a Mac up to its end),
-    ``peak_mlx_bytes`` the most that MLX had allocated, which on a Mac lies outside of it, ``swap_growth_bytes`` by how
-    much more swap the computer used in the end."""
-
-    parameters: dict[str, Any]
-    inputs: dict[str, str]
-    outputs: dict[str, str]
-    seconds: float
-    peak_bytes: int
-    peak_mlx_bytes: int | None = None
-    swap_growth_bytes: int = 0
-
-
-class Manifest(Strict):
-    """What is known of a run: the model, where it was made, and every finished step. ``contents``: sha256 of all bytes
-    of the model's weights ("model:" and the name of the file) and of every big output (step/file). ``origin``: of a
-    model that was named on the hub, the name that was given ("asked") and the same with its commit ("hub")."""
-
-    schema_version: int = SCHEMA
-    model: str
-    source: str
-    versions: dict[str, str]
-    machine: dict[str, Any]
-    steps: dict[str, StepRecord] = Field(default_factory=dict)
-    contents: dict[str, str] = Field(default_factory=dict)
-    origin: dict[str, str] | None = None
-
-    @property
-    def hub(self) -> HubName | None:
-        """The model on the hub that the run is about, with its commit; None for any other model."""
-        return HubName.parse(self.origin.get("hub", "")) if self.origin else of_snapshot(self.model)
-
-    @property
-    def called(self) -> str:
-        """A short name of the model for people."""
-        found = self.hub
-        return str(HubName(found.repo, file=found.file)) if found else Path(self.model).name
-
-    @model_validator(mode="after")
-    def _known_schema(self) -> Manifest:
-        if self.schema_version != SCHEMA:
-            raise ValueError(f"schema_version {self.schema_version}, this version reads {SCHEMA}")
-        return self
 
 
 def fingerprint(path: Path) -> str:
@@ -97,27 +48,6 @@ def fingerprint(path: Path) -> str:
         for i in range(PIECES):
             digest.update(os.pread(file.fileno(), 1 << 12, max(0, size - (1 << 12)) * i // (PIECES - 1)))
         return QUICK + digest.hexdigest()
-
-
-def read_manifest(path: Path) -> Manifest:
-    """What is known of the run in ``path``, whoever works on it. Raises PareError without one, or a damaged one."""
-    file = path / "manifest.json"
-    _there(file)
-    return Manifest.read(file, "run manifest", "restore it, or start a new run with another --out", "is damaged")
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """What was asked when the run in ``path`` was begun; empty without a recipe.toml."""
-    file = path / "recipe.toml"
-    return tomllib.loads(bounded.contents(file, what="recipe").decode("utf-8")) if file.exists() else {}
-
-
-def _there(manifest: Path) -> None:
-    if not manifest.exists():
-        raise PareError(
-            f"no run at {manifest.parent}",
-            "start one with `mlx-pare calibrate MODEL --out RUN` or `mlx-pare run MODEL --out RUN`",
-        )
 
 
 def sha256(path: Path, bar: console.Progress) -> str:
@@ -154,9 +84,9 @@ class Run:
         origin: dict[str, str] | None = None,
     ):
         self.path = Path(path)
-        self._file = self.path / "manifest.json"
+        self._file = self.path / MANIFEST
         if model is None:
-            _there(self._file)
+            require_run(self._file)
         if model is not None and self.path.exists() and not self.path.is_dir():
             raise Refused(f"{self.path} exists and is not a directory", "choose another --out")
         self._refuse_foreign()
@@ -215,8 +145,9 @@ class Run:
                     f"changed since",
                     "use another --out",
                 )
-            if model is not None:
-                manifest.model = str(model.resolve())  # the same model may have been moved since
+            if model is not None and manifest.model != (now := str(model.resolve())):
+                manifest.model = now  # the same model was moved since
+                replace_file(self._file, dump_json(manifest))
             return manifest
         manifest = Manifest(
             model=str(model.resolve()),
@@ -258,15 +189,23 @@ class Run:
         return self.path / step / name
 
     def recipe(self) -> dict[str, Any]:
-        """What was asked when the run was begun, as far as it was more than the defaults."""
-        return read_recipe(self.path)
+        """What was asked when the run was begun, as far as it was more than the defaults. Raises Refused if the file is
+        missing: the defaults would then be taken for what was asked."""
+        found = read_recipe(self.path)
+        if found is None:
+            raise Refused(
+                f"{self.path / RECIPE} is missing, which says on what text the run works",
+                f"`mlx-pare calibrate {self.model} --out {self.path}` writes it again, with the --data, --samples and "
+                "--length of before",
+            )
+        return found
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
         """What was asked, without what was left out; an earlier recipe is kept unless ``replace``."""
-        if not replace and (self.path / "recipe.toml").exists():
+        if not replace and (self.path / RECIPE).exists():
             return
         lines = [f"{key} = {_toml(value)}" for key, value in asked.items() if value is not None]
-        replace_file(self.path / "recipe.toml", ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+        replace_file(self.path / RECIPE, ("\n".join(lines) + "\n").encode("utf-8", "replace"))
 
     # ---- steps ----
 

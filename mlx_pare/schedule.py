@@ -21,7 +21,8 @@ from .checkpoint import Checkpoint, read_json
 from .console import count, duration
 from .errors import Refused, UsageError
 from .fit.footprint import parameters
-from .rundir import Manifest, Run
+from .manifest import Manifest
+from .rundir import Run
 
 EXAMPLE = "0.8,0.65,0.5"
 

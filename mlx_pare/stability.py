@@ -21,13 +21,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import lm, stream
+from . import lm, stream, text_record
 from .arch import Architecture
 from .artifacts import Arrays, Plan, dump_json
 from .calibrate import calibrate, calibrate_in_parts
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import Refused, UsageError
+from .errors import UsageError
 from .evaluate import evaluate
 from .fit.reach import protected_layers
 from .plan import allocate, redraw
@@ -64,8 +64,7 @@ def stability_step(
     check(criteria)
     planned = run.output("plan", "plan.json")
     run.output("calibrate", "stats.safetensors")
-    if run.manifest.steps["calibrate"].inputs["data"] != texts.calibration.digest():
-        raise Refused(f"the text changed since {run.path} was calibrated on it", "start a new run with another --out")
+    text_record.check(run, texts, test=measure)
     if draws == 1 or (measure and not draws):
         raise UsageError(f"{draws} draws have no spread", "ask for at least 2 --draws")
     every = texts.mixed("calibration", None)
@@ -197,7 +196,7 @@ def stability(q: Question, scratch: Path) -> dict[str, Any]:
     """
     check(q.criteria)
     if q.other is not None:
-        _same_model(q.model, q.other)
+        require_parent(q.model, q.other)
     counts = [max(1, round(share * q.rows.count)) for share in SHARES]
     parts = calibrate_in_parts(
         q.model, q.rows, [*counts, *(draw.count for draw in q.draws[:1])], scratch / "parts", q.memory_cap
@@ -326,10 +325,9 @@ def _mean(values: list[float]) -> dict[str, Any]:
 # ---- a float parent ----
 
 
-def _same_model(model: Path, other: Path) -> None:
-    """Raises UsageError for a model of other sizes or another tokenizer."""
-    arches, cure = [Checkpoint(path).arch for path in (model, other)], "name the model that it was quantized from"
+def require_parent(model: Path, other: Path) -> None:
+    """Raises UsageError for a model of other sizes, Refused for another tokenizer."""
+    lm.require_same_tokens(model, other)
+    arches = [Checkpoint(path).arch for path in (model, other)]
     if len({repr((arch.sizes, arch.layers)) for arch in arches}) > 1:
-        raise UsageError(f"{other} has other sizes than {model}", cure)
-    if lm.tokenizer(model).get_vocab() != lm.tokenizer(other).get_vocab():  # files differ: mlx_lm.convert rewrites them
-        raise UsageError(f"{other} has another tokenizer than {model}", cure)
+        raise UsageError(f"{other} has other sizes than {model}", "name the model that it was quantized from")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from . import log
+from .manifest import read_manifest, read_recipe
 from .opened import StrPath
-from .rundir import is_locked, read_manifest, read_recipe
+from .rundir import is_locked
 from .schedule import name_of
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import console, lm, named, ranks
+from . import console, lm, named, ranks, text_record
 from .amounts import parse_amount
 from .artifacts import Metrics, Plan, dump_json
 from .atomic import replace_file
@@ -51,6 +51,7 @@ class Settings:
     data: str | Sequence[str] | None = None  # as domains.parse_all reads it
     test_data: str | None = None
     field: str | None = None
+    date: str | None = None  # the day, YYYY-MM-DD, that chat templates are told; None: today
     samples: int = 128
     length: int = 512
     criterion: str = "obs"
@@ -151,16 +152,12 @@ def continue_run(out: Path, locked: bool = True) -> Run:
         require(run.model, out)
         if Checkpoint(run.model).identity() != run.manifest.source:
             raise Refused(f"{run.model} changed since {out} was begun", "start a new run with another --out")
+        if begun := text_record.known(run):
+            begun.check_tokenizer()
     except BaseException:
         run.close()
         raise
     return run
-
-
-def of_calibration(run: Run) -> dict[str, Any]:
-    """What was asked of the calibration of a run, as settings."""
-    known = run.recipe()
-    return {k: known[k] for k in ("data", "test_data", "field", "samples", "length", "seed") if k in known}
 
 
 # ---- the steps, each a verb wrapped in a record ----
@@ -173,13 +170,14 @@ def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
     extra = {*criterion(s.criterion).extra, *(before.parameters.get("extra", ()) if before else ())}
     if extra:  # more than is needed now is no reason to do it again
         asked["extra"] = sorted(extra)
-    run.step(
-        "calibrate",
-        {**asked, "seed": s.seed},
-        {"model": run.manifest.source, "data": rows.digest()},
-        lambda directory: calibrate(run.model, rows, directory, s.memory_cap, extra=sorted(extra)),
-        resumes=True,
-    )
+
+    def work(directory: Path) -> None:
+        calibrate(run.model, rows, directory, s.memory_cap, extra=sorted(extra))
+        text_record.write(directory, run.model, texts)
+
+    inputs = {"model": run.manifest.source, "data": rows.digest()}
+    if not run.step("calibrate", {**asked, "seed": s.seed}, inputs, work, resumes=True):
+        text_record.check(run, texts)
     return run.output("calibrate", "stats.safetensors")
 
 
@@ -202,6 +200,7 @@ def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
     if Plan.load(path).cuts_hidden(Checkpoint(run.model).arch):
         console.warn("a cut of the hidden size cannot be reconstructed: the matrices are cut as they are")
         return None
+    text_record.check(run, texts)
 
     def work(directory: Path) -> None:
         rows, out = texts.calibration, directory / "repair"

@@ -243,8 +243,10 @@ def walk(
     """Run the model in ``path`` over ``rows``; the observer sees every block from ``resume.start`` on. ``what`` its
     progress is called; None: it is not shown. ``spool``: a directory for hidden states, which are then never in memory
     as a whole; observers get a Spool where they would get the states of all rows, and must not ask to run them
-    ``again``. The result's are read from there. Raises PareError for a model that cannot be spooled."""
+    ``again``. The result's are read from there. Raises PareError for a model that cannot be spooled, UsageError for
+    tokens that it does not have."""
     checkpoint = Checkpoint(path)
+    rows.require_known(checkpoint.arch.sizes["vocab"])
     model = lm.load(path)
     vocab, readout, shape = lm.embedding(model).weight.shape[0], lm.head(model), head.Shape(*lm.logit_shape(model))
     dtype = mx.float32 if lm.cpu_backend() else stored_dtype(lm.embedding(model))

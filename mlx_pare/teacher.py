@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ import numpy as np
 from . import lm, stream
 from .checkpoint import DTYPE_BYTES, Checkpoint
 from .corpus import Rows
-from .errors import PareError, Refused
+from .errors import PareError
 
 
 class Guide(Protocol):
@@ -73,17 +72,6 @@ def places(survivors: dict[str, Any], teacher: Checkpoint) -> Places:
     kept = tuple(survivors["hidden"])
     whole = len(kept) == teacher.arch.sizes["hidden"]
     return Places(*(tuple(side) for side in zip(*found, strict=True)), None if whole else kept)
-
-
-def check_tokenizer(student: Path, teacher: Path) -> None:
-    """Raises Refused when the two read a text as different tokens, or know different numbers of them: what one says of
-    a token then means nothing to the other."""
-    vocab = {Checkpoint(path).arch.sizes["vocab"] for path in (student, teacher)}
-    if len(vocab) > 1 or not lm.same_tokens(student, teacher):
-        raise Refused(
-            f"{teacher} has another tokenizer or vocabulary than {student}",
-            "distil from a model of the same family, whose tokenizer.json is the same",
-        )
 
 
 def held_bytes(teacher: Checkpoint, rows: Rows, matched: int, whole: bool = True) -> int:

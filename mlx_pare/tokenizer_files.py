@@ -8,6 +8,7 @@ is ended when it reaches them. Run as a module, this file is that process.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import json
@@ -17,13 +18,13 @@ import subprocess
 import sys
 import threading
 import weakref
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from . import bounded
 from .checkpoint import TOKENIZER_FILES, read_json
 from .errors import PareError
+from .frozen_clock import Clock
 
 MAX_TOKENIZER = 64 << 20  # bytes of a tokenizer.json; the largest known (gemma) has 33 million
 TOKENIZER_BUDGET = 640 << 20  # bytes that reading one may take; gemma's takes 300 million
@@ -94,10 +95,14 @@ def has_chat_template(directory: Path) -> bool:
 
 class Chats:
     """Writes chats by the template of a model directory, in place of the tokenizer's own apply_chat_template. The
-    process is started for the first one."""
+    process is started for the first one. ``date``: the day, YYYY-MM-DD, that templates are told; None: today."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, date: str | None = None):
         self.directory, self._process = directory, None
+        try:
+            self.date = datetime.date.fromisoformat(date or datetime.date.today().isoformat()).isoformat()
+        except (TypeError, ValueError) as error:
+            raise PareError(f"{date!r} is no date", "write it as 2026-01-31") from error
 
     def __call__(
         self,
@@ -105,16 +110,16 @@ class Chats:
         tokenize: bool = False,
         tools: Any = None,
         answer: bool = False,
-        today: datetime | None = None,
+        today: datetime.datetime | None = None,
     ) -> str:
-        """The text of a chat; ``answer``: up to where the model's answer begins; ``today``: what the template takes for
-        the time (default: the clock). Raises ValueError with the template's own complaint, or where it reaches a
-        limit."""
+        """The text of a chat; ``answer``: up to where the model's answer begins; ``today``: another time than that of
+        these chats. Raises ValueError with the template's own complaint, or where it reaches a limit."""
         if tokenize:
             raise ValueError("a chat is written as text here")
         if self._process is None or self._process.poll() is not None:
             self._start()
-        question = {"messages": messages, "tools": tools, "answer": answer, "today": today and today.isoformat()}
+        now = today.isoformat() if today else self.date
+        question = {"messages": messages, "tools": tools, "answer": answer, "now": now}
         found = self._answer(CHAT_SECONDS, json.dumps(question).encode() + b"\n")
         if "text" not in found:
             raise ValueError(found["error"])
@@ -173,22 +178,9 @@ def try_out(file: str) -> None:
         found.decode(found.encode(text).ids)
 
 
-def set_clock(today: str | None) -> None:
-    """Make transformers write a time of ISO 8601 into templates, in this process; None: the clock's."""
-    from transformers.utils import chat_template_utils
-
-    class Stopped(datetime):
-        """A clock that stands still."""
-
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime.fromisoformat(today)
-
-    chat_template_utils.datetime = Stopped if today else datetime
-
-
 def write_chats(directory: str) -> None:
     """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it."""
+    clock = Clock()
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is no answer
     from .lm import stock_tokenizer
@@ -202,9 +194,9 @@ def write_chats(directory: str) -> None:
     answers.write(b"{}\n")
     for line in sys.stdin:
         chat = json.loads(line)
+        clock.set(chat["now"])
         more = {"tools": chat["tools"]} if chat["tools"] else {}
         more |= {"add_generation_prompt": True} if chat["answer"] else {}
-        set_clock(chat["today"])
         try:
             if wrong:
                 raise ValueError(wrong)

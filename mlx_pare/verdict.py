@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from .artifacts import CONTENDERS, Metrics
 from .checkpoint import read_json
 from .console import gb
-from .rundir import Manifest
+from .manifest import Manifest
 
 
 def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Metrics, int]]:

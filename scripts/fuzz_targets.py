@@ -48,7 +48,7 @@ from mlx_pare import (
     gguf_tokenizer,
     gguf_tokens,
     hub,
-    rundir,
+    manifest,
 )
 from mlx_pare.amounts import parse_amount
 from mlx_pare.errors import PareError
@@ -285,7 +285,7 @@ TARGETS: dict[str, Target] = {
     "gguf-model": Target(read_gguf_model, GGUF_MODELS, gguf_file, 0.05),
     "hub": Target(read_hub, [LISTING, LLAMA, HEADER], share=0.1, kinds=(0, 1, 2, 128, 129, 130)),
     "plan": Target(read_plan, [PLAN], share=0.5),
-    "manifest": Target(lambda p, raw: rundir.Manifest.read(Memory(raw), "run manifest") and None, [MANIFEST]),
+    "manifest": Target(lambda p, raw: manifest.Manifest.read(Memory(raw), "run manifest") and None, [MANIFEST]),
     "metrics": Target(lambda p, raw: artifacts.Metrics.load(Memory(raw)) and None, [METRICS]),
     "survivors": Target(lambda p, raw: artifacts.survivors(Memory(raw)) and None, [SURVIVORS]),
     "arrays": Target(read_arrays, [ARRAYS], text, 0.05),

@@ -342,7 +342,7 @@ def test_export_that_does_not_fit_is_refused_and_kept(pare, model, tmp_path):
 def test_other_teacher_is_refused(checked, model, pico_models, texts):
     other = pico_models("llama", None, "spm")
     arguments = ["--data", texts / "data.txt", "--length", "32", "--samples", "1"]
-    checked(2, "different tokenizers", "evaluate", model, "--teacher", other, *arguments)
+    checked(3, "has another tokenizer than", "evaluate", model, "--teacher", other, *arguments)
 
 
 def test_debug_shows_where_and_keeps_the_code(pare, tmp_path):

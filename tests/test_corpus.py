@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from mlx_pare import corpus, lm
+from mlx_pare import corpus, lm, overlap
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import PareError
+from mlx_pare.errors import PareError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,39 @@ def test_digest_sees_tokens_lengths_and_shape():
     assert len(digests) == 4
 
 
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "says"),
+    [
+        (-np.ones((2, 8)), None, "token ids hold -1"),
+        (np.array([[1, 2], [3, -4]]), None, "token ids hold -4"),
+        (np.array([[1.5, 2.0]]), None, "token ids are not whole numbers"),
+        (np.array([[1.0, np.nan]]), None, "token ids are float64 that int32 cannot hold"),
+        (np.array([[1, 1 << 40]]), None, "token ids are int64 that int32 cannot hold"),
+        (np.array([["a"]]), None, "token ids are"),
+        (np.array([[True]]), None, "token ids are bool"),
+        (np.arange(4), None, r"token rows have the shape \[4\]"),
+        (np.zeros((2, 3, 4), int), None, r"token rows have the shape"),
+        (np.zeros((2, 3), int), [3, 4], "a row of 3 tokens has the length 4"),
+        (np.zeros((2, 3), int), [3, -1], "lengths hold -1"),
+        (np.zeros((2, 3), int), [3, 1.5], "lengths are not whole numbers"),
+        (np.zeros((2, 3), int), [3], r"rows of shape \[2, 3\] have lengths of shape \[1\]"),
+        (np.zeros((2, 3), int), [[3], [3]], "have lengths of shape"),
+    ],
+)
+def test_f12_what_token_rows_may_not_be(tokens, lengths, says):
+    with pytest.raises(UsageError, match=says):
+        _ = Rows.full(tokens) if lengths is None else Rows(tokens, np.array(lengths))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint16, np.float32, np.float64])
+def test_f12_whole_numbers_of_any_type_are_rows(kind):
+    found = Rows(np.array([[1, 2], [3, 0]], dtype=kind), np.array([2, 1], dtype=kind))
+    assert found.tokens.dtype == found.lengths.dtype == np.int32 and found.tokens.tolist() == [[1, 2], [3, 0]]
+    assert Rows.full(np.zeros((0, 4), kind)).count == 0
+    huge = Rows(np.broadcast_to(np.int32(7), (1 << 40, 4)), np.broadcast_to(np.int32(4), (1 << 40,)))
+    assert huge.count == 1 << 40  # not a byte of it was read
+
+
 PARAGRAPHS = [f"Paragraph {i} is about the number {i * i} and nothing else." for i in range(300)]
 
 
@@ -77,7 +110,7 @@ def test_split_is_disjoint_whole_and_stable():
     assert sorted(p for texts in lines.values() for p in texts) == sorted(PARAGRAPHS)
     assert 200 < len(lines["calibration"]) < 280 and 10 < len(lines["test"]) < 60
     assert corpus.split(documents, shares) == parts
-    corpus.forbid_overlap(parts)
+    overlap.forbid(parts)
 
 
 def test_split_follows_the_paragraph_not_its_place():
@@ -97,19 +130,17 @@ def test_split_follows_the_paragraph_not_its_place():
 def test_overlap_is_an_error():
     shared = "This paragraph is long enough that two texts do not share it by chance."
     with pytest.raises(PareError, match="calibration text and the test text share") as found:
-        corpus.forbid_overlap(
-            {"calibration": ["first\n" + shared], "validation": ["other"], "test": [f"  {shared} \nx"]}
-        )
+        overlap.forbid({"calibration": ["first\n" + shared], "validation": ["other"], "test": [f"  {shared} \nx"]})
     assert shared[:40] in str(found.value) and "disjoint" in found.value.cure
-    corpus.forbid_overlap({"calibration": ["Chapter 1\n" + shared], "test": ["Chapter 1\n" + shared[1:]]})
+    overlap.forbid({"calibration": ["Chapter 1\n" + shared], "test": ["Chapter 1\n" + shared[1:]]})
 
 
 def test_overlap_within_a_part_is_none():
     shared = "This paragraph is long enough that two texts do not share it by chance."
     texts = {"test one": [shared], "test two": [shared], "calibration": ["other"]}
-    corpus.forbid_overlap(texts, lambda name: name.split()[0])
+    overlap.forbid(texts, lambda name: name.split()[0])
     with pytest.raises(PareError, match="test two text and the calibration text"):
-        corpus.forbid_overlap({**texts, "calibration": [shared]}, lambda name: name.split()[0])
+        overlap.forbid({**texts, "calibration": [shared]}, lambda name: name.split()[0])
 
 
 # ---- files ----
@@ -202,8 +233,9 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "field", "says"),
     [
-        ('{"id": 1, "title": "x"}', None, 'in "text" or "messages" or "content" or "prompt" with "completion". '
-                                          'It has "id", "title": choose with --field'),
+        ('{"id": 1, "title": "x"}', None, 'in "text" or "messages" or "content" or "prompt" with "completion" or '
+                                          '"conversations" or "instruction" with "output". It has "id", "title": '
+                                          'choose with --field'),
         ("{}", None, "It has nothing"),
         ('{"prompt": "a"}', None, "has no text in"),
         ('{"prompt": "a", "completion": 3}', None, "has no text in"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import cli, corpus, lm, pipeline, steps
+from mlx_pare import cli, corpus, lm, overlap, pipeline, steps
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError
 from mlx_pare.evaluate import evaluate
@@ -64,10 +64,10 @@ def test_texts_are_plain_and_of_some_thousand_words(name):
 
 def test_texts_are_disjoint():
     texts = {name: corpus.read(path) for name, path in TEXTS.items()}
-    corpus.forbid_overlap(texts)
+    overlap.forbid(texts)
     paragraph = max(texts["test"][0].split("\n"), key=len)
     with pytest.raises(PareError, match="share the paragraph"):
-        corpus.forbid_overlap({**texts, "calibration": [texts["calibration"][0] + "\n" + paragraph]})
+        overlap.forbid({**texts, "calibration": [texts["calibration"][0] + "\n" + paragraph]})
 
 
 MEASURED = [("test", 66, 75), ("calibration", 59, 68)]  # 70.31 and 63.42 on the CPU backend

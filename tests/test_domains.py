@@ -148,7 +148,9 @@ def texts(tmp_path_factory):
     (folder / "a.txt").write_text("\n".join(LINES[:400]))
     (folder / "b.txt").write_text("\n".join(LINES[400:800]))
     records = ["\n".join(LINES[n : n + 5]) for n in range(800, 1100, 5)]
-    (folder / "many.jsonl").write_text("\n".join(json.dumps({"text": text, "body": "b"}) for text in records))
+    (folder / "many.jsonl").write_text(
+        "\n".join(json.dumps({"text": text, "body": f"b{n}"}) for n, text in enumerate(records))
+    )
     records = ["\n".join(LINES[n : n + 10]) for n in range(0, 300, 10)]
     (folder / "odd.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in records))
     return folder
@@ -286,8 +288,8 @@ def test_texts_of_several_domains(pico_models, texts):
     for part in (training, validation):
         assert min(part.part(name).count for name in part.names) >= 1
     assert found.name("test") == ", ".join(data)
-    short = Texts(pico_models("llama"), Settings(data=data, length=2000))
-    with pytest.raises(PareError, match=r"validation of two: the text has \d+ tokens, one row needs 2000"):
+    short = Texts(pico_models("llama"), Settings(data=data, length=20000))
+    with pytest.raises(PareError, match=r"validation of two: the text has \d+ tokens, one row needs 20000"):
         _ = short.validation
     few = Texts(pico_models("llama"), Settings(data=data, length=16, samples=1))
     with pytest.raises(PareError, match="calibration: 1 rows are too few for 2 domains"):
@@ -297,7 +299,7 @@ def test_texts_of_several_domains(pico_models, texts):
 def test_the_field_of_a_run(pico_models, texts):
     s = Settings(data=f"{texts}/many.jsonl", field="body", length=2, samples=4)
     found = Texts(pico_models("llama"), s).documents
-    assert {text.strip() for of in found.values() for text in of["many"]} == {"b"}
+    assert {text.strip() for of in found.values() for text in of["many"]} == {f"b{n}" for n in range(60)}
 
 
 # ---- drawing ----

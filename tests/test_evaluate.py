@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -14,12 +15,14 @@ import pytest
 import reference
 from mlx.utils import tree_flatten
 
-from mlx_pare import corpus, divergence, head, lm
+from mlx_pare import corpus, divergence, head, lm, stability
 from mlx_pare.artifacts import Metrics, dump_json
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.evaluate import evaluate
+from mlx_pare.recover import recover
+from mlx_pare.recover_options import Options
 
 
 def rows(count: int = 6, length: int = 16, lengths: list[int] | None = None) -> Rows:
@@ -183,12 +186,12 @@ def test_nan_of_the_teacher(pico_models, tmp_path):
 
 
 def test_other_tokenizer(pico_models, tmp_path):
-    with pytest.raises(UsageError, match="tokens, the model"):
+    with pytest.raises(Refused, match=r"has another vocabulary, 600 tokens, than .*, 512 tokens"):
         evaluate(pico_models("llama"), rows(), teacher=wide(tmp_path / "wide"))
     same_size = tmp_path / "same"
     shutil.copytree(pico_models("llama"), same_size)
     (same_size / "tokenizer.json").write_text(pico.tokenizer_json("spm"), "utf-8")
-    with pytest.raises(UsageError, match="different tokenizers"):
+    with pytest.raises(Refused, match="has another tokenizer than"):
         evaluate(pico_models("llama"), rows(), teacher=same_size)
 
 
@@ -214,6 +217,42 @@ def wide(directory):
 def test_tokens_outside_the_vocabulary(pico_models):
     with pytest.raises(UsageError, match="token 512"):
         evaluate(pico_models("llama"), Rows.full(np.array([[1, 2, 512]])))
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_f23_special_tokens_only(pico_models, teacher):
+    """They have no characters, so there are no bits per byte."""
+    model = pico_models("llama")
+    tokenizer = lm.tokenizer(model)
+    special = Rows.full(np.full((2, 8), tokenizer.bos_token_id))
+    found = evaluate(model, special, tokenizer, model if teacher else None)
+    assert found.bits_per_byte is None and found.tokens == 14 and found.perplexity > 0
+    mixed = Rows.full(np.concatenate([special.tokens[:1], rows().tokens[:1, :8]]))
+    assert evaluate(model, mixed, tokenizer).bits_per_byte > 0
+
+
+@pytest.mark.parametrize("asks", ["evaluate", "recover", "stability"])
+@pytest.mark.parametrize("other", ["files", "sizes", "no files"])
+def test_another_tokenizer_is_refused_in_one_way(pico_models, tmp_path, asks, other):
+    """Whoever asks, the answer is one, with one exit code."""
+    model = pico_models("llama")
+    if other == "sizes":
+        theirs = wide(tmp_path / "wide")
+    else:
+        theirs = Path(shutil.copytree(model, tmp_path / "theirs"))
+        if other == "files":
+            (theirs / "tokenizer.json").write_text(pico.tokenizer_json("spm"), "utf-8")
+        else:
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                (theirs / file).unlink()
+    ask = {
+        "evaluate": lambda: evaluate(model, rows(), teacher=theirs),
+        "recover": lambda: recover(model, theirs, rows(), rows(), tmp_path / "out", Options(steps=1)),
+        "stability": lambda: stability.require_parent(model, theirs),
+    }[asks]
+    with pytest.raises(Refused, match=r"another (vocabulary|tokenizer)") as found:
+        ask()
+    assert found.value.exit_code == 3
 
 
 def test_memory_cap(pico_models):

@@ -115,7 +115,7 @@ class _Layers:
 def test_another_tokenizer_is_refused(pico_models, tmp_path):
 
     ours, theirs = pico_models("llama"), tmp_path / "other"
-    teacher.check_tokenizer(ours, ours)
+    lm.require_same_tokens(ours, ours)
     shutil.copytree(ours, theirs)
     content = json.loads((theirs / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
@@ -123,7 +123,7 @@ def test_another_tokenizer_is_refused(pico_models, tmp_path):
     vocab[a], vocab[b] = vocab[b], vocab[a]
     (theirs / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(Refused, match="another tokenizer"):
-        teacher.check_tokenizer(ours, theirs)
+        lm.require_same_tokens(ours, theirs)
     content["model"]["vocab"] = {**vocab, a: vocab[b], b: vocab[a]}
     (theirs / "tokenizer.json").write_text(json.dumps(content, indent=1))  # the same, written in another way
-    teacher.check_tokenizer(ours, theirs)
+    lm.require_same_tokens(ours, theirs)

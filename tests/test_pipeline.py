@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
@@ -121,7 +122,9 @@ def test_recipe_is_what_was_asked(finished, settings):
         "choose_bits": [],
         "runtimes": ["mlx"],
         "model": str(finished["model"]),
+        "date": recipe["date"],
     }
+    assert date.fromisoformat(recipe["date"]) <= date.today()
 
 
 def test_original_is_not_touched(finished):

@@ -339,14 +339,15 @@ def writers(whole, tmp_path_factory):
 
 
 @pytest.mark.parametrize("bomb", ["loops", "memory", "power"])
-def test_a_template_is_a_program_with_limits(writers, bomb, monkeypatch):
+def test_a_template_is_a_program_with_limits(writers, bomb, monkeypatch, tmp_path):
     if bomb == "memory" and sys.platform != "linux":
         pytest.skip("macOS limits no memory")
     monkeypatch.setattr(tokenizer_files, "CHAT_SECONDS", 3)
-    tokenizer = writers(BOMBS[bomb])
+    tokenizer, chat = writers(BOMBS[bomb]), tmp_path / "chat.jsonl"
+    chat.write_text('{"messages": [{"role": "user", "content": "x"}]}')
     for _ in range(2 if bomb == "loops" else 1):  # the process is there again for the next one
         with pytest.raises(PareError, match="cannot write this chat"):
-            corpus._record('{"messages": [{"role": "user", "content": "x"}]}', "line 1", tokenizer, None)
+            corpus.read(chat, tokenizer)
 
 
 def test_a_template_writes_what_the_tokenizer_itself_would(writers, tmp_path):

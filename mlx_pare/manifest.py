@@ -1,0 +1,100 @@
+"""What a run directory says of itself: RUN/manifest.json, a record per finished step, and RUN/recipe.toml, what was
+asked. Read by whoever wants to know, also while another process works there; written by rundir.py alone."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from . import bounded
+from .artifacts import SCHEMA, Strict
+from .errors import PareError
+from .hub_name import HubName, of_snapshot
+
+MANIFEST, RECIPE = "manifest.json", "recipe.toml"
+
+
+class StepRecord(Strict):
+    """One finished step. ``peak_bytes``: the largest resident size of the process during it (on a Mac up to its end),
+    ``peak_mlx_bytes`` the most that MLX had allocated, which on a Mac lies outside of it, ``swap_growth_bytes`` by how
+    much more swap the computer used in the end."""
+
+    parameters: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    seconds: float
+    peak_bytes: int
+    peak_mlx_bytes: int | None = None
+    swap_growth_bytes: int = 0
+
+
+class Manifest(Strict):
+    """What is known of a run: the model, where it was made, and every finished step. ``contents``: sha256 of all bytes
+    of the model's weights ("model:" and the name of the file) and of every big output (step/file). ``origin``: of a
+    model that was named on the hub, the name that was given ("asked") and the same with its commit ("hub")."""
+
+    schema_version: int = SCHEMA
+    model: str
+    source: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    steps: dict[str, StepRecord] = Field(default_factory=dict)
+    contents: dict[str, str] = Field(default_factory=dict)
+    origin: dict[str, str] | None = None
+
+    @property
+    def hub(self) -> HubName | None:
+        """The model on the hub that the run is about, with its commit; None for any other model."""
+        return HubName.parse(self.origin.get("hub", "")) if self.origin else of_snapshot(self.model)
+
+    @property
+    def called(self) -> str:
+        """A short name of the model for people."""
+        found = self.hub
+        return str(HubName(found.repo, file=found.file)) if found else Path(self.model).name
+
+    @model_validator(mode="after")
+    def _known_schema(self) -> Manifest:
+        if self.schema_version != SCHEMA:
+            raise ValueError(f"schema_version {self.schema_version}, this version reads {SCHEMA}")
+        return self
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What is known of the run in ``path``, whoever works on it. Raises PareError without one, or a damaged one."""
+    file = path / MANIFEST
+    require_run(file)
+    return Manifest.read(file, "run manifest", "restore it, or start a new run with another --out", "is damaged")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run directory, its manifest may be damaged."""
+    if not (path / MANIFEST).is_file():
+        return False
+    try:
+        found = json.loads(bounded.contents(path / MANIFEST))
+        return isinstance(found, dict) and {"schema_version", "source", "steps"} <= found.keys()
+    except (OSError, PareError, ValueError, RecursionError):
+        return (path / ".lock").exists()
+
+
+def read_recipe(path: Path) -> dict[str, Any] | None:
+    """What was asked of the run in ``path``; None without a recipe. Raises PareError for a damaged one."""
+    file = path / RECIPE
+    try:
+        return tomllib.loads(bounded.contents(file, what="recipe").decode("utf-8")) if file.exists() else None
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise PareError(f"{file} cannot be read: {error}", "put it right, or delete it") from error
+
+
+def require_run(manifest: Path) -> None:
+    """Raises PareError if there is no such manifest."""
+    if not manifest.exists():
+        raise PareError(
+            f"no run at {manifest.parent}",
+            "start one with `mlx-pare calibrate MODEL --out RUN` or `mlx-pare run MODEL --out RUN`",
+        )

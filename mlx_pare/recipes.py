@@ -1,0 +1,57 @@
+"""What was asked of a run, as RUN/recipe.toml holds it for the steps that come later: on what text, on what day."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from . import domains, named, text_record
+from .manifest import read_recipe
+from .rundir import Run
+from .steps import Settings
+from .texts import Texts
+
+OF_TEXT = ("data", "test_data", "field", "date", "samples", "length", "seed")  # settings that say on what text
+
+
+def dated(out: Path, s: Settings) -> Settings:
+    """The settings with the date of the run ``out``: that of its recipe, or today's. A chat template with a clock then
+    writes the same chats when the run goes on tomorrow."""
+    recipe = read_recipe(out)
+    noted = text_record.asked_before(out) if recipe is None else recipe
+    return replace(s, date=s.date or noted.get("date") or datetime.date.today().isoformat())
+
+
+def located(s: Settings) -> Settings:
+    """The settings with absolute paths: a later command may be called in another directory."""
+    there = {key: path and str(Path(path).absolute()) for key in ("test_data", "teacher") for path in [getattr(s, key)]}
+    return replace(s, data=s.data and domains.absolute(s.data), **there)
+
+
+def recipe_of(model: Path, s: Settings) -> dict[str, Any]:
+    """What is asked of a run, as its recipe holds it."""
+    return {"model": named.written(model.absolute()), **asdict(located(s))}
+
+
+def of_calibration(run: Run) -> dict[str, Any]:
+    """What was asked of the calibration of a run, as settings. Raises Refused for a run without a recipe."""
+    known = run.recipe()
+    return {key: known[key] for key in OF_TEXT if key in known}
+
+
+def write(run: Run, model: Path, s: Settings) -> None:
+    """Note that a run was calibrated with these settings. What else its recipe holds stays."""
+    asked = recipe_of(model, s)
+    known = read_recipe(run.path)
+    if known is None:
+        run.write_recipe(asked)
+    elif changed := {key: asked[key] for key in ("model", *OF_TEXT) if asked[key] != known.get(key)}:
+        run.write_recipe(known | changed)
+
+
+def texts_of(run: Run, s: Settings | None = None) -> Texts:
+    """The texts that a run was begun with; ``s``: settings with ``of_calibration`` among them."""
+    begun = text_record.known(run)
+    return Texts(run.model, s or Settings(**of_calibration(run)), by_hash=begun is not None and begun.note is None)

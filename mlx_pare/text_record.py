@@ -1,0 +1,142 @@
+"""What text and what tokenizer a run was calibrated with, noted beside the statistics, and compared by every later
+step: one that reads other text would mix two runs without a word.
+
+Runs that were begun before there was such a note are compared by their calibration rows alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .artifacts import SCHEMA, Strict, dump_json
+from .checkpoint import Checkpoint
+from .errors import Refused
+from .rundir import RECIPE, Run
+
+FILE = "text.json"
+NOT_TOKENS = {"generation_config.json"}  # comes with the tokenizer, and has no say in what a text is read as
+TEST = "the test text"
+
+Documents = Mapping[str, Mapping[str, Sequence[str]]]  # part -> domain -> documents
+
+
+class Note(Strict):
+    """RUN/calibrate/text.json. ``tokenizer`` and ``documents`` (by name) are hashes, ``asked`` are the settings that
+    rows depend on."""
+
+    schema_version: int = SCHEMA
+    tokenizer: str
+    documents: dict[str, str]
+    asked: dict[str, Any]
+
+
+def tokenizer_hash(model: Path) -> str:
+    """sha256 of a model's tokenizer files and chat template, by their names."""
+    digest = hashlib.sha256()
+    for file in sorted(Checkpoint(model).tokenizer_files()):
+        if file.name not in NOT_TOKENS:
+            digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def document_hashes(parts: Documents, own_test: bool) -> dict[str, str]:
+    """sha256 of the documents of every domain, by its number ("1", "2", ...), and of the test text if it is another
+    one. Names say nothing: a file may be moved."""
+    found: dict[str, Any] = {}
+    for part, domains in parts.items():
+        for number, documents in enumerate(domains.values(), 1):
+            digest = found.setdefault(TEST if own_test and part == "test" else str(number), hashlib.sha256())
+            digest.update(part.encode())
+            for document in documents:
+                digest.update(hashlib.sha256(document.encode()).digest())
+    return {key: digest.hexdigest() for key, digest in found.items()}
+
+
+class Read(Protocol):
+    """What is compared of texts.Texts."""
+
+    calibration: Any
+    specs: Sequence[Any]
+    hashes: dict[str, str]
+    asked: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the text of a run that was calibrated. ``rows``: the digest of its calibration rows; ``note``:
+    None for a run that was begun before there were notes."""
+
+    run: Run
+    rows: str
+    note: Note | None
+
+    def check_tokenizer(self) -> None:
+        """Raises Refused when the tokenizer of the run's model is not the one of before."""
+        if self.note and tokenizer_hash(self.run.model) != self.note.tokenizer:
+            raise self._changed(f"the tokenizer or the chat template of {self.run.model}")
+
+    def check(self, texts: Read, test: bool = False) -> None:
+        """Raises Refused, naming what changed, for another text than before; ``test``: the test text counts too."""
+        self.check_tokenizer()
+        if self.note:
+            before, now = self.note.documents, texts.hashes
+            names = {str(number): f"the text {spec.name!r}" for number, spec in enumerate(texts.specs, 1)}
+            for key in sorted(before.keys() | now.keys()):
+                if before.get(key) != now.get(key) and (test or key != TEST):
+                    raise self._asked_otherwise(texts.asked) or self._changed(names.get(key, key))
+        if texts.calibration.digest() != self.rows:
+            raise self._asked_otherwise(texts.asked) or self._changed("the text")
+
+    def _asked_otherwise(self, asked: Mapping[str, Any]) -> Refused | None:
+        for key, before in (self.note.asked if self.note else {}).items():
+            if asked.get(key) != before:
+                return Refused(
+                    f"{key} was {before!r} when {self.run.path} was calibrated, now it is {asked.get(key)!r}",
+                    f"put it back (in {self.run.path / RECIPE}), or start a new run with another --out",
+                )
+        return None
+
+    def _changed(self, what: str) -> Refused:
+        return Refused(
+            f"{what} changed since {self.run.path} was calibrated on it",
+            "restore it, or start a new run with another --out",
+        )
+
+
+def known(run: Run) -> Known | None:
+    """What is known of the text of a run; None before it was calibrated. Raises PareError for a damaged note."""
+    record = run.manifest.steps.get("calibrate")
+    if record is None:
+        return None
+    file = run.directory("calibrate") / FILE
+    if FILE not in record.outputs:
+        return Known(run, record.inputs["data"], None)
+    if not file.exists():
+        raise Refused(f"{file} is missing", f"delete {file.parent} to calibrate again")
+    return Known(run, record.inputs["data"], _read(file))
+
+
+def _read(file: Path) -> Note:
+    return Note.read(file, "note on the text", f"delete {file.parent} to calibrate again")
+
+
+def asked_before(run: Path) -> dict[str, Any]:
+    """The settings in the note of a run directory; empty without one."""
+    file = run / "calibrate" / FILE
+    return _read(file).asked if file.exists() else {}
+
+
+def check(run: Run, texts: Read, test: bool = False) -> None:
+    """Raises Refused when a run was calibrated on other text than this, or with another tokenizer; see ``Known``."""
+    if before := known(run):
+        before.check(texts, test)
+
+
+def write(directory: Path, model: Path, texts: Read) -> None:
+    """Put a note beside the statistics of a model."""
+    note = Note(tokenizer=tokenizer_hash(model), documents=texts.hashes, asked=texts.asked)
+    (directory / FILE).write_bytes(dump_json(note))
