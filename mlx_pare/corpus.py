@@ -256,7 +256,7 @@ def split(documents: Sequence[str], parts: dict[str, int]) -> dict[str, list[str
 
 
 def units(document: str, documents: int) -> tuple[str, list[str]]:
-    """(separator, units) of a document that is one of so many: itself, or its paragraphs."""
+    """(separator, units) of one of ``documents`` documents: itself if these are many, else its paragraphs."""
     return ("", [document]) if documents >= MANY_DOCUMENTS else paragraphs(document)
 
 

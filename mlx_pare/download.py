@@ -164,7 +164,7 @@ def _make_snapshot(hub: Hub, commit: str, files: list[str]) -> None:
     """Let huggingface_hub make the links of a commit, whose blobs are all there."""
     from huggingface_hub import snapshot_download
 
-    with _watched(hub):
+    with _watched(hub, commit):
         try:
             snapshot_download(
                 hub.repo,
@@ -184,12 +184,14 @@ def _make_snapshot(hub: Hub, commit: str, files: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _watched(hub: Hub) -> Iterator[None]:
-    """huggingface_hub at work, quietly: ETags become names of files, and are held to that first; nothing is asked of
-    the hub but the model."""
+def _watched(hub: Hub, commit: str) -> Iterator[None]:
+    """huggingface_hub at work, quietly: commits and ETags become names of files, and are held to that first; nothing is
+    asked of the hub but the model."""
     from huggingface_hub.utils import logging
 
     def check(answer: Any) -> None:
+        if answer.headers.get("X-Repo-Commit", commit) != commit:
+            raise HubError(f"{hub.host} gives a file of another commit of {hub.repo} than {commit}", AGAIN)
         for key in ("ETag", "X-Linked-ETag"):
             etag = answer.headers.get(key, "").removeprefix("W/").strip('"')
             if answer.url.host == hub.host and etag and not ETAG.fullmatch(etag):

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint
 from .gguf_header import ALIGNMENT
 from .gguf_rows import Row, table
 from .gguf_target import Target, metadata, target_of
+from .hub_name import called
 
 if TYPE_CHECKING:
     from .imatrix import Importance
@@ -100,7 +101,7 @@ def begun(
         if matrix:
             matrix.describe(writer)
         tokenizer = gguf_tokenizer.write(writer, checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.config)
-        writer.add_name(name_for(checkpoint.path.resolve().name, tokenizer.phi3))
+        writer.add_name(name_for(called(checkpoint.path.resolve()).rpartition("/")[2], tokenizer.phi3))
         for row in of.rows:
             number = gguf.GGMLQuantizationType[row.type]
             writer.add_tensor_info(row.name, row.shape, np.dtype(np.float32), row.nbytes, raw_dtype=number)

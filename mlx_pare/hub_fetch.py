@@ -101,6 +101,7 @@ class _Fetch:
 
         locks = hub_cache.root() / ".locks" / hub_cache.storage(self.hub.repo).name
         locks.mkdir(parents=True, exist_ok=True)
+        told = False
         while not self.stop.is_set():
             with contextlib.suppress(Timeout), WeakFileLock(locks / f"{blob.place.name}.lock", timeout=1):
                 if hub_cache.missing(blob.place.parent, {blob.place.name: blob.size}):
@@ -108,6 +109,9 @@ class _Fetch:
                 else:
                     self.advance(blob.size - blob.there)
                 return
+            if not told:
+                console.say(f"waiting for another process that fetches {self.hub.repo}/{blob.file}")
+                told = True
 
     def _receive(self, blob: Blob) -> None:
         """Raises HubError for a server that sends other bytes than it announced."""

@@ -109,7 +109,7 @@ def _catalogued(text: str) -> HubName | None:
     """The repository of a name of the catalogue; None for what looks like a path. Raises UsageError for other texts."""
     entry = catalogue.find(text)
     if entry is None:
-        if os.sep in text or text.startswith(("~", ".")):
+        if os.sep in text or text.startswith(("~", ".")) or text.lower().endswith((".gguf", ".json", ".safetensors")):
             return None
         raise catalogue.unknown(text)
     if text.strip().lower() in entry.like:

@@ -29,7 +29,7 @@ app = typer.Typer(
     help="Make a model smaller on the Mac itself, and say whether it was worth it.\n\n"
     "Everyday: fit, run, evaluate, export, bench.  Single steps: calibrate, score, plan, stability, reconstruct, "
     "prune, recover, report.  "
-    "Looking around: status, inspect, demo, doctor. From GGUF: import. LoRA: adapters.\n\n"
+    "Looking around: status, inspect, models, demo, doctor. From GGUF: import. LoRA: adapters.\n\n"
     "Exit codes: 0 done, 1 failed, 2 usage, 3 refused (would overwrite, inputs changed, does not fit).",
 )
 

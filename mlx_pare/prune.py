@@ -22,6 +22,7 @@ from .atomic import created, refuse_existing
 from .checkpoint import Checkpoint
 from .console import progress, span
 from .errors import PareError
+from .hub_name import called
 from .layout import Piece, layout, size_of, smaller
 from .opened import StrPath, opened
 from .packing import Packing
@@ -280,7 +281,7 @@ class _Surgeon:
 
     def _card(self) -> str:
         before, after = self.plan.before, self.plan.after
-        original = (self.lineage.original if self.lineage else self.checkpoint.path).resolve().name
+        original = called((self.lineage.original if self.lineage else self.checkpoint.path).resolve())
         way = f", its parent being `{self.lineage.parent}`, which was cut before" if self.lineage else ""
         return (
             f"# {original}, pruned\n\n"

@@ -289,7 +289,7 @@ def test_texts_of_several_domains(pico_models, texts):
         assert min(part.part(name).count for name in part.names) >= 1
     assert found.name("test") == ", ".join(data)
     short = Texts(pico_models("llama"), Settings(data=data, length=20000))
-    with pytest.raises(PareError, match=r"validation of two: the text has \d+ tokens, one row needs 20000"):
+    with pytest.raises(PareError, match=r"validation of a: the text has \d+ tokens, one row needs 20000"):
         _ = short.validation
     few = Texts(pico_models("llama"), Settings(data=data, length=16, samples=1))
     with pytest.raises(PareError, match="calibration: 1 rows are too few for 2 domains"):

@@ -372,6 +372,18 @@ def test_an_etag_that_changes_its_mind_is_refused(server, model, tmp_path, monke
     assert not list(tmp_path.rglob("*evil*"))
 
 
+def test_a_file_of_another_commit_is_refused(server, model, monkeypatch, tmp_path):
+    made = download._make_snapshot
+
+    def later(*given) -> None:
+        server.repos[NAME].headers["config.json"] = {"X-Repo-Commit": "../../../evil"}
+        made(*given)
+
+    monkeypatch.setattr(download, "_make_snapshot", later)
+    refused(HubError, "of another commit")
+    assert not list(tmp_path.rglob("*evil*"))
+
+
 def test_other_bytes_than_a_moment_ago_are_not_received(server, model, monkeypatch):
     made = download._make_snapshot
 

@@ -24,6 +24,7 @@ from mlx_pare.export import export
 from mlx_pare.fit import catalogue
 from mlx_pare.gguf_header import read
 from mlx_pare.hub import HubError
+from mlx_pare.hub_name import called
 from mlx_pare.opened import opened
 from mlx_pare.steps import Settings
 
@@ -111,6 +112,17 @@ def test_evaluate_takes_a_name_for_the_model_and_its_teacher(pare, server, model
     there = measured(pare("evaluate", NAME, "--data", text, "--teacher", f"{NAME}@{SHA}", *FEW))
     here = measured(pare("evaluate", model, "--data", text, "--teacher", model, *FEW))
     assert there["perplexity"] == here["perplexity"] and there["kl_divergence"] == here["kl_divergence"]
+
+
+def test_what_is_written_has_the_name_and_not_the_commit(pare, server, model, tmp_path):
+    assert pare("export", NAME, "-o", tmp_path / "x.gguf", "--gguf", "q8_0", "--no-verify").code == 0
+    assert read(tmp_path / "x.gguf").metadata["general.name"] == "model"
+    for path, name in (
+        (hub_cache.snapshot(NAME, SHA), NAME),
+        (hub_cache.snapshot("a.b/c-d_e", SHA) / "f.gguf", "a.b/c-d_e/f.gguf"),
+        (tmp_path / "plain", "plain"),
+    ):
+        assert called(path) == name
 
 
 def test_the_table_of_evaluate_has_the_name(pare, server, model, text):

@@ -140,3 +140,12 @@ def test_files_that_share_no_tensor_are_all_read(tmp_path):
     save_in(model, weights, 3)
     shutil.move(model / "model-00003-of-00003.safetensors", model / "model-more.safetensors")
     assert Checkpoint(model).leftovers == [] and Checkpoint(model).arch
+
+
+def test_case_14_in_a_folder_whose_name_is_a_pattern(two_sets, tmp_path):
+    """Both links at once: without the leftovers, and with a plain name."""
+    model = two_sets.rename(tmp_path / "model [v1]")
+    assert np.array_equal(logits(model), logits(tmp_path / "alone"))
+    deploy.packed(model, tmp_path / "packed", 4, 32)
+    deploy.packed(tmp_path / "alone", tmp_path / "expected", 4, 32)
+    assert np.array_equal(logits(tmp_path / "packed"), logits(tmp_path / "expected"))
