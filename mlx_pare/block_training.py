@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from . import lm
 from .quantized import Packed, dense_weight, is_packed, packed, repacked, rounded_on
 from .training import ClippedAdamW, Course
 
@@ -113,9 +114,10 @@ def train(
     course = Course(options.steps, options.rate)
     optimizer, step = ClippedAdamW(course.learning_rate(), course.clip), nn.value_and_grad(block, loss)
     for rows in islice(batches(count, options, draw), options.steps):
-        value, gradients = step(block, mx.array(rows))
-        optimizer.update(block, gradients)
-        mx.eval(block.parameters(), optimizer.state, value)
+        with lm.swift():
+            value, gradients = step(block, mx.array(rows))
+            optimizer.update(block, gradients)
+            mx.eval(block.parameters(), optimizer.state, value)
         report(value.item())
         if not math.isfinite(value.item()):
             return

@@ -56,15 +56,16 @@ def measure(model: Path, rows: Rows) -> dict[str, mx.array]:
     end = stream.walk(model, rows, kept, what="gradients: forward, block")
     arch, fresh = Checkpoint(model).arch, lm.for_backend(lm.load(model))
     blocks, after = lm.blocks(fresh), kept.last
-    cotangent = _joined(rows, lambda part: _of_head(end, lm.body(fresh).norm, after, rows, part))[0]
-    arrays: dict[str, mx.array] = {}
-    with progress("gradients: backward, block", len(blocks)) as bar:
-        for index in reversed(range(len(blocks))):
-            backward = _Backward(blocks[index], arch, index, kept.calls.pop(), kept.states.pop(), after, rows)
-            arrays |= {f"{index}.{name}": a for name, a in backward.statistics(cotangent).items()}
-            cotangent, after, blocks[index] = backward.cotangent, backward.before, None
-            mx.clear_cache()
-            bar.advance()
+    with lm.swift():
+        cotangent = _joined(rows, lambda part: _of_head(end, lm.body(fresh).norm, after, rows, part))[0]
+        arrays: dict[str, mx.array] = {}
+        with progress("gradients: backward, block", len(blocks)) as bar:
+            for index in reversed(range(len(blocks))):
+                backward = _Backward(blocks[index], arch, index, kept.calls.pop(), kept.states.pop(), after, rows)
+                arrays |= {f"{index}.{name}": a for name, a in backward.statistics(cotangent).items()}
+                cotangent, after, blocks[index] = backward.cotangent, backward.before, None
+                mx.clear_cache()
+                bar.advance()
     return arrays
 
 

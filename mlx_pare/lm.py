@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +22,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read by MLX at its first produc
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import tokenizer_files
+from . import blas, cpu_math, tokenizer_files
 from .arch import both_rope_spellings
 from .checkpoint import read_headers, read_json
 from .errors import PareError, Unsupported
@@ -38,6 +38,11 @@ if cpu_backend():
     mx.disable_compile()
 
 
+def swift() -> AbstractContextManager[None]:
+    """For walks, measurements and training: on the CPU backend numpy computes exponentials and attention."""
+    return cpu_math.swift() if cpu_backend() else nullcontext()
+
+
 def load(path: Path, lazy: bool = True) -> nn.Module:
     """The stock mlx-lm model, weights unread when ``lazy``; never executes code from the model directory."""
     from mlx_lm.utils import load_model
@@ -49,6 +54,7 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
             "take a model that stock mlx-lm has a class for",
         )
     read_headers(Path(path))  # mlx reads the same files, and believes them
+    blas.fit(config.get("hidden_size"))
     try:
         model, _ = load_model(Path(path), lazy=lazy, model_config=config)
     except Exception as error:  # whatever a config that means nothing leads to

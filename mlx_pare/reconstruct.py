@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,8 @@ class _Pair(stream.Observer):
             return replace_module(block, self.arch.path(index, role), make)
 
         self.attention, self.ffn = at("o_proj", Site), at("down_proj", Site)
+        for site, role in ((self.attention, "o_proj"), (self.ffn, "down_proj")):
+            site.shorten(attrgetter(self.arch.path(index, role).rpartition(".")[0])(block))
         self.middle = at("ffn_norm", _Before) if self.arch.has(index, "ffn_norm") else _Before(None)
         if behind_norm(self.arch, index):
             self.attention.outputs, self.ffn.outputs = [], []

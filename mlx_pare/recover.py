@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, local, on_policy, ranks, rewrite, stream, targets, teacher
+from . import console, divergence, lm, local, on_policy, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, replace_file, survivors
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
@@ -64,12 +64,14 @@ def recover(
     course = replace(options.course, gentle_below=gentle_below)
     job = _Job(student, original, train, validation, options, course, work, memory_cap)
     try:
-        summary = job.run()
+        with lm.swift():
+            summary = job.run()
     except Diverged:  # what was healed block by block before that is still good
         remove(work / "training" if options.local_steps else work)
         raise
     if ranks.this()[0] == 0:
-        _keep_the_best(job, summary, out)
+        with lm.swift():
+            _keep_the_best(job, summary, out)
         remove(work)
     return summary
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from . import stream
@@ -43,14 +44,26 @@ class Site:
             mx.eval(x)
             self.inputs.append(x)
             raise stream.Enough
-        if self.new is not None:  # where its inputs are known, MLX never computes x and what is only there for it
-            return self._replaced(x if self.replay is None else next(self.replay))
+        if self.new is not None:
+            return self._replaced(x)
         if self.remembering:
             self.inputs.append(x)
         y = self.module(x)
         if self.outputs is not None:
             self.outputs.append(y)
         return mx.zeros_like(y) if self.gone else y
+
+    def shorten(self, part: nn.Module) -> None:
+        """While the inputs of this matrix are known, nothing else of the part of the block that ends in it is
+        computed."""
+        cls = type(part)
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+            if self.replay is None or self.new is None or self.listening:
+                return cls.__call__(module, *args, **kwargs)
+            return self._replaced(next(self.replay))
+
+        part.__class__ = type(cls.__name__, (cls,), {"__call__": call})
 
     def _replaced(self, x: mx.array) -> mx.array:
         """What the new matrix gives for its inputs: multiplying by zeros is faster than gathering the kept ones."""

@@ -253,7 +253,7 @@ def walk(
     blocks, body = lm.blocks(model), lm.body(model)
     own, tokens = list(blocks), mx.array(rows.tokens)
     store = Spooled(spool, rows.count) if spool else _InMemory()
-    with progress(what, len(own)) as bar, read_ahead(checkpoint) as ahead:
+    with progress(what, len(own)) as bar, read_ahead(checkpoint) as ahead, lm.swift():
         bar.skip(resume.start if resume else 0)
         state = _Walk(rows, own, observer, resume, store, ahead, bar)
         for index in range(len(own)):

@@ -70,7 +70,8 @@ def test_logits(pico_models, family, stored):
 @pytest.mark.parametrize("family", [*pico.FAMILIES, *pico.MORE])
 def test_dense_is_the_stock_forward(pico_models, family):
     model, data = pico_models(family), rows(3, 20)
-    np.testing.assert_allclose(streamed(model, data), stock(model, data), rtol=0, atol=1e-5)
+    with lm.swift():  # or its rounding is another one: see test_cpu_math.py
+        np.testing.assert_allclose(streamed(model, data), stock(model, data), rtol=0, atol=1e-5)
 
 
 def test_family_that_reads_the_embedding_itself_as_head(pico_models):
