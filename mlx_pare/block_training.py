@@ -108,13 +108,14 @@ def train(
     options: Options,
     draw: np.random.RandomState,
     report: Callable[[float], None],
+    kept: int = 0,
 ) -> None:
     """``options.steps`` of AdamW on ``loss(block, row numbers)`` over ``count`` rows, at the rates and with the
-    clipping of a Course. ``report`` gets the loss of every step."""
+    clipping of a Course. ``report`` gets the loss of every step; ``kept``: bytes, see lm.swift."""
     course = Course(options.steps, options.rate)
     optimizer, step = ClippedAdamW(course.learning_rate(), course.clip), nn.value_and_grad(block, loss)
     for rows in islice(batches(count, options, draw), options.steps):
-        with lm.swift():
+        with lm.swift(kept):
             value, gradients = step(block, mx.array(rows))
             optimizer.update(block, gradients)
             mx.eval(block.parameters(), optimizer.state, value)

@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import blas, cpu_math, tokenizer_files
-from .arch import both_rope_spellings
+from .arch import Architecture, both_rope_spellings
 from .checkpoint import read_headers, read_json
 from .errors import PareError, Unsupported
 from .packing import Packing
@@ -38,9 +38,15 @@ if cpu_backend():
     mx.disable_compile()
 
 
-def swift() -> AbstractContextManager[None]:
-    """For walks, measurements and training: on the CPU backend numpy computes exponentials and attention."""
-    return cpu_math.swift() if cpu_backend() else nullcontext()
+def swift(kept: int = 0) -> AbstractContextManager[None]:
+    """For walks, measurements and training: on the CPU backend numpy computes exponentials and attention, unless that
+    would keep too much. ``kept``: bytes, as ``swift_kept`` says, where gradients are taken."""
+    return cpu_math.swift(kept <= cpu_math.MOST_KEPT) if cpu_backend() else nullcontext()
+
+
+def swift_kept(arch: Architecture, tokens: int, blocks: int = 1) -> int:
+    """Bytes that gradients through so many blocks keep of ``tokens`` under ``swift``."""
+    return blocks * cpu_math.kept_bytes(arch.largest("ffn"), arch.sizes["hidden"], tokens)
 
 
 def load(path: Path, lazy: bool = True) -> nn.Module:

@@ -30,6 +30,7 @@ from .artifacts import ARTIFACT_BUDGET, MAX_ARTIFACT, Arrays, dump_json, replace
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
+from .cpu_math import MOST_KEPT
 from .errors import PareError, Refused, UsageError
 from .shards import finish, partial_directory
 
@@ -130,7 +131,15 @@ def training_bytes(student: Checkpoint, rows: Rows, options: Options) -> int:
     widest = max(size for layer, size in sizes.items() if layer is not None)
     heads, length = arch.largest("kv_head", "group"), rows.length
     units = 9 * arch.largest("ffn") + 18 * arch.sizes["hidden"] + 5 * heads * length
-    return 4 * (widest * {"lora": 3, "full": 5}[options.method] + min(options.batch, rows.count) * length * units)
+    computed, kept = 4 * min(options.batch, rows.count) * length * units, swift_kept(student, rows, options)
+    if lm.cpu_backend() and kept <= MOST_KEPT:
+        computed = max(computed, kept)
+    return 4 * widest * {"lora": 3, "full": 5}[options.method] + computed
+
+
+def swift_kept(student: Checkpoint, rows: Rows, options: Options) -> int:
+    """What a batch keeps under lm.swift."""
+    return lm.swift_kept(student.arch, min(options.batch, rows.count) * rows.length)
 
 
 def check_memory(student: Checkpoint, teacher: Checkpoint, rows: Rows, options: Options, cap: int | None) -> int:
@@ -245,6 +254,7 @@ class _Healer(stream.Observer):
         train(
             fresh, self._loss, self.count, self.options, draw,
             lambda value: self.bar.advance(1, f"{what}, error {before:.4f}, loss {value:.4f}"),
+            swift_kept(self.student, self.rows, self.options),
         )  # fmt: skip
         new = self._stored(index, fresh)
         trained, after = self._error(unrounded(fresh)), self._error(self._with(index, new))

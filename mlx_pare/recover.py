@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, lm, local, on_policy, ranks, rewrite, stream, targets, teacher
+from . import console, divergence, lm, local, machine, on_policy, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, replace_file, survivors
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
 from .objective import Taps, loss_of
-from .recover_options import GENTLE_BELOW, RATES, Options, check_memory
+from .recover_options import GENTLE_BELOW, RATES, Options, check_memory, swift_fits
 from .shards import finish, partial_directory, remove
 from .student import merged, prepare, resident
 from .training import Course, Diverged, Trainer
@@ -64,14 +65,12 @@ def recover(
     course = replace(options.course, gentle_below=gentle_below)
     job = _Job(student, original, train, validation, options, course, work, memory_cap)
     try:
-        with lm.swift():
-            summary = job.run()
+        summary = job.run()
     except Diverged:  # what was healed block by block before that is still good
         remove(work / "training" if options.local_steps else work)
         raise
     if ranks.this()[0] == 0:
-        with lm.swift():
-            _keep_the_best(job, summary, out)
+        _keep_the_best(job, summary, out)
         remove(work)
     return summary
 
@@ -102,7 +101,9 @@ class _Job:
         places = self._places()
         if options.steps:
             sizes = Checkpoint(self.student), Checkpoint(self.original), self.train.rows, self.validation.rows
-            needed = check_memory(*sizes, options, self.memory_cap, len(places.own) if places else 0)
+            matched = len(places.own) if places else 0
+            needed = check_memory(*sizes, options, self.memory_cap, matched)
+            self.swift = self._swift(*sizes, options, self.memory_cap or machine.available_bytes(), matched)
             console.say(
                 f"recover: {options.method}, {options.objective.kind} divergence, takes about {console.gb(needed)}"
             )
@@ -128,7 +129,8 @@ class _Job:
         mx.random.seed(options.seed)  # the same adapters, whatever was drawn so far, in every process
         prepare(model, options.method, options.rank, options.scale, options.grad_checkpoint)
         trainer = self._trainer(model, guide, states, places)
-        trainer.run()
+        with lm.swift() if self.swift else nullcontext():
+            trainer.run()
         if trainer.best_step and trainer.rank == 0:
             both = Checkpoint(start).quantized and options.method != "norms"
             for name in ("trained", "same scales") if both else ("trained",):
@@ -139,6 +141,14 @@ class _Job:
         rate = self.course.full_rate(trainer.curve[0]["loss"])
         about = {"best_step": trainer.best_step, "rate": rate, "domains": trainer.sampler.weights}
         return {"curve": trainer.curve} | about
+
+    def _swift(self, *asked: Any) -> bool:
+        """Whether steps compute under lm.swift: decided once, since a process that goes on must compute alike."""
+        note = self.work / "swift.json"
+        if not note.exists() and ranks.this()[0] == 0:
+            self.work.mkdir(parents=True, exist_ok=True)
+            replace_file(note, dump_json({"swift": swift_fits(*asked)}))
+        return read_json(note, "recovery")["swift"] if note.exists() else swift_fits(*asked)
 
     def _local(self) -> dict[str, Any] | None:
         """Heal it block by block first; the result is where the training starts."""
@@ -271,6 +281,7 @@ def by_domain(
     sums = np.zeros(validation.rows.count)
     for start in range(0, len(sums), batch):
         rows = np.arange(start, min(start + batch, len(sums)))
-        sums[rows] = np.array(divergence.kl(judge.batch(rows)[0], logits(rows)).mean(axis=-1))
+        with lm.swift():
+            sums[rows] = np.array(divergence.kl(judge.batch(rows)[0], logits(rows)).mean(axis=-1))
     found = {name: float(sums[validation.of == n].mean()) for n, name in enumerate(validation.names)}
     return {"": float(sums.mean()), **(found if len(found) > 1 else {})}

@@ -1,4 +1,4 @@
-"""What numpy computes in place of MLX's CPU backend: the same numbers, the same gradients, and only while it is asked."""
+"""What numpy computes in place of MLX's CPU backend: the same numbers and gradients, and only while it is asked."""
 
 from __future__ import annotations
 
