@@ -35,7 +35,9 @@ def evaluate(
     spooled = stream.must_spool(checkpoint, rows, memory_cap)
     if teacher is not None:
         _same_tokenizer(checkpoint, Checkpoint(teacher))
-        kept = rows.count * rows.length * checkpoint.arch.sizes["hidden"] * 4  # the student's, while the teacher runs
+        kept = (
+            rows.count * rows.length * checkpoint.arch.sizes["hidden"] * stream.state_width(checkpoint)
+        )  # the student's, while the teacher runs
         head = stream.head_bytes(checkpoint)
         spooled = stream.must_spool(Checkpoint(teacher), rows, memory_cap, head, kept) or spooled
     if rows.tokens.max() >= checkpoint.arch.sizes["vocab"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, cpu_math, lm, machine, on_policy, teacher
+from . import console, cpu_math, lm, machine, on_policy, stream, teacher
 from .block_training import Options as BlockOptions
 from .checkpoint import Checkpoint
 from .corpus import Rows
@@ -108,7 +108,7 @@ def required_bytes(
     Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more,
     gradients that are accumulated another. ``swift``: when the steps compute under lm.swift.
     """
-    value = 4 if lm.cpu_backend() or options.method == "full" else 2
+    value = 4 if options.method == "full" else stream.state_width(student)
     arch = student.arch
     weights = sum(t.size for t in arch.tensors()) * value
     if options.method != "full" and not lm.cpu_backend():

@@ -313,7 +313,7 @@ def advance(path: Path, rows: Rows, hidden: mx.array | None, start: int, stop: i
 
 def required_bytes(checkpoint: Checkpoint, rows: Rows, spooled: bool = False) -> int:
     """Estimate of the peak of a walk, the interpreter included (see the module's docstring)."""
-    arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
+    arch, value = checkpoint.arch, state_width(checkpoint)
     there = _micro_batch(rows) if spooled else rows.count
     states = 3 * there * rows.length * arch.sizes["hidden"] * value
     block, expanded = [0] * len(arch.layers), [0] * len(arch.layers)
@@ -328,6 +328,11 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows, spooled: bool = False) ->
     more = max(expanded) + wide if lm.cpu_backend() else 0
     running = max(block) + more + activation_bytes(checkpoint, rows)
     return BASE_BYTES + states + max(running, head_bytes(checkpoint) + 4 * head.CHUNK_BYTES)
+
+
+def state_width(checkpoint: Checkpoint) -> int:
+    """Bytes of a number of the hidden states: of the dtype that the model computes in, float32 on the CPU backend."""
+    return 4 if lm.cpu_backend() else checkpoint.value_bytes
 
 
 def head_bytes(checkpoint: Checkpoint) -> int:
@@ -348,7 +353,7 @@ def activation_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
     tokens = _micro_batch(rows) * rows.length
     units = 3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length
-    return tokens * units * (4 if lm.cpu_backend() else 2)
+    return tokens * units * state_width(checkpoint)
 
 
 def check_memory(
@@ -358,7 +363,7 @@ def check_memory(
     Raises Refused otherwise; ``instead``: what else could be done about it."""
     needed, limit = required_bytes(checkpoint, rows, spooled) + held, cap or machine.available_bytes()
     if needed > limit:
-        states = 3 * rows.count * rows.length * checkpoint.arch.sizes["hidden"] * 4
+        states = 3 * rows.count * rows.length * checkpoint.arch.sizes["hidden"] * state_width(checkpoint)
         aside = "lie on disk already" if spooled else f"take {gb(states)}"
         raise Refused(
             f"streaming {rows.count} x {rows.length} tokens through {checkpoint.path} needs about {gb(needed)}, "
