@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -56,14 +57,8 @@ class Site:
     def shorten(self, part: nn.Module) -> None:
         """While the inputs of this matrix are known, nothing else of the part of the block that ends in it is
         computed."""
-        cls = type(part)
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
-            if self.replay is None or self.new is None or self.listening:
-                return cls.__call__(module, *args, **kwargs)
-            return self._replaced(next(self.replay))
-
-        part.__class__ = type(cls.__name__, (cls,), {"__call__": call})
+        part.ends_in = self  # not in the class, which is garbage only when somebody collects it
+        part.__class__ = _shortened(type(part))
 
     def _replaced(self, x: mx.array) -> mx.array:
         """What the new matrix gives for its inputs: multiplying by zeros is faster than gathering the kept ones."""
@@ -125,6 +120,19 @@ class Site:
             energy = float(np.vdot(weight.T, cross))
         _check_finite(energy + gram.trace() + cross.sum())
         return Problem(gram, cross, weight, damping, fixed), energy
+
+
+@cache
+def _shortened(cls: type) -> type:
+    """The class of a part of a block that may leave out all but its last matrix."""
+
+    def call(part: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        site = part.ends_in
+        if site.replay is None or site.new is None or site.listening:
+            return cls.__call__(part, *args, **kwargs)
+        return site._replaced(next(site.replay))
+
+    return type(cls.__name__, (cls,), {"__call__": call})
 
 
 def solve_costs(checkpoint: Checkpoint, tokens: int) -> list[Cost]:

@@ -246,7 +246,7 @@ def walk(
     ``again``. The result's are read from there. Raises PareError for a model that cannot be spooled."""
     checkpoint = Checkpoint(path)
     model = lm.load(path)
-    vocab, readout, shape = lm.embedding(model).weight.shape[0], lm.head(model), head.Shape(*lm.logit_shape(model))
+    end = _ending(model)
     dtype = mx.float32 if lm.cpu_backend() else stored_dtype(lm.embedding(model))
     model = lm.for_backend(model)
     embedding = StoredEmbedding(checkpoint, next(checkpoint.arch.tensors()).name, dtype)
@@ -266,9 +266,22 @@ def walk(
             lm.put_embedding(model, lambda tokens: placeholder((*tokens.shape, size), dtype))
         hidden = body(tokens)  # up to the final norm: the head is not applied
         if spool:
-            return Streamed(store.states.normed(body.norm), readout, vocab, body.norm, shape)
+            return end(store.states.normed(body.norm), body.norm)
         mx.eval(hidden)
-    return Streamed(hidden, readout, vocab, body.norm, shape)
+    return end(hidden, body.norm)
+
+
+def ended(path: Path, hidden: mx.array | Spool) -> Streamed:
+    """The end of a walk of the model in ``path`` whose hidden states, after the final norm, are known."""
+    model = lm.load(path)
+    end = _ending(model)
+    return end(hidden, lm.for_backend(lm.body(model).norm))
+
+
+def _ending(model: Any) -> Callable[[Any, Any], Streamed]:
+    """What makes the end of a walk of hidden states and the final norm; to be asked before the model is changed."""
+    vocab, readout, shape = lm.embedding(model).weight.shape[0], lm.head(model), head.Shape(*lm.logit_shape(model))
+    return lambda hidden, norm: Streamed(hidden, readout, vocab, norm, shape)
 
 
 def _into_the_first(body: Any, blocks: list, tokens: mx.array) -> mx.array:
