@@ -2,7 +2,7 @@
 
 The final hidden states of a model on some rows lie in a file that is named after both: contenders are compared with
 them, recovery learns from them, and a process that goes on after a kill finds them. Beside them lie the matrices of
-contenders that were reconstructed side by side. Every name appears when its content is complete.
+contenders that were reconstructed together (contenders.py). Every name appears when its content is complete.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -72,18 +71,6 @@ def keep(streamed: Streamed, model: Path, rows: Rows, kept: Path) -> None:
 def _file(model: Path, rows: Rows, kept: Path) -> Path:
     about = f"{Checkpoint(model).identity()} {rows.digest()} {stream.state_width(Checkpoint(model))}"
     return kept / f"states-{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
-
-
-def directory(kept: Path, about: str, make: Callable[[Path], None]) -> Path:
-    """A directory that ``make`` fills, if it is not there yet, named after what it is ``about``."""
-    place = kept / hashlib.sha256(about.encode()).hexdigest()[:32]
-    if not place.exists():
-        partial = place.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        make(partial)
-        os.rename(partial, place)
-    return place
 
 
 def clear(kept: Path) -> None:

@@ -27,6 +27,7 @@ from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
+from .kept import end_of
 from .objective import Taps, loss_of
 from .recover_options import GENTLE_BELOW, RATES, Options, check_memory, swift_fits
 from .shards import finish, partial_directory, remove
@@ -43,12 +44,14 @@ def recover(
     options: Options,
     memory_cap: int | None = None,
     work: Path | None = None,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Write the healed model to ``out``; returns validation KL before and after, the curve, whether it helped.
 
     ``original``: the teacher, any model with the student's tokenizer. ``work``: a directory for what a killed call
-    goes on from; it is removed in the end. Raises UsageError for options there are not, Refused when ``out`` exists,
-    the tokenizers differ or the training does not fit in memory, Diverged when the loss is not a number any more.
+    goes on from; it is removed in the end. ``kept``: where hidden states of the original are kept (kept.py). Raises
+    UsageError for options there are not, Refused when ``out`` exists, the tokenizers differ or the training does not
+    fit in memory, Diverged when the loss is not a number any more.
     """
     options.check()
     if out.exists():
@@ -63,7 +66,7 @@ def recover(
     work = work or out.with_name(out.name + ".work")
     gentle_below = GENTLE_BELOW if usual else None  # a rate that was asked for is the rate
     course = replace(options.course, gentle_below=gentle_below)
-    job = _Job(student, original, train, validation, options, course, work, memory_cap)
+    job = _Job(student, original, train, validation, options, course, work, memory_cap, kept)
     try:
         summary = job.run()
     except Diverged:  # what was healed block by block before that is still good
@@ -88,8 +91,9 @@ class _Job:
         course: Course,
         work: Path,
         memory_cap: int | None,
+        kept: Path | None = None,
     ):
-        self.course = course
+        self.course, self.kept = course, kept
         self.student, self.original, self.train, self.validation = student, original, train, validation
         self.options, self.work, self.memory_cap = options, work, memory_cap
         self.candidates = {"pruned": student}
@@ -109,8 +113,7 @@ class _Job:
             )
         stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
         if ranks.this()[0] == 0:  # who validates
-            streamed = stream.walk(self.original, self.validation.rows, what="teacher, validation: block")
-            self.judge = teacher.Whole(streamed)
+            self.judge = teacher.Whole(self._end_of(self.validation.rows, "teacher, validation: block"))
         found = {
             "options": asdict(options) | {"kind": options.objective.kind},
             "matched": None if places is None else {"student": places.own, "teacher": places.teacher},
@@ -196,7 +199,10 @@ class _Job:
             matched = len(places.own) if places else 0
             held = teacher.held_bytes(Checkpoint(self.original), rows, matched, options.top is None)
             stream.check_memory(Checkpoint(self.original), rows, self.memory_cap, held, "; or --targets 64")
-            streamed = stream.walk(self.original, rows, watched, what="teacher: block")
+            if watched:
+                streamed = stream.walk(self.original, rows, watched, what="teacher: block")
+            else:
+                streamed = self._end_of(rows, "teacher: block")
         states = [watched.states[layer] for layer in places.teacher] if watched else []
         if options.top is None:
             return teacher.Whole(streamed), states
@@ -205,6 +211,10 @@ class _Job:
             targets.collect(self.original, rows, where, options.top, options.temperature, memory_cap=self.memory_cap),
             states,
         )
+
+    def _end_of(self, rows: Rows, what: str) -> stream.Streamed:
+        """Where the teacher ends on these rows, with its hidden states in memory."""
+        return end_of(self.original, rows, self.kept, self.memory_cap, what, whole=True)
 
     def _trainer(
         self, model: nn.Module, guide: teacher.Guide | None, states: list[mx.array], places: teacher.Places | None
