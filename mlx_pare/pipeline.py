@@ -58,6 +58,8 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
         schedule.agree(opened, s)
         opened.write_recipe(asked, replace=False)
         opened.kept = opened.path / "kept"
+        if s.quick:
+            console.say(f"--quick: {LEFT_OUT}; the same command without --quick goes on from what this one has done")
         result = (_in_stages if s.stages else _at_once)(opened, texts, s)
         others = {} if s.quick else _others(opened, result, s)
         contenders.contender_steps(opened, others, texts, s)
@@ -76,14 +78,13 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
 
 
 def hurried(s: Settings) -> Settings:
-    """With --quick the settings without recovery and measurements of speed, which is said.
+    """With --quick the settings without recovery and measurements of speed.
 
     Raises UsageError with a schedule, whose stages are recovered."""
     if not s.quick:
         return s
     if s.stages:
         raise UsageError("--quick leaves recovery out, and every stage of --schedule needs it", "leave out one of them")
-    console.say(f"--quick: {LEFT_OUT}; the same command without --quick goes on from what this one has done")
     return replace(s, recover_steps=0, local_steps=0, trials=0)
 
 
