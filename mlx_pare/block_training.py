@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from . import lm
 from .quantized import Packed, dense_weight, is_packed, packed, repacked, rounded_on
 from .training import ClippedAdamW, Course
 
@@ -107,15 +108,17 @@ def train(
     options: Options,
     draw: np.random.RandomState,
     report: Callable[[float], None],
+    kept: int = 0,
 ) -> None:
     """``options.steps`` of AdamW on ``loss(block, row numbers)`` over ``count`` rows, at the rates and with the
-    clipping of a Course. ``report`` gets the loss of every step."""
+    clipping of a Course. ``report`` gets the loss of every step; ``kept``: bytes, see lm.swift."""
     course = Course(options.steps, options.rate)
     optimizer, step = ClippedAdamW(course.learning_rate(), course.clip), nn.value_and_grad(block, loss)
     for rows in islice(batches(count, options, draw), options.steps):
-        value, gradients = step(block, mx.array(rows))
-        optimizer.update(block, gradients)
-        mx.eval(block.parameters(), optimizer.state, value)
+        with lm.swift(kept):
+            value, gradients = step(block, mx.array(rows))
+            optimizer.update(block, gradients)
+            mx.eval(block.parameters(), optimizer.state, value)
         report(value.item())
         if not math.isfinite(value.item()):
             return

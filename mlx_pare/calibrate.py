@@ -16,6 +16,7 @@ from .atomic import replace_file, sweep
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .errors import Refused, UsageError
+from .kept import keep
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
 from .opened import StrPath, opened
 from .quantized import matrix
@@ -99,6 +100,7 @@ def calibrate(
     memory_cap: int | None = None,
     save_every_s: float = SAVE_EVERY_S,
     extra: Sequence[str] = (),
+    kept: Path | None = None,
 ) -> Path:
     """Stream ``rows`` through ``model`` and write ``directory``/stats.safetensors; returns its path.
 
@@ -108,7 +110,8 @@ def calibrate(
     the inputs of all blocks, the output of the last one behind them (observers.angles). With ``extra`` "contributions"
     also ``{i}.ffn.removal`` [ffn] and ``{i}.attention.contribution`` [kv_head] (observers.Removal, HeadContribution);
     with "gradients" the arrays of gradients.measure. A directory with the blocks of an interrupted call is continued
-    (gradients, which use few rows, from their beginning): same bytes in the end.
+    (gradients, which use few rows, from their beginning): same bytes in the end. ``kept``: a directory for the hidden
+    states at the end (kept.py).
     Raises Unsupported for a model that cannot be cut, Refused when the estimate of memory exceeds the cap, UsageError
     for an extra that is not known.
     """
@@ -125,7 +128,9 @@ def calibrate(
         rounds = len(stream.micro_batches(rows)) if "contributions" in extra else None
         observer = Statistics(checkpoint.arch, directory, save_every_s, rounds)
         spool = directory if spooled else None
-        stream.walk(model, rows, observer, _resume(directory, spooled), "calibrate: block", spool)
+        streamed = stream.walk(model, rows, observer, _resume(directory, spooled), "calibrate: block", spool)
+        if kept is not None:
+            keep(streamed, model, rows, kept)
     more = gradients.measure(model, rows) if "gradients" in extra else {}
     return _merge(checkpoint, rows, directory, more, extra)
 

@@ -42,6 +42,7 @@ from .options import (
     NoProtect,
     NoReconstruct,
     Patience,
+    Quick,
     Rate,
     Runtimes,
     Samples,
@@ -180,6 +181,7 @@ def run_command(
     ] = None,
     memory_cap: Cap = None,
     seed: Seed = 0,
+    quick: Quick = False,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """All of it: calibrate, score, plan, reconstruct, prune, recover, evaluate, export, bench, report. Resumable."""
@@ -192,7 +194,7 @@ def run_command(
         recover_steps=recover_steps, train_rows=train_rows, method=method, learning_rate=learning_rate,
         local_steps=local_steps,
         targets=targets, patience=patience, batch=batch, accumulate=accumulate, grad_checkpoint=grad_checkpoint,
-        gguf=gguf, trials=trials, min_quality=min_quality, memory_cap=memory_cap, seed=seed,
+        gguf=gguf, trials=trials, min_quality=min_quality, memory_cap=memory_cap, seed=seed, quick=quick,
     )  # fmt: skip
     return _run(model, out, settings, dry_run)
 
@@ -297,11 +299,12 @@ def inspect_command(model: AnyModel) -> dict[str, Any]:
 @command("demo", "mlx-pare demo --out demo-run")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.")] = Path("demo-run"),
+    quick: Quick = False,
 ) -> dict[str, Any]:
     """The whole job on the small real model that comes with mlx-pare, in a few minutes."""
     from .texts import DEMO
 
-    return _run(DEMO / "model", out, settings_of(keep=0.75, length=256, recover_steps=60, context=512))
+    return _run(DEMO / "model", out, settings_of(keep=0.75, length=256, recover_steps=60, context=512, quick=quick))
 
 
 @command("doctor", "mlx-pare doctor")

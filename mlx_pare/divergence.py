@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 import numpy as np
 
+from . import lm
 from .corpus import Rows
 from .errors import UsageError
 from .head import Streamed
@@ -167,6 +168,8 @@ def measure(rows: Rows, student: Streamed, teacher: Streamed | None = None) -> d
             hidden = streamed.hidden[part, :-1]
             return streamed.logits(hidden.reshape(-1, hidden.shape[-1]))
 
-        for name, values in compare(targets, chunks(student), chunks(teacher)).items():
+        with lm.swift():
+            compared = compare(targets, chunks(student), chunks(teacher))
+        for name, values in compared.items():
             found.setdefault(name, []).append(np.array(values).astype(np.float64)[valid])
     return {name: np.concatenate(parts) for name, parts in found.items()}

@@ -16,6 +16,7 @@ from .corpus import Rows
 from .divergence import measure
 from .errors import PareError, UsageError
 from .hub_name import called
+from .kept import end_of
 from .opened import StrPath, opened
 
 
@@ -26,30 +27,34 @@ def evaluate(
     teacher: StrPath | None = None,
     data: str = "",
     memory_cap: int | None = None,
+    kept: Path | None = None,
 ) -> Metrics:
     """Score the predictions of tokens 1.. of every row (the first has nothing before it).
 
     perplexity = exp(mean NLL); its standard error comes from the spread between rows (tokens of one row are not
     independent). bits_per_byte = NLL / ln 2 / UTF-8 bytes of the predicted text, which compares across tokenizers.
-    It is None for a text of special tokens only. Raises Refused for a teacher with another tokenizer, UsageError for
-    too short a text, PareError when a model answers NaN.
+    It is None for a text of special tokens only. ``kept``: a directory for the hidden states of the teacher (without
+    one: of the model), for the next call. Raises Refused for a teacher with another tokenizer, UsageError for too short
+    a text, PareError when a model answers NaN.
     """
     model, teacher = opened(model), None if teacher is None else opened(teacher)
     checkpoint = Checkpoint(model)
-    spooled = stream.must_spool(checkpoint, rows, memory_cap)
     if teacher is not None:
         lm.require_same_tokens(model, teacher)
-        kept = rows.count * rows.length * checkpoint.arch.sizes["hidden"] * 4  # the student's, while the teacher runs
-        head = stream.head_bytes(checkpoint)
-        spooled = stream.must_spool(Checkpoint(teacher), rows, memory_cap, head, kept) or spooled
+    head = stream.head_bytes(Checkpoint(teacher)) if teacher is not None else 0
+    spooled = stream.must_spool(checkpoint, rows, memory_cap, head)
     rows.require_known(checkpoint.arch.sizes["vocab"])
     predicted = np.maximum(rows.lengths - 1, 0)
     if predicted.sum() < 2:
         raise UsageError(f"{rows.total} tokens are too little to measure", "give more text or a larger --length")
     with tempfile.TemporaryDirectory() as scratch:
-        spools = [Path(tempfile.mkdtemp(dir=scratch)) if spooled else None for _ in range(2)]
-        student = stream.walk(model, rows, what=f"evaluate {called(model)}: block", spool=spools[0])
-        reference = teacher and stream.walk(teacher, rows, what="teacher: block", spool=spools[1])
+        reference, what = None, f"evaluate {called(model)}: block"
+        if teacher is not None:
+            reference = end_of(teacher, rows, kept or Path(scratch) / "kept", memory_cap, "teacher: block")
+        if teacher is None and kept is not None:
+            student = end_of(model, rows, kept, memory_cap, what)
+        else:
+            student = stream.walk(model, rows, what=what, spool=Path(scratch) if spooled else None)
         found = measure(rows, student, reference)
     nll = float(found["nll"].mean())
     for path, name in ((model, "nll"), (teacher, "kl")):

@@ -54,7 +54,11 @@ def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None
         (directory / "export.json").write_bytes(dump_json(done))
         (directory / "fits.json").write_bytes(dump_json(fits_of(model, done.get("tensor_bytes"), run.model, s)))
 
-    run.step("export", {"kind": kind, "context": s.context}, inputs, work)
+    asked = {"kind": kind, "context": s.context, **({"quick": True} if s.quick else {})}
+    before = run.manifest.steps.get("export")
+    if before and before.parameters.get("quick") and not s.quick:  # of a model that was not recovered
+        run.forget("export")
+    run.step("export", asked, inputs, work)
     return None if failure(run) else run.output("export", f"model-{kind}.gguf")
 
 

@@ -23,6 +23,7 @@ from .arch import Architecture
 from .checkpoint import Checkpoint
 from .console import progress
 from .corpus import Rows
+from .cpu_math import MOST_KEPT
 from .divergence import Running
 from .errors import PareError
 from .observers import replace_module
@@ -56,15 +57,16 @@ def measure(model: Path, rows: Rows) -> dict[str, mx.array]:
     end = stream.walk(model, rows, kept, what="gradients: forward, block")
     arch, fresh = Checkpoint(model).arch, lm.for_backend(lm.load(model))
     blocks, after = lm.blocks(fresh), kept.last
-    cotangent = _joined(rows, lambda part: _of_head(end, lm.body(fresh).norm, after, rows, part))[0]
-    arrays: dict[str, mx.array] = {}
-    with progress("gradients: backward, block", len(blocks)) as bar:
-        for index in reversed(range(len(blocks))):
-            backward = _Backward(blocks[index], arch, index, kept.calls.pop(), kept.states.pop(), after, rows)
-            arrays |= {f"{index}.{name}": a for name, a in backward.statistics(cotangent).items()}
-            cotangent, after, blocks[index] = backward.cotangent, backward.before, None
-            mx.clear_cache()
-            bar.advance()
+    with lm.swift(_swift_kept(arch, rows)):
+        cotangent = _joined(rows, lambda part: _of_head(end, lm.body(fresh).norm, after, rows, part))[0]
+        arrays: dict[str, mx.array] = {}
+        with progress("gradients: backward, block", len(blocks)) as bar:
+            for index in reversed(range(len(blocks))):
+                backward = _Backward(blocks[index], arch, index, kept.calls.pop(), kept.states.pop(), after, rows)
+                arrays |= {f"{index}.{name}": a for name, a in backward.statistics(cotangent).items()}
+                cotangent, after, blocks[index] = backward.cotangent, backward.before, None
+                mx.clear_cache()
+                bar.advance()
     return arrays
 
 
@@ -78,10 +80,18 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     """What the gradients of these rows need beyond a plain walk: the states before every block, after the last, the
     cotangents before and after a block; what a micro-batch computes is kept until it is differentiated, and on the CPU
     backend the expanded matrices with it."""
-    arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
+    arch, value = checkpoint.arch, stream.state_width(checkpoint)
     states = (len(arch.layers) + 3) * rows.count * rows.length * arch.sizes["hidden"] * value
     block = sum(t.size for t in arch.tensors() if t.layer == 0)
-    return states + 2 * stream.activation_bytes(checkpoint, rows) + (4 * block if lm.cpu_backend() else 0)
+    computed, kept = 2 * stream.activation_bytes(checkpoint, rows), _swift_kept(arch, rows)
+    if not lm.cpu_backend():
+        return states + computed
+    return states + 4 * block + (max(computed, kept) if kept <= MOST_KEPT else computed)
+
+
+def _swift_kept(arch: Architecture, rows: Rows) -> int:
+    """What a micro-batch keeps under lm.swift."""
+    return lm.swift_kept(arch, stream.micro_batches(rows)[0].stop * rows.length)
 
 
 def _joined(rows: Rows, micro_batch: Callable[[slice], tuple[mx.array, ...]]) -> list[mx.array]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,8 +22,8 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read by MLX at its first produc
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import tokenizer_files
-from .arch import both_rope_spellings
+from . import blas, cpu_math, tokenizer_files
+from .arch import Architecture, both_rope_spellings
 from .checkpoint import Checkpoint, read_headers, read_json
 from .errors import PareError, Refused, Unsupported
 from .opened import opened
@@ -41,6 +41,17 @@ if cpu_backend():
     mx.disable_compile()
 
 
+def swift(kept: int = 0) -> AbstractContextManager[None]:
+    """For walks, measurements and training: on the CPU backend numpy computes exponentials and attention, unless that
+    would keep too much. ``kept``: bytes, as ``swift_kept`` says, where gradients are taken."""
+    return cpu_math.swift(kept <= cpu_math.MOST_KEPT) if cpu_backend() else nullcontext()
+
+
+def swift_kept(arch: Architecture, tokens: int, blocks: int = 1) -> int:
+    """Bytes that gradients through so many blocks keep of ``tokens`` under ``swift``."""
+    return blocks * cpu_math.kept_bytes(arch.largest("ffn"), arch.sizes["hidden"], tokens)
+
+
 def load(path: Path, lazy: bool = True) -> nn.Module:
     """The stock mlx-lm model, weights unread when ``lazy``; never executes code from the model directory."""
     from mlx_lm.utils import load_model
@@ -53,6 +64,7 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
             "take a model that stock mlx-lm has a class for",
         )
     entries = read_headers(path)  # mlx reads the same files, and believes them
+    blas.fit(config.get("hidden_size"))
     with without_leftovers(path, entries) as whole, plain(whole) as name:
         try:
             model, _ = load_model(name, lazy=lazy, model_config=config)

@@ -25,11 +25,12 @@ import numpy as np
 
 from . import console, divergence, lm, rewrite, stream
 from .arch import Tensor
-from .artifacts import ARTIFACT_BUDGET, MAX_ARTIFACT, Arrays, dump_json
+from .artifacts import Arrays, dump_json, survivors
 from .atomic import created, is_ours, refuse_existing, replace_file
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
+from .cpu_math import MOST_KEPT
 from .errors import PareError, Refused, UsageError
 
 FLOOR = 0.01  # of the mean energy of the channels: none weighs more than a hundred average ones
@@ -99,15 +100,12 @@ def block_ends(student: Checkpoint, teacher: Checkpoint) -> list[int]:
 def _sources(student: Checkpoint, theirs: int) -> list[int]:
     """Which of the teacher's layers every layer of the student was."""
     file, count = student.path / "survivors.json", len(student.arch.layers)
-    if not file.exists():
-        sources = list(range(count)) if count == theirs else []
-    else:
-        listed = read_json(file, "list of survivors", MAX_ARTIFACT, ARTIFACT_BUDGET).get("layers")
-        sources = (
-            [layer.get("source") for layer in listed if isinstance(layer, dict)] if isinstance(listed, list) else []
-        )
-    whole = all(type(source) is int and 0 <= source < theirs for source in sources)
-    if len(sources) != count or not whole or sources != sorted(set(sources)):
+    try:
+        known = [layer["source"] for layer in survivors(file)["layers"]] if file.exists() else list(range(count))
+    except PareError:
+        known = []
+    sources = known if file.exists() or count == theirs else []
+    if len(sources) != count or sources[-1] >= theirs:
         raise PareError(
             f"{student.path} does not say which of the {theirs} layers of the original its {count} are",
             "survivors.json beside the weights says it for a model that mlx-pare pruned",
@@ -128,12 +126,20 @@ def training_bytes(student: Checkpoint, rows: Rows, options: Options) -> int:
     widest = max(size for layer, size in sizes.items() if layer is not None)
     heads, length = arch.largest("kv_head", "group"), rows.length
     units = 9 * arch.largest("ffn") + 18 * arch.sizes["hidden"] + 5 * heads * length
-    return 4 * (widest * {"lora": 3, "full": 5}[options.method] + min(options.batch, rows.count) * length * units)
+    computed, kept = 4 * min(options.batch, rows.count) * length * units, swift_kept(student, rows, options)
+    if lm.cpu_backend() and kept <= MOST_KEPT:
+        computed = max(computed, kept)
+    return 4 * widest * {"lora": 3, "full": 5}[options.method] + computed
+
+
+def swift_kept(student: Checkpoint, rows: Rows, options: Options) -> int:
+    """What a batch keeps under lm.swift."""
+    return lm.swift_kept(student.arch, min(options.batch, rows.count) * rows.length)
 
 
 def check_memory(student: Checkpoint, teacher: Checkpoint, rows: Rows, options: Options, cap: int | None) -> int:
     """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise."""
-    state = rows.count * rows.length * student.arch.sizes["hidden"] * (4 if lm.cpu_backend() else 2)
+    state = rows.count * rows.length * student.arch.sizes["hidden"] * stream.state_width(student)
     training = training_bytes(student, rows, options)
     instead = f" and training a block {console.gb(training)}), or a smaller batch"
     needed = stream.check_memory(student, rows, cap, state + training, instead)
@@ -245,6 +251,7 @@ class _Healer(stream.Observer):
         train(
             fresh, self._loss, self.count, self.options, draw,
             lambda value: self.bar.advance(1, f"{what}, error {before:.4f}, loss {value:.4f}"),
+            swift_kept(self.student, self.rows, self.options),
         )  # fmt: skip
         new = self._stored(index, fresh)
         trained, after = self._error(unrounded(fresh)), self._error(self._with(index, new))

@@ -203,6 +203,14 @@ TeacherModel = Annotated[
     Path | None,
     typer.Option(help="Model to learn from, with the same tokenizer, e.g. a larger sibling. Default: the original."),
 ]
+Quick = Annotated[
+    bool,
+    typer.Option(
+        "--quick",
+        help="Only the cut, measured against the original, and its export: recovery, the random cut, fewer bits and "
+        "speed are left out. The same command without --quick goes on from there.",
+    ),
+]
 Gguf = Annotated[
     str | None,
     typer.Option(help="f16, q8_0, q4_k_m or another type of llama-quantize. Default: f16, q8_0 for a quantized model."),

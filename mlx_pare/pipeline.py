@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, corpus, gguf_quantize, planning, recipes, schedule, steps
+from . import console, contenders, corpus, gguf_quantize, kept, planning, recipes, schedule, steps
 from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint, read_json
@@ -38,7 +38,7 @@ from .rundir import Run
 from .score import criterion
 from .steps import Settings
 from .texts import VALIDATION_ROWS, Texts
-from .verdict import metrics, reconstructed, verdict
+from .verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict
 
 # Operations to choose and solve one matrix: an ffn of 16384 that is solved by its Gram matrix, minutes on two cores.
 AFFORDABLE = 1.5e13
@@ -51,7 +51,7 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
     """
     out, settings = Path(out), _with_teacher(settings)
     model = model_of(model, out)
-    s = affordable(model, planning.with_possible_axes(model, recipes.dated(out, settings)))
+    s = affordable(model, planning.with_possible_axes(model, recipes.dated(out, hurried(settings))))
     preflight(model, s)
     s = planning.settled(model, s, planning.begun(out / schedule.name_of(1) if s.stages else out))
     texts = Texts(model, s)
@@ -60,16 +60,18 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
     with steps.open_run(model, out) as opened:
         schedule.agree(opened, s)
         opened.write_recipe(asked, replace=False)
+        opened.kept = opened.path / "kept"
+        if s.quick:
+            console.say(f"--quick: {LEFT_OUT}; the same command without --quick goes on from what this one has done")
         result = (_in_stages if s.stages else _at_once)(opened, texts, s)
-        steps.contender_step(opened, "random", steps.random_plan(opened, s), texts, s)
-        narrow = whole(opened.model, Plan.load(opened.output("plan", "plan.json")), Checkpoint(result).nbytes())
-        if narrow is not None:
-            steps.contender_step(opened, "fewer-bits", narrow, texts, s)
+        others = {} if s.quick else _others(opened, result, s)
+        contenders.contender_steps(opened, others, texts, s)
+        kept.clear(opened.kept)
         gguf = export_step(opened, result, texts, s)
         if s.trials > 0:
             steps.bench_step(opened, result, s)
-        absent = {"recovered": not s.recovers, "fewer-bits": narrow is None}
-        measured = [n for n, _ in CONTENDERS if not absent.get(n)]
+        named = {"original", "pruned", *others, *(["recovered"] if s.recovers else [])}
+        measured = [n for n, _ in CONTENDERS if n in named or n.startswith("stage-")]
         written = report(opened.path, measured)
         summary = _summary(opened, result, gguf, written, measured)
         opened.write_recipe(asked)  # only now: a request that was refused on the way leaves the recipe of what was done
@@ -82,6 +84,26 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
 def _with_teacher(s: Settings) -> Settings:
     """The settings with a model directory as teacher."""
     return replace(s, teacher=str(model_of(s.teacher))) if s.teacher else s
+
+
+def hurried(s: Settings) -> Settings:
+    """With --quick the settings without recovery and measurements of speed.
+
+    Raises UsageError with a schedule, whose stages are recovered."""
+    if not s.quick:
+        return s
+    if s.stages:
+        raise UsageError("--quick leaves recovery out, and every stage of --schedule needs it", "leave out one of them")
+    return replace(s, recover_steps=0, local_steps=0, trials=0)
+
+
+def _others(run: Run, result: Path, s: Settings) -> dict[str, Plan]:
+    """What the result is compared with: a random cut, the original with fewer bits, if that can be as small; of a
+    schedule also the units of its last stage, cut out of the original at once."""
+    plans = {"pruned": schedule.plan_step(run, s)} if s.stages else {}
+    plans["random"] = contenders.random_plan(run, s)
+    narrow = whole(run.model, Plan.load(run.output("plan", "plan.json")), Checkpoint(result).nbytes())
+    return plans if narrow is None else {**plans, "fewer-bits": narrow}
 
 
 def _cut(run: Run, texts: Texts, s: Settings, original: Path | None = None) -> Path:
@@ -99,6 +121,7 @@ def _at_once(run: Run, texts: Texts, s: Settings) -> Path:
     result = _cut(run, texts, s)
     steps.evaluate_step(run, "original", run.model, texts, s)
     steps.evaluate_step(run, "pruned", result, texts, s)
+    console.say(first_result(metrics(run.path, ["original", "pruned"])))
     if s.recovers:
         result = steps.recover_step(run, texts, s)
         steps.evaluate_step(run, "recovered", result, texts, s)
@@ -108,8 +131,7 @@ def _at_once(run: Run, texts: Texts, s: Settings) -> Path:
 def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
     """Every stage cuts what the one before left, and is taught by the original; all are measured against the original.
 
-    "pruned" is then what the random cut is as well: the units of the last stage cut out of the original at once, never
-    recovered.
+    "pruned" is then measured among the other contenders.
     """
     steps.evaluate_step(run, "original", run.model, texts, s)
     result = run.model
@@ -118,13 +140,13 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
         console.say(f"{stage.name} of {len(s.stages)}: to {stage.share:g} of the original, {stage.steps} steps")
         asked = planning.settled(result, stage.settings(s, run.model, result), planning.begun(place))
         with steps.open_run(result, place) as opened:
+            opened.kept = run.kept
             opened.write_recipe(recipes.recipe_of(result, asked), replace=False)
             pruned = _cut(opened, texts, asked, None if result == run.model else run.model)
             steps.evaluate_step(run, f"{stage.name}-pruned", pruned, texts, s)
             drawn = (s.seed + stage.number - 1) % 2**32  # or every stage would train on the same rows
             result = steps.recover_step(opened, texts, replace(asked, seed=drawn))
         steps.evaluate_step(run, stage.recovered, result, texts, s)
-    steps.contender_step(run, "pruned", schedule.plan_step(run, s), texts, s)
     return result
 
 

@@ -1,10 +1,11 @@
 """reconstruct: model + plan + calibration rows -> the plan's units chosen again, and weights that make up for the cut.
 
 A second pass, two streams at once: the dense one, as it is, and the pruned one, which carries the errors of all
-earlier blocks. In every block the matrices that write to the residual stream, o_proj and then down_proj, are solved
-anew so that the pruned stream comes back to the dense one: their target is what the dense stream has after them, minus
-what the pruned stream carries past them. The block runs in full, with the cut units left out at the input of those two
-matrices, which is the same as cut (the axes are exact). Up to the first cut the streams are one, and nothing is solved.
+earlier blocks. Several plans of one model have a pruned stream each, beside one dense one. In every block the matrices
+that write to the residual stream, o_proj and then down_proj, are solved anew so that the pruned stream comes back to
+the dense one: their target is what the dense stream has after them, minus what the pruned stream carries past them. The
+block runs in full, with the cut units left out at the input of those two matrices, which is the same as cut (the axes
+are exact). Up to the first cut the streams are one, and nothing is solved.
 A bias behind such a matrix is solved with it. A matrix that will be stored packed is packed here, with error feedback
 (gptq.py), and where the plan asks for other bits than the source has, the pruned stream goes through the other matrices
 as they will be packed: what comes later makes up for that as well.
@@ -17,7 +18,9 @@ what the dense matrix itself gave.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from .artifacts import Arrays, LayerPlan, Plan, repair_file
 from .checkpoint import Checkpoint
 from .console import gb
 from .corpus import Rows
-from .errors import PareError
+from .errors import PareError, Refused
 from .layout import layout
 from .least_squares import Cost
 from .observers import replace_module
@@ -62,7 +65,28 @@ def reconstruct(
     feed-forward has no such matrix. Raises PareError for a plan that cuts the hidden size (what is cut there cannot be
     made up for so) or does not suit the model, Refused when the estimate of memory exceeds the cap.
     """
-    return _lead(opened(model), Plan.of(plan), rows, rows.count, Path(out), damping, memory_cap)[0]
+    model, out = opened(model), Path(out)
+    return reconstruct_all(model, [Plan.of(plan)], rows, [out], damping, memory_cap)[0]
+
+
+def reconstruct_all(
+    model: Path,
+    plans: Sequence[Plan],
+    rows: Rows,
+    outs: Sequence[Path],
+    damping: float | None = None,
+    memory_cap: int | None = None,
+) -> list[Plan]:
+    """Several plans of one model, as ``reconstruct`` does each, to a directory each. The original is streamed once for
+    all of them; where the memory does not hold so many pruned streams, once for each. Raises as ``reconstruct``."""
+    checkpoint = Checkpoint(model)
+    try:
+        check_memory(checkpoint, rows, memory_cap, len(plans))
+        together = [list(zip(plans, outs, strict=True))]
+    except Refused:
+        together = [[one] for one in zip(plans, outs, strict=True)]
+    pairs = [pair for some in together for pair in _lead(model, some, rows, rows.count, damping, memory_cap)[0]]
+    return [pair.made() for pair in pairs]
 
 
 def reconstructed_kl(
@@ -70,7 +94,7 @@ def reconstructed_kl(
 ) -> float:
     """The KL divergence, nats per token, that a plan reaches on ``held`` rows (of the same length) when it is
     reconstructed on ``rows``: nothing is cut for that. Raises as ``reconstruct``, which would write to ``scratch``."""
-    _, pair, dense = _lead(model, plan, rows.joined(held), rows.count, scratch, None, memory_cap)
+    (pair,), dense = _lead(model, [(plan, scratch)], rows.joined(held), rows.count, None, memory_cap)
     if pair.pruned is None:
         return 0.0
     reference, made = (hidden[rows.count :] for hidden in (dense.hidden, pair.pruned))
@@ -78,36 +102,39 @@ def reconstructed_kl(
 
 
 def _lead(
-    model: Path, plan: Plan, rows: Rows, count: int, out: Path, damping: float | None, memory_cap: int | None
-) -> tuple[Plan, _Pair, stream.Streamed]:
-    """Both streams through the model; only the first ``count`` rows count when something is solved."""
+    model: Path, plans: Sequence[tuple[Plan, Path]], rows: Rows, count: int, damping: float | None, cap: int | None
+) -> tuple[list[_Pair], stream.Streamed]:
+    """The dense stream and those of all plans through the model; only the first ``count`` rows count when something is
+    solved."""
     checkpoint = Checkpoint(model)
-    plan.check(checkpoint)
-    if plan.cuts_hidden(checkpoint.arch):
-        raise PareError("reconstruction cannot make up for a cut of the hidden size", "leave hidden out of --axes")
-    check_memory(checkpoint, rows, memory_cap)
-    out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("[0-9]*.safetensors"):
-        old.unlink()
-    pair = _Pair(checkpoint, plan, rows, count, damping, out)
-    dense = stream.walk(model, rows, pair, what="reconstruct: block")
-    return plan.model_copy(update={"layers": pair.layers}), pair, dense
+    for plan, _ in plans:
+        plan.check(checkpoint)
+        if plan.cuts_hidden(checkpoint.arch):
+            raise PareError("reconstruction cannot make up for a cut of the hidden size", "leave hidden out of --axes")
+    check_memory(checkpoint, rows, cap, len(plans))
+    for _, out in plans:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in out.glob("[0-9]*.safetensors"):
+            old.unlink()
+    pairs = [_Pair(checkpoint, plan, rows, count, damping, out) for plan, out in plans]
+    return pairs, stream.walk(model, rows, _SideBySide(checkpoint.arch, pairs), what="reconstruct: block")
 
 
-def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
+def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, plans: int = 1) -> int:
     """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
-    held = held_bytes(checkpoint, rows)
+    held = held_bytes(checkpoint, rows, plans)
     instead = f"; --no-reconstruct needs {gb(held)} less"
     return stream.check_memory(checkpoint, rows, cap, held, instead)
 
 
-def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
-    """What a pair of streams needs beyond a plain walk: more hidden states, the inputs of both matrices, and what the
-    wider one takes to be solved, in the form that it will be."""
-    arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
+def held_bytes(checkpoint: Checkpoint, rows: Rows, plans: int = 1) -> int:
+    """What pruned streams of so many plans need beyond a plain walk: more hidden states, the inputs of both matrices,
+    and what the wider one takes to be solved, in the form that it will be. With more plans than one, what the dense
+    block gave is there until the last of them has gone through it."""
+    arch, value = checkpoint.arch, stream.state_width(checkpoint)
     sizes = arch.layer_sizes(0)
     attention = sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
-    states = 6 if behind_norm(arch, 0) else 3
+    states = (6 if behind_norm(arch, 0) else 3) + (2 * (plans - 1) if plans > 1 else 0)
     tokens = rows.count * rows.length
     held = tokens * (states * arch.sizes["hidden"] + sizes["ffn"] + attention)
     new = 4 * arch.sizes["hidden"] * (sizes["ffn"] + attention)
@@ -144,8 +171,82 @@ class _Before:
         return seen
 
 
-class _Pair(stream.Observer):
-    """The observer of a walk of the dense model that leads the pruned stream along."""
+@dataclass
+class _Block:
+    """A block of the dense model with what is watched in it, and what the dense stream had there: behind the block,
+    before its second norm, and, where a norm stands behind them, of the two matrices."""
+
+    module: Any
+    attention: Site
+    ffn: Site
+    middle: Any
+    after: mx.array | None = None
+    between: list[mx.array] = field(default_factory=list)
+    outputs: dict[str, list[mx.array] | None] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """By the roles of their matrices."""
+        return dict(zip(SOLVED, (self.attention, self.ffn), strict=True))
+
+    def seen(self, after: mx.array) -> None:
+        """The dense stream has gone through."""
+        self.after, self.between = after, self.middle.taken()
+        for role, site in self.sites.items():
+            self.outputs[role], site.outputs = site.outputs, None
+
+    def begin(self) -> None:
+        """Before another run through the block."""
+        self.middle.seen = []
+        for site in self.sites.values():
+            site.replay = iter(site.inputs)
+
+    def renew(self) -> None:
+        """Before the stream of another plan."""
+        for site in self.sites.values():
+            site.new, site.gone, site.inputs, site.replay = None, False, [], None
+
+    def listen(self, site: Site, run: Callable, hidden: mx.array) -> None:
+        """Remember the inputs of a matrix when these hidden states go through the block."""
+        self.begin()
+        site.listening = True
+        run(hidden)
+        site.listening = False
+
+
+class _SideBySide(stream.Observer):
+    """The observer of a walk of the dense model that leads the pruned streams along, one after the other through every
+    block."""
+
+    def __init__(self, arch: Architecture, pairs: Sequence[_Pair]):
+        self.arch, self.pairs = arch, pairs
+
+    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
+        attention, ffn = (replace_module(block, self.arch.path(index, role), Site) for role in SOLVED)
+        for site, role in ((attention, "o_proj"), (ffn, "down_proj")):
+            site.shorten(attrgetter(self.arch.path(index, role).rpartition(".")[0])(block))
+        has_norm = self.arch.has(index, "ffn_norm")
+        middle = replace_module(block, self.arch.path(index, "ffn_norm"), _Before) if has_norm else _Before(None)
+        if behind_norm(self.arch, index):
+            attention.outputs, ffn.outputs = [], []
+        self.block = _Block(block, attention, ffn, middle)
+
+    def pending(self) -> list[mx.array]:
+        return [*self.block.middle.seen, *(x for site in self.block.sites.values() for x in site.outputs or ())]
+
+    def leave(self, index: int, hidden: mx.array) -> None:
+        del self.block
+
+    def again(self, index: int, before: mx.array, after: mx.array, run: Callable) -> None:
+        """Solve the block ``index`` for every pruned stream and send it through that."""
+        self.block.seen(after)
+        for pair in self.pairs:
+            pair.through(index, self.block, before, run)
+            self.block.renew()
+
+
+class _Pair:
+    """The dense stream and that of a plan."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, rows: Rows, count: int, damping: float | None, out: Path):
         self.checkpoint, self.arch, self.plan, self.damping, self.out = checkpoint, checkpoint.arch, plan, damping, out
@@ -161,51 +262,40 @@ class _Pair(stream.Observer):
         self.layers: list[LayerPlan] = []
         self.pruned: mx.array | None = None  # hidden states of the pruned stream; None while the two are one
 
-    # ---- what the engine calls ----
+    def made(self) -> Plan:
+        """The plan that the new matrices belong to."""
+        return self.plan.model_copy(update={"layers": self.layers})
 
-    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
-        self.block = block
-
-        def at(role: str, make: Callable[[Any], Any]) -> Any:
-            return replace_module(block, self.arch.path(index, role), make)
-
-        self.attention, self.ffn = at("o_proj", Site), at("down_proj", Site)
-        self.middle = at("ffn_norm", _Before) if self.arch.has(index, "ffn_norm") else _Before(None)
-        if behind_norm(self.arch, index):
-            self.attention.outputs, self.ffn.outputs = [], []
-
-    def pending(self) -> list[mx.array]:
-        return [*self.middle.seen, *(self.attention.outputs or ()), *(self.ffn.outputs or ())]
-
-    def leave(self, index: int, hidden: mx.array) -> None:
-        del self.attention, self.ffn, self.middle, self.block
-
-    def again(self, index: int, before: mx.array, after: mx.array, run: Callable) -> None:
+    def through(self, index: int, block: _Block, before: mx.array, run: Callable) -> None:
         """Solve the block ``index`` for the pruned stream and send that through it."""
-        pruned, middle = before if self.pruned is None else self.pruned, self.middle.taken()
         planned = self.planned.get(index)
         if planned is None:  # a layer that is cut: the pruned stream walks past it
-            self.pruned = pruned
+            self.pruned = before if self.pruned is None else self.pruned
             return
-        apart = self._repacked(index) or self.pruned is not None
-        sizes, self.made = self.arch.layers[index].sizes, {}
+        with self._repacked(index, block) as repacked:
+            self._solve(index, block, before, run, planned, repacked or self.pruned is not None)
+
+    def _solve(
+        self, index: int, block: _Block, before: mx.array, run: Callable, planned: LayerPlan, apart: bool
+    ) -> None:
+        """``apart``: the streams are two, or the block is another one."""
+        pruned, middle = before if self.pruned is None else self.pruned, block.between
+        sizes, self.made_of = self.arch.layers[index].sizes, {}
         heads, channels = planned.kv_head, planned.ffn
-        wanted, self.attention.outputs = self.attention.outputs, None
-        self.attention.gone, self.ffn.gone = not heads, not channels
+        block.attention.gone, block.ffn.gone = not heads, not channels
         if heads and (apart or len(heads) < sizes["kv_head"]):
-            self._listen(self.attention, run, pruned)
+            block.listen(block.attention, run, pruned)
+            wanted = block.outputs["o_proj"]
             target = self._missing(middle, parts(pruned, middle)) if wanted is None else wanted
-            heads = self._fit("o_proj", target, sizes["group"] * sizes["head_dim"], heads)
-        del middle
-        wanted, self.ffn.outputs = self.ffn.outputs, None
+            heads = self._fit("o_proj", block.attention, target, sizes["group"] * sizes["head_dim"], heads)
         if apart or len(planned.kv_head) < sizes["kv_head"] or len(channels) < sizes["ffn"]:
             if channels:
-                self._listen(self.ffn, run, pruned)
-                middle = self.middle.taken()
-                target = self._missing(parts(after, middle), middle) if wanted is None else wanted
-                channels = self._fit("down_proj", target, 1, channels)
-                del middle, target
-            self._begin()
+                block.listen(block.ffn, run, pruned)
+                carried, wanted = block.middle.taken(), block.outputs["down_proj"]
+                target = self._missing(parts(block.after, carried), carried) if wanted is None else wanted
+                channels = self._fit("down_proj", block.ffn, target, 1, channels)
+                del carried, target
+            block.begin()
             self.pruned = run(pruned)
         self._save(planned.model_copy(update={"ffn": channels, "kv_head": heads}))
 
@@ -217,39 +307,31 @@ class _Pair(stream.Observer):
             missing = x.astype(mx.float32) - y.astype(mx.float32)
             yield missing if factor == 1 else missing * factor
 
-    def _repacked(self, index: int) -> bool:
-        """Put the matrices that are not solved into the block as they will be packed, where that is not how they are in
+    @contextmanager
+    def _repacked(self, index: int, block: _Block) -> Iterator[bool]:
+        """The matrices that are not solved stand in the block as they will be packed, where that is not how they are in
         the source; whether any matrix of the block changes so."""
-        changed = False
+        changed, before = False, []
         others = [role for part in ("attention", "ffn") for role in self.arch.readers(index, part)]
         for role in (*others, *SOLVED):
             piece, origin = self.pieces.get((len(self.layers), role), (None, None))
-            packing, before = piece and piece.packing, origin and self.checkpoint.packing(origin.module)
-            if packing is None or (before is not None and packing.as_config() == before.as_config()):
+            packing, was = piece and piece.packing, origin and self.checkpoint.packing(origin.module)
+            if packing is None or (was is not None and packing.as_config() == was.as_config()):
                 continue
             changed = True
             if role not in SOLVED:
-                stored = packing, MX_DTYPE[piece.dtype]
-                replace_module(self.block, self.arch.path(index, role), lambda m, stored=stored: lm.packed(m, *stored))
-        return changed
+                path, stored = self.arch.path(index, role), (packing, MX_DTYPE[piece.dtype])
+                before.append((path, attrgetter(path)(block.module)))
+                replace_module(block.module, path, lambda module, stored=stored: lm.packed(module, *stored))
+        try:
+            yield changed
+        finally:
+            for path, module in before:
+                replace_module(block.module, path, lambda _, module=module: module)
 
-    def _listen(self, site: Site, run: Callable, hidden: mx.array) -> None:
-        """Remember the inputs of a matrix when these hidden states go through the block."""
-        self._begin()
-        site.listening = True
-        run(hidden)
-        site.listening = False
-
-    def _begin(self) -> None:
-        """Before another run through the block."""
-        self.middle.seen = []
-        for site in (self.attention, self.ffn):
-            site.replay = iter(site.inputs)
-
-    def _fit(self, role: str, target: Iterable[mx.array], size: int, planned: Sequence[int]) -> list[int]:
+    def _fit(self, role: str, site: Site, target: Iterable[mx.array], size: int, planned: Sequence[int]) -> list[int]:
         """Choose the units of a matrix, or take the plan's; solve what is left, pack it if it will be stored so;
         replace the matrix by that. Returns the units."""
-        site = self.attention if role == "o_proj" else self.ffn
         problem, energy = site.problem(target, self.mask, self.damping)
         chosen = list(planned)
         if self.plan.criterion == CHOOSES and len(chosen) * size < problem.width:
@@ -257,7 +339,7 @@ class _Pair(stream.Observer):
         kept = (np.array(chosen)[:, None] * size + np.arange(size)).reshape(-1)
         new, count = problem.solve(kept), len(kept)
         errors = [problem.error(weight, kept, energy) for weight in (problem.old(kept), new)]
-        made = self.made[role] = _Made(errors, mx.array(new[:, :count].astype(np.float32)))
+        made = self.made_of[role] = _Made(errors, mx.array(new[:, :count].astype(np.float32)))
         piece, rest = self.pieces[len(self.layers), role][0], new[:, count:].copy()
         if piece.packing is not None:
             made.packed, rest = gptq.quantize(new, piece.packing, MX_DTYPE[piece.dtype], problem.feedback(kept))
@@ -274,10 +356,10 @@ class _Pair(stream.Observer):
         return chosen
 
     def _save(self, layer: LayerPlan) -> None:
-        arrays = {name: array for role, made in self.made.items() for name, array in made.arrays(role).items()}
+        arrays = {name: array for role, made in self.made_of.items() for name, array in made.arrays(role).items()}
         about = {**self.about, "units": layer.model_dump()}
-        about["errors"] = {role: made.errors for role, made in self.made.items()}
-        about["packed"] = {role: made.about() for role, made in self.made.items() if made.packed}
+        about["errors"] = {role: made.errors for role, made in self.made_of.items()}
+        about["packed"] = {role: made.about() for role, made in self.made_of.items() if made.packed}
         Arrays(arrays, about).save(repair_file(self.out, len(self.layers)))
         self.layers.append(layer)
 

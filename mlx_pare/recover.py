@@ -21,16 +21,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, lm, local, on_policy, ranks, rewrite, stream, targets, teacher
+from . import console, divergence, lm, local, machine, on_policy, ranks, rewrite, stream, targets, teacher
 from .artifacts import dump_json, survivors
 from .atomic import created, refuse_existing, remove, replace_file, working
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
+from .kept import end_of
 from .objective import Taps, loss_of
 from .opened import StrPath, opened
-from .recover_options import GENTLE_BELOW, RATES, Options, check_memory
+from .recover_options import GENTLE_BELOW, RATES, Options, check_memory, swift_fits
 from .student import merged, prepare, resident
 from .training import Course, Diverged, Trainer
 
@@ -44,12 +45,14 @@ def recover(
     options: Options,
     memory_cap: int | None = None,
     work: StrPath | None = None,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Write the healed model to ``out``; returns validation KL before and after, the curve, whether it helped.
 
     ``original``: the teacher, any model with the student's tokenizer. ``work``: a directory for what a killed call
-    goes on from; it is removed in the end. Raises UsageError for options there are not, Refused when ``out`` exists,
-    the tokenizers differ or the training does not fit in memory, Diverged when the loss is not a number any more.
+    goes on from; it is removed in the end. ``kept``: where hidden states of the original are kept (kept.py). Raises
+    UsageError for options there are not, Refused when ``out`` exists, the tokenizers differ or the training does not
+    fit in memory, Diverged when the loss is not a number any more.
     """
     options.check()
     student, original, out = opened(student), opened(original), Path(out)
@@ -64,7 +67,7 @@ def recover(
     gentle_below = GENTLE_BELOW if usual else None  # a rate that was asked for is the rate
     course = replace(options.course, gentle_below=gentle_below)
     with nullcontext(Path(work)) if work else working(out.with_name(out.name + ".work")) as place:
-        job = _Job(student, original, train, validation, options, course, place, memory_cap)
+        job = _Job(student, original, train, validation, options, course, place, memory_cap, kept)
         try:
             summary = job.run()
         except Diverged:  # what was healed block by block before that is still good
@@ -89,8 +92,9 @@ class _Job:
         course: Course,
         work: Path,
         memory_cap: int | None,
+        kept: Path | None = None,
     ):
-        self.course = course
+        self.course, self.kept = course, kept
         self.student, self.original, self.train, self.validation = student, original, train, validation
         self.options, self.work, self.memory_cap = options, work, memory_cap
         self.candidates = {"pruned": student}
@@ -102,14 +106,15 @@ class _Job:
         places = self._places()
         if options.steps:
             sizes = Checkpoint(self.student), Checkpoint(self.original), self.train.rows, self.validation.rows
-            needed = check_memory(*sizes, options, self.memory_cap, len(places.own) if places else 0)
+            matched = len(places.own) if places else 0
+            needed = check_memory(*sizes, options, self.memory_cap, matched)
+            self.swift = self._swift(*sizes, options, self.memory_cap or machine.available_bytes(), matched)
             console.say(
                 f"recover: {options.method}, {options.objective.kind} divergence, takes about {console.gb(needed)}"
             )
         stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
         if ranks.this()[0] == 0:  # who validates
-            streamed = stream.walk(self.original, self.validation.rows, what="teacher, validation: block")
-            self.judge = teacher.Whole(streamed)
+            self.judge = teacher.Whole(self._end_of(self.validation.rows, "teacher, validation: block"))
         found = {
             "options": asdict(options) | {"kind": options.objective.kind},
             "matched": None if places is None else {"student": places.own, "teacher": places.teacher},
@@ -128,7 +133,8 @@ class _Job:
         mx.random.seed(options.seed)  # the same adapters, whatever was drawn so far, in every process
         prepare(model, options.method, options.rank, options.scale, options.grad_checkpoint)
         trainer = self._trainer(model, guide, states, places)
-        trainer.run()
+        with lm.swift() if self.swift else nullcontext():
+            trainer.run()
         if trainer.best_step and trainer.rank == 0:
             both = Checkpoint(start).quantized and options.method != "norms"
             for name in ("trained", "same scales") if both else ("trained",):
@@ -141,6 +147,14 @@ class _Job:
         rate = self.course.full_rate(trainer.curve[0]["loss"])
         about = {"best_step": trainer.best_step, "rate": rate, "domains": trainer.sampler.weights}
         return {"curve": trainer.curve} | about
+
+    def _swift(self, *asked: Any) -> bool:
+        """Whether steps compute under lm.swift: decided once, since a process that goes on must compute alike."""
+        note = self.work / "swift.json"
+        if not note.exists() and ranks.this()[0] == 0:
+            self.work.mkdir(parents=True, exist_ok=True)
+            replace_file(note, dump_json({"swift": swift_fits(*asked)}))
+        return read_json(note, "recovery")["swift"] if note.exists() else swift_fits(*asked)
 
     def _local(self) -> dict[str, Any] | None:
         """Heal it block by block first; the result is where the training starts."""
@@ -188,7 +202,10 @@ class _Job:
             matched = len(places.own) if places else 0
             held = teacher.held_bytes(Checkpoint(self.original), rows, matched, options.top is None)
             stream.check_memory(Checkpoint(self.original), rows, self.memory_cap, held, "; or --targets 64")
-            streamed = stream.walk(self.original, rows, watched, what="teacher: block")
+            if watched:
+                streamed = stream.walk(self.original, rows, watched, what="teacher: block")
+            else:
+                streamed = self._end_of(rows, "teacher: block")
         states = [watched.states[layer] for layer in places.teacher] if watched else []
         if options.top is None:
             return teacher.Whole(streamed), states
@@ -197,6 +214,10 @@ class _Job:
             targets.collect(self.original, rows, where, options.top, options.temperature, memory_cap=self.memory_cap),
             states,
         )
+
+    def _end_of(self, rows: Rows, what: str) -> stream.Streamed:
+        """Where the teacher ends on these rows, with its hidden states in memory."""
+        return end_of(self.original, rows, self.kept, self.memory_cap, what, whole=True)
 
     def _trainer(
         self, model: nn.Module, guide: teacher.Guide | None, states: list[mx.array], places: teacher.Places | None
@@ -272,6 +293,7 @@ def by_domain(
     sums = np.zeros(validation.rows.count)
     for start in range(0, len(sums), batch):
         rows = np.arange(start, min(start + batch, len(sums)))
-        sums[rows] = np.array(divergence.kl(judge.batch(rows)[0], logits(rows)).mean(axis=-1))
+        with lm.swift():
+            sums[rows] = np.array(divergence.kl(judge.batch(rows)[0], logits(rows)).mean(axis=-1))
     found = {name: float(sums[validation.of == n].mean()) for n, name in enumerate(validation.names)}
     return {"": float(sums.mean()), **(found if len(found) > 1 else {})}

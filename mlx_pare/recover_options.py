@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, lm, machine, on_policy, teacher
+from . import console, cpu_math, lm, machine, on_policy, stream, teacher
 from .block_training import Options as BlockOptions
 from .checkpoint import Checkpoint
 from .corpus import Rows
@@ -98,15 +98,21 @@ class Options:
 
 
 def required_bytes(
-    student: Checkpoint, original: Checkpoint, train: Rows, validation: Rows, options: Options, matched: int = 0
+    student: Checkpoint,
+    original: Checkpoint,
+    train: Rows,
+    validation: Rows,
+    options: Options,
+    matched: int = 0,
+    swift: bool = False,
 ) -> int:
     """Student, gradients and optimizer, the teacher's hidden states (at ``matched`` places too), and what comes in
     turn: logits and activations of a batch; where the student writes rows, sampling, and the teacher's walk.
 
     Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more,
-    gradients that are accumulated another.
+    gradients that are accumulated another. ``swift``: when the steps compute under lm.swift.
     """
-    value = 4 if lm.cpu_backend() or options.method == "full" else 2
+    value = 4 if options.method == "full" else stream.state_width(student)
     arch = student.arch
     weights = sum(t.size for t in arch.tensors()) * value
     if options.method != "full" and not lm.cpu_backend():
@@ -116,6 +122,8 @@ def required_bytes(
     tokens = options.batch * length
     in_block = tokens * (6 * arch.largest("ffn") + 8 * hidden + 3 * heads * length) * value
     activations = in_block + layers * tokens * hidden * value if options.grad_checkpoint else in_block * layers
+    if swift:
+        activations = max(activations, lm.swift_kept(arch, tokens, layers))
     vocab = arch.sizes["vocab"]
     held = teacher.held_bytes(original, validation, 0)
     if options.on_policy < 1:
@@ -146,6 +154,8 @@ def check_memory(
         return required_bytes(student, original, train, validation, o, matched)
 
     limit = cap or machine.available_bytes()
+    if swift_fits(student, original, train, validation, options, limit, matched):
+        return required_bytes(student, original, train, validation, options, matched, swift=True)
     if needed(options) <= limit:
         return needed(options)
     fitting = ((flags, needed(o)) for flags, o in savings(options) if needed(o) <= limit)
@@ -156,6 +166,23 @@ def check_memory(
         f"{'--memory-cap allows' if cap else 'free are'} {console.gb(limit)}",
         cure,
     )
+
+
+def swift_fits(
+    student: Checkpoint,
+    original: Checkpoint,
+    train: Rows,
+    validation: Rows,
+    options: Options,
+    limit: int,
+    matched: int = 0,
+) -> bool:
+    """Whether steps may compute under lm.swift, for what that keeps (``limit``: bytes). Not with --grad-checkpoint,
+    which would keep nothing less."""
+    kept = lm.swift_kept(student.arch, options.batch * train.length, len(student.arch.layers))
+    if not lm.cpu_backend() or options.grad_checkpoint or kept > cpu_math.MOST_KEPT:
+        return False
+    return required_bytes(student, original, train, validation, options, matched, swift=True) <= limit
 
 
 def savings(options: Options) -> Iterator[tuple[str, Options]]:

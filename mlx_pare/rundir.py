@@ -95,6 +95,7 @@ class Run:
         self._lock = self._acquire(locked)
         self._logged = ExitStack()
         self._locked = locked
+        self.kept: Path | None = None  # where several steps find what one of them made (kept.py); None: nowhere
         self._sound = False  # whether the bytes of this run have been compared in this process
         try:
             self.manifest = self._open(model, identity, origin)
@@ -277,6 +278,13 @@ class Run:
             sweep(partial, deep=True)
         replace_file(partial / "step.json", dump_json(asked))
         return partial
+
+    def forget(self, name: str) -> None:
+        """A step is to be done again: its record goes first, so that a kill leaves a step that was not finished."""
+        self.manifest.steps.pop(name, None)
+        replace_file(self._file, dump_json(self.manifest))
+        for place in (self.path / name, self.path / f"{name}.partial"):
+            shutil.rmtree(place, ignore_errors=True)
 
     def _compare(self) -> None:
         """Before the first work of a process: the weights of the model and the big outputs are, byte for byte, what

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from . import stream
@@ -43,14 +45,20 @@ class Site:
             mx.eval(x)
             self.inputs.append(x)
             raise stream.Enough
-        if self.new is not None:  # where its inputs are known, MLX never computes x and what is only there for it
-            return self._replaced(x if self.replay is None else next(self.replay))
+        if self.new is not None:
+            return self._replaced(x)
         if self.remembering:
             self.inputs.append(x)
         y = self.module(x)
         if self.outputs is not None:
             self.outputs.append(y)
         return mx.zeros_like(y) if self.gone else y
+
+    def shorten(self, part: nn.Module) -> None:
+        """While the inputs of this matrix are known, nothing else of the part of the block that ends in it is
+        computed."""
+        part.ends_in = self  # not in the class, which is garbage only when somebody collects it
+        part.__class__ = _shortened(type(part))
 
     def _replaced(self, x: mx.array) -> mx.array:
         """What the new matrix gives for its inputs: multiplying by zeros is faster than gathering the kept ones."""
@@ -112,6 +120,19 @@ class Site:
             energy = float(np.vdot(weight.T, cross))
         _check_finite(energy + gram.trace() + cross.sum())
         return Problem(gram, cross, weight, damping, fixed), energy
+
+
+@cache
+def _shortened(cls: type) -> type:
+    """The class of a part of a block that may leave out all but its last matrix."""
+
+    def call(part: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        site = part.ends_in
+        if site.replay is None or site.new is None or site.listening:
+            return cls.__call__(part, *args, **kwargs)
+        return site._replaced(next(site.replay))
+
+    return type(cls.__name__, (cls,), {"__call__": call})
 
 
 def solve_costs(checkpoint: Checkpoint, tokens: int) -> list[Cost]:

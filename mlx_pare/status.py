@@ -32,7 +32,8 @@ def expected(recipe: Mapping[str, Any]) -> list[str]:
         found = [*cut, "evaluate-original", "evaluate-pruned"]
         if recipe.get("recover_steps", 0) or recipe.get("local_steps", 0):
             found += ["recover", "evaluate-recovered"]
-    found += ["evaluate-random", "evaluate-fewer-bits", "export"]
+    found += [] if recipe.get("quick") else ["evaluate-random", "evaluate-fewer-bits"]
+    found += ["export"]
     return found + (["bench"] if recipe.get("trials", 0) else [])
 
 

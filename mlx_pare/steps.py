@@ -28,13 +28,11 @@ from .opened import require
 from .option_types import check as check_types
 from .optional import attempt
 from .plan import Options as PlanOptions
-from .plan import redraw
 from .prune import Lineage, prune
 from .reconstruct import reconstruct
 from .recover import recover
 from .recover_options import Options as RecoverOptions
 from .rundir import Run, fingerprint
-from .schedule import name_of
 from .score import criterion, described, score
 from .stock_path import require_text
 from .texts import Texts
@@ -95,6 +93,7 @@ class Settings:
     teacher: str | None = None
     gguf: str | None = None
     trials: int = 5
+    quick: bool = False  # only the cut, measured against the original: no recovery, no other contender, no speed
     min_quality: float | None = None
     memory_cap: int | None = None
     seed: int = 0
@@ -172,13 +171,22 @@ def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
         asked["extra"] = sorted(extra)
 
     def work(directory: Path) -> None:
-        calibrate(run.model, rows, directory, s.memory_cap, extra=sorted(extra))
+        kept = _for_recovery(run, texts, s)
+        calibrate(run.model, rows, directory, s.memory_cap, extra=sorted(extra), kept=kept)
         text_record.write(directory, run.model, texts)
 
     inputs = {"model": run.manifest.source, "data": rows.digest()}
     if not run.step("calibrate", {**asked, "seed": s.seed}, inputs, work, resumes=True):
         text_record.check(run, texts)
     return run.output("calibrate", "stats.safetensors")
+
+
+def _for_recovery(run: Run, texts: Texts, s: Settings) -> Path | None:
+    """Where the hidden states at the end of calibration are kept, if recovery learns from the same model on the same
+    rows."""
+    own = s.teacher is None or Path(s.teacher) == run.model
+    same = own and s.recovers and texts.training_domains.rows.digest() == texts.calibration.digest()
+    return run.kept if same else None
 
 
 def score_step(run: Run, s: Settings) -> Path:
@@ -253,7 +261,7 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
 
     def heal(directory: Path) -> dict[str, Any]:
         place = directory / "work"
-        return recover(pruned, teacher, *rows, directory / "model", options, s.memory_cap, place)
+        return recover(pruned, teacher, *rows, directory / "model", options, s.memory_cap, place, run.kept)
 
     def work(directory: Path) -> None:
         note = directory / "recovery.json"
@@ -299,55 +307,21 @@ def evaluate_step(run: Run, name: str, model: Path, texts: Texts, s: Settings) -
         f"evaluate-{name}",
         {"length": texts.test.length},
         {"model": Checkpoint(model).identity(), "original": run.manifest.source, "data": texts.test.digest()},
-        lambda directory: _measure(directory, model, texts, teacher, s),
+        lambda directory: measured(directory, model, texts, teacher, s, run.kept),
     )
     return Metrics.load(run.output(f"evaluate-{name}", "metrics.json"))
 
 
-def _measure(directory: Path, model: Path, texts: Texts, teacher: Path | None, s: Settings) -> None:
-    found = evaluate(model, texts.test, texts.tokenizer, teacher, texts.name("test"), s.memory_cap)
+def measured(
+    directory: Path, model: Path, texts: Texts, teacher: Path | None, s: Settings, kept: Path | None = None
+) -> None:
+    """Write to a directory what there is to say of a contender on the test rows: its metrics and its size."""
+    found = evaluate(model, texts.test, texts.tokenizer, teacher, texts.name("test"), s.memory_cap, kept)
     (directory / "metrics.json").write_bytes(dump_json(found))
     checkpoint = Checkpoint(model)
     (directory / "size.json").write_bytes(
         dump_json({"bytes": checkpoint.nbytes(), "parameters": size_of(checkpoint, None, None).parameters})
     )
-
-
-def contender_step(run: Run, name: str, made: Plan, texts: Texts, s: Settings) -> None:
-    """Measure another plan of the same model, reconstructed where the result is: or what the result has from error
-    feedback would count for its cut. The weights are written, measured and removed again."""
-    asked: dict[str, Any] = {"length": texts.test.length}
-    inputs = {
-        "original": run.manifest.source,
-        "data": texts.test.digest(),
-        "plan": hashlib.sha256(made.dump()).hexdigest(),
-    }
-    result = Plan.load(run.output("plan", "plan.json"))
-    repaired = s.reconstruct and not result.cuts_hidden(Checkpoint(run.model).arch)
-    if repaired:
-        asked["reconstructed"], inputs["calibration"] = RECONSTRUCTION, texts.calibration.digest()
-
-    def work(directory: Path) -> None:
-        model, repair = directory / "model", directory / "repair" if repaired else None
-        plan = reconstruct(run.model, made, texts.calibration, repair, memory_cap=s.memory_cap) if repair else made
-        prune(run.model, plan, model, repair=repair)
-        if repair:
-            shutil.rmtree(repair)
-        _measure(directory, model, texts, run.model, s)
-        shutil.rmtree(model)
-        (directory / "plan.json").write_bytes(made.dump())
-
-    run.step(f"evaluate-{name}", asked, inputs, work)
-
-
-def random_plan(run: Run, s: Settings) -> Plan:
-    """The plan's sizes with units drawn by lot."""
-    scratch = run.path / "random.tmp.safetensors"
-    stats = run.path / name_of(1) / "calibrate" / "stats.safetensors"  # where the original was calibrated
-    score(run.model, stats if s.stages else run.output("calibrate", stats.name), scratch, "random", s.seed)
-    made = redraw(run.model, scratch, Plan.load(run.output("plan", "plan.json")))
-    scratch.unlink()
-    return made
 
 
 def bench_step(run: Run, model: Path, s: Settings) -> None:

@@ -248,14 +248,14 @@ def walk(
     checkpoint = Checkpoint(path)
     rows.require_known(checkpoint.arch.sizes["vocab"])
     model = lm.load(path)
-    vocab, readout, shape = lm.embedding(model).weight.shape[0], lm.head(model), head.Shape(*lm.logit_shape(model))
+    end = _ending(model)
     dtype = mx.float32 if lm.cpu_backend() else stored_dtype(lm.embedding(model))
     model = lm.for_backend(model)
     embedding = StoredEmbedding(checkpoint, next(checkpoint.arch.tensors()).name, dtype)
     blocks, body = lm.blocks(model), lm.body(model)
     own, tokens = list(blocks), mx.array(rows.tokens)
     store = Spooled(spool, rows.count) if spool else _InMemory()
-    with progress(what, len(own)) as bar, read_ahead(checkpoint) as ahead:
+    with progress(what, len(own)) as bar, read_ahead(checkpoint) as ahead, lm.swift():
         bar.skip(resume.start if resume else 0)
         state = _Walk(rows, own, observer, resume, store, ahead, bar)
         for index in range(len(own)):
@@ -268,9 +268,22 @@ def walk(
             lm.put_embedding(model, lambda tokens: placeholder((*tokens.shape, size), dtype))
         hidden = body(tokens)  # up to the final norm: the head is not applied
         if spool:
-            return Streamed(store.states.normed(body.norm), readout, vocab, body.norm, shape)
+            return end(store.states.normed(body.norm), body.norm)
         mx.eval(hidden)
-    return Streamed(hidden, readout, vocab, body.norm, shape)
+    return end(hidden, body.norm)
+
+
+def ended(path: Path, hidden: mx.array | Spool) -> Streamed:
+    """The end of a walk of the model in ``path`` whose hidden states, after the final norm, are known."""
+    model = lm.load(path)
+    end = _ending(model)
+    return end(hidden, lm.for_backend(lm.body(model).norm))
+
+
+def _ending(model: Any) -> Callable[[Any, Any], Streamed]:
+    """What makes the end of a walk of hidden states and the final norm; to be asked before the model is changed."""
+    vocab, readout, shape = lm.embedding(model).weight.shape[0], lm.head(model), head.Shape(*lm.logit_shape(model))
+    return lambda hidden, norm: Streamed(hidden, readout, vocab, norm, shape)
 
 
 def _into_the_first(body: Any, blocks: list, tokens: mx.array) -> mx.array:
@@ -315,7 +328,7 @@ def advance(path: Path, rows: Rows, hidden: mx.array | None, start: int, stop: i
 
 def required_bytes(checkpoint: Checkpoint, rows: Rows, spooled: bool = False) -> int:
     """Estimate of the peak of a walk, the interpreter included (see the module's docstring)."""
-    arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
+    arch, value = checkpoint.arch, state_width(checkpoint)
     there = _micro_batch(rows) if spooled else rows.count
     states = 3 * there * rows.length * arch.sizes["hidden"] * value
     block, expanded = [0] * len(arch.layers), [0] * len(arch.layers)
@@ -330,6 +343,11 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows, spooled: bool = False) ->
     more = max(expanded) + wide if lm.cpu_backend() else 0
     running = max(block) + more + activation_bytes(checkpoint, rows)
     return BASE_BYTES + states + max(running, head_bytes(checkpoint) + 4 * head.CHUNK_BYTES)
+
+
+def state_width(checkpoint: Checkpoint) -> int:
+    """Bytes of a number of the hidden states: of the dtype that the model computes in, float32 on the CPU backend."""
+    return 4 if lm.cpu_backend() else checkpoint.value_bytes
 
 
 def head_bytes(checkpoint: Checkpoint) -> int:
@@ -350,7 +368,7 @@ def activation_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
     tokens = _micro_batch(rows) * rows.length
     units = 3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length
-    return tokens * units * (4 if lm.cpu_backend() else 2)
+    return tokens * units * state_width(checkpoint)
 
 
 def check_memory(
@@ -360,7 +378,7 @@ def check_memory(
     Raises Refused otherwise; ``instead``: what else could be done about it."""
     needed, limit = required_bytes(checkpoint, rows, spooled) + held, cap or machine.available_bytes()
     if needed > limit:
-        states = 3 * rows.count * rows.length * checkpoint.arch.sizes["hidden"] * 4
+        states = 3 * rows.count * rows.length * checkpoint.arch.sizes["hidden"] * state_width(checkpoint)
         aside = "lie on disk already" if spooled else f"take {gb(states)}"
         raise Refused(
             f"streaming {rows.count} x {rows.length} tokens through {checkpoint.path} needs about {gb(needed)}, "

@@ -30,6 +30,20 @@ def reconstructed(manifest: Manifest) -> bool:
 
 
 Found = Mapping[str, tuple[Metrics, int]]
+LEFT_OUT = "recovery, the random cut, fewer bits and the measurement of speed are left out"
+NOT_COMPARED = (
+    "**Not compared:** --quick leaves out the random cut and the original with fewer bits, so there is no verdict on "
+    "pruning."
+)
+
+
+def first_result(found: Found) -> str:
+    """What is known as soon as the cut is measured: sizes, perplexity and KL divergence beside the original."""
+    (dense, dense_bytes), (ours, our_bytes) = found["original"], found["pruned"]
+    return (
+        f"first result: {gb(dense_bytes)} -> {gb(our_bytes)} ({our_bytes / dense_bytes:.0%}), perplexity "
+        f"{dense.perplexity:.2f} -> {ours.perplexity:.2f}, KL divergence {ours.kl_divergence:.4f}"
+    )
 
 
 def verdict(found: Found, reconstructed: bool = False) -> str:
@@ -43,11 +57,12 @@ def verdict(found: Found, reconstructed: bool = False) -> str:
         f"{gb(dense_bytes)} -> {gb(ours_bytes)} ({ours_bytes / dense_bytes:.0%}), perplexity {dense.perplexity:.2f} -> "
         f"{ours.perplexity:.2f} (x {ours.perplexity / dense.perplexity:.3f})."
     )
-    if "random" in found:
-        luck, chosen = found["random"][0].perplexity, found["pruned"][0].perplexity
-        both = "both reconstructed, without recovery" if reconstructed else "both without recovery"
-        text += f" A random cut of the same size has {luck:.2f} (the chosen one {chosen:.2f}, {both})."
-        text += " **The choice was no better than chance.**" if luck <= chosen else ""
+    if "random" not in found:
+        return f"{text} {NOT_COMPARED}"
+    luck, chosen = found["random"][0].perplexity, found["pruned"][0].perplexity
+    both = "both reconstructed, without recovery" if reconstructed else "both without recovery"
+    text += f" A random cut of the same size has {luck:.2f} (the chosen one {chosen:.2f}, {both})."
+    text += " **The choice was no better than chance.**" if luck <= chosen else ""
     return f"{text} {_against_fewer_bits(found, ours, reconstructed)}"
 
 

@@ -214,6 +214,18 @@ def test_readme_names_every_file():
     assert not missing, f"README.md does not name {', '.join(missing)}"
 
 
+CALLED = re.compile(r"\b(?:benchmarks|scripts|tests)/[\w/-]+\.(?:py|sh)\b")
+
+
+@pytest.mark.parametrize("name", ["Makefile", "README.md", ".ci/run", "pyproject.toml", "benchmarks/*.py", "scripts/*"])
+def test_fault_3_scripts_that_are_called_are_there(name):
+    """What a Makefile, a command in the README or a script calls by its path."""
+    for file in ROOT.glob(name):
+        named = {found[0] for found in CALLED.finditer(file.read_text("utf-8"))}
+        missing = sorted(path for path in named if not (ROOT / path).exists())
+        assert not missing, f"{file.relative_to(ROOT)} calls {', '.join(missing)}"
+
+
 FOREIGN = re.compile(
     r"/work/(?!\W)|/tmp/w\w|https?://(?:localhost|10\.|127\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.)"
     r"|(?:index-url|registry|find-links)\s*=\s*['\"]?https?://|artifactory|\bpypi\.(?!org\b)[\w-]+\.\w+|\.internal\b"

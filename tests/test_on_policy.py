@@ -23,7 +23,7 @@ from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options, required_bytes, savings
 from mlx_pare.score import score
 from mlx_pare.student import resident, trained_values
-from mlx_pare.teacher import Places, head_bytes
+from mlx_pare.teacher import Places
 
 DEMO = Path(corpus.__file__).parent / "demo"
 LENGTH, DRAWN = 24, np.array([[0, 3, 5, 1], [2, 4, 7, 0], [6, 1, 3, 2]])  # rows 0 to 3 twice
@@ -240,7 +240,9 @@ def test_estimate_counts_the_teachers_walk_beside_the_student(cut, texts, pico_m
     resident_part = trained_values(student, "lora", 16) * 16 + sum(t.size for t in student.arch.tensors()) * 4
     assert needed(wide) >= stream.required_bytes(wide, rows) + resident_part + held
     assert needed(wide) > batch_alone
-    head = head_bytes(original)  # of the walk over the text: it holds its embedding, as that over what was written
+    head = stream.head_bytes(
+        original
+    )  # of the walk over the text: it holds its embedding, as that over what was written
     assert needed(original, on_policy=0.5) - needed(original, on_policy=1.0) == (16 - 6) * LENGTH * 64 * 4 + head - (
         on_policy.work_bytes(student, original, Rows.full(np.zeros((12, LENGTH), int)), 16)
         - on_policy.work_bytes(student, original, rows, 16)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import lm, pipeline, planning, steps, tried, verdict
+from mlx_pare import contenders, lm, pipeline, planning, steps, tried, verdict
 from mlx_pare.artifacts import Arrays, Metrics, Plan, repair_file
 from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
@@ -252,14 +252,15 @@ def contender(pico_models, settings, tmp_path, monkeypatch) -> Callable[..., tup
     """Of a run: the contender that was measured (model, plan), and the model it was made from."""
 
     def make(name: str, stored: dict, **changes) -> tuple[Path, Plan, Path]:
-        real, model = steps._measure, pico_models("llama", **stored)
+        real, model = steps.measured, pico_models("llama", **stored)
 
         def measure(directory: Path, path: Path, *more) -> None:
             assert not (path.parent / "repair").exists(), "the matrices lie there twice"
             shutil.copytree(path, tmp_path / directory.name.removesuffix(".partial"), dirs_exist_ok=True)
             real(directory, path, *more)
 
-        monkeypatch.setattr(steps, "_measure", measure)
+        for module in (steps, contenders):
+            monkeypatch.setattr(module, "measured", measure)
         pipeline.run(model, tmp_path / "run", replace(settings, recover_steps=0, trials=0, **changes))
         assert {f.name for f in (tmp_path / "run" / f"evaluate-{name}").iterdir()} == {
             "metrics.json", "plan.json", "size.json", "step.json",
@@ -307,13 +308,13 @@ def test_contender_is_measured_anew_only_by_another_reconstruction(finished, cop
     made = Plan.load(copied / "evaluate-fewer-bits" / "plan.json")
     texts, other = (steps.Texts(finished["model"], replace(settings, seed=seed)) for seed in (0, 1))
     with steps.open_run(finished["model"], copied) as run:
-        steps.contender_step(run, "fewer-bits", made, texts, settings)
+        contenders.contender_steps(run, {"fewer-bits": made}, texts, settings)
         with pytest.raises(Refused, match=r"evaluate-fewer-bits.*calibration changed"):
-            steps.contender_step(run, "fewer-bits", made, other, settings)
+            contenders.contender_steps(run, {"fewer-bits": made}, other, settings)
         with pytest.raises(Refused, match=r"evaluate-fewer-bits.*reconstructed was"):
-            steps.contender_step(run, "fewer-bits", made, texts, replace(settings, reconstruct=False))
+            contenders.contender_steps(run, {"fewer-bits": made}, texts, replace(settings, reconstruct=False))
         with pytest.raises(Refused, match="--memory-cap allows"):
-            steps.contender_step(run, "another", made, texts, replace(settings, memory_cap=10_000))
+            contenders.contender_steps(run, {"another": made}, texts, replace(settings, memory_cap=10_000))
 
 
 # ---- the gates ----
@@ -629,7 +630,8 @@ VERDICTS = [
     (dict(original=10, pruned=12, random=30, fewer_bits=13), "**Worth it:**"),
     (dict(original=10, pruned=20, recovered=12, random=30, fewer_bits=13), "**Worth it:**"),
     (dict(original=10, pruned=12, recovered=14, random=30, fewer_bits=13), "**Not worth it:**"),
-    (dict(original=10, pruned=12), "were not an alternative"),
+    (dict(original=10, pruned=12, random=30), "were not an alternative"),
+    (dict(original=10, pruned=12), "**Not compared:**"),
     (dict(pruned=12, random=30), "Not measured yet"),
     (dict(original=10), "Not measured yet"),
 ]

@@ -621,7 +621,7 @@ def test_blocks_and_matrices_are_dropped_behind_the_walk(pico_models, tmp_path, 
     path, alive, active = pico_models("llama", num_hidden_layers=8), [], []
     blocks: list[weakref.ref] = []
 
-    class Watched(module._Pair):
+    class Watched(module._SideBySide):
         def enter(self, index, block, mask):
             gc.collect()
             alive.append(sum(ref() is not None for ref in blocks))
@@ -637,7 +637,7 @@ def test_blocks_and_matrices_are_dropped_behind_the_walk(pico_models, tmp_path, 
             gc.collect()
             active.append(mx.get_active_memory())
 
-    monkeypatch.setattr(module, "_Pair", Watched)
+    monkeypatch.setattr(module, "_SideBySide", Watched)
     reconstruct(path, plan_of(path), DATA, tmp_path / "out")
     assert alive == [0] * 8
     block = (Checkpoint(path).nbytes() - 512 * 64 * 4) / 8

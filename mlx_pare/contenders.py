@@ -1,0 +1,82 @@
+"""What the result is compared with: other plans of the same model, reconstructed as it is, measured, and removed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .artifacts import Plan, dump_json
+from .checkpoint import Checkpoint
+from .plan import redraw
+from .prune import prune
+from .reconstruct import reconstruct_all
+from .rundir import Run
+from .schedule import name_of
+from .score import score
+from .steps import RECONSTRUCTION, Settings, measured
+from .texts import Texts
+
+
+def contender_steps(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settings) -> None:
+    """Measure other plans of the same model, reconstructed where the result is: or what the result has from error
+    feedback would count for its cut. The original is streamed once for all that are not measured yet."""
+    result = Plan.load(run.output("plan", "plan.json"))
+    repaired = s.reconstruct and not result.cuts_hidden(Checkpoint(run.model).arch)
+    for name, plan in plans.items():
+        asked: dict[str, Any] = {"length": texts.test.length}
+        inputs = {
+            "original": run.manifest.source,
+            "data": texts.test.digest(),
+            "plan": hashlib.sha256(plan.dump()).hexdigest(),
+        }
+        if repaired:
+            asked["reconstructed"], inputs["calibration"] = RECONSTRUCTION, texts.calibration.digest()
+
+        def work(directory: Path, name: str = name, plan: Plan = plan) -> None:
+            model, made, repair = directory / "model", plan, None
+            if repaired:
+                left = {n: p for n, p in plans.items() if n == name or f"evaluate-{n}" not in run.manifest.steps}
+                repair = _repairs(run, left, texts, s, run.kept or directory)[name]
+                made = Plan.load(repair / "plan.json")
+            prune(run.model, made, model, repair=repair)
+            if repair:
+                shutil.rmtree(repair)
+            measured(directory, model, texts, run.model, s, run.kept)
+            shutil.rmtree(model)
+            (directory / "plan.json").write_bytes(plan.dump())
+
+        run.step(f"evaluate-{name}", asked, inputs, work)
+
+
+def _repairs(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settings, kept: Path) -> dict[str, Path]:
+    """A directory for each plan with what reconstruct makes of it, and the plan that belongs to that; what is in
+    ``kept`` already is not made again."""
+    rows = texts.calibration
+    about = {"model": run.manifest.source, "data": rows.digest(), **RECONSTRUCTION}
+    places = {
+        name: kept / f"repair-{hashlib.sha256(dump_json({**about, 'plan': plan.model_dump()})).hexdigest()[:32]}"
+        for name, plan in plans.items()
+    }
+    new = [name for name in plans if not places[name].exists()]
+    partials = [places[name].with_suffix(".partial") for name in new]
+    for partial in partials:
+        shutil.rmtree(partial, ignore_errors=True)
+    made = reconstruct_all(run.model, [plans[n] for n in new], rows, partials, memory_cap=s.memory_cap) if new else []
+    for name, partial, plan in zip(new, partials, made, strict=True):
+        (partial / "plan.json").write_bytes(plan.dump())
+        os.rename(partial, places[name])
+    return places
+
+
+def random_plan(run: Run, s: Settings) -> Plan:
+    """The plan's sizes with units drawn by lot."""
+    scratch = run.path / "random.tmp.safetensors"
+    stats = run.path / name_of(1) / "calibrate" / "stats.safetensors"  # where the original was calibrated
+    score(run.model, stats if s.stages else run.output("calibrate", stats.name), scratch, "random", s.seed)
+    made = redraw(run.model, scratch, Plan.load(run.output("plan", "plan.json")))
+    scratch.unlink()
+    return made

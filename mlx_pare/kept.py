@@ -1,0 +1,78 @@
+"""What several steps of a run need of the original, made once and kept on disk until the run is done.
+
+The final hidden states of a model on some rows lie in a file that is named after both: contenders are compared with
+them, recovery learns from them, and a process that goes on after a kill finds them. Beside them lie the matrices of
+contenders that were reconstructed together (contenders.py). Every name appears when its content is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import mlx.core as mx
+
+from . import stream
+from .checkpoint import Checkpoint
+from .corpus import Rows
+from .errors import PareError
+from .spool import NAME, Spool
+from .stream import Streamed
+
+
+def end_of(
+    model: Path,
+    rows: Rows,
+    kept: Path | None,
+    memory_cap: int | None = None,
+    what: str = "forward",
+    whole: bool = False,
+) -> Streamed:
+    """The end of a walk of ``model`` over ``rows``; with a directory ``kept`` from there, or by a walk that is kept
+    there. ``whole``: hidden states in memory; otherwise they are read from the file. Raises Refused for want of memory.
+    """
+    if kept is None:
+        return stream.walk(model, rows, what=what)
+    if not has(model, rows, kept):
+        spooled = stream.must_spool(Checkpoint(model), rows, memory_cap)
+        kept.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=kept, prefix="walk.partial-") as scratch:
+            keep(stream.walk(model, rows, what=what, spool=Path(scratch) if spooled else None), model, rows, kept)
+    file = _file(model, rows, kept)
+    return stream.ended(model, mx.load(str(file))[NAME] if whole else Spool(file))
+
+
+def has(model: Path, rows: Rows, kept: Path) -> bool:
+    """Whether the states are there, as a whole."""
+    file = _file(model, rows, kept)
+    try:
+        return file.exists() and bool(Spool(file).shape)
+    except PareError:  # of a disk that lost some of it
+        return False
+
+
+def keep(streamed: Streamed, model: Path, rows: Rows, kept: Path) -> None:
+    """Keep the states at the end of a walk."""
+    kept.mkdir(parents=True, exist_ok=True)
+    file = _file(model, rows, kept)
+    written = None
+    for part in stream.micro_batches(rows):
+        states = streamed.hidden[part]
+        if written is None:
+            written = Spool.create(file.with_suffix(".tmp"), (rows.count, *states.shape[1:]), states.dtype)
+        written.write(part, states)
+    written.finish()
+    os.replace(written.path, file)
+
+
+def _file(model: Path, rows: Rows, kept: Path) -> Path:
+    about = f"{Checkpoint(model).identity()} {rows.digest()} {stream.state_width(Checkpoint(model))}"
+    return kept / f"states-{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
+
+
+def clear(kept: Path) -> None:
+    """Nobody needs it any more."""
+    shutil.rmtree(kept, ignore_errors=True)
