@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import lm, machine
+from . import lm
 from .arch import RESULT_TYPES
 from .checkpoint import Checkpoint
-from .console import gb
 from .errors import PareError
+from .resident import not_resident
 
 PROMPT = "The"
 TOKENS = 48
@@ -33,14 +33,6 @@ def check(model: Path, original: Path, memory_cap: int | None = None) -> list[st
     if repeats(ours) and not repeats(theirs):
         warnings.append(f"repeats itself, the original does not: {ours[:80]!r}")
     return warnings
-
-
-def not_resident(model: Path, memory_cap: int | None) -> str:
-    """Why a model cannot be in memory as a whole; empty where it can."""
-    size = Checkpoint(model).nbytes() * (4 if lm.cpu_backend() else 1)  # dense there
-    if size <= (memory_cap or machine.available_bytes()):
-        return ""
-    return f"{model} needs about {gb(size)} of memory{', more than --memory-cap allows' if memory_cap else ''}"
 
 
 def _text(path: Path) -> str:

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import console, show
-from .errors import Refused, UsageError
-from .options import Context, Data, DryRun, Field, Gguf, GroupSize, Length, Model, Samples, command, settings_of
+from .errors import Refused, UsageError, shell
+from .option_table import OUTPUT, REACH
+from .options import DryRun, Model, command, settings_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .imatrix import Importance
+
+PACKED = "Packed by mlx-lm"  # a panel of the help
 
 
 @command(
@@ -23,49 +26,61 @@ if TYPE_CHECKING:
     "-o m.gguf --for m4-24gb | mlx-pare export MODEL --gguf q4_k_m --dry-run | mlx-pare export RUN/recover/model "
     "--ollama DIR --gguf q4_k_m | mlx-pare export RUN/recover/model --mlx DIR --bits 4 --mixed | mlx-pare export "
     "RUN/recover/model --hub-ready DIR",
+    options=("gguf", "context", "data", "field", "samples", "length"),
+    first=("out", "ollama", "mlx", "hub_ready", "gguf", "imatrix", "dry_run"),
 )
 def export_command(
     model: Model,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The GGUF file to write.")] = None,
-    gguf: Gguf = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="GGUF file to write.", metavar="FILE")] = None,
     imatrix: Annotated[
         str | None,
         typer.Option(
-            help="Importance matrix: none; auto, made by one pass over the text of --data; or a FILE that a run or "
-            "llama-imatrix made. Default: none, auto for types that cannot be made without.",
-            metavar="none|auto|FILE",
+            help="Importance matrix for the quantizer: none; auto, measured on the text of --data; or a FILE that a "
+            "run or llama-imatrix made. Default: none, or auto for types that need one.",
+            metavar="none|auto|FILE", rich_help_panel=OUTPUT,
         ),
     ] = None,
     ollama: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write a GGUF file and a Modelfile for Ollama into a directory.")
+        Path | None, typer.Option(metavar="DIR", help="Write a directory with a GGUF file and a Modelfile for Ollama.")
     ] = None,
     mlx: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a float model packed by mlx-lm, with --bits.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="With --mlx: 2, 3, 4, 5, 6 or 8.")] = 4,
-    group_size: GroupSize = 64,
+    bits: Annotated[int, typer.Option(help="With --mlx: 2, 3, 4, 5, 6 or 8 bits.", rich_help_panel=PACKED)] = 4,
+    group_size: Annotated[int, typer.Option(help="With --mlx: 32, 64 or 128.", rich_help_panel=PACKED)] = 64,
     mixed: Annotated[
-        bool, typer.Option("--mixed", help="With --mlx: more bits for values, down_proj in some layers, and the head.")
+        bool,
+        typer.Option(
+            "--mixed", rich_help_panel=PACKED,
+            help="With --mlx: more bits for the head, and in some layers for values and down_proj.",
+        ),
     ] = False,
     hub_ready: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a directory to upload: weights, card, licence.")
     ] = None,
-    data: Data = None,
-    field: Field = None,
-    samples: Samples = 128,
-    length: Length = 512,
     mac: Annotated[
-        str | None, typer.Option("--for", help="Exit 3 when it does not fit this Mac.", metavar="MAC")
+        str | None,
+        typer.Option("--for", help="Exit with 3 if the file does not fit this Mac.", metavar="MAC",
+                     rich_help_panel=REACH),
     ] = None,
-    context: Context = 8192,
     no_verify: Annotated[
         bool,
-        typer.Option("--no-verify", help="Do not compare a GGUF file with MLX in llama.cpp, nor ask stock servers."),
+        typer.Option(
+            "--no-verify", rich_help_panel=OUTPUT,
+            help="Do not compare the GGUF file with MLX in llama.cpp, and do not ask stock servers.",
+        ),
     ] = False,
     dry_run: DryRun = False,
-) -> dict[str, Any]:
-    """Write a GGUF file (alone or with a Modelfile), a packed MLX model or a directory for the hub. What was written is
-    opened again: compared in llama.cpp where that is installed, asked through stock servers, held against the Macs."""
+    *,
+    gguf: str | None,
+    context: int,
+    **texts: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a GGUF file, or a directory for Ollama, MLX or the hub.
+
+    The result is opened again: compared with MLX in llama.cpp if that is installed, asked a question through a stock
+    server, and held against the memory of every Mac.
+    """
     if sum(given is not None for given in (out, ollama, mlx, hub_ready)) + dry_run != 1:
         raise UsageError("export writes one thing", "name it: -o FILE, --ollama DIR, --mlx DIR or --hub-ready DIR")
     if mlx or hub_ready:
@@ -76,10 +91,10 @@ def export_command(
     if dry_run:
         return _predicted(checkpoint, kind, imatrix)
     chosen = [macs.find(mac)] if mac else macs.every()
-    texts = settings_of(data=data, field=field, samples=samples, length=length)
+    matrix = imatrix, settings_of(**texts)
     if ollama:
-        return _for_ollama(checkpoint, ollama, kind, (imatrix, texts), (chosen, mac, context), no_verify)
-    done = _gguf(checkpoint, out, kind, (imatrix, texts), (chosen, context), no_verify)
+        return _for_ollama(checkpoint, ollama, kind, matrix, (chosen, mac, context), no_verify)
+    done = _gguf(checkpoint, out, kind, matrix, (chosen, context), no_verify)
     _require_fit(done, mac, context)
     return done
 
@@ -136,7 +151,7 @@ def _require_fit(done: dict[str, Any], mac: str | None, context: int) -> None:
 
 def _asked(checkpoint: Checkpoint, ask: Any) -> dict[str, Any]:
     """What a stock server answers, where the memory holds the model."""
-    from .check import not_resident
+    from .resident import not_resident
     from .tokenizer_files import has_chat_template
 
     if too_large := not_resident(checkpoint.path, None):
@@ -174,7 +189,7 @@ def _for_ollama(
     done["notes"] = [*done["notes"], *found.notes]
     for note in found.notes:
         console.say(f"note: {note}")
-    console.say(f"ollama create NAME -f {out / 'Modelfile'}    (Ollama itself was not run)")
+    console.say(f"ollama create NAME -f {shell(out / 'Modelfile')}    (Ollama itself was not run)")
     _require_fit(done, mac, context)
     return done
 

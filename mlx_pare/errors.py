@@ -6,6 +6,8 @@ Every error becomes one line on the terminal and an exit code: 1 failed, 2 usage
 from __future__ import annotations
 
 import errno
+import shlex
+from os import PathLike
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -24,6 +26,11 @@ def plain(text: str, most: int = MAX_SHOWN) -> str:
 
 def _ends(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def shell(path: str | PathLike[str]) -> str:
+    """A path as a word of a shell command: whoever copies the command must not lose other files by it."""
+    return shlex.quote(str(path))
 
 
 class PareError(Exception):

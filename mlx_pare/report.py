@@ -116,8 +116,11 @@ def _shape(run: Path) -> str:
     text = f"## Shape\n\n{asked}"
     if dropped:
         text += f" Layers removed: {', '.join(map(str, dropped))}{_dropped_by(run, dropped)}."
-    neighbours = markdown.escaped("; ".join(plan.neighbours)) or "none"
-    return f"{text}\n\n{markdown.table(['', 'before', 'after'], rows)}\n\nNeighbours: {neighbours}."
+    text += f"\n\n{markdown.table(['', 'before', 'after'], rows)}"
+    neighbours = Plan.load(planned).neighbours if planned.exists() else []
+    if neighbours:  # a plan that was found by trials has none
+        text += f"\n\nNeighbours: {markdown.escaped('; '.join(neighbours))}."
+    return text
 
 
 def _dropped_by(run: Path, dropped: list[int]) -> str:

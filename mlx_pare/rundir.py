@@ -20,7 +20,6 @@ import os
 import shutil
 import sys
 import time
-import tomllib
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -29,7 +28,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from . import __version__, console, log, machine
+from . import __version__, console, log, machine, recipes
 from .artifacts import SCHEMA, Strict, dump_json, replace_file
 from .errors import PareError, Refused, told
 
@@ -228,16 +227,13 @@ class Run:
         return self.path / step / name
 
     def recipe(self) -> dict[str, Any]:
-        """What was asked when the run was begun, as far as it was more than the defaults."""
-        file = self.path / "recipe.toml"
-        return tomllib.loads(file.read_text("utf-8")) if file.exists() else {}
+        """What was asked when the run was begun, by the fields of steps.Settings, and "model"."""
+        return recipes.of_run(self.path / "recipe.toml")
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
         """What was asked, without what was left out; an earlier recipe is kept unless ``replace``."""
-        if not replace and (self.path / "recipe.toml").exists():
-            return
-        lines = [f"{key} = {_toml(value)}" for key, value in asked.items() if value is not None]
-        replace_file(self.path / "recipe.toml", ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+        if replace or not (self.path / "recipe.toml").exists():
+            replace_file(self.path / "recipe.toml", recipes.toml(asked).encode("utf-8"))
 
     # ---- steps ----
 
@@ -356,13 +352,3 @@ def _read_begun(path: Path) -> dict[str, Any]:
         return {"parameters": dict(begun["parameters"]), "inputs": dict(begun["inputs"])}
     except (ValueError, KeyError, TypeError) as error:
         raise PareError(f"{path} is damaged", f"delete {path.parent} to do the step again") from error
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no surrogate pairs

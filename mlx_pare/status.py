@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import log
+from . import log, recipes
 from .rundir import is_locked, read_manifest
 from .schedule import name_of
 
@@ -44,7 +43,7 @@ def status(run: Path) -> dict[str, Any]:
     """
     run = Path(run)
     manifest = read_manifest(run)
-    recipe = tomllib.loads(file.read_text("utf-8")) if (file := run / "recipe.toml").exists() else {}
+    recipe = recipes.of_run(run / "recipe.toml")
     records = dict(manifest.steps)
     for number in range(1, len(recipe.get("stages") or []) + 1):
         if (place := run / name_of(number) / "manifest.json").exists():

@@ -15,7 +15,7 @@ from .amounts import parse_amount
 from .artifacts import Metrics, Plan, dump_json, replace_file
 from .bench import bench
 from .calibrate import calibrate
-from .check import check, not_resident
+from .check import check
 from .checkpoint import Checkpoint
 from .errors import Refused, UsageError
 from .evaluate import evaluate
@@ -29,7 +29,8 @@ from .prune import Lineage, prune
 from .reconstruct import reconstruct
 from .recover import recover
 from .recover_options import Options as RecoverOptions
-from .rundir import Run, fingerprint
+from .resident import not_resident
+from .rundir import Run, fingerprint, read_manifest
 from .schedule import name_of
 from .score import criterion, described, score
 from .texts import Texts
@@ -143,6 +144,14 @@ def continue_run(out: Path, locked: bool = True) -> Run:
         run.close()
         raise
     return run
+
+
+def original_of_stage(run: Run) -> Path | None:
+    """The original, for a stage that cuts what another stage of the same run left (see schedule.py); else None."""
+    parent = run.path.resolve().parent
+    if not run.model.is_relative_to(parent) or not (parent / "manifest.json").is_file():
+        return None
+    return Path(read_manifest(parent).model)
 
 
 def of_calibration(run: Run) -> dict[str, Any]:
