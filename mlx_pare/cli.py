@@ -16,7 +16,7 @@ import typer
 
 from . import cli_export, cli_steps, console, show
 from .errors import PareError
-from .option_table import OUTPUT, TABLE
+from .option_table import OUTPUT, TABLE, Option
 from .options import AnyModel, DryRun, Model, Out, app, command, failed, memory, settings_of
 
 __all__ = ["cli_export", "cli_steps", "main"]  # the first two register their commands
@@ -27,83 +27,40 @@ INTERRUPTED = 130  # what typer returns for Ctrl-C before a command has begun
 # ---- everyday ----
 
 
+FIT = (
+    Option("mac", MACS, "Show only this Mac, e.g. m4-24gb. May be repeated.", metavar="MAC", repeats=True),
+    Option("memory_size", MACS, "Show a Mac with this much memory, e.g. 24GB. May be repeated.", called="memory",
+           metavar="SIZE", repeats=True),
+    Option("context", USE, "Tokens of prompt and answer. Default: 8192, or 2048 per row with --train.", int),
+    Option("batch", USE, "Sequences at once. Default: 1, or 4 with --train.", int),
+    Option("bits", STORED,
+           "Take the model as packed by MLX: 2, 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4. Default: as it is.",
+           metavar="BITS"),
+    Option("group_size", STORED, "Group size of that packing: 32, 64 or 128.", int, 64),
+    Option("gguf", STORED, "Take the model as a GGUF file of this type, e.g. q4_k_m.", metavar="TYPE"),
+    Option("kv_bits", USE,
+           "Quantize the KV cache to 8, 4, 3 or 2 bits; in llama.cpp to 8, 5 or 4. Default: floats.", int),
+    Option("prefill_step", USE, "Tokens of the prompt that mlx-lm reads at once.", int, 2048),
+    Option("runtime", USE, "mlx or llama.cpp. Default: llama.cpp for GGUF, else mlx.", metavar="NAME",
+           choices=("mlx", "llama.cpp")),
+    Option("train", USE, "Show the memory for training instead: lora or full.", metavar="METHOD",
+           choices=("lora", "full")),
+    Option("macos", MACS, "macOS version: 15 or 26. It sets the GPU's share of memory.", int, 26, least=11),
+    Option("limit", MACS, 'GPU memory as iogpu.wired_limit_mb sets it: "20480" or "20GB".', metavar="SIZE"),
+    Option("reserve", MACS, 'Memory to keep free for other programs, e.g. "3GB".', metavar="SIZE"),
+    Option("plot", OUTPUT, "Draw a picture: FILE.svg or FILE.png.", Path, metavar="FILE"),
+)  # fmt: skip
+
+
 @command(
     "fit",
     "mlx-pare fit qwen3-32b --mac m4-24gb | mlx-pare fit MODEL --context 32768 --kv-bits 8 | mlx-pare fit model.gguf "
     "--memory 16GB --plot fit.svg | mlx-pare fit Qwen/Qwen3-14B --bits 4 --train lora",
     network=True,
+    options=FIT,
     first=("mac", "context", "bits", "gguf", "kv_bits", "train", "plot"),
 )
-def fit_command(
-    model: AnyModel,
-    mac: Annotated[
-        list[str] | None,
-        typer.Option(help="Show only this Mac, e.g. m4-24gb. May be repeated.", metavar="MAC", rich_help_panel=MACS),
-    ] = None,
-    memory_size: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--memory", help="Show a Mac with this much memory, e.g. 24GB. May be repeated.", metavar="SIZE",
-            rich_help_panel=MACS,
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(help="Tokens of prompt and answer. Default: 8192, or 2048 per row with --train.",
-                     rich_help_panel=USE),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Sequences at once. Default: 1, or 4 with --train.", rich_help_panel=USE)
-    ] = None,
-    bits: Annotated[
-        str | None,
-        typer.Option(
-            help="Take the model as packed by MLX: 2, 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4. Default: as it is.",
-            metavar="BITS", rich_help_panel=STORED,
-        ),
-    ] = None,
-    group_size: Annotated[
-        int, typer.Option(help="Group size of that packing: 32, 64 or 128.", rich_help_panel=STORED)
-    ] = 64,
-    gguf: Annotated[
-        str | None,
-        typer.Option(help="Take the model as a GGUF file of this type, e.g. q4_k_m.", metavar="TYPE",
-                     rich_help_panel=STORED),
-    ] = None,
-    kv_bits: Annotated[
-        int | None,
-        typer.Option(help="Quantize the KV cache to 8, 4, 3 or 2 bits; in llama.cpp to 8, 5 or 4. Default: floats.",
-                     rich_help_panel=USE),
-    ] = None,
-    prefill_step: Annotated[
-        int, typer.Option(help="Tokens of the prompt that mlx-lm reads at once.", rich_help_panel=USE)
-    ] = 2048,
-    runtime: Annotated[
-        str | None,
-        typer.Option(help="mlx or llama.cpp. Default: llama.cpp for GGUF, else mlx.", metavar="NAME",
-                     rich_help_panel=USE),
-    ] = None,
-    train: Annotated[
-        str | None,
-        typer.Option(help="Show the memory for training instead: lora or full.", metavar="METHOD", rich_help_panel=USE),
-    ] = None,
-    macos: Annotated[
-        int,
-        typer.Option(min=11, help="macOS version: 15 or 26. It sets the GPU's share of memory.", rich_help_panel=MACS),
-    ] = 26,
-    limit: Annotated[
-        str | None,
-        typer.Option(help='GPU memory as iogpu.wired_limit_mb sets it: "20480" or "20GB".', metavar="SIZE",
-                     rich_help_panel=MACS),
-    ] = None,
-    reserve: Annotated[
-        str | None,
-        typer.Option(help='Memory to keep free for other programs, e.g. "3GB".', metavar="SIZE", rich_help_panel=MACS),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw a picture: FILE.svg or FILE.png.", metavar="FILE", rich_help_panel=OUTPUT)
-    ] = None,
-) -> dict[str, Any]:  # fmt: skip
+def fit_command(model: AnyModel, **asked: Any) -> dict[str, Any]:
     """Show which Macs a model fits, and what would make it fit.
 
     For every Mac it shows the memory, the longest context and an estimate of the speed. Only the config and the headers
@@ -114,15 +71,18 @@ def fit_command(
     from .fit.memory import TRAIN_BATCH, TRAIN_LENGTH, Use
     from .fit.subject import Form
 
-    form = Form.named(bits, group_size, gguf)
+    form = Form.named(asked["bits"], asked["group_size"], asked["gguf"])
+    train, context, batch = asked["train"], asked["context"], asked["batch"]
     use = Use(
         context=context if context is not None else TRAIN_LENGTH if train else 8192,
         batch=batch if batch is not None else TRAIN_BATCH if train else 1,
-        kv_bits=kv_bits, prefill_step=prefill_step, runtime=runtime, train=train,
+        kv_bits=asked["kv_bits"], prefill_step=asked["prefill_step"], runtime=asked["runtime"], train=train,
     )  # fmt: skip
+    limit, plot = asked["limit"], asked["plot"]
     megabytes = "MiB" if limit and limit.isdecimal() else ""  # as sysctl takes them
-    budget = Budget(macos, memory(limit and limit + megabytes), memory(reserve) or 0)
-    found = fit(model, [*(mac or []), *(f"{gib(size):g}gb" for size in memory_size or [])], use, form, budget)
+    budget = Budget(asked["macos"], memory(limit and limit + megabytes), memory(asked["reserve"]) or 0)
+    macs = [*(asked["mac"] or []), *(f"{gib(size):g}gb" for size in asked["memory_size"] or [])]
+    found = fit(model, macs, use, form, budget)
     show.show_fit(found)
     if plot:
         from .fit.plot import draw

@@ -10,7 +10,7 @@ import typer
 
 from . import console, show
 from .errors import Refused, UsageError, shell
-from .option_table import OUTPUT, REACH
+from .option_table import OUTPUT, REACH, Option
 from .options import DryRun, Model, command, settings_of
 
 if TYPE_CHECKING:
@@ -18,6 +18,27 @@ if TYPE_CHECKING:
     from .imatrix import Importance
 
 PACKED = "Packed by mlx-lm"  # a panel of the help
+TEXTS = ("data", "field", "samples", "length")
+OPTIONS = (
+    "gguf",
+    Option("imatrix", OUTPUT,
+           "Importance matrix for the quantizer: none; auto, measured on the text of --data; or a FILE that a run or "
+           "llama-imatrix made. Default: none, or auto for types that need one.", metavar="none|auto|FILE"),
+    Option("mac", REACH, "Exit with 3 if the file does not fit this Mac.", called="for", metavar="MAC"),
+    "context",
+    *TEXTS,
+    Option("bits", PACKED, "With --mlx: 2, 3, 4, 5, 6 or 8 bits.", int, 4),
+    Option("group_size", PACKED, "With --mlx: 32, 64 or 128.", int, 64),
+    Option("mixed", PACKED, "With --mlx: more bits for the head, and in some layers for values and down_proj.", bool,
+           False),
+)  # fmt: skip
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify", rich_help_panel=OUTPUT,
+        help="Do not compare the GGUF file with MLX in llama.cpp, and do not ask stock servers.",
+    ),
+]  # fmt: skip
 
 
 @command(
@@ -26,56 +47,25 @@ PACKED = "Packed by mlx-lm"  # a panel of the help
     "-o m.gguf --for m4-24gb | mlx-pare export MODEL --gguf q4_k_m --dry-run | mlx-pare export RUN/recover/model "
     "--ollama DIR --gguf q4_k_m | mlx-pare export RUN/recover/model --mlx DIR --bits 4 --mixed | mlx-pare export "
     "RUN/recover/model --hub-ready DIR",
-    options=("gguf", "context", "data", "field", "samples", "length"),
+    options=OPTIONS,
     first=("out", "ollama", "mlx", "hub_ready", "gguf", "imatrix", "dry_run"),
 )
 def export_command(
     model: Model,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="GGUF file to write.", metavar="FILE")] = None,
-    imatrix: Annotated[
-        str | None,
-        typer.Option(
-            help="Importance matrix for the quantizer: none; auto, measured on the text of --data; or a FILE that a "
-            "run or llama-imatrix made. Default: none, or auto for types that need one.",
-            metavar="none|auto|FILE", rich_help_panel=OUTPUT,
-        ),
-    ] = None,
     ollama: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a directory with a GGUF file and a Modelfile for Ollama.")
     ] = None,
     mlx: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a float model packed by mlx-lm, with --bits.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="With --mlx: 2, 3, 4, 5, 6 or 8 bits.", rich_help_panel=PACKED)] = 4,
-    group_size: Annotated[int, typer.Option(help="With --mlx: 32, 64 or 128.", rich_help_panel=PACKED)] = 64,
-    mixed: Annotated[
-        bool,
-        typer.Option(
-            "--mixed", rich_help_panel=PACKED,
-            help="With --mlx: more bits for the head, and in some layers for values and down_proj.",
-        ),
-    ] = False,
     hub_ready: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a directory to upload: weights, card, licence.")
     ] = None,
-    mac: Annotated[
-        str | None,
-        typer.Option("--for", help="Exit with 3 if the file does not fit this Mac.", metavar="MAC",
-                     rich_help_panel=REACH),
-    ] = None,
-    no_verify: Annotated[
-        bool,
-        typer.Option(
-            "--no-verify", rich_help_panel=OUTPUT,
-            help="Do not compare the GGUF file with MLX in llama.cpp, and do not ask stock servers.",
-        ),
-    ] = False,
+    no_verify: NoVerify = False,
     dry_run: DryRun = False,
-    *,
-    gguf: str | None,
-    context: int,
-    **texts: Any,
-) -> dict[str, Any]:  # fmt: skip
+    **asked: Any,
+) -> dict[str, Any]:
     """Write a GGUF file, or a directory for Ollama, MLX or the hub.
 
     The result is opened again: compared with MLX in llama.cpp if that is installed, asked a question through a stock
@@ -84,14 +74,15 @@ def export_command(
     if sum(given is not None for given in (out, ollama, mlx, hub_ready)) + dry_run != 1:
         raise UsageError("export writes one thing", "name it: -o FILE, --ollama DIR, --mlx DIR or --hub-ready DIR")
     if mlx or hub_ready:
-        return _directory(model, mlx, hub_ready, (bits, group_size, mixed), no_verify)
+        return _directory(model, mlx, hub_ready, (asked["bits"], asked["group_size"], asked["mixed"]), no_verify)
     from .fit import macs
 
-    checkpoint, kind, imatrix = _settled(model, gguf, imatrix)
+    mac, context = asked["mac"], asked["context"]
+    checkpoint, kind, imatrix = _settled(model, asked["gguf"], asked["imatrix"])
     if dry_run:
         return _predicted(checkpoint, kind, imatrix)
     chosen = [macs.find(mac)] if mac else macs.every()
-    matrix = imatrix, settings_of(**texts)
+    matrix = imatrix, settings_of(**{field: asked[field] for field in TEXTS})
     if ollama:
         return _for_ollama(checkpoint, ollama, kind, matrix, (chosen, mac, context), no_verify)
     done = _gguf(checkpoint, out, kind, matrix, (chosen, context), no_verify)

@@ -240,10 +240,10 @@ TABLE = {
         Option("accumulate", RECOVERY, "Batches per optimizer step.", int, 1, least=1),
         Option("grad_checkpoint", RECOVERY, "Compute activations twice instead of keeping them. This saves memory.",
                bool, False),
-        Option("targets", RECOVERY,
+        Option("top", RECOVERY,
                "What is kept of the teacher's predictions. full: the whole vocabulary, computed from hidden states in "
                "memory. A number such as 64: that many most likely tokens and the mass of the others, on disk.",
-               default="full", metavar="full|N", amount=True, read=top_of),
+               default="full", called="targets", metavar="full|N", amount=True, read=top_of),
         Option("patience", RECOVERY,
                "Stop after this many validations in a row without an improvement; 0 never stops early.", int, 0,
                least=0),

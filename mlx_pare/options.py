@@ -117,7 +117,7 @@ def command(
     name: str,
     examples: str,
     network: bool = False,
-    options: Iterable[str] = (),
+    options: Iterable[str | Option] = (),
     first: tuple[str, ...] = (),
     recipe: bool = False,
 ) -> Callable:
@@ -127,11 +127,11 @@ def command(
         name: what is typed.
         examples: shown in the help, separated by " | ".
         network: whether it may ask the hub, as long as the user has not set HF_HUB_OFFLINE.
-        options: fields of the option table that it takes beside its own parameters.
+        options: those that it takes beside its own parameters; of the option table by their field.
         first: parameters that come first in the help of a command with many options.
         recipe: whether it takes --recipe.
     """
-    chosen = [TABLE[field] for field in options]
+    chosen = [TABLE[option] if isinstance(option, str) else option for option in options]
 
     def wrap(function: Callable) -> Callable:
         @functools.wraps(function)

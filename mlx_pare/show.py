@@ -225,8 +225,6 @@ def show_inspect(found: dict[str, Any]) -> None:
     console.table(found["model"], ["<", "<"], rows)
     if "layer_groups" in found:
         _show_layers(found)
-        for line in (*_loads(found), "", *_cuts(found)):
-            console.say(line)
     for line in found["notes"]:
         console.say(f"note: {line}")
 
@@ -236,7 +234,7 @@ def _show_layers(found: dict[str, Any]) -> None:
     names = [name for name in GROUP_COLUMNS if any(group[name] is not None for group in groups)]
     columns = ["<kind of layer", *(GROUP_COLUMNS[name] for name in names)]
     rows = [[_kind(g["kind"]), *(None if g[n] is None else console.span(g[n]) for n in names)] for g in groups]
-    console.table(f"{found['layers']} layers", columns, rows)
+    console.table(f"{found['layers']} layers", columns, rows, "\n".join(["", *_loads(found), "", *_cuts(found)]))
 
 
 def _kind(kind: str) -> str:

@@ -145,15 +145,16 @@ def test_every_command_has_help_with_an_example(pare, command):
 
 def test_help_names_every_command_and_the_everyday_ones_first(pare):
     done = pare("--help")
-    listed = [line.split()[0] for line in done.out.split("Commands:")[1].split("\n") if line.strip()]
+    panels = done.out.split("Everyday commands:")[1].split("\nOptions:")[0]
+    listed = [line.split()[0] for line in panels.split("\n") if line.startswith("  ") and line[2] != " "]
     assert listed[: len(EVERYDAY)] == EVERYDAY and sorted(listed) == sorted(EVERYDAY + OTHERS)
-    assert "Everyday: fit, run, evaluate, export, bench." in done.out and "Exit codes: 0 done" in done.out
+    assert "Single steps of a run:\n  calibrate" in done.out and "Exit codes: 0 done" in done.out
     assert sorted(c.name for c in app.registered_commands) == sorted(EVERYDAY + OTHERS)
 
 
 def test_no_arguments_show_the_help(pare):
     done = pare()
-    assert done.code == 2 and "Commands:" in done.err + done.out
+    assert done.code == 2 and "Everyday commands:" in done.err + done.out
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
