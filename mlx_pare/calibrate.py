@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import gradients, stream
+from . import finite, gradients, stream
 from .arch import Architecture, require_cuttable
 from .artifacts import Arrays, dump_json, replace_file
 from .checkpoint import Checkpoint
@@ -115,6 +115,7 @@ def calibrate(
     require_cuttable(checkpoint.arch)
     extra = sorted(set(extra))
     check_memory(checkpoint, rows, memory_cap, extra)
+    finite.require(checkpoint, finite.outside(checkpoint))  # the walk finds those of the layers
     spooled = stream.must_spool(checkpoint, rows, memory_cap, _held(checkpoint, rows, extra))
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob("*.tmp*"):

@@ -16,7 +16,7 @@ import typer
 
 from . import cli_export, cli_steps, console, show
 from .errors import PareError
-from .option_table import OUTPUT, TABLE, Option
+from .option_table import OUTPUT, TABLE, Option, mac_names
 from .options import AnyModel, DryRun, Model, Out, app, command, failed, memory, settings_of
 
 __all__ = ["cli_export", "cli_steps", "main"]  # the first two register their commands
@@ -28,7 +28,8 @@ INTERRUPTED = 130  # what typer returns for Ctrl-C before a command has begun
 
 
 FIT = (
-    Option("mac", MACS, "Show only this Mac, e.g. m4-24gb. May be repeated.", metavar="MAC", repeats=True),
+    Option("mac", MACS, "Show only this Mac, e.g. m4-24gb. May be repeated.", metavar="MAC", repeats=True,
+           offers=mac_names),
     Option("memory_size", MACS, "Show a Mac with this much memory, e.g. 24GB. May be repeated.", called="memory",
            metavar="SIZE", repeats=True),
     Option("context", USE, "Tokens of prompt and answer. Default: 8192, or 2048 per row with --train.", int),

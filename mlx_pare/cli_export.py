@@ -10,7 +10,7 @@ import typer
 
 from . import console, show
 from .errors import Refused, UsageError, shell
-from .option_table import OUTPUT, REACH, Option
+from .option_table import OUTPUT, REACH, Option, mac_names
 from .options import DryRun, Model, command, settings_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ OPTIONS = (
     Option("imatrix", OUTPUT,
            "Importance matrix for the quantizer: none; auto, measured on the text of --data; or a FILE that a run or "
            "llama-imatrix made. Default: none, or auto for types that need one.", metavar="none|auto|FILE"),
-    Option("mac", REACH, "Exit with 3 if the file does not fit this Mac.", called="for", metavar="MAC"),
+    Option("mac", REACH, "Exit with 3 if the file does not fit this Mac.", called="for", metavar="MAC",
+           offers=mac_names),
     "context",
     *TEXTS,
     Option("bits", PACKED, "With --mlx: 2, 3, 4, 5, 6 or 8 bits.", int, 4),

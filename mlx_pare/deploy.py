@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import console
+from . import console, finite
 from .arch import Architecture
 from .card import card, run_of
 from .checkpoint import Checkpoint
@@ -57,6 +57,7 @@ def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = 
             "give `mlx-pare run` the --bits, which then solves the cut with error feedback",
         )
     _refuse_existing(out)
+    finite.require(checkpoint)
     predicate = mixed(checkpoint.arch, bits, group_size) if mix else None
     partial = partial_directory(out)
     partial.rmdir()  # mlx-lm makes it
@@ -85,6 +86,7 @@ def hub_ready(model: Path, out: Path) -> dict[str, Any]:
     checkpoint, run = Checkpoint(model), run_of(model)
     _ = checkpoint.arch  # whole, and described
     _refuse_existing(out)
+    finite.require(checkpoint)
     parent = Path(Manifest.read(run / "manifest.json", "run manifest").model) if run else model
     licence, text, notes = licence_file(model, parent), card(model), []
     if licence is None:

@@ -44,7 +44,9 @@ class PareError(Exception):
         super().__init__(self.problem)
 
     def __str__(self) -> str:
-        return f"{self.problem}. {self.cure[0].upper()}{self.cure[1:]}." if self.cure else f"{self.problem}."
+        if not self.cure:
+            return f"{self.problem}."
+        return f"{self.problem}. {self.cure[0].upper()}{self.cure[1:]}{'' if self.cure.endswith('?') else '.'}"
 
 
 class Unsupported(PareError):

@@ -34,7 +34,8 @@ class Option:
     ``kind``: int, float, str, bool or Path. ``default`` is as the command line would give it. ``least`` and ``most``
     bound a number. ``listed``: several values, a list in a recipe, separated by commas on the command line;
     ``repeats``: the command line repeats the option instead. ``amount``: a number is taken for the text. ``choices``
-    are offered by shell completion. ``read`` turns what the command line gives into the value in Settings.
+    are offered by shell completion, or what ``offers`` returns. ``read`` turns what the command line gives into the
+    value in Settings.
     """
 
     field: str
@@ -50,6 +51,7 @@ class Option:
     repeats: bool = False
     amount: bool = False
     choices: tuple[str, ...] = ()
+    offers: Callable[[], list[str]] | None = None
     read: Callable[[Any], Any] = _same
 
     @property
@@ -79,7 +81,7 @@ class Option:
             raise ValueError("a number")
         if self.kind in (str, Path) and sort is not str:
             if not (number and (self.amount or self.listed)):
-                raise ValueError("a list of texts" if self.repeats else "a text")
+                raise ValueError("a text, or a list of texts" if self.repeats else "a text")
             return repr(value)
         if self.kind in (int, float):
             self._in_range(value)
@@ -144,6 +146,20 @@ def _texts(data: Sequence[str] | str | None) -> Any:
     return data[0] if len(data) == 1 else tuple(data)
 
 
+def mac_names() -> list[str]:
+    """The Macs that are known, for completion."""
+    from .fit.macs import every
+
+    return [mac.name for mac in every()]
+
+
+def model_names() -> list[str]:
+    """The models of the catalogue, for completion."""
+    from .fit.catalogue import known
+
+    return sorted(known())
+
+
 def _path(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
@@ -158,7 +174,7 @@ TABLE = {
         Option("target_size", REACH, 'Cut until the weights take at most this many bytes, e.g. "15GB".',
                metavar="SIZE", amount=True),
         Option("mac", REACH, "Cut until the model fits this Mac, e.g. m4-24gb or m4-pro-20c-24gb.", called="for",
-               metavar="MAC"),
+               metavar="MAC", offers=mac_names),
         Option("context", REACH, "Tokens of context that must fit beside the weights.", int, 8192, least=1),
         Option("bits", REACH, "Pack the result with 2, 3, 4, 5, 6 or 8 bits. Default: as the source.", int),
         Option("target_params", REACH, 'Cut to this many parameters in total, e.g. "24B".', metavar="COUNT",

@@ -18,7 +18,7 @@ from . import __version__, console, recipes, unused
 from .errors import told
 from .help_page import CommandPage, MainPage
 from .opened import opened
-from .option_table import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS, Option, memory, settings_of
+from .option_table import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS, Option, memory, model_names, settings_of
 
 __all__ = ["Cap", "Json", "Model", "annotated", "app", "command", "memory", "settings_of"]
 
@@ -61,8 +61,8 @@ def annotated(option: Option, **changes: Any) -> Any:
     more: dict[str, Any] = {"metavar": option.metavar, "rich_help_panel": option.panel, "help": option.help}
     if option.kind in (int, float):
         more |= {"min": option.least, "max": option.most}
-    if option.choices:
-        more["autocompletion"] = lambda: list(option.choices)
+    if option.choices or option.offers:
+        more["autocompletion"] = option.offers or (lambda: list(option.choices))
     kind = list[str] if option.repeats else option.kind
     return Annotated[kind if option.default is not None else kind | None, typer.Option(*flags, **more)]
 
@@ -81,6 +81,7 @@ AnyModel = Annotated[
         help="A model directory, a config.json, a .gguf file, a run directory or its plan.json, a hub id (org/name), "
         "or a well-known name such as qwen3-32b.",
         metavar="MODEL",
+        autocompletion=model_names,
     ),
 ]
 RunDir = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]

@@ -134,8 +134,8 @@ def _option(key: str, value: Any, path: Path) -> tuple[Option, bool]:
             return known[name], False
     if name in NEGATED:
         return NEGATED[name], True
-    near = get_close_matches(name, [*NAMED, *NEGATED, *EARLIER], 1, 0.5)
-    cure = f"did you mean {near[0]}?" if near else "`mlx-pare run --help` lists the options"
+    near = get_close_matches(name, [*NAMED, *NEGATED], 1)
+    cure = f"did you mean {near[0]!r}?" if near else "`mlx-pare run --help` lists the options"
     raise UsageError(f"{path} has an unknown key {key!r}", cure)
 
 
