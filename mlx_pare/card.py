@@ -11,6 +11,7 @@ from . import __version__, markdown
 from .artifacts import CONTENDERS
 from .checkpoint import Checkpoint
 from .console import gb
+from .errors import plain
 from .licence import licence_name
 from .rundir import Manifest
 from .verdict import metrics, reconstructed, verdict
@@ -54,7 +55,7 @@ def _made(checkpoint: Checkpoint, parent: Path | None) -> str:
     arch, packing = checkpoint.arch, checkpoint.quantization
     stored = f"{packing.bits} bits in groups of {packing.group_size}" if packing else "not quantized"
     size = sum(tensor.size for tensor in arch.tensors())
-    origin = f" from `{markdown.escaped(parent.name)}`" if parent else ""
+    origin = f" from {markdown.code(parent.name)}" if parent else ""
     return (
         f"# {markdown.escaped(checkpoint.path.resolve().name if not parent else parent.name)}, pruned\n\n"
         f"Made{origin} by mlx-pare {__version__}: {size:,} parameters in {len(arch.layers)} layers, {stored}, "
@@ -88,7 +89,7 @@ def _asked(run: Path) -> str:
         return ""
     # paths are of the computer it was made on, and nobody's business
     lines = [line for line in recipe.read_text("utf-8").splitlines() if "/" not in line]
-    return "## How\n\n```toml\n" + "\n".join(line.replace("`", "'") for line in lines) + "\n```"
+    return "## How\n\n```toml\n" + "\n".join(plain(line).replace("`", "'") for line in lines) + "\n```"
 
 
 def _hashes(run: Path, manifest: Manifest) -> str:

@@ -6,6 +6,7 @@ Every error becomes one line on the terminal and an exit code: 1 failed, 2 usage
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 from os import PathLike
 
@@ -29,8 +30,16 @@ def _ends(text: str, most: int) -> str:
 
 
 def shell(path: str | PathLike[str]) -> str:
-    """A path as a word of a shell command: whoever copies the command must not lose other files by it."""
-    return shlex.quote(str(path))
+    """A path as one word of a shell command: whoever copies the command must not lose other files by it.
+
+    What cannot be printed is written as bash and zsh read it: $'a\\x0ab'.
+    """
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    return (
+        "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in os.fsencode(text)) + "'"
+    )
 
 
 class PareError(Exception):

@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 
 from . import __version__, console, log, machine, recipes
 from .artifacts import SCHEMA, Strict, dump_json, replace_file
-from .errors import PareError, Refused, told
+from .errors import PareError, Refused, shell, told
 
 BIG_FILE = 64 << 20
 PIECES = 256
@@ -172,7 +172,7 @@ class Run:
                 lock.close()
                 raise Refused(
                     f"another mlx-pare is working on {self.path}",
-                    f"wait for it (`mlx-pare status {self.path}` says how far it is), or use another --out",
+                    f"wait for it (`mlx-pare status {shell(self.path)}` says how far it is), or use another --out",
                 ) from None
         return lock
 
@@ -223,7 +223,9 @@ class Run:
     def output(self, step: str, name: str) -> Path:
         """A finished step's file. Raises PareError when the step was not done."""
         if step not in self.manifest.steps or not (self.path / step / name).exists():
-            raise PareError(f"{self.path} has no finished {step} step", f"do it first: `mlx-pare {step} {self.path}`")
+            raise PareError(
+                f"{self.path} has no finished {step} step", f"do it first: `mlx-pare {step} {shell(self.path)}`"
+            )
         return self.path / step / name
 
     def recipe(self) -> dict[str, Any]:
@@ -306,7 +308,7 @@ class Run:
         now = _contents(weights | outputs, "compare with before")
         for name, digest in now.items():
             if known.get(name, digest) != digest:
-                redo = f"delete {self.path / name.partition('/')[0]} to do the step again"
+                redo = f"delete {shell(self.path / name.partition('/')[0])} to do the step again"
                 raise Refused(
                     f"{(weights | outputs)[name]} has other bytes than before: it was changed since, or is damaged",
                     redo if name in outputs else "restore it, or use another --out",
@@ -328,16 +330,18 @@ class Run:
                     )
                     raise Refused(
                         f"the {name} step in {self.path} was made differently: {what}",
-                        f"use another --out, or delete {self.path / name}* to do it again",
+                        f"use another --out, or delete {shell(self.path / name)}* to do it again",
                     )
 
     def _whole(self, name: str, record: StepRecord, editable: bool) -> None:
         for relative, digest in record.outputs.items():
             file = self.path / name / relative
             if not file.exists():
-                raise Refused(f"{file} is missing", f"delete {self.path / name} to do the step again")
+                raise Refused(f"{file} is missing", f"delete {shell(self.path / name)} to do the step again")
             if not editable and fingerprint(file) != digest:
-                raise Refused(f"{file} changed since it was written", f"delete {self.path / name} to do the step again")
+                raise Refused(
+                    f"{file} changed since it was written", f"delete {shell(self.path / name)} to do the step again"
+                )
 
 
 def _contents(files: Mapping[str, Path], what: str) -> dict[str, str]:
@@ -351,4 +355,4 @@ def _read_begun(path: Path) -> dict[str, Any]:
         begun = json.loads(path.read_text())
         return {"parameters": dict(begun["parameters"]), "inputs": dict(begun["inputs"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise PareError(f"{path} is damaged", f"delete {path.parent} to do the step again") from error
+        raise PareError(f"{path} is damaged", f"delete {shell(path.parent)} to do the step again") from error

@@ -17,7 +17,7 @@ from .bench import bench
 from .calibrate import calibrate
 from .check import check
 from .checkpoint import Checkpoint
-from .errors import Refused, UsageError
+from .errors import Refused, UsageError, shell
 from .evaluate import evaluate
 from .fit import macs, planner
 from .fit.memory import Needs, Use
@@ -222,7 +222,7 @@ def prune_step(run: Run, repaired: bool = True, original: Path | None = None, me
         if record.inputs["plan"] != inputs["plan"]:
             raise Refused(
                 f"{path} changed since it was reconstructed",
-                f"delete {run.directory('reconstruct')} and reconstruct again, or use --no-reconstruct",
+                f"delete {shell(run.directory('reconstruct'))} and reconstruct again, or use --no-reconstruct",
             )
         path, inputs["repair"] = chosen, hashlib.sha256(dump_json(record.outputs)).hexdigest()
 

@@ -17,7 +17,7 @@ from .. import console
 from ..arch import Architecture, describe
 from ..bounded import check_links
 from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_headers, read_json
-from ..errors import PareError, Unsupported, UsageError
+from ..errors import PareError, Unsupported, UsageError, shell
 from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
 from . import catalogue, footprint, planner, quantization
 from .footprint import Storage
@@ -199,7 +199,7 @@ def _directory(path: Path, form: Form) -> Subject:
         if ggufs := sorted(path.glob("*.gguf")):
             return _first_of(ggufs, form)
         if (path / "manifest.json").exists():
-            raise PareError(f"{path} is a run without a plan", f"make one with `mlx-pare plan {path}`")
+            raise PareError(f"{path} is a run without a plan", f"make one with `mlx-pare plan {shell(path)}`")
     config = read_json(path / "config.json", "model config")
     listed = read_headers(path)
     if not listed and not (path / "model.safetensors.index.json").exists():
