@@ -155,9 +155,9 @@ def mac_names() -> list[str]:
 
 def model_names() -> list[str]:
     """The models of the catalogue, for completion."""
-    from .fit.catalogue import known
+    from .fit.catalogue import entries
 
-    return sorted(known())
+    return [entry.name for entry in entries()]
 
 
 def _path(path: Path | None) -> str | None:

@@ -39,6 +39,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
+        console.configure()
         console.say(f"mlx-pare {__version__}")
         raise typer.Exit
 
