@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import console, recipes, show
+from . import console, recipe_file, show
 from .errors import shell
 from .option_table import CUT, REACH, RECOVERY, TABLE
 from .options import DryRun, Model, Out, RunDir, command, memory, settings_of
@@ -86,7 +86,7 @@ def calibrate_command(model: Model, out: Out, **asked: Any) -> dict[str, Any]:
     texts = steps.Texts(model, s)
     _ = texts.calibration  # nor may a wrong text: the recipe of a run is kept
     with steps.open_run(model, out) as run:
-        run.write_recipe(recipes.written(model, s), replace=False)
+        run.write_recipe(recipe_file.written(model, s), replace=False)
         stats = steps.calibrate_step(run, texts, s)
     console.say(f"statistics: {stats}")
     return {"stats": str(stats)}

@@ -14,7 +14,7 @@ import click
 import typer
 from click.core import ParameterSource
 
-from . import __version__, console, recipes, unused
+from . import __version__, console, recipe_file, unused
 from .errors import told
 from .help_page import CommandPage, MainPage
 from .opened import opened
@@ -103,7 +103,7 @@ DryRun = Annotated[
 def _read_recipe(context: click.Context, path: Path | None) -> None:
     """Let the recipe say what the command line leaves out, required options and arguments among it."""
     if path is not None and not context.resilient_parsing:
-        context.default_map = recipes.read(path)
+        context.default_map = recipe_file.read(path)
 
 
 Recipe = Annotated[

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, corpus, gguf_quantize, planning, recipes, schedule, steps
+from . import console, corpus, gguf_quantize, planning, recipe_file, schedule, steps
 from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
     s = planning.settled(model, s, planning.begun(out / schedule.name_of(1) if s.stages else out))
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
-    asked = recipes.written(model, s)
+    asked = recipe_file.written(model, s)
     with steps.open_run(model, out) as opened:
         schedule.agree(opened, s)
         opened.write_recipe(asked, replace=False)
@@ -109,7 +109,7 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
         console.say(f"{stage.name} of {len(s.stages)}: to {stage.share:g} of the original, {stage.steps} steps")
         asked = planning.settled(result, stage.settings(s, run.model, result), planning.begun(place))
         with steps.open_run(result, place) as opened:
-            opened.write_recipe(recipes.written(result, asked), replace=False)
+            opened.write_recipe(recipe_file.written(result, asked), replace=False)
             pruned = _cut(opened, texts, asked, None if result == run.model else run.model)
             steps.evaluate_step(run, f"{stage.name}-pruned", pruned, texts, s)
             drawn = (s.seed + stage.number - 1) % 2**32  # or every stage would train on the same rows

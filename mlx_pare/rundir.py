@@ -28,7 +28,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from . import __version__, console, log, machine, recipes
+from . import __version__, console, log, machine, recipe_file
 from .artifacts import SCHEMA, Strict, dump_json, replace_file
 from .errors import PareError, Refused, shell, told
 
@@ -230,12 +230,12 @@ class Run:
 
     def recipe(self) -> dict[str, Any]:
         """What was asked when the run was begun, by the fields of steps.Settings, and "model"."""
-        return recipes.of_run(self.path / "recipe.toml")
+        return recipe_file.of_run(self.path / "recipe.toml")
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
         """What was asked, without what was left out; an earlier recipe is kept unless ``replace``."""
         if replace or not (self.path / "recipe.toml").exists():
-            replace_file(self.path / "recipe.toml", recipes.toml(asked).encode("utf-8"))
+            replace_file(self.path / "recipe.toml", recipe_file.toml(asked).encode("utf-8"))
 
     # ---- steps ----
 

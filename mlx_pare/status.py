@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import log, recipes
+from . import log, recipe_file
 from .rundir import is_locked, read_manifest
 from .schedule import name_of
 
@@ -43,7 +43,7 @@ def status(run: Path) -> dict[str, Any]:
     """
     run = Path(run)
     manifest = read_manifest(run)
-    recipe = recipes.of_run(run / "recipe.toml")
+    recipe = recipe_file.of_run(run / "recipe.toml")
     records = dict(manifest.steps)
     for number in range(1, len(recipe.get("stages") or []) + 1):
         if (place := run / name_of(number) / "manifest.json").exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import recipes
+from mlx_pare import recipe_file
 from mlx_pare.errors import PareError, UsageError
 from mlx_pare.option_table import TABLE, settings_of
 from mlx_pare.rundir import Run
@@ -39,7 +39,7 @@ def recipe(place: Path, text: str) -> Path:
 
 
 def read_back(place: Path, text: str) -> Settings:
-    found = recipes.read(recipe(place, text))
+    found = recipe_file.read(recipe(place, text))
     found.pop("model", None)
     return settings_of(**found)
 
@@ -49,9 +49,9 @@ def read_back(place: Path, text: str) -> Settings:
 
 @pytest.mark.parametrize("settings", [ODD, Settings(keep=0.75), Settings(data="a b.txt", target_size="1MB")])
 def test_what_a_run_writes_is_a_recipe_of_the_same_settings(tmp_path, settings):
-    text = recipes.toml(recipes.written(tmp_path, settings))
+    text = recipe_file.toml(recipe_file.written(tmp_path, settings))
     assert read_back(tmp_path, text) == settings
-    assert recipes.read(tmp_path / "recipe.toml")["model"] == str(tmp_path.resolve())
+    assert recipe_file.read(tmp_path / "recipe.toml")["model"] == str(tmp_path.resolve())
 
 
 def test_every_setting_is_odd():
@@ -61,7 +61,7 @@ def test_every_setting_is_odd():
 
 
 def test_it_has_the_names_of_the_options(tmp_path):
-    written = tomllib.loads(recipes.toml(recipes.written(tmp_path, ODD)))
+    written = tomllib.loads(recipe_file.toml(recipe_file.written(tmp_path, ODD)))
     assert set(written) == {"model", *(option.name for option in TABLE.values())}
     assert written["for"] == "m4-24gb" and written["schedule"] == [0.8, 0.65, 0.5]
     assert written["rate_schedule"] == "linear" and written["targets"] == 64 and written["try"] == 5
@@ -70,11 +70,11 @@ def test_it_has_the_names_of_the_options(tmp_path):
 def test_recipes_of_earlier_versions_are_read(tmp_path):
     """They had the names of the fields, and "schedule" was that of the learning rate."""
     values = {key: value for key, value in dataclasses.asdict(ODD).items() if value is not None}
-    assert read_back(tmp_path, recipes.toml(values)) == ODD
+    assert read_back(tmp_path, recipe_file.toml(values)) == ODD
 
 
 def test_f34_marks_in_a_recipe_do_not_steer_a_terminal(tmp_path):
-    text = recipes.toml({"data": "a\x1b[31m\u202e\x9b\x7f\U000e0001\ud800b", "field": "ü"})
+    text = recipe_file.toml({"data": "a\x1b[31m\u202e\x9b\x7f\U000e0001\ud800b", "field": "ü"})
     assert text.replace("\n", "").isprintable() and tomllib.loads(text)["field"] == "ü"
     assert tomllib.loads(text)["data"] == "a\x1b[31m\u202e\x9b\x7f\U000e0001?b"
 
@@ -126,7 +126,7 @@ def test_a_wrong_recipe_is_one_line_with_the_file_and_the_key(pare, tmp_path, wh
     text, words = WRONG[what]
     file = recipe(tmp_path, text)
     with pytest.raises(UsageError, match=words):
-        recipes.read(file)
+        recipe_file.read(file)
     done = pare("run", "MODEL", "--out", tmp_path / "new", "--recipe", file, "--json")
     assert done.code == 2 and str(file) in done.line and done.document["exit_code"] == 2
     assert not (tmp_path / "new").exists()
@@ -147,7 +147,7 @@ def test_f26_a_damaged_recipe_of_a_run_is_one_line(pare, tmp_path, pico_models, 
     done = pare("status", out)
     assert done.code == 1 and "recipe.toml" in done.line and "internal error" not in done.line
     with pytest.raises(PareError):
-        recipes.of_run(out / "recipe.toml")
+        recipe_file.of_run(out / "recipe.toml")
 
 
 # ---- on the command line ----
