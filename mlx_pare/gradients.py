@@ -78,7 +78,7 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     """What the gradients of these rows need beyond a plain walk: the states before every block, after the last, the
     cotangents before and after a block; what a micro-batch computes is kept until it is differentiated, and on the CPU
     backend the expanded matrices with it."""
-    arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
+    arch, value = checkpoint.arch, stream.value_bytes(checkpoint)
     states = (len(arch.layers) + 3) * rows.count * rows.length * arch.sizes["hidden"] * value
     block = sum(t.size for t in arch.tensors() if t.layer == 0)
     return states + 2 * stream.activation_bytes(checkpoint, rows) + (4 * block if lm.cpu_backend() else 0)

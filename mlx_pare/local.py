@@ -26,9 +26,9 @@ import numpy as np
 
 from . import console, divergence, lm, rewrite, stream
 from .arch import Tensor
-from .artifacts import ARTIFACT_BUDGET, MAX_ARTIFACT, Arrays, dump_json, replace_file
+from .artifacts import Arrays, dump_json, replace_file, survivors
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import PareError, Refused, UsageError
 from .shards import finish, partial_directory
@@ -100,18 +100,14 @@ def block_ends(student: Checkpoint, teacher: Checkpoint) -> list[int]:
 
 def _sources(student: Checkpoint, theirs: int) -> list[int]:
     """Which of the teacher's layers every layer of the student was."""
-    file, count = student.path / "survivors.json", len(student.arch.layers)
-    if not file.exists():
-        sources = list(range(count)) if count == theirs else []
-    else:
-        listed = read_json(file, "list of survivors", MAX_ARTIFACT, ARTIFACT_BUDGET).get("layers")
-        sources = (
-            [layer.get("source") for layer in listed if isinstance(layer, dict)] if isinstance(listed, list) else []
-        )
-    whole = all(type(source) is int and 0 <= source < theirs for source in sources)
-    if len(sources) != count or not whole or sources != sorted(set(sources)):
+    file, count, why = student.path / "survivors.json", len(student.arch.layers), ""
+    try:
+        sources = [layer["source"] for layer in survivors(file)["layers"]] if file.exists() else list(range(count))
+    except PareError as error:
+        sources, why = [], f": {error.problem}"
+    if len(sources) != count or sources[-1] >= theirs or (not file.exists() and count != theirs):
         raise PareError(
-            f"{student.path} does not say which of the {theirs} layers of the original its {count} are",
+            f"{student.path} does not say which of the {theirs} layers of the original its {count} are{why}",
             "survivors.json beside the weights says it for a model that mlx-pare pruned",
         )
     return sources
@@ -135,7 +131,7 @@ def training_bytes(student: Checkpoint, rows: Rows, options: Options) -> int:
 
 def check_memory(student: Checkpoint, teacher: Checkpoint, rows: Rows, options: Options, cap: int | None) -> int:
     """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise."""
-    state = rows.count * rows.length * student.arch.sizes["hidden"] * (4 if lm.cpu_backend() else 2)
+    state = rows.count * rows.length * student.arch.sizes["hidden"] * stream.value_bytes(student)
     training = training_bytes(student, rows, options)
     instead = f" and training a block {console.gb(training)}), or a smaller batch"
     needed = stream.check_memory(student, rows, cap, state + training, instead)

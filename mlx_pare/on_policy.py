@@ -146,7 +146,7 @@ def judge_of(path: Path, places: teacher.Places | None) -> Callable[[Rows], Less
 def work_bytes(student: Checkpoint, original: Checkpoint, rows: Rows, at_once: int) -> int:
     """The most that sampling ``rows``, or the teacher's walk over them, takes beside the student and what is held of
     its training: one comes after the other. An estimate."""
-    arch, value = student.arch, 4 if lm.cpu_backend() else 2
+    arch, value = student.arch, stream.value_bytes(student)
     count, prompt = min(at_once, rows.count), prompt_length(rows.length)
     cached = 2 * arch.largest("kv_head") * arch.largest("head_dim") * len(arch.layers) * rows.length
     units = 3 * arch.largest("ffn") + 8 * arch.sizes["hidden"] + arch.largest("kv_head", "group") * prompt

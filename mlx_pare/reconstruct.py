@@ -98,7 +98,7 @@ def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
 def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     """What a pair of streams needs beyond a plain walk: more hidden states, the inputs of both matrices, and what the
     wider one takes to be solved, in the form that it will be."""
-    arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
+    arch, value = checkpoint.arch, stream.value_bytes(checkpoint)
     sizes = arch.layer_sizes(0)
     attention = sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
     states = 6 if behind_norm(arch, 0) else 3

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import console, lm, machine, on_policy, teacher
+from . import console, lm, machine, on_policy, stream, teacher
 from .block_training import Options as BlockOptions
 from .checkpoint import Checkpoint
 from .corpus import Rows
@@ -102,7 +102,7 @@ def required_bytes(
     Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more,
     gradients that are accumulated another.
     """
-    value = 4 if lm.cpu_backend() or options.method == "full" else 2
+    value = 4 if options.method == "full" else stream.value_bytes(student)
     arch = student.arch
     weights = sum(t.size for t in arch.tensors()) * value
     if options.method != "full" and not lm.cpu_backend():

@@ -316,9 +316,14 @@ def advance(path: Path, rows: Rows, hidden: mx.array | None, start: int, stop: i
     raise AssertionError(f"{path} has no block {stop - 1}")
 
 
+def value_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of one number of a hidden state: float32 on the CPU backend, elsewhere the dtype of the checkpoint."""
+    return 4 if lm.cpu_backend() else checkpoint.value_bytes
+
+
 def required_bytes(checkpoint: Checkpoint, rows: Rows, spooled: bool = False) -> int:
     """Estimate of the peak of a walk, the interpreter included (see the module's docstring)."""
-    arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
+    arch, value = checkpoint.arch, value_bytes(checkpoint)
     there = _micro_batch(rows) if spooled else rows.count
     states = 3 * there * rows.length * arch.sizes["hidden"] * value
     block, expanded = [0] * len(arch.layers), [0] * len(arch.layers)
@@ -353,7 +358,7 @@ def activation_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
     tokens = _micro_batch(rows) * rows.length
     units = 3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length
-    return tokens * units * (4 if lm.cpu_backend() else 2)
+    return tokens * units * value_bytes(checkpoint)
 
 
 def check_memory(

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import lm, stream
-from .checkpoint import DTYPE_BYTES, Checkpoint
+from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import PareError, Refused
 
@@ -89,13 +89,6 @@ def check_tokenizer(student: Path, teacher: Path) -> None:
 def held_bytes(teacher: Checkpoint, rows: Rows, matched: int, whole: bool = True) -> int:
     """What stays in memory of the teacher for ``rows``: hidden states at ``matched`` places and, where the ``whole``
     vocabulary is asked for, the final ones and its head."""
-    value = 4 if lm.cpu_backend() else teacher.value_bytes
+    value = stream.value_bytes(teacher)
     states = rows.count * rows.length * teacher.arch.sizes["hidden"] * value * (whole + matched)
-    return states + whole * head_bytes(teacher)
-
-
-def head_bytes(teacher: Checkpoint) -> int:
-    """The matrix that makes logits, as it is stored: the embedding where it is tied."""
-    head = [t for t in teacher.arch.tensors() if t.layer is None and t.matrix][-1]
-    packing = teacher.packing(head.module)
-    return packing.nbytes(*head.shape) if packing else head.size * DTYPE_BYTES[teacher.dtype(head)]
+    return states + whole * stream.head_bytes(teacher)

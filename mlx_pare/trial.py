@@ -169,7 +169,7 @@ def _walk(
 
 def check_memory(checkpoint: Checkpoint, calibration: Rows, held: Rows, count: int, cap: int | None) -> int:
     """The estimate of memory of so many candidates side by side, if it is under ``cap``. Raises Refused otherwise."""
-    value, sizes, rows = 4 if lm.cpu_backend() else 2, checkpoint.arch.layer_sizes(0), calibration.joined(held)
+    value, sizes, rows = stream.value_bytes(checkpoint), checkpoint.arch.layer_sizes(0), calibration.joined(held)
     streams = (count + 1) * held.count * held.length * sizes["hidden"] * value
     inputs = rows.count * rows.length * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
     solved = max(each.nbytes for each in solve_costs(checkpoint, calibration.total)) if calibration.count else 0

@@ -214,6 +214,11 @@ def test_readme_names_every_file():
     assert not missing, f"README.md does not name {', '.join(missing)}"
 
 
+def test_makefile_names_scripts_that_there_are():
+    named = re.findall(r"\b(?:benchmarks|scripts)/\w+\.(?:py|sh)", (ROOT / "Makefile").read_text("utf-8"))
+    assert len(named) > 3 and not [name for name in named if not (ROOT / name).is_file()]
+
+
 FOREIGN = re.compile(
     r"/work/(?!\W)|/tmp/w\w|https?://(?:localhost|10\.|127\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.)"
     r"|(?:index-url|registry|find-links)\s*=\s*['\"]?https?://|artifactory|\bpypi\.(?!org\b)[\w-]+\.\w+|\.internal\b"

@@ -22,8 +22,9 @@ from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options, required_bytes, savings
 from mlx_pare.score import score
+from mlx_pare.stream import head_bytes
 from mlx_pare.student import resident, trained_values
-from mlx_pare.teacher import Places, head_bytes
+from mlx_pare.teacher import Places
 
 DEMO = Path(corpus.__file__).parent / "demo"
 LENGTH, DRAWN = 24, np.array([[0, 3, 5, 1], [2, 4, 7, 0], [6, 1, 3, 2]])  # rows 0 to 3 twice
