@@ -26,7 +26,7 @@ COMMANDS = {
         f"mlx-pare {' '.join(arguments)}": [sys.executable, "-m", "mlx_pare", *arguments]
         for arguments in (
             ["--version"], ["--help"], ["run", "--help"], ["fit", "qwen3-32b"], ["inspect", "qwen3-32b"],
-            ["inspect", str(MODEL)],
+            ["inspect", str(MODEL)], ["doctor"],
         )
     },
 }  # fmt: skip

@@ -21,6 +21,7 @@ from mlx_pare.help_page import COMMANDS
 from mlx_pare.option_table import RATES, TABLE, TARGETS
 from mlx_pare.options import app
 from mlx_pare.recover_options import METHODS, Options
+from mlx_pare.rundir import Run
 from mlx_pare.score import CRITERIA
 from mlx_pare.steps import Settings
 from mlx_pare.training import SCHEDULES
@@ -220,11 +221,12 @@ def processor_seconds(arguments: list[str]) -> float:
     return min(found)
 
 
-@pytest.mark.parametrize("arguments", QUICK, ids=lambda a: "-".join(a))
-def test_start_up_is_quick(pico_models, arguments):
+@pytest.mark.parametrize("arguments", [*QUICK, ["status", "RUN"]], ids=lambda a: "-".join(a))
+def test_start_up_is_quick(pico_models, tmp_path, arguments):
     """0.3 s of processor time, or on a slow machine as many times what Python and typer alone take."""
+    Run(tmp_path, pico_models(), "identity").close()
     bare = processor_seconds([sys.executable, "-c", "import typer"])
-    asked = [str(pico_models()) if a == "MODEL" else a for a in arguments]
+    asked = [{"MODEL": str(pico_models()), "RUN": str(tmp_path)}.get(a, a) for a in arguments]
     assert processor_seconds([*MODULE, *asked]) < max(0.3, 6 * bare)
 
 
