@@ -7,16 +7,17 @@ cut itself is, where the matrix was cut and not solved anew.
 
 from __future__ import annotations
 
-import json
+import math
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .arch import Architecture, Tensor
 from .arch.axes import length, select
 from .artifacts import dump_json, survivors
+from .atomic import created, refuse_existing
+from .bounded import check_links
 from .checkpoint import Checkpoint, read_header, read_json
 from .errors import PareError, Refused, Unsupported
 
@@ -31,8 +32,7 @@ def carry(adapter: Path, parent: Path, model: Path, out: Path) -> dict[str, Any]
     have an adapter) and left_out (tensors of layers that are gone). Raises Refused when ``out`` exists or the models do
     not belong together, Unsupported for adapters that cannot be cut, with the reason, PareError for what is damaged.
     """
-    if out.exists():
-        raise Refused(f"{out} exists already", "choose another name, or move it away")
+    refuse_existing(out)
     settings = _settings(adapter)
     old, new = Checkpoint(parent), Checkpoint(model)
     if not (model / "survivors.json").exists():
@@ -41,11 +41,13 @@ def carry(adapter: Path, parent: Path, model: Path, out: Path) -> dict[str, Any]
     if kept["source_identity"] != old.identity():
         raise Refused(f"{model} was not cut from {parent}", "give the model that it was cut from with --parent")
     cut = _Cut(old.arch, new.arch, kept)
-    arrays, left_out = cut.arrays(adapter / WEIGHTS)
+    arrays, left_out = cut.arrays(adapter / WEIGHTS, settings)
     if not arrays:
         raise Unsupported(f"no layer with an adapter of {adapter} is left in {model}")
-    first = len(old.arch.layers) - settings["num_layers"] if settings["num_layers"] > 0 else 0
+    first = cut.first(settings)
     settings["num_layers"] = sum(layer["source"] >= first for layer in kept["layers"])
+    if keys := settings["lora_parameters"].get("keys"):
+        settings["lora_parameters"] = settings["lora_parameters"] | {"keys": cut.keys(keys)}
     settings["model"] = str(model)
     _write(out, arrays, settings)
     layers = sorted({int(n) for name in arrays for n in re.findall(r"\.(\d+)\.", name)[:1]})
@@ -54,6 +56,7 @@ def carry(adapter: Path, parent: Path, model: Path, out: Path) -> dict[str, Any]
 
 def _settings(adapter: Path) -> dict[str, Any]:
     """The adapter's configuration. Raises Unsupported for kinds that cannot be cut."""
+    check_links(adapter)
     if not (adapter / CONFIG).is_file() or not (adapter / WEIGHTS).is_file():
         raise PareError(f"{adapter} is no adapter directory of mlx-lm: it lacks {CONFIG} or {WEIGHTS}")
     found = read_json(adapter / CONFIG, "adapter config")
@@ -68,9 +71,50 @@ def _settings(adapter: Path) -> dict[str, Any]:
             f"{adapter} is of type {kind!r}: not added to the weights, but in their place",
             "fuse it into the original (mlx_lm.fuse) and cut that",
         )
-    if not isinstance(number, int) or isinstance(number, bool) or not isinstance(found.get("lora_parameters"), dict):
+    lora = found.get("lora_parameters")
+    if not isinstance(number, int) or isinstance(number, bool) or not isinstance(lora, dict):
         raise PareError(f"{adapter / CONFIG} lacks num_layers or lora_parameters")
+    if type(lora.get("rank")) is not int or lora["rank"] < 1:
+        raise PareError(f"{adapter / CONFIG} has rank {lora.get('rank')!r}, expected a whole number from 1")
+    for name in ("scale", "dropout"):  # mlx-lm loads no adapter without them
+        value = lora.get(name)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise PareError(f"{adapter / CONFIG} has {name} {value!r}, expected a number")
+    keys = lora.get("keys")
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise PareError(f"{adapter / CONFIG} has keys {str(keys)[:80]}, expected a list of names of modules")
+    try:
+        dump_json(found)
+    except ValueError as error:
+        raise PareError(f"{adapter / CONFIG} holds NaN or infinity, which is no JSON") from error
     return dict(found)
+
+
+def _check_pairs(file: Path, arrays: Mapping[str, Any], rank: int) -> None:
+    """What mlx-lm could not load, or would load and compute nonsense with.
+
+    Args:
+        file: where the arrays are from.
+        arrays: by name: lora_a [columns, rank] and lora_b [rank, rows] of every matrix.
+        rank: what the config says.
+
+    Raises:
+        PareError: for one of a pair alone, another rank, or values that are no finite floats.
+    """
+    import mlx.core as mx
+
+    for name, array in arrays.items():
+        module, which = PART.fullmatch(name).groups()
+        other = f"{module}.{'lora_b' if which == 'lora_a' else 'lora_a'}"
+        if other not in arrays:
+            raise PareError(f"{file} has {name} without {other}", "both are needed: train or download it again")
+        found = array.shape[1 if which == "lora_a" else 0]
+        if found != rank:
+            raise PareError(f"{file}: {name} has rank {found}, {CONFIG} says {rank}", "take both files of one adapter")
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise PareError(f"{file}: {name} holds {array.dtype}, expected floats")
+        if not mx.isfinite(array).all().item():
+            raise PareError(f"{file}: {name} holds NaN or infinity", "its training went wrong: train it again")
 
 
 class _Cut:
@@ -82,24 +126,51 @@ class _Cut:
         self.there = {t.module: t for t in new.tensors()}
         self.place = {layer["source"]: index for index, layer in enumerate(kept["layers"])}
 
-    def arrays(self, file: Path) -> tuple[dict[str, Any], list[str]]:
+    def arrays(self, file: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """(what is left of every tensor of the adapter, by its new name; names of those of layers that are gone)."""
         import mlx.core as mx
 
         read_header(file)  # bounded, checked
-        found, left_out = {}, []
-        for name, array in mx.load(str(file)).items():
+        there, tensors = mx.load(str(file)), {}
+        for name, array in there.items():
             matched = PART.fullmatch(name)
             tensor = self.tensors.get(matched[1]) if matched else None
             if tensor is None or len(tensor.shape) != 2:
                 raise Unsupported(
                     f"{file} holds {name[:80]}, which is no adapter of a matrix of {self.old.family.name}"
                 )
+            self.check_shape(name, matched[2], tensor, array)
+            self.check_place(name, tensor, settings)
+            tensors[name] = tensor
+        _check_pairs(file, there, settings["lora_parameters"]["rank"])
+        found, left_out = {}, []
+        for name, array in there.items():
+            tensor, which = tensors[name], PART.fullmatch(name)[2]
             if tensor.layer is not None and tensor.layer not in self.place:
                 left_out.append(name)
                 continue
-            found[f"{self.renamed(tensor)}.{matched[2]}"] = self.part(name, matched[2], tensor, array)
+            found[f"{self.renamed(tensor)}.{which}"] = self.part(which, tensor, array)
         return found, left_out
+
+    def first(self, settings: Mapping[str, Any]) -> int:
+        """The first layer of the parent that mlx-lm gives adapters to: they are the last num_layers, or all for 0."""
+        number = settings["num_layers"]
+        return max(0, len(self.old.layers) - number) if number > 0 else 0
+
+    def check_place(self, name: str, tensor: Tensor, settings: Mapping[str, Any]) -> None:
+        """Raises PareError for a matrix that mlx-lm gives no adapter by these settings: it refuses such a file."""
+        keys, module = settings["lora_parameters"].get("keys"), tensor.module
+        if keys and module in keys:  # named in full
+            return
+        inside = "" if tensor.layer is None else module.removeprefix(self.old.family.prefix.format(layer=tensor.layer))
+        if not inside or tensor.layer < self.first(settings) or (keys is not None and inside not in keys):
+            raise PareError(f"{name} has no place by num_layers and keys of {CONFIG}", "take both files of one adapter")
+
+    def keys(self, keys: Sequence[str]) -> list[str]:
+        """The keys of the new model: those that name one module in full move with its layer, or go with it."""
+        tensors = {key: self.tensors.get(key) for key in keys}
+        gone = {key for key, t in tensors.items() if t and t.layer is not None and t.layer not in self.place}
+        return [self.renamed(t) if (t := tensors[key]) else key for key in keys if key not in gone]
 
     def renamed(self, tensor: Tensor) -> str:
         """The module in the new model. Raises Unsupported where it has no such one."""
@@ -115,17 +186,21 @@ class _Cut:
             )
         return module
 
-    def part(self, name: str, which: str, tensor: Tensor, array: Any) -> Any:
-        """lora_a (columns, rank) by the columns that are left, lora_b (rank, rows) by the rows."""
+    def check_shape(self, name: str, which: str, tensor: Tensor, array: Any) -> None:
+        """Raises PareError for an array that is not of the parent's matrix."""
+        rows, columns = tensor.spec.dims
+        dimension, axis = (columns, 0) if which == "lora_a" else (rows, 1)
+        expected = length(dimension, self.old.layer_sizes(tensor.layer))
+        if array.ndim != 2 or array.shape[axis] != expected:
+            raise PareError(f"{name} has shape {list(array.shape)}, the parent means {expected} along axis {axis}")
+
+    def part(self, which: str, tensor: Tensor, array: Any) -> Any:
+        """lora_a [columns, rank] by the columns that are left, lora_b [rank, rows] by the rows."""
         import mlx.core as mx
 
         rows, columns = tensor.spec.dims
         dimension, axis = (columns, 0) if which == "lora_a" else (rows, 1)
-        sizes = self.old.layer_sizes(tensor.layer)
-        expected = length(dimension, sizes)
-        if array.ndim != 2 or array.shape[axis] != expected:
-            raise PareError(f"{name} has shape {list(array.shape)}, the parent means {expected} along axis {axis}")
-        index = select(dimension, sizes, self.units(tensor.layer))
+        index = select(dimension, self.old.layer_sizes(tensor.layer), self.units(tensor.layer))
         return array if index is None else mx.take(array, mx.array(index), axis=axis)
 
     def units(self, layer: int | None) -> dict[str, list[int]]:
@@ -140,12 +215,7 @@ class _Cut:
 def _write(out: Path, arrays: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     import mlx.core as mx
 
-    partial = out.with_name(f".{out.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        mx.save_safetensors(str(partial / WEIGHTS), dict(arrays))
-        (partial / CONFIG).write_bytes(dump_json(json.loads(json.dumps(settings, default=str))))
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with created(out) as place:
+        place.mkdir()
+        mx.save_safetensors(str(place / WEIGHTS), dict(arrays))
+        (place / CONFIG).write_bytes(dump_json(settings))

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from . import bounded
 from .arch import Architecture, Keep, LayerKeep, cut
+from .atomic import replaced
 from .checkpoint import Checkpoint, read_header
 from .console import gb
 from .errors import PareError, Refused
@@ -27,30 +27,6 @@ from .packing import BITS, GROUP_SIZES, Packing
 SCHEMA = 1
 MAX_ARTIFACT = 64 << 20  # bytes; a plan of 126 layers of 53,248 channels takes 47 million
 ARTIFACT_BUDGET = 512 << 20  # bytes it may take in memory
-
-
-@contextmanager
-def beside(path: Path, temporary: str) -> Iterator[Path]:
-    """Write to the name that is given, flush, rename: ``path`` holds the old bytes or the new, never half of them. What
-    could not be written whole is removed: on a full disk its room is needed."""
-    place = path.with_name(temporary)
-    try:
-        yield place
-        with place.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(place, path)
-    except BaseException as error:
-        with suppress(OSError):
-            place.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a write that fails does not know of what
-        raise
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """The bytes of a file at once, or the old ones."""
-    with beside(path, path.name + ".tmp") as temporary:
-        temporary.write_bytes(data)
 
 
 # ---- arrays ----
@@ -68,8 +44,7 @@ class Arrays:
         import mlx.core as mx
 
         about = {"schema": SCHEMA, **self.about}
-        # the dot: who looks for state-*.safetensors must not find the half of one
-        with beside(path, f".{path.stem}.tmp.safetensors") as temporary:
+        with replaced(path, ".safetensors") as temporary:  # MLX adds this suffix to any other
             try:
                 mx.save_safetensors(str(temporary), self.arrays, metadata={"pare": json.dumps(about, sort_keys=True)})
             except RuntimeError as error:  # MLX does not say why it could not be written
@@ -124,7 +99,7 @@ class Strict(BaseModel):
         """From a JSON file of bounded size. Raises PareError, naming all that is wrong with it in one line, when it
         ``fault``."""
         try:
-            text = bounded.contents(path, MAX_ARTIFACT, what).decode("utf-8")
+            text = bounded.contents(Path(path), MAX_ARTIFACT, what).decode("utf-8")
             bounded.check_cost(text, ARTIFACT_BUDGET)
             return cls.model_validate_json(text)
         except OSError as error:
@@ -286,6 +261,11 @@ class Plan(Strict):
     @classmethod
     def load(cls, path: Path) -> Plan:
         return cls.read(path, "plan", "mend it, or make it again with `mlx-pare plan`")
+
+    @classmethod
+    def of(cls, plan: Plan | str | os.PathLike[str]) -> Plan:
+        """The plan itself, or that of a plan.json. Raises PareError as ``load``."""
+        return plan if isinstance(plan, Plan) else cls.load(Path(plan))
 
 
 def _index_problems(where: str, indices: Sequence[int], size: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,12 +14,17 @@ from . import lm, resident
 from .checkpoint import Checkpoint
 from .console import progress
 from .errors import UsageError
+from .opened import StrPath, opened
 
 NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
 
 
 def bench(
-    models: Sequence[Path], trials: int = 5, prompt: int = 512, new: int = 128, memory_cap: int | None = None
+    models: StrPath | Sequence[StrPath],
+    trials: int = 5,
+    prompt: int = 512,
+    new: int = 128,
+    memory_cap: int | None = None,
 ) -> dict[str, Any]:
     """Time ``trials`` rounds in which every model takes its turn (A B A B ...), after one round that does not count.
 
@@ -28,6 +34,7 @@ def bench(
 
     Raises UsageError without models or trials, Refused for models that do not fit in memory, before any is loaded.
     """
+    models = [opened(m) for m in ([models] if isinstance(models, str | PathLike) else models)]
     if not models or trials < 1:
         raise UsageError("bench needs at least one model and one trial")
     for path in models:

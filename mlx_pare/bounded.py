@@ -6,17 +6,20 @@ tokenizer_files.py), wait for a device or a pipe, or lead to a file outside of t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import PareError
 
 MAX_JSON = 16 << 20  # bytes; the largest real index has 9 million, the largest header about as many
 BUDGET = 160 << 20  # bytes that parsed JSON may take
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja: transformers 4.52 and later
 MAX_DEPTH = 64  # of nested lists and objects; beyond some hundreds even printing them fails
 # What parsing costs by mark, in bytes: measured on the worst inputs of CPython 3.11 (tests/test_untrusted.py)
 COSTS = {"{": 130, "[": 72, '"': 32, ",": 32, ":": 40}
@@ -35,6 +38,40 @@ def contents(path: Any, most: int = MAX_JSON, what: str = "file") -> bytes:
         if len(raw) <= most:
             return raw
     raise PareError(f"{what} {path} is larger than {most >> 20} MiB")
+
+
+def regular(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
+    """Open a regular file, unbuffered. It never waits for a pipe.
+
+    Args:
+        path: the file.
+        flags: of os.open; a file that ``os.O_CREAT`` makes has the usual rights.
+
+    Raises:
+        PareError: for a pipe, a device or a directory; with ``os.O_NOFOLLOW`` for a link.
+        OSError: if it cannot be opened.
+    """
+    with suppress(FileNotFoundError):  # looked at before it is opened: opening some devices has effects
+        _require_regular(path, os.stat(path).st_mode)
+    try:
+        handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and flags & os.O_NOFOLLOW:
+            raise PareError(f"{path} is a link, and writing to it would change another file", "remove it") from error
+        raise
+    try:
+        _require_regular(path, os.fstat(handle).st_mode)
+    except PareError:
+        os.close(handle)
+        raise
+    mode = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "rb+"}[flags & os.O_ACCMODE]
+    return os.fdopen(handle, mode, buffering=0)
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise PareError(f"{path} is {kind}, expected a file", "move it away, or put the file itself there")
 
 
 def loads(raw: bytes | str, budget: int = BUDGET, unique: bool = False) -> Any:
@@ -78,7 +115,8 @@ def check_links(directory: Path) -> None:
     """
     try:
         home = directory.resolve()
-        links = [Path(entry.path) for entry in os.scandir(directory) if entry.is_symlink()]
+        folders = [place for place in (directory, directory / MORE_TEMPLATES) if place.is_dir()]
+        links = [Path(entry.path) for place in folders for entry in os.scandir(place) if entry.is_symlink()]
         homes = [home, *(place.parent.parent / "blobs" for place in (home, *home.parents) if _snapshot(place))]
         for link in links:
             target = link.resolve()

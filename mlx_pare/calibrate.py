@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +11,13 @@ import mlx.core as mx
 
 from . import finite, gradients, stream
 from .arch import Architecture, require_cuttable
-from .artifacts import Arrays, dump_json, replace_file
-from .checkpoint import Checkpoint
+from .artifacts import Arrays, dump_json
+from .atomic import replace_file, sweep
+from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .errors import Refused, UsageError
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
+from .opened import StrPath, opened
 from .quantized import matrix
 from .spool import Spool
 
@@ -92,9 +93,9 @@ class Statistics(stream.Observer):
 
 
 def calibrate(
-    model: Path,
+    model: StrPath,
     rows: Rows,
-    directory: Path,
+    directory: StrPath,
     memory_cap: int | None = None,
     save_every_s: float = SAVE_EVERY_S,
     extra: Sequence[str] = (),
@@ -111,6 +112,7 @@ def calibrate(
     Raises Unsupported for a model that cannot be cut, Refused when the estimate of memory exceeds the cap, UsageError
     for an extra that is not known.
     """
+    model, directory = opened(model), Path(directory)
     checkpoint = Checkpoint(model)
     require_cuttable(checkpoint.arch)
     extra = sorted(set(extra))
@@ -118,8 +120,7 @@ def calibrate(
     finite.require(checkpoint, finite.outside(checkpoint))  # the walk finds those of the layers
     spooled = stream.must_spool(checkpoint, rows, memory_cap, _held(checkpoint, rows, extra))
     directory.mkdir(parents=True, exist_ok=True)
-    for stale in directory.glob("*.tmp*"):
-        stale.unlink()
+    sweep(directory)
     _same_inputs(directory, {"model": checkpoint.identity(), "data": rows.digest(), "extra": ", ".join(extra)})
     if len(list(directory.glob("block-*.safetensors"))) < len(checkpoint.arch.layers):
         rounds = len(stream.micro_batches(rows)) if "contributions" in extra else None
@@ -194,7 +195,7 @@ def contribution_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
 def _same_inputs(directory: Path, inputs: dict[str, str]) -> None:
     """Blocks of another model or other rows must not be mixed in. Raises Refused when they lie there."""
     note = directory / "inputs.json"
-    if note.exists() and json.loads(note.read_text()) != inputs:
+    if note.exists() and read_json(note, "note") != inputs:
         raise Refused(f"{directory} holds statistics begun with another model, other text or extras", "remove it first")
     replace_file(note, dump_json(inputs))
 

@@ -9,6 +9,7 @@ from .arch import RESULT_TYPES
 from .checkpoint import Checkpoint
 from .errors import PareError
 from .resident import not_resident
+from .stock_path import plain, warning
 
 PROMPT = "The"
 TOKENS = 48
@@ -21,13 +22,14 @@ def check(model: Path, original: Path, memory_cap: int | None = None) -> list[st
     Raises PareError when stock mlx-lm or transformers cannot open it, or its tokenizer differs from the original's.
     """
     for file in Checkpoint(original).tokenizer_files():
-        if not (model / file.name).exists() or (model / file.name).read_bytes() != file.read_bytes():
-            raise PareError(f"{model / file.name} differs from the original's")
+        ours = model / file.relative_to(original)
+        if not ours.is_file() or ours.read_bytes() != file.read_bytes():
+            raise PareError(f"{ours} differs from the original's")
     _transformers(model)
+    warnings = [told] if (told := warning(model)) else []
     if too_large := not_resident(original, memory_cap):
-        return [f"no text was generated: {too_large}"]
+        return [*warnings, f"no text was generated: {too_large}"]
     ours, theirs = (_text(path) for path in (model, original))
-    warnings = []
     if not ours.strip() and theirs.strip():
         warnings.append("generates nothing, the original does")
     if repeats(ours) and not repeats(theirs):
@@ -43,12 +45,13 @@ def _transformers(model: Path) -> None:
     """Its config and its tokenizer. Of what only mlx-lm has a class for (arch/uneven.py), the tokenizer alone."""
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        if Checkpoint(model).config.get("model_type") not in RESULT_TYPES:
-            AutoConfig.from_pretrained(model)
-        AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # transformers raises whatever it likes
-        raise PareError(f"transformers cannot open {model}: {error}") from error
+    with plain(model) as name:
+        try:
+            if Checkpoint(model).config.get("model_type") not in RESULT_TYPES:
+                AutoConfig.from_pretrained(name)
+            AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # transformers raises whatever it likes
+            raise PareError(f"transformers cannot open {model}: {error}") from error
 
 
 def repeats(text: str) -> bool:

@@ -59,6 +59,12 @@ TOKENIZER_FILES = (
 )
 
 
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a model directory that make its tokenizer and its chat templates, those that are there."""
+    named = [directory / name for name in TOKENIZER_FILES]
+    return [f for f in (*named, *sorted((directory / bounded.MORE_TEMPLATES).glob("*.jinja"))) if f.is_file()]
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Where one tensor lies: ``start`` and ``end`` are byte offsets in ``file``."""
@@ -385,4 +391,5 @@ class Checkpoint:
         return digest.hexdigest()
 
     def tokenizer_files(self) -> list[Path]:
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        """The files that make the tokenizer and its chat templates, those that are there."""
+        return tokenizer_files(self.path)

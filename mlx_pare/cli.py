@@ -49,7 +49,7 @@ FIT = (
     Option("macos", MACS, "macOS version: 15 or 26. It sets the GPU's share of memory.", int, 26, least=11),
     Option("limit", MACS, 'GPU memory as iogpu.wired_limit_mb sets it: "20480" or "20GB".', metavar="SIZE"),
     Option("reserve", MACS, 'Memory to keep free for other programs, e.g. "3GB".', metavar="SIZE"),
-    Option("plot", OUTPUT, "Draw a picture: FILE.svg or FILE.png.", Path, metavar="FILE"),
+    Option("plot", OUTPUT, "Draw a picture into a new FILE.svg or FILE.png.", Path, metavar="FILE"),
 )  # fmt: skip
 
 
@@ -72,22 +72,24 @@ def fit_command(model: AnyModel, **asked: Any) -> dict[str, Any]:
     from .fit.memory import TRAIN_BATCH, TRAIN_LENGTH, Use
     from .fit.subject import Form
 
+    train, context, batch, plot = asked["train"], asked["context"], asked["batch"], asked["plot"]
+    if plot:  # or the import would slow down every other call
+        from .fit.plot import draw, preflight
+
+        preflight(plot)
     form = Form.named(asked["bits"], asked["group_size"], asked["gguf"])
-    train, context, batch = asked["train"], asked["context"], asked["batch"]
     use = Use(
         context=context if context is not None else TRAIN_LENGTH if train else 8192,
         batch=batch if batch is not None else TRAIN_BATCH if train else 1,
         kv_bits=asked["kv_bits"], prefill_step=asked["prefill_step"], runtime=asked["runtime"], train=train,
     )  # fmt: skip
-    limit, plot = asked["limit"], asked["plot"]
+    limit = asked["limit"]
     megabytes = "MiB" if limit and limit.isdecimal() else ""  # as sysctl takes them
     budget = Budget(asked["macos"], memory(limit and limit + megabytes), memory(asked["reserve"]) or 0)
     macs = [*(asked["mac"] or []), *(f"{gib(size):g}gb" for size in asked["memory_size"] or [])]
     found = fit(model, macs, use, form, budget)
     show.show_fit(found)
     if plot:
-        from .fit.plot import draw
-
         found["plot"] = str(draw(found, plot))
         console.say(f"drawn: {plot}")
     return found

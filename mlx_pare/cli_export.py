@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import console, show
-from .errors import Refused, UsageError, shell
+from .atomic import created
+from .errors import PareError, Refused, UsageError, shell
 from .option_table import OUTPUT, REACH, Option, mac_names
 from .options import DryRun, Model, command, settings_of
 
@@ -86,9 +89,26 @@ def export_command(
     matrix = imatrix, settings_of(**{field: asked[field] for field in TEXTS})
     if ollama:
         return _for_ollama(checkpoint, ollama, kind, matrix, (chosen, mac, context), no_verify)
-    done = _gguf(checkpoint, out, kind, matrix, (chosen, context), no_verify)
+    with created(out) as place, _set_aside(place, out):
+        done = _gguf(checkpoint, place, kind, matrix, (chosen, context), no_verify)
+    done["path"] = str(out)
     _require_fit(done, mac, context)
     return done
+
+
+@contextmanager
+def _set_aside(made: Path, out: Path) -> Iterator[None]:
+    """What was written, but fails a check, is kept beside ``out`` to be looked at."""
+    try:
+        yield
+    except PareError as error:
+        aside = out.with_name(f"{out.name}.rejected")
+        if not any(file.is_file() for file in (made, *made.rglob("*"))) or os.path.lexists(aside):
+            raise
+        with created(aside) as place:
+            os.rename(made, place)
+        error.cure = f"what was written is kept as {aside}"
+        raise
 
 
 def _settled(model: Path, gguf: str | None, imatrix: str | None) -> tuple[Checkpoint, str, str]:
@@ -116,7 +136,7 @@ def _gguf(
     done = export(checkpoint.path, out, kind, made, None if no_verify else judged)
     show.show_gguf(out.name, done)
     unasked = {"checked": False, "reason": "not asked"}
-    done["verify"] = unasked if no_verify else judged(checkpoint.path, out, done["kind"])
+    done["verify"] = unasked if no_verify else judged(checkpoint.path, out, done["kind"], keep=False)
     done["served"] = {"served": False, "reason": "not asked"}
     if not no_verify:
         done["served"] = _asked(checkpoint, lambda chat: served.llama_cpp(out, chat))
@@ -161,22 +181,15 @@ def _for_ollama(
 ) -> dict[str, Any]:
     """A directory with a GGUF file and its Modelfile, whose context the Mac that was named can hold."""
     from .ollama import modelfile
-    from .shards import finish, partial_directory
 
-    macs, mac, context = fit
-    if out.exists():
-        raise Refused(f"{out} exists already", "choose another name, or move it away")
-    partial, name = partial_directory(out), f"model-{kind}.gguf"
-    try:
-        done = _gguf(checkpoint, partial / name, kind, matrix, (macs, context), no_verify)
+    (macs, mac, context), name = fit, f"model-{kind}.gguf"
+    with created(out) as place, _set_aside(place, out):
+        done = _gguf(checkpoint, place / name, kind, matrix, (macs, context), no_verify)
         longest = [checkpoint.arch.config.get("max_position_embeddings") or context, context]
         if mac:
             longest.append(done["fits"][0]["max_context"] or context)
         found = modelfile(checkpoint.path, name, min(longest))
-        (partial / "Modelfile").write_text(found.text(), "utf-8")
-        finish(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (place / "Modelfile").write_text(found.text(), "utf-8")
     done |= {"path": str(out / name), "modelfile": str(out / "Modelfile"), "num_ctx": min(longest)}
     done["notes"] = [*done["notes"], *found.notes]
     for note in found.notes:
@@ -190,16 +203,21 @@ def _directory(
     model: Path, mlx: Path | None, hub: Path | None, packing: tuple[int, int, bool], no_verify: bool
 ) -> dict[str, Any]:
     """A model directory: packed, or for the hub; asked through mlx-lm's server."""
-    from . import deploy, served
+    from . import deploy, served, stock_path
     from .checkpoint import Checkpoint
 
-    done = deploy.packed(model, mlx, *packing) if mlx else deploy.hub_ready(model, hub)
-    checkpoint = Checkpoint(done["out"])
-    done["served"] = {"served": False, "reason": "not asked"}
-    if not no_verify:
-        done["served"] = _asked(checkpoint, lambda chat: served.mlx_lm(checkpoint.path, chat))
+    out = mlx or hub
+    with created(out) as place, _set_aside(place, out):
+        done = deploy.packed(model, place, *packing) if mlx else deploy.hub_ready(model, place)
+        checkpoint = Checkpoint(place)
+        done["served"] = {"served": False, "reason": "not asked"}
+        if not no_verify:
+            done["served"] = _asked(checkpoint, lambda chat: served.mlx_lm(checkpoint.path, chat))
+    done["out"] = str(out)
     console.say(f"{done['out']}: {console.gb(done['bytes'])}")
     console.say(show.answered(done["served"]))
+    if told := stock_path.warning(checkpoint.path):
+        console.warn(told)
     return done
 
 

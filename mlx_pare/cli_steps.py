@@ -28,7 +28,10 @@ RECOVER = (
     "mlx-pare import model.gguf -o DIR | mlx-pare import model-00001-of-00003.gguf -o DIR --dense",
 )
 def import_command(
-    model: Annotated[str, typer.Argument(help="A .gguf file, or any part of a file that was split.", metavar="FILE")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A GGUF file, any part of a file that was split, or the folder of one.", metavar="FILE"),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Model directory to write.", metavar="DIR")],
     dense: Annotated[bool, typer.Option("--dense", help="Write quantized tensors as float16.")] = False,
 ) -> dict[str, Any]:
@@ -37,9 +40,9 @@ def import_command(
     Other commands that get a GGUF file convert it by themselves, into a cache.
     """
     from .gguf_model import rebuild
-    from .opened import told
+    from .opened import gguf_of, told
 
-    found = rebuild(Path(model), out, dense)
+    found = rebuild(gguf_of(Path(model)) or Path(model), out, dense)
     told(found)
     console.say(f"model: {out} ({found['model_type']}, {console.gb(found['bytes'])})")
     return found
@@ -167,10 +170,9 @@ def stability_command(
     It answers three questions: would fewer tokens be enough, do other draws of text choose the same units, and does the
     quantized model choose as the float model does. Draws share no rows. The test text is only used to measure.
     """
-    import json
-
     from . import stability, steps
     from .artifacts import Arrays
+    from .checkpoint import read_json
 
     with steps.continue_run(run) as opened:
         s = settings_of(**steps.of_calibration(opened), memory_cap=memory_cap, reconstruct=reconstruct)
@@ -178,7 +180,7 @@ def stability_command(
         names = [name.strip() for name in (criterion or own).split(",") if name.strip()]
         texts = steps.Texts(opened.model, s)
         path = stability.stability_step(opened, texts, s, names, draws, against, measure)
-    found = json.loads(path.read_text())
+    found = read_json(path, "stability")
     show.show_stability(found)
     return found
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import console, finite
 from .arch import Architecture
+from .atomic import created, refuse_existing, require_room
 from .card import card, run_of
 from .checkpoint import Checkpoint
-from .errors import PareError, Refused, UsageError
+from .clone import clone
+from .errors import PareError, UsageError
 from .fit.gguf_mix import GROUP_OF
 from .licence import licence_file
 from .packing import BITS, Packing
 from .rundir import Manifest
-from .shards import copy_tokenizer, finish, partial_directory
+from .shards import copy_tokenizer
 
 MORE_BITS = {2: 6, 3: 6, 4: 6, 5: 8, 6: 8}  # of --mixed, as mlx-lm's own recipes go on
 OURS = ("survivors.json", "plan.json")
@@ -56,22 +57,17 @@ def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = 
             f"{model} is packed already, and packing it again would lose more than it must",
             "give `mlx-pare run` the --bits, which then solves the cut with error feedback",
         )
-    _refuse_existing(out)
+    refuse_existing(out)
     finite.require(checkpoint)
     predicate = mixed(checkpoint.arch, bits, group_size) if mix else None
-    partial = partial_directory(out)
-    partial.rmdir()  # mlx-lm makes it
-    try:
-        lm.convert(model, partial, Packing(bits, group_size), predicate)
+    with created(out) as place:
+        lm.convert(model, place, Packing(bits, group_size), predicate)
         for name in OURS:
             if (model / name).is_file():
-                shutil.copyfile(model / name, partial / name)
-        copy_tokenizer(checkpoint, partial)  # byte for byte, in place of what transformers makes of it
-        written = Checkpoint(partial)
-        (partial / "README.md").write_text(card(partial, model), "utf-8")
-        finish(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                shutil.copyfile(model / name, place / name)
+        copy_tokenizer(checkpoint, place)  # byte for byte, in place of what transformers makes of it
+        written = Checkpoint(place)
+        (place / "README.md").write_text(card(place, model), "utf-8")
     config = written.config["quantization"]
     more = sum(isinstance(v, Mapping) and v.get("bits") != bits for v in config.values())
     return {"out": str(out), "bytes": written.nbytes(), "bits": bits, "modules_with_more": more}
@@ -79,13 +75,14 @@ def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = 
 
 def hub_ready(model: Path, out: Path) -> dict[str, Any]:
     """Write ``out``, a directory that is a repository of the hub: weights, tokenizer, card, survivors, licence. Weights
-    are linked where the disk can, else copied. Returns out, files, bytes, and notes on what is missing.
+    are clones where the file system has them (they share the room on the disk until one is changed), else copies.
 
-    Raises Refused when ``out`` exists, PareError for a damaged model.
+    Returns out, files, bytes, and notes on what is missing.
+    Raises Refused when ``out`` exists, PareError for a damaged model, or when the disk has no room for copies.
     """
     checkpoint, run = Checkpoint(model), run_of(model)
     _ = checkpoint.arch  # whole, and described
-    _refuse_existing(out)
+    refuse_existing(out)
     finite.require(checkpoint)
     parent = Path(Manifest.read(run / "manifest.json", "run manifest").model) if run else model
     licence, text, notes = licence_file(model, parent), card(model), []
@@ -95,35 +92,27 @@ def hub_ready(model: Path, out: Path) -> dict[str, Any]:
         notes.append("the card names no licence: write `license: ...` into its first lines")
     if "\nbase_model: " not in text:
         notes.append("the card names no base model: write `base_model: owner/name` into its first lines")
-    partial = partial_directory(out)
-    weights = sorted({entry.file for entry in checkpoint.entries.values()})
-    index = model / "model.safetensors.index.json"
-    beside = [model / "config.json", *checkpoint.tokenizer_files(), *(model / n for n in OURS), index]
-    for file in weights:
-        _link(file, partial / file.name)
-    for file in (f for f in beside if f.is_file()):
-        shutil.copyfile(file, partial / file.name)
-    if licence:
-        shutil.copyfile(licence, partial / "LICENSE")
-    (partial / "README.md").write_text(text, "utf-8")
-    (partial / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n", "utf-8")
-    finish(partial, out)
-    files = sorted(file.name for file in out.iterdir())
+    with created(out) as place:
+        place.mkdir()
+        _weights(sorted({entry.file for entry in checkpoint.entries.values()}), place)
+        copy_tokenizer(checkpoint, place)
+        for name in ("config.json", *OURS, "model.safetensors.index.json"):
+            if (model / name).is_file():
+                shutil.copyfile(model / name, place / name)
+        if licence:
+            shutil.copyfile(licence, place / "LICENSE")
+        (place / "README.md").write_text(text, "utf-8")
+        (place / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n", "utf-8")
+    sizes = {file.relative_to(out).as_posix(): file.stat().st_size for file in out.rglob("*") if file.is_file()}
     for note in notes:
         console.say(f"note: {note}")
-    return {"out": str(out), "files": files, "bytes": sum((out / f).stat().st_size for f in files), "notes": notes}
+    return {"out": str(out), "files": sorted(sizes), "bytes": sum(sizes.values()), "notes": notes}
 
 
-def _link(file: Path, to: Path) -> None:
-    """A second name for the same bytes; another file system, or a link, gets a copy."""
-    try:
-        if file.is_symlink():
-            raise OSError("its target may go")
-        os.link(file, to)
-    except OSError:
-        shutil.copyfile(file, to)
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists():
-        raise Refused(f"{out} exists already", "choose another name, or move it away")
+def _weights(files: Sequence[Path], to: Path) -> None:
+    """Clone or copy files of weights into a directory, never link them: an edit of a link would change the original.
+    Raises PareError when the disk has no room for what cannot be cloned."""
+    copied = [file for file in files if not clone(file, to / file.name)]
+    require_room(to, sum(file.stat().st_size for file in copied))
+    for file in copied:
+        shutil.copyfile(file, to / file.name)

@@ -74,17 +74,27 @@ class Refused(PareError):
     exit_code = 3
 
 
-def told(error: BaseException) -> tuple[str, int]:
-    """The one line an error becomes, and the exit code of the command that it ends."""
+def told(error: BaseException, continues: bool = True) -> tuple[str, int]:
+    """What an error becomes.
+
+    Args:
+        error: what ended a command.
+        continues: whether the command works in a run directory, where a second call continues. Any other command
+            removes what it did not finish.
+
+    Returns:
+        The one line that the user sees, and the exit code.
+    """
+    after = "what is finished is kept, the same command continues" if continues else "nothing unfinished is left"
     if isinstance(error, PareError):
         line, code = str(error), error.exit_code
     elif isinstance(error, KeyboardInterrupt):
-        line, code = "interrupted: what is finished is kept, the same command continues", 1
+        line, code = f"interrupted: {after}" + ("" if continues else ", the same command starts again"), 1
     elif isinstance(error, OSError):
         where = f": {error.filename2 or error.filename}" if error.filename else ""
         line, code = f"{error.strerror or error}{where}", 1
         if error.errno in FULL:
-            line += ". Make room on the disk: what is finished is kept, the same command continues."
+            line += f". Make room on the disk: {after}."
         elif error.errno in FORBIDDEN:
             line += ". Give yourself the right to it, or use another place."
     else:  # a defect of ours: one line all the same, and where to look

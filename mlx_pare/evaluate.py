@@ -15,13 +15,14 @@ from .checkpoint import Checkpoint
 from .corpus import Rows
 from .divergence import measure
 from .errors import PareError, UsageError
+from .opened import StrPath, opened
 
 
 def evaluate(
-    model: Path,
+    model: StrPath,
     rows: Rows,
     tokenizer: Any = None,
-    teacher: Path | None = None,
+    teacher: StrPath | None = None,
     data: str = "",
     memory_cap: int | None = None,
 ) -> Metrics:
@@ -31,6 +32,7 @@ def evaluate(
     independent). bits_per_byte = NLL / ln 2 / UTF-8 bytes of the predicted text, which compares across tokenizers.
     Raises UsageError for a teacher with another tokenizer and for too short a text, PareError when a model answers NaN.
     """
+    model, teacher = opened(model), None if teacher is None else opened(teacher)
     checkpoint = Checkpoint(model)
     spooled = stream.must_spool(checkpoint, rows, memory_cap)
     if teacher is not None:

@@ -1,7 +1,7 @@
 """A model directory as one GGUF file for llama.cpp, LM Studio and Ollama.
 
 Names come from gguf-py, everything else (architecture, row order, norms) from the family's table. Tensors are written
-one at a time, to a temporary name that becomes the real one only after the file was read back. Types that only
+one at a time, and the file gets its name only after it was read back. Types that only
 llama.cpp writes, and all that are made with an importance matrix, are quantized by it from a file of floats of ours
 that lies beside for so long.
 """
@@ -9,24 +9,29 @@ that lies beside for so long.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import console, gguf_quantize, gguf_size
+from .atomic import created, refuse_existing, require_room, scratch
 from .checkpoint import Checkpoint
-from .errors import PareError, Refused, UsageError
+from .errors import PareError, UsageError
 from .fit.gguf_mix import NEEDS_MATRIX
 from .gguf_size import Prediction, padded
 from .gguf_target import target_of
+from .opened import StrPath, opened
 
 if TYPE_CHECKING:
     from .imatrix import Importance
 
 
 def export(
-    model: Path, out: Path, kind: str, matrix: Importance | None = None, judge: Callable[..., Any] | None = None
+    model: StrPath,
+    out: StrPath,
+    kind: str,
+    matrix: Importance | None = None,
+    judge: Callable[..., Any] | None = None,
 ) -> dict:
     """Write ``model`` (a directory) as the GGUF file ``out``; ``kind`` is one of gguf_target.FILE_TYPES, such as f16,
     q8_0 or q4_k_m. ``matrix``: an importance matrix of this model (imatrix.measure, imatrix.load). ``judge`` is called
@@ -40,7 +45,7 @@ def export(
     """
     from . import llama_cpp
 
-    model, out, kind = Path(model), Path(out), gguf_quantize.known(kind)
+    model, out, kind = opened(model), Path(out), gguf_quantize.known(kind)
     direct = gguf_quantize.direct(kind, matrix is not None)
     preflight(out, kind, matrix is not None)
     checkpoint = Checkpoint(model)
@@ -57,17 +62,12 @@ def export(
 
         imatrix.check(matrix, checkpoint)
     _check_room(out, predicted, floats)
-    partial = out.with_name(f".{out.name}.part")
-    try:
+    with created(out) as place:
         if floats is None:
-            notes = _write(checkpoint, predicted, partial)
+            notes = _write(checkpoint, predicted, place)
         else:
-            notes = _quantize(checkpoint, floats, partial, kind, matrix, judge)
-        llama_cpp.check(partial, predicted.rows, every=floats is not None)
-        _refuse_existing(out)
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
+            notes = _quantize(checkpoint, floats, place, kind, matrix, judge)
+        llama_cpp.check(place, predicted.rows, every=floats is not None)
     told = {"entries": len(matrix.sums), "dataset": matrix.datasets[0]} if matrix else None
     return {
         "path": str(out),
@@ -80,7 +80,7 @@ def export(
 
 def preflight(out: Path, kind: str, matrix: bool) -> None:
     """What can be known before the model is looked at, or an importance matrix made. Raises as ``export``."""
-    _refuse_existing(out)
+    refuse_existing(out)
     if kind in NEEDS_MATRIX and not matrix:
         raise UsageError(f"{kind} cannot be made without an importance matrix", "use --imatrix auto")
     if kind in gguf_quantize.PLAIN and matrix:
@@ -92,16 +92,7 @@ def preflight(out: Path, kind: str, matrix: bool) -> None:
 def _check_room(out: Path, predicted: Prediction, floats: Prediction | None) -> None:
     """Raises PareError when the disk cannot hold what will be written, a file of floats beside it for a while."""
     size = sum(padded(row.nbytes) for of in (predicted, floats) if of for row in of.rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if size > free:
-        beside = f", with {floats.kind} beside it to quantize from," if floats else ""
-        raise PareError(f"{out}{beside} needs {console.gb(size)}, {out.parent} has {console.gb(free)} free")
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists():
-        raise Refused(f"{out} exists already", "choose another name, or move it away")
+    require_room(out, size, f", with {floats.kind} beside it to quantize from," if floats else "")
 
 
 # ---- what is written ----
@@ -125,20 +116,16 @@ def _quantize(
     judge: Callable[..., Any] | None,
 ) -> list[str]:
     """Floats into a file beside ``out``, from there by llama.cpp; that file and the matrix are removed again."""
-    beside = out.with_name(f"{out.name}.d")
-    chosen = beside / matrix.name if matrix else None
-    between = beside / f"{chosen.name if chosen else ''}.floats"
-    try:
-        beside.mkdir(exist_ok=True)
+    with scratch(out.parent, "floats") as beside:
+        chosen = beside / matrix.name if matrix else None
+        between = beside / f"{chosen.name if chosen else ''}.floats"
         if matrix:
             matrix.save(chosen)
         notes = _write(checkpoint, floats, between, matrix)
         if judge:
             judge(checkpoint.path, between, floats.kind, keep=False)
         gguf_quantize.quantize(between, out, kind, len(floats.rows), chosen)
-        return notes
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    return notes
 
 
 def _write(checkpoint: Checkpoint, of: Prediction, path: Path, matrix: Importance | None = None) -> list[str]:

@@ -8,6 +8,7 @@ Format: ggml docs/gguf.md; where it is stricter, what llama.cpp accepts (ggml/sr
 from __future__ import annotations
 
 import mmap
+import os
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from .gguf_types import NAMES, nbytes
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # value types
 STRING, ARRAY = 8, 9
+MAGIC = b"GGUF"
 ALIGNMENT = 32  # of tensor data, unless general.alignment says otherwise
 MAX_DIMS = 4  # GGML_MAX_DIMS
 # Far above any real file, and low enough that a hostile one costs little
@@ -67,6 +69,20 @@ class Header:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors, without padding."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF, told by its first four bytes, or means to be, told by its ending. Ollama's blobs, say,
+    have no ending."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        if not os.path.isfile(path):  # opening a pipe would wait
+            return False
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def read(path: Path) -> Header:
@@ -269,7 +285,7 @@ class _Cursor:
         return Header(version, metadata, self.placed(rows, start), start, len(self.data))
 
     def preamble(self) -> int:
-        if self.data[:4] != b"GGUF"[: len(self.data)]:
+        if self.data[:4] != MAGIC[: len(self.data)]:
             raise PareError(f"{self.path} does not begin with GGUF", "this is another kind of file")
         self.skip(4)
         version = self.number("I")

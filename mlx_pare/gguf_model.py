@@ -7,7 +7,6 @@ the data a few rows at a time. Codes of quantized tensors are kept where MLX has
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -17,12 +16,13 @@ from typing import Any
 
 from . import console, gguf_blocks, gguf_header, gguf_settings, gguf_tokens, tokenizer_files
 from .arch import Tensor, describe
+from .atomic import created, refuse_existing, require_room
 from .checkpoint import Checkpoint, Entry
-from .errors import PareError, Refused, Unsupported
+from .errors import PareError, Unsupported
 from .gguf_rows import rope_order
 from .gguf_settings import Settings
 from .gguf_stored import FLOATS, Rounding, Row, float_parts, holds, words
-from .shards import ShardWriter, finish, partial_directory, write_config
+from .shards import OUR_KEY, ShardWriter, write_config
 from .slices import row_panels
 
 MAX_ROW = 1 << 24  # values of a row, which is read at once
@@ -46,39 +46,33 @@ class Opened:
         return sum(planned.nbytes for row in self.rows for planned in row.planned())
 
 
-def rebuild(gguf: Path, out: Path, dense: bool = False) -> dict:
+def rebuild(gguf: Path, out: Path, dense: bool = False, origin: str | None = None) -> dict:
     """Write the model of a GGUF file (or of all parts of one, given any) as the MLX model directory ``out``.
 
     F32, F16 and BF16 stay; Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, TQ1_0, TQ2_0 and MXFP4 keep codes and scales, Q4_K and Q5_K
     codes, with scales rounded to float16; other types are packed anew with 8 bits. ``dense``: quantized
-    ones become float16.
+    ones become float16. ``origin``: the hash of the file's bytes, which then is part of config.json, and so of what
+    tells the model apart from others (Checkpoint.identity).
     Returns path, architecture, model_type, bytes, tensors, types (how many of each), rounded (by type: stored, tensors,
     relative_error, worst) and notes. Raises Refused where ``out`` exists, PareError for what cannot be rebuilt or is no
     sound model; nothing is left then. Memory: a few rows, and the tokenizer.
     """
     gguf, out = Path(gguf), Path(out)
-    if out.exists():
-        raise Refused(f"{out} exists already", "choose another name, or move it away")
+    refuse_existing(out)
     opened = open_gguf(gguf, dense)
     arch = opened.settings.arch
     files = gguf_tokens.files(opened.vocabulary, arch.sizes["vocab"], arch.config.get("max_position_embeddings"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free, size = shutil.disk_usage(out.parent).free, opened.nbytes
-    if size > free:
-        raise PareError(f"{out} needs {console.gb(size)}, {out.parent} has {console.gb(free)} free")
-    partial = partial_directory(out)
-    try:
-        files.write(partial)
-        tokenizer_files.check(partial)
-        rounded = _write(opened, partial)
-        write_config(partial, opened.settings.config)
+    require_room(out, opened.nbytes)
+    with created(out) as place:
+        place.mkdir()
+        files.write(place)
+        tokenizer_files.check(place)
+        rounded = _write(opened, place)
+        write_config(place, opened.settings.config | ({OUR_KEY: {"gguf_sha256": origin}} if origin else {}))
         if opened.licence:
-            (partial / "README.md").write_text(f"---\nlicense: {opened.licence}\n---\n")
+            (place / "README.md").write_text(f"---\nlicense: {opened.licence}\n---\n")
         with suppress(Unsupported):  # what can be run, but not cut
-            _ = Checkpoint(partial).arch
-        finish(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _ = Checkpoint(place).arch
     types: dict[str, int] = {}
     for row in opened.rows:
         types[row.kind] = types.get(row.kind, 0) + 1
@@ -86,7 +80,7 @@ def rebuild(gguf: Path, out: Path, dense: bool = False) -> dict:
         "path": str(out),
         "architecture": opened.settings.architecture,
         "model_type": arch.config["model_type"],
-        "bytes": size,
+        "bytes": opened.nbytes,
         "tensors": len(opened.rows),
         "types": types,
         "rounded": rounded,

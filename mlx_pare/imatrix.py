@@ -21,6 +21,7 @@ import numpy as np
 
 from . import gguf_header, stream
 from .arch import Architecture
+from .atomic import replaced
 from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import PareError, UsageError
@@ -63,8 +64,10 @@ class Importance:
         """Write it as llama-imatrix does."""
         import gguf
 
-        partial = path.with_name(f".{path.name}.part")
-        writer = gguf.GGUFWriter(partial, "")
+        with replaced(path) as place:
+            self._write(gguf.GGUFWriter(place, ""))
+
+    def _write(self, writer: Any) -> None:
         try:
             writer.kv_data[0].clear()  # without general.architecture, which only models have
             writer.add_type("imatrix")
@@ -77,11 +80,8 @@ class Importance:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-            writer.close()
-            partial.rename(path)
         finally:
             writer.close()
-            partial.unlink(missing_ok=True)
 
 
 def _cut(text: str) -> str:

@@ -4,7 +4,6 @@ scores of a criterion. The units of what is left come from the scores all the sa
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from . import console
 from .artifacts import Arrays, Plan, dump_json
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .drops import layers_by_kl, trials
 from .errors import UsageError
 from .fit.reach import Level, protected_layers
@@ -76,7 +75,7 @@ def best_repaired(run: Run, texts: Texts, s: Settings, made: Plan, scores: Path,
     if len(found) == 1:
         return made
     kl = {by: plan_kl(run, texts, s, each) for by, each in found.items()}
-    noted = json.loads((directory / "layers.json").read_text())
+    noted = read_json(directory / "layers.json", "layers")
     noted["reconstructed_kl"] = {by: kl[by] if math.isfinite(kl[by]) else None for by in kl}
     (directory / "layers.json").write_bytes(dump_json(noted))
     best = min(kl, key=kl.__getitem__)

@@ -26,7 +26,9 @@ from . import tokenizer_files
 from .arch import both_rope_spellings
 from .checkpoint import read_headers, read_json
 from .errors import PareError, Unsupported
+from .opened import opened
 from .packing import Packing
+from .stock_path import plain, require_text
 
 
 def cpu_backend() -> bool:
@@ -42,18 +44,25 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
     """The stock mlx-lm model, weights unread when ``lazy``; never executes code from the model directory."""
     from mlx_lm.utils import load_model
 
-    config = both_rope_spellings(read_json(Path(path) / "config.json", "model config"))
+    require_text(path := opened(path))
+    config = both_rope_spellings(read_json(path / "config.json", "model config"))
     if (code := config.get("model_file")) is not None:
         raise Unsupported(
             f"{path} wants code of its own to be run ({str(code)[:80]}), which is never done",
             "take a model that stock mlx-lm has a class for",
         )
-    read_headers(Path(path))  # mlx reads the same files, and believes them
-    try:
-        model, _ = load_model(Path(path), lazy=lazy, model_config=config)
-    except Exception as error:  # whatever a config that means nothing leads to
-        raise PareError(f"mlx-lm cannot load {path}: {error}") from error
+    read_headers(path)  # mlx reads the same files, and believes them
+    with plain(path) as name:
+        try:
+            model, _ = load_model(name, lazy=lazy, model_config=config)
+        except Exception as error:  # whatever a config that means nothing leads to
+            raise PareError(f"mlx-lm cannot load {path}: {_said(error, name, path)}") from error
     return model
+
+
+def _said(error: BaseException, name: Path, path: Path) -> str:
+    """The words of an error, with the path that the user knows."""
+    return str(error).replace(str(name), str(path))
 
 
 def load_stock(path: Path) -> nn.Module:
@@ -99,9 +108,10 @@ def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
 def tokenizer(path: Path) -> Any:
     """mlx-lm's wrapper around the directory's tokenizer, which was tried before, and writes chats in a process of its
     own (tokenizer_files.py). Raises PareError for files that are damaged, want code to be run, or are beyond bounds."""
-    tokenizer_files.check(Path(path))
-    found = stock_tokenizer(Path(path))
-    found.apply_chat_template = tokenizer_files.Chats(Path(path))
+    require_text(path := opened(path))
+    tokenizer_files.check(path)
+    found = stock_tokenizer(path)
+    found.apply_chat_template = tokenizer_files.Chats(path)
     return found
 
 
@@ -111,15 +121,17 @@ def stock_tokenizer(path: Path) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it warns of model types that it does not know: ours need its tokenizers alone
-    try:
-        # said, because transformers otherwise asks at the terminal whether it may run the model's code
-        return load_tokenizer(path, {"trust_remote_code": False})
-    except BaseException as error:  # damaged files: bare Exceptions, and panics of Rust, which are none
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise PareError(
-            f"cannot load the tokenizer of {path}: {error}", "tokenizer.json and tokenizer_config.json must be whole"
-        ) from error
+    with plain(path) as name:
+        try:
+            # said, because transformers otherwise asks at the terminal whether it may run the model's code
+            return load_tokenizer(name, {"trust_remote_code": False})
+        except BaseException as error:  # damaged files: bare Exceptions, and panics of Rust, which are none
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise PareError(
+                f"cannot load the tokenizer of {path}: {_said(error, name, path)}",
+                "tokenizer.json and tokenizer_config.json must be whole",
+            ) from error
 
 
 # what tokenizers differ in
@@ -132,18 +144,18 @@ def convert(model: Path, out: Path, packing: Packing, predicate: Callable[[str, 
     from importlib import import_module
 
     load(model), tokenizer(model)  # tried before: mlx-lm itself believes the files
-    try:
-        with redirect_stdout(io.StringIO()):
+    with plain(model) as name, redirect_stdout(io.StringIO()):
+        try:
             import_module("mlx_lm.convert").convert(
-                str(model),
+                str(name),
                 str(out),
                 quantize=True,
                 q_bits=packing.bits,
                 q_group_size=packing.group_size,
                 quant_predicate=predicate,
             )
-    except (ValueError, OSError, KeyError) as error:
-        raise PareError(f"mlx-lm cannot pack {model}: {error}") from error
+        except (ValueError, OSError, KeyError) as error:
+            raise PareError(f"mlx-lm cannot pack {model}: {_said(error, name, model)}") from error
 
 
 def same_tokens(one: Path, other: Path) -> bool:

@@ -11,7 +11,6 @@ both streams through what is done, which costs a forward pass, and trains what i
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -26,12 +25,12 @@ import numpy as np
 
 from . import console, divergence, lm, rewrite, stream
 from .arch import Tensor
-from .artifacts import Arrays, dump_json, replace_file, survivors
+from .artifacts import Arrays, dump_json, survivors
+from .atomic import created, is_ours, refuse_existing, replace_file
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .errors import PareError, Refused, UsageError
-from .shards import finish, partial_directory
 
 FLOOR = 0.01  # of the mean energy of the channels: none weighs more than a hundred average ones
 NOTHING = 1e-9  # an error that is rounding: both streams are one up to here
@@ -57,8 +56,7 @@ def local(
     """
     if options.method not in METHODS:
         raise UsageError(f"unknown method {options.method!r}", f"choose one of {', '.join(METHODS)}")
-    if out.exists():
-        raise Refused(f"{out} exists already", "choose another place or remove it")
+    refuse_existing(out)
     begun, pair = time.monotonic(), (Checkpoint(student), Checkpoint(teacher))
     ends, joined = block_ends(*pair), rows.joined(held)
     check_memory(*pair, joined, options, memory_cap)
@@ -68,14 +66,14 @@ def local(
         healer = _Healer(pair, ends, joined, rows.count, options, scratch, bar)
         stream.walk(student, joined, healer, what=None)
     summary = {"options": asdict(options), "blocks": healer.done, "improved": False}
-    partial = partial_directory(out)
-    rewrite.write_stored(pair[0], lambda tensor: _entries(pair[0], tensor, scratch), partial)
-    summary |= _judged(teacher, student, partial, held)
-    if not summary["improved"]:
-        console.warn("healing block by block did not improve the KL divergence: the pruned model is kept as it was")
-        partial = partial_directory(out)
-        shutil.copytree(student, partial, dirs_exist_ok=True)
-    finish(partial, out)
+    with created(out) as place:
+        place.mkdir()
+        rewrite.write_stored(pair[0], lambda tensor: _entries(pair[0], tensor, scratch), place)
+        summary |= _judged(teacher, student, place, held)
+        if not summary["improved"]:
+            console.warn("healing block by block did not improve the KL divergence: the pruned model is kept as it was")
+            shutil.rmtree(place)
+            shutil.copytree(student, place)
     shutil.rmtree(scratch)
     return summary | {"seconds": time.monotonic() - begun}
 
@@ -142,12 +140,14 @@ def check_memory(student: Checkpoint, teacher: Checkpoint, rows: Rows, options: 
 
 
 def _begin(scratch: Path, pair: Sequence[Checkpoint], rows: Sequence[Rows], options: Options) -> None:
-    """A directory for blocks that are done. Raises Refused when blocks of something else lie there."""
+    """A directory for blocks that are done. Raises Refused when blocks of something else lie there, or other files."""
     models = [checkpoint.identity() for checkpoint in pair]
     inputs = {"models": models, "rows": [each.digest() for each in rows], "options": asdict(options)}
     scratch.mkdir(parents=True, exist_ok=True)
     note = scratch / "inputs.json"
-    if note.exists() and json.loads(note.read_text()) != inputs:
+    if not note.exists() and not all(is_ours(file.name) for file in scratch.iterdir()):
+        raise Refused(f"{scratch} was not made by mlx-pare", "move it away")
+    if note.exists() and read_json(note, "note") != inputs:
         raise Refused(f"{scratch} was begun with other models, rows or options", "remove it first")
     replace_file(note, dump_json(inputs))
 

@@ -1,7 +1,7 @@
 """RUN/log.txt: what a run said and when, progress twice a minute, errors with their traceback. `status` reads its end.
 
 A line is ``2026-11-26 12:48:22 4711 kind     text`` (local time, process). No step reads it, and what cannot be
-written (a full disk) is lost: a log must not stop the work that it tells of.
+written (a full disk, a link or a pipe of that name) is lost: a log must not stop the work that it tells of.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from . import bounded
+from .errors import PareError
 
 NAME = "log.txt"
 EVERY_S = 30.0  # between two lines of progress
@@ -32,17 +35,18 @@ def write(directory: Path, kind: str, text: str) -> None:
     """Append every line of ``text`` to the log in ``directory``; never fails."""
     head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} {kind:8} "
     lines = "".join(f"{head}{line}\n" for line in text.splitlines() if line.strip())
-    with suppress(OSError), (directory / NAME).open("ab", buffering=0) as file:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with suppress(OSError, PareError), bounded.regular(directory / NAME, flags) as file:
         file.write(lines.encode("utf-8", "replace"))
 
 
 def last_session(directory: Path) -> list[Line]:
     """What the last process wrote, as far as it is among the last TAIL bytes; empty where there is no log."""
     try:
-        with (directory / NAME).open("rb") as file:
+        with bounded.regular(directory / NAME) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
             text = file.read().decode("utf-8", "replace")
-    except OSError:
+    except (OSError, PareError):
         return []
     found = [line for line in map(_parse, text.splitlines()) if line]
     starts = [number for number, line in enumerate(found) if line.kind == "started"]

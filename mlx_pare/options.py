@@ -71,8 +71,8 @@ def annotated(option: Option, **changes: Any) -> Any:
 Model = Annotated[
     Path,
     typer.Argument(
-        help="A model directory (config.json, *.safetensors, tokenizer), or a .gguf file, which is converted once and "
-        "cached.",
+        help="A model directory (config.json, *.safetensors, tokenizer), or a GGUF file or the folder of one, which is "
+        "converted once and cached.",
         metavar="MODEL",
     ),
 ]
@@ -115,6 +115,9 @@ Recipe = Annotated[
 ]  # fmt: skip
 
 
+NEW_RUNS = ("run", "demo", "calibrate")  # commands that make a run directory; those that take one have a parameter RUN
+
+
 def command(
     name: str,
     examples: str,
@@ -136,6 +139,8 @@ def command(
     chosen = [TABLE[option] if isinstance(option, str) else option for option in options]
 
     def wrap(function: Callable) -> Callable:
+        continues = "run" in signatures.signature(function).parameters or name in NEW_RUNS
+
         @functools.wraps(function)
         def called(as_json: bool, quiet: bool, debug: bool, recipe: Path | None = None, **given: Any) -> None:
             console.configure(as_json, quiet)
@@ -149,7 +154,7 @@ def command(
             except BrokenPipeError:  # `| head` has seen enough
                 raise
             except (Exception, KeyboardInterrupt) as error:
-                raise typer.Exit(failed(error, debug)) from None
+                raise typer.Exit(failed(error, debug, continues)) from None
 
         _sign(called, function, chosen, recipe)
         page = type("Page", (CommandPage,), {"first": first, "arguments": _arguments(called)})
@@ -180,9 +185,10 @@ def _directories(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def failed(error: BaseException, debug: bool = False) -> int:
-    """Write the one line an error becomes, and the document of --json. Returns the exit code."""
-    line, code = told(error)
+def failed(error: BaseException, debug: bool = False, continues: bool = False) -> int:
+    """Write the one line an error becomes, and the document of --json. ``continues``: whether the same command goes on
+    from where it was. Returns the exit code."""
+    line, code = told(error, continues)
     if debug:
         import traceback
 

@@ -8,7 +8,6 @@ With a schedule the steps up to recover are done once for every stage, each in a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from . import console, corpus, gguf_quantize, planning, recipe_file, schedule, steps
 from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .errors import PareError, Refused, UsageError
 from .export import why_not
 from .exporting import export_step
@@ -27,6 +26,8 @@ from .fit import macs
 from .gguf_target import RUNTIMES
 from .layering import layers_by_of
 from .local import check_memory as check_local
+from .opened import StrPath
+from .opened import opened as model_of
 from .plan import shape, whole
 from .reconstruct import check_memory as check_reconstruction
 from .reconstruct import costs as reconstruction_costs
@@ -43,11 +44,12 @@ from .verdict import metrics, reconstructed, verdict
 AFFORDABLE = 1.5e13
 
 
-def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
+def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
     """Do everything for one model, resumable at any point; returns paths and the metrics before and after.
 
     Raises Refused for a run directory of something else, PareError when a gate finds the result broken.
     """
+    model, out, settings = model_of(model), Path(out), _with_teacher(settings)
     s = affordable(model, planning.with_possible_axes(model, settings))
     preflight(model, s)
     s = planning.settled(model, s, planning.begun(out / schedule.name_of(1) if s.stages else out))
@@ -73,6 +75,11 @@ def run(model: Path, out: Path, settings: Settings) -> dict[str, Any]:
         _quality_gate(summary, s)
         _fit_gate(summary, s)
     return summary
+
+
+def _with_teacher(s: Settings) -> Settings:
+    """The settings with a model directory as teacher."""
+    return replace(s, teacher=str(model_of(s.teacher))) if s.teacher else s
 
 
 def _cut(run: Run, texts: Texts, s: Settings, original: Path | None = None) -> Path:
@@ -119,8 +126,9 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
     return result
 
 
-def dry_run(model: Path, s: Settings) -> dict[str, Any]:
+def dry_run(model: StrPath, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
+    model, s = model_of(model), _with_teacher(s)
     s = affordable(model, planning.with_possible_axes(model, s))
     preflight(model, s)
     planning.settled(model, s)
@@ -211,7 +219,7 @@ def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
 def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: Sequence[str]) -> dict[str, Any]:
     def of(name: str) -> dict[str, Any]:
         step = run.directory(f"evaluate-{name}")
-        return json.loads((step / "metrics.json").read_text()) | json.loads((step / "size.json").read_text())
+        return read_json(step / "metrics.json", "metrics") | read_json(step / "size.json", "size")
 
     found = metrics(run.path, measured)
     return {
@@ -222,9 +230,9 @@ def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: 
         "before": of("original"),
         "after": of("recovered" if "recovered" in found else "pruned"),
         "contenders": {name: of(name) for name in found},
-        "fits": json.loads((run.directory("export") / "fits.json").read_text()),
+        "fits": read_json(run.directory("export") / "fits.json", "fits"),
         **({"stages": told} if (told := schedule.story(run.path)) else {}),
-        "bench": json.loads(p.read_text()) if (p := run.directory("bench") / "bench.json").exists() else None,
+        "bench": read_json(p, "bench") if (p := run.directory("bench") / "bench.json").exists() else None,
     }
 
 

@@ -18,17 +18,18 @@ from . import finite, markdown
 from .arch.axes import select
 from .arch.spec import Tensor
 from .artifacts import Arrays, Plan, dump_json, repair_file, survivors
+from .atomic import created, refuse_existing
 from .checkpoint import Checkpoint
 from .console import progress, span
-from .errors import PareError, Refused
+from .errors import PareError
 from .layout import Piece, layout, size_of, smaller
+from .opened import StrPath, opened
 from .packing import Packing
 from .quantized import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
-from .shards import ShardWriter, copy_tokenizer, finish, partial_directory, write_config
+from .shards import OUR_KEY, ShardWriter, copy_tokenizer, write_config
 from .slices import PANEL_VALUES, read_panels, sliced
 
 Stored = tuple[str, Iterable[memoryview]]  # a name of the new model, and the bytes under it in parts
-OUR_KEY = "pare"  # config.json key that transformers and mlx-lm ignore
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Lineage:
 
 
 def prune(
-    model: Path,
-    plan: Plan,
-    out: Path,
+    model: StrPath,
+    plan: Plan | StrPath,
+    out: StrPath,
     requantize: bool = True,
-    repair: Path | None = None,
+    repair: StrPath | None = None,
     lineage: Lineage | None = None,
 ) -> dict[str, Any]:
     """Write the pruned model to ``out`` (which must not exist); returns what was done to each requantized tensor.
@@ -55,15 +56,15 @@ def prune(
     Raises PareError for a plan that does not suit the model (all reasons at once), a lineage that is not the model's or
     weights that are NaN or infinite, Refused when ``out`` exists.
     """
-    checkpoint = Checkpoint(model)
-    if out.exists():
-        raise Refused(f"{out} exists already", "choose another place or remove it")
+    checkpoint, out, repair = Checkpoint(opened(model)), Path(out), repair and Path(repair)
+    plan = Plan.of(plan)
+    refuse_existing(out)
     plan.check(checkpoint)
     finite.require(checkpoint)
     surgeon = _Surgeon(checkpoint, plan, requantize, _repairs(repair, checkpoint, plan), lineage)
-    partial = partial_directory(out)
-    surgeon.write(partial)
-    finish(partial, out)
+    with created(out) as place:
+        place.mkdir()
+        surgeon.write(place)
     return {"requantized": surgeon.requantized, "dense": surgeon.left_dense}
 
 

@@ -34,6 +34,7 @@ from .errors import PareError
 from .layout import layout
 from .least_squares import Cost
 from .observers import replace_module
+from .opened import StrPath, opened
 from .quantized import MX_DTYPE, Packed, relative_error
 from .site import Site, parts, solve_costs
 
@@ -42,7 +43,12 @@ SOLVED = ("o_proj", "down_proj")
 
 
 def reconstruct(
-    model: Path, plan: Plan, rows: Rows, out: Path, damping: float | None = None, memory_cap: int | None = None
+    model: StrPath,
+    plan: Plan | StrPath,
+    rows: Rows,
+    out: StrPath,
+    damping: float | None = None,
+    memory_cap: int | None = None,
 ) -> Plan:
     """Write the new matrices of every kept layer to the directory ``out``; returns the plan they belong to.
 
@@ -56,7 +62,7 @@ def reconstruct(
     feed-forward has no such matrix. Raises PareError for a plan that cuts the hidden size (what is cut there cannot be
     made up for so) or does not suit the model, Refused when the estimate of memory exceeds the cap.
     """
-    return _lead(model, plan, rows, rows.count, out, damping, memory_cap)[0]
+    return _lead(opened(model), Plan.of(plan), rows, rows.count, Path(out), damping, memory_cap)[0]
 
 
 def reconstructed_kl(

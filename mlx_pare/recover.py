@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,27 +22,28 @@ import mlx.nn as nn
 import numpy as np
 
 from . import console, divergence, local, on_policy, ranks, rewrite, stream, targets, teacher
-from .artifacts import dump_json, replace_file, survivors
+from .artifacts import dump_json, survivors
+from .atomic import created, refuse_existing, remove, replace_file, working
 from .checkpoint import Checkpoint, read_json
 from .corpus import Rows
 from .domains import Domains, Sampler
 from .errors import Refused, UsageError
 from .objective import Taps, loss_of
+from .opened import StrPath, opened
 from .recover_options import GENTLE_BELOW, RATES, Options, check_memory
-from .shards import finish, partial_directory, remove
 from .student import merged, prepare, resident
 from .training import Course, Diverged, Trainer
 
 
 def recover(
-    student: Path,
-    original: Path,
+    student: StrPath,
+    original: StrPath,
     train: Rows | Domains,
     validation: Rows | Domains,
-    out: Path,
+    out: StrPath,
     options: Options,
     memory_cap: int | None = None,
-    work: Path | None = None,
+    work: StrPath | None = None,
 ) -> dict[str, Any]:
     """Write the healed model to ``out``; returns validation KL before and after, the curve, whether it helped.
 
@@ -50,8 +52,8 @@ def recover(
     the tokenizers differ or the training does not fit in memory, Diverged when the loss is not a number any more.
     """
     options.check()
-    if out.exists():
-        raise Refused(f"{out} exists already", "choose another place or remove it")
+    student, original, out = opened(student), opened(original), Path(out)
+    refuse_existing(out)
     if usual := options.learning_rate is None:
         rate = RATES[options.method](Checkpoint(student).arch.sizes["hidden"])
         options = replace(options, learning_rate=rate)
@@ -59,18 +61,18 @@ def recover(
     if (batch := min(options.batch, train.rows.count)) % (size := ranks.this()[1]):
         raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
     teacher.check_tokenizer(student, original)
-    work = work or out.with_name(out.name + ".work")
     gentle_below = GENTLE_BELOW if usual else None  # a rate that was asked for is the rate
     course = replace(options.course, gentle_below=gentle_below)
-    job = _Job(student, original, train, validation, options, course, work, memory_cap)
-    try:
-        summary = job.run()
-    except Diverged:  # what was healed block by block before that is still good
-        remove(work / "training" if options.local_steps else work)
-        raise
-    if ranks.this()[0] == 0:
-        _keep_the_best(job, summary, out)
-        remove(work)
+    with nullcontext(Path(work)) if work else working(out.with_name(out.name + ".work")) as place:
+        job = _Job(student, original, train, validation, options, course, place, memory_cap)
+        try:
+            summary = job.run()
+        except Diverged:  # what was healed block by block before that is still good
+            remove(place / "training" if options.local_steps else place)
+            raise
+        if ranks.this()[0] == 0:
+            _keep_the_best(job, summary, out)
+            remove(place)
     return summary
 
 
@@ -130,7 +132,9 @@ class _Job:
         if trainer.best_step and trainer.rank == 0:
             both = Checkpoint(start).quantized and options.method != "norms"
             for name in ("trained", "same scales") if both else ("trained",):
-                place = partial_directory(self.work / name.replace(" ", "-"))
+                place = self.work / name.replace(" ", "-")
+                shutil.rmtree(place, ignore_errors=True)  # of a call that was killed
+                place.mkdir()
                 # what was not trained stays healed; new scales fit better, with the old ones what moved little stays
                 rewrite.write(Checkpoint(start), merged(model, trainer.best), place, name != "trained")
                 self.candidates[name] = place
@@ -257,9 +261,8 @@ def _keep_the_best(job: _Job, summary: dict[str, Any], out: Path) -> None:
     summary |= {"kept": best, "kl": measured, "kl_unmerged": unmerged}
     if best == "pruned":
         console.warn("recovery did not improve the validation KL: the pruned model is kept as it was")
-    partial = partial_directory(out)
-    shutil.copytree(job.candidates[best], partial, dirs_exist_ok=True)
-    finish(partial, out)
+    with created(out) as place:
+        shutil.copytree(job.candidates[best], place)
 
 
 def by_domain(

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint
 from .corpus import Rows
 from .errors import Refused, UsageError
 from .objective import Objective
+from .option_types import check as check_types
 from .student import trained_values
 from .training import Course
 
@@ -62,6 +63,9 @@ class Options:
     on_policy: float = 0.0
     seed: int = 0
     reports: int = 6
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @property
     def course(self) -> Course:

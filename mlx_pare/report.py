@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import markdown, schedule
-from .artifacts import CONTENDERS, Plan, replace_file
+from . import edited, markdown, schedule
+from .artifacts import CONTENDERS, Plan
+from .checkpoint import read_json
 from .console import count, duration, gb, span
 from .errors import PareError
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn
+from .opened import StrPath
 from .rundir import Manifest
 from .show import stability_lines
 from .verdict import Found, metrics, reconstructed, verdict
@@ -26,9 +27,11 @@ MACS_NOTE = (
 )
 
 
-def report(run: Path, measured: Sequence[str] | None = None) -> Path:
-    """Write RUN/report.md and its picture from the manifest and the steps' outputs; returns its path. ``measured``: the
-    contenders that belong to the result (default: all that are there)."""
+def report(run: StrPath, measured: Sequence[str] | None = None) -> Path:
+    """Write RUN/report.md and its picture from the manifest and the steps' outputs; returns its path, which is
+    report-2.md if somebody changed report.md. ``measured``: the contenders that belong to the result (default: all that
+    are there)."""
+    run = Path(run)
     manifest = Manifest.read(run / "manifest.json", "run manifest")
     found = metrics(run, measured)
     sections = [
@@ -42,13 +45,11 @@ def report(run: Path, measured: Sequence[str] | None = None) -> Path:
     ]
     sections += [_requantized(run), _recovery(run) if "recovered" in found else ""]
     sections += [_speed(run), _gguf(run), _macs(run, manifest), _warnings(run), _steps(manifest)]
-    path = run / "report.md"
-    replace_file(path, ("\n\n".join(s for s in sections if s) + "\n").encode())
-    return path
+    return edited.write(run / "report.md", ("\n\n".join(s for s in sections if s) + "\n").encode())
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path, path.name) if path.exists() else None
 
 
 def _title(manifest: Manifest) -> str:
@@ -311,7 +312,7 @@ def _picture(run: Path, fits: Mapping[str, Any], manifest: Manifest) -> str:
     found, path = {"model": Path(manifest.model).name, "runtime": "mlx", **fits}, run / "report-fit.svg"
     try:
         if not drawn(found, path):
-            draw(found, path)
+            path = draw(found, path, edited.write)
     except PareError as error:
         return markdown.escaped(f"No picture: {error}")
     return f"![Memory of the original and the result on Macs, against what their GPUs may use]({path.name})"

@@ -12,7 +12,6 @@ them are compared with what they were, because of bits that flip on a disk. Date
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -24,20 +23,20 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import Field, model_validator
 
-from . import __version__, console, log, machine, recipe_file
-from .artifacts import SCHEMA, Strict, dump_json, replace_file
+from . import __version__, bounded, console, locks, log, machine, recipe_file
+from .artifacts import SCHEMA, Strict, dump_json
+from .atomic import is_ours, replace_file, sweep
 from .errors import PareError, Refused, shell, told
 
 BIG_FILE = 64 << 20
 PIECES = 256
 QUICK = "quick:"  # so begins the fingerprint of a big file
 PATIENCE_S = 0.3  # for a lock: `status` asks for it, for a moment
-# what a killed start, or the Finder, leaves in a new directory
-HARMLESS = {".lock", "manifest.json.tmp", ".DS_Store", log.NAME}
+HARMLESS = {".lock", ".DS_Store", log.NAME}  # what a killed start, or the Finder, leaves in a new directory
 
 
 class StepRecord(Strict):
@@ -76,7 +75,7 @@ class Manifest(Strict):
 def fingerprint(path: Path) -> str:
     """sha256 of a file; of a big one its size and PIECES pieces of 4 KiB, evenly from its first bytes to its last."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with bounded.regular(path) as file:
         if size <= BIG_FILE:
             return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256(f"{size}".encode())
@@ -92,6 +91,12 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.read(file, "run manifest", "restore it, or start a new run with another --out", "is damaged")
 
 
+def read_recipe(path: Path) -> dict[str, Any]:
+    """What was asked when the run in ``path`` was begun, by the fields of steps.Settings; empty without a recipe.toml.
+    Raises PareError for a damaged one."""
+    return recipe_file.of_run(path / "recipe.toml")
+
+
 def _there(manifest: Path) -> None:
     if not manifest.exists():
         raise PareError(
@@ -103,23 +108,22 @@ def _there(manifest: Path) -> None:
 def sha256(path: Path, bar: console.Progress) -> str:
     """Of all of a file, whatever its size; ``bar`` counts the megabytes (MiB)."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with bounded.regular(path) as file:
         while part := file.read(8 << 20):
             digest.update(part)
             bar.advance(math.ceil(len(part) / (1 << 20)))
     return digest.hexdigest()
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process works on the run directory ``path``. Needs no right to write there."""
+def is_locked(path: Path) -> bool | None:
+    """Whether a process works on the run directory ``path``. None: its file system has no locks, so nobody can tell.
+    Needs no right to write there."""
     try:
-        with (path / ".lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with bounded.regular(path / ".lock") as lock:
+            free = locks.acquire(lock.fileno(), shared=True)
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
-    return False
+    return None if free is None else not free
 
 
 class Run:
@@ -135,6 +139,7 @@ class Run:
             raise Refused(f"{self.path} exists and is not a directory", "choose another --out")
         self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
+        self._alone = False  # whether the lock keeps other processes out
         self._lock = self._acquire(locked)
         self._logged = ExitStack()
         self._locked = locked
@@ -144,6 +149,8 @@ class Run:
         except BaseException:
             self._lock.close()
             raise
+        if self._alone:
+            sweep(self.path)
         if locked:
             self._logged.enter_context(console.logged(self.path))
             log.write(self.path, "started", f"mlx-pare {__version__}: {' '.join(sys.argv[1:])}")
@@ -152,28 +159,29 @@ class Run:
         """A directory that holds something else is not touched, not even by the lock."""
         if self._file.exists() or not self.path.exists():
             return
-        others = sorted(p.name for p in self.path.iterdir() if p.name not in HARMLESS)
+        others = sorted(p.name for p in self.path.iterdir() if not _harmless(p))
         if others:
             raise Refused(
                 f"{self.path} is not empty and is no run directory ({others[0]} is in it)", "choose another --out"
             )
 
-    def _acquire(self, locked: bool):
-        lock = (self.path / ".lock").open("a+")
+    def _acquire(self, locked: bool) -> BinaryIO:
+        """The file of the lock, locked if it is to be. Raises Refused if another process has it."""
+        lock = bounded.regular(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         given_up = time.monotonic() + PATIENCE_S
         while locked:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (got := locks.acquire(lock.fileno())) is None:
+                console.warn(f"{self.path} is on a file system without locks: see that no other mlx-pare works on it")
+            if got is not False:
+                self._alone = bool(got)
                 break
-            except OSError:
-                if time.monotonic() < given_up:
-                    time.sleep(PATIENCE_S / 10)
-                    continue
+            if time.monotonic() > given_up:
                 lock.close()
                 raise Refused(
                     f"another mlx-pare is working on {self.path}",
                     f"wait for it (`mlx-pare status {shell(self.path)}` says how far it is), or use another --out",
-                ) from None
+                )
+            time.sleep(PATIENCE_S / 10)
         return lock
 
     def _open(self, model: Path | None, identity: str | None) -> Manifest:
@@ -230,7 +238,7 @@ class Run:
 
     def recipe(self) -> dict[str, Any]:
         """What was asked when the run was begun, by the fields of steps.Settings, and "model"."""
-        return recipe_file.of_run(self.path / "recipe.toml")
+        return read_recipe(self.path)
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
         """What was asked, without what was left out; an earlier recipe is kept unless ``replace``."""
@@ -256,7 +264,7 @@ class Run:
         with other parameters or inputs.
         """
         asked = {"parameters": json.loads(json.dumps(dict(parameters), default=str)), "inputs": dict(inputs)}
-        final, partial = self.path / name, self.path / f"{name}.partial"
+        final = self.path / name
         record = self.manifest.steps.get(name)
         if record is not None and final.exists():
             self._same(name, {"parameters": record.parameters, "inputs": record.inputs}, asked)
@@ -264,17 +272,7 @@ class Run:
             console.say(f"{name}: done before, kept")
             return False
         self._compare()
-        if final.exists():  # finished, but killed before the manifest said so: done again, or continued
-            shutil.rmtree(partial, ignore_errors=True)
-            os.rename(final, partial)
-        if not resumes:
-            shutil.rmtree(partial, ignore_errors=True)
-        elif (partial / "step.json").exists():
-            begun = _read_begun(partial / "step.json")
-            if len(list(partial.iterdir())) > 1:  # nothing was done of what was refused at once
-                self._same(name, begun, asked)
-        partial.mkdir(exist_ok=True)
-        replace_file(partial / "step.json", dump_json(asked))
+        partial = self._working(name, asked, resumes)
         console.record("begun", name)
         started, swapped = time.monotonic(), machine.swap_bytes()
         machine.reset_peaks()
@@ -296,6 +294,27 @@ class Run:
         replace_file(self._file, dump_json(self.manifest))
         console.record("done", f"{name}: {done.seconds:.1f} s, at most {console.gb(done.peak_bytes)}")
         return True
+
+    def _working(self, name: str, asked: Mapping[str, Any], resumes: bool) -> Path:
+        """The directory that a step works in, with a note of what was asked. Raises Refused as ``step``."""
+        final, partial = self.path / name, self.path / f"{name}.partial"
+        for place in (final, partial):
+            if place.is_symlink():  # what is behind it is not ours to empty
+                raise Refused(f"{place} is a link, and mlx-pare makes none", "remove the link")
+        if final.exists():  # finished, but killed before the manifest said so: done again, or continued
+            shutil.rmtree(partial, ignore_errors=True)
+            os.rename(final, partial)
+        if not resumes:
+            shutil.rmtree(partial, ignore_errors=True)
+        elif (partial / "step.json").exists():
+            begun = _read_begun(partial / "step.json")
+            if len(list(partial.iterdir())) > 1:  # nothing was done of what was refused at once
+                self._same(name, begun, asked)
+        partial.mkdir(exist_ok=True)
+        if self._alone:
+            sweep(partial, deep=True)
+        replace_file(partial / "step.json", dump_json(asked))
+        return partial
 
     def _compare(self) -> None:
         """Before the first work of a process: the weights of the model and the big outputs are, byte for byte, what
@@ -344,6 +363,11 @@ class Run:
                 )
 
 
+def _harmless(file: Path) -> bool:
+    """Whether a file may lie in a directory that becomes a run directory. A link may not: writing would follow it."""
+    return is_ours(file.name) or (file.name in HARMLESS and file.is_file() and not file.is_symlink())
+
+
 def _contents(files: Mapping[str, Path], what: str) -> dict[str, str]:
     """The sha256 of every file, by its name. About half a second per gigabyte."""
     with console.progress(f"{what}: MiB", sum(math.ceil(f.stat().st_size / (1 << 20)) for f in files.values())) as bar:
@@ -352,7 +376,7 @@ def _contents(files: Mapping[str, Path], what: str) -> dict[str, str]:
 
 def _read_begun(path: Path) -> dict[str, Any]:
     try:
-        begun = json.loads(path.read_text())
+        begun = json.loads(bounded.contents(path))
         return {"parameters": dict(begun["parameters"]), "inputs": dict(begun["inputs"])}
     except (ValueError, KeyError, TypeError) as error:
         raise PareError(f"{path} is damaged", f"delete {shell(path.parent)} to do the step again") from error

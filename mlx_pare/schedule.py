@@ -9,7 +9,6 @@ Iterative pruning with distillation between is Muralidharan et al. 2024, arXiv 2
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import Metrics, Plan, Target, survivors
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .console import count, duration
 from .errors import Refused, UsageError
 from .fit.footprint import parameters
@@ -168,7 +167,7 @@ def story(run: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"stage": place.name, "parent": found[-1]["stage"] if found else "original"}
         row |= {"share": made.after.non_embedding / whole, "parameters": made.after.parameters}
         healed = place / "recover" / "recovery.json"
-        row["steps"] = json.loads(healed.read_text())["options"]["steps"] if healed.exists() else None
+        row["steps"] = read_json(healed, "recovery")["options"]["steps"] if healed.exists() else None
         row["seconds"] = sum(step.seconds for step in manifest.steps.values())
         last = not (run / name_of(len(found) + 2)).exists()
         for what in ("pruned", "recovered"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PareError
+from .stock_path import plain
 
 START_SECONDS, ANSWER_SECONDS = 120.0, 120.0
 HOST = "127.0.0.1"
@@ -34,28 +35,20 @@ LLAMA_SERVER = (
 
 def mlx_lm(model: Path, chat: bool) -> dict[str, Any]:
     """What mlx_lm.server answers for a model directory; see ``ask``."""
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--host", HOST, "--port"]
-    return ask("mlx_lm.server", command, chat)
+    with plain(model) as name:
+        command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(name), "--host", HOST, "--port"]
+        return ask("mlx_lm.server", command, chat)
 
 
 def llama_cpp(gguf: Path, chat: bool) -> dict[str, Any]:
     """What llama.cpp's server answers for a GGUF file: llama-server where it is on the path, else that of
     llama-cpp-python; where there is neither, "served" is False and "reason" says so."""
-    if found := shutil.which("llama-server"):
-        return ask("llama-server", [found, "-m", str(gguf), "--host", HOST, "--port"], chat)
-    if importlib.util.find_spec("llama_cpp") and all(map(importlib.util.find_spec, LLAMA_SERVER)):
-        command = [
-            sys.executable,
-            "-m",
-            "llama_cpp.server",
-            "--model",
-            str(gguf),
-            "--host",
-            HOST,
-            "--n_gpu_layers",
-            "0",
-        ]
-        return ask("llama_cpp.server", [*command, "--port"], chat)
+    with plain(gguf) as name:
+        if found := shutil.which("llama-server"):
+            return ask("llama-server", [found, "-m", str(name), "--host", HOST, "--port"], chat)
+        if importlib.util.find_spec("llama_cpp") and all(map(importlib.util.find_spec, LLAMA_SERVER)):
+            where = ["--model", str(name), "--host", HOST, "--n_gpu_layers", "0", "--port"]
+            return ask("llama_cpp.server", [sys.executable, "-m", "llama_cpp.server", *where], chat)
     return {"served": False, "reason": "there is no llama-server, and llama-cpp-python[server] is not installed"}
 
 

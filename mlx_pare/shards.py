@@ -15,6 +15,7 @@ from .bounded import check_links
 from .checkpoint import DTYPE_BYTES, Checkpoint
 
 SHARD_BYTES = 4 << 30
+OUR_KEY = "pare"  # of config.json; transformers and mlx-lm ignore it
 
 
 @dataclass(frozen=True)
@@ -127,32 +128,6 @@ def copy_tokenizer(source: Checkpoint, directory: Path) -> None:
     """Copy the tokenizer's files and the generation config; never code."""
     check_links(source.path)  # since it was opened
     for file in source.tokenizer_files():
-        shutil.copyfile(file, directory / file.name)
-
-
-def partial_directory(out: Path) -> Path:
-    """An empty directory beside ``out`` to work in; what a killed run left there is ours and incomplete."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def finish(partial: Path, out: Path) -> None:
-    """Give a complete directory its name, once every file in it is on the disk."""
-    for file in partial.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    os.rename(partial, out)
-
-
-def remove(directory: Path) -> None:
-    """Delete a directory that another call might go on from: killed on the way, nothing of it has its name any more."""
-    gone = directory.with_name(directory.name + ".gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    if directory.exists():
-        os.rename(directory, gone)
-        shutil.rmtree(gone)
+        to = directory / file.relative_to(source.path)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, to)

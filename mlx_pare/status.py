@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import log, recipe_file
-from .rundir import is_locked, read_manifest
+from . import log
+from .opened import StrPath
+from .rundir import is_locked, read_manifest, read_recipe
 from .schedule import name_of
 
 
@@ -33,7 +35,7 @@ def expected(recipe: Mapping[str, Any]) -> list[str]:
     return found + (["bench"] if recipe.get("trials", 0) else [])
 
 
-def status(run: Path) -> dict[str, Any]:
+def status(run: StrPath) -> dict[str, Any]:
     """How far the run in ``run`` is.
 
     ``state``: working, finished, failed, killed (its process is gone without a word) or waiting (some steps are done,
@@ -43,7 +45,7 @@ def status(run: Path) -> dict[str, Any]:
     """
     run = Path(run)
     manifest = read_manifest(run)
-    recipe = recipe_file.of_run(run / "recipe.toml")
+    recipe = read_recipe(run)
     records = dict(manifest.steps)
     for number in range(1, len(recipe.get("stages") or []) + 1):
         if (place := run / name_of(number) / "manifest.json").exists():
@@ -58,7 +60,8 @@ def status(run: Path) -> dict[str, Any]:
     begun = sorted(str(p.relative_to(run).with_suffix("")) for p in [*run.glob("*.partial"), *run.glob("*/*.partial")])
     begun = [name for name in begun if name in order or "/" not in name]  # a partial model inside a step is none
     ahead = [name for name in order[reached + 1 :] if name not in begun]
-    session, locked = log.last_session(run), is_locked(run)
+    session = log.last_session(run)
+    locked = _works(session) if (seen := is_locked(run)) is None else seen
     said = [line for line in session if line.kind in ("begun", "done", "said", "progress")]
     errors = [line for line in session if line.kind == "error"]
     return {
@@ -88,6 +91,19 @@ def _state(session: list[log.Line], locked: bool, more: bool) -> str:
     if session and kinds[-1] != "ended":
         return "killed"
     return "waiting" if more else "finished"
+
+
+def _works(session: list[log.Line]) -> bool:
+    """On a file system without locks: whether the process that wrote last is there, and has not said that it ended."""
+    if not session or session[-1].kind == "ended":
+        return False
+    try:
+        os.kill(session[-1].pid, 0)  # signal 0 is none: it asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of somebody else
+        return True
+    return True
 
 
 def _seconds(line: log.Line) -> float:

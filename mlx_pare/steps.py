@@ -12,7 +12,8 @@ from typing import Any
 
 from . import console, lm, ranks
 from .amounts import parse_amount
-from .artifacts import Metrics, Plan, dump_json, replace_file
+from .artifacts import Metrics, Plan, dump_json
+from .atomic import replace_file
 from .bench import bench
 from .calibrate import calibrate
 from .check import check
@@ -23,6 +24,8 @@ from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
+from .opened import require
+from .option_types import check as check_types
 from .plan import Options as PlanOptions
 from .plan import redraw
 from .prune import Lineage, prune
@@ -33,6 +36,7 @@ from .resident import not_resident
 from .rundir import Run, fingerprint, read_manifest
 from .schedule import name_of
 from .score import criterion, described, score
+from .stock_path import require_text
 from .texts import Texts
 from .training import Diverged
 
@@ -41,7 +45,8 @@ RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what its result 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that can be asked of a run; see `mlx-pare run --help`. Exactly one target must be given."""
+    """Everything that can be asked of a run; see `mlx-pare run --help`. Exactly one target must be given. Raises
+    UsageError for a value of another type."""
 
     data: str | Sequence[str] | None = None  # as domains.parse_all reads it
     test_data: str | None = None
@@ -93,6 +98,9 @@ class Settings:
     memory_cap: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     @property
     def recovers(self) -> bool:
         """Whether anything is trained."""
@@ -130,14 +138,16 @@ class Settings:
 
 
 def open_run(model: Path, out: Path) -> Run:
-    """The run directory for a model, new or to be continued."""
+    """The run directory for a model, new or to be continued. Raises PareError for a name that MLX cannot open."""
+    require_text(out)
     return Run(out, model, Checkpoint(model).identity())
 
 
 def continue_run(out: Path, locked: bool = True) -> Run:
-    """A run directory that was begun before. Raises Refused when its model changed since."""
+    """A run directory that was begun before. Raises PareError if its model is gone, Refused if it changed since."""
     run = Run(out, locked=locked)
     try:
+        require(run.model, out)
         if Checkpoint(run.model).identity() != run.manifest.source:
             raise Refused(f"{run.model} changed since {out} was begun", "start a new run with another --out")
     except BaseException:

@@ -28,7 +28,8 @@ import mlx.core as mx
 import numpy as np
 
 from . import head, machine, stream
-from .artifacts import replace_file
+from .atomic import replace_file, sweep
+from .bounded import contents
 from .checkpoint import Checkpoint
 from .console import gb, progress
 from .corpus import Rows
@@ -253,7 +254,7 @@ def _about(directory: Path) -> dict[str, Any] | None:
     if not note.exists():
         return None
     try:
-        about = json.loads(note.read_text())
+        about = json.loads(contents(note))
         if about["schema"] != SCHEMA:
             raise PareError(f"{note} has schema {about['schema']}, this version reads {SCHEMA}", "collect them again")
         record(about["k"], about["vocab"])
@@ -290,8 +291,7 @@ def collect(
     if missing:
         _check_memory(targets, checkpoint, missing[:1], memory_cap)
     out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob("*.tmp"):
-        stale.unlink()
+    sweep(out)
     replace_file(out / "targets.json", (json.dumps(targets.about, indent=1, sort_keys=True) + "\n").encode())
     while missing:
         some = _at_once(targets, checkpoint, missing, memory_cap)

@@ -43,7 +43,8 @@ def check(directory: Path) -> None:
     reasonable time and memory."""
     bounded.check_links(directory)
     try:
-        for file in (directory / name for name in (*TOKENIZER_FILES, *MORE_FILES)):
+        named = [directory / name for name in (*TOKENIZER_FILES, *MORE_FILES)]
+        for file in (*named, *(directory / bounded.MORE_TEMPLATES).glob("*.jinja")):
             if file.exists():
                 limit = MAX_TOKENIZER if file.suffix == ".model" or file.name == "tokenizer.json" else bounded.MAX_JSON
                 raw = bounded.contents(file, limit, "tokenizer file")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .artifacts import Arrays, Plan, dump_json, replace_file
+from .artifacts import Arrays, Plan, dump_json
+from .atomic import replace_file, scratch
+from .bounded import contents
 from .corpus import Rows
 from .errors import PareError
 from .reconstruct import reconstructed_kl
@@ -47,7 +48,7 @@ class Known:
     def __init__(self, run: Run, *about: str):
         self.file, self.about = run.path / "trials.json", [run.manifest.source, *about]
         try:
-            self.found: dict[str, float | None] = json.loads(self.file.read_text()) if self.file.exists() else {}
+            self.found: dict[str, float | None] = json.loads(contents(self.file)) if self.file.exists() else {}
             if not all(kl is None or isinstance(kl, int | float) for kl in self.found.values()):
                 raise ValueError
         except (ValueError, AttributeError) as error:
@@ -115,9 +116,6 @@ def plan_kl(run: Run, texts: Texts, s: Settings, made: Plan) -> float:
     known = Known(run, calibration.digest(), held.digest(), "reconstructed")
     key = known.key(made.model_dump(include={"criterion", "bits", "group_size", "layers"}))
     if key not in known:
-        scratch = run.path / "finalist.tmp"
-        try:
-            known.add({key: reconstructed_kl(run.model, made, calibration, held, scratch, s.memory_cap)})
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with scratch(run.path, "finalist") as place:
+            known.add({key: reconstructed_kl(run.model, made, calibration, held, place, s.memory_cap)})
     return known[key]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
 from .artifacts import CONTENDERS, Metrics
+from .checkpoint import read_json
 from .console import gb
 from .rundir import Manifest
 
@@ -19,7 +19,7 @@ def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Me
     for name in [n for n, _ in CONTENDERS] if names is None else names:
         path = run / f"evaluate-{name}"
         if (path / "metrics.json").exists():
-            found[name] = Metrics.load(path / "metrics.json"), json.loads((path / "size.json").read_text())["bytes"]
+            found[name] = Metrics.load(path / "metrics.json"), read_json(path / "size.json", "size")["bytes"]
     return found
 
 

@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from mlx_pare.arch import Tensor, describe
+from mlx_pare.atomic import created
 from mlx_pare.checkpoint import TOKENIZER_FILES
 from mlx_pare.fit import catalogue
 from mlx_pare.layout import Piece
 from mlx_pare.packing import BITS, GROUP_SIZES, Packing
-from mlx_pare.shards import ShardWriter, finish, partial_directory, write_config
+from mlx_pare.shards import ShardWriter, write_config
 
 DEMO = Path(__file__).resolve().parents[1] / "mlx_pare" / "demo" / "model"
 DEVIATION = 0.02  # of the weights: what most models are initialised with
@@ -87,19 +88,20 @@ def make(config: dict, out: Path, packing: Packing | None, seed: int) -> int:
     arch = describe(config)
     fitted = ((t, packing.fitted(t.shape[-1]) if packing and t.matrix else None) for t in arch.tensors())
     pieces = [Piece(tensor, (), each, "BF16") for tensor, each in fitted]
-    partial, draw = partial_directory(out), Random(seed)
-    writer = ShardWriter(partial, [planned for piece in pieces for planned in piece.stored()], SHARD_BYTES)
-    for done, piece in enumerate(pieces, 1):
-        for planned, array in zip(piece.stored(), draw.arrays(piece), strict=True):
-            writer.write(planned.name, memoryview(np.ascontiguousarray(array)).cast("B"))
-        if sys.stderr.isatty():
-            print(f"\r{done} of {len(pieces)} tensors ", end="", file=sys.stderr, flush=True)
-    writer.close()
-    write_config(partial, config | ({"quantization": packing.as_config()} if packing else {}))
-    for file in TOKENIZER_FILES:
-        if (DEMO / file).exists():
-            shutil.copyfile(DEMO / file, partial / file)
-    finish(partial, out)
+    draw = Random(seed)
+    with created(out) as place:
+        place.mkdir()
+        writer = ShardWriter(place, [planned for piece in pieces for planned in piece.stored()], SHARD_BYTES)
+        for done, piece in enumerate(pieces, 1):
+            for planned, array in zip(piece.stored(), draw.arrays(piece), strict=True):
+                writer.write(planned.name, memoryview(np.ascontiguousarray(array)).cast("B"))
+            if sys.stderr.isatty():
+                print(f"\r{done} of {len(pieces)} tensors ", end="", file=sys.stderr, flush=True)
+        writer.close()
+        write_config(place, config | ({"quantization": packing.as_config()} if packing else {}))
+        for file in TOKENIZER_FILES:
+            if (DEMO / file).exists():
+                shutil.copyfile(DEMO / file, place / file)
     return sum(piece.nbytes for piece in pieces)
 
 

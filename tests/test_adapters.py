@@ -124,3 +124,108 @@ def test_what_is_refused(parent, tmp_path, pico_models):
     out.mkdir()
     with pytest.raises(Refused, match="exists already"):
         adapters.carry(adapter, source, tmp_path / "pruned", out)
+
+
+# ---- adapters that cannot work ----
+
+
+@pytest.fixture
+def cut(parent, tmp_path):
+    """(original, adapter of all layers, the cut model, where to)."""
+    source = parent()
+    prune(source, plan_of(source, [(40, 2)] * 3, layers=[0, 1, 3]), tmp_path / "pruned")
+    return source, adapter_of(source, tmp_path / "adapter"), tmp_path / "pruned", tmp_path / "out"
+
+
+def carried(cut) -> dict:
+    source, adapter, pruned, out = cut
+    return adapters.carry(adapter, source, pruned, out)
+
+
+A, B = (f"model.layers.0.self_attn.q_proj.lora_{side}" for side in "ab")
+
+
+def with_arrays(adapter: Path, change) -> None:
+    arrays = dict(mx.load(str(adapter / adapters.WEIGHTS)))
+    change(arrays)
+    mx.eval(arrays)
+    mx.save_safetensors(str(adapter / adapters.WEIGHTS), arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda arrays: arrays.update({B: mx.zeros((8, arrays[B].shape[1]))}), "has rank 8, .* says 4"),
+        (lambda arrays: arrays.update({A: mx.zeros((arrays[A].shape[0], 2))}), "has rank 2, .* says 4"),
+        (lambda arrays: arrays.pop(A), r"has .*lora_b without .*lora_a"),
+        (lambda arrays: arrays.pop(B), r"has .*lora_a without .*lora_b"),
+        (lambda arrays: arrays.update({A: arrays[A] * mx.nan}), "holds NaN or infinity"),
+        (lambda arrays: arrays.update({B: arrays[B].astype(mx.bfloat16) / 0}), "holds NaN or infinity"),
+        (lambda arrays: arrays.update({A: arrays[A].astype(mx.int32)}), "expected floats"),
+        (lambda arrays: arrays.update({A: arrays[A].reshape(-1)}), "has shape"),
+    ],
+)
+def test_f11_arrays_that_cannot_work_are_refused(cut, change, why):
+    with_arrays(cut[1], change)
+    with pytest.raises(PareError, match=why):
+        carried(cut)
+    assert not cut[3].exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"rank": 8}, "has rank 4, .* says 8"),
+        ({"rank": 0}, "rank 0, expected"),
+        ({"rank": True}, "rank True, expected"),
+        ({"rank": None}, "rank None, expected"),
+        ({"scale": None}, "scale None, expected a number"),
+        ({"scale": float("nan")}, "scale nan, expected a number"),
+        ({"scale": float("inf")}, "scale inf, expected a number"),
+        ({"dropout": "0"}, "dropout '0', expected a number"),
+        ({"keys": "self_attn.q_proj"}, "expected a list"),
+        ({"keys": ["mlp.up_proj"]}, "has no place"),
+        ({"other": float("nan")}, "holds NaN or infinity"),
+    ],
+)
+def test_f11_a_config_that_cannot_work_is_refused(cut, change, why):
+    config = json.loads((cut[1] / adapters.CONFIG).read_text())
+    (cut[1] / adapters.CONFIG).write_text(json.dumps(config | {"lora_parameters": config["lora_parameters"] | change}))
+    with pytest.raises(PareError, match=why):
+        carried(cut)
+    assert not cut[3].exists()
+
+
+def test_f11_adapters_of_layers_that_the_config_leaves_out_are_refused(cut):
+    """mlx-lm loads no such adapter for the original either."""
+    config = json.loads((cut[1] / adapters.CONFIG).read_text())
+    (cut[1] / adapters.CONFIG).write_text(json.dumps(config | {"num_layers": 2}))
+    with pytest.raises(ValueError, match="not an adapter parameter"):
+        mlx_lm.load(str(cut[0]), adapter_path=str(cut[1]))
+    with pytest.raises(PareError, match="has no place by num_layers"):
+        carried(cut)
+
+
+@pytest.mark.parametrize("name", [adapters.WEIGHTS, adapters.CONFIG])
+def test_f11_a_link_out_of_the_directory_is_refused(cut, tmp_path, name):
+    (cut[1] / name).rename(tmp_path / name)
+    (cut[1] / name).symlink_to(tmp_path / name)
+    with pytest.raises(PareError, match="outside of the model's directory"):
+        carried(cut)
+
+
+def test_f11_modules_named_in_full_move_with_their_layers(cut):
+    """mlx-lm takes "keys" of one layer, which stands elsewhere after a cut of depth."""
+    source, adapter, pruned, out = cut
+    kept = {f"model.layers.{layer}.self_attn.q_proj" for layer in (2, 3)}
+    with_arrays(adapter, lambda arrays: [arrays.pop(name) for name in [*arrays] if name[:-7] not in kept])
+    config = json.loads((adapter / adapters.CONFIG).read_text())
+    lora = config["lora_parameters"] | {"keys": sorted(kept)}
+    (adapter / adapters.CONFIG).write_text(json.dumps(config | {"lora_parameters": lora, "num_layers": 1}))
+    mlx_lm.load(str(source), adapter_path=str(adapter))
+    done = carried(cut)
+    assert done["layers"] == [2] and len(done["left_out"]) == 2
+    assert json.loads((out / adapters.CONFIG).read_text())["lora_parameters"]["keys"] == [
+        "model.layers.2.self_attn.q_proj"
+    ]
+    assert largest(logits(pruned, out), logits(pruned)) > 0.001

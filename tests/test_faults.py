@@ -4,6 +4,7 @@ and the same command goes on to the same bytes. PARE_KILLS=100: so many kills at
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
@@ -378,6 +379,14 @@ def test_second_process(job, late):
         assert done.code == 3 and result(late) == before
         seen("two processes in one run directory", done.line)
     job.ends(late)
+
+
+def test_f15_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    assert "run directory on a file system without locks" in rows()
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    (tmp_path / "model").mkdir()
+    rundir.Run(tmp_path / "run", tmp_path / "model", "identity").close()
+    seen("run directory on a file system without locks", capsys.readouterr().err)
 
 
 def test_many_who_look_do_not_stop_one_who_works(tmp_path):

@@ -498,7 +498,7 @@ def test_an_existing_directory_is_refused_and_untouched(tmp_path, pico_models):
 
 def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path, pico_models, monkeypatch):
     export(pico_models("llama"), tmp_path / "m.gguf", "f32")
-    monkeypatch.setattr(gguf_model.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(PareError, match="free"):
         rebuild(tmp_path / "m.gguf", tmp_path / "out" / "back")
     assert not list((tmp_path / "out").iterdir())

@@ -14,7 +14,7 @@ import pico
 import pytest
 from test_cli import pare  # noqa: F401 a fixture
 
-from mlx_pare import gguf_model, llama_cpp, opened
+from mlx_pare import atomic, gguf_model, llama_cpp, opened
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError
 from mlx_pare.export import export
@@ -66,7 +66,7 @@ def test_another_content_is_another_model(file, place):
     assert opened.identity(read_parts(renamed)) != before
 
 
-@pytest.mark.parametrize("moment", ["write_config", "finish"])
+@pytest.mark.parametrize("moment", ["write_config", "Checkpoint"])
 def test_a_killed_call_leaves_nothing_that_looks_whole(file, cache, monkeypatch, moment):
     original = getattr(gguf_model, moment)
 
@@ -74,10 +74,10 @@ def test_a_killed_call_leaves_nothing_that_looks_whole(file, cache, monkeypatch,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gguf_model, moment, killed)
-    monkeypatch.setattr(gguf_model.shutil, "rmtree", lambda *_, **__: None)  # as if there had been no time to clean up
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)  # as if there had been no time to clean up
     with pytest.raises(KeyboardInterrupt):
         opened.opened(file)
-    assert [p.name[-8:] for p in cache.iterdir() if p.is_dir()] == [".partial"]
+    assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [".part"]
     monkeypatch.undo()
     monkeypatch.setenv("MLX_PARE_CACHE", str(cache))
     monkeypatch.setattr(gguf_model, moment, original)
@@ -176,3 +176,87 @@ def test_the_command_line_stays_light():
     code = "import sys, mlx_pare.opened; sys.exit(', '.join({'mlx', 'numpy', 'gguf'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# ---- case 07: a GGUF file is told by its first four bytes ----
+
+QUICK = ["--samples", "4", "--length", "32", "--recover-steps", "0", "--widths", "even", "--trials", "0"]
+QUICK += ["--axes", "ffn", "--keep", "0.9"]
+
+
+@pytest.mark.parametrize("name", ["sha256-0123abcd", "model.bin", "no ending", "M.GGUF", ".gguf", "x.safetensors"])
+def test_case_07_the_name_of_a_gguf_file_does_not_matter(pare, file, tmp_path, two_texts, name):  # noqa: F811
+    blob = file.rename(tmp_path / name)
+    seen = pare("inspect", blob, "--json")
+    assert seen.code == 0 and seen.document["origin"] == "gguf", seen.err
+    fits = pare("fit", blob, "--mac", "m4-24gb", "--json")
+    assert fits.code == 0 and fits.document["origin"] == "gguf"
+    asked = ["--data", two_texts["test_data"], "--samples", 3, "--length", 32, "--json"]
+    assert pare("evaluate", blob, *asked, "--teacher", blob).code == 0
+    assert pare("import", blob, "-o", tmp_path / "out").code == 0
+    planned = pare("run", blob, "--out", tmp_path / "run", *QUICK, "--dry-run", "--json")
+    assert planned.code == 0, planned.err
+
+
+def test_case_07_run_of_an_ollama_blob(pare, file, tmp_path, two_texts):  # noqa: F811
+    blob = file.rename(tmp_path / "sha256-0123abcd")
+    texts = ["--data", two_texts["data"], "--test-data", two_texts["test_data"]]
+    done = pare("run", blob, "--out", tmp_path / "run", *QUICK, *texts, "--json")
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("beside", ["nothing", "config.json", "mmproj", "AppleDouble", "text"])
+@pytest.mark.parametrize("name", ["model.gguf", "sha256-0123abcd"])
+def test_case_07_a_folder_with_one_gguf_file_is_that_file(pare, file, tmp_path, two_texts, beside, name):  # noqa: F811
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file.rename(folder / name)
+    if beside == "config.json":  # as some repositories of GGUF files have it
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    elif beside == "mmproj":
+        (folder / "mmproj-model.gguf").write_bytes(b"GGUF no model")
+        name == "model.gguf" or (folder / "mmproj-model.gguf").unlink()
+    elif beside == "AppleDouble":
+        (folder / f"._{name}").write_bytes(b"\0\5\x16\7 GGUF")
+    elif beside == "text":
+        (folder / "README.md").write_text("GGUF\n")
+        name == "model.gguf" or (folder / "README.md").write_text("a model\n")
+    seen = pare("inspect", folder, "--json")
+    assert seen.code == 0 and seen.document["origin"] == "gguf" and seen.document["layers"] == 4, seen.err
+    done = pare("evaluate", folder, "--data", two_texts["test_data"], "--samples", 2, "--length", 32)
+    assert done.code == 0, done.err
+    assert pare("import", folder, "-o", tmp_path / "out").code == 0
+    assert pare("run", folder, "--out", tmp_path / "run", *QUICK, "--dry-run").code == 0
+
+
+def test_case_07_of_several_files_one_must_be_named(pare, file, tmp_path):  # noqa: F811
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("q4.gguf", "q8.gguf"):
+        shutil.copy(file, folder / name)
+    done = pare("run", folder, "--out", tmp_path / "run", "--keep", "0.9")
+    assert done.code == 2 and "q4.gguf, q8.gguf" in done.err and not (tmp_path / "run").exists()
+    assert pare("inspect", folder).code == 0  # which says that it takes the first
+
+
+def test_case_07_the_parts_of_one_model_are_one(pare, pico_models, tmp_path):  # noqa: F811
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    export(pico_models("llama"), tmp_path / "m.gguf", "f16")
+    gguf_edit.edited(tmp_path / "m.gguf", folder / "m.gguf", split_max_tensors=7)
+    assert len(list(folder.iterdir())) > 2
+    assert opened.opened(folder) == opened.opened(sorted(folder.iterdir())[-1])
+
+
+def test_case_07_a_model_directory_stays_one(pico_models, tmp_path, file):
+    model = Path(shutil.copytree(pico_models("llama"), tmp_path / "both"))
+    shutil.copy(file, model / "model.gguf")
+    assert opened.opened(model) == model
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"ggml", b"PK\3\4"])
+def test_case_07_what_is_called_gguf_and_is_none_is_said(pare, tmp_path, content):  # noqa: F811
+    (tmp_path / "m.gguf").write_bytes(content)
+    for asked in (["inspect", tmp_path / "m.gguf"], ["evaluate", tmp_path / "m.gguf", "--data", tmp_path / "m.gguf"]):
+        done = pare(*asked)
+        assert done.code == 1 and "GGUF" in done.err

@@ -15,7 +15,8 @@ import matplotlib
 import pytest
 from matplotlib.artist import Artist
 
-from mlx_pare.errors import PareError, UsageError
+from mlx_pare import atomic, edited
+from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.fit import macs, plot
 from mlx_pare.fit.bars import bars_of, by_memory, describe, heading
 
@@ -286,7 +287,7 @@ def test_original_and_result_stand_side_by_side(pruned, tmp_path):
 
 def test_legend_names_only_what_is_there(pruned, tmp_path):
     short = pruned | {"curve": curve(10)[:1], "original_curve": curve(18)[:1]}
-    said = [words(plot.draw(found, tmp_path / "a.svg")) for found in (pruned, short)]
+    said = [words(plot.draw(found, tmp_path / f"{name}.svg")) for name, found in (("a", pruned), ("b", short))]
     assert ["original" in line for line in said] == [True, False]
     assert "too much" in said[0] and "training" not in said[0]
 
@@ -362,17 +363,23 @@ def test_missing_directory_is_one_line(three, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "nowhere").exists()
 
 
-def test_nothing_half_written_is_left(three, tmp_path, monkeypatch):
-    path = tmp_path / "fit.svg"
-    path.write_text("old")
-
+@pytest.mark.parametrize("write", [atomic.create_file, edited.write])
+def test_nothing_half_written_is_left(three, tmp_path, monkeypatch, write):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(PareError, match="No space left on device"):
+        plot.draw(three, tmp_path / "fit.svg", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_f07_a_picture_replaces_nothing(three, tmp_path):
+    path = tmp_path / "fit.svg"
+    path.write_text("mine")
+    with pytest.raises(Refused, match="exists already"):
         plot.draw(three, path)
-    assert [f.name for f in tmp_path.iterdir()] == ["fit.svg"] and path.read_text() == "old"
+    assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_picture_that_cannot_be_drawn_writes_nothing(three, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import artifacts, rundir
+from mlx_pare import atomic, rundir
 from mlx_pare.errors import PareError, Refused
 from mlx_pare.rundir import Run, fingerprint
 
@@ -189,7 +189,7 @@ def test_no_run_is_an_error_and_makes_nothing(out):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("left", [[], ["manifest.json.tmp"], [".lock"], [".DS_Store"]])
+@pytest.mark.parametrize("left", [[], [f".manifest.json.{'0' * 16}.mlx-pare.tmp"], [".lock"], [".DS_Store"]])
 def test_what_a_killed_start_leaves_is_no_obstacle(out, model, left):
     out.mkdir()
     for name in left:
@@ -350,10 +350,10 @@ def test_manifest_is_never_half_written(out, model, monkeypatch, name, nth):
 
 def test_half_written_bytes_stay_beside_the_file(tmp_path, monkeypatch):
     file = tmp_path / "plan.json"
-    artifacts.replace_file(file, b"old")
+    atomic.replace_file(file, b"old")
     failing(monkeypatch, os, "fsync")
     with pytest.raises(OSError):
-        artifacts.replace_file(file, b"new")
+        atomic.replace_file(file, b"new")
     assert file.read_bytes() == b"old"
 
 

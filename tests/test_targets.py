@@ -174,7 +174,7 @@ def test_killed_at_each_part_and_continued(pico_models, tmp_path, monkeypatch, p
 
     def write(self, part, records, before=Targets.write):
         if part == done:
-            (self.directory / f"{self.file(part).name}.tmp").write_bytes(b"half")
+            (self.directory / f".{self.file(part).name}.{'0' * 16}.mlx-pare.tmp").write_bytes(b"half")
             raise Killed
         before(self, part, records)
 

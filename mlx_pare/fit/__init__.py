@@ -20,7 +20,7 @@ NOTE = (
 
 def fit(
     model: str | PathLike[str],
-    macs: Sequence[str] = (),
+    macs: str | Sequence[str] = (),
     use: Use | None = None,
     form: Form | None = None,
     budget: Budget | None = None,
@@ -44,7 +44,7 @@ def fit(
     from .subject import Form, open_subject
 
     budget, use = budget or table.Budget(), use or Use()
-    named, here = [table.find(name) for name in macs], table.here()
+    named, here = [table.find(name) for name in ([macs] if isinstance(macs, str) else macs)], table.here()
     subject = open_subject(str(model), form or Form())
     if use.train == "full" and subject.packing:
         raise UsageError(

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import UsageError
+from ..option_types import check as check_types
 
 GIB = 2**30
 
@@ -167,6 +168,9 @@ class Budget:
     macos: int = 26
     limit_bytes: int | None = None
     reserve_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def of(self, mac: Mac) -> int:
         """Bytes a model may take on this Mac: a set limit, else what Metal says, else its known share of memory."""

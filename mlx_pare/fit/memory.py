@@ -15,6 +15,7 @@ from ..arch import Architecture
 from ..arch.axes import length
 from ..arch.spec import Layer
 from ..errors import UsageError
+from ..option_types import check as check_types
 from . import footprint
 
 # Activations while mlx-lm reads chunks of PREFILL_STEP tokens: what published peaks leave after weights, cache and
@@ -66,6 +67,7 @@ class Use:
     flash: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("context", "batch", "prefill_step"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise UsageError(f"a {name} of {str(getattr(self, name))[:20]} means nothing", f"give 1 to {MOST}")

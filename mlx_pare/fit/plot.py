@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import accumulate, pairwise
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
+from ..atomic import create_file, refuse_existing
 from ..errors import PareError, UsageError
 from .bars import COLUMNS, Bar, bars_of, describe, finding, heading, parts_of, slug, use
 from .planner import TIGHT
@@ -57,27 +58,42 @@ TITLE = {"loc": "left", "fontsize": 10, "fontweight": "bold", "color": INK}  # o
 ENDS = (0.75, 1.7, 2.55, 3.65)  # of the columns beside the bars, right of their panel
 
 
-def draw(found: Mapping[str, Any], path: Path) -> Path:
-    """Draw what ``fit`` returned into ``path``, an SVG, PNG or PDF by its suffix; returns it. Same input, same bytes.
+def draw(found: Mapping[str, Any], path: Path, write: Callable[[Path, bytes], Path] = create_file) -> Path:
+    """Draw what ``fit`` returned, as SVG, PNG or PDF. Same input, same bytes.
 
-    With ``original_rows`` and ``original_curve``, as a run has them, the original is drawn beside the result.
-    Raises UsageError for another suffix, PareError where nothing can be written or matplotlib is missing.
+    Args:
+        found: of ``fit``. With ``original_rows`` and ``original_curve``, as a run has them, the original is drawn
+            beside the result.
+        path: the picture; its suffix says what kind.
+        write: writes the bytes to the path, and returns where they are. Default: a new file.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UsageError: for another suffix.
+        Refused: by the default ``write``, if the file exists.
+        PareError: if nothing can be written there, or matplotlib is missing.
     """
     path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in SUFFIXES:
+    _check_place(path)
+    try:
+        return write(path, _rendered(found, path.suffix.lower().removeprefix(".")))
+    except OSError as error:
+        raise PareError(f"cannot write {path}: {error.strerror}", "write elsewhere") from error
+
+
+def preflight(path: Path) -> None:
+    """What can be known of a new picture before there is something to draw. Raises as ``draw``."""
+    _check_place(path)
+    refuse_existing(path)
+
+
+def _check_place(path: Path) -> None:
+    if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"cannot draw a picture into {path.name!r}", f"name it {path.stem}.svg, .png or .pdf")
     if not path.parent.is_dir():
         raise PareError(f"no directory {path.parent} to write {path.name} into", "make it first, or write elsewhere")
-    data = _rendered(found, kind.removeprefix("."))
-    from ..artifacts import replace_file
-
-    try:
-        replace_file(path, data)
-    except OSError as error:
-        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
-        raise PareError(f"cannot write {path}: {error.strerror}", "write elsewhere") from error
-    return path
 
 
 def drawn(found: Mapping[str, Any], path: Path) -> bool:

@@ -18,6 +18,8 @@ from ..arch import Architecture, describe
 from ..bounded import check_links
 from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_headers, read_json
 from ..errors import PareError, Unsupported, UsageError, shell
+from ..gguf_header import is_gguf
+from ..opened import ggufs_in, require
 from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
 from . import catalogue, footprint, planner, quantization
 from .footprint import Storage
@@ -141,7 +143,7 @@ def open_subject(asked: str, form: Form) -> Subject:
 
 
 def _file(path: Path, form: Form) -> Subject:
-    if path.suffix.lower() == ".gguf":
+    if is_gguf(path):
         return _gguf(path, form)
     found = read_json(path, "file")
     if "criterion" in found and "layers" in found:
@@ -195,11 +197,10 @@ def _predicted(
 def _directory(path: Path, form: Form) -> Subject:
     """A model directory: bytes as they are there. One that could be cut is opened as the surgeon would."""
     check_links(path)
-    if not (path / "config.json").exists():
-        if ggufs := sorted(path.glob("*.gguf")):
-            return _first_of(ggufs, form)
-        if (path / "manifest.json").exists():
-            raise PareError(f"{path} is a run without a plan", f"make one with `mlx-pare plan {shell(path)}`")
+    if ggufs := ggufs_in(path):
+        return _first_of(ggufs, form)
+    if (path / "manifest.json").exists() and not (path / "config.json").exists():
+        raise PareError(f"{path} is a run without a plan", f"make one with `mlx-pare plan {shell(path)}`")
     config = read_json(path / "config.json", "model config")
     listed = read_headers(path)
     if not listed and not (path / "model.safetensors.index.json").exists():
@@ -221,12 +222,12 @@ def _directory(path: Path, form: Form) -> Subject:
 
 
 def _first_of(files: list[Path], form: Form) -> Subject:
-    """Of several GGUF files the first, projectors of images aside."""
-    files = [file for file in files if not file.name.startswith("mmproj")] or files
+    """Of several GGUF files the first."""
     found = _gguf(files[0], form)
-    others = [file for file in files if "-of-" not in file.name]
+    if len(files) == 1:
+        return found
     note = f"of {len(files)} .gguf files this is {files[0].name}: give the path of another"
-    return replace(found, notes=(*found.notes, note)) if len(others) > 1 else found
+    return replace(found, notes=(*found.notes, note))
 
 
 def _remote(asked: str, form: Form) -> Subject:
@@ -369,6 +370,7 @@ def _planned(path: Path, form: Form) -> Subject:
     model = read_json(manifest, "run manifest").get("model")
     if not isinstance(model, str):
         raise PareError(f"{manifest} does not say which model it is about", "restore it, or start a new run")
+    require(Path(model), manifest.parent)
     checkpoint = Checkpoint(model)
     if problems := plan.problems(checkpoint.arch):
         raise PareError(f"{path} does not suit {checkpoint.path}: {'; '.join(problems)}", "make the plan again")

@@ -12,6 +12,7 @@ from ..errors import PareError
 from ..fit import reach
 from ..fit.reach import Level
 from ..layout import size_of
+from ..opened import StrPath, opened
 from ..packing import BITS, Packing
 from ..trial import PARTS, Candidate
 from . import allocate
@@ -35,11 +36,11 @@ __all__ = [
 ]
 
 
-def plan(model: Path, scores: Path, options: Options, level: Level | None = None) -> Plan:
+def plan(model: StrPath, scores: StrPath, options: Options, level: Level | None = None) -> Plan:
     """The plan for a target: its shape (at this level, when one was chosen), filled with the units of the highest
     scores. Raises as ``shape``."""
-    checkpoint = Checkpoint(model)
-    found = _scores_of(checkpoint, scores)
+    checkpoint = Checkpoint(opened(model))
+    found = _scores_of(checkpoint, Path(scores))
     made = shape(checkpoint, options, level)
     keep = allocate.choose_units(checkpoint.arch, made.level, found.arrays, made.protected)
     return Plan(

@@ -13,6 +13,7 @@ from ..errors import UsageError
 from ..fit import footprint
 from ..fit.reach import DEFAULT_AXES
 from ..layout import smaller, total_bytes
+from ..option_types import check as check_types
 from ..packing import BITS, GROUP_SIZES, Packing
 
 
@@ -31,6 +32,9 @@ class Options:
     group_size: int = 64
     step: int | None = None
     protect: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 def packing_of(options: Options) -> Packing | None:

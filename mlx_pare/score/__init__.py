@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PareError, UsageError
+from ..opened import StrPath, opened
 
 AXES = ("ffn", "kv_head", "hidden", "layer")
 
@@ -96,7 +97,7 @@ def described(stats: Path, name: str) -> dict[str, Any]:
     return about
 
 
-def score(model: Path, stats: Path, out: Path, name: str = "obs", seed: int = 0) -> Path:
+def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed: int = 0) -> Path:
     """Write the scores of one criterion to ``out``: mlp [layers, ffn], attention [layers, q_head], attn_ln [hidden],
     ffn_ln [hidden] (summed over layers), layer [layers], of criterion angular also angles [layers + 1, layers + 1]; and
     sparsity [layers, ffn], for reading.
@@ -114,6 +115,7 @@ def score(model: Path, stats: Path, out: Path, name: str = "obs", seed: int = 0)
     from . import depth, width
     from .source import Source
 
+    model, stats, out = opened(model), Path(stats), Path(out)
     chosen = criterion(name)
     checkpoint = Checkpoint(model)
     require_cuttable(checkpoint.arch)

@@ -1,0 +1,346 @@
+"""Files and directories that have their name only when they are whole. Everything that mlx-pare writes goes this way.
+
+``created`` writes a new file or directory. It lies in a private directory beside its place and is renamed at the end.
+The rename never replaces anything, even if two calls race for one name.
+``replaced`` writes a file of ours again, such as manifest.json: its name holds the old bytes or the new.
+
+Temporary names hold random digits, so nobody can put a link or a file there before, and end in a mark. Whatever fails
+is cleaned up, Ctrl-C included. What a killed process leaves is known by the mark and by its lock, which ended with the
+process: the next call for the same name removes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from . import console, locks
+from .errors import PareError, Refused
+
+PART, TEMPORARY = ".mlx-pare.part", ".mlx-pare.tmp"  # a private directory; a file, with the suffix that it needs behind
+OURS = re.compile(r"\..*\.[0-9a-f]{16,24}\.mlx-pare\.(part|tmp(\.\w+)?)", re.DOTALL)
+SHOWN = 50  # characters of the final name in a temporary one: names have at most 255 bytes
+PATIENCE_S = 2.0  # for the lock on a directory, which others hold for milliseconds
+HAS_NO_SUCH_RENAME = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises Refused if something has this name, a link that leads nowhere included."""
+    if os.path.lexists(out):
+        raise Refused(f"{out} exists already", "choose another name, or move it away")
+
+
+def require_room(out: Path, size: int, besides: str = "") -> None:
+    """Raises PareError if the disk that is to hold ``out`` has fewer than ``size`` bytes free. ``besides``: what takes
+    some of them, for the message."""
+    free = shutil.disk_usage(next(place for place in out.absolute().parents if place.exists())).free
+    if size > free:
+        raise PareError(
+            f"{out}{besides} needs {console.gb(size)}, {out.parent} has {console.gb(free)} free",
+            "make room on the disk",
+        )
+
+
+@contextmanager
+def created(out: Path) -> Iterator[Path]:
+    """Make a new file or directory: the block writes to the path that it gets, which does not exist and ends in the
+    same name. When the block is done, everything is flushed to the disk and becomes ``out``.
+
+    Errors that name the temporary path name ``out`` instead. Raises Refused if ``out`` exists, before the block or
+    after it, or if another process is writing it.
+    """
+    refuse_existing(out)
+    with _directory(out.parent), _private(out) as place:
+        new = place / out.name
+        try:
+            yield new
+            _flush(new)
+            with undisturbed():
+                _rename_to_new(new, out)
+        except (PareError, OSError) as error:
+            _name(error, new, out)
+            _name(error, place, out.parent)
+            raise
+
+
+def create_file(path: Path, data: bytes) -> Path:
+    """A new file with these bytes; returns ``path``. Raises as ``created``."""
+    with created(path) as new:
+        new.write_bytes(data)
+    return path
+
+
+@contextmanager
+def replaced(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Write a file again: the block writes to the path that it gets, an empty file that ends in ``suffix``.
+
+    ``path`` holds the old bytes or the new, never half of them. What fails leaves nothing: on a full disk the room is
+    needed.
+    """
+    place = path.with_name(f".{path.name[:SHOWN]}.{secrets.token_hex(8)}{TEMPORARY}{suffix}")
+    try:
+        os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+        yield place
+        _flush(place)
+        os.replace(place, path)
+    except BaseException as error:
+        with undisturbed(), suppress(OSError):
+            place.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(place)  # a write that fails does not know of what
+        if isinstance(error, PareError | OSError):
+            _name(error, place, path)
+        raise
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """The bytes of a file at once, or the old ones."""
+    with replaced(path) as place:
+        place.write_bytes(data)
+
+
+def remove(directory: Path) -> None:
+    """Delete a directory that a later call would continue from. A kill on the way leaves nothing under its name."""
+    if directory.exists():
+        with _private(directory) as place:
+            os.rename(directory, place / directory.name)
+
+
+@contextmanager
+def scratch(directory: Path, name: str) -> Iterator[Path]:
+    """A private directory in ``directory`` while the block runs; ``name`` says what it is for."""
+    with _private(directory / name) as place:
+        yield place
+
+
+@contextmanager
+def working(directory: Path) -> Iterator[Path]:
+    """A directory that a killed call continues from: a new one, or one with our note in it. It is removed in the end if
+    nothing else is in it. Raises Refused for any other directory."""
+    note = directory / ".mlx-pare"
+    if directory.exists() and not note.exists() and any(directory.iterdir()):
+        raise Refused(f"{directory} exists already, and mlx-pare did not make it", "move it away")
+    directory.mkdir(parents=True, exist_ok=True)
+    note.touch()
+    try:
+        yield directory
+    finally:
+        if directory.exists() and list(directory.iterdir()) == [note]:
+            note.unlink()
+            directory.rmdir()
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file name is one of our temporary ones."""
+    return bool(OURS.fullmatch(name))
+
+
+def sweep(directory: Path, deep: bool = False) -> None:
+    """Remove what killed processes left in ``directory``, and with ``deep`` below it. Only for a directory that no
+    other process writes to: a temporary file has no lock."""
+    for place in list(directory.rglob("*") if deep else directory.iterdir()):
+        if is_ours(place.name):
+            _remove_dead(place)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that would interrupt the block arrive after it. Only the main thread gets any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: handler for number in stopping if (handler := signal.getsignal(number)) is not None}
+    try:
+        for number in before:
+            signal.signal(number, lambda sent, _: arrived.append(sent))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in dict.fromkeys(arrived):
+            os.kill(os.getpid(), number)
+
+
+# ---- the private directory ----
+
+
+@contextmanager
+def _private(out: Path) -> Iterator[Path]:
+    """A new directory beside ``out`` that only this user can enter, locked, and removed in the end."""
+    place = lock = None
+    try:
+        with undisturbed(), _alone(out.parent):
+            _remove_dead_of(out)
+            place = out.with_name(f"{_beginning(out)}{secrets.token_hex(8)}{PART}")
+            _make(place, out)
+            lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            locks.acquire(lock)
+        yield place
+    finally:
+        with undisturbed():
+            if place is not None:
+                shutil.rmtree(place, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _make(place: Path, out: Path) -> None:
+    try:
+        place.mkdir(mode=0o700)
+    except OSError as error:  # people know ``out``
+        error.filename = str(out)
+        raise
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[None]:
+    """A directory, and those above it. If the block fails, those that were made are removed again."""
+    new = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # something else may lie there meanwhile
+            for place in new:
+                place.rmdir()
+        raise
+
+
+def _beginning(out: Path) -> str:
+    """How the private directories for this name begin: the name as far as it fits, and a hash of all of it."""
+    return f".{out.name[:SHOWN]}.{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:8]}"
+
+
+@contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """No other mlx-pare makes or removes a private directory in ``parent`` meanwhile, where the system has locks: a new
+    one is not locked at once."""
+    try:
+        handle = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # what may be written to but not read
+        yield
+        return
+    try:
+        given_up = time.monotonic() + PATIENCE_S
+        while locks.acquire(handle) is False and time.monotonic() < given_up:
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_dead_of(out: Path) -> None:
+    """Remove what killed calls for this name left. Raises Refused if one is alive."""
+    with suppress(OSError):
+        for place in [Path(entry.path) for entry in os.scandir(out.parent) if entry.name.startswith(_beginning(out))]:
+            if is_ours(place.name) and _remove_dead(place) is False:
+                raise Refused(f"another mlx-pare is writing {out}", "wait for it, or choose another name")
+
+
+def _remove_dead(place: Path) -> bool | None:
+    """Remove a leftover. False: its process is alive. None: it cannot be told, or it is of somebody else."""
+    with suppress(OSError):
+        found = place.lstat()
+        if found.st_uid != os.geteuid():
+            return None
+        if stat.S_ISREG(found.st_mode) and not place.name.endswith(PART):
+            place.unlink()
+            return True
+        if not (stat.S_ISDIR(found.st_mode) and place.name.endswith(PART)):
+            return None
+        handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if dead := locks.acquire(handle):
+                shutil.rmtree(place, ignore_errors=True)
+            elif dead is None:
+                console.warn(f"{place} may be left by a call that was killed: delete it if no mlx-pare works there")
+            return dead
+        finally:
+            os.close(handle)
+    return None
+
+
+# ---- the end ----
+
+
+def _flush(path: Path) -> None:
+    """Everything in a file or directory is on the disk."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_symlink() or not file.is_file():
+            continue
+        handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _rename_to_new(source: Path, target: Path) -> None:
+    """Rename, unless ``target`` exists. Raises Refused then."""
+    sys.audit("os.rename", str(source), str(target), -1, -1)  # as os.rename says to those who watch
+    try:
+        if not _exclusive_rename(source, target):
+            _rename_over_own(source, target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise Refused(f"{target} exists already: it was made while this was written", "move it away") from error
+        raise
+
+
+def _rename_over_own(source: Path, target: Path) -> None:
+    """In two steps: taking the name fails if it exists; what is renamed over is then ours, and empty."""
+    directory = source.is_dir()
+    if directory:
+        target.mkdir()
+    else:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    try:
+        os.rename(source, target)
+    except OSError:
+        with suppress(OSError):
+            target.rmdir() if directory else target.unlink()
+        raise
+
+
+def _exclusive_rename(source: Path, target: Path) -> bool:
+    """A rename in one step that fails with FileExistsError; False where system or file system have none."""
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(source), os.fsencode(target)
+    if hasattr(library, "renamex_np"):  # macOS: RENAME_EXCL
+        failed = library.renamex_np(*paths, 4)
+    elif hasattr(library, "renameat2"):  # Linux: AT_FDCWD, RENAME_NOREPLACE
+        failed = library.renameat2(-100, paths[0], -100, paths[1], 1)
+    else:
+        return False
+    number = ctypes.get_errno()
+    if failed and number not in HAS_NO_SUCH_RENAME:
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+    return not failed
+
+
+def _name(error: PareError | OSError, place: Path, out: Path) -> None:
+    """In an error, the name that people know instead of the temporary one."""
+    if isinstance(error, OSError):
+        for attribute in ("filename", "filename2"):
+            if isinstance(found := getattr(error, attribute), str | os.PathLike):
+                setattr(error, attribute, os.fspath(found).replace(str(place), str(out)))
+        return
+    error.problem = error.problem.replace(str(place), str(out))
+    error.cure = error.cure and error.cure.replace(str(place), str(out))
+    error.args = (error.problem,)

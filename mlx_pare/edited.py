@@ -1,0 +1,51 @@
+"""Files for people that mlx-pare writes again, such as RUN/report.md. What somebody changed in one of them is kept.
+
+The last line of such a file is a comment, in Markdown and SVG alike, with the hash of what is above it. If the hash is
+wrong or missing, somebody changed the file, or it was never ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from itertools import count
+from pathlib import Path
+
+from . import bounded, console
+from .atomic import replace_file
+from .errors import PareError
+
+MOST = 64 << 20  # bytes of a file that is looked at
+SEAL = "<!-- mlx-pare wrote this; sha256 of all above: {}. If you change it, it is kept. -->\n"
+SEALED = re.compile(rb"(.*)" + re.escape(SEAL).replace(re.escape("{}"), "([0-9a-f]{64})").encode(), re.DOTALL)
+
+
+def write(path: Path, data: bytes) -> Path:
+    """Write a file again, unless it was changed since we wrote it: then it is kept, a warning says so, and the bytes go
+    to the first name beside it that is free or ours (report-2.md).
+
+    Args:
+        path: the file.
+        data: its new content, which ends with a line end.
+
+    Returns:
+        The file that was written.
+    """
+    others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    place = path
+    while os.path.lexists(place) and not _unchanged(place):
+        place = next(others)
+    if place != path:
+        console.warn(f"{path} was changed since mlx-pare wrote it, and is kept: the new one is {place}")
+    replace_file(place, data + SEAL.format(hashlib.sha256(data).hexdigest()).encode())
+    return place
+
+
+def _unchanged(path: Path) -> bool:
+    """Whether a file is as we wrote it."""
+    try:
+        found = SEALED.fullmatch(bounded.contents(path, MOST))
+    except (PareError, OSError):
+        return False
+    return bool(found) and hashlib.sha256(found[1]).hexdigest().encode() == found[2]
