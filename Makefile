@@ -48,6 +48,7 @@ run-test:
 	env OPENBLAS_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 run-bench:
+	$(RUN) $(BIN)/python benchmarks/start_up.py
 	$(RUN) $(BIN)/python benchmarks/criteria.py
 	$(RUN) $(BIN)/python benchmarks/run.py
 

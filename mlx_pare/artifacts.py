@@ -92,7 +92,7 @@ def repair_file(directory: Path, layer: int) -> Path:
 class Strict(BaseModel):
     """A schema in which unknown keys are errors: a typo in an edited file must not pass."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     @classmethod
     def read(cls, path: Path, what: str, cure: str = "make it again", fault: str = "is not valid") -> Self:

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import lm
+from . import lm, resident
 from .checkpoint import Checkpoint
 from .console import progress
 from .errors import UsageError
@@ -19,18 +19,27 @@ from .opened import StrPath, opened
 NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
 
 
-def bench(models: StrPath | Sequence[StrPath], trials: int = 5, prompt: int = 512, new: int = 128) -> dict[str, Any]:
+def bench(
+    models: StrPath | Sequence[StrPath],
+    trials: int = 5,
+    prompt: int = 512,
+    new: int = 128,
+    memory_cap: int | None = None,
+) -> dict[str, Any]:
     """Time ``trials`` rounds in which every model takes its turn (A B A B ...), after one round that does not count.
 
     Per model: median, minimum and maximum of prefill and decode tokens/s and peak bytes; ``ratio``: to the first model,
     pair by pair, so that a machine that slows down slows both. One model is in memory at a time: it is loaded anew for
-    each turn. Raises UsageError without models or trials.
+    each turn. ``memory_cap``: bytes that one may take; None: the memory that is free.
+
+    Raises UsageError without models or trials, Refused for models that do not fit in memory, before any is loaded.
     """
     models = [opened(m) for m in ([models] if isinstance(models, str | PathLike) else models)]
     if not models or trials < 1:
         raise UsageError("bench needs at least one model and one trial")
     for path in models:
         Checkpoint(path).arch  # noqa: B018 a broken model is found before minutes of work
+    resident.require(models, memory_cap)
     raw: list[list[dict[str, float]]] = [[] for _ in models]
     with progress("bench: turn", (trials + 1) * len(models)) as bar:
         for trial in range(trials + 1):

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import gradients, stream
+from . import finite, gradients, stream
 from .arch import Architecture, require_cuttable
 from .artifacts import Arrays, dump_json
 from .atomic import replace_file, sweep
@@ -120,6 +120,7 @@ def calibrate(
     require_cuttable(checkpoint.arch)
     extra = sorted(set(extra))
     check_memory(checkpoint, rows, memory_cap, extra)
+    finite.require(checkpoint, finite.outside(checkpoint))  # the walk finds those of the layers
     spooled = stream.must_spool(checkpoint, rows, memory_cap, _held(checkpoint, rows, extra))
     directory.mkdir(parents=True, exist_ok=True)
     sweep(directory)

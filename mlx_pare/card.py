@@ -10,6 +10,7 @@ from . import __version__, markdown
 from .artifacts import CONTENDERS
 from .checkpoint import Checkpoint
 from .console import gb
+from .errors import plain
 from .licence import licence_name
 from .manifest import Manifest
 from .verdict import metrics, reconstructed, verdict
@@ -51,7 +52,7 @@ def _made(checkpoint: Checkpoint, manifest: Manifest | None) -> str:
     arch, packing = checkpoint.arch, checkpoint.quantization
     stored = f"{packing.bits} bits in groups of {packing.group_size}" if packing else "not quantized"
     size = sum(tensor.size for tensor in arch.tensors())
-    origin = f" from `{markdown.escaped(manifest.called)}`" if manifest else ""
+    origin = f" from {markdown.code(manifest.called)}" if manifest else ""
     return (
         f"# {markdown.escaped(manifest.called if manifest else checkpoint.path.resolve().name)}, pruned\n\n"
         f"Made{origin} by mlx-pare {__version__}: {size:,} parameters in {len(arch.layers)} layers, {stored}, "
@@ -85,7 +86,7 @@ def _asked(run: Path) -> str:
         return ""
     # paths are of the computer it was made on, and nobody's business
     lines = [line for line in recipe.read_text("utf-8").splitlines() if "/" not in line]
-    return "## How\n\n```toml\n" + "\n".join(line.replace("`", "'") for line in lines) + "\n```"
+    return "## How\n\n```toml\n" + "\n".join(plain(line).replace("`", "'") for line in lines) + "\n```"
 
 
 def _hashes(run: Path, manifest: Manifest) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import lm, machine
+from . import lm
 from .arch import RESULT_TYPES
 from .checkpoint import Checkpoint, read_json
-from .console import gb
 from .errors import PareError
 from .optional import attempt
+from .resident import not_resident
 from .stock_path import plain, warning
 from .tokenizer_class import SETTINGS
 
@@ -48,14 +48,6 @@ def _same(ours: Path, theirs: Path) -> bool:
         return ours.exists() and ours.read_bytes() == theirs.read_bytes()
     found, expected = (read_json(file, "tokenizer config") for file in (ours, theirs))
     return {**found, "tokenizer_class": None} == {**expected, "tokenizer_class": None}
-
-
-def not_resident(model: Path, memory_cap: int | None) -> str:
-    """Why a model cannot be in memory as a whole; empty where it can."""
-    size = Checkpoint(model).nbytes() * (4 if lm.cpu_backend() else 1)  # dense there
-    if size <= (memory_cap or machine.available_bytes()):
-        return ""
-    return f"{model} needs about {gb(size)} of memory{', more than --memory-cap allows' if memory_cap else ''}"
 
 
 def _text(path: Path) -> str:

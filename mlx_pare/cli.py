@@ -14,58 +14,43 @@ from typing import Annotated, Any
 import click
 import typer
 
-from . import console, show
-from .options import (
-    Accumulate,
-    AnyModel,
-    Axes,
-    Batch,
-    Bits,
-    Cap,
-    ChooseBits,
-    Context,
-    Criterion,
-    Data,
-    DryRun,
-    Field,
-    For,
-    Gguf,
-    GradCheckpoint,
-    GroupSize,
-    Keep,
-    LayersBy,
-    Length,
-    LocalSteps,
-    Method,
-    MinSpeed,
-    Model,
-    NoProtect,
-    NoReconstruct,
-    Patience,
-    Quick,
-    Rate,
-    Runtimes,
-    Samples,
-    Seed,
-    Stages,
-    Step,
-    Steps,
-    TargetParams,
-    Targets,
-    TargetSize,
-    TestData,
-    TrainRows,
-    Tries,
-    Widths,
-    app,
-    command,
-    memory,
-    settings_of,
-)
+from . import cli_export, cli_models, cli_steps, console, show
+from .errors import PareError
+from .option_table import OUTPUT, TABLE, Option, mac_names
+from .options import AnyModel, DryRun, Model, Out, app, command, failed, memory, settings_of
 
+__all__ = ["cli_export", "cli_models", "cli_steps", "main"]  # the first three register their commands
+
+MACS, STORED, USE = "Macs", "How the model is stored", "How it is used"  # panels of `fit`
 INTERRUPTED = 130  # what typer returns for Ctrl-C before a command has begun
 
 # ---- everyday ----
+
+
+FIT = (
+    Option("mac", MACS, "Show only this Mac, e.g. m4-24gb. May be repeated.", metavar="MAC", repeats=True,
+           offers=mac_names),
+    Option("memory_size", MACS, "Show a Mac with this much memory, e.g. 24GB. May be repeated.", called="memory",
+           metavar="SIZE", repeats=True),
+    Option("context", USE, "Tokens of prompt and answer. Default: 8192, or 2048 per row with --train.", int),
+    Option("batch", USE, "Sequences at once. Default: 1, or 4 with --train.", int),
+    Option("bits", STORED,
+           "Take the model as packed by MLX: 2, 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4. Default: as it is.",
+           metavar="BITS"),
+    Option("group_size", STORED, "Group size of that packing: 32, 64 or 128.", int, 64),
+    Option("gguf", STORED, "Take the model as a GGUF file of this type, e.g. q4_k_m.", metavar="TYPE"),
+    Option("kv_bits", USE,
+           "Quantize the KV cache to 8, 4, 3 or 2 bits; in llama.cpp to 8, 5 or 4. Default: floats.", int),
+    Option("prefill_step", USE, "Tokens of the prompt that mlx-lm reads at once.", int, 2048),
+    Option("runtime", USE, "mlx or llama.cpp. Default: llama.cpp for GGUF, else mlx.", metavar="NAME",
+           choices=("mlx", "llama.cpp")),
+    Option("train", USE, "Show the memory for training instead: lora or full.", metavar="METHOD",
+           choices=("lora", "full")),
+    Option("macos", MACS, "macOS version: 15 or 26. It sets the GPU's share of memory.", int, 26, least=11),
+    Option("limit", MACS, 'GPU memory as iogpu.wired_limit_mb sets it: "20480" or "20GB".', metavar="SIZE"),
+    Option("reserve", MACS, 'Memory to keep free for other programs, e.g. "3GB".', metavar="SIZE"),
+    Option("plot", OUTPUT, "Draw a picture into a new FILE.svg or FILE.png.", Path, metavar="FILE"),
+)  # fmt: skip
 
 
 @command(
@@ -73,58 +58,36 @@ INTERRUPTED = 130  # what typer returns for Ctrl-C before a command has begun
     "mlx-pare fit qwen3-32b --mac m4-24gb | mlx-pare fit MODEL --context 32768 --kv-bits 8 | mlx-pare fit model.gguf "
     "--memory 16GB --plot fit.svg | mlx-pare fit Qwen/Qwen3-14B --bits 4 --train lora",
     network=True,
+    options=FIT,
+    first=("mac", "context", "bits", "gguf", "kv_bits", "train", "plot"),
 )
-def fit_command(
-    model: AnyModel,
-    mac: Annotated[list[str] | None, typer.Option(help="Only this Mac, e.g. m4-24gb; may be repeated.")] = None,
-    memory_size: Annotated[
-        list[str] | None, typer.Option("--memory", help="A Mac of which only the memory is known, e.g. 24GB.")
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and answer. Default: 8192; in training 2048 per row.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences at once. Default: 1; in training 4.")] = None,
-    bits: Annotated[
-        str | None,
-        typer.Option(help="As MLX would pack it: 2, 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4. Default: as it is."),
-    ] = None,
-    group_size: GroupSize = 64,
-    gguf: Annotated[str | None, typer.Option(help="As a GGUF file of this type would hold it, e.g. q4_k_m.")] = None,
-    kv_bits: Annotated[
-        int | None, typer.Option(help="KV cache of 8, 4, 3 or 2 bits, in llama.cpp 8, 5 or 4. Default: floats.")
-    ] = None,
-    prefill_step: Annotated[int, typer.Option(help="Tokens of a prompt read at a time, by mlx-lm.")] = 2048,
-    runtime: Annotated[
-        str | None, typer.Option(help="mlx or llama.cpp. Default: llama.cpp for GGUF, else mlx.")
-    ] = None,
-    train: Annotated[str | None, typer.Option(help="Memory for training instead: lora or full.")] = None,
-    macos: Annotated[
-        int, typer.Option(min=11, help="macOS version, which sets the GPU's share of memory: 15 or 26.")
-    ] = 26,
-    limit: Annotated[
-        str | None, typer.Option(help='GPU memory as iogpu.wired_limit_mb sets it: "20480" or "20GB".')
-    ] = None,
-    reserve: Annotated[str | None, typer.Option(help='Memory to keep free for other programs, e.g. "3GB".')] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it: a new FILE.svg or FILE.png.", metavar="FILE")] = None,
-) -> dict[str, Any]:
-    """Every Mac: does a model fit, how long a context, how fast, and what would make it fit. Loads nothing."""
+def fit_command(model: AnyModel, **asked: Any) -> dict[str, Any]:
+    """Show which Macs a model fits, and what would make it fit.
+
+    For every Mac it shows the memory, the longest context and an estimate of the speed. Only the config and the headers
+    of the model are read.
+    """
     from .fit import fit
     from .fit.macs import Budget, gib
     from .fit.memory import TRAIN_BATCH, TRAIN_LENGTH, Use
-    from .fit.plot import draw, preflight
     from .fit.subject import Form
 
-    if plot:
+    train, context, batch, plot = asked["train"], asked["context"], asked["batch"], asked["plot"]
+    if plot:  # or the import would slow down every other call
+        from .fit.plot import draw, preflight
+
         preflight(plot)
-    form = Form.named(bits, group_size, gguf)
+    form = Form.named(asked["bits"], asked["group_size"], asked["gguf"])
     use = Use(
         context=context if context is not None else TRAIN_LENGTH if train else 8192,
         batch=batch if batch is not None else TRAIN_BATCH if train else 1,
-        kv_bits=kv_bits, prefill_step=prefill_step, runtime=runtime, train=train,
+        kv_bits=asked["kv_bits"], prefill_step=asked["prefill_step"], runtime=asked["runtime"], train=train,
     )  # fmt: skip
+    limit = asked["limit"]
     megabytes = "MiB" if limit and limit.isdecimal() else ""  # as sysctl takes them
-    budget = Budget(macos, memory(limit and limit + megabytes), memory(reserve) or 0)
-    found = fit(model, [*(mac or []), *(f"{gib(size):g}gb" for size in memory_size or [])], use, form, budget)
+    budget = Budget(asked["macos"], memory(limit and limit + megabytes), memory(asked["reserve"]) or 0)
+    macs = [*(asked["mac"] or []), *(f"{gib(size):g}gb" for size in asked["memory_size"] or [])]
+    found = fit(model, macs, use, form, budget)
     show.show_fit(found)
     if plot:
         found["plot"] = str(draw(found, plot))
@@ -135,68 +98,21 @@ def fit_command(
 @command(
     "run",
     "mlx-pare run MODEL --out RUN --keep 0.75 | mlx-pare run MODEL --out RUN --for m4-24gb --context 8192 "
-    "--data notes/ | mlx-pare run MODEL --out RUN --schedule 0.8,0.65,0.5 --recover-steps 300",
-)
-def run_command(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.")],
-    keep: Keep = None,
-    schedule: Stages = None,
-    target_params: TargetParams = None,
-    target_size: TargetSize = None,
-    mac: For = None,
-    context: Context = 8192,
-    min_speed: MinSpeed = None,
-    axes: Axes = "ffn,kv_head",
-    criterion: Criterion = "obs",
-    no_reconstruct: NoReconstruct = False,
-    data: Data = None,
-    test_data: TestData = None,
-    field: Field = None,
-    samples: Samples = 128,
-    length: Length = 512,
-    bits: Bits = None,
-    group_size: GroupSize = 64,
-    step: Step = None,
-    no_protect: NoProtect = False,
-    widths: Widths = "uniform",
-    runtimes: Runtimes = "mlx",
-    layers_by: LayersBy = None,
-    tries: Tries = None,
-    choose_bits: ChooseBits = None,
-    recover_steps: Steps = 100,
-    train_rows: TrainRows = 512,
-    method: Method = "lora",
-    learning_rate: Rate = None,
-    local_steps: LocalSteps = 0,
-    targets: Targets = "full",
-    patience: Patience = 0,
-    batch: Batch = 4,
-    accumulate: Accumulate = 1,
-    grad_checkpoint: GradCheckpoint = False,
-    gguf: Gguf = None,
-    trials: Annotated[int, typer.Option(min=0, help="Rounds of the speed measurement; 0: none.")] = 5,
-    min_quality: Annotated[
-        float | None, typer.Option(help="Fail when perplexity exceeds this times the original's.")
-    ] = None,
-    memory_cap: Cap = None,
-    seed: Seed = 0,
-    quick: Quick = False,
-    dry_run: DryRun = False,
-) -> dict[str, Any]:
-    """All of it: calibrate, score, plan, reconstruct, prune, recover, evaluate, export, bench, report. Resumable."""
-    settings = settings_of(
-        keep=keep, stages=schedule, target_params=target_params, target_size=target_size, mac=mac, context=context,
-        min_speed=min_speed, axes=axes, criterion=criterion, reconstruct=not no_reconstruct, data=data,
-        test_data=test_data, field=field, samples=samples, length=length, bits=bits, group_size=group_size, step=step,
-        protect=not no_protect, widths=widths, runtimes=runtimes, layers_by=layers_by, tries=tries,
-        choose_bits=choose_bits,
-        recover_steps=recover_steps, train_rows=train_rows, method=method, learning_rate=learning_rate,
-        local_steps=local_steps,
-        targets=targets, patience=patience, batch=batch, accumulate=accumulate, grad_checkpoint=grad_checkpoint,
-        gguf=gguf, trials=trials, min_quality=min_quality, memory_cap=memory_cap, seed=seed, quick=quick,
-    )  # fmt: skip
-    return _run(model, out, settings, dry_run)
+    "--data notes/ | mlx-pare run MODEL --out RUN --schedule 0.8,0.65,0.5 --recover-steps 300 | "
+    "mlx-pare run --recipe RUN/recipe.toml --out NEW --keep 0.6",
+    options=TABLE,
+    first=("out", "keep", "target_size", "mac", "context", "data", "bits", "gguf", "recover_steps", "memory_cap",
+           "recipe", "dry_run"),
+    recipe=True,
+)  # fmt: skip
+def run_command(model: Model, out: Out, dry_run: DryRun = False, **asked: Any) -> dict[str, Any]:
+    """Prune a model, recover it, and measure the result.
+
+    The result is compared with the original, with a random cut of the same size, and with fewer bits.
+    The steps are calibrate, score, plan, reconstruct, prune, recover, evaluate, export, bench and report. To continue a
+    run that was stopped, give the same command again.
+    """
+    return _run(model, out, settings_of(**asked), dry_run)
 
 
 def _run(model: Path, out: Path, settings: Any, dry_run: bool = False) -> dict[str, Any]:
@@ -212,40 +128,38 @@ def _run(model: Path, out: Path, settings: Any, dry_run: bool = False) -> dict[s
 @command(
     "evaluate",
     "mlx-pare evaluate MODEL --data book.txt --length 256 | mlx-pare evaluate PRUNED --data book.txt --teacher MODEL",
+    options=("length", "field", "memory_cap"),
 )
 def evaluate_command(
     model: Model,
-    data: Annotated[str, typer.Option(help="Text: .txt, .md, .jsonl or a folder.", metavar="PATH")],
-    teacher: Annotated[Path | None, typer.Option(help="Model to compare with: KL divergence and agreement.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Windows. Default: all.")] = None,
-    length: Length = 512,
-    field: Field = None,
-    memory_cap: Cap = None,
+    data: Annotated[
+        str, typer.Option(help="Text to measure on: a .txt, .md or .jsonl file, or a folder.", metavar="PATH")
+    ],
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Model to compare with, by KL divergence and agreement.", metavar="MODEL"),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Number of windows. Default: all.")] = None,
+    *,
+    length: int,
+    field: str | None,
+    memory_cap: str | None,
 ) -> dict[str, Any]:
-    """Perplexity with its standard error, bits per byte; against a teacher KL divergence and agreement."""
+    """Measure the perplexity of a model.
+
+    With --teacher it also measures the KL divergence, and how often the most likely tokens agree.
+    """
     from . import corpus, lm
     from .evaluate import evaluate
-    from .hub_name import called
 
     tokenizer = lm.tokenizer(model)
     rows = corpus.windows(tokenizer, corpus.read(Path(data), tokenizer, field), length, samples)
     found = evaluate(model, rows, tokenizer, teacher, data, memory(memory_cap)).model_dump()
-    console.table(
-        called(model),
-        ["<metric", "value"],
-        [
-            [k, f"{v:.5g}" if isinstance(v, float) else v]
-            for k, v in found.items()
-            if k not in ("schema_version", "model") and v is not None
-        ],
-    )
+    show.show_metrics(found)
     return found
 
 
-from . import cli_export  # noqa: E402, F401 in its place in the help
-
-
-@command("bench", "mlx-pare bench MODEL RUN/prune/model --trials 5")
+@command("bench", "mlx-pare bench MODEL RUN/prune/model --trials 5", options=("memory_cap",))
 def bench_command(
     models: Annotated[
         list[Path], typer.Argument(help="Model directories; the first is the reference.", metavar="MODEL...")
@@ -253,55 +167,44 @@ def bench_command(
     trials: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
+    *,
+    memory_cap: str | None,
 ) -> dict[str, Any]:
-    """Prefill and decode tok/s through stock mlx-lm, models in turn; median, spread, ratios."""
+    """Measure the speed of models in stock mlx-lm.
+
+    It measures how many tokens per second each model reads and writes.     The models take turns. The table
+    shows the median, the spread, and the ratio to the first model.
+    """
     from .bench import bench
 
-    found = bench(models, trials, prompt, new)
-    rows = []
-    for m in found["models"]:
-        cells = [
-            f"{m[n]['median']:.1f} ({m[n]['min']:.1f}-{m[n]['max']:.1f})"
-            for n in ("prefill_tokens_per_s", "decode_tokens_per_s")
-        ]
-        ratios = [f"{m['ratio'][n]['median']:.2f}" for n in ("prefill_tokens_per_s", "decode_tokens_per_s")]
-        rows.append([m["model"], cells[0], ratios[0], cells[1], ratios[1], console.gb(m["peak_bytes"]["median"])])
-    console.table(
-        f"{trials} trials, {found['backend']}",
-        ["<model", "prefill tok/s", "ratio", "decode tok/s", "ratio", "peak"],
-        rows,
-    )
+    found = bench(models, trials, prompt, new, memory(memory_cap))
+    show.show_bench(found)
     return found
 
 
 # ---- looking around ----
 
-from . import cli_models  # noqa: E402, F401
-
 
 @command("inspect", "mlx-pare inspect MODEL --json | mlx-pare inspect qwen3-30b-a3b", network=True)
 def inspect_command(model: AnyModel) -> dict[str, Any]:
-    """What is in a model, what can be cut, which runtimes load it. Reads headers only."""
+    """Show what is in a model, and which programs load it.
+
+    It also shows what can be cut. Only the config and the headers of the model are read.
+    """
     from .inspect import inspect
 
     found = inspect(model)
-    parts = found.pop("parameters", {})
-    told = {k: v for k, v in found.items() if k not in ("model", "bytes", "notes") and v is not None}
-    rows = [[k.replace("_", " "), show.plain(v)] for k, v in told.items()]
-    rows += [[f"parameters: {k.replace('_', ' ')}", f"{v:,}"] for k, v in parts.items()]
-    rows.append(["weights", console.gb(found["bytes"]["total"])])
-    console.table(model, ["<", "<value"], rows)
-    for line in found["notes"]:
-        console.say(f"note: {line}")
-    return {**found, "parameters": parts}
+    show.show_inspect(found)
+    return found
 
 
-@command("demo", "mlx-pare demo --out demo-run")
+@command("demo", "mlx-pare demo --out demo-run | mlx-pare demo --quick", options=("quick",))
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.")] = Path("demo-run"),
-    quick: Quick = False,
+    out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.", metavar="DIR")] = Path("demo-run"),
+    *,
+    quick: bool,
 ) -> dict[str, Any]:
-    """The whole job on the small real model that comes with mlx-pare, in a few minutes."""
+    """Prune the small model that comes with mlx-pare."""
     from .texts import DEMO
 
     return _run(DEMO / "model", out, settings_of(keep=0.75, length=256, recover_steps=60, context=512, quick=quick))
@@ -309,7 +212,7 @@ def demo_command(
 
 @command("doctor", "mlx-pare doctor")
 def doctor_command() -> dict[str, Any]:
-    """This computer and what is installed on it."""
+    """Show this computer and the installed versions."""
     from .machine import available_bytes, this_machine, versions
 
     machine = this_machine()
@@ -327,9 +230,6 @@ def doctor_command() -> dict[str, Any]:
     return found
 
 
-from . import cli_steps  # noqa: E402, F401 its commands come after the everyday ones in the help
-
-
 def main() -> None:
     """Entry point of the command line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
@@ -341,7 +241,7 @@ def main() -> None:
 def _called() -> int:
     """Run the command that was typed; a mistyped one is one line as well (and the document of --json). Exit code."""
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(prog_name="mlx-pare", standalone_mode=False) or 0
         if code != INTERRUPTED:
             return code
         console.error("interrupted before anything was done")
@@ -356,5 +256,8 @@ def _called() -> int:
         console.error(line)
         console.document({"error": line, "exit_code": error.exit_code})
         return error.exit_code
+    except PareError as error:  # while the command line was read: a recipe
+        console.configure(as_json="--json" in sys.argv)
+        return failed(error, "--debug" in sys.argv)
     except (click.Abort, BrokenPipeError):
         return 1

@@ -12,12 +12,37 @@ import typer
 
 from . import console, show
 from .atomic import created
-from .errors import PareError, Refused, UsageError
-from .options import Context, Data, DryRun, Field, Gguf, GroupSize, Length, Model, Samples, command, settings_of
+from .errors import PareError, Refused, UsageError, shell
+from .option_table import OUTPUT, REACH, Option, mac_names
+from .options import DryRun, Model, command, settings_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .imatrix import Importance
+
+PACKED = "Packed by mlx-lm"  # a panel of the help
+TEXTS = ("data", "field", "samples", "length")
+OPTIONS = (
+    "gguf",
+    Option("imatrix", OUTPUT,
+           "Importance matrix for the quantizer: none; auto, measured on the text of --data; or a FILE that a run or "
+           "llama-imatrix made. Default: none, or auto for types that need one.", metavar="none|auto|FILE"),
+    Option("mac", REACH, "Exit with 3 if the file does not fit this Mac.", called="for", metavar="MAC",
+           offers=mac_names),
+    "context",
+    *TEXTS,
+    Option("bits", PACKED, "With --mlx: 2, 3, 4, 5, 6 or 8 bits.", int, 4),
+    Option("group_size", PACKED, "With --mlx: 32, 64 or 128.", int, 64),
+    Option("mixed", PACKED, "With --mlx: more bits for the head, and in some layers for values and down_proj.", bool,
+           False),
+)  # fmt: skip
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify", rich_help_panel=OUTPUT,
+        help="Do not compare the GGUF file with MLX in llama.cpp, and do not ask stock servers.",
+    ),
+]  # fmt: skip
 
 
 @command(
@@ -26,64 +51,46 @@ if TYPE_CHECKING:
     "-o m.gguf --for m4-24gb | mlx-pare export MODEL --gguf q4_k_m --dry-run | mlx-pare export RUN/recover/model "
     "--ollama DIR --gguf q4_k_m | mlx-pare export RUN/recover/model --mlx DIR --bits 4 --mixed | mlx-pare export "
     "RUN/recover/model --hub-ready DIR",
+    options=OPTIONS,
+    first=("out", "ollama", "mlx", "hub_ready", "gguf", "imatrix", "dry_run"),
 )
 def export_command(
     model: Model,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The GGUF file to write.")] = None,
-    gguf: Gguf = None,
-    imatrix: Annotated[
-        str | None,
-        typer.Option(
-            help="Importance matrix: none; auto, made by one pass over the text of --data; or a FILE that a run or "
-            "llama-imatrix made. Default: none, auto for types that cannot be made without.",
-            metavar="none|auto|FILE",
-        ),
-    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="GGUF file to write.", metavar="FILE")] = None,
     ollama: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write a GGUF file and a Modelfile for Ollama into a directory.")
+        Path | None, typer.Option(metavar="DIR", help="Write a directory with a GGUF file and a Modelfile for Ollama.")
     ] = None,
     mlx: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a float model packed by mlx-lm, with --bits.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="With --mlx: 2, 3, 4, 5, 6 or 8.")] = 4,
-    group_size: GroupSize = 64,
-    mixed: Annotated[
-        bool, typer.Option("--mixed", help="With --mlx: more bits for values, down_proj in some layers, and the head.")
-    ] = False,
     hub_ready: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a directory to upload: weights, card, licence.")
     ] = None,
-    data: Data = None,
-    field: Field = None,
-    samples: Samples = 128,
-    length: Length = 512,
-    mac: Annotated[
-        str | None, typer.Option("--for", help="Exit 3 when it does not fit this Mac.", metavar="MAC")
-    ] = None,
-    context: Context = 8192,
-    no_verify: Annotated[
-        bool,
-        typer.Option("--no-verify", help="Do not compare a GGUF file with MLX in llama.cpp, nor ask stock servers."),
-    ] = False,
+    no_verify: NoVerify = False,
     dry_run: DryRun = False,
+    **asked: Any,
 ) -> dict[str, Any]:
-    """Write a GGUF file (alone or with a Modelfile), a packed MLX model or a directory for the hub. What was written is
-    opened again: compared in llama.cpp where that is installed, asked through stock servers, held against the Macs."""
+    """Write a GGUF file, or a directory for Ollama, MLX or the hub.
+
+    The result is opened again: compared with MLX in llama.cpp if that is installed, asked a question through a stock
+    server, and held against the memory of every Mac.
+    """
     if sum(given is not None for given in (out, ollama, mlx, hub_ready)) + dry_run != 1:
         raise UsageError("export writes one thing", "name it: -o FILE, --ollama DIR, --mlx DIR or --hub-ready DIR")
     if mlx or hub_ready:
-        return _directory(model, mlx, hub_ready, (bits, group_size, mixed), no_verify)
+        return _directory(model, mlx, hub_ready, (asked["bits"], asked["group_size"], asked["mixed"]), no_verify)
     from .fit import macs
 
-    checkpoint, kind, imatrix = _settled(model, gguf, imatrix)
+    mac, context = asked["mac"], asked["context"]
+    checkpoint, kind, imatrix = _settled(model, asked["gguf"], asked["imatrix"])
     if dry_run:
         return _predicted(checkpoint, kind, imatrix)
     chosen = [macs.find(mac)] if mac else macs.every()
-    texts = settings_of(data=data, field=field, samples=samples, length=length)
+    matrix = imatrix, settings_of(**{field: asked[field] for field in TEXTS})
     if ollama:
-        return _for_ollama(checkpoint, ollama, kind, (imatrix, texts), (chosen, mac, context), no_verify)
+        return _for_ollama(checkpoint, ollama, kind, matrix, (chosen, mac, context), no_verify)
     with created(out) as place, _set_aside(place, out):
-        done = _gguf(checkpoint, place, kind, (imatrix, texts), (chosen, context), no_verify)
+        done = _gguf(checkpoint, place, kind, matrix, (chosen, context), no_verify)
     done["path"] = str(out)
     _require_fit(done, mac, context)
     return done
@@ -156,7 +163,7 @@ def _require_fit(done: dict[str, Any], mac: str | None, context: int) -> None:
 
 def _asked(checkpoint: Checkpoint, ask: Any) -> dict[str, Any]:
     """What a stock server answers, where the memory holds the model."""
-    from .check import not_resident
+    from .resident import not_resident
     from .tokenizer_files import has_chat_template
 
     if too_large := not_resident(checkpoint.path, None):
@@ -187,7 +194,7 @@ def _for_ollama(
     done["notes"] = [*done["notes"], *found.notes]
     for note in found.notes:
         console.say(f"note: {note}")
-    console.say(f"ollama create NAME -f {out / 'Modelfile'}    (Ollama itself was not run)")
+    console.say(f"ollama create NAME -f {shell(out / 'Modelfile')}    (Ollama itself was not run)")
     _require_fit(done, mac, context)
     return done
 

@@ -9,59 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from . import console, show
-from .options import (
-    Accumulate,
-    Axes,
-    Batch,
-    Bits,
-    Cap,
-    ChooseBits,
-    Clip,
-    Context,
-    Criterion,
-    CrossEntropy,
-    Data,
-    DryRun,
-    Field,
-    For,
-    GradCheckpoint,
-    GroupSize,
-    Keep,
-    LayersBy,
-    Length,
-    LocalSteps,
-    Loss,
-    Match,
-    Method,
-    MinSpeed,
-    Mix,
-    Model,
-    NoProtect,
-    NoReconstruct,
-    OnPolicy,
-    Patience,
-    Rank,
-    Rate,
-    RunDir,
-    Runtimes,
-    Samples,
-    Schedule,
-    Seed,
-    Step,
-    Steps,
-    TargetParams,
-    Targets,
-    TargetSize,
-    TeacherModel,
-    Temperature,
-    TestData,
-    TrainRows,
-    Tries,
-    Widths,
-    command,
-    memory,
-    settings_of,
-)
+from .errors import shell
+from .option_table import CUT, REACH, RECOVERY, TABLE
+from .options import DryRun, Model, Out, RunDir, command, memory, settings_of
+
+PLAN = (
+    *(f for f, option in TABLE.items() if option.panel in (REACH, CUT) and f not in ("stages", "min_quality")),
+    "widths", "layers_by", "tries", "choose_bits", "memory_cap",
+)  # fmt: skip
+RECOVER = (
+    *(field for field, option in TABLE.items() if option.panel == RECOVERY),
+    "data", "test_data", "field", "memory_cap", "seed",
+)  # fmt: skip
 
 
 @command(
@@ -72,15 +31,18 @@ def import_command(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A GGUF file, or any part of one in several, or the folder of one, or one on the hub: "
+            help="A GGUF file, any part of a file that was split, the folder of one, or a file on the hub: "
             "org/name/file.gguf, org/name:Q4_K_M.",
             metavar="FILE",
         ),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Model directory to write.")],
-    dense: Annotated[bool, typer.Option("--dense", help="Quantized tensors become float16.")] = False,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Model directory to write.", metavar="DIR")],
+    dense: Annotated[bool, typer.Option("--dense", help="Write quantized tensors as float16.")] = False,
 ) -> dict[str, Any]:
-    """Rebuild a GGUF file as an MLX model directory. The other commands do it by themselves, into a cache."""
+    """Convert a GGUF file to an MLX model directory.
+
+    Other commands that get a GGUF file convert it by themselves, into a cache.
+    """
     from .gguf_model import rebuild
     from .opened import gguf_of, told
 
@@ -96,45 +58,37 @@ def import_command(
 )
 def adapters_command(
     adapter: Annotated[Path, typer.Argument(help="A LoRA adapter directory of mlx-lm.", metavar="ADAPTER")],
-    parent: Annotated[Path, typer.Option(help="The model that the adapter is for.")],
-    model: Annotated[Path, typer.Option(help="The model that was cut from it.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The adapter directory to write.")],
+    parent: Annotated[Path, typer.Option(help="The model that the adapter was trained for.", metavar="MODEL")],
+    model: Annotated[Path, typer.Option(help="The model that was cut from it.", metavar="MODEL")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Adapter directory to write.", metavar="DIR")],
 ) -> dict[str, Any]:
-    """Carry a LoRA adapter of the original over to the model that was cut from it: what is left of it there."""
+    """Cut a LoRA adapter of the original to fit the pruned model."""
     from .adapters import carry
 
     found = carry(adapter, parent, model, out)
     gone = f", {len(found['left_out'])} tensors of layers that are gone left out" if found["left_out"] else ""
     console.say(f"{out}: {found['tensors']} tensors in {len(found['layers'])} layers{gone}")
-    console.say(f"mlx_lm.generate --model {model} --adapter-path {out}")
+    console.say(f"mlx_lm.generate --model {shell(model)} --adapter-path {shell(out)}")
     return found
 
 
-@command("calibrate", "mlx-pare calibrate MODEL --data notes/ --out RUN --samples 128 --length 512")
-def calibrate_command(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Run directory, new or to be continued.")],
-    criterion: Criterion = "obs",
-    data: Data = None,
-    test_data: TestData = None,
-    field: Field = None,
-    samples: Samples = 128,
-    length: Length = 512,
-    memory_cap: Cap = None,
-    seed: Seed = 0,
-) -> dict[str, Any]:
-    """Stream calibration text through the blocks: statistics of every unit. Resumes after the last finished block.
+@command(
+    "calibrate",
+    "mlx-pare calibrate MODEL --data notes/ --out RUN --samples 128 --length 512",
+    options=("criterion", "data", "test_data", "field", "samples", "length", "memory_cap", "seed"),
+    recipe=True,
+)
+def calibrate_command(model: Model, out: Out, **asked: Any) -> dict[str, Any]:
+    """Measure every unit of a model on calibration text.
 
-    The criterion only decides whether more is measured: taylor and taylor2 need gradients, iterative contributions.
+    An interrupted calibration continues after the last finished block. The criterion only decides whether more is
+    measured: taylor and taylor2 need gradients, iterative needs contributions.
     """
     from . import recipes, steps
     from .checkpoint import Checkpoint
 
-    steps.criterion(criterion)  # a wrong name must not leave a run directory behind
-    s = settings_of(
-        data=data, test_data=test_data, samples=samples, length=length, memory_cap=memory_cap, seed=seed,
-        criterion=criterion, field=field,
-    )  # fmt: skip
+    s = settings_of(**asked)
+    steps.criterion(s.criterion)  # a wrong name must not leave a run directory behind
     s = recipes.dated(out, s)
     Checkpoint(model)
     texts = steps.Texts(model, s)
@@ -148,13 +102,13 @@ def calibrate_command(
     return {"stats": str(stats)}
 
 
-@command("score", "mlx-pare score RUN --criterion wanda")
-def score_command(run: RunDir, criterion: Criterion = "obs", seed: Seed = 0) -> dict[str, Any]:
-    """Turn statistics into the importance of every channel, head and layer."""
+@command("score", "mlx-pare score RUN --criterion wanda", options=("criterion", "seed"), recipe=True)
+def score_command(run: RunDir, **asked: Any) -> dict[str, Any]:
+    """Rank every channel, head and layer by a criterion."""
     from . import steps
 
     with steps.continue_run(run) as opened:
-        scores = steps.score_step(opened, settings_of(criterion=criterion, seed=seed))
+        scores = steps.score_step(opened, settings_of(**asked))
     console.say(f"scores: {scores}")
     return {"scores": str(scores)}
 
@@ -162,40 +116,22 @@ def score_command(run: RunDir, criterion: Criterion = "obs", seed: Seed = 0) -> 
 @command(
     "plan",
     "mlx-pare plan RUN --keep 0.75 --dry-run | mlx-pare plan RUN --for m4-24gb --context 8192 --axes ffn,kv_head,layer",
+    options=PLAN,
+    first=("keep", "target_size", "mac", "context", "bits", "axes", "dry_run"),
+    recipe=True,
 )
-def plan_command(
-    run: RunDir,
-    keep: Keep = None,
-    target_params: TargetParams = None,
-    target_size: TargetSize = None,
-    mac: For = None,
-    context: Context = 8192,
-    min_speed: MinSpeed = None,
-    axes: Axes = "ffn,kv_head",
-    bits: Bits = None,
-    group_size: GroupSize = 64,
-    step: Step = None,
-    no_protect: NoProtect = False,
-    widths: Widths = "uniform",
-    runtimes: Runtimes = "mlx",
-    layers_by: LayersBy = None,
-    tries: Tries = None,
-    choose_bits: ChooseBits = None,
-    memory_cap: Cap = None,
-    dry_run: DryRun = False,
-) -> dict[str, Any]:
-    """Choose what to keep for a target; plan.json may be edited before `prune`."""
+def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str, Any]:
+    """Choose what to keep for a target.
+
+    The plan is RUN/plan/plan.json. You may edit it before `prune`.
+    """
     from . import pipeline, planning, recipes, steps
     from .arch import cut
     from .artifacts import Plan
     from .checkpoint import Checkpoint
     from .gguf_target import runtimes_of
 
-    s = settings_of(
-        keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes, bits=bits,
-        min_speed=min_speed, group_size=group_size, step=step, protect=not no_protect, widths=widths, runtimes=runtimes,
-        layers_by=layers_by, tries=tries, choose_bits=choose_bits, memory_cap=memory_cap,
-    )  # fmt: skip
+    s = settings_of(**asked)
     with steps.continue_run(run) as opened:
         if dry_run:
             return show.show_shape(pipeline.shape_of(opened.model, planning.with_possible_axes(opened.model, s)))
@@ -216,32 +152,37 @@ def plan_command(
     "stability",
     "mlx-pare stability RUN | mlx-pare stability RUN --criterion wanda,flap --against FLOAT_MODEL | "
     "mlx-pare stability RUN --measure",
+    options=("reconstruct", "memory_cap"),
 )
 def stability_command(
     run: RunDir,
     criterion: Annotated[
-        str | None, typer.Option(help="Of which criteria; separated by commas. Default: the run's.")
+        str | None,
+        typer.Option(help="Criteria to judge, separated by commas. Default: that of the run.", metavar="LIST"),
     ] = None,
-    draws: Annotated[int, typer.Option(min=0, help="Calibration draws to compare; 0: none.")] = 3,
+    draws: Annotated[int, typer.Option(min=0, help="Number of calibration draws to compare; 0 compares none.")] = 3,
     against: Annotated[
-        Path | None, typer.Option(help="The model before it was quantized: does it choose the same?", metavar="MODEL")
+        Path | None,
+        typer.Option(help="The same model before it was quantized, to compare the choices.", metavar="MODEL"),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Also make the cut of every draw, and measure it on the test text.")
     ] = False,
-    no_reconstruct: NoReconstruct = False,
-    memory_cap: Cap = None,
+    *,
+    reconstruct: bool,
+    memory_cap: str | None,
 ) -> dict[str, Any]:
-    """How far the choice depends on the calibration text: enough tokens? other draws? quantized as float?
+    """Show how much the choice depends on the calibration text.
 
-    For the sizes of the run's plan, on parts of its calibration text that share no row; test text is only measured on.
+    It answers three questions: would fewer tokens be enough, do other draws of text choose the same units, and does the
+    quantized model choose as the float model does. Draws share no rows. The test text is only used to measure.
     """
     from . import recipes, stability, steps
     from .artifacts import Arrays
     from .checkpoint import read_json
 
     with steps.continue_run(run) as opened:
-        s = settings_of(**recipes.of_calibration(opened), memory_cap=memory_cap, reconstruct=not no_reconstruct)
+        s = settings_of(**recipes.of_calibration(opened), memory_cap=memory_cap, reconstruct=reconstruct)
         own = Arrays.described(opened.output("score", "scores.safetensors"), "scores")["criterion"]
         names = [name.strip() for name in (criterion or own).split(",") if name.strip()]
         texts = recipes.texts_of(opened, s)
@@ -251,11 +192,12 @@ def stability_command(
     return found
 
 
-@command("reconstruct", "mlx-pare reconstruct RUN")
-def reconstruct_command(run: RunDir, memory_cap: Cap = None) -> dict[str, Any]:
-    """Solve the matrices behind the cut anew, so that they make up for it; `prune` then takes them.
+@command("reconstruct", "mlx-pare reconstruct RUN", options=("memory_cap",))
+def reconstruct_command(run: RunDir, *, memory_cap: str | None) -> dict[str, Any]:
+    """Solve the matrices behind the cut again.
 
-    Streams the calibration text of the run once more. With criterion obs it also chooses the units.
+    The new matrices compensate for the cut. This step streams the calibration text of the run once more, and `prune`
+    uses the result. With the criterion obs it also chooses the units.
     """
     from . import recipes, steps
 
@@ -266,17 +208,18 @@ def reconstruct_command(run: RunDir, memory_cap: Cap = None) -> dict[str, Any]:
     return {"repair": None if repair is None else str(repair)}
 
 
-@command("prune", "mlx-pare prune RUN | mlx-pare prune RUN --no-reconstruct")
-def prune_command(run: RunDir, no_reconstruct: NoReconstruct = False, memory_cap: Cap = None) -> dict[str, Any]:
-    """Cut the model by the run's plan into RUN/prune/model; the source is never modified.
+@command("prune", "mlx-pare prune RUN | mlx-pare prune RUN --no-reconstruct", options=("reconstruct", "memory_cap"))
+def prune_command(run: RunDir, *, reconstruct: bool, memory_cap: str | None) -> dict[str, Any]:
+    """Cut the model by the run's plan into RUN/prune/model.
 
-    Takes the matrices that `reconstruct` made of the same plan, if it did. Where the memory holds both models as a
-    whole, they are made to write some text.
+    The original is not changed. If `reconstruct` was done for the same plan, its matrices are used. If the memory holds
+    both models, each writes some text as a check.
     """
     from . import steps
 
     with steps.continue_run(run) as opened:
-        model = steps.prune_step(opened, not no_reconstruct, memory_cap=memory(memory_cap))
+        original = steps.original_of_stage(opened)
+        model = steps.prune_step(opened, reconstruct, original, memory(memory_cap))
     console.say(f"model: {model}")
     return {"model": str(model)}
 
@@ -285,39 +228,16 @@ def prune_command(run: RunDir, no_reconstruct: NoReconstruct = False, memory_cap
     "recover",
     "mlx-pare recover RUN --recover-steps 200 --method full --data notes/ | mlx-pare recover RUN --local-steps 200 "
     "--recover-steps 300 --targets 64 --grad-checkpoint | mlx.launch -n 2 -- mlx-pare recover RUN",
+    options=RECOVER,
+    first=("recover_steps", "method", "learning_rate", "local_steps", "data", "memory_cap", "recipe"),
+    recipe=True,
 )
-def recover_command(
-    run: RunDir,
-    recover_steps: Steps = 100,
-    train_rows: TrainRows = 512,
-    method: Method = "lora",
-    learning_rate: Rate = None,
-    local_steps: LocalSteps = 0,
-    targets: Targets = "full",
-    patience: Patience = 0,
-    batch: Batch = 4,
-    accumulate: Accumulate = 1,
-    schedule: Schedule = "cosine",
-    clip: Clip = 1.0,
-    rank: Rank = 16,
-    loss: Loss = None,
-    temperature: Temperature = 1.0,
-    cross_entropy: CrossEntropy = 0.0,
-    match: Match = "auto",
-    grad_checkpoint: GradCheckpoint = False,
-    mix: Mix = False,
-    on_policy: OnPolicy = 0.0,
-    teacher: TeacherModel = None,
-    data: Data = None,
-    test_data: TestData = None,
-    field: Field = None,
-    memory_cap: Cap = None,
-    seed: Seed = 0,
-) -> dict[str, Any]:
-    """Heal the pruned model by distilling the original into it: RUN/recover/model, never worse than before.
+def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
+    """Train the pruned model to predict like the original.
 
-    Trains on the text of the run's calibration, in rows of the same length, unless --data names another. Killed, the
-    same command continues. Under mlx.launch the processes share the rows of every batch.
+    The result is RUN/recover/model. It is kept only if it is better than the pruned model. It trains on the calibration
+    text of the run, unless --data names another. After a kill the same command continues. Under mlx.launch, processes
+    share every batch.
     """
     from . import ranks, recipes, steps, text_record
 
@@ -325,21 +245,17 @@ def recover_command(
     if not first:
         console.configure(quiet=True)
     with steps.continue_run(run, locked=first) as opened:
-        before = opened.recipe()
-        s = settings_of(
-            recover_steps=recover_steps, train_rows=train_rows, method=method, learning_rate=learning_rate,
-            local_steps=local_steps, targets=targets, patience=patience, batch=batch, accumulate=accumulate,
-            schedule=schedule, clip=clip,
-            rank=rank, kind=loss, temperature=temperature, cross_entropy=cross_entropy, match=match,
-            grad_checkpoint=grad_checkpoint, mix=mix, on_policy=on_policy, teacher=teacher and str(teacher),
-            data=data or before.get("data"), test_data=test_data or before.get("test_data"),
-            length=before.get("length", 512), memory_cap=memory_cap, seed=seed,
-            field=field or (None if data else before.get("field")), date=before.get("date"),
-        )  # fmt: skip
+        before, data = opened.recipe(), asked["data"]
+        another_text = data or asked["test_data"] or asked["field"]
+        asked["teacher"] = asked["teacher"] or before.get("teacher")
+        asked["data"] = data or before.get("data")
+        asked["test_data"] = asked["test_data"] or before.get("test_data")
+        asked["field"] = asked["field"] or (None if data else before.get("field"))
+        s = settings_of(**asked, length=before.get("length", 512), date=before.get("date"))
         begun = recipes.texts_of(opened)
         text_record.check(opened, begun)
         texts = begun.asking(s)
-        if data or test_data or field:
+        if another_text:
             texts = steps.Texts(opened.model, s)
             texts.apart_from(begun)
         model = steps.recover_step(opened, texts, s)
@@ -349,7 +265,7 @@ def recover_command(
 
 @command("report", "mlx-pare report RUN")
 def report_command(run: RunDir) -> dict[str, Any]:
-    """Write RUN/report.md from what the run directory holds."""
+    """Write RUN/report.md from the files of a run."""
     from .report import report
     from .rundir import Run
 
@@ -361,7 +277,10 @@ def report_command(run: RunDir) -> dict[str, Any]:
 
 @command("status", "mlx-pare status RUN | mlx-pare status RUN --json")
 def status_command(run: RunDir) -> dict[str, Any]:
-    """How far a run is: steps done, the one at work and its progress, what comes next, the last error. Reads only."""
+    """Show how far a run is.
+
+    It shows the finished steps, the progress, what comes next, and the last error. It changes nothing.
+    """
     from .status import status
 
     found = status(run)

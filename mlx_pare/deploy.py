@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import console
+from . import console, finite
 from .arch import Architecture
 from .atomic import created, refuse_existing, require_room
 from .card import card, run_of
@@ -58,6 +58,7 @@ def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = 
             "give `mlx-pare run` the --bits, which then solves the cut with error feedback",
         )
     refuse_existing(out)
+    finite.require(checkpoint)
     predicate = mixed(checkpoint.arch, bits, group_size) if mix else None
     with created(out) as place:
         lm.convert(model, place, Packing(bits, group_size), predicate)
@@ -82,6 +83,7 @@ def hub_ready(model: Path, out: Path) -> dict[str, Any]:
     checkpoint, run = Checkpoint(model), run_of(model)
     _ = checkpoint.arch  # whole, and described
     refuse_existing(out)
+    finite.require(checkpoint)
     parent = Path(Manifest.read(run / "manifest.json", "run manifest").model) if run else model
     licence, text, notes = licence_file(model, parent), card(model), []
     if licence is None:

@@ -6,6 +6,9 @@ Every error becomes one line on the terminal and an exit code: 1 failed, 2 usage
 from __future__ import annotations
 
 import errno
+import os
+import shlex
+from os import PathLike
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -26,6 +29,19 @@ def _ends(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
+def shell(path: str | PathLike[str]) -> str:
+    """A path as one word of a shell command: whoever copies the command must not lose other files by it.
+
+    What cannot be printed is written as bash and zsh read it: $'a\\x0ab'.
+    """
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    return (
+        "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in os.fsencode(text)) + "'"
+    )
+
+
 class PareError(Exception):
     """Something failed. ``problem`` says what and where, ``cure`` what to do."""
 
@@ -39,8 +55,7 @@ class PareError(Exception):
     def __str__(self) -> str:
         if not self.cure:
             return f"{self.problem}."
-        end = "" if self.cure.endswith("?") else "."
-        return f"{self.problem}. {self.cure[0].upper()}{self.cure[1:]}{end}"
+        return f"{self.problem}. {self.cure[0].upper()}{self.cure[1:]}{'' if self.cure.endswith('?') else '.'}"
 
 
 class Unsupported(PareError):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import lm, stream
+from . import finite, lm, stream
 from .artifacts import Metrics
 from .checkpoint import Checkpoint
 from .corpus import Rows
@@ -59,6 +59,7 @@ def evaluate(
     nll = float(found["nll"].mean())
     for path, name in ((model, "nll"), (teacher, "kl")):
         if name in found and not math.isfinite(found[name].mean()):
+            finite.require(Checkpoint(path))
             raise PareError(f"{path} answers NaN or infinity", "the model is broken: do not use it")
     perplexity = math.exp(min(nll, 700.0))
     windows = np.split(found["nll"], np.cumsum(predicted)[:-1])

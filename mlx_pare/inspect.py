@@ -8,10 +8,11 @@ from typing import Any
 
 from . import gguf_uneven
 from .arch import Architecture, uneven_types, why_uniform
-from .fit.footprint import parameters
+from .errors import PareError
+from .fit.footprint import parameters, window_of
 from .fit.reach import AXES
 from .fit.subject import Form, Subject, open_subject
-from .gguf_target import runtimes_of
+from .gguf_target import runtimes_of, target_of
 
 
 def inspect(model: str | PathLike[str]) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
         "family": family.name,
         "layers": len(arch.layers),
         "layer_kinds": kinds,
+        "layer_groups": [_group(arch, kind) for kind in kinds],
         "hidden": arch.sizes["hidden"],
         "vocab": arch.sizes["vocab"],
         "ffn": _size(arch, "ffn"),
@@ -53,8 +55,10 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
         "quantization": packing.as_config() if packing else None,
         "cuttable": {axis: "exact" if axis in family.exact else "approximate" for axis in cuttable},
         "not_cuttable": fixed,
+        "why_not_cuttable": None if cuttable else _why_not(arch),
         "leaves_as": sorted({e.model_type for e in family.exits} | set(uneven_types(arch) if arch.cuttable else ())),
         "runtimes": runtimes_of(arch),
+        "runtime_reasons": _reasons(arch, subject),
         "runtimes_per_layer": _per_layer(arch) if arch.cuttable else None,
         "notes": list(subject.notes),
     }
@@ -66,6 +70,44 @@ def _per_layer(arch: Architecture) -> dict[str, Any]:
     why = why_uniform(arch) if not types else gguf_uneven.why_not(arch)
     there = gguf_uneven.architecture(arch) if types and not gguf_uneven.why_not(arch) else None
     return {"mlx-lm": types, "llama.cpp": there, "why_not": why}
+
+
+def _why_not(arch: Architecture) -> str:
+    if arch.prefix and arch.family.cuttable:
+        return "its language model is one part of a larger model"
+    return f"no one has described yet how to cut {arch.family.name}"
+
+
+GROUP_SIZES = {"q_heads": ("kv_head", "group"), "kv_heads": ("kv_head",), "head_dim": ("head_dim",), "ffn": ("ffn",),
+               "experts": ("expert",), "expert_ffn": ("expert_ffn",)}  # fmt: skip
+
+
+def _group(arch: Architecture, kind: str) -> dict[str, Any]:
+    """What the layers of one kind have: a number, a list of sizes where they differ, None for what they lack."""
+    layers, used = [layer for layer in arch.layers if layer.kind == kind], arch.axes(kind)
+    found: dict[str, Any] = {"kind": kind, "layers": len(layers)}
+    for name, axes in GROUP_SIZES.items():
+        axes = ("q_head",) if name == "q_heads" and "q_head" in layers[0].sizes and "kv_head" not in used else axes
+        there = all(axis in layer.sizes for axis in axes for layer in layers) and used & {*axes}
+        sizes = sorted({prod(layer.sizes[axis] for axis in axes) for layer in layers}) if there else []
+        found[name] = sizes[0] if len(sizes) == 1 else sizes or None
+    window = window_of(arch, 0) if layers[0].mixer.windowed else 0
+    return {**found, "window": window or None}
+
+
+def _reasons(arch: Architecture, subject: Subject) -> dict[str, str]:
+    """Why a runtime does not load the model, by its name; the weights' directory may tell more than the config."""
+    there, kind = runtimes_of(arch), arch.config["model_type"]
+    lacks = f"it has no architecture for {kind}"
+    if arch.family.result:
+        lacks = "layers differ in width, and it has no class for that"
+    found = {name: lacks for name, what in there.items() if not what}
+    if subject.checkpoint and arch.cuttable and there["llama.cpp"]:
+        try:
+            target_of(subject.checkpoint)
+        except PareError as error:
+            found["llama.cpp"] = error.problem
+    return found
 
 
 def _size(arch: Architecture, *axes: str) -> int | list[int] | None:

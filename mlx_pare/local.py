@@ -99,15 +99,14 @@ def block_ends(student: Checkpoint, teacher: Checkpoint) -> list[int]:
 
 def _sources(student: Checkpoint, theirs: int) -> list[int]:
     """Which of the teacher's layers every layer of the student was."""
-    file, count = student.path / "survivors.json", len(student.arch.layers)
+    file, count, why = student.path / "survivors.json", len(student.arch.layers), ""
     try:
-        known = [layer["source"] for layer in survivors(file)["layers"]] if file.exists() else list(range(count))
-    except PareError:
-        known = []
-    sources = known if file.exists() or count == theirs else []
-    if len(sources) != count or sources[-1] >= theirs:
+        sources = [layer["source"] for layer in survivors(file)["layers"]] if file.exists() else list(range(count))
+    except PareError as error:
+        sources, why = [], f": {error.problem}"
+    if len(sources) != count or sources[-1] >= theirs or (not file.exists() and count != theirs):
         raise PareError(
-            f"{student.path} does not say which of the {theirs} layers of the original its {count} are",
+            f"{student.path} does not say which of the {theirs} layers of the original its {count} are{why}",
             "survivors.json beside the weights says it for a model that mlx-pare pruned",
         )
     return sources

@@ -4,13 +4,12 @@ asked. Read by whoever wants to know, also while another process works there; wr
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from . import bounded
+from . import bounded, recipe_file
 from .artifacts import SCHEMA, Strict
 from .errors import PareError
 from .hub_name import HubName, of_snapshot
@@ -83,12 +82,10 @@ def is_run(path: Path) -> bool:
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """What was asked of the run in ``path``; None without a recipe. Raises PareError for a damaged one."""
+    """What was asked of the run in ``path``, by the fields of steps.Settings; None without a recipe. Raises PareError
+    for a damaged one."""
     file = path / RECIPE
-    try:
-        return tomllib.loads(bounded.contents(file, what="recipe").decode("utf-8")) if file.exists() else None
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise PareError(f"{file} cannot be read: {error}", "put it right, or delete it") from error
+    return recipe_file.of_run(file) if file.exists() else None
 
 
 def require_run(manifest: Path) -> None:

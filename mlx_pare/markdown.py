@@ -16,6 +16,11 @@ def escaped(text: str) -> str:
     return re.sub(f"({marks})", r"\\\1", line)
 
 
+def code(text: str) -> str:
+    """A name from outside as a span of code, which it cannot end."""
+    return f"`{plain(text).replace('`', chr(39))}`"
+
+
 def row(*cells: Any) -> str:
     """A line of a table; None is a dash."""
     return "| " + " | ".join("-" if c is None else escaped(str(c)) for c in cells) + " |"

@@ -16,7 +16,7 @@ from typing import Any
 from .bounded import check_links, contents
 from .chat_template import SYSTEM, USER, Texts, go_template, read, trims
 from .checkpoint import read_json
-from .errors import PareError
+from .errors import PareError, plain
 from .gguf_tokenizer import first_token
 from .licence import licence_file
 from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats, has_chat_template
@@ -50,7 +50,8 @@ class Modelfile:
         lines += [f"PARAMETER stop {quoted(stop)}" for stop in self.stops]
         lines += [f"PARAMETER {name} {value}" for name, value in self.parameters.items()]
         if self.licence:
-            lines.append(f"LICENSE {QUOTES}\n{self.licence.strip()}\n{QUOTES}")
+            printed = (plain(line, 10 * len(line) + 1) for line in self.licence.strip().split("\n"))
+            lines.append("\n".join([f"LICENSE {QUOTES}", *printed, QUOTES]))
         return "\n".join(lines) + "\n"
 
 

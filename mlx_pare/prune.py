@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import tokenizer_class
+from . import finite, markdown, tokenizer_class
 from .arch.axes import select
 from .arch.spec import Tensor
 from .artifacts import Arrays, Plan, dump_json, repair_file, survivors
@@ -54,13 +54,14 @@ def prune(
 
     ``requantize`` False leaves a matrix that is cut inside its groups dense instead. ``repair``: what reconstruct wrote
     for this plan; its matrices take the place of the cut ones. ``lineage``: units are named after an earlier original.
-    Raises PareError for a plan that does not suit the model (all reasons at once) or a lineage that is not the model's,
-    Refused when ``out`` exists.
+    Raises PareError for a plan that does not suit the model (all reasons at once), a lineage that is not the model's or
+    weights that are NaN or infinite, Refused when ``out`` exists.
     """
     checkpoint, out, repair = Checkpoint(opened(model)), Path(out), repair and Path(repair)
     plan = Plan.of(plan)
     refuse_existing(out)
     plan.check(checkpoint)
+    finite.require(checkpoint)
     surgeon = _Surgeon(checkpoint, plan, requantize, _repairs(repair, checkpoint, plan), lineage)
     with created(out) as place:
         place.mkdir()
@@ -282,10 +283,12 @@ class _Surgeon:
     def _card(self) -> str:
         before, after = self.plan.before, self.plan.after
         original = called((self.lineage.original if self.lineage else self.checkpoint.path).resolve())
-        way = f", its parent being `{self.lineage.parent}`, which was cut before" if self.lineage else ""
+        way = f", its parent being {self.lineage.parent}, which was cut before" if self.lineage else ""
+        original, way = markdown.escaped(original), markdown.escaped(way)
+        chosen = markdown.escaped(f"criterion {self.plan.criterion}; {self.plan.target.asked}")
         return (
             f"# {original}, pruned\n\n"
-            f"Made by mlx-pare from `{original}`{way} (criterion {self.plan.criterion}; {self.plan.target.asked}).\n"
+            f"Made by mlx-pare from {original}{way} ({chosen}).\n"
             f"{before.layers} -> {after.layers} layers, ffn {span(before.ffn)} -> {span(after.ffn)}, kv heads "
             f"{span(before.kv_heads)} -> {span(after.kv_heads)}, "
             f"{before.parameters:,} -> {after.parameters:,} parameters.\n"

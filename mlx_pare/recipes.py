@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import domains, named, text_record
+from . import domains, named, recipe_file, text_record
 from .manifest import read_recipe
 from .rundir import Run
 from .steps import Settings
@@ -32,7 +32,7 @@ def located(s: Settings) -> Settings:
 
 def recipe_of(model: Path, s: Settings) -> dict[str, Any]:
     """What is asked of a run, as its recipe holds it."""
-    return {"model": named.written(model.absolute()), **asdict(located(s))}
+    return recipe_file.by_name({"model": named.written(model.absolute()), **asdict(located(s))})
 
 
 def of_calibration(run: Run) -> dict[str, Any]:
@@ -43,12 +43,12 @@ def of_calibration(run: Run) -> dict[str, Any]:
 
 def write(run: Run, model: Path, s: Settings) -> None:
     """Note that a run was calibrated with these settings. What else its recipe holds stays."""
-    asked = recipe_of(model, s)
+    asked = {"model": named.written(model.absolute()), **asdict(located(s))}
     known = read_recipe(run.path)
     if known is None:
-        run.write_recipe(asked)
+        run.write_recipe(recipe_file.by_name(asked))
     elif changed := {key: asked[key] for key in ("model", *OF_TEXT) if asked[key] != known.get(key)}:
-        run.write_recipe(known | changed)
+        run.write_recipe(recipe_file.by_name(known | changed))
 
 
 def texts_of(run: Run, s: Settings | None = None) -> Texts:

@@ -117,8 +117,11 @@ def _shape(run: Path) -> str:
     text = f"## Shape\n\n{asked}"
     if dropped:
         text += f" Layers removed: {', '.join(map(str, dropped))}{_dropped_by(run, dropped)}."
-    neighbours = markdown.escaped("; ".join(plan.neighbours)) or "none"
-    return f"{text}\n\n{markdown.table(['', 'before', 'after'], rows)}\n\nNeighbours: {neighbours}."
+    text += f"\n\n{markdown.table(['', 'before', 'after'], rows)}"
+    neighbours = Plan.load(planned).neighbours if planned.exists() else []
+    if neighbours:  # a plan that was found by trials has none
+        text += f"\n\nNeighbours: {markdown.escaped('; '.join(neighbours))}."
+    return text
 
 
 def _dropped_by(run: Path, dropped: list[int]) -> str:
@@ -186,7 +189,7 @@ def _requantized(run: Path) -> str:
         return ""
     errors = done["requantized"]
     worst = max(errors, key=errors.get)
-    span = f"{min(errors.values()):.2%} to {errors[worst]:.2%} (`{worst}`)"
+    span = f"{min(errors.values()):.2%} to {errors[worst]:.2%} ({markdown.code(worst)})"
     text = f"{len(errors)} matrices were quantized anew, relative error {span}"
     dense = f"; left dense: {', '.join(done['dense'])}" if done["dense"] else ""
     return f"## Requantization\n\n{text}{dense}. All other codes are those of the original."
@@ -250,7 +253,7 @@ def _gguf(run: Path) -> str:
     if done["path"] is None:
         return f"## GGUF\n\nThere is no GGUF file: {markdown.escaped(done['why'])}."
     facts = [done["kind"], f"architecture {done['architecture']}", gb(done["bytes"]), f"{done['tensors']} tensors"]
-    text = f"`{done['path']}`: {', '.join(facts)}."
+    text = f"{markdown.code(done['path'])}: {', '.join(facts)}."
     if done.get("imatrix"):
         weighed = "by an importance matrix (`export/imatrix.gguf`) of the calibration text"
         text += f" It was quantized by llama.cpp, its errors weighed {weighed}."

@@ -25,10 +25,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import __version__, bounded, console, locks, log, machine
+from . import __version__, bounded, console, locks, log, machine, recipe_file
 from .artifacts import dump_json
 from .atomic import is_ours, replace_file, sweep
-from .errors import PareError, Refused, told
+from .errors import PareError, Refused, shell, told
 from .manifest import MANIFEST, RECIPE, Manifest, StepRecord, read_manifest, read_recipe, require_run
 
 BIG_FILE = 64 << 20
@@ -132,7 +132,7 @@ class Run:
                 lock.close()
                 raise Refused(
                     f"another mlx-pare is working on {self.path}",
-                    f"wait for it (`mlx-pare status {self.path}` says how far it is), or use another --out",
+                    f"wait for it (`mlx-pare status {shell(self.path)}` says how far it is), or use another --out",
                 )
             time.sleep(PATIENCE_S / 10)
         return lock
@@ -186,27 +186,27 @@ class Run:
     def output(self, step: str, name: str) -> Path:
         """A finished step's file. Raises PareError when the step was not done."""
         if step not in self.manifest.steps or not (self.path / step / name).exists():
-            raise PareError(f"{self.path} has no finished {step} step", f"do it first: `mlx-pare {step} {self.path}`")
+            raise PareError(
+                f"{self.path} has no finished {step} step", f"do it first: `mlx-pare {step} {shell(self.path)}`"
+            )
         return self.path / step / name
 
     def recipe(self) -> dict[str, Any]:
-        """What was asked when the run was begun, as far as it was more than the defaults. Raises Refused if the file is
-        missing: the defaults would then be taken for what was asked."""
+        """What was asked when the run was begun, by the fields of steps.Settings, and "model". Raises Refused if the
+        file is missing: the defaults would then be taken for what was asked."""
         found = read_recipe(self.path)
         if found is None:
             raise Refused(
                 f"{self.path / RECIPE} is missing, which says on what text the run works",
-                f"`mlx-pare calibrate {self.model} --out {self.path}` writes it again, with the --data, --samples and "
-                "--length of before",
+                f"`mlx-pare calibrate {shell(self.model)} --out {shell(self.path)}` writes it again, with the --data, "
+                "--samples and --length of before",
             )
         return found
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
         """What was asked, without what was left out; an earlier recipe is kept unless ``replace``."""
-        if not replace and (self.path / RECIPE).exists():
-            return
-        lines = [f"{key} = {_toml(value)}" for key, value in asked.items() if value is not None]
-        replace_file(self.path / RECIPE, ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+        if replace or not (self.path / RECIPE).exists():
+            replace_file(self.path / RECIPE, recipe_file.toml(asked).encode("utf-8"))
 
     # ---- steps ----
 
@@ -297,7 +297,7 @@ class Run:
         now = _contents(weights | outputs, "compare with before")
         for name, digest in now.items():
             if known.get(name, digest) != digest:
-                redo = f"delete {self.path / name.partition('/')[0]} to do the step again"
+                redo = f"delete {shell(self.path / name.partition('/')[0])} to do the step again"
                 raise Refused(
                     f"{(weights | outputs)[name]} has other bytes than before: it was changed since, or is damaged",
                     redo if name in outputs else "restore it, or use another --out",
@@ -319,16 +319,18 @@ class Run:
                     )
                     raise Refused(
                         f"the {name} step in {self.path} was made differently: {what}",
-                        f"use another --out, or delete {self.path / name}* to do it again",
+                        f"use another --out, or delete {shell(self.path / name)}* to do it again",
                     )
 
     def _whole(self, name: str, record: StepRecord, editable: bool) -> None:
         for relative, digest in record.outputs.items():
             file = self.path / name / relative
             if not file.exists():
-                raise Refused(f"{file} is missing", f"delete {self.path / name} to do the step again")
+                raise Refused(f"{file} is missing", f"delete {shell(self.path / name)} to do the step again")
             if not editable and fingerprint(file) != digest:
-                raise Refused(f"{file} changed since it was written", f"delete {self.path / name} to do the step again")
+                raise Refused(
+                    f"{file} changed since it was written", f"delete {shell(self.path / name)} to do the step again"
+                )
 
 
 def _harmless(file: Path) -> bool:
@@ -347,14 +349,4 @@ def _read_begun(path: Path) -> dict[str, Any]:
         begun = json.loads(bounded.contents(path))
         return {"parameters": dict(begun["parameters"]), "inputs": dict(begun["inputs"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise PareError(f"{path} is damaged", f"delete {path.parent} to do the step again") from error
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no surrogate pairs
+        raise PareError(f"{path} is damaged", f"delete {shell(path.parent)} to do the step again") from error

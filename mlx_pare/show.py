@@ -193,11 +193,116 @@ def stability_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def plain(value: Any) -> str:
-    """A value of inspect in one cell."""
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {v}" for k, v in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+# ---- one model ----
+
+PARTS = ("embedding", "attention", "ffn", "norm")
+GROUP_COLUMNS = {"layers": "layers", "q_heads": "heads", "kv_heads": "kv heads", "head_dim": "head size", "ffn": "ffn",
+                 "experts": "experts", "expert_ffn": "ffn of each", "window": "window"}  # fmt: skip
+
+
+KINDS = {
+    "moe": "with experts", "no_ffn": "without feed-forward", "mla": "latent attention",
+    "mla_expanded": "latent attention", "conv": "convolution", "mamba_and_attention": "mamba and attention",
+    "full_attention_shared": "full attention on shared keys",
+    "sliding_attention_shared": "sliding attention on shared keys",
+}  # fmt: skip
+
+
+def show_inspect(found: dict[str, Any]) -> None:
+    """What `inspect` answers: sizes, a line per kind of layer, and in sentences what loads the model and what can be
+    cut."""
+    rows = [["comes from", found["origin"]], ["stored as", found["stored"]]]
+    rows.append(["weights", console.gb(found["bytes"]["total"])])
+    if "parameters" in found:
+        counted, tied = found["parameters"], found["tied_embedding"]
+        parts = ", ".join(f"{name} {counted[name]:,}" for name in PARTS)
+        rows.insert(0, ["model type", found["model_type"]])
+        rows.append(["parameters", f"{counted['total']:,}: {parts}"])
+        rows.append(["hidden size", found["hidden"]])
+        rows.append(
+            ["vocabulary", f"{found['vocab']}, {'one matrix' if tied else 'two matrices'} for input and output"]
+        )
+    console.table(found["model"], ["<", "<"], rows)
+    if "layer_groups" in found:
+        _show_layers(found)
+    for line in found["notes"]:
+        console.say(f"note: {line}")
+
+
+def _show_layers(found: dict[str, Any]) -> None:
+    groups = found["layer_groups"]
+    names = [name for name in GROUP_COLUMNS if any(group[name] is not None for group in groups)]
+    columns = ["<kind of layer", *(GROUP_COLUMNS[name] for name in names)]
+    rows = [[_kind(g["kind"]), *(None if g[n] is None else console.span(g[n]) for n in names)] for g in groups]
+    console.table(f"{found['layers']} layers", columns, rows, "\n".join(["", *_loads(found), "", *_cuts(found)]))
+
+
+def _kind(kind: str) -> str:
+    """full_attention+moe -> full attention, with experts."""
+    return ", ".join(KINDS.get(word, word.replace("_", " ")) for word in kind.split("+"))
+
+
+def _loads(found: dict[str, Any]) -> list[str]:
+    """A sentence for every program: whether it loads the model, and why not."""
+    lines = []
+    for name, what in found["runtimes"].items():
+        why = found["runtime_reasons"].get(name)
+        lines.append(f"{name} does not load it: {why}." if why else f"{name} loads it as {what}.")
+    return lines
+
+
+def _cuts(found: dict[str, Any]) -> list[str]:
+    """Sentences on what can be cut, and what a cut model is then."""
+    if not found["cuttable"]:
+        return [f"mlx-pare cannot cut this model: {found['why_not_cuttable']}. `mlx-pare fit` can plan for it."]
+    exact = [axis for axis, how in found["cuttable"].items() if how == "exact"]
+    rough = [axis for axis, how in found["cuttable"].items() if how != "exact"]
+    lines = [f"mlx-pare can cut {_listed([*exact, *rough])}."]
+    if rough:
+        lines.append(f"A cut of {_listed(rough)} is approximate: norms average over these units, even over dead ones.")
+    lines += [f"It cannot cut {axis}: {why}." for axis, why in found["not_cuttable"].items()]
+    uneven = found["runtimes_per_layer"]
+    if others := [kind for kind in found["leaves_as"] if kind not in uneven["mlx-lm"]]:
+        lines.append(f"Some cuts change its type, to {_listed(others, 'or')}.")
+    if uneven["mlx-lm"]:
+        why = f"but not in llama.cpp: {uneven['why_not']}"
+        there = f"and in llama.cpp as {uneven['llama.cpp']}" if uneven["llama.cpp"] else why
+        lines.append(f"Layers of different widths load in mlx-lm as {_listed(uneven['mlx-lm'], 'or')}, {there}.")
+    elif uneven["why_not"]:
+        lines.append(f"All layers must keep the same width: {uneven['why_not']}.")
+    return lines
+
+
+def _listed(names: list[str], last: str = "and") -> str:
+    """a, b and c."""
+    return f"{', '.join(names[:-1])} {last} {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+METRICS = {
+    "bits_per_byte": ("bits per byte", ".4f"), "kl_divergence": ("KL divergence to the teacher, mean", ".5f"),
+    "kl_p95": ("KL divergence, 95th percentile", ".5f"), "top1_agreement": ("same most likely token", ".1%"),
+    "tokens": ("predicted tokens", ",d"), "windows": ("windows", ",d"), "length": ("tokens per window", ",d"),
+    "data": ("text", "s"), "teacher": ("teacher", "s"),
+}  # fmt: skip
+
+
+def show_metrics(found: dict[str, Any]) -> None:
+    """What `evaluate` measured, in words; what is for other programs (a loss per window) stays in the JSON document."""
+    rows = [["perplexity", f"{found['perplexity']:.4f} ± {found['perplexity_stderr']:.4f}"]]
+    rows += [[name, format(found[key], form)] for key, (name, form) in METRICS.items() if found.get(key) is not None]
+    console.table(found["model"], ["<measured", "<value"], rows)
+
+
+def show_bench(found: dict[str, Any]) -> None:
+    """Speeds of models with their spread, and the ratios to the first."""
+    speeds = ("prefill_tokens_per_s", "decode_tokens_per_s")
+    rows = []
+    for m in found["models"]:
+        cells = [f"{m[n]['median']:.1f} ({m[n]['min']:.1f}-{m[n]['max']:.1f})" for n in speeds]
+        ratios = [f"{m['ratio'][n]['median']:.2f}" for n in speeds]
+        rows.append([m["model"], cells[0], ratios[0], cells[1], ratios[1], console.gb(m["peak_bytes"]["median"])])
+    columns = ["<model", "prefill tok/s", "ratio", "decode tok/s", "ratio", "peak"]
+    console.table(f"{found['trials']} trials, {found['backend']}", columns, rows)
 
 
 def show_shape(made: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +314,8 @@ def show_shape(made: dict[str, Any]) -> dict[str, Any]:
         names = ["stage", "share", "steps", *before]
         lines = [[written.get(k, console.span if k in before else str)(stage[k]) for k in names] for stage in stages]
         console.table("stages", ["<stage", *(k.replace("_", " ") for k in names[1:])], lines)
-    console.table(made["asked"], ["<", "before", "after"], rows, caption="neighbours: " + "; ".join(made["neighbours"]))
+    others = "neighbours: " + "; ".join(made["neighbours"]) if made["neighbours"] else None
+    console.table(made["asked"], ["<", "before", "after"], rows, caption=others)
     return made
 
 

@@ -16,14 +16,15 @@ from .artifacts import Metrics, Plan, dump_json
 from .atomic import replace_file
 from .bench import bench
 from .calibrate import calibrate
-from .check import check, not_resident
+from .check import check
 from .checkpoint import Checkpoint
-from .errors import Refused, UsageError
+from .errors import Refused, UsageError, shell
 from .evaluate import evaluate
 from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
+from .manifest import read_manifest
 from .opened import require
 from .option_types import check as check_types
 from .optional import attempt
@@ -32,6 +33,7 @@ from .prune import Lineage, prune
 from .reconstruct import reconstruct
 from .recover import recover
 from .recover_options import Options as RecoverOptions
+from .resident import not_resident
 from .rundir import Run, fingerprint
 from .score import criterion, described, score
 from .stock_path import require_text
@@ -159,6 +161,14 @@ def continue_run(out: Path, locked: bool = True) -> Run:
     return run
 
 
+def original_of_stage(run: Run) -> Path | None:
+    """The original, for a stage that cuts what another stage of the same run left (see schedule.py); else None."""
+    parent = run.path.resolve().parent
+    if not run.model.is_relative_to(parent) or not (parent / "manifest.json").is_file():
+        return None
+    return Path(read_manifest(parent).model)
+
+
 # ---- the steps, each a verb wrapped in a record ----
 
 
@@ -232,7 +242,7 @@ def prune_step(run: Run, repaired: bool = True, original: Path | None = None, me
         if record.inputs["plan"] != inputs["plan"]:
             raise Refused(
                 f"{path} changed since it was reconstructed",
-                f"delete {run.directory('reconstruct')} and reconstruct again, or use --no-reconstruct",
+                f"delete {shell(run.directory('reconstruct'))} and reconstruct again, or use --no-reconstruct",
             )
         path, inputs["repair"] = chosen, hashlib.sha256(dump_json(record.outputs)).hexdigest()
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import head, lm, machine
+from . import finite, head, lm, machine
 from .ahead import read_ahead
 from .arch import Tensor
 from .checkpoint import DTYPE_BYTES, Checkpoint
@@ -81,6 +81,7 @@ class _Walk:
     store: Any  # where the hidden states of all rows are: _InMemory or Spooled
     ahead: Callable[[int], None]  # has the file of a block read
     bar: Any
+    path: Path
 
     def __post_init__(self) -> None:
         self.parts = micro_batches(self.rows)
@@ -125,11 +126,14 @@ class _Walk:
         before = x[self.part]
         after = self._block(block, before, args, kwargs)
         pending: list = []
+        hidden = after[0] if isinstance(after, tuple) else after
         if self.observer:
-            hidden = after[0] if isinstance(after, tuple) else after
             self.observer.seen(index, before, hidden, self.current_mask())
             pending = self.observer.pending()
-        mx.eval(after, pending)
+        sound = mx.isfinite(hidden).all()
+        mx.eval(after, pending, sound)
+        if not sound.item():
+            raise finite.blame(self.path, index)
         return after
 
     def _apart(self, block: Any, x: mx.array, start: int, args: tuple, kwargs: dict) -> mx.array | None:
@@ -243,8 +247,9 @@ def walk(
     """Run the model in ``path`` over ``rows``; the observer sees every block from ``resume.start`` on. ``what`` its
     progress is called; None: it is not shown. ``spool``: a directory for hidden states, which are then never in memory
     as a whole; observers get a Spool where they would get the states of all rows, and must not ask to run them
-    ``again``. The result's are read from there. Raises PareError for a model that cannot be spooled, UsageError for
-    tokens that it does not have."""
+    ``again``. The result's are read from there. Raises UsageError for tokens that the model does not have, PareError
+    for a model that cannot be spooled, and for one that computes infinite numbers, naming the layer or the broken
+    weight."""
     checkpoint = Checkpoint(path)
     rows.require_known(checkpoint.arch.sizes["vocab"])
     model = lm.load(path)
@@ -257,7 +262,7 @@ def walk(
     store = Spooled(spool, rows.count) if spool else _InMemory()
     with progress(what, len(own)) as bar, read_ahead(checkpoint) as ahead, lm.swift():
         bar.skip(resume.start if resume else 0)
-        state = _Walk(rows, own, observer, resume, store, ahead, bar)
+        state = _Walk(rows, own, observer, resume, store, ahead, bar, path)
         for index in range(len(own)):
             blocks[index] = _BlockProxy(state, index)
         lm.put_embedding(model, embedding)

@@ -34,7 +34,7 @@ from .checkpoint import Checkpoint
 from .console import gb, progress
 from .corpus import Rows
 from .divergence import TOKENS_AT_ONCE
-from .errors import PareError, Refused, UsageError
+from .errors import PareError, Refused, UsageError, shell
 
 SCHEMA = 1
 PART_TOKENS = 16384  # what a killed head loses at most; small enough for any memory, large enough for few files
@@ -260,7 +260,7 @@ def _about(directory: Path) -> dict[str, Any] | None:
         record(about["k"], about["vocab"])
         return about | {"rows_per_part": int(about["rows_per_part"]), "data": str(about["data"])}
     except (ValueError, KeyError, TypeError, UsageError) as error:
-        raise PareError(f"{note} is damaged", f"delete {directory} and collect again") from error
+        raise PareError(f"{note} is damaged", f"delete {shell(directory)} and collect again") from error
 
 
 # ---- collecting ----

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pico
 import pytest
+from commands import pare  # noqa: F401 a fixture
 from hub_server import HubServer
 
 

@@ -14,14 +14,14 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import pico
 import pytest
+from commands import Done
 
-from mlx_pare import cli, console, gguf_header, llama_cpp
+from mlx_pare import cli, gguf_header, llama_cpp
 from mlx_pare.options import app
 
 EVERYDAY = ["fit", "run", "evaluate", "export", "bench"]
@@ -29,41 +29,6 @@ OTHERS = ["inspect", "import", "adapters", "demo", "doctor", "calibrate", "score
           "prune", "recover", "report", "status", "models"]  # fmt: skip
 SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--recover-steps", "2", "--trials", "0", "--gguf", "f16",
          "--context", "256"]  # fmt: skip
-
-
-@dataclass
-class Done:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict:
-        return json.loads(self.out)
-
-    @property
-    def line(self) -> str:
-        """The only line on stderr."""
-        assert self.err.endswith("\n") and self.err.count("\n") == 1, self.err
-        return self.err.strip()
-
-
-@pytest.fixture
-def pare(capsys, monkeypatch) -> Callable[..., Done]:
-    """Call a command in this process, through the entry point."""
-
-    def call(*arguments) -> Done:
-        monkeypatch.setattr(sys, "argv", ["mlx-pare", *map(str, arguments)])
-        capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-            patch.setattr(sys, "stdout", sys.stdout)  # the command line moves it
-            cli.main()
-        return Done(left.value.code or 0, *capsys.readouterr())
-
-    monkeypatch.setattr(console, "_state", dict(console._state))  # the streams of this test end with it
-    return call
 
 
 def started(*arguments) -> subprocess.Popen:
@@ -145,15 +110,16 @@ def test_every_command_has_help_with_an_example(pare, command):
 
 def test_help_names_every_command_and_the_everyday_ones_first(pare):
     done = pare("--help")
-    listed = [line.split()[0] for line in done.out.split("Commands:")[1].split("\n") if line.strip()]
+    panels = done.out.split("Everyday commands:")[1].split("\nOptions:")[0]
+    listed = [line.split()[0] for line in panels.split("\n") if line.startswith("  ") and line[2] != " "]
     assert listed[: len(EVERYDAY)] == EVERYDAY and sorted(listed) == sorted(EVERYDAY + OTHERS)
-    assert "Everyday: fit, run, evaluate, export, bench." in done.out and "Exit codes: 0 done" in done.out
+    assert "Single steps of a run:\n  calibrate" in done.out and "Exit codes: 0 done" in done.out
     assert sorted(c.name for c in app.registered_commands) == sorted(EVERYDAY + OTHERS)
 
 
 def test_no_arguments_show_the_help(pare):
     done = pare()
-    assert done.code == 2 and "Commands:" in done.err + done.out
+    assert done.code == 2 and "Everyday commands:" in done.err + done.out
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])

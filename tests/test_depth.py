@@ -24,6 +24,7 @@ from mlx_pare.corpus import Rows
 from mlx_pare.drops import layers_by_kl, trials
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.fit import reach
+from mlx_pare.option_table import TABLE
 from mlx_pare.plan import Options, allocate, plan
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstructed_kl
@@ -387,9 +388,7 @@ def test_mistakes(begun):
 
 def test_ways_are_named(pico_models):
     """In the help, and those that are criteria are criteria for layers."""
-    from mlx_pare.options import LayersBy
-
-    told = re.split(r"[ .,;:]+", LayersBy.__metadata__[0].help)
+    told = re.split(r"[ .,;:]+", TABLE["layers_by"].help)
     assert {*layering.LAYERS_BY} <= {*told}
     assert all("layer" in CRITERIA[name].own for name in layering.LAYERS_BY if name != "kl")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import gguf_edit
 import pico
 import pytest
-from test_cli import pare  # noqa: F401 a fixture
 
 from mlx_pare import gguf_model, opened
 from mlx_pare.checkpoint import Checkpoint
@@ -70,7 +69,7 @@ def test_f03_any_byte_of_any_tensor_makes_it_another_model(file, at_rest):
         written_to(file, place, bytes([byte]))
 
 
-def test_f03_a_changed_file_is_not_served_from_the_cache(pare, two_texts, tmp_path, monkeypatch):  # noqa: F811
+def test_f03_a_changed_file_is_not_served_from_the_cache(pare, two_texts, tmp_path, monkeypatch):
     """As in an abliterated or a repaired file: the same header, the same size, other weights."""
     file = tmp_path / "wide.gguf"
     export(pico.make(tmp_path / "wide", "llama", hidden_size=256, head_dim=64, num_hidden_layers=2), file, "q8_0")
@@ -140,7 +139,7 @@ def test_f03_a_file_that_grows_under_the_reader_is_refused(file, cache, monkeypa
     assert opened.opened(file).is_dir()
 
 
-def test_f03_a_run_notices_that_its_gguf_file_changed(pare, file, two_texts, tmp_path):  # noqa: F811
+def test_f03_a_run_notices_that_its_gguf_file_changed(pare, file, two_texts, tmp_path):
     """Also a byte that the cheap identity of the rebuilt model does not look at."""
     asked = ["run", file, "--out", tmp_path / "run", "--data", two_texts["data"], "--test-data", two_texts["test_data"]]
     done = pare(*asked, *QUICK)
@@ -176,7 +175,7 @@ def test_f04_a_file_that_is_gone_cut_off_or_changed_is_made_again(file, cache):
     assert opened.opened(file) == made and (made / "model.safetensors").read_bytes() == known["model.safetensors"]
 
 
-def test_f04_evaluate_gives_the_same_after_a_cleaner_came(pare, file, two_texts):  # noqa: F811
+def test_f04_evaluate_gives_the_same_after_a_cleaner_came(pare, file, two_texts):
     asked = ["evaluate", file, "--data", two_texts["test_data"], *SHORT, "--json"]
     before = pare(*asked)
     (opened.opened(file) / "tokenizer_config.json").unlink()
@@ -193,7 +192,7 @@ def test_f04_a_file_in_place_of_the_directory(file, cache):
 
 
 @pytest.mark.parametrize("lost", ["all", "config.json", opened.LIST])
-def test_f04_a_step_says_how_to_get_the_model_back(pare, file, cache, two_texts, tmp_path, lost):  # noqa: F811
+def test_f04_a_step_says_how_to_get_the_model_back(pare, file, cache, two_texts, tmp_path, lost):
     texts = ["--data", two_texts["data"], "--test-data", two_texts["test_data"], "--samples", 4, "--length", 32]
     assert pare("calibrate", file, "--out", tmp_path / "run", *texts).code == 0
     if lost == "all":
@@ -210,7 +209,7 @@ def test_f04_a_step_says_how_to_get_the_model_back(pare, file, cache, two_texts,
     assert done.code == 1 and "FILE.gguf" in done.err
 
 
-def test_f04_a_model_that_is_no_gguf_file_may_have_moved(pare, pico_models, two_texts, tmp_path):  # noqa: F811
+def test_f04_a_model_that_is_no_gguf_file_may_have_moved(pare, pico_models, two_texts, tmp_path):
     model = Path(shutil.copytree(pico_models("llama"), tmp_path / "m"))
     asked = ["--out", tmp_path / "run", "--data", two_texts["data"], "--samples", 4, "--length", 32]
     assert pare("calibrate", model, *asked).code == 0

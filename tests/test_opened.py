@@ -12,7 +12,6 @@ import gguf_edit
 import numpy as np
 import pico
 import pytest
-from test_cli import pare  # noqa: F401 a fixture
 
 from mlx_pare import atomic, gguf_model, llama_cpp, opened
 from mlx_pare.checkpoint import Checkpoint
@@ -116,7 +115,7 @@ def test_where_the_cache_is(monkeypatch, system, tmp_path):
 # ---- commands ----
 
 
-def test_import(pare, file, tmp_path):  # noqa: F811
+def test_import(pare, file, tmp_path):
     done = pare("import", file, "-o", tmp_path / "out", "--json")
     assert done.code == 0 and done.document["types"] == {"Q8_0": 29, "F32": 9}
     assert Checkpoint(tmp_path / "out").quantized
@@ -126,7 +125,7 @@ def test_import(pare, file, tmp_path):  # noqa: F811
     assert dense.code == 0 and "relative error" in dense.out and not Checkpoint(tmp_path / "dense").quantized
 
 
-def test_commands_take_a_file(pare, file, tmp_path, two_texts):  # noqa: F811
+def test_commands_take_a_file(pare, file, tmp_path, two_texts):
     text = two_texts["test_data"]
     there = pare("evaluate", file, "--data", text, "--samples", 3, "--length", 32, "--teacher", file, "--json")
     assert there.code == 0 and there.document["kl_divergence"] == 0
@@ -145,7 +144,7 @@ SMALL += ["--context", "256", "--try", "2"]
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
-def test_from_a_file_to_a_smaller_file(pare, tmp_path, two_texts, kind):  # noqa: F811
+def test_from_a_file_to_a_smaller_file(pare, tmp_path, two_texts, kind):
     """What somebody does who has nothing but a GGUF file."""
     model = pico.make(tmp_path / "dense", "llama", hidden_size=256, head_dim=64, num_hidden_layers=2)
     source = tmp_path / "model.gguf"
@@ -185,7 +184,7 @@ QUICK += ["--axes", "ffn", "--keep", "0.9"]
 
 
 @pytest.mark.parametrize("name", ["sha256-0123abcd", "model.bin", "no ending", "M.GGUF", ".gguf", "x.safetensors"])
-def test_case_07_the_name_of_a_gguf_file_does_not_matter(pare, file, tmp_path, two_texts, name):  # noqa: F811
+def test_case_07_the_name_of_a_gguf_file_does_not_matter(pare, file, tmp_path, two_texts, name):
     blob = file.rename(tmp_path / name)
     seen = pare("inspect", blob, "--json")
     assert seen.code == 0 and seen.document["origin"] == "gguf", seen.err
@@ -198,7 +197,7 @@ def test_case_07_the_name_of_a_gguf_file_does_not_matter(pare, file, tmp_path, t
     assert planned.code == 0, planned.err
 
 
-def test_case_07_run_of_an_ollama_blob(pare, file, tmp_path, two_texts):  # noqa: F811
+def test_case_07_run_of_an_ollama_blob(pare, file, tmp_path, two_texts):
     blob = file.rename(tmp_path / "sha256-0123abcd")
     texts = ["--data", two_texts["data"], "--test-data", two_texts["test_data"]]
     done = pare("run", blob, "--out", tmp_path / "run", *QUICK, *texts, "--json")
@@ -207,7 +206,7 @@ def test_case_07_run_of_an_ollama_blob(pare, file, tmp_path, two_texts):  # noqa
 
 @pytest.mark.parametrize("beside", ["nothing", "config.json", "mmproj", "AppleDouble", "text"])
 @pytest.mark.parametrize("name", ["model.gguf", "sha256-0123abcd"])
-def test_case_07_a_folder_with_one_gguf_file_is_that_file(pare, file, tmp_path, two_texts, beside, name):  # noqa: F811
+def test_case_07_a_folder_with_one_gguf_file_is_that_file(pare, file, tmp_path, two_texts, beside, name):
     folder = tmp_path / "folder"
     folder.mkdir()
     file.rename(folder / name)
@@ -229,7 +228,7 @@ def test_case_07_a_folder_with_one_gguf_file_is_that_file(pare, file, tmp_path, 
     assert pare("run", folder, "--out", tmp_path / "run", *QUICK, "--dry-run").code == 0
 
 
-def test_case_07_of_several_files_one_must_be_named(pare, file, tmp_path):  # noqa: F811
+def test_case_07_of_several_files_one_must_be_named(pare, file, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("q4.gguf", "q8.gguf"):
@@ -239,7 +238,7 @@ def test_case_07_of_several_files_one_must_be_named(pare, file, tmp_path):  # no
     assert pare("inspect", folder).code == 0  # which says that it takes the first
 
 
-def test_case_07_the_parts_of_one_model_are_one(pare, pico_models, tmp_path):  # noqa: F811
+def test_case_07_the_parts_of_one_model_are_one(pare, pico_models, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     export(pico_models("llama"), tmp_path / "m.gguf", "f16")
@@ -255,7 +254,7 @@ def test_case_07_a_model_directory_stays_one(pico_models, tmp_path, file):
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"ggml", b"PK\3\4"])
-def test_case_07_what_is_called_gguf_and_is_none_is_said(pare, tmp_path, content):  # noqa: F811
+def test_case_07_what_is_called_gguf_and_is_none_is_said(pare, tmp_path, content):
     (tmp_path / "m.gguf").write_bytes(content)
     for asked in (["inspect", tmp_path / "m.gguf"], ["evaluate", tmp_path / "m.gguf", "--data", tmp_path / "m.gguf"]):
         done = pare(*asked)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from test_cli import pare  # noqa: F401 a fixture
 
 from mlx_pare import lm, served, stock_path
 from mlx_pare.errors import PareError
@@ -62,7 +61,7 @@ def test_f01_a_model_is_loaded_from_its_own_directory(pico_models, tmp_path, nam
     assert lm.tokenizer(own).encode("The") == lm.tokenizer(pico_models("llama")).encode("The")
 
 
-def test_f01_evaluate_measures_the_model_that_was_named(pare, pico_models, tmp_path, texts):  # noqa: F811
+def test_f01_evaluate_measures_the_model_that_was_named(pare, pico_models, tmp_path, texts):
     def perplexity(model):
         done = pare("evaluate", model, "--data", texts[3], "--length", 32, "--samples", 2, "--json")
         assert done.code == 0, done.err
@@ -80,7 +79,7 @@ def test_f01_a_relative_name_that_begins_with_a_dash(pico_models, tmp_path, monk
 
 
 @pytest.mark.parametrize("name", ["model [Q8].gguf", "-[a]*?.gguf", "m\n.gguf"], ids=ascii)
-def test_f01_a_gguf_file_may_be_called_anything(pare, pico_models, tmp_path, texts, name):  # noqa: F811
+def test_f01_a_gguf_file_may_be_called_anything(pare, pico_models, tmp_path, texts, name):
     export(pico_models("llama"), tmp_path / "plain.gguf", "f32")
     strange = Path(shutil.copy(tmp_path / "plain.gguf", tmp_path / name))
     asked = ["--data", texts[3], "--length", 32, "--samples", 2, "--json"]
@@ -89,7 +88,7 @@ def test_f01_a_gguf_file_may_be_called_anything(pare, pico_models, tmp_path, tex
     assert plain.document["perplexity"] == found.document["perplexity"]
 
 
-def test_f01_the_cache_may_be_anywhere(pare, pico_models, tmp_path, monkeypatch, texts):  # noqa: F811
+def test_f01_the_cache_may_be_anywhere(pare, pico_models, tmp_path, monkeypatch, texts):
     export(pico_models("llama"), tmp_path / "m.gguf", "q8_0")
     monkeypatch.setenv("MLX_PARE_CACHE", str(tmp_path / "ca[ch]e*"))
     done = pare("evaluate", tmp_path / "m.gguf", "--data", texts[3], "--length", 32, "--samples", 2)
@@ -97,7 +96,7 @@ def test_f01_the_cache_may_be_anywhere(pare, pico_models, tmp_path, monkeypatch,
     assert [p for p in (tmp_path / "ca[ch]e*").iterdir() if p.is_dir()]
 
 
-def test_f01_case_21_run_into_a_directory_with_brackets(pare, pico_models, tmp_path, texts):  # noqa: F811
+def test_f01_case_21_run_into_a_directory_with_brackets(pare, pico_models, tmp_path, texts):
     own = copied(pico_models("llama"), tmp_path / "m [4bit]")
     out = tmp_path / "run [draft]"
     done = pare("run", own, "--out", out, *texts, *QUICK, "--json")
@@ -111,7 +110,7 @@ def test_f01_case_21_run_into_a_directory_with_brackets(pare, pico_models, tmp_p
     assert not json.loads((tmp_path / "plain" / "prune" / "check.json").read_text())["warnings"]
 
 
-def test_f01_hub_ready_packed_and_bench(pare, pico_models, tmp_path):  # noqa: F811
+def test_f01_hub_ready_packed_and_bench(pare, pico_models, tmp_path):
     own = copied(pico_models("llama"), tmp_path / "m[1]")
     done = pare("export", own, "--hub-ready", tmp_path / "h[1]", "--json")
     assert done.code == 0, done.err
@@ -125,7 +124,7 @@ def test_f01_hub_ready_packed_and_bench(pare, pico_models, tmp_path):  # noqa: F
             assert stock_path.PREFIX not in file.read_text()
 
 
-def test_f01_transformers_takes_a_directory_for_a_directory(pare, pico_models, tmp_path, monkeypatch):  # noqa: F811
+def test_f01_transformers_takes_a_directory_for_a_directory(pare, pico_models, tmp_path, monkeypatch):
     """A relative path with one slash looks like the name of a model on the hub."""
     copied(pico_models("llama"), tmp_path / "org" / "m[1]")
     monkeypatch.chdir(tmp_path)
@@ -202,7 +201,7 @@ def test_f01_servers_get_a_plain_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.uname().sysname == "Darwin", reason="macOS has no such names")
-def test_f01_a_name_that_is_not_utf8_is_refused_at_once(pare, pico_models, tmp_path, texts):  # noqa: F811
+def test_f01_a_name_that_is_not_utf8_is_refused_at_once(pare, pico_models, tmp_path, texts):
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/v\xff")
     model = pico_models("llama")
     for asked in ([copied(model, Path(odd)), "--out", tmp_path / "run"], [model, "--out", odd + "-run"]):

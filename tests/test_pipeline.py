@@ -25,6 +25,7 @@ from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.console import count, gb
 from mlx_pare.errors import PareError, Refused, UsageError
+from mlx_pare.option_table import TABLE
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import CRITERIA
@@ -115,13 +116,13 @@ def test_manifest_records_every_step(finished):
 
 def test_recipe_is_what_was_asked(finished, settings):
     recipe = tomllib.loads((finished["out"] / "recipe.toml").read_text("utf-8"))
-    asked = {k: v for k, v in vars(settings).items() if v is not None}
+    asked = {TABLE[k].name: v for k, v in vars(settings).items() if v is not None}
     assert recipe == {
         **asked,
         "axes": ["ffn", "kv_head"],
         "choose_bits": [],
         "runtimes": ["mlx"],
-        "model": str(finished["model"]),
+        "model": str(finished["model"].resolve()),
         "date": recipe["date"],
     }
     assert date.fromisoformat(recipe["date"]) <= date.today()

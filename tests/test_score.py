@@ -24,7 +24,7 @@ from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, UsageError
 from mlx_pare.observers import sparsity
-from mlx_pare.options import Criterion as CriterionOption
+from mlx_pare.option_table import TABLE
 from mlx_pare.score import AXES, CRITERIA, criterion, depth, score, width
 
 DATA = Rows(
@@ -91,7 +91,7 @@ def test_the_table_says_what_stands_in():
 
 def test_names_come_from_the_table():
     """The option's help, and the README."""
-    told = CriterionOption.__metadata__[0].help
+    told = TABLE["criterion"].help
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
     for name in CRITERIA:
         assert name in told.replace(".", "").replace(",", "").split() and f"| {name}" in readme

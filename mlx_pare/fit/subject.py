@@ -17,7 +17,7 @@ from .. import console
 from ..arch import Architecture, describe
 from ..bounded import check_links
 from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_headers, read_json
-from ..errors import PareError, Unsupported, UsageError
+from ..errors import PareError, Unsupported, UsageError, shell
 from ..foreign_formats import foreign
 from ..gguf_header import is_gguf
 from ..opened import ggufs_in, require
@@ -149,7 +149,7 @@ def _directory(path: Path, form: Form) -> Subject:
     if ggufs := ggufs_in(path):
         return _first_of(ggufs, form)
     if (path / "manifest.json").exists() and not (path / "config.json").exists():
-        raise PareError(f"{path} is a run without a plan", f"make one with `mlx-pare plan {path}`")
+        raise PareError(f"{path} is a run without a plan", f"make one with `mlx-pare plan {shell(path)}`")
     config = read_json(path / "config.json", "model config")
     listed = read_headers(path)
     if not listed and not (path / "model.safetensors.index.json").exists():

@@ -1,0 +1,104 @@
+"""Options that were typed but have no effect beside the others: each is a warning, since silence would mislead.
+
+Options of a recipe file are not judged: the recipe of a run names every option.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .option_table import TABLE
+
+Given = Mapping[str, Any]
+Rule = tuple[Iterable[str], Callable[[Given], Any], str]  # parameters, whether they have an effect, what that takes
+VALIDATIONS, ROUND = 6, 25  # recover_options.Options.reports, on_policy.ROUND: held together by a test
+
+
+def _texts(given: Given) -> list[str]:
+    data, test = given.get("data") or [], given.get("test_data")
+    return [*([data] if isinstance(data, str) else data), *([test] if test else [])]
+
+
+def _has_records(given: Given) -> bool:
+    """Whether a text that is read may have fields: a .jsonl file, or a folder with one."""
+    for text in _texts(given):
+        head, tail = text.rpartition(":")[0], text.partition("=")[2]
+        places = [place for place in (text, head, tail, tail.rpartition(":")[0]) if place and os.path.exists(place)]
+        if not places or any(p.endswith(".jsonl") or any(Path(p).rglob("*.jsonl")) for p in places):
+            return True  # a path that is not there is an error of its own
+    return False
+
+
+def _validations(given: Given) -> int:
+    steps = given["recover_steps"]
+    return min(steps, max(VALIDATIONS, math.ceil(steps / ROUND) if given["on_policy"] else 0))
+
+
+def _makes_matrix(given: Given) -> bool:
+    from .fit.gguf_mix import NEEDS_MATRIX
+
+    asked = given["imatrix"] or ("auto" if (given["gguf"] or "").lower() in NEEDS_MATRIX else "none")
+    return asked == "auto"
+
+
+TRAINED = ("accumulate", "clip", "cross_entropy", "grad_checkpoint", "kind", "learning_rate", "match", "mix",
+           "on_policy", "patience", "rank", "schedule", "temperature", "top")  # fmt: skip
+RECOVERY: tuple[Rule, ...] = (
+    (TRAINED, lambda v: v["recover_steps"], "with --recover-steps 0"),
+    (("batch", "method", "teacher", "train_rows"), lambda v: v["recover_steps"] or v["local_steps"],
+     "without --recover-steps or --local-steps"),
+    (("rank",), lambda v: v["method"] in ("lora", "dora"), "without --method lora or dora"),
+    (("mix",), lambda v: len(v.get("data") or []) != 1, "with a single domain: repeat --data"),
+)  # fmt: skip
+SIZES: tuple[Rule, ...] = (
+    (("group_size",), lambda v: v["bits"] or v["choose_bits"], "without --bits or --choose-bits"),
+    (("tries",), lambda v: v["widths"] != "even", "with --widths even"),
+)
+RECORDS: Rule = (("field",), _has_records, "without a .jsonl file in --data or --test-data")
+RULES: dict[str, tuple[Rule, ...]] = {
+    "run": (*SIZES, *RECOVERY, RECORDS),
+    "plan": SIZES,
+    "recover": (*RECOVERY[:3], RECORDS),
+    "calibrate": (RECORDS,),
+    "evaluate": ((("field",), _has_records, "without a .jsonl file in --data"),),
+    "score": ((("seed",), lambda v: v["criterion"] == "random", "without --criterion random"),),
+    "stability": ((("reconstruct",), lambda v: v["measure"], "without --measure"),),
+    "fit": (
+        (("group_size",), lambda v: v["bits"], "without --bits"),
+        (("prefill_step",), lambda v: not (v["train"] or v["gguf"] or v["runtime"] == "llama.cpp"),
+         "with --train, --gguf or --runtime llama.cpp"),
+    ),
+    "export": (
+        (("bits", "group_size", "mixed"), lambda v: v["mlx"], "without --mlx"),
+        (("gguf", "imatrix", "mac", "context"), lambda v: not (v["mlx"] or v["hub_ready"]),
+         "with --mlx or --hub-ready"),
+        (("data", "field", "samples", "length"), _makes_matrix, "without --imatrix auto"),
+    ),
+}  # fmt: skip
+
+
+def lines(command: str, typed: Iterable[str], given: Given) -> list[str]:
+    """A sentence for every option of a command that was typed in vain.
+
+    Args:
+        command: its name.
+        typed: the parameters that stand on the command line.
+        given: the values of all parameters.
+    """
+    found: dict[str, str] = {}
+    for fields, effective, why in RULES.get(command, ()):
+        vain = [field for field in fields if field in typed and field not in found and given.get(field) is not None]
+        if vain and not effective(given):
+            found |= {field: f"{_flag(field, given[field])} has no effect {why}" for field in vain}
+    if "patience" in typed and "patience" not in found and given["patience"] >= (most := _validations(given)):
+        found["patience"] = f"--patience {given['patience']} has no effect: recovery validates {most} times"
+    return list(found.values())
+
+
+def _flag(field: str, value: Any) -> str:
+    flag = TABLE[field].flag if field in TABLE else "--" + field.replace("_", "-")
+    return flag.replace("--", "--no-", 1) if value is False else flag

@@ -1,0 +1,54 @@
+"""Estimates of memory off the CPU backend: hidden states have the dtype of the checkpoint (house fault 4)."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_pare import gradients, lm, local, on_policy, recover_options, stream, teacher, trial
+from mlx_pare.block_training import Options as BlockOptions
+from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.corpus import Rows
+from mlx_pare.reconstruct import held_bytes as reconstruct_bytes
+from mlx_pare.recover_options import Options
+
+MANY = 1 << 50
+
+
+def rows(count: int, length: int = 64) -> Rows:
+    return Rows.full(np.zeros((count, length), np.int32))
+
+
+ESTIMATES = {
+    "a walk": lambda c, r: stream.required_bytes(c, r),
+    "reconstruct": reconstruct_bytes,
+    "gradients": gradients.held_bytes,
+    "the teacher's states": lambda c, r: teacher.held_bytes(c, r, 0),
+    "block by block": lambda c, r: local.check_memory(c, c, r, BlockOptions("lora", 1, 1), MANY),
+    "trials": lambda c, r: trial.check_memory(c, r, rows(1), 1, MANY),
+    "candidates side by side": lambda c, r: trial.check_memory(c, rows(1), r, 4, MANY),
+    "sampling": lambda c, r: on_policy.work_bytes(c, c, r, r.count),
+    "recovery": lambda c, r: recover_options.required_bytes(c, c, rows(1), rows(1), Options(batch=r.count)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ESTIMATES)
+def test_house_4_float32_takes_twice_what_bfloat16_does(pico_models, monkeypatch, what):
+    """On Metal and CUDA the engine computes in the checkpoint's own dtype. 2 bytes per number were assumed for all."""
+    monkeypatch.setattr(lm, "cpu_backend", lambda: False)
+    wide, narrow = (Checkpoint(pico_models("llama", dtype=dtype)) for dtype in (mx.float32, mx.bfloat16))
+    estimate = ESTIMATES[what]
+    grows = [estimate(model, rows(4096)) - estimate(model, rows(2048)) for model in (wide, narrow)]
+    assert grows[1] > 0 and 1.4 * grows[1] < grows[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "gemma3_text"])
+@pytest.mark.parametrize("packed", [None, (4, 32)])
+def test_house_15_the_head_is_counted_once_as_it_is_stored(pico_models, family, packed):
+    checkpoint = Checkpoint(pico_models(family, packed))
+    name = "model.embed_tokens" if checkpoint.arch.tied else "lm_head"
+    stored = [e.nbytes for n, e in checkpoint.entries.items() if n.rpartition(".")[0] == name]
+    assert stored and stream.head_bytes(checkpoint) == sum(stored)
+    none = teacher.held_bytes(checkpoint, rows(1), 0, whole=False)
+    assert teacher.held_bytes(checkpoint, rows(1), 0) - none - 64 * 64 * stream.value_bytes(checkpoint) == sum(stored)
