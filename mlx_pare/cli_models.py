@@ -16,10 +16,11 @@ def models_command(
         str | None, typer.Argument(help="Only models whose name or repository has this in it.", metavar="[TEXT]")
     ] = None,
 ) -> dict[str, Any]:
-    """The models that mlx-pare knows by name: how large they are, what can be cut, and which repository they are in.
+    """List the models that mlx-pare knows by name.
 
-    Commands that need weights download them from that repository. It has the original weights, not packed, unless the
-    catalogue has a source for a repository that MLX packed.
+    The list shows how large they are, what can be cut, and which repository they are in. Commands that need weights
+    download them from that repository. It has the float original, unless the catalogue has a source for a repository
+    of weights that MLX packed.
     """
     from .errors import UsageError
     from .fit import catalogue

@@ -28,7 +28,7 @@ ODD = Settings(
     recover_steps=11, train_rows=12, method="dora", learning_rate=1e-5, local_steps=13, batch=2, accumulate=3,
     schedule="linear", clip=0.5, patience=2, rank=8, kind="js", temperature=2.0, cross_entropy=0.25, match="mse",
     top=64, grad_checkpoint=True, mix=True, on_policy=0.5, teacher="some/model", gguf="q4_k_m", trials=3,
-    min_quality=1.5, memory_cap=4_000_000_000, seed=5,
+    min_quality=1.5, memory_cap=4_000_000_000, seed=5, quick=True, date="2024-02-29",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_it_has_the_names_of_the_options(tmp_path):
 
 def test_recipes_of_earlier_versions_are_read(tmp_path):
     """They had the names of the fields, and "schedule" was that of the learning rate."""
-    values = {key: value for key, value in dataclasses.dataclasses.asdict(ODD).items() if value is not None}
+    values = {key: value for key, value in dataclasses.asdict(ODD).items() if value is not None}
     assert read_back(tmp_path, recipe_file.toml(values)) == ODD
 
 
