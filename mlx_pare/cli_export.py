@@ -79,7 +79,7 @@ def export_command(
     if dry_run:
         return _predicted(checkpoint, kind, imatrix)
     chosen = [macs.find(mac)] if mac else macs.every()
-    texts = settings_of(data=data, field=field, samples=samples, length=length)
+    texts = settings_of(data=data, field=field, samples=samples, length=length, context=context)
     if ollama:
         return _for_ollama(checkpoint, ollama, kind, (imatrix, texts), (chosen, mac, context), no_verify)
     with created(out) as place, _set_aside(place, out):

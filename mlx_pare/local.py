@@ -29,7 +29,7 @@ from .artifacts import ARTIFACT_BUDGET, MAX_ARTIFACT, Arrays, dump_json
 from .atomic import created, is_ours, refuse_existing, replace_file
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
 from .checkpoint import Checkpoint, read_json
-from .corpus import Rows
+from .corpus import Extent, Rows
 from .errors import PareError, Refused, UsageError
 
 FLOOR = 0.01  # of the mean energy of the channels: none weighs more than a hundred average ones
@@ -118,7 +118,7 @@ def _sources(student: Checkpoint, theirs: int) -> list[int]:
 # ---- memory ----
 
 
-def training_bytes(student: Checkpoint, rows: Rows, options: Options) -> int:
+def training_bytes(student: Checkpoint, rows: Rows | Extent, options: Options) -> int:
     """What training takes at most: the widest block in float32, as it is and with what was learnt, its gradients, both
     moments of Adam in full training, and what a batch computes, kept until it is differentiated. An estimate."""
     arch = student.arch
@@ -131,7 +131,9 @@ def training_bytes(student: Checkpoint, rows: Rows, options: Options) -> int:
     return 4 * (widest * {"lora": 3, "full": 5}[options.method] + min(options.batch, rows.count) * length * units)
 
 
-def check_memory(student: Checkpoint, teacher: Checkpoint, rows: Rows, options: Options, cap: int | None) -> int:
+def check_memory(
+    student: Checkpoint, teacher: Checkpoint, rows: Rows | Extent, options: Options, cap: int | None
+) -> int:
     """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise."""
     state = rows.count * rows.length * student.arch.sizes["hidden"] * (4 if lm.cpu_backend() else 2)
     training = training_bytes(student, rows, options)

@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from . import console, corpus, gguf_quantize, planning, recipes, schedule, steps
 from .artifacts import CONTENDERS, Plan
 from .calibrate import check_memory as check_calibration
@@ -134,8 +132,8 @@ def dry_run(model: StrPath, s: Settings) -> dict[str, Any]:
     s = affordable(model, planning.with_possible_axes(model, s))
     preflight(model, s)
     planning.settled(model, s)
-    rows, extra = corpus.Rows.full(np.zeros((s.samples, s.length))), criterion(s.criterion).extra
-    needed = check_calibration(Checkpoint(model), rows, s.memory_cap, extra)
+    rows = corpus.Extent(s.samples, s.length)
+    needed = check_calibration(Checkpoint(model), rows, s.memory_cap, criterion(s.criterion).extra)
     return shape_of(model, s) | {"calibration_bytes": needed}
 
 
@@ -170,8 +168,7 @@ def preflight(model: Path, s: Settings) -> None:
     options = s.plan_options()
     shape(Checkpoint(model), replace(options, bits=min(s.choose_bits)) if s.choose_bits else options)
     if s.reconstruct:
-        rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
-        check_reconstruction(Checkpoint(model), rows, s.memory_cap)
+        check_reconstruction(Checkpoint(model), corpus.Extent(s.samples, s.length), s.memory_cap)
     options = s.recover_options()
     options.check()
     if s.recovers:
@@ -180,7 +177,7 @@ def preflight(model: Path, s: Settings) -> None:
 
 def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
     """Raises UsageError where blocks cannot be healed by themselves, Refused for what cannot fit in memory."""
-    train, validation = (corpus.Rows.full(np.zeros((count, s.length))) for count in (s.train_rows, VALIDATION_ROWS))
+    train, validation = (corpus.Extent(count, s.length) for count in (s.train_rows, VALIDATION_ROWS))
     options = s.recover_options()
     if s.local_steps:
         if "hidden" in s.axes or model.arch.sizes["hidden"] != teacher.arch.sizes["hidden"]:
@@ -196,7 +193,7 @@ def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
 def affordable(model: Path, s: Settings) -> Settings:
     """Without reconstruction where it would take hours, or where the memory that is free does not suffice (a wide model
     on a small Mac), which is said; under a --memory-cap, which somebody chose, it is for ``preflight`` to refuse."""
-    rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
+    rows = corpus.Extent(s.samples, s.length)
     if s.reconstruct and max(each.flops for each in reconstruction_costs(Checkpoint(model), rows)) > AFFORDABLE:
         console.warn(
             f"going on without reconstruction: with {rows.total} tokens it would take hours (fewer than the ffn is "

@@ -29,7 +29,7 @@ from .arch import Architecture
 from .artifacts import Arrays, LayerPlan, Plan, repair_file
 from .checkpoint import Checkpoint
 from .console import gb
-from .corpus import Rows
+from .corpus import Extent, Rows
 from .errors import PareError
 from .layout import layout
 from .least_squares import Cost
@@ -94,14 +94,14 @@ def _lead(
     return plan.model_copy(update={"layers": pair.layers}), pair, dense
 
 
-def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
+def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None) -> int:
     """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
     held = held_bytes(checkpoint, rows)
     instead = f"; --no-reconstruct needs {gb(held)} less"
     return stream.check_memory(checkpoint, rows, cap, held, instead)
 
 
-def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
     """What a pair of streams needs beyond a plain walk: more hidden states, the inputs of both matrices, and what the
     wider one takes to be solved, in the form that it will be."""
     arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
@@ -114,7 +114,7 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     return value * held + new + max(each.nbytes for each in costs(checkpoint, rows))
 
 
-def costs(checkpoint: Checkpoint, rows: Rows) -> list[Cost]:
+def costs(checkpoint: Checkpoint, rows: Rows | Extent) -> list[Cost]:
     """What solving o_proj and down_proj of the first layer takes."""
     return solve_costs(checkpoint, rows.total)
 

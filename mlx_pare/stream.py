@@ -25,7 +25,7 @@ from .ahead import read_ahead
 from .arch import Tensor
 from .checkpoint import DTYPE_BYTES, Checkpoint
 from .console import gb, progress
-from .corpus import Rows
+from .corpus import Extent, Rows
 from .errors import Refused
 from .head import Streamed
 from .quantized import EXPANDED_BYTES, StoredEmbedding, stored_dtype
@@ -168,13 +168,14 @@ class _InMemory:
         return joined
 
 
-def _micro_batch(rows: Rows) -> int:
+def micro_batch(rows: Rows | Extent) -> int:
+    """How many rows go through a block at a time."""
     return min(rows.count, max(1, MICRO_BATCH_TOKENS // rows.length))
 
 
 def micro_batches(rows: Rows, first: int = 0) -> list[slice]:
     """The rows, from ``first`` on, that go through a block at a time."""
-    step = max(1, _micro_batch(rows))
+    step = max(1, micro_batch(rows))
     return [slice(start, min(start + step, rows.count)) for start in range(first, rows.count, step)]
 
 
@@ -313,10 +314,10 @@ def advance(path: Path, rows: Rows, hidden: mx.array | None, start: int, stop: i
     raise AssertionError(f"{path} has no block {stop - 1}")
 
 
-def required_bytes(checkpoint: Checkpoint, rows: Rows, spooled: bool = False) -> int:
+def required_bytes(checkpoint: Checkpoint, rows: Rows | Extent, spooled: bool = False) -> int:
     """Estimate of the peak of a walk, the interpreter included (see the module's docstring)."""
     arch, value = checkpoint.arch, 4 if lm.cpu_backend() else 2
-    there = _micro_batch(rows) if spooled else rows.count
+    there = micro_batch(rows) if spooled else rows.count
     states = 3 * there * rows.length * arch.sizes["hidden"] * value
     block, expanded = [0] * len(arch.layers), [0] * len(arch.layers)
     wide = 0
@@ -344,17 +345,22 @@ def _stored_bytes(checkpoint: Checkpoint, tensor: Tensor) -> int:
     return packing.nbytes(*tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
 
 
-def activation_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+def activation_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
     """What is computed inside a block for a micro-batch: an estimate."""
     arch, hidden = checkpoint.arch, checkpoint.arch.sizes["hidden"]
     heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
-    tokens = _micro_batch(rows) * rows.length
+    tokens = micro_batch(rows) * rows.length
     units = 3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length
     return tokens * units * (4 if lm.cpu_backend() else 2)
 
 
 def check_memory(
-    checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0, instead: str = "", spooled: bool = False
+    checkpoint: Checkpoint,
+    rows: Rows | Extent,
+    cap: int | None,
+    held: int = 0,
+    instead: str = "",
+    spooled: bool = False,
 ) -> int:
     """The estimate, with ``held`` bytes beside it, when it stays under ``cap`` (default: the memory that is free now).
     Raises Refused otherwise; ``instead``: what else could be done about it."""
@@ -371,7 +377,7 @@ def check_memory(
     return needed
 
 
-def must_spool(checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0, beside: int = 0) -> bool:
+def must_spool(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, held: int = 0, beside: int = 0) -> bool:
     """Whether hidden states have to lie on disk for a walk to stay under ``cap`` (default: the memory that is free
     now), with ``held`` bytes in memory, and ``beside`` that would be spooled as well. Raises Refused when that would
     not be enough."""
