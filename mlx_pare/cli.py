@@ -15,6 +15,7 @@ import click
 import typer
 
 from . import console, show
+from .errors import told
 from .options import (
     Accumulate,
     AnyModel,
@@ -332,7 +333,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(_called())
+    try:
+        code = _called()
+    except (click.Abort, BrokenPipeError):
+        code = 1
+    except OSError as error:  # the help could not be written
+        console.silence(sys.stdout)
+        console.error(told(error)[0])
+        code = 1
+    sys.exit(code)
 
 
 def _called() -> int:
@@ -350,8 +359,5 @@ def _called() -> int:
         where = f". See `{error.ctx.command_path} --help`." if getattr(error, "ctx", None) else ""
         line = " ".join(error.format_message().split()).rstrip(".") + where
         console.configure(as_json="--json" in sys.argv)
-        console.error(line)
-        console.document({"error": line, "exit_code": error.exit_code})
+        console.failure(line, error.exit_code)
         return error.exit_code
-    except (click.Abort, BrokenPipeError):
-        return 1

@@ -261,8 +261,7 @@ def _fail(error: BaseException, debug: bool, continues: bool) -> None:
         import traceback
 
         traceback.print_exception(error)
-    console.error(line)
-    console.document({"error": line, "exit_code": code})
+    console.failure(line, code)
     raise typer.Exit(code)
 
 

@@ -97,7 +97,7 @@ def check(given: Mapping[str, Any]) -> None:
     """Raises UsageError for the first value that its option does not take. Names that the table lacks are skipped."""
     for name, value in given.items():
         if fault := wrong(name, value):
-            raise UsageError(f"--{FLAGS.get(name, name).replace('_', '-')} cannot be {shown(value)}", f"give {fault}")
+            raise UsageError(f"{flag(name)} {shown(value)} is not allowed", f"give {fault}")
 
 
 def wrong(name: str, value: Any) -> str | None:
@@ -106,6 +106,11 @@ def wrong(name: str, value: Any) -> str | None:
     if known is None or (value is None and name in OPTIONAL) or known.fits(value):
         return None
     return known.said
+
+
+def flag(name: str) -> str:
+    """How the command line calls an option."""
+    return "--" + FLAGS.get(name, name).replace("_", "-")
 
 
 def shown(value: Any) -> str:
