@@ -6,7 +6,6 @@ The single steps of a run are in cli_steps.py, the options they share and the ha
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from . import console, show
+from . import console, interrupts, show
 from .errors import told
 from .options import (
     Accumulate,
@@ -330,7 +329,7 @@ from . import cli_steps  # noqa: E402, F401 its commands come after the everyday
 
 def main() -> None:
     """Entry point of the command line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    interrupts.listen()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
