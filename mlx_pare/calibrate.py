@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import gradients, stream
+from . import gradients, step_files, stream
 from .arch import Architecture, require_cuttable
 from .artifacts import Arrays, dump_json
 from .atomic import replace_file, sweep
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .errors import Refused, UsageError
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
@@ -194,7 +194,7 @@ def contribution_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
 def _same_inputs(directory: Path, inputs: dict[str, str]) -> None:
     """Blocks of another model or other rows must not be mixed in. Raises Refused when they lie there."""
     note = directory / "inputs.json"
-    if note.exists() and read_json(note, "note") != inputs:
+    if note.exists() and step_files.note(note) != inputs:
         raise Refused(f"{directory} holds statistics begun with another model, other text or extras", "remove it first")
     replace_file(note, dump_json(inputs))
 

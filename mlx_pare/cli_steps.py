@@ -236,9 +236,8 @@ def stability_command(
 
     For the sizes of the run's plan, on parts of its calibration text that share no row; test text is only measured on.
     """
-    from . import recipes, stability, steps
+    from . import recipes, stability, step_files, steps
     from .artifacts import Arrays
-    from .checkpoint import read_json
 
     with steps.continue_run(run) as opened:
         s = settings_of(**recipes.of_calibration(opened), memory_cap=memory_cap, reconstruct=not no_reconstruct)
@@ -246,7 +245,7 @@ def stability_command(
         names = [name.strip() for name in (criterion or own).split(",") if name.strip()]
         texts = recipes.texts_of(opened, s)
         path = stability.stability_step(opened, texts, s, names, draws, against, measure)
-    found = read_json(path, "stability")
+    found = step_files.read(path)
     show.show_stability(found)
     return found
 

@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, lm, rewrite, stream
+from . import console, divergence, lm, rewrite, step_files, stream
 from .arch import Tensor
 from .artifacts import ARTIFACT_BUDGET, MAX_ARTIFACT, Arrays, dump_json
 from .atomic import created, is_ours, refuse_existing, replace_file
@@ -153,7 +153,7 @@ def _begin(scratch: Path, pair: Sequence[Checkpoint], rows: Sequence[Rows], opti
     note = scratch / "inputs.json"
     if not note.exists() and not all(is_ours(file.name) for file in scratch.iterdir()):
         raise Refused(f"{scratch} was not made by mlx-pare", "move it away")
-    if note.exists() and read_json(note, "note") != inputs:
+    if note.exists() and step_files.note(note) != inputs:
         raise Refused(f"{scratch} was begun with other models, rows or options", "remove it first")
     replace_file(note, dump_json(inputs))
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from . import bounded
-from .artifacts import SCHEMA, Strict
+from .artifacts import SCHEMA, Count, Strict
 from .errors import PareError
 from .hub_name import HubName, of_snapshot
 
@@ -26,10 +26,10 @@ class StepRecord(Strict):
     parameters: dict[str, Any]
     inputs: dict[str, str]
     outputs: dict[str, str]
-    seconds: float
-    peak_bytes: int
-    peak_mlx_bytes: int | None = None
-    swap_growth_bytes: int = 0
+    seconds: float = Field(ge=0, le=1e12)
+    peak_bytes: Count
+    peak_mlx_bytes: Count | None = None
+    swap_growth_bytes: Count = 0
 
 
 class Manifest(Strict):

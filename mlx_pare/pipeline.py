@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import console, corpus, gguf_quantize, planning, recipes, schedule, steps
-from .artifacts import CONTENDERS, Plan
+from . import console, corpus, gguf_quantize, planning, recipes, schedule, step_files, steps
+from .artifacts import CONTENDERS, Metrics, Plan
 from .calibrate import check_memory as check_calibration
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
 from .export import why_not
 from .exporting import export_step, required
@@ -218,7 +218,7 @@ def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
 def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: Sequence[str]) -> dict[str, Any]:
     def of(name: str) -> dict[str, Any]:
         step = run.directory(f"evaluate-{name}")
-        return read_json(step / "metrics.json", "metrics") | read_json(step / "size.json", "size")
+        return Metrics.load(step / "metrics.json").model_dump() | step_files.read(step / "size.json")
 
     found = metrics(run.path, measured)
     return {
@@ -229,9 +229,9 @@ def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: 
         "before": of("original"),
         "after": of("recovered" if "recovered" in found else "pruned"),
         "contenders": {name: of(name) for name in found},
-        "fits": read_json(run.directory("export") / "fits.json", "fits"),
+        "fits": step_files.read(run.directory("export") / "fits.json"),
         **({"stages": told} if (told := schedule.story(run.path)) else {}),
-        "bench": read_json(p, "bench") if (p := run.directory("bench") / "bench.json").exists() else None,
+        "bench": step_files.find(run.directory("bench") / "bench.json"),
     }
 
 

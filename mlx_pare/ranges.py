@@ -51,7 +51,9 @@ def one_of(known: Iterable[int]) -> Values:
 
 def several(each: Values) -> Values:
     """A list of values."""
-    return Values(f"a list, each of it {each.said}", lambda v: isinstance(v, list | tuple) and all(map(each.fits, v)))
+    return Values(
+        f"a list of values that are each {each.said}", lambda v: isinstance(v, list | tuple) and all(map(each.fits, v))
+    )
 
 
 def either(one: Values, other: Values) -> Values:
@@ -62,12 +64,14 @@ def either(one: Values, other: Values) -> Values:
 TEXT = Values("text", lambda v: isinstance(v, str))
 FLAG = Values("true or false", lambda v: isinstance(v, bool))
 COUNT, FROM_NONE, SHARE = whole(), whole(0), between(0, 1)
+NUMBER = Values("a number", lambda v: _is_number(v))
 PACKED = one_of(BITS)
 
 # Of steps.Settings, by the names there. A test holds that none is missing.
 SETTINGS = {
     "data": either(TEXT, several(TEXT)), "test_data": TEXT, "field": TEXT, "date": TEXT, "samples": COUNT,
-    "length": whole(2), "criterion": TEXT, "reconstruct": FLAG, "axes": several(TEXT), "keep": above(0, 1), "stages": several(above(0, 1)),
+    "length": whole(2), "criterion": TEXT, "reconstruct": FLAG, "axes": several(TEXT), "keep": above(0, 1),
+    "stages": several(NUMBER),
     "target_params": TEXT, "target_size": TEXT, "mac": TEXT, "context": COUNT, "min_speed": between(0.01, MOST),
     "bits": PACKED, "group_size": one_of(GROUP_SIZES), "step": COUNT, "protect": FLAG, "widths": TEXT,
     "runtimes": several(TEXT), "layers_by": TEXT, "tries": COUNT, "choose_bits": several(PACKED),

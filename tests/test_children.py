@@ -150,7 +150,7 @@ def test_f14_the_writer_of_chats_ends_itself(place):
     )  # fmt: skip
     try:
         assert process.stdout.readline() == b"{}\n"
-        question = {"messages": [{"role": "user", "content": "x"}], "tools": None, "answer": False, "now": None}
+        question = {"messages": [{"role": "user", "content": "x"}], "tools": None, "answer": False, "now": "2026-11-01"}
         process.stdin.write(json.dumps(question).encode() + b"\n")
         process.stdin.flush()
         assert process.wait(15) != 0
