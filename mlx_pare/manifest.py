@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from . import bounded
+from . import bounded, ranges
 from .artifacts import SCHEMA, Count, Strict
 from .errors import PareError
 from .hub_name import HubName, of_snapshot
@@ -83,12 +83,19 @@ def is_run(path: Path) -> bool:
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """What was asked of the run in ``path``; None without a recipe. Raises PareError for a damaged one."""
+    """What was asked of the run in ``path``; None without a recipe. Raises PareError, with file and key, for
+    a damaged one."""
     file = path / RECIPE
+    if not file.exists():
+        return None
     try:
-        return tomllib.loads(bounded.contents(file, what="recipe").decode("utf-8")) if file.exists() else None
-    except ValueError as error:  # not TOML, or not UTF-8
+        found = tomllib.loads(bounded.contents(file, what="recipe").decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested too deeply
         raise PareError(f"{file} cannot be read: {error}", "put it right, or delete it") from error
+    for name, value in found.items():
+        if fault := ranges.wrong(name, value):
+            raise PareError(f"{file}: {name} = {ranges.shown(value)} is not allowed", f"give {fault}")
+    return found
 
 
 def require_run(manifest: Path) -> None:

@@ -6,6 +6,7 @@ checked by that subject. No arrays.
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def either(one: Values, other: Values) -> Values:
 
 
 TEXT = Values("text", lambda v: isinstance(v, str))
+DATE = Values("a date such as 2026-11-01, in quotes", lambda v: isinstance(v, str) and _is_date(v))
 FLAG = Values("true or false", lambda v: isinstance(v, bool))
 COUNT, FROM_NONE, SHARE = whole(), whole(0), between(0, 1)
 NUMBER = Values("a number", lambda v: _is_number(v))
@@ -69,7 +71,7 @@ PACKED = one_of(BITS)
 
 # Of steps.Settings, by the names there. A test holds that none is missing.
 SETTINGS = {
-    "data": either(TEXT, several(TEXT)), "test_data": TEXT, "field": TEXT, "date": TEXT, "samples": COUNT,
+    "data": either(TEXT, several(TEXT)), "test_data": TEXT, "field": TEXT, "date": DATE, "samples": COUNT,
     "length": whole(2), "criterion": TEXT, "reconstruct": FLAG, "axes": several(TEXT), "keep": above(0, 1),
     "stages": several(NUMBER),
     "target_params": TEXT, "target_size": TEXT, "mac": TEXT, "context": COUNT, "min_speed": between(0.01, MOST),
@@ -86,7 +88,7 @@ SETTINGS = {
 OTHERS = {
     "steps": FROM_NONE, "scale": above(0, MOST), "match_weight": between(0, MOST), "reports": COUNT,
     "prompt": whole(1, MOST // 2), "new": whole(2, MOST // 2), "rounds": COUNT, "draws": FROM_NONE,
-    "prefill_step": COUNT,
+    "prefill_step": COUNT, "model": TEXT,
 }  # fmt: skip
 EVERY = SETTINGS | OTHERS
 FLAGS = {"stages": "schedule", "schedule": "rate-schedule", "mac": "for", "tries": "try", "top": "targets",
@@ -121,6 +123,14 @@ def shown(value: Any) -> str:
     """A value for a message, shortened."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_whole(value: Any) -> bool:

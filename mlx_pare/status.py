@@ -46,7 +46,7 @@ def status(run: StrPath) -> dict[str, Any]:
     """
     run = Path(run)
     manifest = read_manifest(run)
-    recipe = read_recipe(run)
+    recipe = read_recipe(run) or {}
     records = dict(manifest.steps)
     for number in range(1, len(recipe.get("stages") or []) + 1):
         if (place := run / name_of(number) / "manifest.json").exists():
