@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -92,7 +92,7 @@ def repair_file(directory: Path, layer: int) -> Path:
 class Strict(BaseModel):
     """A schema in which unknown keys are errors: a typo in an edited file must not pass."""
 
-    model_config = ConfigDict(extra="forbid", defer_build=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @classmethod
     def read(cls, path: Path, what: str, cure: str = "make it again", fault: str = "is not valid") -> Self:
@@ -110,6 +110,9 @@ class Strict(BaseModel):
             raise PareError(f"{what} {path} {fault}: {error}", cure) from error
 
 
+Count = Annotated[int, Field(ge=0, le=10**30)]  # larger ones are no counts, and no floats either
+
+
 class Target(Strict):
     """What was asked: kind "keep" (share of non-embedding parameters), "params" (total), "size" (bytes) or "for"."""
 
@@ -121,14 +124,14 @@ class Target(Strict):
 class Size(Strict):
     """Shape and size of a model, before or after. What differs between layers is a list with an entry for each."""
 
-    layers: int
-    ffn: int | list[int]
-    kv_heads: int | list[int]
-    q_heads: int | list[int]
-    hidden: int
-    parameters: int
-    non_embedding: int
-    bytes: int
+    layers: Annotated[int, Field(ge=0, le=10**5)]
+    ffn: Count | list[Count]
+    kv_heads: Count | list[Count]
+    q_heads: Count | list[Count]
+    hidden: Count
+    parameters: Count
+    non_embedding: Count
+    bytes: Count
 
 
 class LayerPlan(Strict):
@@ -308,10 +311,10 @@ class Metrics(Strict):
     schema_version: int = SCHEMA
     model: str
     data: str
-    tokens: int
-    windows: int
-    length: int
-    perplexity: float
+    tokens: Count
+    windows: Count
+    length: Count
+    perplexity: float = Field(gt=0)
     perplexity_stderr: float
     bits_per_byte: float | None
     kl_divergence: float | None = None
@@ -321,7 +324,7 @@ class Metrics(Strict):
 
     @classmethod
     def load(cls, path: Path) -> Metrics:
-        return cls.read(path, "metrics")
+        return cls.read(path, "metrics", f"delete {path.parent} to do the step again", "is damaged")
 
 
 # ---- survivors ----

@@ -10,12 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import lm, resident
+from . import lm, machine, ranges, resident
 from .checkpoint import Checkpoint
-from .console import progress
-from .errors import UsageError
+from .console import gb, progress
+from .errors import Refused, UsageError
+from .fit.memory import Needs, Use
 from .opened import StrPath, opened
 
+TOKEN_BYTES = 40  # of a token of the prompt, as a number in a list of Python
 NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
 
 
@@ -32,13 +34,15 @@ def bench(
     pair by pair, so that a machine that slows down slows both. One model is in memory at a time: it is loaded anew for
     each turn. ``memory_cap``: bytes that one may take; None: the memory that is free.
 
-    Raises UsageError without models or trials, Refused for models that do not fit in memory, before any is loaded.
+    Raises UsageError without models, or for a number that means nothing, Refused for models or a prompt that do not fit
+    in memory, before any is loaded.
     """
     models = [opened(m) for m in ([models] if isinstance(models, str | PathLike) else models)]
-    if not models or trials < 1:
-        raise UsageError("bench needs at least one model and one trial")
-    for path in models:
-        Checkpoint(path).arch  # noqa: B018 a broken model is found before minutes of work
+    if not models:
+        raise UsageError("bench needs at least one model")
+    ranges.check({"rounds": trials, "prompt": prompt, "new": new})
+    for path in models:  # a broken model is found before minutes of work
+        _check_room(Checkpoint(path), prompt, new, memory_cap)
     resident.require(models, memory_cap)
     raw: list[list[dict[str, float]]] = [[] for _ in models]
     with progress("bench: turn", (trials + 1) * len(models)) as bar:
@@ -54,6 +58,17 @@ def bench(
         for i, p in enumerate(models)
     ]
     return {"trials": trials, "prompt_tokens": prompt, "new_tokens": new, "backend": backend, "models": rows}
+
+
+def _check_room(checkpoint: Checkpoint, prompt: int, new: int, memory_cap: int | None) -> None:
+    """Raises Refused when the prompt and its cache need more memory than may be used."""
+    needs = Needs(checkpoint.arch, Use(prompt + new), 4 if lm.cpu_backend() else checkpoint.value_bytes)
+    cache, free = needs.kv(prompt + new) + TOKEN_BYTES * prompt, memory_cap or machine.available_bytes()
+    if cache > free:
+        raise Refused(
+            f"a prompt of {prompt} tokens and the cache for it need about {gb(cache)}, {gb(free)} are free",
+            "give a smaller --prompt",
+        )
 
 
 def _turn(path: Path, prompt: int, new: int) -> dict[str, float]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import finite, gradients, stream
+from . import finite, gradients, step_files, stream
 from .arch import Architecture, require_cuttable
 from .artifacts import Arrays, dump_json
 from .atomic import replace_file, sweep
-from .checkpoint import Checkpoint, read_json
-from .corpus import Rows
+from .checkpoint import Checkpoint
+from .corpus import Extent, Rows
 from .errors import Refused, UsageError
 from .kept import keep
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
@@ -171,7 +171,7 @@ def calibrate_in_parts(
     return {stop: _merge(checkpoint, rows.first(stop), each, {}, ()) for stop, each in directories.items()}
 
 
-def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, extra: Sequence[str] = ()) -> int:
+def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, extra: Sequence[str] = ()) -> int:
     """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
     if unknown := sorted({*extra} - {*EXTRA}):
         raise UsageError(f"unknown extra statistics {', '.join(unknown)}", f"choose of {', '.join(EXTRA)}")
@@ -181,18 +181,18 @@ def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, extra: Seq
     return max(needed, gradients.check_memory(checkpoint, rows, cap)) if "gradients" in extra else needed
 
 
-def _held(checkpoint: Checkpoint, rows: Rows, extra: Sequence[str]) -> int:
+def _held(checkpoint: Checkpoint, rows: Rows | Extent, extra: Sequence[str]) -> int:
     """What the observer of calibration has in memory beside the walk."""
     return contribution_bytes(checkpoint, rows) if "contributions" in extra else 0
 
 
-def contribution_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+def contribution_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
     """What contributions need beyond a plain walk: both matrices and the Gram matrices of the heads in float32, and a
     few arrays [tokens, ffn] and [tokens, hidden] of a micro-batch."""
     sizes, hidden = checkpoint.arch.layer_sizes(0), checkpoint.arch.sizes["hidden"]
     wide = sizes["group"] * sizes["head_dim"]
     attention = sizes["kv_head"] * wide
-    tokens = (stream.micro_batches(rows)[0].stop) * rows.length
+    tokens = stream.micro_batch(rows) * rows.length
     matrices = (sizes["ffn"] + attention) * hidden + sizes["kv_head"] * wide**2
     return 4 * (matrices + tokens * (4 * sizes["ffn"] + 2 * attention + hidden))
 
@@ -200,7 +200,7 @@ def contribution_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
 def _same_inputs(directory: Path, inputs: dict[str, str]) -> None:
     """Blocks of another model or other rows must not be mixed in. Raises Refused when they lie there."""
     note = directory / "inputs.json"
-    if note.exists() and read_json(note, "note") != inputs:
+    if note.exists() and step_files.note(note) != inputs:
         raise Refused(f"{directory} holds statistics begun with another model, other text or extras", "remove it first")
     replace_file(note, dump_json(inputs))
 

@@ -12,7 +12,7 @@ from .checkpoint import Checkpoint
 from .console import gb
 from .errors import plain
 from .licence import licence_name
-from .manifest import Manifest
+from .manifest import Manifest, read_recipe
 from .verdict import metrics, reconstructed, verdict
 
 MADE = {"recovered": "recover", "pruned": "prune"}  # contender -> step whose model it is
@@ -85,6 +85,7 @@ def _asked(run: Path) -> str:
     if not recipe.is_file():
         return ""
     # paths are of the computer it was made on, and nobody's business
+    read_recipe(run)  # raises PareError for a damaged one
     lines = [line for line in recipe.read_text("utf-8").splitlines() if "/" not in line]
     return "## How\n\n```toml\n" + "\n".join(plain(line).replace("`", "'") for line in lines) + "\n```"
 

@@ -6,7 +6,6 @@ The single steps of a run are in cli_steps.py, the options they share and the ha
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +13,8 @@ from typing import Annotated, Any
 import click
 import typer
 
-from . import cli_export, cli_models, cli_steps, console, show
-from .errors import PareError
+from . import cli_export, cli_models, cli_steps, console, interrupts, show
+from .errors import PareError, told
 from .option_table import OUTPUT, TABLE, Option, mac_names
 from .options import AnyModel, DryRun, Model, Out, app, command, failed, memory, settings_of
 
@@ -172,8 +171,8 @@ def bench_command(
 ) -> dict[str, Any]:
     """Measure the speed of models in stock mlx-lm.
 
-    It measures how many tokens per second each model reads and writes.     The models take turns. The table
-    shows the median, the spread, and the ratio to the first model.
+    It measures how many tokens per second each model reads and writes. The models take turns. The table shows
+    the median, the spread, and the ratio to the first model.
     """
     from .bench import bench
 
@@ -232,10 +231,18 @@ def doctor_command() -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the command line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    interrupts.listen()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(_called())
+    try:
+        code = _called()
+    except (click.Abort, BrokenPipeError):
+        code = 1
+    except OSError as error:  # the help could not be written
+        console.silence(sys.stdout)
+        console.error(told(error)[0])
+        code = 1
+    sys.exit(code)
 
 
 def _called() -> int:
@@ -253,11 +260,8 @@ def _called() -> int:
         where = f". See `{error.ctx.command_path} --help`." if getattr(error, "ctx", None) else ""
         line = " ".join(error.format_message().split()).rstrip(".") + where
         console.configure(as_json="--json" in sys.argv)
-        console.error(line)
-        console.document({"error": line, "exit_code": error.exit_code})
+        console.failure(line, error.exit_code)
         return error.exit_code
     except PareError as error:  # while the command line was read: a recipe
         console.configure(as_json="--json" in sys.argv)
         return failed(error, "--debug" in sys.argv)
-    except (click.Abort, BrokenPipeError):
-        return 1

@@ -86,7 +86,7 @@ def export_command(
     if dry_run:
         return _predicted(checkpoint, kind, imatrix)
     chosen = [macs.find(mac)] if mac else macs.every()
-    matrix = imatrix, settings_of(**{field: asked[field] for field in TEXTS})
+    matrix = imatrix, settings_of(**{field: asked[field] for field in TEXTS}, context=context)
     if ollama:
         return _for_ollama(checkpoint, ollama, kind, matrix, (chosen, mac, context), no_verify)
     with created(out) as place, _set_aside(place, out):

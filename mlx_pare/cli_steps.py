@@ -177,9 +177,8 @@ def stability_command(
     It answers three questions: would fewer tokens be enough, do other draws of text choose the same units, and does the
     quantized model choose as the float model does. Draws share no rows. The test text is only used to measure.
     """
-    from . import recipes, stability, steps
+    from . import recipes, stability, step_files, steps
     from .artifacts import Arrays
-    from .checkpoint import read_json
 
     with steps.continue_run(run) as opened:
         s = settings_of(**recipes.of_calibration(opened), memory_cap=memory_cap, reconstruct=reconstruct)
@@ -187,7 +186,7 @@ def stability_command(
         names = [name.strip() for name in (criterion or own).split(",") if name.strip()]
         texts = recipes.texts_of(opened, s)
         path = stability.stability_step(opened, texts, s, names, draws, against, measure)
-    found = read_json(path, "stability")
+    found = step_files.read(path)
     show.show_stability(found)
     return found
 

@@ -6,10 +6,11 @@ goes to the log of the run that is open.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from . import log
 from .errors import plain
 
 _logged: list[Path] = []  # the run directories that are open; a stage lies in one that is open as well
-_state = {"json": False, "quiet": False, "stdout": sys.stdout}
+_state = {"json": False, "quiet": False, "stdout": sys.stdout, "lost": None}
 
 
 def configure(as_json: bool = False, quiet: bool = False) -> None:
@@ -30,6 +31,31 @@ def configure(as_json: bool = False, quiet: bool = False) -> None:
 
 def _stream():
     return sys.stderr if _state["json"] else _state["stdout"]
+
+
+def _print(text: str, stream: Any, end: str = "\n") -> None:
+    """Write to a stream at once. Characters that its encoding lacks are written as escapes. What cannot be written (a
+    full disk, a terminal that is gone) does not stop the work; ``document`` reports what stdout lost."""
+    try:
+        try:
+            print(text, file=stream, end=end, flush=True)
+        except UnicodeEncodeError:
+            known = stream.encoding
+            print(text.encode(known, "backslashreplace").decode(known), file=stream, end=end, flush=True)
+    except OSError as error:
+        silence(stream)
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            raise
+        if stream is not sys.stderr:
+            _state["lost"] = error
+
+
+def silence(stream: Any) -> None:
+    """Send what a stream still holds, and all that follows, nowhere: Python would fail again when it ends."""
+    with suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 @contextmanager
@@ -53,24 +79,35 @@ def say(text: str = "") -> None:
     record("said", text)
     if not _state["quiet"]:
         text = "\n".join(plain(line) for line in text.split("\n"))
-        print(text, file=_stream(), flush=True)
+        _print(text, _stream())
 
 
 def warn(text: str) -> None:
     """One line on stderr, also with --quiet."""
     record("warning", text)
-    print(f"warning: {plain(text)}", file=sys.stderr, flush=True)
+    _print(f"warning: {plain(text)}", sys.stderr)
 
 
 def error(text: str) -> None:
     """The one line an error becomes."""
-    print(f"mlx-pare: {plain(text)}", file=sys.stderr, flush=True)
+    _print(f"mlx-pare: {plain(text)}", sys.stderr)
 
 
 def document(value: Any) -> None:
-    """The result of a command: the one JSON document on stdout with --json, otherwise nothing."""
+    """The result of a command: the one JSON document on stdout with --json, otherwise nothing. Raises OSError when
+    something that was for stdout could not be written."""
     if _state["json"]:
-        print(json.dumps(value, indent=1, default=str, allow_nan=False), file=_state["stdout"], flush=True)
+        _print(json.dumps(value, indent=1, default=str, allow_nan=False), _state["stdout"])
+    if lost := _state["lost"]:
+        _state["lost"] = None
+        raise OSError(lost.errno, lost.strerror, "standard output")
+
+
+def failure(line: str, code: int) -> None:
+    """The end of a command that failed: its one line, and the document of --json where stdout takes it."""
+    error(line)
+    with suppress(OSError):
+        document({"error": line, "exit_code": code})
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
@@ -86,8 +123,17 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], cap
         parts = (c.ljust(w) if left else c.rjust(w) for c, w, left in zip(row, widths, lefts, strict=True))
         return ("  " + "  ".join(parts)).rstrip()
 
-    rule = "  " + "─" * (sum(widths) + 2 * len(widths) - 2)
+    rule = "  " + _rule_mark() * (sum(widths) + 2 * len(widths) - 2)
     say("\n".join([title, line(names), rule, *map(line, cells), *([caption] if caption else []), ""]))
+
+
+def _rule_mark() -> str:
+    """What rules are drawn with on the stream of the talk."""
+    try:
+        "─".encode(getattr(_stream(), "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return "-"
+    return "─"
 
 
 class Progress:
@@ -141,11 +187,11 @@ class Progress:
             return
         self._last = now
         end = "\n" if not self._live else ""
-        print(f"\r\033[K{line}" if self._live else line, file=sys.stderr, end=end, flush=True)
+        _print(f"\r\033[K{line}" if self._live else line, sys.stderr, end)
 
     def close(self) -> None:
         if self._live:
-            print("\r\033[K", file=sys.stderr, end="", flush=True)
+            _print("\r\033[K", sys.stderr, "")
 
 
 @contextmanager

@@ -23,6 +23,26 @@ MANY_DOCUMENTS = 20  # from here on a document is the unit of a split, below tha
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How many rows there are, and how many tokens each has: all that an estimate of memory needs to know of Rows."""
+
+    count: int
+    length: int
+
+    def joined(self, other: Extent) -> Extent:
+        """These rows and then others of the same length."""
+        return Extent(self.count + other.count, self.length)
+
+    def first(self, count: int) -> Extent:
+        """So many of them, or all there are."""
+        return Extent(min(self.count, count), self.length)
+
+    @property
+    def total(self) -> int:
+        return self.count * self.length
+
+
+@dataclass(frozen=True)
 class Rows:
     """Token rows. ``tokens`` int32 [rows, length], padded on the right; ``lengths`` int32 [rows]: valid tokens."""
 

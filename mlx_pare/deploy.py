@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import console, finite
+from . import console, finite, ranges
 from .arch import Architecture
 from .atomic import created, refuse_existing, require_room
 from .card import card, run_of
 from .checkpoint import Checkpoint
 from .clone import clone
-from .errors import PareError, UsageError
+from .errors import PareError
 from .fit.gguf_mix import GROUP_OF
 from .licence import licence_file
 from .manifest import Manifest
-from .packing import BITS, Packing
+from .packing import Packing
 from .shards import copy_tokenizer
 
 MORE_BITS = {2: 6, 3: 6, 4: 6, 5: 8, 6: 8}  # of --mixed, as mlx-lm's own recipes go on
@@ -45,13 +45,13 @@ def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = 
     """Write a float model packed to ``out``, by mlx_lm.convert, with what is known of its origin beside it; ``mix``:
     see ``mixed``. Returns out, bytes, bits and, with ``mix``, how many modules have more of them.
 
-    Raises Refused when ``out`` exists, UsageError for bits that there are not, PareError for a model that is packed.
+    Raises Refused when ``out`` exists, UsageError for bits or a group size that MLX has not, PareError for a model that
+    is packed.
     """
     from . import lm
 
     checkpoint = Checkpoint(model)
-    if bits not in BITS:
-        raise UsageError(f"MLX has no packing of {bits} bits", f"choose one of {', '.join(map(str, sorted(BITS)))}")
+    ranges.check({"bits": bits, "group_size": group_size})
     if checkpoint.quantized:
         raise PareError(
             f"{model} is packed already, and packing it again would lose more than it must",

@@ -12,14 +12,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import Any
 
-from . import console
+from . import children, console
 from .checkpoint import Checkpoint
 from .errors import PareError, UsageError
 from .fit import gguf_mix
@@ -87,7 +87,7 @@ def quantize(source: Path, out: Path, kind: str, tensors: int, matrix: Path | No
         request = ""
     else:
         asked = {"source": str(source.resolve()), "out": str(out.resolve()), "kind": kind, "threads": threads}
-        command = [sys.executable, "-m", "mlx_pare.gguf_quantize"]
+        command = children.module("gguf_quantize")
         request = json.dumps({**asked, "matrix": str(matrix.resolve()) if matrix else None})
     code, lines = _watched(command, request, tensors, matrix.resolve().parent if matrix else None)
     if code or not out.exists():
@@ -95,19 +95,11 @@ def quantize(source: Path, out: Path, kind: str, tensors: int, matrix: Path | No
         raise PareError(f"llama.cpp cannot write {kind}: {(telling or lines or [f'exit status {code}'])[-1]}")
 
 
-def environment() -> dict[str, str]:
-    """Of a child that runs a module of this package."""
-    package = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
-
-
 def _watched(command: Sequence[str], request: str, tensors: int, where: Path | None) -> tuple[int, list[str]]:
     """Run a quantizer, show its progress; its exit status and last lines. It ends with us."""
-    child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-        errors="replace", env=environment(), cwd=where,
-    )  # fmt: skip
+    child = children.start(
+        command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, encoding="utf-8", errors="replace", cwd=where
+    )
     lines: list[str] = []
     try:
         with suppress(BrokenPipeError):  # it ended before it read; its output says why
@@ -120,9 +112,7 @@ def _watched(command: Sequence[str], request: str, tensors: int, where: Path | N
                     bar.advance(note=step[1])
         return child.wait(), lines
     finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
+        children.end(child)
 
 
 # ---- the child ----

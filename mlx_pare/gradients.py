@@ -22,7 +22,7 @@ from . import lm, stream
 from .arch import Architecture
 from .checkpoint import Checkpoint
 from .console import progress
-from .corpus import Rows
+from .corpus import Extent, Rows
 from .cpu_math import MOST_KEPT
 from .divergence import Running
 from .errors import PareError
@@ -33,9 +33,9 @@ MOST_ROWS = 32  # the first ones (LLM-Pruner's Taylor criterion takes 10 rows of
 SITES = {"ffn": ("down_proj", "ffn"), "attention": ("o_proj", "kv_head")}  # site -> (role of the matrix, axis)
 
 
-def used(rows: Rows) -> Rows:
-    """The rows that gradients are computed on."""
-    return Rows(rows.tokens[:MOST_ROWS], rows.lengths[:MOST_ROWS])
+def used(rows: Rows | Extent) -> Rows | Extent:
+    """The rows that gradients are computed on; of an Extent, how many these are."""
+    return rows.first(MOST_ROWS)
 
 
 def measure(model: Path, rows: Rows) -> dict[str, mx.array]:
@@ -70,13 +70,13 @@ def measure(model: Path, rows: Rows) -> dict[str, mx.array]:
     return arrays
 
 
-def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None) -> int:
+def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None) -> int:
     """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
     few = used(rows)
     return stream.check_memory(checkpoint, few, cap, held_bytes(checkpoint, few))
 
 
-def held_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
     """What the gradients of these rows need beyond a plain walk: the states before every block, after the last, the
     cotangents before and after a block; what a micro-batch computes is kept until it is differentiated, and on the CPU
     backend the expanded matrices with it."""

@@ -8,20 +8,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import mmap
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
 
-from . import console, gguf_header, gguf_tokenizer, machine
+from . import children, console, gguf_header, gguf_tokenizer, machine
 from .checkpoint import Checkpoint
 from .errors import PareError
 from .export import verify
-from .gguf_quantize import INSTALL, environment
+from .gguf_quantize import INSTALL
 from .gguf_rows import Row
 from .gguf_size import padded
 from .gguf_types import TYPES
@@ -65,19 +65,12 @@ def greedy(gguf: Path, tokens: Sequence[int], count: int) -> list[int]:
 def _ask(request: dict[str, Any]) -> None:
     if not available():
         raise PareError("llama-cpp-python is not installed", INSTALL)
-    done = subprocess.run(
-        [sys.executable, "-m", "mlx_pare.llama_cpp"],
-        input=json.dumps(request),
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        env=environment(),
-    )
+    done = children.run(children.module("llama_cpp"), json.dumps(request))
     if done.returncode or not Path(request["answer"]).exists():
         raise PareError(f"llama.cpp cannot use {request['gguf']}: {_reason(done)}")
 
 
-def _reason(done: subprocess.CompletedProcess) -> str:
+def _reason(done: CompletedProcess) -> str:
     """The last line in which llama.cpp says what is wrong; Python's own last line only repeats the file name."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     telling = [line for line in lines if "error loading model" in line or "GGML_ASSERT" in line or "GGML_ABORT" in line]

@@ -23,13 +23,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, lm, rewrite, stream
+from . import console, divergence, lm, rewrite, step_files, stream
 from .arch import Tensor
 from .artifacts import Arrays, dump_json, survivors
 from .atomic import created, is_ours, refuse_existing, replace_file
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
-from .checkpoint import Checkpoint, read_json
-from .corpus import Rows
+from .checkpoint import Checkpoint
+from .corpus import Extent, Rows
 from .cpu_math import MOST_KEPT
 from .errors import PareError, Refused, UsageError
 
@@ -115,7 +115,7 @@ def _sources(student: Checkpoint, theirs: int) -> list[int]:
 # ---- memory ----
 
 
-def training_bytes(student: Checkpoint, rows: Rows, options: Options) -> int:
+def training_bytes(student: Checkpoint, rows: Rows | Extent, options: Options) -> int:
     """What training takes at most: the widest block in float32, as it is and with what was learnt, its gradients, both
     moments of Adam in full training, and what a batch computes, kept until it is differentiated. An estimate."""
     arch = student.arch
@@ -136,7 +136,9 @@ def swift_kept(student: Checkpoint, rows: Rows, options: Options) -> int:
     return lm.swift_kept(student.arch, min(options.batch, rows.count) * rows.length)
 
 
-def check_memory(student: Checkpoint, teacher: Checkpoint, rows: Rows, options: Options, cap: int | None) -> int:
+def check_memory(
+    student: Checkpoint, teacher: Checkpoint, rows: Rows | Extent, options: Options, cap: int | None
+) -> int:
     """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise."""
     state = rows.count * rows.length * student.arch.sizes["hidden"] * stream.state_width(student)
     training = training_bytes(student, rows, options)
@@ -156,7 +158,7 @@ def _begin(scratch: Path, pair: Sequence[Checkpoint], rows: Sequence[Rows], opti
     note = scratch / "inputs.json"
     if not note.exists() and not all(is_ours(file.name) for file in scratch.iterdir()):
         raise Refused(f"{scratch} was not made by mlx-pare", "move it away")
-    if note.exists() and read_json(note, "note") != inputs:
+    if note.exists() and step_files.note(note) != inputs:
         raise Refused(f"{scratch} was begun with other models, rows or options", "remove it first")
     replace_file(note, dump_json(inputs))
 

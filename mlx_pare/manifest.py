@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from . import bounded, recipe_file
-from .artifacts import SCHEMA, Strict
+from . import bounded, ranges, recipe_file
+from .artifacts import SCHEMA, Count, Strict
 from .errors import PareError
 from .hub_name import HubName, of_snapshot
 
@@ -25,10 +25,10 @@ class StepRecord(Strict):
     parameters: dict[str, Any]
     inputs: dict[str, str]
     outputs: dict[str, str]
-    seconds: float
-    peak_bytes: int
-    peak_mlx_bytes: int | None = None
-    swap_growth_bytes: int = 0
+    seconds: float = Field(ge=0, le=1e12)
+    peak_bytes: Count
+    peak_mlx_bytes: Count | None = None
+    swap_growth_bytes: Count = 0
 
 
 class Manifest(Strict):
@@ -82,10 +82,14 @@ def is_run(path: Path) -> bool:
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """What was asked of the run in ``path``, by the fields of steps.Settings; None without a recipe. Raises PareError
-    for a damaged one."""
+    """What was asked of the run in ``path``, by the fields of steps.Settings; None without a recipe. Raises PareError,
+    with file and key, for a damaged one."""
     file = path / RECIPE
-    return recipe_file.of_run(file) if file.exists() else None
+    found = recipe_file.of_run(file) if file.exists() else None
+    for name, value in (found or {}).items():
+        if fault := ranges.wrong(name, value):
+            raise PareError(f"{file}: {name} = {ranges.shown(value)} is not allowed", f"give {fault}")
+    return found
 
 
 def require_run(manifest: Path) -> None:

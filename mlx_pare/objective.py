@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import divergence, lm
+from . import divergence, lm, ranges
 from .errors import UsageError
 
 MATCHES = ("auto", "none", "cosine", "mse")
@@ -40,10 +40,7 @@ class Objective:
             raise UsageError(f"unknown loss {self.kind!r}", f"choose one of {', '.join(divergence.KINDS)}")
         if self.match not in MATCHES:
             raise UsageError(f"unknown matching {self.match!r}", f"choose one of {', '.join(MATCHES)}")
-        if not self.temperature > 0:
-            raise UsageError(f"a temperature of {self.temperature:g} makes no distribution", "give one above 0")
-        if not 0 <= self.cross_entropy <= 1:
-            raise UsageError(f"cross-entropy cannot have a share of {self.cross_entropy:g}", "give 0 to 1")
+        ranges.check(vars(self))
 
     def matching(self, layers_were_cut: bool) -> str:
         """How hidden states are compared: "none", "cosine" or "mse"."""

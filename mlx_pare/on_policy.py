@@ -19,9 +19,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import lm, ranks, stream, teacher
+from . import lm, ranges, ranks, stream, teacher
 from .checkpoint import Checkpoint
-from .corpus import Rows
+from .corpus import Extent, Rows
 from .errors import UsageError
 
 ROUND = 25  # steps at most that are trained on samples of the same student
@@ -31,8 +31,7 @@ ROWS_AT_ONCE = 4  # times the batch: rows that are sampled together, which need 
 
 def check(share: float, top: int | None, cross_entropy: float) -> None:
     """Raises UsageError for a share that cannot be, or beside what needs given text."""
-    if not 0 <= share <= 1:
-        raise UsageError(f"the student cannot write a share of {share:g} of the rows", "give --on-policy 0 to 1")
+    ranges.check({"on_policy": share})
     if share and top is not None:
         raise UsageError("targets on disk are of given text: the student's own rows have none", "use --targets full")
     if share and cross_entropy:
@@ -143,7 +142,7 @@ def judge_of(path: Path, places: teacher.Places | None) -> Callable[[Rows], Less
 # ---- memory ----
 
 
-def work_bytes(student: Checkpoint, original: Checkpoint, rows: Rows, at_once: int) -> int:
+def work_bytes(student: Checkpoint, original: Checkpoint, rows: Rows | Extent, at_once: int) -> int:
     """The most that sampling ``rows``, or the teacher's walk over them, takes beside the student and what is held of
     its training: one comes after the other. An estimate."""
     arch, value = student.arch, stream.state_width(student)

@@ -75,8 +75,8 @@ def annotated(option: Option, **changes: Any) -> Any:
 Model = Annotated[
     Path,
     typer.Argument(
-        help="A model directory (config.json, *.safetensors, tokenizer), a GGUF file or its folder, a hub id (org/name, "
-        "org/name@revision, org/name:Q4_K_M), or a name that `mlx-pare models` lists.",
+        help="A model directory (config.json, *.safetensors, tokenizer), a GGUF file or its folder, a hub id "
+        "(org/name, org/name@revision, org/name:Q4_K_M), or a name that `mlx-pare models` lists.",
         metavar="MODEL",
     ),
 ]
@@ -203,8 +203,7 @@ def failed(error: BaseException, debug: bool = False, continues: bool = False) -
         import traceback
 
         traceback.print_exception(error)
-    console.error(line)
-    console.document({"error": line, "exit_code": code})
+    console.failure(line, code)
     return code
 
 

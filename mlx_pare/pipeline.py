@@ -13,12 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from . import console, contenders, corpus, gguf_quantize, kept, planning, recipes, schedule, steps
-from .artifacts import CONTENDERS, Plan
+from . import console, contenders, corpus, gguf_quantize, kept, planning, recipes, schedule, step_files, steps
+from .artifacts import CONTENDERS, Metrics, Plan
 from .calibrate import check_memory as check_calibration
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
 from .export import why_not
 from .exporting import export_step, required
@@ -156,8 +154,8 @@ def dry_run(model: StrPath, s: Settings) -> dict[str, Any]:
     s = affordable(model, planning.with_possible_axes(model, s))
     preflight(model, s)
     planning.settled(model, s)
-    rows, extra = corpus.Rows.full(np.zeros((s.samples, s.length))), criterion(s.criterion).extra
-    needed = check_calibration(Checkpoint(model), rows, s.memory_cap, extra)
+    rows = corpus.Extent(s.samples, s.length)
+    needed = check_calibration(Checkpoint(model), rows, s.memory_cap, criterion(s.criterion).extra)
     return shape_of(model, s) | {"calibration_bytes": needed}
 
 
@@ -192,8 +190,7 @@ def preflight(model: Path, s: Settings) -> None:
     options = s.plan_options()
     shape(Checkpoint(model), replace(options, bits=min(s.choose_bits)) if s.choose_bits else options)
     if s.reconstruct:
-        rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
-        check_reconstruction(Checkpoint(model), rows, s.memory_cap)
+        check_reconstruction(Checkpoint(model), corpus.Extent(s.samples, s.length), s.memory_cap)
     options = s.recover_options()
     options.check()
     if s.recovers:
@@ -202,7 +199,7 @@ def preflight(model: Path, s: Settings) -> None:
 
 def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
     """Raises UsageError where blocks cannot be healed by themselves, Refused for what cannot fit in memory."""
-    train, validation = (corpus.Rows.full(np.zeros((count, s.length))) for count in (s.train_rows, VALIDATION_ROWS))
+    train, validation = (corpus.Extent(count, s.length) for count in (s.train_rows, VALIDATION_ROWS))
     options = s.recover_options()
     if s.local_steps:
         if "hidden" in s.axes or model.arch.sizes["hidden"] != teacher.arch.sizes["hidden"]:
@@ -218,7 +215,7 @@ def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
 def affordable(model: Path, s: Settings) -> Settings:
     """Without reconstruction where it would take hours, or where the memory that is free does not suffice (a wide model
     on a small Mac), which is said; under a --memory-cap, which somebody chose, it is for ``preflight`` to refuse."""
-    rows = corpus.Rows.full(np.zeros((s.samples, s.length)))
+    rows = corpus.Extent(s.samples, s.length)
     if s.reconstruct and max(each.flops for each in reconstruction_costs(Checkpoint(model), rows)) > AFFORDABLE:
         console.warn(
             f"going on without reconstruction: with {rows.total} tokens it would take hours (fewer than the ffn is "
@@ -243,7 +240,7 @@ def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
 def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: Sequence[str]) -> dict[str, Any]:
     def of(name: str) -> dict[str, Any]:
         step = run.directory(f"evaluate-{name}")
-        return read_json(step / "metrics.json", "metrics") | read_json(step / "size.json", "size")
+        return Metrics.load(step / "metrics.json").model_dump() | step_files.read(step / "size.json")
 
     found = metrics(run.path, measured)
     return {
@@ -254,9 +251,9 @@ def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: 
         "before": of("original"),
         "after": of("recovered" if "recovered" in found else "pruned"),
         "contenders": {name: of(name) for name in found},
-        "fits": read_json(run.directory("export") / "fits.json", "fits"),
+        "fits": step_files.read(run.directory("export") / "fits.json"),
         **({"stages": told} if (told := schedule.story(run.path)) else {}),
-        "bench": read_json(p, "bench") if (p := run.directory("bench") / "bench.json").exists() else None,
+        "bench": step_files.find(run.directory("bench") / "bench.json"),
     }
 
 

@@ -16,13 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from . import console, gguf_uneven, text_record, trial
 from .arch import why_uniform
 from .artifacts import Arrays, Plan, dump_json
 from .checkpoint import Checkpoint
-from .corpus import Rows
+from .corpus import Extent
 from .errors import PareError, Refused, UsageError
 from .fit.reach import DEFAULT_AXES
 from .gguf_further import BY_PLACE
@@ -166,7 +164,7 @@ def _check_memory(checkpoint: Checkpoint, s: Settings) -> None:
     """Raises Refused when the trials would need more memory than may be used."""
     if s.widths == "even":
         return
-    rows, held = (Rows.full(np.zeros((n, s.length))) for n in (s.samples, math.ceil(HELD_TOKENS / s.length)))
+    rows, held = (Extent(n, s.length) for n in (s.samples, math.ceil(HELD_TOKENS / s.length)))
     trial.check_memory(checkpoint, rows, held, 1, s.memory_cap)  # more of them take more walks
 
 

@@ -32,7 +32,7 @@ from .arch import Architecture
 from .artifacts import Arrays, LayerPlan, Plan, repair_file
 from .checkpoint import Checkpoint
 from .console import gb
-from .corpus import Rows
+from .corpus import Extent, Rows
 from .errors import PareError, Refused
 from .layout import layout
 from .least_squares import Cost
@@ -120,14 +120,14 @@ def _lead(
     return pairs, stream.walk(model, rows, _SideBySide(checkpoint.arch, pairs), what="reconstruct: block")
 
 
-def check_memory(checkpoint: Checkpoint, rows: Rows, cap: int | None, plans: int = 1) -> int:
+def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, plans: int = 1) -> int:
     """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
     held = held_bytes(checkpoint, rows, plans)
     instead = f"; --no-reconstruct needs {gb(held)} less"
     return stream.check_memory(checkpoint, rows, cap, held, instead)
 
 
-def held_bytes(checkpoint: Checkpoint, rows: Rows, plans: int = 1) -> int:
+def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent, plans: int = 1) -> int:
     """What pruned streams of so many plans need beyond a plain walk: more hidden states, the inputs of both matrices,
     and what the wider one takes to be solved, in the form that it will be. With more plans than one, what the dense
     block gave is there until the last of them has gone through it."""
@@ -141,7 +141,7 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows, plans: int = 1) -> int:
     return value * held + new + max(each.nbytes for each in costs(checkpoint, rows))
 
 
-def costs(checkpoint: Checkpoint, rows: Rows) -> list[Cost]:
+def costs(checkpoint: Checkpoint, rows: Rows | Extent) -> list[Cost]:
     """What solving o_proj and down_proj of the first layer takes."""
     return solve_costs(checkpoint, rows.total)
 

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, lm, local, machine, on_policy, ranks, rewrite, stream, targets, teacher
+from . import console, divergence, lm, local, machine, on_policy, ranks, rewrite, step_files, stream, targets, teacher
 from .artifacts import dump_json, survivors
 from .atomic import created, refuse_existing, remove, replace_file, working
 from .checkpoint import Checkpoint, read_json
@@ -162,7 +162,7 @@ class _Job:
         if not options.local_steps or ranks.this()[0]:  # the others get the weights sent
             return None
         of = {**self.about(), "options": asdict(options.blocks)}
-        if note.exists() and read_json(note, "local recovery")["of"] != of:
+        if note.exists() and step_files.read(note)["of"] != of:
             raise Refused(f"{self.work} was begun with other models, rows or options", "remove it to begin anew")
         if not (place.exists() and note.exists()):
             shutil.rmtree(place, ignore_errors=True)
@@ -170,7 +170,7 @@ class _Job:
             done = local.local(self.student, self.original, *rows, place, options.blocks, self.memory_cap)
             replace_file(note, dump_json({"of": of, "done": done}))
         self.candidates["local"] = place
-        return read_json(note, "local recovery")["done"]
+        return step_files.read(note)["done"]
 
     def about(self) -> dict[str, str]:
         """What is healed on what: leavings of anything else are refused."""

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from . import console, cpu_math, lm, machine, on_policy, stream, teacher
+from . import console, cpu_math, lm, machine, on_policy, ranges, stream, teacher
 from .block_training import Options as BlockOptions
 from .checkpoint import Checkpoint
-from .corpus import Rows
+from .corpus import Extent, Rows
 from .errors import Refused, UsageError
 from .objective import Objective
 from .option_types import check as check_types
@@ -28,6 +26,7 @@ RATES: dict[str, Callable[[int], float]] = {
     "full": lambda hidden: 0.12 / hidden,
     "norms": lambda hidden: 2e-3,
 }
+DRAW_BYTES = 128  # of an array of row numbers, beside the numbers
 GENTLE_BELOW = 0.1  # nats of KL divergence at the start, below which these rates are too high (see Course)
 METHODS = tuple(RATES)
 LOCAL = {"lora": "lora", "dora": "lora", "full": "full", "norms": "full"}  # what the blocks are trained by beforehand
@@ -87,6 +86,7 @@ class Options:
 
     def check(self) -> None:
         """Raises UsageError for what there is not."""
+        ranges.check(vars(self))
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", f"choose one of {', '.join(METHODS)}")
         on_policy.check(self.on_policy, self.top, self.cross_entropy)
@@ -100,8 +100,8 @@ class Options:
 def required_bytes(
     student: Checkpoint,
     original: Checkpoint,
-    train: Rows,
-    validation: Rows,
+    train: Rows | Extent,
+    validation: Rows | Extent,
     options: Options,
     matched: int = 0,
     swift: bool = False,
@@ -129,9 +129,11 @@ def required_bytes(
     if options.on_policy < 1:
         held += teacher.held_bytes(original, train, matched, options.top is None)
     work = 5 * tokens * vocab * 4 + activations
+    draws = options.course.segment * options.accumulate  # batches whose row numbers are drawn at once
+    drawn = draws * min(options.batch, train.count)
+    held += DRAW_BYTES * draws + 8 * drawn
     if options.on_policy:
-        drawn = options.course.segment * options.accumulate * min(options.batch, train.count)
-        own = Rows.full(np.zeros((on_policy.written_rows(options.on_policy, drawn), length), np.int32))
+        own = Extent(on_policy.written_rows(options.on_policy, drawn), length)
         held += teacher.held_bytes(original, own, matched)
         work = max(work, on_policy.work_bytes(student, original, own, options.batch * on_policy.ROWS_AT_ONCE))
     copies = 4 + (options.accumulate > 1)
@@ -141,8 +143,8 @@ def required_bytes(
 def check_memory(
     student: Checkpoint,
     original: Checkpoint,
-    train: Rows,
-    validation: Rows,
+    train: Rows | Extent,
+    validation: Rows | Extent,
     options: Options,
     cap: int | None,
     matched: int = 0,

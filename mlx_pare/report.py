@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import edited, markdown, schedule
+from . import edited, markdown, schedule, step_files
 from .artifacts import CONTENDERS, Plan
-from .checkpoint import read_json
 from .console import count, duration, gb, span
 from .errors import PareError
 from .fit.bars import by_memory, verdict_of
@@ -48,15 +47,11 @@ def report(run: StrPath, measured: Sequence[str] | None = None) -> Path:
     return edited.write(run / "report.md", ("\n\n".join(s for s in sections if s) + "\n").encode())
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    return read_json(path, path.name) if path.exists() else None
-
-
 def _title(manifest: Manifest) -> str:
     chip = manifest.machine.get("chip") or "no Apple chip"
     return (
         f"# {markdown.escaped(manifest.called)}\n\n"
-        f"Source `{manifest.source[:16]}`, on {manifest.machine['system']} ({chip}); "
+        f"Source `{manifest.source[:16]}`, on {manifest.machine.get('system', 'an unknown system')} ({chip}); "
         + ", ".join(f"{k} {v}" for k, v in manifest.versions.items() if v != "not installed")
         + "."
     )
@@ -126,21 +121,21 @@ def _shape(run: Path) -> str:
 
 def _dropped_by(run: Path, dropped: list[int]) -> str:
     """The KL divergence after each drop, when these layers went by trials."""
-    drops = (_json(run / "plan" / "layers.json") or {"drops": {}})["drops"].values()
+    drops = (step_files.find(run / "plan" / "layers.json") or {"drops": {}})["drops"].values()
     chosen = next((each for each in drops if sorted(d["layer"] for d in each) == dropped), [])
-    told = ", ".join(f"{drop['layer']} ({drop['kl']:.4f})" for drop in chosen)
+    told = ", ".join(f"{drop['layer']} ({_number(drop['kl'], 4) or 'given up'})" for drop in chosen)
     return f"; in this order, with the KL divergence once each was gone too: {told}" if told else ""
 
 
 def _stability(run: Path) -> str:
-    found = _json(run / "stability" / "stability.json")
+    found = step_files.find(run / "stability" / "stability.json")
     lines = [f"- {markdown.escaped(line)}" for line in stability_lines(found)] if found else []
     return "## Stability of the choice\n\n" + "\n".join(lines) if found else ""
 
 
 def _tried(run: Path) -> str:
     """How the sizes were chosen: the best candidates, and what single changes had said of them."""
-    tried = _json(run / "plan" / "tried.json")
+    tried = step_files.find(run / "plan" / "tried.json")
     if not tried:
         return ""
     every, even, taken = tried["candidates"], tried["even"], tried["taken"]
@@ -184,7 +179,7 @@ def _sizes(candidate: Mapping[str, Any]) -> str:
 
 
 def _requantized(run: Path) -> str:
-    done = _json(run / "prune" / "done.json")
+    done = step_files.find(run / "prune" / "done.json")
     if not done or not done["requantized"]:
         return ""
     errors = done["requantized"]
@@ -196,7 +191,7 @@ def _requantized(run: Path) -> str:
 
 
 def _recovery(run: Path) -> str:
-    done = _json(run / "recover" / "recovery.json")
+    done = step_files.find(run / "recover" / "recovery.json")
     if not done:
         return ""
     names = sorted(done["domains"]) if len(done["domains"]) > 1 else []
@@ -222,7 +217,7 @@ def _recovery(run: Path) -> str:
 
 
 def _speed(run: Path) -> str:
-    done = _json(run / "bench" / "bench.json")
+    done = step_files.find(run / "bench" / "bench.json")
     if not done:
         return ""
     rows = []
@@ -247,7 +242,7 @@ def _speed(run: Path) -> str:
 
 
 def _gguf(run: Path) -> str:
-    done = _json(run / "export" / "export.json")
+    done = step_files.find(run / "export" / "export.json")
     if not done:
         return ""
     if done["path"] is None:
@@ -271,7 +266,7 @@ def _gguf(run: Path) -> str:
 
 def _macs(run: Path, manifest: Manifest) -> str:
     """Which Macs take the original, the result and its GGUF file: in a sentence, a table and a picture."""
-    fits = _json(run / "export" / "fits.json")
+    fits = step_files.find(run / "export" / "fits.json")
     if not fits:
         return ""
     rows, original = fits["rows"], by_memory(fits.get("original_rows") or [])
@@ -321,7 +316,7 @@ def _picture(run: Path, fits: Mapping[str, Any], manifest: Manifest) -> str:
 
 def _warnings(run: Path) -> str:
     steps = [place / step for place in (run, *sorted(run.glob("stage-*"))) for step in ("prune", "recover")]
-    found = [w for step in steps for w in (_json(step / "check.json") or {}).get("warnings", [])]
+    found = [w for step in steps for w in (step_files.find(step / "check.json") or {}).get("warnings", [])]
     return "## Warnings\n\n" + "\n".join(f"- {markdown.escaped(w)}" for w in found) if found else ""
 
 

@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import __version__, bounded, console, locks, log, machine, recipe_file
+from . import __version__, bounded, console, locks, log, machine, recipe_file, step_files
 from .artifacts import dump_json
 from .atomic import is_ours, replace_file, sweep
 from .errors import PareError, Refused, shell, told
@@ -346,7 +346,7 @@ def _contents(files: Mapping[str, Path], what: str) -> dict[str, str]:
 
 def _read_begun(path: Path) -> dict[str, Any]:
     try:
-        begun = json.loads(bounded.contents(path))
+        begun = step_files.note(path)
         return {"parameters": dict(begun["parameters"]), "inputs": dict(begun["inputs"])}
     except (ValueError, KeyError, TypeError) as error:
         raise PareError(f"{path} is damaged", f"delete {shell(path.parent)} to do the step again") from error

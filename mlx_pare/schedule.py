@@ -16,8 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from . import step_files
 from .artifacts import Metrics, Plan, Target, survivors
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .console import count, duration
 from .errors import Refused, UsageError
 from .fit.footprint import parameters
@@ -168,7 +169,7 @@ def story(run: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"stage": place.name, "parent": found[-1]["stage"] if found else "original"}
         row |= {"share": made.after.non_embedding / whole, "parameters": made.after.parameters}
         healed = place / "recover" / "recovery.json"
-        row["steps"] = read_json(healed, "recovery")["options"]["steps"] if healed.exists() else None
+        row["steps"] = done["options"]["steps"] if (done := step_files.find(healed)) else None
         row["seconds"] = sum(step.seconds for step in manifest.steps.values())
         last = not (run / name_of(len(found) + 2)).exists()
         for what in ("pruned", "recovered"):

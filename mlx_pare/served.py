@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,12 +15,14 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 from typing import Any
 
+from . import children
 from .errors import PareError
 from .stock_path import plain
 
-START_SECONDS, ANSWER_SECONDS = 120.0, 120.0
+START_SECONDS, ANSWER_SECONDS, END_SECONDS = 120.0, 120.0, 10.0
 HOST = "127.0.0.1"
 PROMPT, TOKENS = "Once upon a time", 16
 LLAMA_SERVER = (
@@ -80,7 +81,7 @@ def ask(name: str, command: Sequence[str], chat: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def _running(command: Sequence[str]) -> Iterator[tuple[int, Path, subprocess.Popen]]:
+def _running(command: Sequence[str]) -> Iterator[tuple[int, Path, Popen]]:
     """(port, file of its output, process) of a server while it runs."""
     with socket.socket() as free:
         free.bind((HOST, 0))
@@ -89,21 +90,14 @@ def _running(command: Sequence[str]) -> Iterator[tuple[int, Path, subprocess.Pop
         log = Path(scratch) / "log"
         offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*command, str(port)], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=offline
-            )
+            process = children.start([*command, str(port)], stdin=DEVNULL, stdout=output, stderr=STDOUT, env=offline)
         try:
             yield port, log, process
         finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            children.end(process, END_SECONDS)
 
 
-def _wait(url: str, name: str, log: Path, process: subprocess.Popen) -> None:
+def _wait(url: str, name: str, log: Path, process: Popen) -> None:
     """Until the server answers at all. Raises PareError when it does not, or has ended."""
     end = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < end:

@@ -76,6 +76,23 @@ def placeholder(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return mx.broadcast_to(mx.zeros((1,), dtype), shape)
 
 
+class InMemory:
+    """Hidden states of all rows as one array, handed to the stock forward as they are."""
+
+    def entering(self, index: int, x: mx.array) -> mx.array:
+        return x
+
+    def collect(self, index: int, parts: Iterable[tuple[slice, Any]]) -> Any:
+        """All micro-batches, put together again; None when they were not computed to their end."""
+        pieces = [after for _, after in parts]
+        joined = None if pieces[0] is None else join(pieces)
+        mx.eval(joined)
+        return joined
+
+    def leaving(self, joined: Any) -> Any:
+        return joined
+
+
 class Spooled:
     """The hidden states of a walk: those behind block i - 1 lie in ``directory``/hidden-i.safetensors; the ones before
     are deleted when the observer has left the block. Code between blocks that touches the values would compute with the
@@ -120,3 +137,14 @@ class Spooled:
                 file.unlink()
         self.handed = placeholder(states.shape, states.dtype)
         return self.handed
+
+
+def join(pieces: list) -> Any:
+    """What micro-batches gave, arrays or tuples of them, as one; what is no array is the same for all of them."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if isinstance(pieces[0], tuple):
+        return tuple(
+            join(list(part)) if isinstance(part[0], mx.array) else part[0] for part in zip(*pieces, strict=True)
+        )
+    return mx.concatenate(pieces)

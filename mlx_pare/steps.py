@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import console, lm, named, ranks, text_record
+from . import console, lm, named, ranges, ranks, text_record
 from .amounts import parse_amount
 from .artifacts import Metrics, Plan, dump_json
 from .atomic import replace_file
@@ -46,7 +46,7 @@ RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what its result 
 @dataclass(frozen=True)
 class Settings:
     """Everything that can be asked of a run; see `mlx-pare run --help`. Exactly one target must be given. Raises
-    UsageError for a value of another type."""
+    UsageError for a value of another type, or one that its option does not take (ranges.py)."""
 
     data: str | Sequence[str] | None = None  # as domains.parse_all reads it
     test_data: str | None = None
@@ -102,6 +102,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        ranges.check(vars(self))
 
     @property
     def recovers(self) -> bool:

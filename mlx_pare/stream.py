@@ -13,7 +13,7 @@ so that the operating system has it at hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from .ahead import read_ahead
 from .arch import Tensor
 from .checkpoint import DTYPE_BYTES, Checkpoint
 from .console import gb, progress
-from .corpus import Rows
+from .corpus import Extent, Rows
 from .errors import Refused
 from .head import Streamed
 from .quantized import EXPANDED_BYTES, StoredEmbedding, stored_dtype
-from .spool import Spool, Spooled, placeholder
+from .spool import InMemory, Spool, Spooled, placeholder
 
 MICRO_BATCH_TOKENS = 1024
 BASE_BYTES = 250 << 20  # Python, MLX, the tokenizer and what else is loaded
@@ -78,7 +78,7 @@ class _Walk:
     blocks: list
     observer: Observer | None
     resume: Resume | None
-    store: Any  # where the hidden states of all rows are: _InMemory or Spooled
+    store: Any  # where the hidden states of all rows are: InMemory or Spooled
     ahead: Callable[[int], None]  # has the file of a block read
     bar: Any
     path: Path
@@ -139,7 +139,7 @@ class _Walk:
     def _apart(self, block: Any, x: mx.array, start: int, args: tuple, kwargs: dict) -> mx.array | None:
         """Other hidden states of the rows from ``start`` on through the same block."""
         parts = micro_batches(self.rows, start) if start else None
-        return _InMemory().collect(0, self._each(lambda: self._unwatched(block, x, start, args, kwargs), parts))
+        return InMemory().collect(0, self._each(lambda: self._unwatched(block, x, start, args, kwargs), parts))
 
     def _unwatched(self, block: Any, x: mx.array, start: int, args: tuple, kwargs: dict) -> mx.array | None:
         try:
@@ -155,30 +155,14 @@ class _Walk:
         return block(x, *args, **kwargs)
 
 
-class _InMemory:
-    """Hidden states of all rows as one array, handed to the stock forward as they are."""
-
-    def entering(self, index: int, x: mx.array) -> mx.array:
-        return x
-
-    def collect(self, index: int, parts: Iterable[tuple[slice, Any]]) -> Any:
-        """All micro-batches, put together again; None when they were not computed to their end."""
-        pieces = [after for _, after in parts]
-        joined = None if pieces[0] is None else _join(pieces)
-        mx.eval(joined)
-        return joined
-
-    def leaving(self, joined: Any) -> Any:
-        return joined
-
-
-def _micro_batch(rows: Rows) -> int:
+def micro_batch(rows: Rows | Extent) -> int:
+    """How many rows go through a block at a time."""
     return min(rows.count, max(1, MICRO_BATCH_TOKENS // rows.length))
 
 
 def micro_batches(rows: Rows, first: int = 0) -> list[slice]:
     """The rows, from ``first`` on, that go through a block at a time."""
-    step = max(1, _micro_batch(rows))
+    step = max(1, micro_batch(rows))
     return [slice(start, min(start + step, rows.count)) for start in range(first, rows.count, step)]
 
 
@@ -200,16 +184,6 @@ def shares(rows: Rows, part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dic
         return value[part] if per_row(value, rows) else value
 
     return tuple(map(share, args)), {k: share(v) for k, v in kwargs.items()}
-
-
-def _join(pieces: list) -> Any:
-    if len(pieces) == 1:
-        return pieces[0]
-    if isinstance(pieces[0], tuple):
-        return tuple(
-            _join(list(part)) if isinstance(part[0], mx.array) else part[0] for part in zip(*pieces, strict=True)
-        )
-    return mx.concatenate(pieces)
 
 
 class _BlockProxy:
@@ -259,7 +233,7 @@ def walk(
     embedding = StoredEmbedding(checkpoint, next(checkpoint.arch.tensors()).name, dtype)
     blocks, body = lm.blocks(model), lm.body(model)
     own, tokens = list(blocks), mx.array(rows.tokens)
-    store = Spooled(spool, rows.count) if spool else _InMemory()
+    store = Spooled(spool, rows.count) if spool else InMemory()
     with progress(what, len(own)) as bar, read_ahead(checkpoint) as ahead, lm.swift():
         bar.skip(resume.start if resume else 0)
         state = _Walk(rows, own, observer, resume, store, ahead, bar, path)
@@ -331,10 +305,10 @@ def advance(path: Path, rows: Rows, hidden: mx.array | None, start: int, stop: i
     raise AssertionError(f"{path} has no block {stop - 1}")
 
 
-def required_bytes(checkpoint: Checkpoint, rows: Rows, spooled: bool = False) -> int:
+def required_bytes(checkpoint: Checkpoint, rows: Rows | Extent, spooled: bool = False) -> int:
     """Estimate of the peak of a walk, the interpreter included (see the module's docstring)."""
     arch, value = checkpoint.arch, state_width(checkpoint)
-    there = _micro_batch(rows) if spooled else rows.count
+    there = micro_batch(rows) if spooled else rows.count
     states = 3 * there * rows.length * arch.sizes["hidden"] * value
     block, expanded = [0] * len(arch.layers), [0] * len(arch.layers)
     wide = 0
@@ -367,17 +341,22 @@ def _stored_bytes(checkpoint: Checkpoint, tensor: Tensor) -> int:
     return packing.nbytes(*tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
 
 
-def activation_bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+def activation_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
     """What is computed inside a block for a micro-batch: an estimate."""
     arch, hidden = checkpoint.arch, checkpoint.arch.sizes["hidden"]
     heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
-    tokens = _micro_batch(rows) * rows.length
+    tokens = micro_batch(rows) * rows.length
     units = 3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length
     return tokens * units * state_width(checkpoint)
 
 
 def check_memory(
-    checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0, instead: str = "", spooled: bool = False
+    checkpoint: Checkpoint,
+    rows: Rows | Extent,
+    cap: int | None,
+    held: int = 0,
+    instead: str = "",
+    spooled: bool = False,
 ) -> int:
     """The estimate, with ``held`` bytes beside it, when it stays under ``cap`` (default: the memory that is free now).
     Raises Refused otherwise; ``instead``: what else could be done about it."""
@@ -394,7 +373,7 @@ def check_memory(
     return needed
 
 
-def must_spool(checkpoint: Checkpoint, rows: Rows, cap: int | None, held: int = 0, beside: int = 0) -> bool:
+def must_spool(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, held: int = 0, beside: int = 0) -> bool:
     """Whether hidden states have to lie on disk for a walk to stay under ``cap`` (default: the memory that is free
     now), with ``held`` bytes in memory, and ``beside`` that would be spooled as well. Raises Refused when that would
     not be enough."""

@@ -27,9 +27,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import head, machine, stream
+from . import head, machine, step_files, stream
 from .atomic import replace_file, sweep
-from .bounded import contents
 from .checkpoint import Checkpoint
 from .console import gb, progress
 from .corpus import Rows
@@ -253,8 +252,8 @@ def _about(directory: Path) -> dict[str, Any] | None:
     note = directory / "targets.json"
     if not note.exists():
         return None
+    about = step_files.note(note)
     try:
-        about = json.loads(contents(note))
         if about["schema"] != SCHEMA:
             raise PareError(f"{note} has schema {about['schema']}, this version reads {SCHEMA}", "collect them again")
         record(about["k"], about["vocab"])

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import stream
 from .checkpoint import Checkpoint
-from .corpus import Rows
+from .corpus import Extent, Rows
 from .errors import PareError
 
 
@@ -74,7 +74,7 @@ def places(survivors: dict[str, Any], teacher: Checkpoint) -> Places:
     return Places(*(tuple(side) for side in zip(*found, strict=True)), None if whole else kept)
 
 
-def held_bytes(teacher: Checkpoint, rows: Rows, matched: int, whole: bool = True) -> int:
+def held_bytes(teacher: Checkpoint, rows: Rows | Extent, matched: int, whole: bool = True) -> int:
     """What stays in memory of the teacher for ``rows``: hidden states at ``matched`` places and, where the ``whole``
     vocabulary is asked for, the final ones and its head."""
     states = rows.count * rows.length * teacher.arch.sizes["hidden"] * stream.state_width(teacher) * (whole + matched)

@@ -1,8 +1,8 @@
 """A model's tokenizer and chat template, held to bounds: both are programs that came with the model.
 
 A tokenizer holds regular expressions, whose search may take for ever, and a chat template is Jinja, in which two lines
-fill the memory. Both are tried, and templates always run, in a process of its own with limits of time and memory, which
-is ended when it reaches them. Run as a module, this file is that process.
+fill the memory. Both are tried, and templates always run, in a process of its own with limits of time and memory. It
+limits itself, and its parent ends it too. Run as a module, this file is that process.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import os
 import resource
-import subprocess
+import signal
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, TimeoutExpired
 from typing import Any
 
-from . import bounded
+from . import bounded, children
 from .checkpoint import TOKENIZER_FILES, read_json
 from .errors import PareError
 from .frozen_clock import Clock
@@ -64,26 +67,15 @@ def check(directory: Path) -> None:
 def _try(file: str, digest: str) -> None:
     """Raises PareError for a tokenizer.json of this content that fails in the other process; known ones pass."""
     try:
-        done = subprocess.run(_command("try", file), capture_output=True, env=_environment(), timeout=START_SECONDS)
-    except subprocess.TimeoutExpired:
+        done = children.run(children.module("tokenizer_files", "try", file), timeout=START_SECONDS)
+    except TimeoutExpired:
         done = None
     if done is None or done.returncode:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() if done else []
+        lines = done.stderr.strip().splitlines() if done else []
         why = "takes too long" if done is None or done.returncode < 0 else (lines or ["cannot be loaded"])[-1][:300]
         raise PareError(
             f"cannot load the tokenizer {file}: it {why}", "tokenizer.json must be whole, and of a sane model"
         )
-
-
-def _command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "mlx_pare.tokenizer_files", *words]
-
-
-def _environment() -> dict[str, str]:
-    """That of this process, in which the other one finds the same package."""
-    package = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path, "RUST_BACKTRACE": "0", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def has_chat_template(directory: Path) -> bool:
@@ -126,15 +118,15 @@ class Chats:
         return found["text"]
 
     def _start(self) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(_command("chat", str(self.directory)), env=_environment(), **pipes)
-        weakref.finalize(self, _end, self._process)
+        command = children.module("tokenizer_files", "chat", str(self.directory), str(CHAT_SECONDS))
+        self._process = children.start(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        weakref.finalize(self, children.end, self._process)
         self._answer(START_SECONDS)
 
     def _answer(self, seconds: float, question: bytes = b"") -> dict[str, Any]:
         """What the process says next; one that does not in time, or says too much, is ended."""
         process = self._process
-        timer = threading.Timer(seconds, process.kill)
+        timer = threading.Timer(seconds, children.kill, (process,))
         timer.start()
         try:
             process.stdin.write(question)
@@ -146,16 +138,8 @@ class Chats:
             pass
         finally:
             timer.cancel()
-        _end(process)
+        children.end(process)
         raise ValueError(f"its template takes more than {seconds} seconds, or too much memory")
-
-
-def _end(process: subprocess.Popen) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what was not sent is not sent any more
-            pipe.close()
 
 
 # ---- the other process ----
@@ -169,6 +153,7 @@ def _limit(what: int, most: int) -> None:
 
 def try_out(file: str) -> None:
     """Load a tokenizer.json and read the probes with it."""
+    signal.alarm(START_SECONDS)
     _limit(resource.RLIMIT_CPU, TRY_SECONDS)
     _limit(resource.RLIMIT_AS, TRY_BYTES)
     from tokenizers import Tokenizer
@@ -178,8 +163,9 @@ def try_out(file: str) -> None:
         found.decode(found.encode(text).ids)
 
 
-def write_chats(directory: str) -> None:
-    """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it."""
+def write_chats(directory: str, seconds: str) -> None:
+    """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it. A chat that takes
+    longer than ``seconds`` ends the process."""
     clock = Clock()
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is no answer
@@ -193,6 +179,8 @@ def write_chats(directory: str) -> None:
         _limit(resource.RLIMIT_DATA, int(used.read_text().split()[5]) * resource.getpagesize() + CHAT_BYTES)
     answers.write(b"{}\n")
     for line in sys.stdin:
+        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + int(seconds))
+        signal.alarm(int(seconds))
         chat = json.loads(line)
         clock.set(chat["now"])
         more = {"tools": chat["tools"]} if chat["tools"] else {}
@@ -203,8 +191,9 @@ def write_chats(directory: str) -> None:
             answer = {"text": tokenizer.apply_chat_template(chat["messages"], tokenize=False, **more)}
         except Exception as error:  # templates are programs of their own
             answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        signal.alarm(0)
         answers.write(json.dumps(answer).encode() + b"\n")
 
 
 if __name__ == "__main__":
-    {"try": try_out, "chat": write_chats}[sys.argv[1]](sys.argv[2])
+    {"try": try_out, "chat": write_chats}[sys.argv[1]](*sys.argv[2:])

@@ -25,7 +25,7 @@ import numpy as np
 from . import divergence, lm, stream
 from .arch import Architecture
 from .checkpoint import Checkpoint
-from .corpus import Rows
+from .corpus import Extent, Rows
 from .errors import Refused
 from .observers import replace_module
 from .packing import Packing
@@ -167,7 +167,9 @@ def _walk(
     return Tried([kl if math.isfinite(kl) else math.inf for kl in found], side_by_side.curves)
 
 
-def check_memory(checkpoint: Checkpoint, calibration: Rows, held: Rows, count: int, cap: int | None) -> int:
+def check_memory(
+    checkpoint: Checkpoint, calibration: Rows | Extent, held: Rows | Extent, count: int, cap: int | None
+) -> int:
     """The estimate of memory of so many candidates side by side, if it is under ``cap``. Raises Refused otherwise."""
     value, sizes, rows = stream.state_width(checkpoint), checkpoint.arch.layer_sizes(0), calibration.joined(held)
     streams = (count + 1) * held.count * held.length * sizes["hidden"] * value

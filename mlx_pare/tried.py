@@ -6,17 +6,15 @@ They lie in RUN/trials.json by a hash of everything that they depend on.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from . import step_files
 from .artifacts import Arrays, Plan, dump_json
 from .atomic import replace_file, scratch
-from .bounded import contents
 from .corpus import Rows
-from .errors import PareError
 from .reconstruct import reconstructed_kl
 from .rundir import Run
 from .steps import Settings
@@ -47,12 +45,7 @@ class Known:
 
     def __init__(self, run: Run, *about: str):
         self.file, self.about = run.path / "trials.json", [run.manifest.source, *about]
-        try:
-            self.found: dict[str, float | None] = json.loads(contents(self.file)) if self.file.exists() else {}
-            if not all(kl is None or isinstance(kl, int | float) for kl in self.found.values()):
-                raise ValueError
-        except (ValueError, AttributeError) as error:
-            raise PareError(f"{self.file} is damaged", "delete it: what it holds is tried again") from error
+        self.found: dict[str, float | None] = step_files.find(self.file) or {}
 
     def key(self, what: Any) -> str:
         return hashlib.sha256(dump_json({"about": self.about, "what": what})).hexdigest()

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from . import step_files
 from .artifacts import CONTENDERS, Metrics
-from .checkpoint import read_json
 from .console import gb
 from .manifest import Manifest
 
@@ -19,7 +19,7 @@ def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Me
     for name in [n for n, _ in CONTENDERS] if names is None else names:
         path = run / f"evaluate-{name}"
         if (path / "metrics.json").exists():
-            found[name] = Metrics.load(path / "metrics.json"), read_json(path / "size.json", "size")["bytes"]
+            found[name] = Metrics.load(path / "metrics.json"), step_files.read(path / "size.json")["bytes"]
     return found
 
 

@@ -265,7 +265,7 @@ REFUSALS = {
     "unknown method": (2, "unknown recovery method 'hope'", [*RUN, "--keep", "0.5", "--method", "hope"]),
     "unknown GGUF type": (2, "'q9_z'", [*RUN, "--keep", "0.5", "--gguf", "q9_z"]),
     "unknown export type": (2, "'q9_z'", ["export", "MODEL", "--gguf", "q9_z", "-o", "NEW"]),
-    "unknown packing": (2, "2, 3, 4, 5, 6, 8 bits", [*RUN, "--keep", "0.5", "--bits", "7"]),
+    "unknown packing": (2, "2, 3, 4, 5, 6, 8", [*RUN, "--keep", "0.5", "--bits", "7"]),
     "unknown command": (2, "No such command 'prun'", ["prun"]),
     "unknown option": (2, "No such option", ["inspect", "MODEL", "--nope"]),
     "missing argument": (2, "Missing argument 'MODEL'", ["inspect"]),

@@ -52,7 +52,7 @@ def test_packed_by_mlx_lm(model, tmp_path, mix, counts):  # noqa: F811
         deploy.packed(out, tmp_path / "again", 4)
     with pytest.raises(Refused, match="exists already"):
         deploy.packed(tmp_path / "cut", out, 4)
-    with pytest.raises(UsageError, match="no packing of 7 bits"):
+    with pytest.raises(UsageError, match="--bits 7 is not allowed"):
         deploy.packed(tmp_path / "cut", tmp_path / "seven", 7)
     assert not list(tmp_path.glob("*.partial"))
 

@@ -152,7 +152,7 @@ def test_what_status_says_of_a_killed_run(job, late, tmp_path):
     seen("killed (`kill -9`)", status.stdout)
 
 
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_interrupted(job, tmp_path, sent):
     """Twice in a row, as people do: the second one comes while the first is cleaned up after."""
     out, temporary = tmp_path / "run", Path(job.driver.temporary)
@@ -161,7 +161,7 @@ def test_interrupted(job, tmp_path, sent):
     for number in (1, 12, 60):
         done = job.run(out, interrupt=number, signal=sent)
         assert done.code == 1
-        seen("Ctrl-C, SIGTERM", done.line)
+        seen("Ctrl-C, SIGTERM, SIGHUP (a closed terminal)", done.line)
         assert not half_written(out) and not list(temporary.iterdir())
     job.ends(out)
 

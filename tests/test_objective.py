@@ -74,8 +74,8 @@ def test_what_there_is_not():
     for wrong, message in (
         (dict(kind="hope"), "unknown loss"),
         (dict(match="all"), "unknown matching"),
-        (dict(temperature=0.0), "temperature of 0"),
-        (dict(cross_entropy=2.0), "share of 2"),
+        (dict(temperature=0.0), "--temperature 0.0 is not allowed"),
+        (dict(cross_entropy=2.0), "--cross-entropy 2.0 is not allowed"),
     ):
         with pytest.raises(UsageError, match=message):
             replace(Objective(), **wrong).check()

@@ -212,8 +212,8 @@ def test_rounds_are_short(cut):
 
 
 @pytest.mark.parametrize(("change", "problem", "cure"), [
-    (dict(on_policy=1.5), "share of 1.5", "0 to 1"),
-    (dict(on_policy=-0.1), "share of -0.1", "0 to 1"),
+    (dict(on_policy=1.5), "--on-policy 1.5 is not", "0 to 1"),
+    (dict(on_policy=-0.1), "--on-policy -0.1 is not", "0 to 1"),
     (dict(top=8), "of given text", "--targets full"),
     (dict(cross_entropy=0.1), "cross-entropy", "--cross-entropy 0"),
 ])  # fmt: skip

@@ -303,7 +303,7 @@ WRONG = [
     (
         dict(choose_bits=(4,), widths="per-layer", keep=None, target_size="200kB", group_size=48),
         UsageError,
-        "groups of",
+        "--group-size",
     ),
     (dict(runtimes=("mlx", "vllm")), UsageError, "'vllm'.*llama.cpp"),
     (dict(widths="wide"), UsageError, "'wide'.*per-layer"),

@@ -108,7 +108,7 @@ def test_micro_batches(pico_models, monkeypatch, family, micro_batch):
 def test_pieces_of_tuples_are_joined():
     """Blocks may answer (hidden, something shared, something without rows)."""
     a, b = mx.ones((2, 3, 4)), mx.zeros((1, 3, 4))
-    hidden, shared, nothing = stream._join([(a, a + 1, None), (b, b + 1, None)])
+    hidden, shared, nothing = spool.join([(a, a + 1, None), (b, b + 1, None)])
     assert hidden.shape == (3, 3, 4) and nothing is None
     assert np.array_equal(np.array(shared), np.concatenate([np.array(a), np.array(b)]) + 1)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from .. import ranges
 from ..arch import Architecture
 from ..arch.axes import length
 from ..arch.spec import Layer
@@ -36,7 +37,6 @@ SCORE_BYTES = 2  # one live buffer of half floats: measured on the 8k to 192k la
 TWO_BUFFERS = 2  # scores and their softmax: assumed where mlx-lm itself computes them (quantized cache, softcap)
 
 QUANTIZED_FROM = 5000  # tokens; mlx_lm/generate.py quantized_kv_start: shorter caches stay floats
-MOST = 10**9  # of tokens, sequences: beyond it a number is a slip of the hand
 KV_BITS = (2, 3, 4, 8)  # QuantizedKVCache in mlx_lm/models/cache.py lays out other widths wrongly and fails
 LLAMA_KV_BYTES = {8: 34 / 32, 5: 22 / 32, 4: 18 / 32}  # q8_0, q5_0, q4_0: bytes per value, ggml-common.h
 UBATCH = 512  # tokens; llama.cpp's default n_ubatch
@@ -68,9 +68,7 @@ class Use:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("context", "batch", "prefill_step"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise UsageError(f"a {name} of {str(getattr(self, name))[:20]} means nothing", f"give 1 to {MOST}")
+        ranges.check({name: getattr(self, name) for name in ("context", "batch", "prefill_step")})
         for name, known in (("runtime", (None, "mlx", "llama.cpp")), ("train", (None, "lora", "full"))):
             if getattr(self, name) not in known:
                 raise UsageError(

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arch import Architecture
+from ..ranges import MOST
 from . import footprint, speed
 from .macs import GIB, Budget, Mac
-from .memory import MOST, Needs
+from .memory import Needs
 
 LONGEST_CONTEXT = 1 << 20  # for a config without max_position_embeddings
 ROW = (
