@@ -12,7 +12,7 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import gradients, head, lm, local, on_policy, quantized, stream, teacher, trial
+from mlx_pare import gradients, head, lm, local, on_policy, quantized, spool, stream, teacher, trial
 from mlx_pare.ahead import read_ahead
 from mlx_pare.block_training import Options
 from mlx_pare.checkpoint import Checkpoint
