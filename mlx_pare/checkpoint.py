@@ -81,15 +81,21 @@ def refuse_foreign(config: Mapping[str, Any], where: Any, tensors: Mapping[str, 
         raise Unsupported(f"{where} is quantized as {found.name}, which is not supported", found.cure)
 
 
+def require_directory(path: Path) -> None:
+    """Raises PareError if there is no directory. Stock libraries would take its path for the name of a model on the
+    hub."""
+    if not path.is_dir():
+        raise PareError(
+            f"no model directory at {path}", "give the path of a directory with config.json and *.safetensors"
+        )
+
+
 class Checkpoint:
     """A model directory opened for reading. Raises PareError when it cannot be the model its config describes."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise PareError(
-                f"no model directory at {self.path}", "give the path of a directory with config.json and *.safetensors"
-            )
+        require_directory(self.path)
         bounded.check_links(self.path)
         self.config = read_json(self.path / "config.json", "model config")
         files = sorted(self.path.glob(PATTERN))

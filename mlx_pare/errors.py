@@ -89,7 +89,8 @@ def told(error: BaseException, continues: bool = True) -> tuple[str, int]:
     if isinstance(error, PareError):
         line, code = str(error), error.exit_code
     elif isinstance(error, KeyboardInterrupt):
-        line, code = f"interrupted: {after}" + ("" if continues else ", the same command starts again"), 1
+        again = "" if continues else ", the same command starts again"
+        line, code = f"interrupted: {error.args[0] if error.args else after + again}", 1
     elif isinstance(error, OSError):
         where = f": {error.filename2 or error.filename}" if error.filename else ""
         line, code = f"{error.strerror or error}{where}", 1

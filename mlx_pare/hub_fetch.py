@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from . import console, hub_cache
+from .errors import FULL, PareError
 from .hub import Hub, HubError, Unreachable
 from .hub_name import HubName
 
@@ -74,10 +75,18 @@ def fetch_all(name: HubName, hub: Hub, commit: str, blobs: list[Blob]) -> None:
 
         for _ in range(min(WORKERS, len(blobs))):
             threading.Thread(target=work, daemon=True).start()
+        here = lambda: f"{console.gb(bar.done)} of {console.gb(bar.total)} of {name} are here"  # noqa: E731
         try:
             for _ in blobs:
                 if (error := done.get()) is not None:
                     raise error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{here()}, the same command goes on from there") from None
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            cure = "make room on it, the same command goes on from there"
+            raise PareError(f"the disk of {hub_cache.root()} is full: {here()}", cure) from error
         finally:
             stop.set()
 

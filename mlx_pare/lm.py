@@ -24,7 +24,7 @@ import mlx.nn as nn
 
 from . import blas, cpu_math, tokenizer_files
 from .arch import Architecture, both_rope_spellings
-from .checkpoint import Checkpoint, read_headers, read_json
+from .checkpoint import Checkpoint, read_headers, read_json, require_directory
 from .errors import PareError, Refused, Unsupported
 from .opened import opened
 from .packing import Packing
@@ -130,6 +130,7 @@ def tokenizer(path: Path, date: str | None = None) -> Any:
         PareError: The files are damaged, want code to be run, or are beyond bounds.
     """
     require_text(path := opened(path))
+    require_directory(path)
     tokenizer_files.check(path)
     found = stock_tokenizer(path)
     found.apply_chat_template = tokenizer_files.Chats(path, date)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -331,6 +332,19 @@ def test_no_room(server, model, monkeypatch, tmp_path):
     assert not asked(server) and not list(tmp_path.rglob("*.incomplete"))
 
 
+def test_a_disk_that_fills_up_keeps_what_is_there(server, model, monkeypatch):
+    real = hub_fetch._Written.add
+
+    def full(written: object, piece: bytes) -> None:
+        if written.size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(written, piece[:1000])
+
+    monkeypatch.setattr(hub_fetch._Written, "add", full)
+    refused(PareError, "is full: ", f"of {NAME} are here", "the same command goes on from there")
+    monkeypatch.undo()
+
+
 def test_what_is_there_needs_no_room(server, model, monkeypatch):
     size = (model / WEIGHTS).stat().st_size
     server.trouble[CDN] = ["die"] + [(503, {})] * 20
@@ -446,7 +460,7 @@ def test_what_cannot_be_cut_is_not_downloaded(server, model):
     config = json.loads((model / "config.json").read_text())
     for change, words in (
         ({"model_type": "mamba2"}, "mamba2"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
     ):
         (model / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(PareError, match=words):
@@ -577,4 +591,4 @@ def test_ctrl_c_ends_a_download_at_once(server, model, tmp_path):
     begun = time.monotonic()
     _, err = process.communicate(timeout=40)
     assert time.monotonic() - begun < 8
-    assert process.returncode == 1 and "interrupted: what is finished is kept" in err and "Traceback" not in err
+    assert process.returncode == 1 and "interrupted: " in err and "goes on from there" in err and "Traceback" not in err

@@ -457,7 +457,10 @@ HOSTILE = {
     "gap": (packed({"a": entry(8, 16, [2])}) + bytes(16), "starts at byte 8"),
     "floats": (packed({"a": entry(0, 4, [1.0])}) + bytes(4), "not whole numbers"),
     "cut-off": (packed({"a": entry(0, 800, [200])}) + bytes(8), "its header describes"),
-    "dtype": (packed({"a": entry(0, 4, [4], "F9_E5M3")}) + bytes(4), "F9_E5M3, which is not supported"),
+    "dtype": (
+        packed({"a": entry(0, 4, [4], "F9_E5M3")}) + bytes(4),
+        "F9_E5M3, which neither mlx-pare nor mlx-lm reads",
+    ),
 }
 
 
