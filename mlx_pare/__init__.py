@@ -12,6 +12,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from . import blas
+
 __version__ = "0.1.0"
 
 _VERBS = {
@@ -39,3 +41,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+blas.before_mlx()

@@ -4,6 +4,7 @@
     RUN/recipe.toml     exactly what was asked
     RUN/<step>/         the outputs of a step; RUN/<step>.partial/ while it works, renamed when it is done
     RUN/log.txt         what was said, and errors (log.py)
+    RUN/kept/           while a run works: what several steps need of the original (kept.py)
 
 A step is skipped only when its parameters and the hashes of its inputs are the same and its outputs are whole. Big
 files are told apart by their size and some of their bytes, which is cheap; before the first work of a process all of
