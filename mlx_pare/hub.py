@@ -15,7 +15,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +30,7 @@ from .fit import catalogue
 from .hub_cache import COMMIT, Remote, RemoteTensor
 from .hub_files import weight_files
 from .hub_name import HubName, on_hub
+from .weight_files import INDEX, indexed, told
 
 TIMEOUT = 5.0  # seconds without a byte from the network
 PATIENCE = 8.0  # seconds for the first answer in all: looking up a host name knows no timeout
@@ -315,22 +316,40 @@ def _read(hub: Hub, commit: str, sizes: dict[str, Any], say: Callable[[str], Non
     if weights and "config.json" not in sizes:
         raise PareError(f"{hub.repo} has no config.json", "look for another copy of the model")
     config = read_json(file("config.json"), "model config") if "config.json" in sizes else {}
-    tensors = _tensors(weights, say)
+    tables = _tables(weights, say)
+    if twice := _twice(tables):
+        index = read_json(file(INDEX), "weight index").get("weight_map") if INDEX in sizes else None
+        chosen = indexed(tables, index if isinstance(index, dict) else {})
+        if not chosen:
+            problem = f"tensor {twice[:80]} is in two weight files of {hub.repo}, and no index chooses one"
+            raise PareError(problem, "look for another copy of the model")
+        say(told(sorted(tables.keys() - set(chosen))))
+        tables = {name: tables[name] for name in chosen}
+    tensors = {name: tensor for table in tables.values() for name, tensor in table.items()}
     return Remote(hub.repo, commit, config, tensors, tuple(sizes), gguf, hub.received)
 
 
-def _tensors(files: list[File], say: Callable[[str], None]) -> dict[str, RemoteTensor]:
-    tensors: dict[str, RemoteTensor] = {}
+def _twice(tables: Mapping[str, Mapping[str, RemoteTensor]]) -> str | None:
+    """A tensor that two weight files have."""
+    seen: set[str] = set()
+    for table in tables.values():
+        if both := seen & table.keys():
+            return min(both)
+        seen |= table.keys()
+    return None
+
+
+def _tables(files: list[File], say: Callable[[str], None]) -> dict[str, dict[str, RemoteTensor]]:
+    """The tensors of every weight file, by its name."""
+    tables: dict[str, dict[str, RemoteTensor]] = {}
     told = time.monotonic()
     with ThreadPoolExecutor(WORKERS) as pool:  # map cancels what has not begun when one fails
         for done, (file, table) in enumerate(zip(files, pool.map(_header, files), strict=True), 1):
-            if twice := tensors.keys() & table.keys():
-                raise PareError(f"tensor {min(twice)[:80]} is in {file} and in another weight file")
-            tensors |= table
+            tables[file.name] = table
             if done == len(files) or time.monotonic() - told >= 1:
                 told = time.monotonic()
                 say(f"reading headers {done} of {len(files)}")
-    return tensors
+    return tables
 
 
 def _header(file: File) -> dict[str, RemoteTensor]:

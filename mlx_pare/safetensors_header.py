@@ -103,7 +103,7 @@ def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
         raise ValueError(f"{info['data_offsets']} and {info['shape']} are not whole numbers of a possible size")
     if info["dtype"] not in DTYPE_BYTES:
         raise PareError(
-            f"{path} holds tensors of type {info['dtype']}, which neither mlx-pare nor mlx-lm reads",
+            f"{path} holds tensors of type {info['dtype']}, which is not supported",
             "take the float original of the model",
         )
     if len(shape) > MAX_DIMENSIONS:  # the product of a hundred thousand numbers takes hours

@@ -7,7 +7,7 @@ it happens to read last. mlx-pare takes the set that the index names, and shows 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +44,7 @@ def read_headers(directory: Path) -> dict[str, Entry]:
         if sum(map(len, headers.values())) > MAX_TENSORS:
             raise PareError(f"{directory} holds more than {MAX_TENSORS} tensors")
     twice = _twice(headers)
-    files = _indexed(headers, _weight_map(directory)) if twice else list(headers)
+    files = indexed(headers, _weight_map(directory)) if twice else list(headers)
     if twice and not files:
         raise _two_models(directory, headers, *twice)
     return {name: entry for file in files for name, entry in headers[file].items()}
@@ -96,8 +96,13 @@ def _twice(headers: Headers) -> tuple[str, str, str] | None:
     return None
 
 
-def _indexed(headers: Headers, weight_map: Mapping[str, Any]) -> list[str]:
-    """The files that an index names, if it names every tensor of each of them; else none."""
+def indexed(headers: Mapping[str, Iterable[str]], weight_map: Mapping[str, Any]) -> list[str]:
+    """The files that an index names, if it names every tensor of each of them; else none.
+
+    Args:
+        headers: The names of the tensors in each weight file.
+        weight_map: Of the index: tensor -> file.
+    """
     named: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         named.setdefault(str(file), set()).add(name)

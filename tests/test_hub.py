@@ -546,7 +546,21 @@ def test_missing_shard(server, model):
 
 def test_tensor_in_two_files(server, model):
     save_file(arrays("model.embed", 1), model / "model-copy.safetensors")
-    refused(PareError, "tensor model.embed.0.weight is in org/model/model.safetensors and in another")
+    refused(PareError, "tensor model.embed.0.weight is in two weight files of org/model")
+
+
+def test_case_14_a_second_set_of_shards_that_the_index_does_not_name(server, model):
+    """As granite-3.2-8b-instruct was uploaded."""
+    files = shard(model, 3)
+    every = {n: a for i in range(3) for n, a in arrays(f"model.layers.{i}", 3).items()}
+    names = {n: file.name for i, file in enumerate(files) for n in arrays(f"model.layers.{i}", 3)}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    save_file({n: a for n, a in list(every.items())[:5]}, model / "model-00001-of-00002.safetensors")
+    save_file({n: a for n, a in list(every.items())[5:]}, model / "model-00002-of-00002.safetensors")
+    told: list[str] = []
+    found = remote(NAME, told.append)
+    assert set(found.tensors) == set(every)
+    assert any("2 weight files are left over" in line for line in told)
 
 
 # ---- the environment, as a user sets it ----
