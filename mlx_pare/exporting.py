@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from . import console, imatrix
 from .artifacts import dump_json
 from .atomic import remove
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .errors import PareError
 from .export import export, why_not
 from .fit import macs, planner
@@ -74,7 +73,7 @@ def required(run: Run, s: Settings) -> None:
 def failure(run: Run) -> str | None:
     """Why the export of a run has no GGUF file; None if it has one, or was not done."""
     file = run.directory("export") / "export.json"
-    return json.loads(file.read_text())["why"] if file.exists() and "why" in json.loads(file.read_text()) else None
+    return read_json(file, "export").get("why") if file.exists() else None
 
 
 def _written(run: Run, model: Path, directory: Path, kind: str, texts: Texts | None, s: Settings) -> dict[str, Any]:
