@@ -20,9 +20,10 @@ import os
 import shutil
 import sys
 import time
+import tomllib
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -205,9 +206,15 @@ class Run:
         return found
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
-        """What was asked, without what was left out; an earlier recipe is kept unless ``replace``."""
-        if replace or not (self.path / RECIPE).exists():
-            replace_file(self.path / RECIPE, recipe_file.toml(asked).encode("utf-8"))
+        """What was asked, without what was left out. An earlier recipe is kept unless ``replace``. One that says the same
+        is kept in any case: people may have written comments."""
+        if not replace and (self.path / RECIPE).exists():
+            return
+        text = recipe_file.toml(asked)
+        with suppress(PareError, OSError, ValueError):  # one that cannot be read says something else
+            if tomllib.loads(bounded.contents(self.path / RECIPE).decode("utf-8")) == tomllib.loads(text):
+                return
+        replace_file(self.path / RECIPE, text.encode("utf-8"))
 
     # ---- steps ----
 

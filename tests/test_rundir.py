@@ -382,6 +382,17 @@ def test_recipe_of_a_run_is_replaced_only_when_told(out, model):
         assert tomllib.loads((out / "recipe.toml").read_text()) == {"keep": 0.7}
 
 
+def test_f07_comments_in_a_recipe_stay_while_it_says_the_same(out, model):
+    with Run(out, model, "identity") as run:
+        run.write_recipe({"keep": 0.5})
+        commented = "# why a half\nkeep = 0.50\n"
+        (out / "recipe.toml").write_text(commented)
+        run.write_recipe({"keep": 0.5})
+        assert (out / "recipe.toml").read_text() == commented
+        run.write_recipe({"keep": 0.7})
+        assert tomllib.loads((out / "recipe.toml").read_text()) == {"keep": 0.7}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the system counts resident peaks from the start of the process")
 def test_the_peak_is_that_of_the_step(out, model):
     """What an earlier step took does not count."""
