@@ -12,8 +12,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from . import blas
-
 __version__ = "0.1.0"
 
 _VERBS = {
@@ -41,4 +39,3 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
-blas.before_mlx()

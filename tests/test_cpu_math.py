@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -214,23 +211,3 @@ def test_libraries_are_found():
     assert {str(path) for path in there} <= set(found)
     names = [hasattr(ctypes.CDLL(path), name) for path in found for name in blas.SETTERS]
     assert sum(names) == len(found)
-
-
-@pytest.mark.skipif(blas.sys.platform != "linux", reason="elsewhere MLX has a fast BLAS")
-@pytest.mark.parametrize("first", ["mlx_pare", "mlx.core"])
-def test_mlx_gets_the_openblas_of_the_system(first):
-    """If mlx_pare was imported before it, and not before MLX is imported."""
-    try:
-        ctypes.CDLL(blas.LIBRARY)
-    except OSError:
-        pytest.skip("no OpenBLAS is installed")
-    code = f"""
-import {first}, sys
-early = [p for p in open("/proc/self/maps") if "{blas.LIBRARY[:11]}" in p]
-import mlx_pare.lm
-late = [p for p in open("/proc/self/maps") if "{blas.LIBRARY[:11]}" in p]
-sys.exit(f"{{bool(early)}} {{bool(late)}} {{any(type(f).__name__ == '_BeforeMlx' for f in sys.meta_path)}}")
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
-    assert done.stderr.split() == ["False", str(first == "mlx_pare"), "False"]
