@@ -99,11 +99,14 @@ def _check_room(out: Path, predicted: Prediction, floats: Prediction | None) -> 
 
 
 def why_not(checkpoint: Checkpoint) -> PareError | None:
-    """Why llama.cpp cannot run a checkpoint, or cannot read its tokenizer; None if it can do both."""
+    """Why llama.cpp cannot run a checkpoint, or cannot read its tokenizer; None if it can do both. Raises PareError for
+    a file of the tokenizer that cannot be read."""
     try:
         target_of(checkpoint)
         gguf_tokenizer.check(checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.config)
     except PareError as error:
+        if isinstance(error.__cause__, OSError):  # a file that cannot be read says nothing of GGUF
+            raise
         return error
     return None
 
