@@ -187,9 +187,9 @@ def plan_command(
     """Choose what to keep for a target; plan.json may be edited before `prune`."""
     from . import pipeline, planning, recipes, steps
     from .arch import cut
-    from .artifacts import Plan
     from .checkpoint import Checkpoint
     from .gguf_target import runtimes_of
+    from .layout import size_of
 
     s = settings_of(
         keep=keep, target_params=target_params, target_size=target_size, mac=mac, context=context, axes=axes, bits=bits,
@@ -201,14 +201,19 @@ def plan_command(
             return show.show_shape(pipeline.shape_of(opened.model, planning.with_possible_axes(opened.model, s)))
         s = planning.settled(opened.model, replace(s, **recipes.of_calibration(opened), memory_cap=s.memory_cap))
         path = planning.plan_step(opened, recipes.texts_of(opened, s), s)
-        plan, arch = Plan.load(path), Checkpoint(opened.model).arch
-    made, found = plan.model_dump(), runtimes_of(cut(arch, plan.keep(arch)))
+        plan, checkpoint = steps.plan_of(opened), Checkpoint(opened.model)
+    kept = plan.keep(checkpoint.arch)
+    found = runtimes_of(cut(checkpoint.arch, kept))
+    sizes = {"before": size_of(checkpoint, None, None), "after": size_of(checkpoint, kept, plan.packing)}
     console.say(f"plan: {path}")
     console.say(show.runtimes(found))
     return {
         "plan": str(path),
         "runtimes": found,
-        **show.show_shape({k: made[k] for k in ("before", "after", "neighbours")} | {"asked": made["target"]["asked"]}),
+        **show.show_shape(
+            {name: size.model_dump() for name, size in sizes.items()}
+            | {"neighbours": plan.neighbours, "asked": plan.target.asked}
+        ),
     }
 
 

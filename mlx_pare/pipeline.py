@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import console, corpus, gguf_quantize, planning, recipes, schedule, step_files, steps
-from .artifacts import CONTENDERS, Metrics, Plan
+from .artifacts import CONTENDERS, Metrics
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
@@ -60,7 +60,7 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
         opened.write_recipe(asked, replace=False)
         result = (_in_stages if s.stages else _at_once)(opened, texts, s)
         steps.contender_step(opened, "random", steps.random_plan(opened, s), texts, s)
-        narrow = whole(opened.model, Plan.load(opened.output("plan", "plan.json")), Checkpoint(result).nbytes())
+        narrow = whole(opened.model, steps.plan_of(opened), Checkpoint(result).nbytes())
         if narrow is not None:
             steps.contender_step(opened, "fewer-bits", narrow, texts, s)
         gguf = export_step(opened, result, texts, s)
