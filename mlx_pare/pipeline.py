@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import console, contenders, corpus, gguf_quantize, kept, planning, recipes, schedule, step_files, steps
+from . import console, contenders, corpus, gguf_quantize, kept, lm, planning, recipes, schedule, step_files, steps
 from .artifacts import CONTENDERS, Metrics, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
@@ -100,7 +100,7 @@ def _others(run: Run, result: Path, s: Settings) -> dict[str, Plan]:
     schedule also the units of its last stage, cut out of the original at once."""
     plans = {"pruned": schedule.plan_step(run, s)} if s.stages else {}
     plans["random"] = contenders.random_plan(run, s)
-    narrow = whole(run.model, Plan.load(run.output("plan", "plan.json")), Checkpoint(result).nbytes())
+    narrow = whole(run.model, steps.plan_of(run), Checkpoint(result).nbytes())
     return plans if narrow is None else {**plans, "fewer-bits": narrow}
 
 
@@ -192,7 +192,9 @@ def preflight(model: Path, s: Settings) -> None:
     if s.reconstruct:
         check_reconstruction(Checkpoint(model), corpus.Extent(s.samples, s.length), s.memory_cap)
     options = s.recover_options()
-    options.check()
+    options.check(Checkpoint(model).arch.sizes["vocab"])
+    if s.teacher:
+        lm.require_same_tokens(model, Path(s.teacher))
     if s.recovers:
         _recoverable(Checkpoint(model), Checkpoint(s.teacher or model), s)
 
