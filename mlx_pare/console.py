@@ -140,7 +140,7 @@ class Progress:
     """Counts work done and says what is left. On a terminal a live line, elsewhere a line every ten seconds; in the log
     one every log.EVERY_S."""
 
-    INTERVAL = 10.0
+    INTERVAL, LIVE_INTERVAL = 10.0, 0.1  # seconds between two lines; a live line is not written for every piece
 
     def __init__(self, what: str | None, total: int, shown: Callable[[float], str] = str):
         """``what`` None: nothing is shown. ``shown``: how an amount is written, e.g. ``gb`` for bytes."""
@@ -183,7 +183,10 @@ class Progress:
         if now - self._noted >= log.EVERY_S:
             self._noted = now
             record("progress", line)
-        if _state["quiet"] or (not self._live and now - self._last < self.INTERVAL):
+        pause = self.INTERVAL
+        if self._live:
+            pause = self.LIVE_INTERVAL if self.done < self.total else 0
+        if _state["quiet"] or now - self._last < pause:
             return
         self._last = now
         end = "\n" if not self._live else ""

@@ -99,7 +99,7 @@ def _bring(name: HubName, hub: Hub, commit: str, wanted: Mapping[str, Any], lack
     """Fetch what is lacking and make the snapshot; returns how many bytes of files were received."""
     if "config.json" in wanted:
         _check_config(hub, commit, wanted["config.json"])
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with _watched(hub, commit), ThreadPoolExecutor(WORKERS) as pool:
         blobs = list(pool.map(lambda file: _blob(hub, commit, file, wanted[file]), lacking))
     todo = {blob.place: blob for blob in blobs if hub_cache.missing(blob.place.parent, {blob.place.name: blob.size})}
     received = sum(blob.size - blob.there for blob in todo.values())

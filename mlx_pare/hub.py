@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import stat
 import threading
 import time
@@ -21,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 from . import bounded, hub_cache
 from .checkpoint import read_header, read_json
@@ -38,7 +37,6 @@ GUESS = 100_000  # bytes of a weight file asked for at first: nearly always the 
 WORKERS = 8
 MAX_LISTING = bounded.MAX_JSON
 MAX_RECEIVED = 256 << 20  # bytes of everything; 1 TB of weights has about 20 MB of headers
-MAX_REDIRECTS = 5
 OTHERWISE = "give a name of the catalogue or a model directory"
 
 
@@ -166,20 +164,17 @@ class Hub:
 
     def head(self, commit: str, name: str) -> tuple[str, int | None]:
         """The ETag of a file, by which huggingface_hub's cache calls it, and its bytes, as far as the hub says them."""
+        from huggingface_hub import get_hf_file_metadata
+        from huggingface_hub.errors import HfHubHTTPError
+
         url = self.constants.ENDPOINT + self.path(commit, name)
-        for _ in range(MAX_REDIRECTS):
-            with self._asking(url):
-                options = {"headers": self._headers, "timeout": TIMEOUT, "follow_redirects": False}
-                answer = self.client.request("HEAD", url, **options)
-            found, to = answer.headers, urljoin(url, answer.headers.get("Location", ""))
-            if not (answer.is_redirect and "X-Linked-ETag" not in found and urlsplit(to)[:2] == urlsplit(url)[:2]):
-                break  # the file is here, or at another host that has the large ones
-            url = to
-        if not answer.is_redirect:
-            self._check(answer, 0)
-        etag = found.get("X-Linked-ETag") or found.get("ETag") or ""
-        size = found.get("X-Linked-Size") or (None if answer.is_redirect else found.get("Content-Length")) or ""
-        return etag.removeprefix("W/").strip('"'), int(size) if re.fullmatch(r"[0-9]{1,18}", size) else None
+        with self._asking(url):
+            try:
+                found = get_hf_file_metadata(url, timeout=TIMEOUT, library_name="mlx-pare")
+            except HfHubHTTPError as error:
+                self._check(error.response, 0)
+                raise
+        return found.etag or "", found.size
 
     def pieces(
         self, path: str, first: int = 0, last: int | None = None, timeout: float | None = None

@@ -315,6 +315,21 @@ def test_a_blob_that_was_cut_off_is_fetched_again(server, model):
     assert (fetch() / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
 
 
+def test_a_blob_that_is_gone_is_fetched_again(server, model):
+    place = fetch()
+    (place / WEIGHTS).resolve().unlink()
+    assert (fetch() / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("trouble", ["hang", (500, {}), (429, {})])
+def test_one_request_in_trouble_does_not_spoil_it(server, model, monkeypatch, trouble):
+    monkeypatch.setattr("mlx_pare.hub.TIMEOUT", 0.3)
+    server.trouble[f"/{NAME}/resolve/{SHA}/tokenizer.json"] = [trouble]
+    if trouble == (429, {}):
+        refused(HubError, "too many requests (429)")
+    assert fetch().is_dir()
+
+
 def test_segments_of_a_large_file(server, model, monkeypatch):
     size = (model / WEIGHTS).stat().st_size
     monkeypatch.setattr(hub_fetch, "SEGMENT", size // 2 + 1)
