@@ -27,6 +27,8 @@ from .gguf_size import padded
 from .gguf_types import TYPES
 from .gguf_values import finite
 
+SMALL = 64 << 20  # bytes of a file for which one thread is enough
+
 
 def available() -> bool:
     """Whether llama-cpp-python (the extra ``llama``) is installed."""
@@ -224,6 +226,8 @@ def _answer(request: dict[str, Any]) -> None:
         return
     tokens, count = request["tokens"], request.get("count", 0)
     size = max(len(tokens) + count, 32)
+    # its threads wait for each other by spinning: beside other work two of them take longer than one for a small model
+    threads = 1 if Path(request["gguf"]).stat().st_size < SMALL else None
     model = Llama(
         request["gguf"],
         n_ctx=size,
@@ -234,6 +238,8 @@ def _answer(request: dict[str, Any]) -> None:
         op_offload=False,
         logits_all=True,
         flash_attn=False,
+        n_threads=threads,
+        n_threads_batch=threads,
         type_k=0,  # GGML_TYPE_F32
         type_v=0,
     )
