@@ -21,7 +21,7 @@ from .arch import Architecture, Keep, LayerKeep, cut
 from .atomic import replaced
 from .checkpoint import Checkpoint, read_header
 from .console import gb
-from .errors import PareError, Refused
+from .errors import PareError, Refused, shell
 from .packing import BITS, GROUP_SIZES, Packing
 
 SCHEMA = 1
@@ -324,7 +324,7 @@ class Metrics(Strict):
 
     @classmethod
     def load(cls, path: Path) -> Metrics:
-        return cls.read(path, "metrics", f"delete {path.parent} to do the step again", "is damaged")
+        return cls.read(path, "metrics", f"delete {shell(path.parent)} to do the step again", "is damaged")
 
 
 # ---- survivors ----

@@ -41,9 +41,9 @@ def bench(
     if not models:
         raise UsageError("bench needs at least one model")
     ranges.check({"rounds": trials, "prompt": prompt, "new": new})
-    for path in models:  # a broken model is found before minutes of work
+    resident.require(models, memory_cap)  # this finds a broken model too, before minutes of work
+    for path in models:
         _check_room(Checkpoint(path), prompt, new, memory_cap)
-    resident.require(models, memory_cap)
     raw: list[list[dict[str, float]]] = [[] for _ in models]
     with progress("bench: turn", (trials + 1) * len(models)) as bar:
         for trial in range(trials + 1):
@@ -66,7 +66,8 @@ def _check_room(checkpoint: Checkpoint, prompt: int, new: int, memory_cap: int |
     cache, free = needs.kv(prompt + new) + TOKEN_BYTES * prompt, memory_cap or machine.available_bytes()
     if cache > free:
         raise Refused(
-            f"a prompt of {prompt} tokens and the cache for it need about {gb(cache)}, {gb(free)} are free",
+            f"a prompt of {prompt} tokens and the cache for it need about {gb(cache)}, "
+            f"{'--memory-cap allows' if memory_cap else 'free are'} {gb(free)}",
             "give a smaller --prompt",
         )
 

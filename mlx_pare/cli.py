@@ -100,7 +100,7 @@ def fit_command(model: AnyModel, **asked: Any) -> dict[str, Any]:
     "--data notes/ | mlx-pare run MODEL --out RUN --schedule 0.8,0.65,0.5 --recover-steps 300 | "
     "mlx-pare run --recipe RUN/recipe.toml --out NEW --keep 0.6",
     options=TABLE,
-    first=("out", "keep", "target_size", "mac", "context", "data", "bits", "gguf", "recover_steps", "memory_cap",
+    first=("out", "keep", "target_size", "mac", "context", "data", "bits", "gguf", "recover_steps", "quick",
            "recipe", "dry_run"),
     recipe=True,
 )  # fmt: skip
@@ -150,11 +150,12 @@ def evaluate_command(
     """
     from . import corpus, lm
     from .evaluate import evaluate
+    from .hub_name import called
 
     tokenizer = lm.tokenizer(model)
     rows = corpus.windows(tokenizer, corpus.read(Path(data), tokenizer, field), length, samples)
     found = evaluate(model, rows, tokenizer, teacher, data, memory(memory_cap)).model_dump()
-    show.show_metrics(found)
+    show.show_metrics(found | {"model": called(model)})
     return found
 
 

@@ -75,7 +75,7 @@ def adapters_command(
 @command(
     "calibrate",
     "mlx-pare calibrate MODEL --data notes/ --out RUN --samples 128 --length 512",
-    options=("criterion", "data", "test_data", "field", "samples", "length", "memory_cap", "seed"),
+    options=("criterion", "data", "test_data", "field", "date", "samples", "length", "memory_cap", "seed"),
     recipe=True,
 )
 def calibrate_command(model: Model, out: Out, **asked: Any) -> dict[str, Any]:

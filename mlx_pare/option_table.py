@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ class Option:
 
     ``kind``: int, float, str, bool or Path. ``default`` is as the command line would give it. ``least`` and ``most``
     bound a number. ``listed``: several values, a list in a recipe, separated by commas on the command line;
-    ``repeats``: the command line repeats the option instead. ``amount``: a number is taken for the text. ``choices``
-    are offered by shell completion, or what ``offers`` returns. ``read`` turns what the command line gives into the
-    value in Settings.
+    ``repeats``: the command line repeats the option instead. ``amount``: a number or a day is taken for the text.
+    ``choices`` are offered by shell completion, or what ``offers`` returns. ``read`` turns what the command line gives
+    into the value in Settings.
     """
 
     field: str
@@ -80,9 +81,9 @@ class Option:
         if self.kind is float and not (number and math.isfinite(value)):
             raise ValueError("a number")
         if self.kind in (str, Path) and sort is not str:
-            if not (number and (self.amount or self.listed)):
+            if not ((number or sort is date) and (self.amount or self.listed)):
                 raise ValueError("a text, or a list of texts" if self.repeats else "a text")
-            return repr(value)
+            return str(value)
         if self.kind in (int, float):
             self._in_range(value)
         return value
@@ -213,7 +214,7 @@ TABLE = {
                metavar="PATH"),
         Option("date", TEXT,
                "The day, YYYY-MM-DD, that chat templates are told. Default: today, or the day the run began.",
-               metavar="DATE"),
+               metavar="DATE", amount=True),
         Option("field", TEXT,
                "Field of .jsonl records that holds the text. Default: text, messages, content, or prompt with "
                "completion.", metavar="NAME"),

@@ -63,7 +63,7 @@ def either(one: Values, other: Values) -> Values:
 
 
 TEXT = Values("text", lambda v: isinstance(v, str))
-DATE = Values("a date such as 2026-11-01, in quotes", lambda v: isinstance(v, str) and _is_date(v))
+DATE = Values("a date such as 2026-11-01", lambda v: isinstance(v, str) and _is_date(v))
 FLAG = Values("true or false", lambda v: isinstance(v, bool))
 COUNT, FROM_NONE, SHARE = whole(), whole(0), between(0, 1)
 NUMBER = Values("a number", lambda v: _is_number(v))

@@ -21,9 +21,8 @@ def not_resident(model: Path, memory_cap: int | None) -> str:
     needed, limit = needed_bytes(model), memory_cap or machine.available_bytes()
     if needed <= limit:
         return ""
-    return (
-        f"{model} needs about {gb(needed)} of memory, {'--memory-cap allows' if memory_cap else 'free are'} {gb(limit)}"
-    )
+    room = f"--memory-cap allows ({gb(limit)})" if memory_cap else f"is free ({gb(limit)})"
+    return f"{model} needs about {gb(needed)} of memory, more than {room}"
 
 
 def require(models: Sequence[Path], memory_cap: int | None) -> None:

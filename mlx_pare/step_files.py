@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from . import bounded
 from .artifacts import ARTIFACT_BUDGET, MAX_ARTIFACT, explain
-from .errors import PareError
+from .errors import PareError, shell
 from .step_schemas import SCHEMAS
 
 CURES = {"trials.json": "delete it: what it holds is tried again"}
@@ -56,4 +56,4 @@ def _damaged(path: Path, why: str, cure: str | None) -> PareError:
 
 
 def _redo(path: Path) -> str:
-    return f"delete {path.parent} to do the step again"
+    return f"delete {shell(path.parent)} to do the step again"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from .artifacts import SCHEMA, Strict, dump_json
 from .checkpoint import Checkpoint
-from .errors import Refused
+from .errors import Refused, shell
 from .rundir import RECIPE, Run
 
 FILE = "text.json"
@@ -116,12 +116,12 @@ def known(run: Run) -> Known | None:
     if FILE not in record.outputs:
         return Known(run, record.inputs["data"], None)
     if not file.exists():
-        raise Refused(f"{file} is missing", f"delete {file.parent} to calibrate again")
+        raise Refused(f"{file} is missing", f"delete {shell(file.parent)} to calibrate again")
     return Known(run, record.inputs["data"], _read(file))
 
 
 def _read(file: Path) -> Note:
-    return Note.read(file, "note on the text", f"delete {file.parent} to calibrate again")
+    return Note.read(file, "note on the text", f"delete {shell(file.parent)} to calibrate again")
 
 
 def asked_before(run: Path) -> dict[str, Any]:

@@ -51,4 +51,4 @@ def test_house_15_the_head_is_counted_once_as_it_is_stored(pico_models, family, 
     stored = [e.nbytes for n, e in checkpoint.entries.items() if n.rpartition(".")[0] == name]
     assert stored and stream.head_bytes(checkpoint) == sum(stored)
     none = teacher.held_bytes(checkpoint, rows(1), 0, whole=False)
-    assert teacher.held_bytes(checkpoint, rows(1), 0) - none - 64 * 64 * stream.value_bytes(checkpoint) == sum(stored)
+    assert teacher.held_bytes(checkpoint, rows(1), 0) - none - 64 * 64 * stream.state_width(checkpoint) == sum(stored)

@@ -47,6 +47,7 @@ def test_run_help_has_panels_and_the_dozen_most_used_come_first(pare):
     assert first[:4] == ["--out", "--keep", "--target-size", "--for"] and len(first) == 12
     every = [option for name in PANELS for option in panel(page, name)]
     assert len(every) == len(set(every))
+    assert {"--quick", "--recipe", "--dry-run"} < set(first)
     assert {option.flag for option in TABLE.values()} | {"--out", "--recipe", "--dry-run", "--json"} <= set(every)
     assert "--schedule" in panel(page, "What to reach") and "--axes" in panel(page, "What may be cut")
     assert "--rate-schedule" in panel(page, "Recovery") and "--criterion" in panel(page, "Search")

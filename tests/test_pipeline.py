@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import contenders, lm, pipeline, planning, steps, tried, verdict
+from mlx_pare import contenders, lm, machine, pipeline, planning, steps, tried, verdict
 from mlx_pare.artifacts import Arrays, Metrics, Plan, repair_file
 from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
@@ -373,9 +373,9 @@ def test_what_memory_does_not_hold_is_not_made_to_write(finished, monkeypatch):
     monkeypatch.setattr(checking, "_text", lambda path: pytest.fail("it was loaded"))
     (found,) = check(model, finished["model"], memory_cap=10_000)
     assert re.match(r"no text was generated: .* needs about .* of memory, more than --memory-cap allows", found)
-    monkeypatch.setattr(checking.machine, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 10_000)
     (found,) = check(model, finished["model"])
-    assert found.endswith("of memory")
+    assert found.endswith("of memory, more than is free (10.00 kB)")
 
 
 REPEATING = ["a" * 48, "ab" * 40, "and then " * 9, TALK + " no" * 60, "once, and " + "the house " * 14, "\n" * 50]

@@ -88,8 +88,9 @@ def test_values_as_people_write_them(tmp_path):
     found = read_back(
         tmp_path,
         'axes = ["ffn", "layer"]\nschedule = "0.8,0.5"\ntargets = 64\nmemory-cap = "2GB"\nchoose_bits = "2,4"\n'
-        "keep = 1\ntarget-params = 24000000000\ndata = 'notes/'\n",
+        "keep = 1\ntarget-params = 24000000000\ndata = 'notes/'\ndate = 2026-01-31\n",
     )
+    assert found.date == "2026-01-31"
     assert found.axes == ("ffn", "layer") and found.stages == (0.8, 0.5) and found.top == 64
     assert found.memory_cap == 2_000_000_000 and found.choose_bits == (2, 4) and found.keep == 1
     assert found.target_params == "24000000000" and found.data == "notes/"
@@ -113,7 +114,7 @@ WRONG = {
     "number for a path": ("data = 5", "data = 5 .* must be a text, or a list of texts"),
     "list for a text": ('method = ["lora"]', "must be a text"),
     "table for a text": ("field = {a = 1}", "must be a text"),
-    "date": ("seed = 2020-01-01", "must be a whole number"),
+    "a day for a number": ("seed = 2020-01-01", "must be a whole number"),
     "twice": ('for = "m4-24gb"\nmac = "m4-16gb"', "gives for twice"),
     "twice, once denied": ("mix = true\nno-mix = true", "gives mix twice"),
     "no TOML": ("not toml", "is not valid TOML: .*line 1"),

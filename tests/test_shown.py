@@ -91,11 +91,11 @@ def test_bench_asks_for_room_before_it_loads_a_model(pare, pico_models, monkeypa
     monkeypatch.setattr(machine, "available_bytes", lambda: limit)
     done = pare("bench", small, large, "--json")
     assert done.code == 3 and done.document["exit_code"] == 3
-    assert re.search(rf"{large} needs about [\d.]+ [kM]B of memory, free are [\d.]+ [kM]B\. Close", done.line)
+    assert re.search(rf"{large} needs about [\d.]+ [kM]B of memory, more than is free \([\d.]+ [kM]B\)\.", done.line)
     assert str(small) not in done.line
     capped = pare("bench", small, large, "--memory-cap", "1kB")
     assert capped.code == 3 and str(small) in capped.line and str(large) in capped.line
-    assert "--memory-cap allows 1.00 kB" in capped.line
+    assert "--memory-cap allows (1.00 kB)" in capped.line
 
 
 def test_report_shows_neighbours_of_the_plan_or_nothing(pare, pico_models, tmp_path):
