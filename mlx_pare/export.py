@@ -45,9 +45,10 @@ def export(
     """
     from . import llama_cpp, tokenizer_class
 
-    model, out, kind = opened(model), Path(out), gguf_quantize.known(kind)
+    out, kind = Path(out), gguf_quantize.known(kind)
     direct = gguf_quantize.direct(kind, matrix is not None)
     preflight(out, kind, matrix is not None)
+    model = opened(model)  # only now: it may be rebuilt or downloaded
     checkpoint = Checkpoint(model)
     predicted = gguf_size.predict(checkpoint, kind, matrix is not None)
     floats = None if direct else gguf_size.predict(checkpoint, gguf_quantize.between(checkpoint))
