@@ -99,7 +99,7 @@ class Strict(BaseModel):
         """From a JSON file of bounded size. Raises PareError, naming all that is wrong with it in one line, when it
         ``fault``."""
         try:
-            text = bounded.contents(Path(path), MAX_ARTIFACT, what).decode("utf-8")
+            text = bounded.contents(Path(path) if isinstance(path, str) else path, MAX_ARTIFACT, what).decode("utf-8")
             bounded.check_cost(text, ARTIFACT_BUDGET)
             return cls.model_validate_json(text)
         except OSError as error:

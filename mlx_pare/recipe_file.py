@@ -58,7 +58,8 @@ def of_run(path: Path) -> dict[str, Any]:
         given = checked(_parsed(path), path)
         return {field: _value(field, value) for field, value in given.items()}
     except UsageError as error:
-        raise PareError(error.problem, error.cure or "mend it, or start a new run with another --out") from error
+        problem = error.problem if str(path) in error.problem else f"{path}: {error.problem}"
+        raise PareError(problem, error.cure or "mend it, or start a new run with another --out") from error
 
 
 def _value(field: str, value: Any) -> Any:
@@ -117,7 +118,7 @@ def _parsed(path: Path) -> dict[str, Any]:
         return tomllib.loads(contents(path, MAX_RECIPE, "recipe").decode("utf-8"))
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text", "save it as UTF-8") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         raise UsageError(f"{path} is not valid TOML: {error}") from None
 
 

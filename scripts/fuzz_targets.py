@@ -286,7 +286,7 @@ TARGETS: dict[str, Target] = {
     "hub": Target(read_hub, [LISTING, LLAMA, HEADER], share=0.1, kinds=(0, 1, 2, 128, 129, 130)),
     "plan": Target(read_plan, [PLAN], share=0.5),
     "manifest": Target(lambda p, raw: manifest.Manifest.read(Memory(raw), "run manifest") and None, [MANIFEST]),
-    "metrics": Target(lambda p, raw: artifacts.Metrics.load(Memory(raw)) and None, [METRICS]),
+    "metrics": Target(lambda p, raw: artifacts.Metrics.read(Memory(raw), "metrics") and None, [METRICS]),
     "survivors": Target(lambda p, raw: artifacts.survivors(Memory(raw)) and None, [SURVIVORS]),
     "arrays": Target(read_arrays, [ARRAYS], text, 0.05),
     "tokenizer": Target(read_tokenizer, [*TOKENIZERS, SETTINGS], share=0.1, kinds=(0, 1)),
