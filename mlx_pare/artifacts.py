@@ -324,7 +324,7 @@ class Metrics(Strict):
 
     @classmethod
     def load(cls, path: Path) -> Metrics:
-        return cls.read(path, "metrics", f"delete {shell(path.parent)} to do the step again", "is damaged")
+        return cls.read(path, "metrics", f"delete {shell(Path(path).parent)} to do the step again", "is damaged")
 
 
 # ---- survivors ----

@@ -7,7 +7,6 @@ from typing import Any
 
 from . import console, imatrix, step_files
 from .artifacts import dump_json
-from .atomic import remove
 from .checkpoint import Checkpoint
 from .errors import PareError
 from .export import export, why_not
@@ -33,7 +32,7 @@ def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None
     """
     asked = wants_gguf(s)
     if asked and failure(run):  # the same command tries again
-        remove(run.directory("export"))
+        run.forget("export")
     why = None if asked else why_not(Checkpoint(model))
     kind = None if why else known(s.gguf or ("q8_0" if Checkpoint(model).quantized else "f16"))
     weighed = kind is not None and not direct(kind, False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +22,8 @@ from .corpus import Rows
 from .errors import PareError
 from .spool import NAME, Spool
 from .stream import Streamed
+
+OURS = ("states-*", "repair-*", "walk.partial-*")
 
 
 def end_of(
@@ -74,5 +77,9 @@ def _file(model: Path, rows: Rows, kept: Path) -> Path:
 
 
 def clear(kept: Path) -> None:
-    """Nobody needs it any more."""
-    shutil.rmtree(kept, ignore_errors=True)
+    """Nobody needs it any more. What mlx-pare did not write stays."""
+    for pattern in OURS:
+        for place in kept.glob(pattern):
+            shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
+    with suppress(OSError):  # it is not empty, or not there
+        kept.rmdir()

@@ -86,6 +86,8 @@ class Option:
             return str(value)
         if self.kind in (int, float):
             self._in_range(value)
+        if sort is str and "\0" in value:
+            raise ValueError("a text without the character NUL")
         return value
 
     def _in_range(self, value: float) -> None:

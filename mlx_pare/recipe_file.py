@@ -49,6 +49,8 @@ def read(path: Path) -> dict[str, Any]:
         return checked(_parsed(path), path)
     except FileNotFoundError:
         raise UsageError(f"there is no recipe at {path}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path}: {error.strerror}", "give another file") from error
 
 
 def of_run(path: Path) -> dict[str, Any]:

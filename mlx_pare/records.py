@@ -156,16 +156,19 @@ def _holds_records(text: str) -> bool:
         found = bounded.loads(text, JSON_BYTES)
     except ValueError:
         return False
-    return isinstance(found, list) and any(isinstance(one, dict) for one in found)
+    return isinstance(found, dict) or (isinstance(found, list) and any(isinstance(one, dict) for one in found))
 
 
 def _rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a table, by the names in its first one. Raises PareError for a row of another length."""
     head = text.partition("\n")[0]
     csv.field_size_limit(1 << 30)
-    table = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(table, [])]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise PareError(f"{file} names the column {twice!r} twice", "give every column a name of its own")
         for row in table:
             where = f"{file} line {table.line_num}"
             if row and len(row) != len(names):

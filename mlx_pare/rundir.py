@@ -14,6 +14,7 @@ them are compared with what they were, because of bits that flip on a disk. Date
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -272,6 +273,9 @@ class Run:
         for place in (final, partial):
             if place.is_symlink():  # what is behind it is not ours to empty
                 raise Refused(f"{place} is a link, and mlx-pare makes none", "remove the link")
+        for place in [final] if resumes else [final, partial]:
+            if not (place / "step.json").is_file():  # every step begins with this note: the rest is somebody else's
+                _set_aside(place, {"step.json"})
         if final.exists():  # finished, but killed before the manifest said so: done again, or continued
             shutil.rmtree(partial, ignore_errors=True)
             os.rename(final, partial)
@@ -289,7 +293,8 @@ class Run:
 
     def forget(self, name: str) -> None:
         """A step is to be done again: its record goes first, so that a kill leaves a step that was not finished."""
-        self.manifest.steps.pop(name, None)
+        record = self.manifest.steps.pop(name, None)
+        _set_aside(self.path / name, {"step.json", *(record.outputs if record else ())})
         replace_file(self._file, dump_json(self.manifest))
         for place in (self.path / name, self.path / f"{name}.partial"):
             shutil.rmtree(place, ignore_errors=True)
@@ -339,6 +344,22 @@ class Run:
                 raise Refused(
                     f"{file} changed since it was written", f"delete {shell(self.path / name)} to do the step again"
                 )
+
+
+def _set_aside(place: Path, known: set[str]) -> None:
+    """A directory with files that mlx-pare did not write is renamed, because it is emptied otherwise. ``known``: the
+    names, relative to it, of what mlx-pare wrote."""
+    if not place.is_dir():
+        return
+    files = [file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file()]
+    if not any(
+        name not in known and not is_ours(Path(name).name) and Path(name).name not in HARMLESS for name in files
+    ):
+        return
+    number = next(n for n in itertools.count(1) if not os.path.lexists(f"{place}.yours-{n}"))
+    aside = place.with_name(f"{place.name}.yours-{number}")
+    os.rename(place, aside)
+    console.warn(f"{place} held files that mlx-pare did not write: they are in {aside}")
 
 
 def _harmless(file: Path) -> bool:

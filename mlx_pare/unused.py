@@ -17,18 +17,26 @@ Given = Mapping[str, Any]
 Rule = tuple[Iterable[str], Callable[[Given], Any], str]  # parameters, whether they have an effect, what that takes
 VALIDATIONS, ROUND = 6, 25  # recover_options.Options.reports, on_policy.ROUND: held together by a test
 
+RECORDS = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv")  # endings of files with fields
+
 
 def _texts(given: Given) -> list[str]:
     data, test = given.get("data") or [], given.get("test_data")
     return [*([data] if isinstance(data, str) else data), *([test] if test else [])]
 
 
+def _may_have_fields(place: str) -> bool:
+    """Whether a file of records is there, or a folder with one."""
+    files = Path(place).rglob("*") if os.path.isdir(place) else [Path(place)]
+    return any(file.suffix.lower() in RECORDS for file in files)
+
+
 def _has_records(given: Given) -> bool:
-    """Whether a text that is read may have fields: a .jsonl file, or a folder with one."""
+    """Whether a text that is read may have fields."""
     for text in _texts(given):
         head, tail = text.rpartition(":")[0], text.partition("=")[2]
         places = [place for place in (text, head, tail, tail.rpartition(":")[0]) if place and os.path.exists(place)]
-        if not places or any(p.endswith(".jsonl") or any(Path(p).rglob("*.jsonl")) for p in places):
+        if not places or any(map(_may_have_fields, places)):
             return True  # a path that is not there is an error of its own
     return False
 
