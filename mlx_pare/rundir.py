@@ -206,7 +206,7 @@ class Run:
         return found
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
-        """What was asked, without what was left out. An earlier recipe is kept unless ``replace``, and in any case if it
+        """What was asked, without what was left out. An earlier recipe is kept unless ``replace``, and always if it
         says the same: people may have written comments."""
         if not replace and (self.path / RECIPE).exists():
             return
