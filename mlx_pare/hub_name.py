@@ -70,6 +70,11 @@ def called(path: Path) -> str:
     return str(HubName(found.repo, file=found.file)) if found else path.name
 
 
+def shown(path: str) -> str:
+    """A path as a table shows it: org/name in Hugging Face's cache, whose paths are long and say little."""
+    return called(Path(path)) if of_snapshot(path) else path
+
+
 def on_hub(text: str | os.PathLike[str]) -> HubName | None:
     """The model on the hub that a text names; None for an existing path, which always wins over a name."""
     return None if os.path.exists(text) else HubName.parse(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import console
+from .hub_name import shown
 
 FIT_COLUMNS = (
     "<mac", "budget", "weights", "KV", "work", "total", "<verdict", "headroom", "(GiB)", "max context", "decode tok/s",
@@ -290,7 +291,7 @@ def show_metrics(found: dict[str, Any]) -> None:
     """What `evaluate` measured, in words; what is for other programs (a loss per window) stays in the JSON document."""
     rows = [["perplexity", f"{found['perplexity']:.4f} ± {found['perplexity_stderr']:.4f}"]]
     rows += [[name, format(found[key], form)] for key, (name, form) in METRICS.items() if found.get(key) is not None]
-    console.table(found["model"], ["<measured", "<value"], rows)
+    console.table(shown(found["model"]), ["<measured", "<value"], rows)
 
 
 def show_bench(found: dict[str, Any]) -> None:
@@ -300,7 +301,9 @@ def show_bench(found: dict[str, Any]) -> None:
     for m in found["models"]:
         cells = [f"{m[n]['median']:.1f} ({m[n]['min']:.1f}-{m[n]['max']:.1f})" for n in speeds]
         ratios = [f"{m['ratio'][n]['median']:.2f}" for n in speeds]
-        rows.append([m["model"], cells[0], ratios[0], cells[1], ratios[1], console.gb(m["peak_bytes"]["median"])])
+        rows.append(
+            [shown(m["model"]), cells[0], ratios[0], cells[1], ratios[1], console.gb(m["peak_bytes"]["median"])]
+        )
     columns = ["<model", "prefill tok/s", "ratio", "decode tok/s", "ratio", "peak"]
     console.table(f"{found['trials']} trials, {found['backend']}", columns, rows)
 

@@ -232,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(more)
         if trouble == "stall":
             self.wfile.flush()
-            self.hub.closing.wait(30)
+            self.hub.closing.wait(120)
         self.close_connection = trouble in ("die", "stall")
         return status
 
