@@ -179,9 +179,7 @@ def _files(folder: Path) -> Iterator[Path]:
     """The files of a folder and of what is in it, in order. Hidden ones (macOS puts ._NAME beside NAME on other disks),
     what an archive of macOS has beside them, run directories and pruned models are left out."""
     ours = {manifest.parent for manifest in folder.rglob(MANIFEST) if is_run(manifest.parent)}
-    ours |= {
-        file.parent for file in folder.rglob("survivors.json") if (file.parent / "config.json").is_file()
-    }  # of a directory for the hub, say, with its card
+    ours |= {file.parent for file in folder.rglob("survivors.json")}  # of a directory for the hub, say, with its card
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
         inside = file.relative_to(folder).parts
         hidden = any(name.startswith(".") or name == "__MACOSX" for name in inside)

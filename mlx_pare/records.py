@@ -163,7 +163,7 @@ def _rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a table, by the names in its first one. Raises PareError for a row of another length."""
     head = text.partition("\n")[0]
     csv.field_size_limit(1 << 30)
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
+    delimiter = max("\t,;" if file.suffix.lower() == ".tsv" else ",;\t", key=head.count)  # of equals the first
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(table, [])]
