@@ -17,7 +17,7 @@ Given = Mapping[str, Any]
 Rule = tuple[Iterable[str], Callable[[Given], Any], str]  # parameters, whether they have an effect, what that takes
 VALIDATIONS, ROUND = 6, 25  # recover_options.Options.reports, on_policy.ROUND: held together by a test
 
-RECORDS = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv")  # endings of files with fields
+FIELDED = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv")  # endings of files with fields
 
 
 def _texts(given: Given) -> list[str]:
@@ -28,7 +28,7 @@ def _texts(given: Given) -> list[str]:
 def _may_have_fields(place: str) -> bool:
     """Whether a file of records is there, or a folder with one."""
     files = Path(place).rglob("*") if os.path.isdir(place) else [Path(place)]
-    return any(file.suffix.lower() in RECORDS for file in files)
+    return any(file.suffix.lower() in FIELDED for file in files)
 
 
 def _has_records(given: Given) -> bool:
