@@ -127,9 +127,9 @@ def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str
     """
     from . import pipeline, planning, recipes, steps
     from .arch import cut
-    from .artifacts import Plan
     from .checkpoint import Checkpoint
     from .gguf_target import runtimes_of
+    from .layout import size_of
 
     s = settings_of(**asked)
     with steps.continue_run(run) as opened:
@@ -137,14 +137,19 @@ def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str
             return show.show_shape(pipeline.shape_of(opened.model, planning.with_possible_axes(opened.model, s)))
         s = planning.settled(opened.model, replace(s, **recipes.of_calibration(opened), memory_cap=s.memory_cap))
         path = planning.plan_step(opened, recipes.texts_of(opened, s), s)
-        plan, arch = Plan.load(path), Checkpoint(opened.model).arch
-    made, found = plan.model_dump(), runtimes_of(cut(arch, plan.keep(arch)))
+        plan, checkpoint = steps.plan_of(opened), Checkpoint(opened.model)
+    kept = plan.keep(checkpoint.arch)
+    found = runtimes_of(cut(checkpoint.arch, kept))
+    sizes = {"before": size_of(checkpoint, None, None), "after": size_of(checkpoint, kept, plan.packing)}
     console.say(f"plan: {path}")
     console.say(show.runtimes(found))
     return {
         "plan": str(path),
         "runtimes": found,
-        **show.show_shape({k: made[k] for k in ("before", "after", "neighbours")} | {"asked": made["target"]["asked"]}),
+        **show.show_shape(
+            {name: size.model_dump() for name, size in sizes.items()}
+            | {"neighbours": plan.neighbours, "asked": plan.target.asked}
+        ),
     }
 
 

@@ -17,14 +17,14 @@ from .reconstruct import reconstruct_all
 from .rundir import Run
 from .schedule import name_of
 from .score import score
-from .steps import RECONSTRUCTION, Settings, measured
+from .steps import RECONSTRUCTION, Settings, measured, plan_of
 from .texts import Texts
 
 
 def contender_steps(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settings) -> None:
     """Measure other plans of the same model, reconstructed where the result is: or what the result has from error
     feedback would count for its cut. The original is streamed once for all that are not measured yet."""
-    result = Plan.load(run.output("plan", "plan.json"))
+    result = plan_of(run)
     repaired = s.reconstruct and not result.cuts_hidden(Checkpoint(run.model).arch)
     for name, plan in plans.items():
         asked: dict[str, Any] = {"length": texts.test.length}
@@ -77,6 +77,6 @@ def random_plan(run: Run, s: Settings) -> Plan:
     scratch = run.path / "random.tmp.safetensors"
     stats = run.path / name_of(1) / "calibrate" / "stats.safetensors"  # where the original was calibrated
     score(run.model, stats if s.stages else run.output("calibrate", stats.name), scratch, "random", s.seed)
-    made = redraw(run.model, scratch, Plan.load(run.output("plan", "plan.json")))
+    made = redraw(run.model, scratch, plan_of(run))
     scratch.unlink()
     return made

@@ -100,7 +100,7 @@ def _others(run: Run, result: Path, s: Settings) -> dict[str, Plan]:
     schedule also the units of its last stage, cut out of the original at once."""
     plans = {"pruned": schedule.plan_step(run, s)} if s.stages else {}
     plans["random"] = contenders.random_plan(run, s)
-    narrow = whole(run.model, Plan.load(run.output("plan", "plan.json")), Checkpoint(result).nbytes())
+    narrow = whole(run.model, steps.plan_of(run), Checkpoint(result).nbytes())
     return plans if narrow is None else {**plans, "fewer-bits": narrow}
 
 

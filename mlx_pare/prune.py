@@ -123,8 +123,9 @@ class _Surgeon:
         self.ancestry = _ancestry(checkpoint, lineage)
         packing = plan.packing
         self.keep = plan.keep(checkpoint.arch)
+        sizes = {"before": size_of(checkpoint, None, None), "after": size_of(checkpoint, self.keep, packing)}
         # people edit plans: what is written down about the result is counted, not believed
-        self.plan = plan.model_copy(update={"after": size_of(checkpoint, self.keep, packing), "neighbours": []})
+        self.plan = plan.model_copy(update={**sizes, "neighbours": []})
         self.arch = smaller(checkpoint, self.keep, packing)
         self.pieces = [self._as_asked(p, requantize) for p in layout(checkpoint, self.keep, packing)]
         self.requantized: dict[str, float] = {}

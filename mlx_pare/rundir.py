@@ -206,8 +206,8 @@ class Run:
         return found
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
-        """What was asked, without what was left out. An earlier recipe is kept unless ``replace``. One that says the same
-        is kept in any case: people may have written comments."""
+        """What was asked, without what was left out. An earlier recipe is kept unless ``replace``. One that says the
+        same is kept in any case: people may have written comments."""
         if not replace and (self.path / RECIPE).exists():
             return
         text = recipe_file.toml(asked)

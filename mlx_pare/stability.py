@@ -35,7 +35,7 @@ from .prune import prune
 from .reconstruct import reconstruct
 from .rundir import Run, fingerprint
 from .score import criterion, score
-from .steps import Settings
+from .steps import Settings, plan_of
 from .texts import Texts
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the calibration rows
@@ -62,7 +62,7 @@ def stability_step(
     cuts of the draws are made, and measured on its test text. Raises Refused when the text changed since it was
     calibrated on, otherwise as ``stability``."""
     check(criteria)
-    planned = run.output("plan", "plan.json")
+    planned, plan = run.output("plan", "plan.json"), plan_of(run)
     run.output("calibrate", "stats.safetensors")
     text_record.check(run, texts, test=measure)
     if draws == 1 or (measure and not draws):
@@ -71,7 +71,7 @@ def stability_step(
     rows, drawn_rows = drawn(every.rows, s.samples, every.lot(s.seed), draws)
     elsewhere = "layers_by" in run.manifest.steps["plan"].parameters  # not by the scores of the criterion
     question = Question(
-        run.model, Plan.load(planned), criteria, rows, drawn_rows, other, texts.test if measure else None,
+        run.model, plan, criteria, rows, drawn_rows, other, texts.test if measure else None,
         s.reconstruct, not elsewhere, s.seed, s.memory_cap,
     )  # fmt: skip
 

@@ -213,10 +213,17 @@ def score_step(run: Run, s: Settings) -> Path:
     return run.output("score", "scores.safetensors")
 
 
+def plan_of(run: Run) -> Plan:
+    """The plan of a run. People edit it: raises PareError with everything that is wrong with it for the run's model."""
+    made = Plan.load(run.output("plan", "plan.json"))
+    made.check(Checkpoint(run.model))
+    return made
+
+
 def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
     """The matrices that make up for the cut, and the plan they belong to; None where nothing can be made up for."""
     path = run.output("plan", "plan.json")
-    if Plan.load(path).cuts_hidden(Checkpoint(run.model).arch):
+    if plan_of(run).cuts_hidden(Checkpoint(run.model).arch):
         console.warn("a cut of the hidden size cannot be reconstructed: the matrices are cut as they are")
         return None
     text_record.check(run, texts)
@@ -234,6 +241,7 @@ def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
 def prune_step(run: Run, repaired: bool = True, original: Path | None = None, memory_cap: int | None = None) -> Path:
     """The cut model, checked; ``repaired``: with what reconstruct made of the same plan, if it did. ``original``: of a
     model that was cut before, and lies in a run directory beside this one: what its units are named after."""
+    plan_of(run)
     path = run.output("plan", "plan.json")
     inputs = {"model": run.manifest.source, "plan": fingerprint(path)}
     record = run.manifest.steps.get("reconstruct")
