@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import console, contenders, corpus, gguf_quantize, kept, planning, recipes, schedule, step_files, steps
+from . import console, contenders, corpus, gguf_quantize, kept, lm, planning, recipes, schedule, step_files, steps
 from .artifacts import CONTENDERS, Metrics, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
@@ -192,7 +192,9 @@ def preflight(model: Path, s: Settings) -> None:
     if s.reconstruct:
         check_reconstruction(Checkpoint(model), corpus.Extent(s.samples, s.length), s.memory_cap)
     options = s.recover_options()
-    options.check()
+    options.check(Checkpoint(model).arch.sizes["vocab"])
+    if s.teacher:
+        lm.require_same_tokens(model, Path(s.teacher))
     if s.recovers:
         _recoverable(Checkpoint(model), Checkpoint(s.teacher or model), s)
 

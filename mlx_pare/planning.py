@@ -46,6 +46,9 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     scores = run.output("score", "scores.safetensors")
     names = ("keep", "target_params", "target_size", "mac", "context", "bits", "group_size", "step", "protect")
     asked = {**{name: getattr(s, name) for name in names}, "axes": list(s.axes)}
+    if s.mac is None:  # then nothing here depends on it, though earlier versions noted it
+        before = run.manifest.steps.get("plan")
+        asked["context"] = before.parameters.get("context") if before else None
     if s.min_speed is not None:
         asked["min_speed"] = s.min_speed
     inputs = {"model": run.manifest.source, "scores": fingerprint(scores)}

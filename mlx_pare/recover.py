@@ -54,7 +54,7 @@ def recover(
     UsageError for options there are not, Refused when ``out`` exists, the tokenizers differ or the training does not
     fit in memory, Diverged when the loss is not a number any more.
     """
-    options.check()
+    options.check(Checkpoint(student).arch.sizes["vocab"])
     student, original, out = opened(student), opened(original), Path(out)
     refuse_existing(out)
     if usual := options.learning_rate is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import console, cpu_math, lm, machine, on_policy, ranges, stream, teacher
+from . import console, cpu_math, lm, machine, on_policy, ranges, stream, targets, teacher
 from .block_training import Options as BlockOptions
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
@@ -84,11 +84,13 @@ class Options:
         """How the blocks are healed beforehand."""
         return BlockOptions(LOCAL[self.method], self.local_steps, self.batch, seed=self.seed)
 
-    def check(self) -> None:
-        """Raises UsageError for what there is not."""
+    def check(self, vocab: int | None = None) -> None:
+        """Raises UsageError for what there is not; ``vocab``: tokens of the teacher, if it is known by now."""
         ranges.check(vars(self))
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", f"choose one of {', '.join(METHODS)}")
+        if vocab is not None and self.top is not None:
+            targets.check(self.top, vocab)
         on_policy.check(self.on_policy, self.top, self.cross_entropy)
         self.objective.check()
         self.course.learning_rate()

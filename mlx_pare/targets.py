@@ -43,12 +43,21 @@ LEAST = float(np.finfo(np.float16).min)
 SEAL = 32  # bytes of the sha256 behind the records of a part
 
 
-def record(k: int, vocab: int) -> np.dtype:
-    """What is stored of a token. Raises UsageError when there cannot be such targets."""
+def check(k: int, vocab: int) -> None:
+    """Raises UsageError when ``k`` targets of a vocabulary cannot be stored."""
     if not 1 <= k <= vocab:
-        raise UsageError(f"the {k} most likely of {vocab} tokens cannot be told", "choose a k between 1 and as many")
+        raise UsageError(
+            f"--targets {k} is not possible: the vocabulary has {vocab} tokens", f"give 1 to {vocab}, or full"
+        )
     if vocab > HIGH:
-        raise UsageError(f"a vocabulary of {vocab} tokens is too large for targets, {HIGH} is the most")
+        raise UsageError(
+            f"a vocabulary of {vocab} tokens is too large for targets, {HIGH} is the most", "use --targets full"
+        )
+
+
+def record(k: int, vocab: int) -> np.dtype:
+    """What is stored of a token. Raises UsageError as ``check``."""
+    check(k, vocab)
     high = [("high", "u1", ((k + 1) // 2,))] if vocab > LOW else []
     return np.dtype([("low", "<u2", (k,)), *high, ("log_p", "<f2", (k,)), ("log_tail", "<f4")])
 
