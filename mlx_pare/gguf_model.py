@@ -70,7 +70,7 @@ def rebuild(gguf: Path, out: Path, dense: bool = False, origin: str | None = Non
         rounded = _write(opened, place)
         write_config(place, opened.settings.config | ({OUR_KEY: {"gguf_sha256": origin}} if origin else {}))
         if opened.licence:
-            (place / "README.md").write_text(f"---\nlicense: {opened.licence}\n---\n")
+            (place / "README.md").write_text(f"---\nlicense: {opened.licence}\n---\n", "utf-8")
         with suppress(Unsupported):  # what can be run, but not cut
             _ = Checkpoint(place).arch
     types: dict[str, int] = {}

@@ -274,9 +274,8 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
     """The cut model healed, checked. Of several processes (mlx.launch) the first keeps the run directory, and tells the
     others whether there is anything to do; they help it train, and forget what they made."""
     pruned, options = run.output("prune", "model"), s.recover_options()
-    options.check(
-        Checkpoint(pruned).arch.sizes["vocab"]
-    )  # or a name that is not known would be a change of what was done before
+    # first, or a name that is not known would be a change of what was done before
+    options.check(Checkpoint(pruned).arch.sizes["vocab"])
     teacher = Path(s.teacher) if s.teacher else run.model
     rows = texts.training_domains, texts.validation_domains
 

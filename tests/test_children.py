@@ -78,9 +78,12 @@ def gone(below: list[psutil.Process], seconds: float) -> list[psutil.Process]:
     return [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM], ids=lambda s: s.name)
-@pytest.mark.parametrize("name", STARTS)
+ENDINGS = [(name, signal.SIGKILL, WAYS[0]) for name in STARTS]
+ENDINGS += [("server", signal.SIGHUP, WAYS[0]), ("server", signal.SIGTERM, WAYS[0]), ("chat", signal.SIGHUP, WAYS[0])]
+ENDINGS += [("server", signal.SIGKILL, "watch"), ("chat", signal.SIGKILL, "watch"), ("judge", signal.SIGHUP, "watch")]
+
+
+@pytest.mark.parametrize(("name", "sent", "way"), ENDINGS, ids=str)
 def test_f14_no_child_is_left(place, name, sent, way):
     process, below = started(place, STARTS[name], way)
     assert below
