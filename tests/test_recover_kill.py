@@ -27,7 +27,7 @@ def pruned(pico_models, tmp_path_factory) -> Path:
     out, model = tmp_path_factory.mktemp("kill") / "run", pico_models("llama", (4, 32))
     texts = Texts(model, SETTINGS)
     with steps.open_run(model, out) as run:
-        run.write_recipe({"length": SETTINGS.length})
+        run.write_recipe({"length": SETTINGS.length, "samples": SETTINGS.samples})
         steps.calibrate_step(run, texts, SETTINGS)
         steps.score_step(run, SETTINGS)
         planning.plan_step(run, texts, SETTINGS)
