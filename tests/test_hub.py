@@ -459,7 +459,7 @@ HOSTILE = {
     "cut-off": (packed({"a": entry(0, 800, [200])}) + bytes(8), "its header describes"),
     "dtype": (
         packed({"a": entry(0, 4, [4], "F9_E5M3")}) + bytes(4),
-        "F9_E5M3, which neither mlx-pare nor mlx-lm reads",
+        "F9_E5M3, which is not supported",
     ),
 }
 
