@@ -6,6 +6,7 @@ Arrays are safetensors files whose header carries a JSON description under the k
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -304,9 +305,12 @@ CONTENDERS = (
 )
 
 
+MOST_NATS = 700.0  # exp of more is no float
+
+
 class Metrics(Strict):
-    """What `evaluate` measured. ``tokens`` predictions; KL in nats per token; ``windows`` of ``length`` tokens;
-    ``window_nll``: mean NLL of each, for paired comparisons."""
+    """What `evaluate` measured. ``tokens`` predictions; ``nll`` (files of earlier versions have none) and KL in nats
+    per token; ``windows`` of ``length`` tokens; ``window_nll``: mean NLL of each, for paired comparisons."""
 
     schema_version: int = SCHEMA
     model: str
@@ -314,6 +318,7 @@ class Metrics(Strict):
     tokens: Count
     windows: Count
     length: Count
+    nll: float | None = None
     perplexity: float = Field(gt=0)
     perplexity_stderr: float
     bits_per_byte: float | None
@@ -321,6 +326,15 @@ class Metrics(Strict):
     kl_p95: float | None = None
     top1_agreement: float | None = None
     window_nll: list[float] = Field(default_factory=list)
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats per token. Beyond MOST_NATS the perplexity does not say it."""
+        return math.log(self.perplexity) if self.nll is None else self.nll
+
+    def times(self, other: Metrics) -> float:
+        """How many times the perplexity of ``other`` this one is, at most exp(MOST_NATS)."""
+        return math.exp(min(self.mean_nll - other.mean_nll, MOST_NATS))
 
     @classmethod
     def load(cls, path: Path) -> Metrics:

@@ -192,10 +192,12 @@ def _private(out: Path) -> Iterator[Path]:
         yield place
     finally:
         with undisturbed():
-            if place is not None:
-                shutil.rmtree(place, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
+            try:
+                if place is not None:
+                    shutil.rmtree(place, ignore_errors=True)
+            finally:  # whatever ends the removal: what is left is nobody's, and the next call removes it
+                if lock is not None:
+                    os.close(lock)
 
 
 def _make(place: Path, out: Path) -> None:

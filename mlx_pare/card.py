@@ -9,7 +9,7 @@ from typing import Any
 from . import __version__, markdown
 from .artifacts import CONTENDERS
 from .checkpoint import Checkpoint
-from .console import gb
+from .console import gb, readable
 from .errors import plain
 from .licence import licence_name
 from .manifest import Manifest, read_recipe
@@ -70,7 +70,7 @@ def _measured(model: Path, run: Path, manifest: Manifest, packed: bool) -> str:
             m, size = found[name]
             kl = None if m.kl_divergence is None else f"{m.kl_divergence:.4f}"
             title += (" (before it was packed)" if packed else " (this model)") if name == mine else ""
-            rows.append(markdown.row(title, gb(size), f"{m.perplexity:.3f} ± {m.perplexity_stderr:.3f}", kl))
+            rows.append(markdown.row(title, gb(size), readable(m.perplexity, 3, m.perplexity_stderr), kl))
     if not rows:
         return ""
     first = next(iter(found.values()))[0]

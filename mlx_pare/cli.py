@@ -260,9 +260,9 @@ def _called() -> int:
             return error.exit_code
         where = f". See `{error.ctx.command_path} --help`." if getattr(error, "ctx", None) else ""
         line = " ".join(error.format_message().split()).rstrip(".") + where
-        console.configure(as_json="--json" in sys.argv)
+        console.configure(as_json="--json" in sys.argv or console.speaks_json())
         console.failure(line, error.exit_code)
         return error.exit_code
     except PareError as error:  # while the command line was read: a recipe
-        console.configure(as_json="--json" in sys.argv)
+        console.configure(as_json="--json" in sys.argv or console.speaks_json())
         return failed(error, "--debug" in sys.argv)

@@ -244,6 +244,7 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
     share every batch.
     """
     from . import ranks, recipes, steps, text_record
+    from .opened import opened as opened_model
 
     first = ranks.this()[0] == 0
     if not first:
@@ -251,7 +252,8 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
     with steps.continue_run(run, locked=first) as opened:
         before, data = opened.recipe(), asked["data"]
         another_text = data or asked["test_data"] or asked["field"]
-        asked["teacher"] = asked["teacher"] or before.get("teacher")
+        if asked["teacher"] is None and (teacher := before.get("teacher")):  # a name on the hub, or a GGUF file
+            asked["teacher"] = opened_model(teacher)
         asked["data"] = data or before.get("data")
         asked["test_data"] = asked["test_data"] or before.get("test_data")
         asked["field"] = asked["field"] or (None if data else before.get("field"))

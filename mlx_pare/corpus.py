@@ -13,9 +13,8 @@ import numpy as np
 
 from . import console
 from .errors import PareError, UsageError
-from .manifest import is_run
+from .manifest import is_pruned, is_run
 from .records import LINES, PLAIN, Reader
-from .rundir import MANIFEST
 
 SUFFIXES = (*PLAIN, *LINES)  # of files that are read in a folder
 WHAT_TO_GIVE = "give a .txt, .md or .jsonl file, or a folder of them"
@@ -156,9 +155,11 @@ def read(path: Path, tokenizer: Any = None, field: str | None = None, framing: s
     path, reader = Path(path), Reader(tokenizer, field)
     if not path.exists():
         raise PareError(f"no text at {path}", WHAT_TO_GIVE)
-    if path.is_dir() and is_run(path):
-        raise PareError(f"{path} is a run directory, which mlx-pare wrote itself", "name the text it was made with")
-    there = [path] if path.is_file() else list(_files(path))
+    for is_ours, what in ((is_run, "run directory"), (is_pruned, "pruned model")):
+        if is_ours(path):
+            raise PareError(f"{path} is a {what}, which mlx-pare wrote itself", "name the text it was made with")
+    ours: list[Path] = []
+    there = [path] if path.is_file() else list(_files(path, ours, {path.resolve()}))
     files = there if path.is_file() else [f for f in there if f.suffix.lower() in SUFFIXES]
     found = [each for f in files for each in reader.documents(f)]
     documents = [text for _, text in found if text.strip()]
@@ -167,7 +168,8 @@ def read(path: Path, tokenizer: Any = None, field: str | None = None, framing: s
         named = f" ({len(other)} of another kind, first {other[0]})" if other else ""
         raise PareError(f"{path} holds no text{named}", f"{WHAT_TO_GIVE}; a .json or .csv file must be named itself")
     empty = [where for where, text in found if not text.strip()]
-    left = [f"{len(of)} {what} (first {of[0]})" for what, of in (("empty", empty), ("of another kind", other)) if of]
+    kinds = (("empty", empty), ("of another kind", other), ("made by mlx-pare", ours))
+    left = [f"{len(of)} {what} (first {of[0]})" for what, of in kinds if of]
     if left:
         console.say(f"{path}: {len(documents)} documents; left out: {', '.join(left)}")
     if framing is not None:
@@ -175,16 +177,23 @@ def read(path: Path, tokenizer: Any = None, field: str | None = None, framing: s
     return documents
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of what is in it, in order. Hidden ones (macOS puts ._NAME beside NAME on other disks),
-    what an archive of macOS has beside them, run directories and pruned models are left out."""
-    ours = {manifest.parent for manifest in folder.rglob(MANIFEST) if is_run(manifest.parent)}
-    ours |= {file.parent for file in folder.rglob("survivors.json")}  # of a directory for the hub, say, with its card
-    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
-        inside = file.relative_to(folder).parts
-        hidden = any(name.startswith(".") or name == "__MACOSX" for name in inside)
-        if not hidden and not any(parent in ours for parent in file.parents):
-            yield file
+def _files(folder: Path, ours: list[Path], seen: set[Path]) -> Iterator[Path]:
+    """The files of a folder and of what is in it, in order; folders that are linked count, each once.
+
+    Hidden files (macOS puts ._NAME beside NAME on other disks) and what an archive of macOS has beside them are left
+    out, and so are run directories and pruned models, which are added to ``ours``. ``seen``: folders without links.
+    """
+    for place in sorted(folder.iterdir()):
+        if place.name.startswith(".") or place.name == "__MACOSX":
+            continue
+        if place.is_file():
+            yield place
+        elif place.is_dir() and (real := place.resolve()) not in seen:
+            seen.add(real)
+            if is_run(place) or is_pruned(place):
+                ours.append(place)
+            else:
+                yield from _files(place, ours, seen)
 
 
 def _encoded(tokenizer: Any, text: str, **how: Any) -> list[int]:

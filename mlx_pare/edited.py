@@ -1,7 +1,7 @@
 """Files for people that mlx-pare writes again, such as RUN/report.md. What somebody changed in one of them is kept.
 
-The last line of such a file is a comment, in Markdown and SVG alike, with the hash of what is above it. If the hash is
-wrong or missing, somebody changed the file, or it was never ours.
+The last line of such a file is a comment with the hash of what is above it. If the hash is wrong or missing, somebody
+changed the file, or it was never ours.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from .atomic import replace_file
 from .errors import PareError
 
 MOST = 64 << 20  # bytes of a file that is looked at
-SEAL = "<!-- mlx-pare wrote this; sha256 of all above: {}. If you change it, it is kept. -->\n"
-SEALED = re.compile(rb"(.*)" + re.escape(SEAL).replace(re.escape("{}"), "([0-9a-f]{64})").encode(), re.DOTALL)
+SAID = "mlx-pare wrote this; sha256 of all above: {}. If you change it, it is kept."
+COMMENTS = {".toml": f"# {SAID}\n"}
+COMMENT = f"<!-- {SAID} -->\n"  # in Markdown and SVG
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -38,14 +39,30 @@ def write(path: Path, data: bytes) -> Path:
         place = next(others)
     if place != path:
         console.warn(f"{path} was changed since mlx-pare wrote it, and is kept: the new one is {place}")
-    replace_file(place, data + SEAL.format(hashlib.sha256(data).hexdigest()).encode())
+    replace_file(place, _sealed(path, data))
     return place
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file again that must have its name. One that was changed since we wrote it is renamed before
+    (recipe.yours-1.toml), and a warning says so. Arguments as ``write``."""
+    if os.path.lexists(path) and not _unchanged(path):
+        kept = next(name for n in count(1) if not os.path.lexists(name := path.with_stem(f"{path.stem}.yours-{n}")))
+        os.rename(path, kept)
+        console.warn(f"{path} was changed since mlx-pare wrote it: your version is kept as {kept}")
+    replace_file(path, _sealed(path, data))
+
+
+def _sealed(path: Path, data: bytes) -> bytes:
+    comment = COMMENTS.get(path.suffix, COMMENT)
+    return data + comment.format(hashlib.sha256(data).hexdigest()).encode()
 
 
 def _unchanged(path: Path) -> bool:
     """Whether a file is as we wrote it."""
+    comment = re.escape(COMMENTS.get(path.suffix, COMMENT)).replace(re.escape("{}"), "([0-9a-f]{64})")
     try:
-        found = SEALED.fullmatch(bounded.contents(path, MOST))
+        found = re.fullmatch(b"(.*)" + comment.encode(), bounded.contents(path, MOST), re.DOTALL)
     except (PareError, OSError):
         return False
     return bool(found) and hashlib.sha256(found[1]).hexdigest().encode() == found[2]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import finite, lm, stream
-from .artifacts import Metrics
+from .artifacts import MOST_NATS, Metrics
 from .checkpoint import Checkpoint
 from .corpus import Rows
 from .divergence import measure
@@ -61,7 +61,7 @@ def evaluate(
         if name in found and not math.isfinite(found[name].mean()):
             finite.require(Checkpoint(path))
             raise PareError(f"{path} answers NaN or infinity", "the model is broken: do not use it")
-    perplexity = math.exp(min(nll, 700.0))
+    perplexity = math.exp(min(nll, MOST_NATS))
     windows = np.split(found["nll"], np.cumsum(predicted)[:-1])
     return Metrics(
         model=str(model),
@@ -69,6 +69,7 @@ def evaluate(
         tokens=int(predicted.sum()),
         windows=rows.count,
         length=rows.length,
+        nll=nll,
         perplexity=perplexity,
         perplexity_stderr=perplexity * _error(windows),
         bits_per_byte=nll * int(predicted.sum()) / math.log(2) / size if (size := _bytes(rows, tokenizer)) else None,

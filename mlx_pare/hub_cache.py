@@ -59,7 +59,7 @@ def root() -> Path:
     """huggingface_hub's cache of models (HF_HUB_CACHE, HF_HOME)."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser()
+    return Path(constants.HF_HUB_CACHE).expanduser().absolute()
 
 
 def storage(repo: str) -> Path:

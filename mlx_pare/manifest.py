@@ -15,6 +15,7 @@ from .errors import PareError
 from .hub_name import HubName, of_snapshot
 
 MANIFEST, RECIPE = "manifest.json", "recipe.toml"
+SURVIVORS = "survivors.json"  # beside every pruned model
 
 
 class StepRecord(Strict):
@@ -72,13 +73,23 @@ def read_manifest(path: Path) -> Manifest:
 
 def is_run(path: Path) -> bool:
     """Whether a directory is a run directory, its manifest may be damaged."""
-    if not (path / MANIFEST).is_file():
-        return False
+    keys = _keys(path / MANIFEST)
+    return (path / ".lock").exists() if keys is None else {"schema_version", "source", "steps"} <= keys
+
+
+def is_pruned(path: Path) -> bool:
+    """Whether a directory is a pruned model, or what was made of one for the hub. A file of somebody else may have the
+    same name."""
+    return {"schema_version", "source_identity", "layers"} <= (_keys(path / SURVIVORS) or set())
+
+
+def _keys(file: Path) -> set[str] | None:
+    """The names in a JSON object: none if it is something else, or if there is no file. None: it cannot be read."""
     try:
-        found = json.loads(bounded.contents(path / MANIFEST))
-        return isinstance(found, dict) and {"schema_version", "source", "steps"} <= found.keys()
+        found = json.loads(bounded.contents(file)) if file.is_file() else None
     except (OSError, PareError, ValueError, RecursionError):
-        return (path / ".lock").exists()
+        return None
+    return set(found) if isinstance(found, dict) else set()
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:

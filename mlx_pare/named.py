@@ -27,6 +27,7 @@ class Origin:
 
 
 _origins: dict[Path, Origin] = {}  # of the models that this process resolved
+_rebuilt: dict[Path, Path] = {}  # a model directory in the cache -> the GGUF file on this disk that it was rebuilt from
 
 
 def local(model: str | os.PathLike[str], run: Path | None = None, gguf: bool = False) -> Path:
@@ -70,19 +71,27 @@ def rebuilt(file: Path, directory: Path) -> None:
     """Remember that a model directory was rebuilt from a GGUF file, and so came from where that one did."""
     if found := _origins.get(file):
         _origins[directory] = found
+    else:
+        _rebuilt[directory.absolute()] = file.absolute()
 
 
 def typed(text: str) -> Path:
-    """A path or name as somebody typed it. "./org/name" is a path and no name, which a Path would forget."""
+    """A path or name as somebody typed it. "./org/name" is a path and no name, which a Path would forget.
+
+    Raises UsageError for an empty text, which a Path would take for the current directory.
+    """
+    if not text.strip():
+        raise UsageError("the name of a model is empty", "give a path, a hub id, or a name of `mlx-pare models`")
     if not os.path.exists(text) and (text.startswith("./") or text.endswith("/")):
         return Path(os.path.abspath(text))
     return Path(text)
 
 
 def written(model: Path) -> str:
-    """A model as a recipe names it: by its name and commit on the hub, or by its path."""
+    """A model as a recipe names it: by its name and commit on the hub, or by its path. A GGUF file is named itself: the
+    cache where it was rebuilt may be emptied."""
     found = origin(model)
-    return found.hub if found else str(model)
+    return found.hub if found else str(_rebuilt.get(model.absolute(), model))
 
 
 @contextmanager

@@ -107,6 +107,8 @@ DryRun = Annotated[
 def _read_recipe(context: click.Context, path: Path | None) -> None:
     """Let the recipe say what the command line leaves out, required options and arguments among it."""
     if path is not None and not context.resilient_parsing:
+        if recipe_file.wants_json(path):  # also if something else in it is wrong
+            console.configure(as_json=True)
         context.default_map = recipe_file.read(path)
 
 

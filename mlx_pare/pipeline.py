@@ -8,13 +8,14 @@ With a schedule the steps up to recover are done once for every stage, each in a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import console, contenders, corpus, gguf_quantize, kept, lm, planning, recipes, schedule, step_files, steps
-from .artifacts import CONTENDERS, Metrics, Plan
+from .artifacts import CONTENDERS, MOST_NATS, Metrics, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
@@ -242,7 +243,8 @@ def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
 def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: Sequence[str]) -> dict[str, Any]:
     def of(name: str) -> dict[str, Any]:
         step = run.directory(f"evaluate-{name}")
-        return Metrics.load(step / "metrics.json").model_dump() | step_files.read(step / "size.json")
+        measured = Metrics.load(step / "metrics.json")
+        return measured.model_dump() | {"nll": measured.mean_nll} | step_files.read(step / "size.json")
 
     found = metrics(run.path, measured)
     return {
@@ -274,9 +276,10 @@ def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
 
 
 def _quality_gate(summary: dict[str, Any], s: Settings) -> None:
-    ratio = summary["after"]["perplexity"] / summary["before"]["perplexity"]
-    if s.min_quality is not None and ratio > s.min_quality:
+    worse = summary["after"]["nll"] - summary["before"]["nll"]  # perplexity itself has a largest value
+    if s.min_quality is not None and worse > math.log(s.min_quality):
+        ratio = console.readable(math.exp(min(worse, MOST_NATS)), 3)
         raise PareError(
-            f"the result's perplexity is {ratio:.3f} x the original's, --min-quality allows {s.min_quality:g}",
+            f"the result's perplexity is {ratio} x the original's, --min-quality allows {s.min_quality:g}",
             f"everything is kept for inspection, see {summary['report']}; keep more or recover longer",
         )

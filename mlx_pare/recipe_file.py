@@ -53,6 +53,14 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read the recipe {path}: {error.strerror}", "give another file") from error
 
 
+def wants_json(path: Path) -> bool:
+    """Whether a recipe asks for JSON, whatever else is wrong with it."""
+    try:
+        return _parsed(path).get("json") is True
+    except (PareError, OSError):
+        return False
+
+
 def of_run(path: Path) -> dict[str, Any]:
     """What the recipe of a run directory says, by the fields of steps.Settings and with their values. Raises PareError
     for a damaged one."""

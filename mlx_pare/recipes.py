@@ -26,13 +26,21 @@ def dated(out: Path, s: Settings) -> Settings:
 
 def located(s: Settings) -> Settings:
     """The settings with absolute paths: a later command may be called in another directory."""
-    there = {key: path and str(Path(path).absolute()) for key in ("test_data", "teacher") for path in [getattr(s, key)]}
-    return replace(s, data=s.data and domains.absolute(s.data), **there)
+    return replace(
+        s,
+        data=s.data and domains.absolute(s.data),
+        test_data=s.test_data and str(Path(s.test_data).absolute()),
+        teacher=s.teacher and named.written(Path(s.teacher).absolute()),
+    )
+
+
+def _asked(model: Path, s: Settings) -> dict[str, Any]:
+    return {"model": named.written(model.absolute()), **asdict(located(s))}
 
 
 def recipe_of(model: Path, s: Settings) -> dict[str, Any]:
     """What is asked of a run, as its recipe holds it."""
-    return recipe_file.by_name({"model": named.written(model.absolute()), **asdict(located(s))})
+    return recipe_file.by_name(_asked(model, s))
 
 
 def of_calibration(run: Run) -> dict[str, Any]:
@@ -43,7 +51,7 @@ def of_calibration(run: Run) -> dict[str, Any]:
 
 def write(run: Run, model: Path, s: Settings) -> None:
     """Note that a run was calibrated with these settings. What else its recipe holds stays."""
-    asked = {"model": named.written(model.absolute()), **asdict(located(s))}
+    asked = _asked(model, s)
     known = read_recipe(run.path)
     if known is None:
         run.write_recipe(recipe_file.by_name(asked))

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import edited, markdown, schedule, step_files
 from .artifacts import CONTENDERS, Plan
-from .console import count, duration, gb, span
+from .console import count, duration, gb, readable, span
 from .errors import PareError
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
@@ -66,7 +66,7 @@ def _contenders(found: Found) -> str:
             m, size = found[name]
             same = None if m.top1_agreement is None else f"{m.top1_agreement:.1%}"
             numbers = [_number(m.bits_per_byte, 4), _number(m.kl_divergence, 4), _number(m.kl_p95, 3), same]
-            rows.append(markdown.row(title, gb(size), f"{m.perplexity:.3f} ± {m.perplexity_stderr:.3f}", *numbers))
+            rows.append(markdown.row(title, gb(size), readable(m.perplexity, 3, m.perplexity_stderr), *numbers))
     first = next(iter(found.values()))[0]
     note = (
         f"{first.tokens:,} predictions in {first.windows} windows of {first.length} tokens, the same for all; "

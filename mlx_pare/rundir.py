@@ -28,7 +28,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import __version__, bounded, console, locks, log, machine, recipe_file, step_files
+from . import __version__, bounded, console, edited, locks, log, machine, recipe_file, step_files
 from .artifacts import dump_json
 from .atomic import is_ours, replace_file, sweep
 from .errors import PareError, Refused, shell, told
@@ -208,14 +208,15 @@ class Run:
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
         """Write what was asked, without what was left out. An earlier recipe is kept unless ``replace``. One that says
-        the same is kept in any case, because people may have written comments."""
+        the same is kept in any case, because people may have written comments; one that they changed and that says
+        something else is renamed."""
         if not replace and (self.path / RECIPE).exists():
             return
         text = recipe_file.toml(asked)
         with suppress(PareError, OSError, ValueError):  # one that cannot be read says something else
             if tomllib.loads(bounded.contents(self.path / RECIPE).decode("utf-8")) == tomllib.loads(text):
                 return
-        replace_file(self.path / RECIPE, text.encode("utf-8"))
+        edited.replace(self.path / RECIPE, text.encode("utf-8"))
 
     # ---- steps ----
 

@@ -19,7 +19,7 @@ from typing import Any
 from . import step_files
 from .artifacts import Metrics, Plan, Target, survivors
 from .checkpoint import Checkpoint
-from .console import count, duration
+from .console import count, duration, readable
 from .errors import Refused, UsageError
 from .fit.footprint import parameters
 from .manifest import Manifest
@@ -194,7 +194,7 @@ def cells(told: Sequence[Mapping[str, Any]]) -> list[list[str | None]]:
     """A story as the rows of a table under HEAD."""
 
     def measured(m: Mapping[str, float] | None) -> list[str | None]:
-        return [None, None] if m is None else [f"{m['perplexity']:.3f}", f"{m['kl_divergence']:.4f}"]
+        return [None, None] if m is None else [readable(m["perplexity"], 3), f"{m['kl_divergence']:.4f}"]
 
     return [
         [row["stage"], row["parent"], f"{row['share']:.3f}", count(row["parameters"]), *measured(row["pruned"]),

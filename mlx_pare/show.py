@@ -123,7 +123,7 @@ def show_summary(summary: dict[str, Any]) -> None:
                     title,
                     console.count(m["parameters"]),
                     console.gb(m["bytes"]),
-                    f"{m['perplexity']:.2f} ± {m['perplexity_stderr']:.2f}",
+                    console.readable(m["perplexity"], 2, m["perplexity_stderr"]),
                     kl,
                 ]
             )
@@ -188,8 +188,9 @@ def stability_lines(found: dict[str, Any]) -> list[str]:
         ppl, kl, draws = cost["perplexity"], cost["kl_divergence"], found["draw_tokens"]
         how = "reconstructed" if cost["reconstructed"] else "not reconstructed"
         lines.append(
-            f"{len(draws)} draws of {draws[0]:,} tokens, {cost['criterion']}, {how}: perplexity {ppl['mean']:.3f} "
-            f"± {ppl['stdev']:.3f}, KL {kl['mean']:.4f} ± {kl['stdev']:.4f} (standard deviation between draws)"
+            f"{len(draws)} draws of {draws[0]:,} tokens, {cost['criterion']}, {how}: perplexity "
+            f"{console.readable(ppl['mean'], 3, ppl['stdev'])}, KL {kl['mean']:.4f} ± {kl['stdev']:.4f} "
+            "(standard deviation between draws)"
         )
     return lines
 
@@ -289,7 +290,7 @@ METRICS = {
 
 def show_metrics(found: dict[str, Any]) -> None:
     """What `evaluate` measured, in words; what is for other programs (a loss per window) stays in the JSON document."""
-    rows = [["perplexity", f"{found['perplexity']:.4f} ± {found['perplexity_stderr']:.4f}"]]
+    rows = [["perplexity", console.readable(found["perplexity"], 4, found["perplexity_stderr"])]]
     rows += [[name, format(found[key], form)] for key, (name, form) in METRICS.items() if found.get(key) is not None]
     console.table(shown(found["model"]), ["<measured", "<value"], rows)
 

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 from . import step_files
 from .artifacts import CONTENDERS, Metrics
-from .console import gb
+from .console import gb, readable
 from .manifest import Manifest
 
 
@@ -42,7 +42,7 @@ def first_result(found: Found) -> str:
     (dense, dense_bytes), (ours, our_bytes) = found["original"], found["pruned"]
     return (
         f"first result: {gb(dense_bytes)} -> {gb(our_bytes)} ({our_bytes / dense_bytes:.0%}), perplexity "
-        f"{dense.perplexity:.2f} -> {ours.perplexity:.2f}, KL divergence {ours.kl_divergence:.4f}"
+        f"{readable(dense.perplexity, 2)} -> {readable(ours.perplexity, 2)}, KL divergence {ours.kl_divergence:.4f}"
     )
 
 
@@ -54,14 +54,14 @@ def verdict(found: Found, reconstructed: bool = False) -> str:
     dense, dense_bytes = found["original"]
     ours, ours_bytes = found.get("recovered", found["pruned"])
     text = (
-        f"{gb(dense_bytes)} -> {gb(ours_bytes)} ({ours_bytes / dense_bytes:.0%}), perplexity {dense.perplexity:.2f} -> "
-        f"{ours.perplexity:.2f} (x {ours.perplexity / dense.perplexity:.3f})."
+        f"{gb(dense_bytes)} -> {gb(ours_bytes)} ({ours_bytes / dense_bytes:.0%}), perplexity "
+        f"{readable(dense.perplexity, 2)} -> {readable(ours.perplexity, 2)} (x {readable(ours.times(dense), 3)})."
     )
     if "random" not in found:
         return f"{text} {NOT_COMPARED}"
     luck, chosen = found["random"][0].perplexity, found["pruned"][0].perplexity
     both = "both reconstructed, without recovery" if reconstructed else "both without recovery"
-    text += f" A random cut of the same size has {luck:.2f} (the chosen one {chosen:.2f}, {both})."
+    text += f" A random cut of the same size has {readable(luck, 2)} (the chosen one {readable(chosen, 2)}, {both})."
     text += " **The choice was no better than chance.**" if luck <= chosen else ""
     return f"{text} {_against_fewer_bits(found, ours, reconstructed)}"
 
@@ -71,7 +71,8 @@ def _against_fewer_bits(found: Found, ours: Metrics, reconstructed: bool) -> str
         return "No narrower packing reaches this size, so fewer bits were not an alternative."
     other, size = found["fewer-bits"]
     how = "reconstructed as well, without recovery" if reconstructed else "without recovery"
-    rival = f"the whole model with fewer bits, {how}, takes {gb(size)} and has perplexity {other.perplexity:.2f}"
+    perplexity = readable(other.perplexity, 2)
+    rival = f"the whole model with fewer bits, {how}, takes {gb(size)} and has perplexity {perplexity}"
     difference, error = paired(ours, other)
     if abs(difference) < 2 * error:
         return (
@@ -86,6 +87,6 @@ def _against_fewer_bits(found: Found, ours: Metrics, reconstructed: bool) -> str
 def paired(a: Metrics, b: Metrics) -> tuple[float, float]:
     """Mean difference of NLL in nats per token, and its standard error, over the windows both were measured on."""
     if len(a.window_nll) != len(b.window_nll) or len(a.window_nll) < 2:
-        return math.log(a.perplexity / b.perplexity), 0.0
+        return a.mean_nll - b.mean_nll, 0.0
     differences = [x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)]
     return fmean(differences), stdev(differences) / math.sqrt(len(differences))

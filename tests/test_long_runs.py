@@ -164,7 +164,9 @@ def test_log_has_progress_twice_a_minute(opened, tmp_path, clock, monkeypatch):
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(opened, tmp_path):
-    (tmp_path / "run").mkdir()
+    with opened():
+        pass
+    (tmp_path / "run" / "log.txt").unlink()
     (tmp_path / "run" / "log.txt").mkdir()
     with opened() as run:
         assert run.step("score", {}, {}, lambda d: (d / "out").write_text("made"))

@@ -35,7 +35,7 @@ def pruned(pico_models, tmp_path_factory) -> Path:
     s = Settings(str(text), samples=8, length=32, criterion="magnitude", keep=0.6, reconstruct=False, widths="even")
     texts = steps.Texts(model, s)
     with steps.open_run(model, out) as run:
-        run.write_recipe({"model": str(model), "data": str(text), "length": 32})
+        run.write_recipe({"model": str(model), "data": str(text), "length": 32, "samples": 8})
         steps.calibrate_step(run, texts, s)
         steps.score_step(run, s)
         planning.plan_step(run, texts, s)

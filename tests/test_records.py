@@ -197,8 +197,9 @@ def test_f09_run_directories_are_left_out(tmp_path, damaged):
 def test_f09_directories_for_the_hub_are_left_out(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "hub").mkdir()
-    for name in ("README.md", "merges.txt", "survivors.json"):
+    for name in ("README.md", "merges.txt"):
         (tmp_path / "hub" / name).write_text("a card")
+    (tmp_path / "hub" / "survivors.json").write_text('{"schema_version": 1, "source_identity": "x", "layers": []}')
     assert corpus.read(tmp_path) == ["text"]
 
 

@@ -4,7 +4,6 @@ precision with what is trained."""
 from __future__ import annotations
 
 import importlib
-import inspect
 import io
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+import typer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_pare import cli, cli_steps, corpus, lm, pipeline, planning, rescaled, steps
+from mlx_pare import cli, corpus, lm, pipeline, planning, rescaled, steps
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
@@ -24,7 +24,7 @@ from mlx_pare.plan import Options as PlanOptions
 from mlx_pare.plan import plan
 from mlx_pare.prune import prune
 from mlx_pare.recover import recover
-from mlx_pare.recover_options import Options, required_bytes, savings
+from mlx_pare.recover_options import DRAW_BYTES, Options, required_bytes, savings
 from mlx_pare.score import score
 from mlx_pare.steps import Settings
 from mlx_pare.student import merged, prepare, resident
@@ -184,7 +184,9 @@ def test_the_head_of_the_teacher_stays_too(pico_models, texts, family, packed):
 def test_gradients_that_are_accumulated_are_counted(cut, texts):
     pair = [Checkpoint(m) for m in cut()]
     once, twice = (required_bytes(*pair, *texts, replace(OPTIONS, method="full", accumulate=n)) for n in (1, 2))
-    assert twice - once == 4 * sum(e.nbytes // 4 for n, e in pair[0].entries.items() if ".layers." in n)
+    gradients = 4 * sum(e.nbytes // 4 for n, e in pair[0].entries.items() if ".layers." in n)
+    rows = OPTIONS.course.segment * (DRAW_BYTES + 8 * OPTIONS.batch)  # twice as many batches are drawn at once
+    assert twice - once == gradients + rows
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -222,10 +224,11 @@ def test_what_cannot_be_healed_block_by_block_is_said_first(pico_models):
 
 def test_every_command_has_the_options_that_a_refusal_names():
     """What would take less memory can be asked of `run` as of `recover`."""
-    named = {f.split()[0] for flags, _ in savings(OPTIONS) for f in flags.split("--")[1:]}
-    assert named == {"grad-checkpoint", "batch", "accumulate", "targets"}
-    for command in (cli.run_command, cli_steps.recover_command):
-        assert {name.replace("-", "_") for name in named} <= set(inspect.signature(command).parameters)
+    named = {f"--{f.split()[0]}" for flags, _ in savings(OPTIONS) for f in flags.split("--")[1:]}
+    assert named == {"--grad-checkpoint", "--batch", "--accumulate", "--targets"}
+    commands = typer.main.get_command(cli.app).commands
+    for command in ("run", "recover"):
+        assert named <= {flag for parameter in commands[command].params for flag in parameter.opts}
 
 
 def test_what_is_no_parameter_is_read_at_once(pico_models, monkeypatch):

@@ -22,7 +22,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TRANSITIVE = {"transformers", "jinja2", "tokenizers"}  # mlx-lm brings them and cannot do without
+# mlx-lm brings the first three and huggingface_hub the others; neither can do without them
+TRANSITIVE = {"transformers", "jinja2", "tokenizers", "filelock", "tqdm"}
 
 
 @pytest.fixture(scope="module")
