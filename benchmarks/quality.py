@@ -35,7 +35,7 @@ from mlx_pare.evaluate import evaluate
 from mlx_pare.plan import Options, plan, whole
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
-from mlx_pare.steps import Settings
+from mlx_pare.settings import Settings
 from mlx_pare.texts import Texts
 
 HERE = Path(__file__).parent

@@ -10,13 +10,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import lm, machine, ranges, resident
+from . import lm, machine, resident
 from .checkpoint import Checkpoint
 from .console import gb, progress
 from .errors import Refused, UsageError
 from .fit.memory import Needs, Use
 from .opened import StrPath, opened
+from .values import COUNT, MOST, require, whole
 
+PROMPT, NEW = whole(1, MOST // 2), whole(2, MOST // 2)
 TOKEN_BYTES = 40  # of a token of the prompt, as a number in a list of Python
 NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
 
@@ -40,7 +42,8 @@ def bench(
     models = [opened(m) for m in ([models] if isinstance(models, str | PathLike) else models)]
     if not models:
         raise UsageError("bench needs at least one model")
-    ranges.check({"rounds": trials, "prompt": prompt, "new": new})
+    for flag, value, values in (("--trials", trials, COUNT), ("--prompt", prompt, PROMPT), ("--new", new, NEW)):
+        require(flag, value, values)
     resident.require(models, memory_cap)  # this finds a broken model too, before minutes of work
     for path in models:
         _check_room(Checkpoint(path), prompt, new, memory_cap)

@@ -15,8 +15,10 @@ import typer
 
 from . import cli_export, cli_models, cli_steps, console, interrupts, show
 from .errors import PareError, told
-from .option_table import OUTPUT, TABLE, Option, mac_names
-from .options import AnyModel, DryRun, Model, Out, app, command, failed, memory, settings_of
+from .option import Option
+from .options import AnyModel, DryRun, Model, Out, app, command, failed, mac_names
+from .settings import OUTPUT, TABLE, memory, settings_of
+from .values import whole
 
 __all__ = ["cli_export", "cli_models", "cli_steps", "main"]  # the first three register their commands
 
@@ -45,7 +47,7 @@ FIT = (
            choices=("mlx", "llama.cpp")),
     Option("train", USE, "Show the memory for training instead: lora or full.", metavar="METHOD",
            choices=("lora", "full")),
-    Option("macos", MACS, "macOS version: 15 or 26. It sets the GPU's share of memory.", int, 26, least=11),
+    Option("macos", MACS, "macOS version: 15 or 26. It sets the GPU's share of memory.", int, 26, values=whole(11)),
     Option("limit", MACS, 'GPU memory as iogpu.wired_limit_mb sets it: "20480" or "20GB".', metavar="SIZE"),
     Option("reserve", MACS, 'Memory to keep free for other programs, e.g. "3GB".', metavar="SIZE"),
     Option("plot", OUTPUT, "Draw a picture into a new FILE.svg or FILE.png.", Path, metavar="FILE"),

@@ -13,8 +13,9 @@ import typer
 from . import console, show
 from .atomic import created
 from .errors import PareError, Refused, UsageError, shell
-from .option_table import OUTPUT, REACH, Option, mac_names
-from .options import DryRun, Model, command, settings_of
+from .option import Option
+from .options import DryRun, Model, command, mac_names
+from .settings import OUTPUT, REACH, settings_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint

@@ -10,8 +10,8 @@ import typer
 
 from . import console, show
 from .errors import shell
-from .option_table import CUT, REACH, RECOVERY, TABLE
-from .options import DryRun, Model, Out, RunDir, command, memory, settings_of
+from .options import DryRun, Model, Out, RunDir, command
+from .settings import CUT, REACH, RECOVERY, TABLE, memory, settings_of
 
 PLAN = (
     *(f for f, option in TABLE.items() if option.panel in (REACH, CUT) and f not in ("stages", "min_quality")),

@@ -17,7 +17,8 @@ from .reconstruct import reconstruct_all
 from .rundir import Run
 from .schedule import name_of
 from .score import score
-from .steps import RECONSTRUCTION, Settings, measured, plan_of
+from .settings import Settings
+from .steps import RECONSTRUCTION, measured, plan_of
 from .texts import Texts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import console, finite, ranges
+from . import console, finite
 from .arch import Architecture
 from .atomic import created, refuse_existing, require_room
 from .card import card, run_of
@@ -19,6 +19,7 @@ from .licence import licence_file
 from .manifest import Manifest
 from .packing import Packing
 from .shards import copy_tokenizer
+from .values import GROUPS, PACKED_BITS, require
 
 MORE_BITS = {2: 6, 3: 6, 4: 6, 5: 8, 6: 8}  # of --mixed, as mlx-lm's own recipes go on
 OURS = ("survivors.json", "plan.json")
@@ -51,7 +52,8 @@ def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = 
     from . import lm
 
     checkpoint = Checkpoint(model)
-    ranges.check({"bits": bits, "group_size": group_size})
+    require("--bits", bits, PACKED_BITS)
+    require("--group-size", group_size, GROUPS)
     if checkpoint.quantized:
         raise PareError(
             f"{model} is packed already, and packing it again would lose more than it must",

@@ -17,7 +17,7 @@ from .llama_cpp import judged
 from .optional import attempt
 from .planning import wants_gguf
 from .rundir import Run
-from .steps import Settings
+from .settings import Settings
 from .texts import Texts
 
 

@@ -20,7 +20,8 @@ from .fit.reach import Level, protected_layers
 from .plan import plan, shape, splits
 from .rundir import Run
 from .score import criterion, score
-from .steps import Settings
+from .settings import Settings
+from .steps import plan_options
 from .texts import Texts
 from .tried import Known, finite, held_rows, once, plan_kl
 
@@ -69,7 +70,7 @@ def best_repaired(run: Run, texts: Texts, s: Settings, made: Plan, scores: Path,
     hidden = Checkpoint(run.model).arch.sizes["hidden"]
     level, found = Level(len(one.ffn), len(one.kv_head), len(made.layers), hidden), {"kl": made}
     for by in (by for by in LAYERS_BY if by != "kl"):
-        other = plan(run.model, with_layers(run, texts, s, 0, by, scores, directory), s.plan_options(), level)
+        other = plan(run.model, with_layers(run, texts, s, 0, by, scores, directory), plan_options(s), level)
         if all([x.source for x in other.layers] != [x.source for x in each.layers] for each in found.values()):
             found[by] = other
     if len(found) == 1:
@@ -88,7 +89,7 @@ def best_repaired(run: Run, texts: Texts, s: Settings, made: Plan, scores: Path,
 def _kept_by_kl(run: Run, texts: Texts, s: Settings, most: int, directory: Path) -> np.ndarray:
     """int32 [layers + 1, layers]: row n marks the layers that are kept when n are, for every n that a level may ask
     for. What went, and the KL divergence after each, is written to layers.json."""
-    checkpoint, options, held = Checkpoint(run.model), s.plan_options(), held_rows(texts)
+    checkpoint, options, held = Checkpoint(run.model), plan_options(s), held_rows(texts)
     total, known = len(checkpoint.arch.layers), Known(run, held.digest(), "layers")
     levels = splits(checkpoint, options, most) if most else [shape(checkpoint, options).level]
     protected = protected_layers(checkpoint.arch) if s.protect else []

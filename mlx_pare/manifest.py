@@ -9,10 +9,11 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from . import bounded, ranges, recipe_file
+from . import bounded, recipe_file, settings
 from .artifacts import SCHEMA, Count, Strict
 from .errors import PareError
 from .hub_name import HubName, of_snapshot
+from .values import shown
 
 MANIFEST, RECIPE = "manifest.json", "recipe.toml"
 SURVIVORS = "survivors.json"  # beside every pruned model
@@ -93,13 +94,13 @@ def _keys(file: Path) -> set[str] | None:
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """What was asked of the run in ``path``, by the fields of steps.Settings; None without a recipe. Raises PareError,
+    """What was asked of the run in ``path``, by the fields of Settings; None without a recipe. Raises PareError,
     with file and key, for a damaged one."""
     file = path / RECIPE
     found = recipe_file.of_run(file) if file.exists() else None
     for name, value in (found or {}).items():
-        if fault := ranges.wrong(name, value):
-            raise PareError(f"{file}: {name} = {ranges.shown(value)} is not allowed", f"give {fault}")
+        if fault := settings.wrong(name, value):
+            raise PareError(f"{file}: {name} = {shown(value)} is not allowed", f"give {fault}")
     return found
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import divergence, lm, ranges
+from . import divergence, lm
 from .errors import UsageError
+from .values import SHARE, TEMPERATURE, WEIGHT, require
 
 MATCHES = ("auto", "none", "cosine", "mse")
 
@@ -40,7 +41,9 @@ class Objective:
             raise UsageError(f"unknown loss {self.kind!r}", f"choose one of {', '.join(divergence.KINDS)}")
         if self.match not in MATCHES:
             raise UsageError(f"unknown matching {self.match!r}", f"choose one of {', '.join(MATCHES)}")
-        ranges.check(vars(self))
+        require("--temperature", self.temperature, TEMPERATURE)
+        require("--cross-entropy", self.cross_entropy, SHARE)
+        require("--match-weight", self.match_weight, WEIGHT)
 
     def matching(self, layers_were_cut: bool) -> str:
         """How hidden states are compared: "none", "cosine" or "mse"."""

@@ -19,10 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import lm, ranges, ranks, stream, teacher
+from . import lm, ranks, stream, teacher
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .errors import UsageError
+from .values import SHARE, require
 
 ROUND = 25  # steps at most that are trained on samples of the same student
 PROMPT = 4  # a row's part that is given: one of so many
@@ -31,7 +32,7 @@ ROWS_AT_ONCE = 4  # times the batch: rows that are sampled together, which need 
 
 def check(share: float, top: int | None, cross_entropy: float) -> None:
     """Raises UsageError for a share that cannot be, or beside what needs given text."""
-    ranges.check({"on_policy": share})
+    require("--on-policy", share, SHARE)
     if share and top is not None:
         raise UsageError("targets on disk are of given text: the student's own rows have none", "use --targets full")
     if share and cross_entropy:

@@ -18,9 +18,8 @@ from . import __version__, console, named, recipe_file, unused
 from .errors import told
 from .help_page import CommandPage, MainPage
 from .opened import opened
-from .option_table import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS, Option, memory, model_names, settings_of
-
-__all__ = ["Cap", "Json", "Model", "annotated", "app", "command", "memory", "settings_of"]
+from .option import Option
+from .settings import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS
 
 MODELS = ("model", "models", "teacher", "against", "parent")  # parameters of commands that name models
 
@@ -55,6 +54,23 @@ def _main_options(
     pass
 
 
+def mac_names() -> list[str]:
+    """The Macs that are known, for completion."""
+    from .fit.macs import every
+
+    return [mac.name for mac in every()]
+
+
+def model_names() -> list[str]:
+    """The models of the catalogue, for completion."""
+    from .fit.catalogue import entries
+
+    return [entry.name for entry in entries()]
+
+
+OFFERS = {"mac": mac_names}  # what completion offers for an option of the table
+
+
 def annotated(option: Option, **changes: Any) -> Any:
     """An option of the table as typer reads it in a signature; ``changes``: what is different in one command."""
     option = replace(option, **changes)
@@ -64,8 +80,10 @@ def annotated(option: Option, **changes: Any) -> Any:
     more: dict[str, Any] = {"metavar": option.metavar, "rich_help_panel": option.panel, "help": option.help}
     if option.kind in (int, float):
         more |= {"min": option.least, "max": option.most}
-    if option.choices or option.offers:
-        more["autocompletion"] = option.offers or (lambda: list(option.choices))
+    if offers := option.offers or OFFERS.get(option.field):
+        more["autocompletion"] = offers
+    elif option.choices:
+        more["autocompletion"] = lambda: list(option.choices)
     if option.kind is Path and option.field in MODELS:
         more["parser"] = named.typed
     kind = list[str] if option.repeats else option.kind

@@ -35,7 +35,7 @@ from .recover_options import check_memory as check_recovery
 from .report import report
 from .rundir import Run
 from .score import criterion
-from .steps import Settings
+from .settings import Settings
 from .texts import VALIDATION_ROWS, Texts
 from .verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict
 
@@ -162,7 +162,7 @@ def dry_run(model: StrPath, s: Settings) -> dict[str, Any]:
 
 def shape_of(model: Path, s: Settings) -> dict[str, Any]:
     """The sizes a target leads to, those of every stage among them; needs no scores."""
-    options = s.plan_options()
+    options = steps.plan_options(s)
     made = shape(Checkpoint(model), options)
     sizes = {"before": made.before.model_dump(), "after": made.after.model_dump()}
     found = {"asked": made.target.asked, **sizes, "neighbours": made.neighbours}
@@ -188,11 +188,11 @@ def preflight(model: Path, s: Settings) -> None:
         raise Refused(f"no GGUF file can be made of it: {why.problem}", "leave out --gguf and --runtimes")
     if s.gguf and not gguf_quantize.direct(kind := gguf_quantize.known(s.gguf), False):
         gguf_quantize.require(kind)
-    options = s.plan_options()
+    options = steps.plan_options(s)
     shape(Checkpoint(model), replace(options, bits=min(s.choose_bits)) if s.choose_bits else options)
     if s.reconstruct:
         check_reconstruction(Checkpoint(model), corpus.Extent(s.samples, s.length), s.memory_cap)
-    options = s.recover_options()
+    options = steps.recover_options(s, s.seed)
     options.check(Checkpoint(model).arch.sizes["vocab"])
     if s.teacher:
         lm.require_same_tokens(model, Path(s.teacher))
@@ -203,7 +203,7 @@ def preflight(model: Path, s: Settings) -> None:
 def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
     """Raises UsageError where blocks cannot be healed by themselves, Refused for what cannot fit in memory."""
     train, validation = (corpus.Extent(count, s.length) for count in (s.train_rows, VALIDATION_ROWS))
-    options = s.recover_options()
+    options = steps.recover_options(s, s.seed)
     if s.local_steps:
         if "hidden" in s.axes or model.arch.sizes["hidden"] != teacher.arch.sizes["hidden"]:
             raise UsageError(

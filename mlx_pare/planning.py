@@ -22,7 +22,6 @@ from .artifacts import Arrays, Plan, dump_json
 from .checkpoint import Checkpoint
 from .corpus import Extent
 from .errors import PareError, Refused, UsageError
-from .fit.reach import DEFAULT_AXES
 from .gguf_further import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
 from .manifest import Manifest
@@ -30,7 +29,8 @@ from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
 from .plan.goal import goal
 from .rundir import Run, fingerprint
 from .sensitivity import sensitivity
-from .steps import Settings
+from .settings import CutOptions, Settings
+from .steps import plan_options
 from .texts import Texts
 from .trial import Candidate, Width
 from .tried import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
@@ -117,7 +117,7 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
         return replace(s, widths="even", choose_bits=())
     checkpoint = Checkpoint(model)
     if s.widths == "per-layer":
-        where = spaces(checkpoint, s.plan_options(), True, s.choose_bits)
+        where = spaces(checkpoint, plan_options(s), True, s.choose_bits)
         if all(space.tied for space in where) and not s.choose_bits:
             why = why_uniform(checkpoint.arch)
             console.warn(f"widths that differ between layers would load nowhere ({why}): all layers are cut alike")
@@ -145,7 +145,7 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
 def with_possible_axes(model: Path, s: Settings) -> Settings:
     """The settings, of the default axes those alone along which this model can be cut; which are not is said. Axes that
     were asked for stay, and are refused later."""
-    if tuple(s.axes) != DEFAULT_AXES:
+    if tuple(s.axes) != CutOptions.axes:
         return s
     arch = Checkpoint(model).arch
     for axis in s.axes:
@@ -206,12 +206,12 @@ Tried = dict[str, Any]  # what tried.json says; empty where nothing was tried
 
 
 def _even(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, Tried]:
-    return plan(run.model, scores, s.plan_options()), {}
+    return plan(run.model, scores, plan_options(s)), {}
 
 
 def _uniform(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, Tried]:
     """The best way to divide the cut between the axes; units by the scores."""
-    options = s.plan_options()
+    options = plan_options(s)
     levels = splits(Checkpoint(run.model), options, tries(s))
     plans = [plan(run.model, scores, options, level) for level in levels]
     if len(plans) == 1:
@@ -225,7 +225,7 @@ def _uniform(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, T
 
 def _per_layer(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, Tried]:
     """The best of many proposals, some ways to cut all layers alike among them."""
-    checkpoint, options, count = Checkpoint(run.model), s.plan_options(), tries(s)
+    checkpoint, options, count = Checkpoint(run.model), plan_options(s), tries(s)
     found = Arrays.load(run.output("sensitivity", "sensitivity.safetensors"), "sensitivities")
     losses, where = Losses(found.arrays, found.about["bits"]), spaces(checkpoint, options, True, s.choose_bits)
     alike = _alike(run, scores, options, min(ALIKE, count // 2)) if not s.choose_bits else []

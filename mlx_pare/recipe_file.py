@@ -4,7 +4,7 @@
     for = "m4-24gb"
     recover_steps = 300
 
-A name may have "-" or "_". Recipes of earlier versions have the names of the fields of steps.Settings, and are read.
+A name may have "-" or "_". Recipes of earlier versions have the names of the fields of settings.Settings, and are read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 from .bounded import contents
 from .errors import PareError, UsageError
-from .option_table import RATES, TABLE, Option
+from .option import Option
+from .settings import RATES, TABLE
 
 MAX_RECIPE = 1 << 20  # bytes
 # Options that are no settings of a run, but have a name on its command line.
@@ -36,7 +37,7 @@ COMMAND = {
 NAMES = {field: option.name for field, option in {**COMMAND, **TABLE}.items()}
 NAMED = {option.name: option for option in (*COMMAND.values(), *TABLE.values())}
 NEGATED = {f"no_{name}": option for name, option in NAMED.items() if option.kind is bool and option.field in TABLE}
-# Fields of steps.Settings that once stood in recipes under their own name; "schedule" was the rate's, see _option.
+# Fields of settings.Settings that once stood in recipes under their own name; "schedule" was the rate's, see _option.
 EARLIER = {field: option for field, option in TABLE.items() if field != option.name and field != "schedule"}
 
 
@@ -62,7 +63,7 @@ def wants_json(path: Path) -> bool:
 
 
 def of_run(path: Path) -> dict[str, Any]:
-    """What the recipe of a run directory says, by the fields of steps.Settings and with their values. Raises PareError
+    """What the recipe of a run directory says, by the fields of Settings and with their values. Raises PareError
     for a damaged one."""
     try:
         given = checked(_parsed(path), path)
@@ -92,7 +93,7 @@ def checked(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def by_name(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the fields of steps.Settings, and "model", under the names that a recipe file has for them."""
+    """Values of the fields of settings.Settings, and "model", under the names that a recipe file has for them."""
     return {NAMES[field]: value for field, value in values.items() if field in NAMES}
 
 

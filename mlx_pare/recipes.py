@@ -10,7 +10,7 @@ from typing import Any
 from . import domains, named, recipe_file, text_record
 from .manifest import read_recipe
 from .rundir import Run
-from .steps import Settings
+from .settings import Settings
 from .texts import Texts
 
 OF_TEXT = ("data", "test_data", "field", "date", "samples", "length", "seed")  # settings that say on what text

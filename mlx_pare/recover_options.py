@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import console, cpu_math, lm, machine, on_policy, ranges, stream, targets, teacher
+from . import console, cpu_math, lm, machine, on_policy, option, stream, targets, teacher
 from .block_training import Options as BlockOptions
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .errors import Refused, UsageError
 from .objective import Objective
-from .option_types import check as check_types
+from .option import setting
+from .settings import GeneralOptions, RecoveryOptions, TrainingOptions
 from .student import trained_values
 from .training import Course
+from .values import COUNT, FROM_NONE, MOST, SEED, WEIGHT, above
 
 # What is trained: the learning rate, as a function of the hidden size. One step of Adam changes what a matrix gives in
 # proportion to its width (Yang et al., arXiv:2203.03466). Of an adapter one factor is as wide, one is not: an exponent
@@ -32,39 +34,20 @@ METHODS = tuple(RATES)
 LOCAL = {"lora": "lora", "dora": "lora", "full": "full", "norms": "full"}  # what the blocks are trained by beforehand
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to recover. ``rank`` and ``scale`` are the adapters'; ``learning_rate`` None: RATES; ``batch`` in rows, of
-    which ``accumulate`` make a step; ``top``: targets of so many tokens on disk, None: the whole vocabulary;
-    ``local_steps``: of block-wise distillation before; ``mix``: the domains anew after every validation; ``on_policy``:
-    the share of the rows that the student writes; ``kind`` None: reverse with such rows (as MiniLLM, arXiv:2306.08543),
-    else forward. See Course and Objective for the others."""
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainingOptions):
+    """How to recover; see settings.TrainingOptions. ``scale`` is the adapters'; ``learning_rate`` None: RATES; ``kind``
+    None: reverse if the student writes rows (as MiniLLM, arXiv:2306.08543), else forward. See Course and Objective for
+    ``reports`` and ``match_weight``."""
 
-    method: str = "lora"
-    steps: int = 100
-    batch: int = 4
-    accumulate: int = 1
-    learning_rate: float | None = None
-    schedule: str = "cosine"
-    clip: float = 1.0
-    patience: int = 0
-    rank: int = 16
-    scale: float = 2.0
-    kind: str | None = None
-    temperature: float = 1.0
-    cross_entropy: float = 0.0
-    match: str = "auto"
-    match_weight: float = 1.0
-    top: int | None = None
-    grad_checkpoint: bool = False
-    local_steps: int = 0
-    mix: bool = False
-    on_policy: float = 0.0
-    seed: int = 0
-    reports: int = 6
+    steps: int = setting(RecoveryOptions.recover_steps, values=FROM_NONE, called="recover_steps")
+    scale: float = setting(2.0, values=above(0, MOST))
+    match_weight: float = setting(1.0, values=WEIGHT)
+    seed: int = setting(GeneralOptions.seed, values=SEED)
+    reports: int = setting(6, values=COUNT)
 
     def __post_init__(self) -> None:
-        check_types(self)
+        option.check(self)
 
     @property
     def course(self) -> Course:
@@ -86,7 +69,6 @@ class Options:
 
     def check(self, vocab: int | None = None) -> None:
         """Raises UsageError for what there is not; ``vocab``: tokens of the teacher, if it is known by now."""
-        ranges.check(vars(self))
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", f"choose one of {', '.join(METHODS)}")
         if vocab is not None and self.top is not None:

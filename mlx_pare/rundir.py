@@ -195,7 +195,7 @@ class Run:
         return self.path / step / name
 
     def recipe(self) -> dict[str, Any]:
-        """What was asked when the run was begun, by the fields of steps.Settings, and "model". Raises Refused if the
+        """What was asked when the run was begun, by the fields of settings.Settings, and "model". Raises Refused if the
         file is missing: the defaults would then be taken for what was asked."""
         found = read_recipe(self.path)
         if found is None:

@@ -24,8 +24,7 @@ from .errors import Refused, UsageError
 from .fit.footprint import parameters
 from .manifest import Manifest
 from .rundir import Run
-
-EXAMPLE = "0.8,0.65,0.5"
+from .settings import STAGES, Settings
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Stage:
         """What its model is called among all that are measured."""
         return "recovered" if self.last else f"{self.name}-recovered"
 
-    def settings(self, s: Any, original: Path, parent: Path) -> Any:
-        """What is asked of this stage alone (steps.Settings): its share of the model that it cuts, the original as the
+    def settings(self, s: Settings, original: Path, parent: Path) -> Settings:
+        """What is asked of this stage alone : its share of the model that it cuts, the original as the
         teacher. Only the result is packed with the bits that were asked; until then widths suit that packing."""
         now, whole = (parameters(Checkpoint(path).arch)["non_embedding"] for path in (parent, original))
         return replace(
@@ -67,17 +66,7 @@ def name_of(number: int) -> str:
     return f"stage-{number}"
 
 
-def shares(text: str | None) -> tuple[float, ...] | None:
-    """The numbers of "0.8,0.65,0.5"; None stays None. Raises UsageError for what is no number."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"cannot read --schedule {text!r}", f"give the shares to keep, e.g. {EXAMPLE}") from None
-
-
-def check(s: Any) -> None:
+def check(s: Settings) -> None:
     """Raises UsageError for settings with a schedule that means nothing, or cannot be carried out."""
     if s.stages is None:
         return
@@ -87,11 +76,11 @@ def check(s: Any) -> None:
             f"{asked} is a target of its own", "leave out --keep, --target-params, --target-size and --for"
         )
     if len(s.stages) < 2:
-        raise UsageError(f"{asked} has one stage", f"give two or more, e.g. {EXAMPLE}, or use --keep")
+        raise UsageError(f"{asked} has one stage", f"give two or more, e.g. {STAGES}, or use --keep")
     if not all(0 < share < 1 for share in s.stages):  # neither is anything that is no number
-        raise UsageError(f"{asked} has a share that is not between 0 and 1", f"e.g. {EXAMPLE}")
+        raise UsageError(f"{asked} has a share that is not between 0 and 1", f"e.g. {STAGES}")
     if any(one <= other for one, other in pairwise(s.stages)):
-        raise UsageError(f"{asked} does not fall", f"every stage keeps less than the one before, e.g. {EXAMPLE}")
+        raise UsageError(f"{asked} does not fall", f"every stage keeps less than the one before, e.g. {STAGES}")
     if s.widths == "per-layer":
         raise UsageError(
             "a model whose layers differ is not cut again, as --schedule would", "use --widths uniform, or --keep"
@@ -103,7 +92,7 @@ def check(s: Any) -> None:
         )
 
 
-def stages(s: Any) -> Iterator[Stage]:
+def stages(s: Settings) -> Iterator[Stage]:
     """The stages of settings that have some. The steps of recovery are divided evenly; what is left over goes to the
     first ones."""
     every, over = divmod(s.recover_steps, len(s.stages))
@@ -111,7 +100,7 @@ def stages(s: Any) -> Iterator[Stage]:
         yield Stage(index + 1, share, every + (index < over), index + 1 == len(s.stages))
 
 
-def agree(run: Run, s: Any) -> None:
+def agree(run: Run, s: Settings) -> None:
     """Raises Refused for a run directory that was begun in one shot and would go on in stages, or the other way round:
     that would be found only in the end."""
     staged = (run.path / name_of(1)).exists()
@@ -141,7 +130,7 @@ def composed(run: Path, asked: Sequence[float]) -> Plan:
     return done.model_copy(update={**changes, "before": begun.before, "hidden": hidden, "layers": layers})
 
 
-def plan_step(run: Run, s: Any) -> Plan:
+def plan_step(run: Run, s: Settings) -> Plan:
     """The cut of all stages together, recorded as the plan of the run."""
     made = composed(run.path, s.stages)
     run.step(

@@ -35,7 +35,8 @@ from .prune import prune
 from .reconstruct import reconstruct
 from .rundir import Run, fingerprint
 from .score import criterion, score
-from .steps import Settings, plan_of
+from .settings import Settings
+from .steps import plan_of
 from .texts import Texts
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the calibration rows

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import console, lm, named, ranges, ranks, text_record
+from . import console, lm, named, ranks, text_record
 from .amounts import parse_amount
 from .artifacts import Metrics, Plan, dump_json
 from .atomic import replace_file
@@ -26,7 +25,6 @@ from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .manifest import read_manifest
 from .opened import require
-from .option_types import check as check_types
 from .optional import attempt
 from .plan import Options as PlanOptions
 from .prune import Lineage, prune
@@ -36,6 +34,7 @@ from .recover_options import Options as RecoverOptions
 from .resident import not_resident
 from .rundir import Run, fingerprint
 from .score import criterion, described, score
+from .settings import RecoveryOptions, Settings, TrainingOptions
 from .stock_path import require_text
 from .texts import Texts
 from .training import Diverged
@@ -43,101 +42,37 @@ from .training import Diverged
 RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what its result depends on besides model, plan and text
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that can be asked of a run; see `mlx-pare run --help`. Exactly one target must be given. Raises
-    UsageError for a value of another type, or one that its option does not take (ranges.py)."""
+def recover_options(s: RecoveryOptions, seed: int = 0) -> RecoverOptions:
+    """What recovery is asked for, by the same names."""
+    named = {f.name: getattr(s, f.name) for f in fields(TrainingOptions)}
+    return RecoverOptions(steps=s.recover_steps, seed=seed, **named)
 
-    data: str | Sequence[str] | None = None  # as domains.parse_all reads it
-    test_data: str | None = None
-    field: str | None = None
-    date: str | None = None  # the day, YYYY-MM-DD, that chat templates are told; None: today
-    samples: int = 128
-    length: int = 512
-    criterion: str = "obs"
-    reconstruct: bool = True
-    axes: Sequence[str] = ("ffn", "kv_head")
-    keep: float | None = None
-    stages: Sequence[float] | None = None  # shares to keep, falling: see schedule.py
-    target_params: str | None = None
-    target_size: str | None = None
-    mac: str | None = None
-    context: int = 8192
-    min_speed: float | None = None
-    bits: int | None = None
-    group_size: int = 64
-    step: int | None = None
-    protect: bool = True
-    widths: str = "uniform"
-    runtimes: Sequence[str] = ("mlx",)  # what must load the result
-    layers_by: str | None = None
-    tries: int | None = None
-    choose_bits: Sequence[int] = ()
-    recover_steps: int = 100
-    train_rows: int = 512
-    method: str = "lora"
-    learning_rate: float | None = None
-    local_steps: int = 0
-    batch: int = 4
-    accumulate: int = 1
-    schedule: str = "cosine"
-    clip: float = 1.0
-    patience: int = 0
-    rank: int = 16
-    kind: str | None = None
-    temperature: float = 1.0
-    cross_entropy: float = 0.0
-    match: str = "auto"
-    top: int | None = None
-    grad_checkpoint: bool = False
-    mix: bool = False
-    on_policy: float = 0.0
-    teacher: str | None = None
-    gguf: str | None = None
-    trials: int = 5
-    quick: bool = False  # only the cut, measured against the original: no recovery, no other contender, no speed
-    min_quality: float | None = None
-    memory_cap: int | None = None
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        ranges.check(vars(self))
-
-    @property
-    def recovers(self) -> bool:
-        """Whether anything is trained."""
-        return self.recover_steps > 0 or self.local_steps > 0
-
-    def recover_options(self) -> RecoverOptions:
-        """What recovery is asked for, by the same names."""
-        named = {f.name: getattr(self, f.name) for f in fields(RecoverOptions) if hasattr(self, f.name)}
-        return RecoverOptions(steps=self.recover_steps, **named)
-
-    def plan_options(self) -> PlanOptions:
-        options = PlanOptions(
-            keep=self.stages[-1] if self.stages else self.keep,
-            params=parse_amount(self.target_params, "parameters") if self.target_params else None,
-            size=parse_amount(self.target_size, "bytes") if self.target_size else None,
-            axes=tuple(self.axes),
-            bits=self.bits,
-            group_size=self.group_size,
-            step=self.step,
-            protect=self.protect,
-        )
-        if self.mac is None:
-            if self.min_speed is not None:
-                raise UsageError("a speed can only be asked of a Mac", "name it: --for m4-24gb --min-speed 10")
-            return options
-        mac, use = macs.find(self.mac), Use(self.context)
-        return replace(
-            options,
-            budget=lambda arch, value_bytes: planner.max_weight_bytes(
-                Needs(arch, use, value_bytes), mac, tokens_per_s=self.min_speed
-            ),
-            budget_name=f"{mac.name} with {self.context} tokens of context"
-            + (f" at {self.min_speed:g} tokens/s" if self.min_speed else ""),
-        )
+def plan_options(s: Settings) -> PlanOptions:
+    """What the planner is asked for. Raises UsageError for a speed without a Mac."""
+    options = PlanOptions(
+        keep=s.stages[-1] if s.stages else s.keep,
+        params=parse_amount(s.target_params, "parameters") if s.target_params else None,
+        size=parse_amount(s.target_size, "bytes") if s.target_size else None,
+        axes=tuple(s.axes),
+        bits=s.bits,
+        group_size=s.group_size,
+        step=s.step,
+        protect=s.protect,
+    )
+    if s.mac is None:
+        if s.min_speed is not None:
+            raise UsageError("a speed can only be asked of a Mac", "name it: --for m4-24gb --min-speed 10")
+        return options
+    mac, use = macs.find(s.mac), Use(s.context)
+    return replace(
+        options,
+        budget=lambda arch, value_bytes: planner.max_weight_bytes(
+            Needs(arch, use, value_bytes), mac, tokens_per_s=s.min_speed
+        ),
+        budget_name=f"{mac.name} with {s.context} tokens of context"
+        + (f" at {s.min_speed:g} tokens/s" if s.min_speed else ""),
+    )
 
 
 def open_run(model: Path, out: Path) -> Run:
@@ -273,7 +208,7 @@ def prune_step(run: Run, repaired: bool = True, original: Path | None = None, me
 def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
     """The cut model healed, checked. Of several processes (mlx.launch) the first keeps the run directory, and tells the
     others whether there is anything to do; they help it train, and forget what they made."""
-    pruned, options = run.output("prune", "model"), s.recover_options()
+    pruned, options = run.output("prune", "model"), recover_options(s, s.seed)
     # first, or a name that is not known would be a change of what was done before
     options.check(Checkpoint(pruned).arch.sizes["vocab"])
     teacher = Path(s.teacher) if s.teacher else run.model

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from . import console, corpus, domains, lm
 from .checkpoint import Checkpoint
 from .errors import UsageError
+from .settings import Settings
 from .text_record import document_hashes
 
 DEMO = Path(__file__).parent / "demo"
 VALIDATION_ROWS = 64  # of recovery, at most: the teacher's hidden states are kept for them
-
-
-class Asked(Protocol):
-    """What texts need to know of steps.Settings."""
-
-    data: Any
-    test_data: str | None
-    field: str | None
-    date: str | None
-    samples: int
-    train_rows: int
-    length: int
-    seed: int
 
 
 class Texts:
@@ -34,11 +22,11 @@ class Texts:
     ``by_hash``: text is divided by hash alone, as in runs that were begun before short texts were divided otherwise.
     """
 
-    def __init__(self, model: Path, settings: Asked, by_hash: bool = False):
+    def __init__(self, model: Path, settings: Settings, by_hash: bool = False):
         self.model, self.settings, self.by_hash = model, settings, by_hash
         self.framing: set[str] = set()  # lines of chats that no speaker wrote
 
-    def asking(self, settings: Asked) -> Texts:
+    def asking(self, settings: Settings) -> Texts:
         """The same documents, of which other rows are asked."""
         other = Texts(self.model, settings, self.by_hash)
         other.tokenizer, other.specs, other.documents = self.tokenizer, self.specs, self.documents

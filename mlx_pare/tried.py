@@ -17,7 +17,7 @@ from .atomic import replace_file, scratch
 from .corpus import Rows
 from .reconstruct import reconstructed_kl
 from .rundir import Run
-from .steps import Settings
+from .settings import Settings
 from .texts import Texts
 from .trial import Candidate, Curve, Curves, try_out
 

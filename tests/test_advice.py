@@ -30,7 +30,8 @@ from mlx_pare.fit.memory import Needs, Use
 from mlx_pare.fit.subject import Form, Subject, open_subject
 from mlx_pare.packing import Packing
 from mlx_pare.plan import shape
-from mlx_pare.steps import Settings
+from mlx_pare.settings import Settings
+from mlx_pare.steps import plan_options
 
 GIB = 2**30
 Q4 = Form(Packing(4, 64))
@@ -241,7 +242,7 @@ def test_the_smallest_cut_is_that_of_plan(pico_models, on_small_mac, family, pac
         case = case_of(model, mac, form, context=context)
         settings = Settings(mac="m4-24gb", context=context, axes=axes, bits=bits, group_size=32)
         try:
-            made = shape(checkpoint, settings.plan_options())
+            made = shape(checkpoint, plan_options(settings))
         except Refused:
             assert smallest_cut(case, axes) is None, axes
             continue
@@ -283,7 +284,8 @@ def test_in_another_use_the_bytes_are_named(pico_models, on_small_mac, use):
     asked = parsed(found.how)
     size = parse_amount(asked["target_size"], "bytes")
     assert size == found.row["weights_bytes"] and asked["mac"] is None
-    made = shape(Checkpoint(model), Settings(target_size=asked["target_size"], axes=("ffn", "layer")).plan_options())
+    settings = Settings(target_size=asked["target_size"], axes=("ffn", "layer"))
+    made = shape(Checkpoint(model), plan_options(settings))
     assert made.after.bytes == size
 
 
@@ -301,7 +303,8 @@ def test_forms_the_surgeon_does_not_write(pico_models, on_small_mac):
         first, _, second = found.how.partition(" && ")
         asked = parsed(first)
         assert second.startswith(then) and found.row["weights_bytes"] < 0.81 * whole.subject.weights.nbytes
-        made = shape(Checkpoint(model), Settings(target_params=asked["target_params"], axes=("ffn",)).plan_options())
+        settings = Settings(target_params=asked["target_params"], axes=("ffn",))
+        made = shape(Checkpoint(model), plan_options(settings))
         assert made.after.parameters == parse_amount(asked["target_params"], "parameters")
 
 

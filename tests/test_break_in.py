@@ -12,7 +12,7 @@ from mlx_pare.artifacts import Metrics
 from mlx_pare.errors import PareError, UsageError
 from mlx_pare.export import export
 from mlx_pare.rundir import Run
-from mlx_pare.steps import Settings
+from mlx_pare.settings import Settings
 from mlx_pare.verdict import verdict
 
 

@@ -18,7 +18,8 @@ from mlx_pare import lm, recipes, text_record, tokenizer_files
 from mlx_pare.errors import PareError, Refused
 from mlx_pare.pipeline import run
 from mlx_pare.rundir import Run
-from mlx_pare.steps import Settings, calibrate_step, open_run
+from mlx_pare.settings import Settings
+from mlx_pare.steps import calibrate_step, open_run
 from mlx_pare.texts import Texts
 
 SAYS = "{% for m in messages %}{{ '<|' + m['role'] + ' ' + CLOCK + '|>\n' + m['content'] + '\n' }}{% endfor %}"

@@ -24,12 +24,12 @@ from mlx_pare.corpus import Rows
 from mlx_pare.drops import layers_by_kl, trials
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.fit import reach
-from mlx_pare.option_table import TABLE
 from mlx_pare.plan import Options, allocate, plan
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstructed_kl
 from mlx_pare.score import CRITERIA, score
-from mlx_pare.steps import Settings
+from mlx_pare.settings import TABLE, Settings
+from mlx_pare.steps import plan_options
 
 ROWS = Rows.full(np.random.default_rng(0).integers(0, 500, (6, 24)))
 PADDED = Rows(ROWS.tokens, np.array([24, 3, 11, 9, 20, 24], dtype=np.int32))
@@ -296,7 +296,7 @@ def test_a_run_drops_layers_by_another_criterion(begun, tmp_path, by):
     made = Plan.load(planning.plan_step(run, texts, asked))
     stats = run.output("calibrate", "stats.safetensors")
     names = {name: score(run.model, stats, tmp_path / f"{name}.safetensors", name) for name in (by, "obs")}
-    deep, own = (plan(run.model, names[name], asked.plan_options()) for name in (by, "obs"))
+    deep, own = (plan(run.model, names[name], plan_options(asked)) for name in (by, "obs"))
     assert [la.source for la in made.layers] == [la.source for la in deep.layers] and made.criterion == "obs"
     units = {la.source: la.ffn for la in own.layers}
     assert all(la.ffn == units[la.source] for la in made.layers if la.source in units)
@@ -336,7 +336,7 @@ def test_what_is_best_once_it_is_reconstructed(pico_models, tmp_path, monkeypatc
     stats, sets = run.output("calibrate", "stats.safetensors"), {"kl": by_kl}
     for name in ("block-influence", "angular"):
         scores = score(run.model, stats, tmp_path / f"{name}.safetensors", name)
-        sets[name] = plan(run.model, scores, asked.plan_options()).layers
+        sets[name] = plan(run.model, scores, plan_options(asked)).layers
     held, kl = tried.held_rows(texts), {}
     for name in noted["reconstructed_kl"]:
         each = made.model_copy(update={"layers": sets[name]})

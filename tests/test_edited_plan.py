@@ -12,7 +12,7 @@ import pytest
 
 from mlx_pare import cli, console, planning, recipes, steps
 from mlx_pare.report import report
-from mlx_pare.steps import Settings
+from mlx_pare.settings import Settings
 
 SMALL = dict(samples=4, length=32, keep=0.75, widths="even", criterion="minitron")
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import cli, console, ranges
+from mlx_pare import cli, console
 from mlx_pare.errors import PareError
 from mlx_pare.manifest import read_recipe
-from mlx_pare.options import settings_of
-from mlx_pare.steps import Settings
+from mlx_pare.settings import TABLE, Settings, settings_of
 
 COMMANDS = {
     "status": ["status", "RUN"],
@@ -128,7 +127,7 @@ def test_status_of_a_run_without_a_recipe(pare, out):
 def test_a_whole_recipe_is_read_as_settings(out):
     recipe = read_recipe(out)
     assert recipe["samples"] == 4 and recipe["keep"] == 0.75
-    known = {name: value for name, value in recipe.items() if name in ranges.SETTINGS}
+    known = {name: value for name, value in recipe.items() if name in TABLE}
     assert set(recipe) - set(known) == {"model"}
     assert Settings(**known).length == 32
     assert settings_of(data=recipe["data"], samples=recipe["samples"]).samples == 4

@@ -25,7 +25,8 @@ from mlx_pare.exporting import export_step
 from mlx_pare.fit import fit
 from mlx_pare.fit.gguf_mix import type_of
 from mlx_pare.fit.subject import Form
-from mlx_pare.steps import Settings, open_run
+from mlx_pare.settings import Settings
+from mlx_pare.steps import open_run
 from mlx_pare.texts import Texts
 
 THROUGH_LLAMA = ["q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "iq4_nl", "iq3_s"]

@@ -18,12 +18,11 @@ from test_cli import EVERYDAY, IMPORTS, OTHERS
 from mlx_pare import __version__, divergence, layering, objective, on_policy, planning, recover_options, unused
 from mlx_pare.gguf_target import RUNTIMES
 from mlx_pare.help_page import COMMANDS
-from mlx_pare.option_table import RATES, TABLE, TARGETS
 from mlx_pare.options import app
 from mlx_pare.recover_options import METHODS, Options
 from mlx_pare.rundir import Run
 from mlx_pare.score import CRITERIA
-from mlx_pare.steps import Settings
+from mlx_pare.settings import RATES, TABLE, TARGETS, Settings
 from mlx_pare.training import SCHEDULES
 
 PANELS = ["Most used", "What to reach", "What may be cut", "Text", "Search", "Recovery", "Output", "General"]

@@ -19,8 +19,8 @@ import pytest
 from mlx_pare import console, log, machine, rundir
 from mlx_pare.errors import PareError
 from mlx_pare.pipeline import run as run_all
+from mlx_pare.settings import Settings
 from mlx_pare.status import expected, status
-from mlx_pare.steps import Settings
 from mlx_pare.texts import DEMO
 
 # ---- what is left ----

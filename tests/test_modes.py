@@ -51,7 +51,7 @@ from mlx_pare.quantized import Packed, StoredEmbedding, pack, repacked, rounded_
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS
-from mlx_pare.steps import Settings
+from mlx_pare.settings import Settings
 from mlx_pare.trial import Width, try_out, whole
 
 FIXTURES = cut, faulty, texts

@@ -18,7 +18,7 @@ from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.prune import prune
-from mlx_pare.steps import Settings
+from mlx_pare.settings import Settings
 from mlx_pare.texts import Texts
 
 SMALL = Settings(

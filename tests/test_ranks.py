@@ -18,7 +18,7 @@ import pico
 import pytest
 
 from mlx_pare import planning, steps
-from mlx_pare.steps import Settings
+from mlx_pare.settings import Settings
 
 LIMIT = 240  # where nothing else runs a call takes ten: seconds after which a call hangs, which is an error
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -32,7 +32,9 @@ def pruned(pico_models, tmp_path_factory) -> Path:
     model, out = pico_models("llama-untied"), tmp_path_factory.mktemp("pruned") / "run"
     text = out.with_name("text.txt")
     text.write_text("\n\n".join(pico.TEXT.read_text("utf-8").split("\n\n")[:60]))
-    s = Settings(str(text), samples=8, length=32, criterion="magnitude", keep=0.6, reconstruct=False, widths="even")
+    s = Settings(
+        data=str(text), samples=8, length=32, criterion="magnitude", keep=0.6, reconstruct=False, widths="even"
+    )
     texts = steps.Texts(model, s)
     with steps.open_run(model, out) as run:
         run.write_recipe({"model": str(model), "data": str(text), "length": 32, "samples": 8})

@@ -11,9 +11,8 @@ import pytest
 
 from mlx_pare import recipe_file
 from mlx_pare.errors import PareError, UsageError
-from mlx_pare.option_table import TABLE, settings_of
 from mlx_pare.rundir import Run
-from mlx_pare.steps import Settings
+from mlx_pare.settings import TABLE, Settings, settings_of
 from mlx_pare.texts import DEMO
 
 SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--recover-steps", "1", "--trials", "0", "--gguf", "f16",

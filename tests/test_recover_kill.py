@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_pare import planning, steps
-from mlx_pare.steps import Settings
+from mlx_pare.settings import Settings
 from mlx_pare.texts import Texts
 
 KILLS = int(os.environ.get("PARE_KILLS", "1"))

@@ -26,7 +26,7 @@ from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import DRAW_BYTES, Options, required_bytes, savings
 from mlx_pare.score import score
-from mlx_pare.steps import Settings
+from mlx_pare.settings import Settings
 from mlx_pare.student import merged, prepare, resident
 from mlx_pare.teacher import held_bytes
 from mlx_pare.texts import Texts

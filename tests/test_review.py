@@ -20,7 +20,7 @@ from mlx_pare.packing import Packing
 from mlx_pare.plan import Options, plan
 from mlx_pare.prune import prune
 from mlx_pare.quantized import pack, relative_error
-from mlx_pare.steps import Settings
+from mlx_pare.settings import Settings
 
 
 def rows(seed: int = 0) -> Rows:

@@ -24,8 +24,8 @@ from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, UsageError
 from mlx_pare.observers import sparsity
-from mlx_pare.option_table import TABLE
 from mlx_pare.score import AXES, CRITERIA, criterion, depth, score, width
+from mlx_pare.settings import TABLE
 
 DATA = Rows(
     np.random.default_rng(0).integers(0, 500, (5, 16)).astype(np.int32), np.array([16, 3, 1, 9, 12], dtype=np.int32)

@@ -26,8 +26,8 @@ from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.report import report
 from mlx_pare.score import score
+from mlx_pare.settings import Settings
 from mlx_pare.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
-from mlx_pare.steps import Settings
 from mlx_pare.texts import DEMO
 
 ROWS = Rows(

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import bench, cli, console, pipeline, ranges
+from mlx_pare import bench, cli, console, pipeline
 from mlx_pare.errors import PareError, Refused, UsageError
-from mlx_pare.options import settings_of
 from mlx_pare.recover_options import Options
-from mlx_pare.steps import Settings
+from mlx_pare.settings import TABLE, Settings, settings_of
 
 HUGE = 10**12
 NUMBERS = {  # settings that hold a number -> values that mean nothing
@@ -65,25 +64,25 @@ def pare(capsys, monkeypatch):
     return call
 
 
-def test_the_table_has_every_setting_and_no_other():
-    assert set(ranges.SETTINGS) == {f.name for f in fields(Settings)}
-    assert set(NUMBERS) == {f.name for f in fields(Settings) if {"int", "float"} & set(f.type.split(" | "))}
-    optional = {f.name for f in fields(Settings) if "None" in f.type}
-    assert optional == ranges.OPTIONAL
+def test_every_setting_is_an_option_and_every_number_is_held_to_a_range():
+    assert set(TABLE) == {f.name for f in fields(Settings)}
+    numbers = {f.name for f in fields(Settings) if {"int", "float"} & set(f.type.split(" | "))}
+    assert set(NUMBERS) == numbers == {name for name in numbers if TABLE[name].values}
     Settings()  # the defaults are in their ranges
 
 
-def test_the_table_has_every_option_of_recovery():
-    assert {f.name for f in fields(Options)} <= set(ranges.EVERY)
-    Options().check()
+def test_every_number_of_recovery_is_held_to_a_range():
+    numbers = [f for f in fields(Options) if {"int", "float"} & set(f.type.split(" | "))]
+    assert len(numbers) > 10 and all(f.metadata["values"] for f in numbers)
+    Options()
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_f13_f24_f25_no_setting_takes_it(name, value):
     with pytest.raises(UsageError) as found:
         Settings(**{name: value})
-    of_another_type = f"{name} must be" in found.value.problem  # option_types.py
-    assert of_another_type or (ranges.flag(name) in found.value.problem and "give" in found.value.cure)
+    of_another_type = f"{name} must be" in found.value.problem
+    assert of_another_type or (TABLE[name].flag in found.value.problem and "give" in found.value.cure)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Options) if f.type in ("int", "float", "float | None")])

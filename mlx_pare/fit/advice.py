@@ -16,6 +16,7 @@ from ..arch import Architecture, Keep, cut, describe
 from ..console import gb
 from ..errors import PareError
 from ..packing import BITS, GROUP_SIZES, Packing
+from ..settings import CutOptions
 from . import footprint, macs, planner, reach
 from .macs import Budget, Mac
 from .memory import Needs, Use, kv_bits_refused
@@ -33,7 +34,7 @@ GGUF_BITS = {8: "q8_0", 6: "q6_k", 5: "q5_k_m", 4: "q4_k_m", 3: "q3_k_m", 2: "q2
 CUT_LOSS = 5.0
 STEPS = (1024, 512, 256)  # of prefill: smaller ones begin to cost speed
 FRUGAL_STEP, FRUGAL_BITS = 512, 8  # what is tried together with fewer bits and with cuts
-CUTS = (reach.DEFAULT_AXES, ("layer",), ("ffn",))
+CUTS = (CutOptions.axes, ("layer",), ("ffn",))
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def _cuts(case: Case, ways: Sequence | None = None) -> Iterator[Change]:
         yield from filter(None, (search(case, way) for way in (ways or case.axes)))
 
 
-def smallest_cut(case: Case, axes: Sequence[str] = reach.DEFAULT_AXES) -> Change | None:
+def smallest_cut(case: Case, axes: Sequence[str] = CutOptions.axes) -> Change | None:
     """The largest size along ``axes`` that fits, exactly as `plan --for` finds it; None when there is none.
 
     Source of the search: fit/reach.py, which plan uses as well.

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from .. import option
 from ..errors import UsageError
-from ..option_types import check as check_types
 
 GIB = 2**30
 
@@ -170,7 +170,7 @@ class Budget:
     reserve_bytes: int = 0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        option.check(self)
 
     def of(self, mac: Mac) -> int:
         """Bytes a model may take on this Mac: a set limit, else what Metal says, else its known share of memory."""

@@ -11,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from .. import ranges
+from .. import option
 from ..arch import Architecture
 from ..arch.axes import length
 from ..arch.spec import Layer
 from ..errors import UsageError
-from ..option_types import check as check_types
+from ..option import setting
+from ..settings import ReachOptions
+from ..values import COUNT
 from . import footprint
 
 # Activations while mlx-lm reads chunks of PREFILL_STEP tokens: what published peaks leave after weights, cache and
@@ -57,18 +59,17 @@ class Use:
     it uses by itself today. Raises UsageError for what means nothing.
     """
 
-    context: int = 8192
-    batch: int = 1
+    context: int = setting(ReachOptions.context, values=COUNT)
+    batch: int = setting(1, values=COUNT)
     kv_bits: int | None = None
     kv_group: int = 64
-    prefill_step: int = PREFILL_STEP
+    prefill_step: int = setting(PREFILL_STEP, values=COUNT)
     runtime: str | None = None
     train: str | None = None
     flash: bool = True
 
     def __post_init__(self) -> None:
-        check_types(self)
-        ranges.check({name: getattr(self, name) for name in ("context", "batch", "prefill_step")})
+        option.check(self)
         for name, known in (("runtime", (None, "mlx", "llama.cpp")), ("train", (None, "lora", "full"))):
             if getattr(self, name) not in known:
                 raise UsageError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arch import Architecture
-from ..ranges import MOST
+from ..values import MOST
 from . import footprint, speed
 from .macs import GIB, Budget, Mac
 from .memory import Needs

@@ -14,7 +14,6 @@ from ..arch import Architecture, Keep, LayerKeep, can_keep, positions
 from ..errors import Refused, UsageError
 
 AXES = ("ffn", "kv_head", "layer", "hidden")
-DEFAULT_AXES = ("ffn", "kv_head")
 WIDE_FFN = 4096  # from here on the step is 256: MLX's fast kernels and llama.cpp's K-quants want it
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .. import option
 from ..arch import Architecture, Keep, LayerKeep
 from ..artifacts import Target
 from ..checkpoint import Checkpoint
 from ..console import count, gb
 from ..errors import UsageError
 from ..fit import footprint
-from ..fit.reach import DEFAULT_AXES
 from ..layout import smaller, total_bytes
-from ..option_types import check as check_types
 from ..packing import BITS, GROUP_SIZES, Packing
+from ..settings import CutOptions, ReachOptions
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Options:
     size: float | None = None
     budget: Callable | None = None
     budget_name: str = ""
-    axes: Sequence[str] = DEFAULT_AXES
+    axes: Sequence[str] = CutOptions.axes
     bits: int | None = None
-    group_size: int = 64
+    group_size: int = ReachOptions.group_size
     step: int | None = None
-    protect: bool = True
+    protect: bool = CutOptions.protect
 
     def __post_init__(self) -> None:
-        check_types(self)
+        option.check(self)
 
 
 def packing_of(options: Options) -> Packing | None:
