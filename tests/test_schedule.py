@@ -159,7 +159,7 @@ def test_report_tells_the_stages(finished):
         healed = "recovered" if number == 3 else f"stage-{number}-recovered"
         for column, name in ((4, f"stage-{number}-pruned"), (6, healed)):
             m = read(finished["out"] / f"evaluate-{name}" / "metrics.json")
-            assert row[column : column + 2] == [f"{m['perplexity']:.3f}", f"{m['kl_divergence']:.4f}"]
+            assert row[column : column + 2] == [f"{m['perplexity']:.3g}", f"{m['kl_divergence']:.4f}"]
     assert [f"{stage['share']:.3f}" for stage in finished["summary"]["stages"]] == [row[2] for row in rows]
     assert "keeping 0.8, 0.6, 0.45 of the non-embedding parameters, in stages" in text
     assert report(finished["out"]).read_text() == text
