@@ -25,7 +25,7 @@ from .texts import Texts
 
 __all__ = [
     "Budget", "Form", "Metrics", "Plan", "PlanOptions", "RecoverOptions", "Rows", "Settings", "Use", "candidates",
-    "rows", "tokenizer", "without",
+    "opened", "rows", "tokenizer", "without",
 ]  # fmt: skip
 
 

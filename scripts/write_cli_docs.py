@@ -9,7 +9,8 @@ import click
 import typer
 
 from mlx_pare.cli import app
-from mlx_pare.help_page import COMMANDS, EXAMPLES, FIRST, MANY, CommandPage
+from mlx_pare.help_page import COMMANDS, EXAMPLES, FIRST, MANY, PANELS, CommandPage
+from mlx_pare.option_table import GENERAL
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 HEAD = """# Commands
@@ -81,12 +82,14 @@ def _panels(command: CommandPage, options: list[click.Option]) -> dict[str, list
     found = {FIRST: [named[name] for name in command.first if name in named]}
     for option in options:
         if option.name not in command.first:
-            found.setdefault(getattr(option, "rich_help_panel", None) or "General", []).append(option)
-    return found
+            found.setdefault(getattr(option, "rich_help_panel", None) or GENERAL, []).append(option)
+    order = [*PANELS[:-2], *(panel for panel in found if panel not in PANELS), *PANELS[-2:]]
+    return {panel: found[panel] for panel in order if found.get(panel)}
 
 
 def _option(option: click.Option, context: click.Context) -> tuple[str, str, str, str]:
-    names = ", ".join(f"`{name}`" for name in [*sorted(option.opts, key=len), *option.secondary_opts])
+    off = option.secondary_opts if option.default else []  # of an option that is off, only how to turn it on matters
+    names = ", ".join(f"`{name}`" for name in [*sorted(option.opts, key=len), *off])
     return names, _takes(option), _default(option, context), option.help or ""
 
 
@@ -97,7 +100,7 @@ def _takes(option: click.Option) -> str:
     least, most = getattr(option.type, "min", None), getattr(option.type, "max", None)
     kind += f" from {least:g}" if least is not None else ""
     kind += f" to {most:.0f}" if most is not None else ""
-    word = f"`{option.metavar}`" if option.metavar else ""
+    word = f"`{option.metavar}`" if option.metavar and option.metavar != "NUMBER" else ""
     often = "may be repeated" if option.multiple else ""
     return ", ".join(filter(None, [word, kind if not word or "number" in kind else "", often]))
 
