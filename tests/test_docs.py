@@ -171,6 +171,37 @@ def test_errors_of_the_estimates_are_todays():
         assert f"| {what} | {mean} % | {worst} % ({case}) |" in page
 
 
+MEASURED = {  # page, section -> the files in benchmarks/results that its tables repeat
+    ("results", "Under a budget of bytes"): ["quality-bytes-novelist-9m"],
+    ("results", "Against other pruners"): ["quality-sizes-stories260K", "quality-sizes-novelist-9m"],
+    ("results", "Recovery"): ["recovery-best-*", "recovery-factors-novelist-9m", "recovery-speed-novelist-9m"],
+    ("results", "Importance matrices"): ["imatrix-novelist-9m"],
+    ("results", "Speed"): ["speed"],
+    ("memory", "A 32B model in 3 GB"): ["real-size-*"],
+    ("families", "What loads what"): ["compat"],
+}
+
+
+@pytest.mark.parametrize(("place", "files"), MEASURED.items(), ids=str)
+def test_numbers_are_those_that_were_measured(place, files):
+    """Every number of a table is one of the files, or one of them rounded."""
+    results = [file for name in files for file in (ROOT / "benchmarks" / "results").glob(f"{name}.md")]
+    text = " ".join(file.read_text("utf-8") for file in results).replace(",", "")
+    known = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", text)]
+    known += [value / 1000 for value in known]  # the files have MB where the page has GB
+    section = (ROOT / "docs" / f"{place[0]}.md").read_text("utf-8").split(f"\n## {place[1]}\n")[1].split("\n## ")[0]
+    cells = " ".join(line for line in section.splitlines() if line.startswith("|")).replace(",", "")
+    numbers = re.findall(r"(?<![\w.])(?:\d+\.\d+|\de-\d+)(?! %)", cells)
+    assert len(numbers) > 8
+
+    def measured(number: str) -> bool:
+        digits = len(number.partition(".")[2])
+        room = 0 if "e-" in number else 0.501 * 10.0**-digits
+        return any(abs(float(number) - value) <= room for value in known)
+
+    assert not [number for number in numbers if not measured(number)]
+
+
 # ---- the Python API ----
 
 
