@@ -116,6 +116,7 @@ class Workshop:
         self.states.mkdir()
         for name in ("MODEL", "FLOAT_MODEL"):
             shutil.copytree(model, self.base / name)
+            talks(self.base / name)
         self._texts()
         with inside(self.base):
             self._did("export", "MODEL", "--gguf", "q8_0", "-o", "model.gguf", "--no-verify")
@@ -134,8 +135,8 @@ class Workshop:
         (self.base / "notes").mkdir()
         for name, part in (("notes/a.md", parts[0]), ("notes/b.txt", parts[1]), ("book.txt", parts[2])):
             (self.base / name).write_text("\n\n".join(part), "utf-8")
-        records = [json.dumps({"body": line}) for line in parts[3]]
-        (self.base / "src.jsonl").write_text("\n".join([*records, json.dumps({"text": parts[3][0] + "!"})]), "utf-8")
+        records = [{"text": line, "body": line} for line in parts[3]]
+        (self.base / "src.jsonl").write_text("\n".join(map(json.dumps, records)), "utf-8")
         turns = [{"messages": [{"role": "user", "content": line}]} for line in parts[4]]
         (self.base / "chats.jsonl").write_text("\n".join(map(json.dumps, turns)), "utf-8")
 
@@ -206,6 +207,14 @@ class inside:
 
     def __exit__(self, *_: object) -> None:
         os.chdir(self.before)
+
+
+def talks(model: Path) -> None:
+    """Give a model a chat template, if it has none."""
+    file = model / "tokenizer_config.json"
+    found = json.loads(file.read_text("utf-8"))
+    found.setdefault("chat_template", "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    file.write_text(json.dumps(found), "utf-8")
 
 
 def adapter(model: Path, out: Path) -> None:

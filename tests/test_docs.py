@@ -110,6 +110,9 @@ def run(each: commands.Shown, shop: commands.Workshop, pare, monkeypatch) -> str
     place = shop.fresh(each, TO_RUN.index(each))
     monkeypatch.chdir(place)
     monkeypatch.setenv("MLX_PARE_CACHE", str(shop.place / "cache"))
+    if each.words[1] == "run" and "--data" in each.words:  # a dry run reads no text
+        texts = [word for i, word in enumerate(each.words) if {"--data", "--field"} & {word, each.words[i - 1]}]
+        assert pare("calibrate", "MODEL", "--out", "READ", *texts, *shlex.split("--samples 4 --length 32")).code == 0
     before = {file for file in place.rglob("*")}
     done = pare(*quick(each, shop))
     assert done.code == 0, done.err
