@@ -1,4 +1,4 @@
-"""What loads a cut model, and computes the same: every cell of the table in the README, run.
+"""What loads a cut model, and computes the same: every cell of the table in docs/families.md.
 
     python benchmarks/compat.py              all families of tests/pico.py that can be cut (minutes)
     python benchmarks/compat.py --families llama qwen3 --models DIR

@@ -166,7 +166,7 @@ def bench_command(
     models: Annotated[
         list[Path], typer.Argument(help="Model directories; the first is the reference.", metavar="MODEL...")
     ],
-    trials: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
+    trials: Annotated[int, typer.Option(min=1, help="Rounds measured, after one warm-up.")] = 5,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
     *,

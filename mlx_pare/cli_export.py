@@ -28,7 +28,7 @@ OPTIONS = (
     Option("imatrix", OUTPUT,
            "Importance matrix for the quantizer: none; auto, measured on the text of --data; or a FILE that a run or "
            "llama-imatrix made. Default: none, or auto for types that need one.", metavar="none|auto|FILE"),
-    Option("mac", REACH, "Exit with 3 if the file does not fit this Mac.", called="for", metavar="MAC",
+    Option("mac", REACH, "End with exit code 3 if the file does not fit this Mac.", called="for", metavar="MAC",
            offers=mac_names),
     "context",
     *TEXTS,
@@ -74,7 +74,7 @@ def export_command(
     """Write a GGUF file, or a directory for Ollama, MLX or the hub.
 
     The result is opened again: compared with MLX in llama.cpp if that is installed, asked a question through a stock
-    server, and held against the memory of every Mac.
+    server, and compared with the memory of every Mac.
     """
     if sum(given is not None for given in (out, ollama, mlx, hub_ready)) + dry_run != 1:
         raise UsageError("export writes one thing", "name it: -o FILE, --ollama DIR, --mlx DIR or --hub-ready DIR")

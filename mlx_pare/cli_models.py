@@ -19,8 +19,7 @@ def models_command(
     """List the models that mlx-pare knows by name.
 
     The list shows how large they are, what can be cut, and which repository they are in. Commands that need weights
-    download them from that repository. It has the float original, unless the catalogue has a source for a repository
-    of weights that MLX packed.
+    download them from that repository. These are float originals, except if the catalogue names weights packed by MLX.
     """
     from .errors import UsageError
     from .fit import catalogue

@@ -93,7 +93,7 @@ def preflight(out: Path, kind: str, matrix: bool) -> None:
 def _check_room(out: Path, predicted: Prediction, floats: Prediction | None) -> None:
     """Raises PareError when the disk cannot hold what will be written, a file of floats beside it for a while."""
     size = sum(padded(row.nbytes) for of in (predicted, floats) if of for row in of.rows)
-    require_room(out, size, f", with {floats.kind} beside it to quantize from," if floats else "")
+    require_room(out, size, f", with {floats.kind} next to it to quantize from," if floats else "")
 
 
 # ---- what is written ----

@@ -50,7 +50,7 @@ def _why_no_smollm3(arch: Architecture) -> str | None:
     if [bool(has) for has in found] == [(i + 1) % 4 != 0 for i in range(len(arch.layers))]:
         return None
     return (
-        "has layers without rope at other places than every fourth, where llama.cpp has them by place (mlx-lm loads "
+        "has layers without rope at other places than every fourth, but llama.cpp takes them by position (mlx-lm loads "
         "it): cut whole groups of four layers, or other axes"
     )
 

@@ -38,7 +38,7 @@ class Sizes:
 def why_not(arch: Architecture) -> str | None:
     """Why llama.cpp has nothing for a model of this sort whose layers differ; None when it has."""
     if _normed(arch) and not arch.tied:
-        return "no architecture with a size for every layer has norms of queries and keys and a head of its own"
+        return "no architecture with a size for every layer has norms of queries and keys and an untied head"
     return None
 
 

@@ -60,7 +60,7 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
     config = both_rope_spellings(read_json(path / "config.json", "model config"))
     if (code := config.get("model_file")) is not None:
         raise Unsupported(
-            f"{path} wants code of its own to be run ({str(code)[:80]}), which is never done",
+            f"{path} needs its own code to be run ({str(code)[:80]}), which is never done",
             "take a model that stock mlx-lm has a class for",
         )
     entries = read_headers(path)  # mlx reads the same files, and believes them

@@ -86,7 +86,7 @@ def block_ends(student: Checkpoint, teacher: Checkpoint) -> list[int]:
 
     Raises PareError where blocks do not correspond, and where the hidden size was cut."""
     ours, theirs = student.arch, teacher.arch
-    for size, why in (("hidden", "block by block it cannot be healed: what was cut there is not in the stream"),
+    for size, why in (("hidden", "block by block it cannot be recovered: what was cut there is not in the stream"),
                       ("vocab", "they are no pair")):  # fmt: skip
         if ours.sizes[size] != theirs.sizes[size]:
             raise PareError(
@@ -107,7 +107,7 @@ def _sources(student: Checkpoint, theirs: int) -> list[int]:
     if len(sources) != count or sources[-1] >= theirs or (not file.exists() and count != theirs):
         raise PareError(
             f"{student.path} does not say which of the {theirs} layers of the original its {count} are{why}",
-            "survivors.json beside the weights says it for a model that mlx-pare pruned",
+            "survivors.json next to the weights says it for a model that mlx-pare pruned",
         )
     return sources
 

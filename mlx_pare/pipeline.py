@@ -207,7 +207,7 @@ def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
     if s.local_steps:
         if "hidden" in s.axes or model.arch.sizes["hidden"] != teacher.arch.sizes["hidden"]:
             raise UsageError(
-                "--local-steps heals block by block, where original and result have the same hidden size",
+                "--local-steps recovers block by block, which needs original and result to have the same hidden size",
                 "use --local-steps 0" + (", or leave hidden out of --axes" if "hidden" in s.axes else ""),
             )
         check_local(model, teacher, train.joined(validation), options.blocks, s.memory_cap)

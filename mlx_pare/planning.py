@@ -245,7 +245,7 @@ def _per_layer(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan,
             rows[i] |= finite(one, "reconstructed_kl")
         order.sort(key=final.__getitem__)
     best = order[0]
-    _say_best(kl, best, "all layers alike" if len({*candidates[best]} - {None}) == 1 else "widths of their own")
+    _say_best(kl, best, "all layers alike" if len({*candidates[best]} - {None}) == 1 else "widths per layer")
     tried = {"candidates": rows, "even": 0 if alike else None, "taken": best}
     return plans[best], tried | {"rank_correlation": found.about["rank_correlation"]}
 

@@ -168,7 +168,7 @@ def _rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         names = [name.strip() for name in next(table, [])]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise PareError(f"{file} names the column {twice!r} twice", "give every column a name of its own")
+            raise PareError(f"{file} names the column {twice!r} twice", "give every column a different name")
         for row in table:
             where = f"{file} line {table.line_num}"
             if row and len(row) != len(names):

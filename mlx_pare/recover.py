@@ -163,7 +163,7 @@ class _Job:
             return None
         of = {**self.about(), "options": asdict(options.blocks)}
         if note.exists() and step_files.read(note)["of"] != of:
-            raise Refused(f"{self.work} was begun with other models, rows or options", "remove it to begin anew")
+            raise Refused(f"{self.work} was begun with other models, rows or options", "remove it to begin again")
         if not (place.exists() and note.exists()):
             shutil.rmtree(place, ignore_errors=True)
             rows = self.train.rows, self.validation.rows

@@ -185,7 +185,7 @@ def _requantized(run: Path) -> str:
     errors = done["requantized"]
     worst = max(errors, key=errors.get)
     span = f"{min(errors.values()):.2%} to {errors[worst]:.2%} ({markdown.code(worst)})"
-    text = f"{len(errors)} matrices were quantized anew, relative error {span}"
+    text = f"{len(errors)} matrices were quantized again, relative error {span}"
     dense = f"; left dense: {', '.join(done['dense'])}" if done["dense"] else ""
     return f"## Requantization\n\n{text}{dense}. All other codes are those of the original."
 

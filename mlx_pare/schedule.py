@@ -72,9 +72,7 @@ def check(s: Settings) -> None:
         return
     asked = f"--schedule {','.join(f'{share:g}' for share in s.stages)}"
     if any(given is not None for given in (s.keep, s.target_params, s.target_size, s.mac)):
-        raise UsageError(
-            f"{asked} is a target of its own", "leave out --keep, --target-params, --target-size and --for"
-        )
+        raise UsageError(f"{asked} is itself a target", "leave out --keep, --target-params, --target-size and --for")
     if len(s.stages) < 2:
         raise UsageError(f"{asked} has one stage", f"give two or more, e.g. {STAGES}, or use --keep")
     if not all(0 < share < 1 for share in s.stages):  # neither is anything that is no number

@@ -115,7 +115,7 @@ class ReachOptions:
         None, 'Cut until the weights take at most this many bytes, e.g. "15GB".', metavar="SIZE", amount=True)
     mac: str | None = setting(
         None, "Cut until the model fits this Mac, e.g. m4-24gb or m4-pro-20c-24gb.", called="for", metavar="MAC")
-    context: int = setting(8192, "Tokens of context that must fit beside the weights.", COUNT)
+    context: int = setting(8192, "Tokens of context that must fit in addition to the weights.", COUNT)
     bits: int | None = setting(
         None, "Pack the result with 2, 3, 4, 5, 6 or 8 bits. Default: as the source.", PACKED_BITS)
     target_params: str | None = setting(

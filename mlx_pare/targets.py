@@ -247,7 +247,7 @@ class Targets:
             data = np.memmap(file, np.uint8, "r")
             problem = "is damaged" if self._seal(part, data[:-SEAL]) != data[-SEAL:].tobytes() else None
         if problem:
-            raise PareError(f"{file} {problem}", "delete it and collect again: only this part is made anew")
+            raise PareError(f"{file} {problem}", "delete it and collect again: only this part is made again")
         return True
 
     def _seal(self, part: int, data: bytes | np.ndarray) -> bytes:

@@ -1,7 +1,7 @@
 """training: a model in memory, trained on mlx-lm's trainer in segments, with everything that matters on disk.
 
 Between two segments the model is validated, the best state is kept apart, and weights, optimizer and the place in the
-data are saved (random numbers begin anew with every segment): killed at any moment, the same call goes on from there,
+data are saved (random numbers begin again with every segment): killed at any moment, the same call goes on from there,
 to the same bytes (on the CPU). mlx-lm's trainer itself has none of that, and no clipping: it is called for one segment
 at a time. Under mlx.launch every process draws the same batches and takes its share of their rows; mlx-lm averages the
 gradients. The first process alone writes; the others get its saved state sent.
@@ -114,7 +114,7 @@ class Trainer:
     ):
         self.model, self.loss, self.sampler, self.batch = model, loss, sampler, batch
         self.validate, self.course, self.directory, self.about = validate, course, directory, about or {}
-        self.after = after  # called with every validation, e.g. to mix the domains anew
+        self.after = after  # called with every validation, e.g. to mix the domains again
         self.before = before  # may replace the row numbers [batches, b] that a segment draws; given its first step
         self.step, self.curve = 0, []
         self.best_step, self.best = 0, self.weights()
@@ -237,7 +237,7 @@ class Trainer:
         if not about:
             return False
         if about["about"] != json.loads(json.dumps(self.about)):
-            raise Refused(f"{self.directory} holds the state of another training", "remove it to begin anew")
+            raise Refused(f"{self.directory} holds the state of another training", "remove it to begin again")
         state = tree_unflatten(list(arrays.items()))
         self.model.update(state["weights"])
         self.step, self.best_step, self.curve = about["step"], about["best_step"], about["curve"]

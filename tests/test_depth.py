@@ -236,7 +236,7 @@ def test_statistics_without_angles(pico_models, tmp_path):
     old = Arrays.load(calibrate(model, ROWS, tmp_path / "stats"), "statistics")
     arrays = {name: mx.array(a) for name, a in old.arrays.items() if name != "angles"}
     Arrays(arrays, old.about).save(tmp_path / "old.safetensors")
-    with pytest.raises(PareError, match=r"hold no angles between layers. Calibrate anew"):
+    with pytest.raises(PareError, match=r"hold no angles between layers. Calibrate again"):
         score(model, tmp_path / "old.safetensors", tmp_path / "scores.safetensors", "angular")
 
 

@@ -1,5 +1,7 @@
-"""Every fault that README.md lists, done to whole runs of a pico model: one line, nothing that looks whole and is not,
-and the same command goes on to the same bytes. PARE_KILLS=100: so many kills at random moments, and at chosen ones.
+"""Every fault that docs/troubleshooting.md lists, done to whole runs of a pico model.
+
+Each is one line, nothing looks whole and is not, and the same command goes on to the same bytes. PARE_KILLS=100: that
+many kills at random moments, and at chosen ones.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from mlx_pare import rundir
 from mlx_pare.texts import DEMO
 
 KILLS = int(os.environ.get("PARE_KILLS", "2"))
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md"
 SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--recover-steps", "2", "--gguf", "f16", "--try", "2",
          "--context", "256", "--trials", "0", "--quiet"]  # fmt: skip
 
@@ -98,21 +100,21 @@ def model(job, tmp_path) -> Path:
     return Path(shutil.copytree(job.model, tmp_path / "model"))
 
 
-# ---- what the README promises ----
+# ---- what the page promises ----
 
 
 def rows() -> dict[str, str]:
     """The table of faults: what happens, what the user sees (code in it, as a pattern with ... for anything)."""
-    section = README.read_text("utf-8").split("## When something goes wrong")[1].split("\n## ")[0]
+    section = PAGE.read_text("utf-8")
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
     return {fault: sees for fault, sees, _ in cells[2:]}
 
 
 def seen(fault: str, line: str) -> None:
-    """A line is what README.md says that the user sees after this fault."""
+    """A line is what docs/troubleshooting.md says that the user sees after this fault."""
     said = re.findall(r"`([^`]*)`", rows()[fault])
     patterns = [".*".join(re.escape(part) for part in text.split("...")) for text in said]
-    assert any(re.search(pattern, line) for pattern in patterns), f"README: {said}, seen: {line}"
+    assert any(re.search(pattern, line) for pattern in patterns), f"docs: {said}, seen: {line}"
 
 
 def test_every_row_of_the_table_is_tested():

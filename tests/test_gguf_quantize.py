@@ -201,7 +201,7 @@ def test_room_for_both_files_is_looked_for(tmp_path, pico_models, monkeypatch):
     model = pico_models("llama", **WIDE)
     sizes = [gguf_size.predict(Checkpoint(model), kind).tensor_bytes for kind in ("q4_k_m", "f32")]
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=sum(sizes) - 1))
-    with pytest.raises(PareError, match=r"with f32 beside it to quantize from, needs .* free"):
+    with pytest.raises(PareError, match=r"with f32 next to it to quantize from, needs .* free"):
         export(model, tmp_path / "m.gguf", "q4_k_m")
     export(model, tmp_path / "q.gguf", "q6_k")
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * sum(sizes)))

@@ -84,7 +84,7 @@ def test_nothing_stands_in_where_llama_cpp_quantizes(model, tmp_path):  # noqa: 
 
 
 def test_what_has_no_architecture_is_refused(model, tmp_path):  # noqa: F811
-    with pytest.raises(PareError, match="norms of queries and keys and a head of its own"):
+    with pytest.raises(PareError, match="norms of queries and keys and an untied head"):
         exported(model("qwen3-untied"), COUNTS["both"], tmp_path)
     assert not (tmp_path / "m.gguf").exists()
     assert gguf_uneven.why_not(Checkpoint(model("qwen3")).arch) is None

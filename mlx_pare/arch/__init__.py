@@ -150,7 +150,7 @@ def _kinds(family: Family, config: Mapping[str, Any], count: int) -> list[str]:
     if callable(family.kinds):
         kinds = [family.kinds(config, i) for i in range(count)]
     elif family.kinds == "sliding_window_pattern":
-        period = whole(config, "sliding_window_pattern", "every so many layers one has full attention")
+        period = whole(config, "sliding_window_pattern", "one layer in N has full attention")
         kinds = [_periodic(i, period) for i in range(count)]
     elif family.kinds == "layer_types" and config.get("layer_types") is not None:
         kinds = layer_types(config, count)

@@ -115,7 +115,7 @@ class Needs:
         if self.use.runtime is None:
             object.__setattr__(self, "use", replace(self.use, runtime="mlx"))
         if self.use.kv_bits and not self.llama and (why := kv_bits_refused(self.arch, self.use.kv_group)):
-            raise UsageError(f"--kv-bits {self.use.kv_bits}: {why}", "leave it away, or use --runtime llama.cpp")
+            raise UsageError(f"--kv-bits {self.use.kv_bits}: {why}", "leave it out, or use --runtime llama.cpp")
 
     @property
     def llama(self) -> bool:

@@ -35,7 +35,7 @@ class Source:
         """[layers + 1, layers + 1] between the inputs of all blocks, the output of the last one behind them. Raises
         PareError for statistics of an earlier version."""
         if "angles" not in self.stats:
-            raise PareError("the statistics hold no angles between layers", "calibrate anew, into another --out")
+            raise PareError("the statistics hold no angles between layers", "calibrate again, into another --out")
         return self.stats["angles"]
 
     def sums(self, layer: int, role: str, of: Callable[[mx.array], mx.array], axis: int) -> mx.array:

@@ -1,0 +1,107 @@
+"""What the Python API takes besides paths: the classes of options, rows of text, and cuts that somebody names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from .arch import require_cuttable
+from .artifacts import Arrays, Metrics, Plan, Target
+from .checkpoint import Checkpoint
+from .corpus import Rows
+from .errors import UsageError
+from .fit.macs import Budget
+from .fit.memory import Use
+from .fit.subject import Form
+from .layout import size_of
+from .lm import tokenizer
+from .opened import StrPath, opened
+from .plan import Options as PlanOptions
+from .recover_options import Options as RecoverOptions
+from .settings import Settings
+from .texts import Texts
+
+__all__ = [
+    "Budget", "Form", "Metrics", "Plan", "PlanOptions", "RecoverOptions", "Rows", "Settings", "Use", "candidates",
+    "opened", "rows", "tokenizer", "without",
+]  # fmt: skip
+
+
+def rows(model: StrPath, data: StrPath | None = None, samples: int = 128, length: int = 512) -> Rows:
+    """The calibration rows that `run` takes of a text, by the tokenizer of ``model``. None: mlx-pare's own text."""
+    return Texts(opened(model), Settings(data=data and str(data), samples=samples, length=length)).calibration
+
+
+def candidates(scores: StrPath, ratio: float) -> dict[str, Any]:
+    """The units with the lowest scores. Reads the file of ``score`` alone, not the model.
+
+    Args:
+        scores: what ``score`` wrote; the strategy is the criterion it was written with.
+        ratio: share of the ffn channels of every layer, and of the layers, from 0 to less than 1.
+
+    Returns:
+        "criterion"; "ffn": layer -> its channels, ascending; "layers": whole layers, ascending.
+
+    Raises:
+        UsageError: ``ratio`` is out of range. PareError: the file cannot be read.
+    """
+    if not 0 <= ratio < 1:
+        raise UsageError(f"the ratio {ratio!r} is not between 0 and 1", "give the share to remove, e.g. 0.25")
+    found = Arrays.load(Path(scores), "scores")
+
+    def lowest(values: Any) -> list[int]:
+        return sorted(values.argsort(kind="stable")[: int(ratio * len(values))].tolist())
+
+    ffn = {layer: lowest(values) for layer, values in enumerate(found.arrays["mlp"])}
+    return {"criterion": found.about["criterion"], "ffn": ffn, "layers": lowest(found.arrays["layer"])}
+
+
+def without(
+    model: StrPath,
+    layers: Iterable[int] = (),
+    ffn: Mapping[int, Iterable[int]] | None = None,
+    kv_head: Mapping[int, Iterable[int]] | None = None,
+) -> Plan:
+    """The plan that removes exactly what is named, for ``prune`` and ``reconstruct``.
+
+    Args:
+        layers: numbers of layers that go.
+        ffn, kv_head: layer -> numbers of the channels, or of the key-value heads, that go.
+
+    Raises:
+        UsageError: a number that the model does not have. PareError: no class of stock mlx-lm holds the result.
+    """
+    checkpoint = Checkpoint(opened(model))
+    arch, named = checkpoint.arch, {"ffn": ffn or {}, "kv_head": kv_head or {}}
+    require_cuttable(arch)
+    gone = _numbers("layer", layers, len(arch.layers))
+    for of in named.values():
+        _numbers("layer", of, len(arch.layers))
+    left = []
+    for source in sorted({*range(len(arch.layers))} - gone):
+        units = {"source": source}
+        for axis, of in named.items():
+            size = arch.layers[source].sizes[axis]
+            units[axis] = sorted({*range(size)} - _numbers(f"{axis} in layer {source}", of.get(source, ()), size))
+        left.append(units)
+    before = size_of(checkpoint, None, None)
+    made = Plan(
+        source=checkpoint.identity(), criterion="none", before=before, after=before, layers=left,
+        axes=[axis for axis, cut in {"layer": gone, **named}.items() if cut],
+        target=Target(kind="keep", value=1, asked="what was named"),
+    )  # fmt: skip
+    made.check(checkpoint)
+    after = size_of(checkpoint, made.keep(arch), None)
+    target = made.target.model_copy(update={"value": after.non_embedding / before.non_embedding})
+    return made.model_copy(update={"after": after, "target": target})
+
+
+def _numbers(what: str, given: Iterable[int], count: int) -> set[int]:
+    """Numbers from 0 to less than ``count``. Raises UsageError for anything else, such as the name of a module."""
+    given = list(given)
+    for number in given:
+        if not isinstance(number, Integral) or not 0 <= number < count:
+            raise UsageError(f"there is no {what} {number!r}", f"give numbers from 0 to {count - 1}")
+    return {int(number) for number in given}
