@@ -24,8 +24,7 @@ from mlx_pare.evaluate import evaluate
 from mlx_pare.plan import Options, plan
 from mlx_pare.prune import prune
 from mlx_pare.recover import recover
-from mlx_pare.recover_options import METHODS
-from mlx_pare.recover_options import Options as RecoverOptions
+from mlx_pare.recover_options import METHODS, Options as RecoverOptions
 from mlx_pare.score import CRITERIA, score
 
 DEMO = Path(corpus.__file__).parent / "demo"

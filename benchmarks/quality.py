@@ -26,13 +26,14 @@ import numpy as np
 import pruners
 from criteria import DEMO, show
 
-from mlx_pare import console, corpus, lm, planning, steps
+from mlx_pare import choose_sizes, console, corpus, lm, steps
 from mlx_pare.artifacts import Metrics, Plan
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.domains import Domains
 from mlx_pare.errors import Refused
 from mlx_pare.evaluate import evaluate
-from mlx_pare.plan import Options, plan, whole
+from mlx_pare.plan import plan, whole
+from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.settings import Settings
@@ -129,7 +130,7 @@ class Bench:
             steps.calibrate_step(run, texts, s)
             steps.score_step(run, s)
             if sensed:
-                planning.sensitivity_step(run, texts, s)
+                choose_sizes.sensitivity_step(run, texts, s)
             steps.evaluate_step(run, "original", run.model, texts, s)
 
     def cut(self, name: str, s: Settings) -> tuple[Metrics, Plan]:
@@ -139,7 +140,7 @@ class Bench:
             shutil.copytree(self.base, out)
         with steps.open_run(self.subject.model, out) as run:
             texts = self.subject.texts(s)
-            planning.plan_step(run, texts, s)
+            choose_sizes.plan_step(run, texts, s)
             if s.reconstruct:
                 steps.reconstruct_step(run, texts, s)
             model = steps.prune_step(run, s.reconstruct)

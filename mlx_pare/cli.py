@@ -1,6 +1,6 @@
 """The command line: parse, call one verb or the pipeline, show the result. Heavy imports happen inside the commands.
 
-The single steps of a run are in cli_steps.py, the options they share and the handling of errors in options.py.
+The single steps of a run are in cli_steps.py, the options they share and the handling of errors in app.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import click
 import typer
 
 from . import cli_export, cli_models, cli_steps, console, interrupts, show
+from .app import AnyModel, DryRun, Model, Out, app, command, failed, mac_names
 from .errors import PareError, told
 from .option import Option
-from .options import AnyModel, DryRun, Model, Out, app, command, failed, mac_names
 from .settings import OUTPUT, TABLE, memory, settings_of
 from .values import whole
 
@@ -69,9 +69,9 @@ def fit_command(model: AnyModel, **asked: Any) -> dict[str, Any]:
     of the model are read.
     """
     from .fit import fit
+    from .fit.form import Form
     from .fit.macs import Budget, gib
     from .fit.memory import TRAIN_BATCH, TRAIN_LENGTH, Use
-    from .fit.subject import Form
 
     train, context, batch, plot = asked["train"], asked["context"], asked["batch"], asked["plot"]
     if plot:  # or the import would slow down every other call

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import console, show
+from .app import DryRun, Model, command, mac_names
 from .atomic import created
 from .errors import PareError, Refused, UsageError, shell
 from .option import Option
-from .options import DryRun, Model, command, mac_names
 from .settings import OUTPUT, REACH, settings_of
 
 if TYPE_CHECKING:

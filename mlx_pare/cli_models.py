@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from . import console
-from .options import command
+from .app import command
 
 
 @command("models", "mlx-pare models | mlx-pare models qwen3 | mlx-pare models --json")

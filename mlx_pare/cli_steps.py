@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from . import console, show
+from .app import DryRun, Model, Out, RunDir, command
 from .errors import shell
-from .options import DryRun, Model, Out, RunDir, command
 from .settings import CUT, REACH, RECOVERY, TABLE, memory, settings_of
 
 PLAN = (
@@ -125,7 +125,7 @@ def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str
 
     The plan is RUN/plan/plan.json. You may edit it before `prune`.
     """
-    from . import pipeline, planning, recipes, steps
+    from . import choose_sizes, pipeline, recipes, steps
     from .arch import cut
     from .checkpoint import Checkpoint
     from .gguf_target import runtimes_of
@@ -134,9 +134,9 @@ def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str
     s = settings_of(**asked)
     with steps.continue_run(run) as opened:
         if dry_run:
-            return show.show_shape(pipeline.shape_of(opened.model, planning.with_possible_axes(opened.model, s)))
-        s = planning.settled(opened.model, replace(s, **recipes.of_calibration(opened), memory_cap=s.memory_cap))
-        path = planning.plan_step(opened, recipes.texts_of(opened, s), s)
+            return show.show_shape(pipeline.shape_of(opened.model, choose_sizes.with_possible_axes(opened.model, s)))
+        s = choose_sizes.settled(opened.model, replace(s, **recipes.of_calibration(opened), memory_cap=s.memory_cap))
+        path = choose_sizes.plan_step(opened, recipes.texts_of(opened, s), s)
         plan, checkpoint = steps.plan_of(opened), Checkpoint(opened.model)
     kept = plan.keep(checkpoint.arch)
     found = runtimes_of(cut(checkpoint.arch, kept))

@@ -346,8 +346,7 @@ def train(
     training record, which counts batches.
     """
     from mlx_lm.tuner.callbacks import TrainingCallback
-    from mlx_lm.tuner.trainer import TrainingArgs
-    from mlx_lm.tuner.trainer import train as run
+    from mlx_lm.tuner.trainer import TrainingArgs, train as run
 
     class Callback(TrainingCallback):
         def on_train_loss_report(self, info: dict) -> None:

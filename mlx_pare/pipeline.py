@@ -14,24 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import console, contenders, corpus, gguf_quantize, kept, lm, planning, recipes, schedule, step_files, steps
+from . import choose_sizes, console, contenders, corpus, gguf_quantize, kept, lm, recipes, schedule, step_files, steps
 from .artifacts import CONTENDERS, MOST_NATS, Metrics, Plan
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
 from .errors import PareError, Refused, UsageError
 from .export import why_not
-from .exporting import export_step, required
+from .export_step import export_step, required
 from .fit import macs
 from .gguf_target import RUNTIMES
 from .layering import layers_by_of
 from .local import check_memory as check_local
-from .opened import StrPath
-from .opened import opened as model_of
-from .plan import shape, whole
-from .reconstruct import check_memory as check_reconstruction
-from .reconstruct import costs as reconstruction_costs
-from .recover_options import METHODS
-from .recover_options import check_memory as check_recovery
+from .opened import StrPath, opened as model_of
+from .plan import whole
+from .plan.levels import shape
+from .reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
+from .recover_options import METHODS, check_memory as check_recovery
 from .report import report
 from .rundir import Run
 from .score import criterion
@@ -50,9 +48,9 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
     """
     out, settings = Path(out), _with_teacher(settings)
     model = model_of(model, out)
-    s = affordable(model, planning.with_possible_axes(model, recipes.dated(out, hurried(settings))))
+    s = affordable(model, choose_sizes.with_possible_axes(model, recipes.dated(out, hurried(settings))))
     preflight(model, s)
-    s = planning.settled(model, s, planning.begun(out / schedule.name_of(1) if s.stages else out))
+    s = choose_sizes.settled(model, s, choose_sizes.begun(out / schedule.name_of(1) if s.stages else out))
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
     asked = recipes.recipe_of(model, s)
@@ -109,7 +107,7 @@ def _cut(run: Run, texts: Texts, s: Settings, original: Path | None = None) -> P
     """The model of a run cut once, not recovered. ``original``: of a model that was cut before."""
     steps.calibrate_step(run, texts, s)
     steps.score_step(run, s)
-    planning.plan_step(run, texts, s)
+    choose_sizes.plan_step(run, texts, s)
     if s.reconstruct:
         steps.reconstruct_step(run, texts, s)
     return steps.prune_step(run, s.reconstruct, original, s.memory_cap)
@@ -137,7 +135,7 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
     for stage in schedule.stages(s):
         place = run.path / stage.name
         console.say(f"{stage.name} of {len(s.stages)}: to {stage.share:g} of the original, {stage.steps} steps")
-        asked = planning.settled(result, stage.settings(s, run.model, result), planning.begun(place))
+        asked = choose_sizes.settled(result, stage.settings(s, run.model, result), choose_sizes.begun(place))
         with steps.open_run(result, place) as opened:
             opened.kept = run.kept
             opened.write_recipe(recipes.recipe_of(result, asked), replace=False)
@@ -152,9 +150,9 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
 def dry_run(model: StrPath, s: Settings) -> dict[str, Any]:
     """What a run would make: sizes before and after, memory it would need. Writes nothing."""
     model, s = model_of(model), _with_teacher(s)
-    s = affordable(model, planning.with_possible_axes(model, s))
+    s = affordable(model, choose_sizes.with_possible_axes(model, s))
     preflight(model, s)
-    planning.settled(model, s)
+    choose_sizes.settled(model, s)
     rows = corpus.Extent(s.samples, s.length)
     needed = check_calibration(Checkpoint(model), rows, s.memory_cap, criterion(s.criterion).extra)
     return shape_of(model, s) | {"calibration_bytes": needed}
@@ -184,7 +182,7 @@ def preflight(model: Path, s: Settings) -> None:
     layers_by_of(s, s.criterion)
     for name in s.runtimes:
         one_of("runtime", name, RUNTIMES)
-    if planning.wants_gguf(s) and (why := why_not(Checkpoint(model))):
+    if choose_sizes.wants_gguf(s) and (why := why_not(Checkpoint(model))):
         raise Refused(f"no GGUF file can be made of it: {why.problem}", "leave out --gguf and --runtimes")
     if s.gguf and not gguf_quantize.direct(kind := gguf_quantize.known(s.gguf), False):
         gguf_quantize.require(kind)

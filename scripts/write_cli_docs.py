@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import typer
 
-from mlx_pare.cli import app
+from mlx_pare.app import app
 from mlx_pare.help_page import COMMANDS, EXAMPLES, FIRST, MANY, PANELS, CommandPage
 from mlx_pare.settings import GENERAL
 

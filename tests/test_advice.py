@@ -17,19 +17,19 @@ import pico
 import pytest
 import typer
 
-from mlx_pare import exporting
-from mlx_pare import options as shared
+from mlx_pare import app as shared, export_step
 from mlx_pare.amounts import parse_amount
+from mlx_pare.app import app
 from mlx_pare.arch import describe
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.cli import app
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.fit import advice, catalogue, footprint, macs, memory, planner, reach
 from mlx_pare.fit.advice import Case, changes, smallest_cut
+from mlx_pare.fit.form import Form
 from mlx_pare.fit.memory import Needs, Use
-from mlx_pare.fit.subject import Form, Subject, open_subject
+from mlx_pare.fit.subject import Subject, open_subject
 from mlx_pare.packing import Packing
-from mlx_pare.plan import shape
+from mlx_pare.plan.levels import shape
 from mlx_pare.settings import Settings
 from mlx_pare.steps import plan_options
 
@@ -510,7 +510,7 @@ def test_llama_cpp_keeps_its_cache_in_16_bits(pico_models):
 def test_what_the_steps_of_a_run_say_agrees(pico_models):
     """fits_of, which a run writes, and fit."""
     model = pico_models("gemma3_text")
-    rows = exporting.fits_of(model, 10**6, model, Settings(context=300))["rows"]
+    rows = export_step.fits_of(model, 10**6, model, Settings(context=300))["rows"]
     case = case_of(model, context=300)
     assert next(r for r in rows if r["mac"] == case.mac.name)["total_bytes"] == case.row()["total_bytes"]
     assert SimpleNamespace(**case.row()).fits and pico.FAMILIES

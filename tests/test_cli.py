@@ -22,7 +22,7 @@ import pytest
 from commands import Done
 
 from mlx_pare import cli, gguf_header, llama_cpp
-from mlx_pare.options import app
+from mlx_pare.app import app
 
 EVERYDAY = ["fit", "run", "evaluate", "export", "bench"]
 OTHERS = ["inspect", "import", "adapters", "demo", "doctor", "calibrate", "score", "plan", "stability", "reconstruct",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import layering, planning, steps, trial, tried
+from mlx_pare import choose_sizes, layering, steps, trial, tried
 from mlx_pare.arch import can_keep
 from mlx_pare.artifacts import Arrays, LayerPlan, Plan
 from mlx_pare.calibrate import calibrate
@@ -24,7 +24,8 @@ from mlx_pare.corpus import Rows
 from mlx_pare.drops import layers_by_kl, trials
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.fit import reach
-from mlx_pare.plan import Options, allocate, plan
+from mlx_pare.plan import allocate, plan
+from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstructed_kl
 from mlx_pare.score import CRITERIA, score
@@ -269,7 +270,7 @@ def test_a_run_drops_layers_by_kl(begun):
     """As the function says on rows of the validation text; what it cost is noted, and no trial is made twice."""
     run, texts = begun
     held = tried.held_rows(texts)
-    made = Plan.load(planning.plan_step(run, texts, ASKED))
+    made = Plan.load(choose_sizes.plan_step(run, texts, ASKED))
     expected = layers_by_kl(run.model, len(made.layers), held)
     assert len(made.layers) < 5 and {la.source for la in made.layers} == {*range(5)} - {d.layer for d in expected}
     assert made.criterion == "obs" and all(len(la.ffn) == 128 for la in made.layers)
@@ -280,12 +281,12 @@ def test_a_run_drops_layers_by_kl(begun):
 
 def test_trials_of_drops_are_kept(begun, monkeypatch):
     run, texts = begun
-    planning.plan_step(run, texts, ASKED)
+    choose_sizes.plan_step(run, texts, ASKED)
     shutil.rmtree(run.directory("plan"))
     monkeypatch.setattr(layering, "trials", lambda *_: lambda candidates: 1 / 0)
-    planning.plan_step(run, texts, ASKED)
+    choose_sizes.plan_step(run, texts, ASKED)
     with pytest.raises(Refused, match=r"layers_by was 'kl', now it is 'angular'"):
-        planning.plan_step(run, texts, settings(layers_by="angular"))
+        choose_sizes.plan_step(run, texts, settings(layers_by="angular"))
 
 
 @pytest.mark.parametrize("by", ["block-influence", "angular"])
@@ -293,7 +294,7 @@ def test_a_run_drops_layers_by_another_criterion(begun, tmp_path, by):
     """The layers of that criterion, everything else by the run's own."""
     run, texts = begun
     asked = settings(layers_by=by, axes=("layer", "ffn"), criterion="obs")
-    made = Plan.load(planning.plan_step(run, texts, asked))
+    made = Plan.load(choose_sizes.plan_step(run, texts, asked))
     stats = run.output("calibrate", "stats.safetensors")
     names = {name: score(run.model, stats, tmp_path / f"{name}.safetensors", name) for name in (by, "obs")}
     deep, own = (plan(run.model, names[name], plan_options(asked)) for name in (by, "obs"))
@@ -307,7 +308,7 @@ def test_levels_of_many_depths(begun):
     """Uniform widths try levels with other numbers of layers: each has the layers that were found for it."""
     run, texts = begun
     asked = settings(axes=("layer", "ffn"), widths="uniform", layers_by=None, tries=4, keep=0.6, reconstruct=False)
-    made = Plan.load(planning.plan_step(run, texts, asked))
+    made = Plan.load(choose_sizes.plan_step(run, texts, asked))
     drops = json.loads((run.directory("plan") / "layers.json").read_text())["drops"]
     assert len(drops) > 1
     orders = sorted(([d["layer"] for d in each] for each in drops.values()), key=len)
@@ -327,7 +328,7 @@ def test_what_is_best_once_it_is_reconstructed(pico_models, tmp_path, monkeypatc
     asked = settings(widths="uniform", layers_by=None, tries=1, reconstruct=repaired)
     run, texts = begin(pico_models("llama", num_hidden_layers=6), tmp_path)
     with run:
-        made = Plan.load(planning.plan_step(run, texts, asked))
+        made = Plan.load(choose_sizes.plan_step(run, texts, asked))
     noted = json.loads((run.directory("plan") / "layers.json").read_text())
     by_kl = plan_without(run.model, [d["layer"] for d in noted["drops"][str(len(made.layers))]])
     if not repaired:
@@ -378,11 +379,11 @@ def test_widths_per_layer_choose_the_layers_too():
 def test_mistakes(begun):
     run, texts = begun
     with pytest.raises(UsageError, match=r"none may go. Add layer to --axes"):
-        planning.plan_step(run, texts, settings(axes=("ffn",)))
+        choose_sizes.plan_step(run, texts, settings(axes=("ffn",)))
     with pytest.raises(
         UsageError, match=r"unknown way to choose layers 'luck'. Choose one of block-influence, angular, kl"
     ):
-        planning.plan_step(run, texts, settings(layers_by="luck"))
+        choose_sizes.plan_step(run, texts, settings(layers_by="luck"))
     assert not run.directory("plan").exists()
 
 

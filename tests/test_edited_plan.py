@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import cli, console, planning, recipes, steps
+from mlx_pare import choose_sizes, cli, console, recipes, steps
 from mlx_pare.report import report
 from mlx_pare.settings import Settings
 
@@ -27,7 +27,7 @@ def planned(pico_models, two_texts, tmp_path_factory) -> Path:
         texts = recipes.texts_of(run, s)
         steps.calibrate_step(run, texts, s)
         steps.score_step(run, s)
-        planning.plan_step(run, texts, s)
+        choose_sizes.plan_step(run, texts, s)
     return out
 
 

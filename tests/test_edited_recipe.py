@@ -65,7 +65,7 @@ def pare(capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def pruned(pico_models, two_texts, tmp_path_factory) -> Path:
     """A run up to prune, made by single steps."""
-    from mlx_pare import planning, recipes, steps
+    from mlx_pare import choose_sizes, recipes, steps
 
     out, model = tmp_path_factory.mktemp("edited") / "run", pico_models("llama")
     s = Settings(**two_texts, samples=4, length=32, keep=0.75, widths="even")
@@ -74,7 +74,7 @@ def pruned(pico_models, two_texts, tmp_path_factory) -> Path:
         texts = recipes.texts_of(run, s)
         steps.calibrate_step(run, texts, s)
         steps.score_step(run, s)
-        planning.plan_step(run, texts, s)
+        choose_sizes.plan_step(run, texts, s)
         steps.reconstruct_step(run, texts, s)
         steps.prune_step(run)
     return out

@@ -21,10 +21,10 @@ from mlx_pare import gguf_header, gguf_quantize, gguf_rows, gguf_size, gguf_valu
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.export import export, verify
-from mlx_pare.exporting import export_step
+from mlx_pare.export_step import export_step
 from mlx_pare.fit import fit
+from mlx_pare.fit.form import Form
 from mlx_pare.fit.gguf_mix import type_of
-from mlx_pare.fit.subject import Form
 from mlx_pare.settings import Settings
 from mlx_pare.steps import open_run
 from mlx_pare.texts import Texts

@@ -15,10 +15,10 @@ import pytest
 import typer
 from test_cli import EVERYDAY, IMPORTS, OTHERS
 
-from mlx_pare import __version__, divergence, layering, objective, on_policy, planning, recover_options, unused
+from mlx_pare import __version__, choose_sizes, divergence, layering, objective, on_policy, recover_options, unused
+from mlx_pare.app import app
 from mlx_pare.gguf_target import RUNTIMES
 from mlx_pare.help_page import COMMANDS
-from mlx_pare.options import app
 from mlx_pare.recover_options import METHODS, Options
 from mlx_pare.rundir import Run
 from mlx_pare.score import CRITERIA
@@ -132,7 +132,7 @@ def test_help_names_the_learning_rates_of_the_code():
 
 def test_names_in_the_help_are_those_of_the_code():
     known = {
-        "criterion": tuple(CRITERIA), "method": METHODS, "widths": planning.WIDTHS, "layers_by": layering.LAYERS_BY,
+        "criterion": tuple(CRITERIA), "method": METHODS, "widths": choose_sizes.WIDTHS, "layers_by": layering.LAYERS_BY,
         "schedule": SCHEDULES, "kind": tuple(divergence.KINDS), "match": objective.MATCHES, "runtimes": RUNTIMES,
     }  # fmt: skip
     for field, names in known.items():
@@ -140,7 +140,7 @@ def test_names_in_the_help_are_those_of_the_code():
         assert all(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", TABLE[field].help) for name in names), field
     assert set(RATES) == set(SCHEDULES)
     tries = re.search(r"Default: (\d+), or (\d+) with --widths per-layer", TABLE["tries"].help)
-    assert tuple(map(int, tries.groups())) == (planning.TRIES["uniform"], planning.TRIES["per-layer"])
+    assert tuple(map(int, tries.groups())) == (choose_sizes.TRIES["uniform"], choose_sizes.TRIES["per-layer"])
     assert (Options().reports, on_policy.ROUND) == (unused.VALIDATIONS, unused.ROUND)
 
 

@@ -18,8 +18,7 @@ import pytest
 import reference
 import reference_packing
 from test_gptq import FORMS, N, alike
-from test_local import HELD, ROWS, faulty, kl
-from test_local import OPTIONS as HEALING
+from test_local import HELD, OPTIONS as HEALING, ROWS, faulty, kl
 from test_prune import (
     AXES,
     BROKEN,

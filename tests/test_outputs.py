@@ -22,8 +22,7 @@ from test_adapters import adapter_of
 from test_uneven import plan_of
 from typer.testing import CliRunner
 
-from mlx_pare import cli, deploy, rundir, served
-from mlx_pare import export as export_verb
+from mlx_pare import cli, deploy, export as export_verb, rundir, served
 from mlx_pare.artifacts import Arrays
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.errors import Refused

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import contenders, lm, machine, pipeline, planning, steps, tried, verdict
+from mlx_pare import choose_sizes, contenders, lm, machine, pipeline, steps, tried, verdict
 from mlx_pare.artifacts import Arrays, Metrics, Plan, repair_file
 from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
@@ -144,12 +144,12 @@ def test_nothing_temporary_is_left(finished):
 
 def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypatch):
     before = hashes(finished["out"])
-    monkeypatch.setattr(importlib.import_module("mlx_pare.exporting"), "export", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr("mlx_pare.export_step.export", lambda *_: pytest.fail("done again"))
     for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate", "bench"):
         monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
     for module, verb in (
-        (planning, "plan"),
-        (planning, "sensitivity"),
+        (choose_sizes, "plan"),
+        (choose_sizes, "sensitivity"),
         (tried, "try_out"),
         (tried, "reconstructed_kl"),
     ):

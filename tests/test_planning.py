@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mlx_pare import cli, lm, pipeline, planning, steps, tried
+from mlx_pare import choose_sizes, cli, lm, pipeline, steps, tried
 from mlx_pare.artifacts import Plan
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
@@ -53,7 +53,7 @@ def scored(model, tmp_path_factory) -> Path:
 
 def planned(out: Path, s: Settings) -> Plan:
     with steps.continue_run(out) as run:
-        return Plan.load(planning.plan_step(run, Texts(run.model, s), s))
+        return Plan.load(choose_sizes.plan_step(run, Texts(run.model, s), s))
 
 
 @pytest.fixture(scope="module", params=HOW)
@@ -127,7 +127,7 @@ def test_candidates_are_listed(made):
             "hidden": 64,
         }  # fmt: skip
         return
-    assert len(final) == planning.FINALISTS
+    assert len(final) == choose_sizes.FINALISTS
     assert taken["reconstructed_kl"] == min(row["reconstructed_kl"] for row in final)
     assert max(row["kl"] for row in final) <= min(row["kl"] for row in every if row not in final)
     kept = {layer.source: {"kv_head": len(layer.kv_head), "ffn": len(layer.ffn)} for layer in plan.layers}
@@ -241,12 +241,12 @@ def test_texts_are_disjoint_and_used_for_what_they_are(model, scored, tmp_path, 
     """Solved on calibration rows, measured on validation rows, never on the test text."""
     out = Path(shutil.copytree(scored, tmp_path / "run"))
     seen = []
-    for module, name in ((tried, "try_out"), (tried, "reconstructed_kl"), (planning, "sensitivity")):
+    for module, name in ((tried, "try_out"), (tried, "reconstructed_kl"), (choose_sizes, "sensitivity")):
         monkeypatch.setattr(module, name, seen_by(seen, getattr(module, name)))
     s = replace(SMALL, widths="per-layer", tries=4)
     planned(out, s)
     texts = Texts(model, s)
-    assert len(seen) == 1 + 1 + planning.FINALISTS
+    assert len(seen) == 1 + 1 + choose_sizes.FINALISTS
     validation = texts.validation.first(8)
     for calibration, held in seen:
         assert calibration.digest() == texts.calibration.digest() and held.digest() == validation.digest()
@@ -268,32 +268,32 @@ def seen_by(seen: list, function):
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
 def test_layers_that_must_be_alike_are(pico_models, family, capsys):
     s = replace(SMALL, widths="per-layer", axes=("ffn", "kv_head"))
-    assert planning.settled(pico_models(family), s).widths == "uniform"
+    assert choose_sizes.settled(pico_models(family), s).widths == "uniform"
     assert "would load nowhere (openelm" in capsys.readouterr().err
-    assert planning.settled(pico_models("qwen3"), s) == s and not capsys.readouterr().err
+    assert choose_sizes.settled(pico_models("qwen3"), s) == s and not capsys.readouterr().err
     wide = pico_models("qwen2", intermediate_size=512)  # nemotron-nas holds its biases, in steps of 256
-    assert planning.settled(wide, s) == s
+    assert choose_sizes.settled(wide, s) == s
 
 
 def test_default_axes_are_those_that_can_be_cut(pico_models, tmp_path, capsys):
     """What nobody asked for is left out and said; what was asked is refused."""
     for family, why in (("olmo2", "span all heads"), ("granite", "multipliers")):
         path = pico_models(family)
-        assert planning.settled(path, replace(SMALL, axes=("ffn", "kv_head"))).axes == ("ffn",)
+        assert choose_sizes.settled(path, replace(SMALL, axes=("ffn", "kv_head"))).axes == ("ffn",)
         assert re.search(rf"{family} is not cut along kv_head: .*{why}", capsys.readouterr().err)
         assert pipeline.dry_run(path, replace(SMALL, axes=("ffn", "kv_head")))["after"]["kv_heads"] == 2
         with pytest.raises(UsageError, match=f"{family} cannot be cut along kv_head: .*{why}.* Choose from ffn, layer"):
             pipeline.run(path, tmp_path / "run", replace(SMALL, axes=("kv_head", "ffn")))
     with pytest.raises(Refused, match="layers of a smollm3 by their place"):
-        planning.settled(pico_models("smollm3"), replace(SMALL, gguf="f16"))
-    assert planning.settled(pico_models("smollm3"), SMALL).axes == SMALL.axes
+        choose_sizes.settled(pico_models("smollm3"), replace(SMALL, gguf="f16"))
+    assert choose_sizes.settled(pico_models("smollm3"), SMALL).axes == SMALL.axes
     assert not [*tmp_path.iterdir()]
 
 
 def test_hidden_is_cut_evenly(model, capsys):
     s = replace(SMALL, axes=("ffn", "hidden"))
-    assert planning.settled(model, s).widths == "even" and not capsys.readouterr().err
-    assert planning.settled(model, replace(s, widths="per-layer")).widths == "even"
+    assert choose_sizes.settled(model, s).widths == "even" and not capsys.readouterr().err
+    assert choose_sizes.settled(model, replace(s, widths="per-layer")).widths == "even"
     assert "same for all layers" in capsys.readouterr().err
 
 
@@ -320,19 +320,19 @@ def test_what_cannot_work_is_found_before_anything_is_written(model, tmp_path, c
 
 def test_gguf_may_be_asked_where_layers_stay_alike(model, pico_models):
     s = replace(SMALL, widths="per-layer", gguf="f16", axes=("ffn", "kv_head"))
-    assert planning.settled(pico_models("qwen2"), s).widths == "uniform"
-    assert planning.settled(model, s).widths == "per-layer"  # llama.cpp has deci for these
+    assert choose_sizes.settled(pico_models("qwen2"), s).widths == "uniform"
+    assert choose_sizes.settled(model, s).widths == "per-layer"  # llama.cpp has deci for these
 
 
 def test_the_plan_respects_what_must_load_it(pico_models, capsys):
     """llama.cpp has nothing for qwen3 with a head of its own and layers that differ."""
     untied = pico_models("qwen3", tie_word_embeddings=False)
     s = replace(SMALL, widths="per-layer", axes=("ffn", "kv_head"))
-    assert planning.settled(untied, s).widths == "per-layer"
-    assert planning.settled(untied, replace(s, runtimes=("mlx", "ollama"))).widths == "uniform"
+    assert choose_sizes.settled(untied, s).widths == "per-layer"
+    assert choose_sizes.settled(untied, replace(s, runtimes=("mlx", "ollama"))).widths == "uniform"
     assert "all layers are cut alike" in capsys.readouterr().err
     with pytest.raises(Refused, match=r"no GGUF of this model with layers that differ.*--widths uniform"):
-        planning.settled(untied, replace(s, gguf="f16"))
+        choose_sizes.settled(untied, replace(s, gguf="f16"))
 
 
 def test_a_model_that_no_gguf_can_hold_is_refused_at_once(pico_models, tmp_path):
@@ -346,12 +346,12 @@ def test_without_memory_for_trials_it_goes_on_without(model, monkeypatch, capsys
         raise Refused("too much")
 
     monkeypatch.setattr("mlx_pare.trial.check_memory", refuse)
-    assert planning.settled(model, SMALL).widths == "even"
+    assert choose_sizes.settled(model, SMALL).widths == "even"
     assert "going on without trials" in capsys.readouterr().err
-    assert planning.settled(model, replace(SMALL, widths="even")).widths == "even"
+    assert choose_sizes.settled(model, replace(SMALL, widths="even")).widths == "even"
     for change in (dict(widths="per-layer"), dict(memory_cap=10**9)):
         with pytest.raises(Refused, match="too much"):
-            planning.settled(model, replace(SMALL, **change))
+            choose_sizes.settled(model, replace(SMALL, **change))
 
 
 # ---- the command, and the whole run ----
@@ -381,7 +381,7 @@ def finished(pico_models, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("whole") / "run"
     s = replace(SMALL, widths="per-layer", tries=8, axes=("ffn", "kv_head"), trials=1, samples=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "splits", lambda *_: [])  # or the best may have layers that are all alike
+        patch.setattr(choose_sizes, "splits", lambda *_: [])  # or the best may have layers that are all alike
         return out, pipeline.run(model, out, s)
 
 
@@ -437,16 +437,16 @@ def test_report_of_even_and_of_given_up_candidates(made, tmp_path):
 
 def test_without_reconstruction_nothing_is_tried(model, capsys):
     """Trials repair, so they would judge other models than those that are made."""
-    assert planning.settled(model, replace(SMALL, reconstruct=False)).widths == "even"
+    assert choose_sizes.settled(model, replace(SMALL, reconstruct=False)).widths == "even"
     assert not capsys.readouterr().err
-    assert planning.settled(model, replace(SMALL, reconstruct=False, widths="per-layer")).widths == "even"
+    assert choose_sizes.settled(model, replace(SMALL, reconstruct=False, widths="per-layer")).widths == "even"
     assert "nothing is tried" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("free", [True, False])
 def test_what_was_begun_goes_on_whatever_is_free_now(made, model, monkeypatch, free):
     how, out, _ = made
-    assert planning.begun(out) == how and planning.begun(out / "nowhere") is None
+    assert choose_sizes.begun(out) == how and choose_sizes.begun(out / "nowhere") is None
 
     def refuse(*_):
         raise Refused("too much")
@@ -454,9 +454,9 @@ def test_what_was_begun_goes_on_whatever_is_free_now(made, model, monkeypatch, f
     if not free:
         monkeypatch.setattr("mlx_pare.trial.check_memory", refuse)
     if how == "uniform":
-        assert planning.settled(model, SMALL, planning.begun(out)).widths == "uniform"
+        assert choose_sizes.settled(model, SMALL, choose_sizes.begun(out)).widths == "uniform"
     if how == "even" and not free:
-        assert planning.settled(model, SMALL, planning.begun(out)).widths == "even"
+        assert choose_sizes.settled(model, SMALL, choose_sizes.begun(out)).widths == "even"
 
 
 def test_orders_of_another_text_are_not_taken(made, model):

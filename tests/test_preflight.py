@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import exporting, pipeline
+from mlx_pare import export_step, pipeline
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.recover_options import Options
 from mlx_pare.rundir import Run
@@ -54,7 +54,7 @@ def stopped(pico_models, settings, tmp_path_factory) -> Path:
         def fails(*_: object) -> dict:
             raise UsageError("a context of 300 means nothing", "give another one")
 
-        patch.setattr(exporting, "fits_of", fails)
+        patch.setattr(export_step, "fits_of", fails)
         with pytest.raises(UsageError, match="means nothing"):
             pipeline.run(pico_models("llama"), out, settings)
     with Run(out) as run:

@@ -17,7 +17,7 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import planning, steps
+from mlx_pare import choose_sizes, steps
 from mlx_pare.settings import Settings
 
 LIMIT = 240  # where nothing else runs a call takes ten: seconds after which a call hangs, which is an error
@@ -40,7 +40,7 @@ def pruned(pico_models, tmp_path_factory) -> Path:
         run.write_recipe({"model": str(model), "data": str(text), "length": 32, "samples": 8})
         steps.calibrate_step(run, texts, s)
         steps.score_step(run, s)
-        planning.plan_step(run, texts, s)
+        choose_sizes.plan_step(run, texts, s)
         steps.prune_step(run)
     return out
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import planning, steps
+from mlx_pare import choose_sizes, steps
 from mlx_pare.settings import Settings
 from mlx_pare.texts import Texts
 
@@ -30,7 +30,7 @@ def pruned(pico_models, tmp_path_factory) -> Path:
         run.write_recipe({"length": SETTINGS.length, "samples": SETTINGS.samples})
         steps.calibrate_step(run, texts, SETTINGS)
         steps.score_step(run, SETTINGS)
-        planning.plan_step(run, texts, SETTINGS)
+        choose_sizes.plan_step(run, texts, SETTINGS)
         steps.prune_step(run, False)
     return out
 

@@ -16,13 +16,13 @@ import pytest
 import typer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_pare import cli, corpus, lm, pipeline, planning, rescaled, steps
+from mlx_pare import choose_sizes, cli, corpus, lm, pipeline, rescaled, steps
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused, UsageError
-from mlx_pare.plan import Options as PlanOptions
 from mlx_pare.plan import plan
+from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import DRAW_BYTES, Options, required_bytes, savings
@@ -163,7 +163,7 @@ def test_what_is_healed_is_not_healed_again(pico_models, tmp_path, monkeypatch):
     model = pico_models("llama")
     texts = Texts(model, asked)
     with steps.open_run(model, tmp_path / "run") as run:
-        for step in (steps.calibrate_step, lambda r, t, s: steps.score_step(r, s), planning.plan_step):
+        for step in (steps.calibrate_step, lambda r, t, s: steps.score_step(r, s), choose_sizes.plan_step):
             step(run, texts, asked)
         steps.prune_step(run, False)
         with monkeypatch.context() as patched, pytest.raises(Killed):

@@ -283,7 +283,7 @@ def test_killed_in_a_stage_it_ends_in_the_same_bytes(finished, settings, tmp_pat
 
 
 def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("mlx_pare.exporting"), "export", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr("mlx_pare.export_step.export", lambda *_: pytest.fail("done again"))
     for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate"):
         monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
     assert pipeline.run(finished["model"], finished["out"], settings) == finished["summary"]

@@ -14,14 +14,15 @@ import pico
 import pytest
 import reference_criteria
 
-from mlx_pare import corpus, lm, planning, show, stability, steps, stream, tried
+from mlx_pare import choose_sizes, corpus, lm, show, stability, steps, stream, tried
 from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.calibrate import calibrate, calibrate_in_parts
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.evaluate import evaluate
-from mlx_pare.plan import Options, plan
+from mlx_pare.plan import plan
+from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.report import report
@@ -339,7 +340,7 @@ def run(pico_models, tmp_path):
         opened.write_recipe({"model": str(model), "samples": 12, "length": 32})
         steps.calibrate_step(opened, texts, ASKED)
         steps.score_step(opened, ASKED)
-        planning.plan_step(opened, texts, ASKED)
+        choose_sizes.plan_step(opened, texts, ASKED)
         yield opened, texts
 
 
@@ -400,7 +401,7 @@ def test_text_that_is_measured_on_as_well_is_an_error(run, tmp_path, verb):
     texts = steps.Texts(opened.model, leaking)
     with pytest.raises(PareError, match="the calibration text and the test text share the paragraph"):
         if verb == "plan":
-            planning.plan_step(opened, texts, leaking)
+            choose_sizes.plan_step(opened, texts, leaking)
         else:
             stability.stability_step(opened, texts, leaking, ["wanda"], 3, None, True)
 

@@ -11,7 +11,7 @@ import pico
 import pytest
 from test_prune import plan_of
 
-from mlx_pare import exporting, gguf_quantize, llama_cpp, lm, pipeline, steps
+from mlx_pare import export_step, gguf_quantize, llama_cpp, lm, pipeline, steps
 from mlx_pare.check import check
 from mlx_pare.errors import PareError, Refused
 from mlx_pare.export import verify
@@ -94,7 +94,7 @@ def test_case_02_a_gguf_file_that_fails_ends_nothing(pico_models, tmp_path, quic
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(exporting, function, fails)
+        patched.setattr(export_step, function, fails)
         summary = pipeline.run(pico_models("llama"), tmp_path / "run", quick)
     assert summary["gguf"] is None and "There is no GGUF file" in Path(summary["report"]).read_text()
     assert str(error).partition(".")[0] in capsys.readouterr().err
@@ -108,7 +108,7 @@ def test_case_02_one_that_was_asked_for_fails_after_the_report_and_is_tried_agai
 
     asked = steps.replace(quick, gguf="f16")
     with monkeypatch.context() as patched:
-        patched.setattr(exporting, "export", fails)
+        patched.setattr(export_step, "export", fails)
         with pytest.raises(PareError, match=r"no GGUF file was made: the file reads back wrong\. .*report\.md"):
             pipeline.run(pico_models("llama"), tmp_path / "run", asked)
     assert "There is no GGUF file: the file reads back wrong" in (tmp_path / "run" / "report.md").read_text()

@@ -38,8 +38,7 @@ from mlx_pare.evaluate import evaluate
 from mlx_pare.fit import fit
 from mlx_pare.inspect import inspect
 from mlx_pare.layout import size_of
-from mlx_pare.plan import Options as PlanOptions
-from mlx_pare.plan import redraw, shape
+from mlx_pare.plan import Options as PlanOptions, redraw, shape
 from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options

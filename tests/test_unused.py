@@ -13,7 +13,7 @@ import click
 import pytest
 import typer
 
-from mlx_pare.cli import app
+from mlx_pare.app import app
 from mlx_pare.errors import shell
 from mlx_pare.settings import TABLE
 from mlx_pare.texts import DEMO

@@ -38,8 +38,7 @@ def fit(
     a Mac nobody makes, PareError for a model that cannot be read.
     """
     from ..errors import UsageError
-    from . import footprint
-    from . import macs as table
+    from . import footprint, macs as table
     from .memory import Use
     from .subject import Form, open_subject
 

@@ -25,8 +25,10 @@ from .errors import PareError, Refused, UsageError
 from .gguf_further import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
 from .manifest import Manifest
-from .plan import Losses, Options, plan, plan_widths, propose, spaces, splits
-from .plan.goal import goal
+from .plan import plan, plan_widths
+from .plan.goal import Options, goal
+from .plan.levels import splits
+from .plan.widths import Losses, propose, spaces
 from .rundir import Run, fingerprint
 from .sensitivity import sensitivity
 from .settings import CutOptions, Settings

@@ -8,6 +8,7 @@ from typing import Any
 from . import console, imatrix, step_files
 from .artifacts import dump_json
 from .checkpoint import Checkpoint
+from .choose_sizes import wants_gguf
 from .errors import PareError
 from .export import export, why_not
 from .fit import macs, planner
@@ -15,7 +16,6 @@ from .fit.memory import Needs, Use
 from .gguf_quantize import direct, known
 from .llama_cpp import judged
 from .optional import attempt
-from .planning import wants_gguf
 from .rundir import Run
 from .settings import Settings
 from .texts import Texts
