@@ -26,12 +26,13 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 import pico  # noqa: E402
 
-from mlx_pare import console, llama_cpp, lm  # noqa: E402
+from mlx_pare import llama_cpp, lm  # noqa: E402
 from mlx_pare.arch import cut  # noqa: E402
 from mlx_pare.artifacts import LayerPlan, Plan, Size, Target  # noqa: E402
+from mlx_pare.base import console  # noqa: E402
+from mlx_pare.base.errors import PareError  # noqa: E402
 from mlx_pare.check import check  # noqa: E402
 from mlx_pare.checkpoint import Checkpoint  # noqa: E402
-from mlx_pare.errors import PareError  # noqa: E402
 from mlx_pare.export import export, verify  # noqa: E402
 from mlx_pare.prune import prune  # noqa: E402
 

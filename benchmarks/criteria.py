@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_pare import console, corpus, lm
+from mlx_pare import corpus, lm
+from mlx_pare.base import console
+from mlx_pare.base.errors import PareError
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError
 from mlx_pare.evaluate import evaluate
-from mlx_pare.plan import Options, plan
+from mlx_pare.plan import plan
+from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS, Options as RecoverOptions

@@ -17,15 +17,17 @@ from pathlib import Path
 
 from criteria import DEMO, rows_of, show
 
-from mlx_pare import console, corpus, lm
+from mlx_pare import corpus, lm
 from mlx_pare.artifacts import Arrays, Plan
+from mlx_pare.base import console
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.drops import layers_by_kl
 from mlx_pare.evaluate import evaluate
 from mlx_pare.fit.reach import protected_layers
-from mlx_pare.plan import Options, allocate, plan
+from mlx_pare.plan import allocate, plan
+from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import score

@@ -26,11 +26,12 @@ import numpy as np
 import pruners
 from criteria import DEMO, show
 
-from mlx_pare import choose_sizes, console, corpus, lm, steps
+from mlx_pare import choose_sizes, corpus, lm, steps
 from mlx_pare.artifacts import Metrics, Plan
+from mlx_pare.base import console
+from mlx_pare.base.errors import Refused
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.domains import Domains
-from mlx_pare.errors import Refused
 from mlx_pare.evaluate import evaluate
 from mlx_pare.plan import plan, whole
 from mlx_pare.plan.goal import Options

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from criteria import show
 
-from mlx_pare import console
-from mlx_pare.amounts import parse_amount
+from mlx_pare.base.units import gb, parse_amount
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "mlx_pare" / "demo" / "test.txt"
@@ -76,10 +75,10 @@ def table(asked: argparse.Namespace) -> Iterator[str]:
         found = known[step]
         manifest = json.loads((asked.work / "run" / "manifest.json").read_text())["steps"]
         mlx = manifest.get(step, {}).get("peak_mlx_bytes")
-        peaks = f"{console.gb(found['peak_bytes'])} | {console.gb(mlx) if mlx else '-'}"
+        peaks = f"{gb(found['peak_bytes'])} | {gb(mlx) if mlx else '-'}"
         yield f"| {step} | {found['seconds'] / 60:.1f} | {peaks} |"
     most = max(known, key=lambda step: known[step]["peak_bytes"])
-    yield f"\nThe most memory took {most}: {console.gb(known[most]['peak_bytes'])} of {asked.memory_cap}."
+    yield f"\nThe most memory took {most}: {gb(known[most]['peak_bytes'])} of {asked.memory_cap}."
     if known[most]["peak_bytes"] > parse_amount(asked.memory_cap, "bytes"):
         raise SystemExit(f"{most} took more than the cap")
 

@@ -27,7 +27,8 @@ import top_k_losses
 from criteria import DEMO, show
 from quality import HERE, WINDOW, Bench, Subject, _ids, _rows, subjects
 
-from mlx_pare import console, corpus, divergence, lm, stream, targets
+from mlx_pare import corpus, divergence, lm, stream, targets
+from mlx_pare.base import console
 from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
 from mlx_pare.objective import Objective, loss_of

@@ -17,7 +17,7 @@ import speed_export
 import speed_prune
 import tok_s
 
-from mlx_pare import console
+from mlx_pare.base import console
 
 PARTS = {"calibrate": speed_calibrate, "prune": speed_prune, "export": speed_export, "decode": tok_s}
 

@@ -19,7 +19,7 @@ import numpy as np
 import synthetic
 import timing
 
-from mlx_pare import console
+from mlx_pare.base.units import gb
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
 from mlx_pare.gguf_rows import Row, table
@@ -77,7 +77,7 @@ def lines(work: Path, rounds: int) -> list[str]:
             }
             found = timing.in_turn(steps, {"export": model}, rounds, work)
             table_lines.append(
-                f"| {name} to {kind} | {console.gb(sum(row.nbytes for row, _ in held))} "
+                f"| {name} to {kind} | {gb(sum(row.nbytes for row, _ in held))} "
                 f"| {timing.seconds(found['export'])} | {timing.seconds(found['kernels'])} "
                 f"| {timing.spread(timing.ratios(found['kernels'], found['export']))} "
                 f"| {timing.spread(timing.ratios(found['kernels'], found['export'], 'processor'))} "

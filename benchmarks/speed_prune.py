@@ -16,8 +16,8 @@ from pathlib import Path
 import synthetic
 import timing
 
-from mlx_pare import console
 from mlx_pare.artifacts import LayerPlan, Plan, Size, Target
+from mlx_pare.base.units import gb
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.layout import layout
 from mlx_pare.prune import prune
@@ -80,7 +80,7 @@ def lines(work: Path, rounds: int) -> list[str]:
         found = timing.in_turn(steps, {"prune": model, "copy": once}, rounds, work)
         written = sum(file.stat().st_size for file in once.glob("*.safetensors"))
         table.append(
-            f"| {name} | {console.gb(written)} of {console.gb(Checkpoint(model).nbytes())} "
+            f"| {name} | {gb(written)} of {gb(Checkpoint(model).nbytes())} "
             f"| {timing.seconds(found['prune'])} | {timing.seconds(found['copy'])} "
             f"| {timing.spread(timing.ratios(found['copy'], found['prune']))} "
             f"| {timing.fastest(found['copy'], found['prune'])} "

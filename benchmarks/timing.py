@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from mlx_pare import console
+from mlx_pare.base import console
 
 
 @dataclass(frozen=True)

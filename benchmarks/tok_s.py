@@ -17,12 +17,14 @@ import numpy as np
 import synthetic
 import timing
 
-from mlx_pare import console, corpus
+from mlx_pare import corpus
+from mlx_pare.base.units import gb
 from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
-from mlx_pare.plan import Options, plan
+from mlx_pare.plan import plan
+from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.score import score
 
@@ -93,7 +95,7 @@ def lines(work: Path, rounds: int, prompt: int = 64, new: int = 32) -> list[str]
     for runtime, found in runs.items():
         for (name, path), row in zip(models.items(), found, strict=True):
             cells = [cell for n in NUMBERS for cell in (timing.spread(row[n], 1), timing.spread(row["ratio"][n]))]
-            size = console.gb(Checkpoint(path).nbytes())
+            size = gb(Checkpoint(path).nbytes())
             table.append(f"| {runtime} | {name} | {size} | " + " | ".join(cells) + " |")
     return table
 

@@ -17,9 +17,10 @@ from .arch import Architecture, Tensor
 from .arch.axes import length, select
 from .artifacts import dump_json, survivors
 from .atomic import created, refuse_existing
-from .bounded import check_links
-from .checkpoint import Checkpoint, read_header, read_json
-from .errors import PareError, Refused, Unsupported
+from .base.errors import PareError, Refused, Unsupported
+from .base.untrusted import check_links, read_json
+from .checkpoint import Checkpoint
+from .safetensors_header import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"  # as mlx-lm names them
 PART = re.compile(r"(.+)\.(lora_a|lora_b)")

@@ -9,16 +9,16 @@ from typing import Any
 
 from .arch import require_cuttable
 from .artifacts import Arrays, Metrics, Plan, Target
+from .base.errors import UsageError
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import UsageError
+from .fit.form import Form
 from .fit.macs import Budget
 from .fit.memory import Use
-from .fit.subject import Form
 from .layout import size_of
 from .lm import tokenizer
 from .opened import StrPath, opened
-from .plan import Options as PlanOptions
+from .plan.goal import Options as PlanOptions
 from .recover_options import Options as RecoverOptions
 from .settings import Settings
 from .texts import Texts

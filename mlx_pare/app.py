@@ -14,8 +14,9 @@ import click
 import typer
 from click.core import ParameterSource
 
-from . import __version__, console, named, recipe_file, unused
-from .errors import told
+from . import __version__, named, recipe_file, unused
+from .base import console
+from .base.errors import told
 from .help_page import CommandPage, MainPage
 from .opened import opened
 from .option import Option

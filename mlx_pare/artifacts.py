@@ -17,13 +17,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from . import bounded
 from .arch import Architecture, Keep, LayerKeep, cut
 from .atomic import replaced
-from .checkpoint import Checkpoint, read_header
-from .console import gb
-from .errors import PareError, Refused, shell
+from .base import untrusted
+from .base.errors import PareError, Refused, shell
+from .base.units import gb
+from .checkpoint import Checkpoint
 from .packing import BITS, GROUP_SIZES, Packing
+from .safetensors_header import read_header
 
 SCHEMA = 1
 MAX_ARTIFACT = 64 << 20  # bytes; a plan of 126 layers of 53,248 channels takes 47 million
@@ -71,7 +72,7 @@ class Arrays:
         try:
             read_header(path)  # bounds what the library would allocate
             with safe_open(path, framework="numpy") as file:
-                about = bounded.loads((file.metadata() or {}).get("pare", "{}"))
+                about = untrusted.loads((file.metadata() or {}).get("pare", "{}"))
                 arrays = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 no dict
         except (PareError, OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
             raise PareError(f"cannot read {what} {path}: {getattr(error, 'problem', error)}") from error
@@ -100,8 +101,8 @@ class Strict(BaseModel):
         """From a JSON file of bounded size. Raises PareError, naming all that is wrong with it in one line, when it
         ``fault``."""
         try:
-            text = bounded.contents(Path(path) if isinstance(path, str) else path, MAX_ARTIFACT, what).decode("utf-8")
-            bounded.check_cost(text, ARTIFACT_BUDGET)
+            text = untrusted.contents(Path(path) if isinstance(path, str) else path, MAX_ARTIFACT, what).decode("utf-8")
+            untrusted.check_cost(text, ARTIFACT_BUDGET)
             return cls.model_validate_json(text)
         except OSError as error:
             raise PareError(f"cannot read {what} {path}: {error.strerror}") from error

@@ -26,8 +26,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import console, locks
-from .errors import PareError, Refused
+from . import locks
+from .base import console
+from .base.errors import PareError, Refused
+from .base.units import gb
 
 PART, TEMPORARY = ".mlx-pare.part", ".mlx-pare.tmp"  # a private directory; a file, with the suffix that it needs behind
 OURS = re.compile(r"\..*\.[0-9a-f]{16,24}\.mlx-pare\.(part|tmp(\.\w+)?)", re.DOTALL)
@@ -48,7 +50,7 @@ def require_room(out: Path, size: int, besides: str = "") -> None:
     free = shutil.disk_usage(next(place for place in out.absolute().parents if place.exists())).free
     if size > free:
         raise PareError(
-            f"{out}{besides} needs {console.gb(size)}, {out.parent} has {console.gb(free)} free",
+            f"{out}{besides} needs {gb(size)}, {out.parent} has {gb(free)} free",
             "make room on the disk",
         )
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import lm, machine, resident
+from . import lm, resident
+from .base import machine
+from .base.console import progress
+from .base.errors import Refused, UsageError
+from .base.units import gb
 from .checkpoint import Checkpoint
-from .console import gb, progress
-from .errors import Refused, UsageError
 from .fit.memory import Needs, Use
 from .opened import StrPath, opened
 from .values import COUNT, MOST, require, whole

@@ -13,9 +13,9 @@ from . import finite, gradients, step_files, stream
 from .arch import Architecture, require_cuttable
 from .artifacts import Arrays, dump_json
 from .atomic import replace_file, sweep
+from .base.errors import Refused, UsageError
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
-from .errors import Refused, UsageError
 from .kept import keep
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
 from .opened import StrPath, opened

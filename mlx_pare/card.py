@@ -6,11 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from . import __version__, markdown
+from . import __version__
 from .artifacts import CONTENDERS
+from .base import markdown
+from .base.errors import plain
+from .base.units import gb, readable
 from .checkpoint import Checkpoint
-from .console import gb, readable
-from .errors import plain
 from .licence import licence_name
 from .manifest import Manifest, read_recipe
 from .verdict import metrics, reconstructed, verdict

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from . import lm
 from .arch import RESULT_TYPES
-from .checkpoint import Checkpoint, read_json
-from .errors import PareError
-from .optional import attempt
+from .base.errors import PareError
+from .base.optional import attempt
+from .base.plain_path import plain, warning
+from .base.untrusted import read_json
+from .checkpoint import Checkpoint
 from .resident import not_resident
-from .stock_path import plain, warning
 from .tokenizer_class import SETTINGS
 
 PROMPT = "The"

@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import bounded, tied_head
+from . import tied_head
 from .arch import Architecture, Tensor, describe, supported_types
-from .bounded import read_json
-from .errors import PareError, Unsupported
+from .base import untrusted
+from .base.errors import PareError, Unsupported
+from .base.untrusted import read_json
 from .foreign_formats import foreign
 from .packing import FLOAT_MODES, Packing
 from .safetensors_header import DTYPE_BYTES, FLOATS, Entry, read_header
@@ -52,7 +53,7 @@ TOKENIZER_FILES = (
 def tokenizer_files(directory: Path) -> list[Path]:
     """The files of a model directory that make its tokenizer and its chat templates, those that are there."""
     named = [directory / name for name in TOKENIZER_FILES]
-    return [f for f in (*named, *sorted((directory / bounded.MORE_TEMPLATES).glob("*.jinja"))) if f.is_file()]
+    return [f for f in (*named, *sorted((directory / untrusted.MORE_TEMPLATES).glob("*.jinja"))) if f.is_file()]
 
 
 def _free_head(arch: Architecture) -> str:
@@ -96,7 +97,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         require_directory(self.path)
-        bounded.check_links(self.path)
+        untrusted.check_links(self.path)
         self.config = read_json(self.path / "config.json", "model config")
         files = sorted(self.path.glob(PATTERN))
         if not files:

@@ -16,12 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import console, gguf_uneven, text_record, trial
+from . import gguf_uneven, text_record, trial
 from .arch import why_uniform
 from .artifacts import Arrays, Plan, dump_json
+from .base import console
+from .base.errors import PareError, Refused, UsageError
 from .checkpoint import Checkpoint
 from .corpus import Extent
-from .errors import PareError, Refused, UsageError
 from .gguf_further import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
 from .manifest import Manifest

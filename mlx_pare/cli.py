@@ -13,9 +13,11 @@ from typing import Annotated, Any
 import click
 import typer
 
-from . import cli_export, cli_models, cli_steps, console, interrupts, show
+from . import cli_export, cli_models, cli_steps, interrupts, show
 from .app import AnyModel, DryRun, Model, Out, app, command, failed, mac_names
-from .errors import PareError, told
+from .base import console
+from .base.errors import PareError, told
+from .base.units import gb
 from .option import Option
 from .settings import OUTPUT, TABLE, memory, settings_of
 from .values import whole
@@ -215,16 +217,16 @@ def demo_command(
 @command("doctor", "mlx-pare doctor")
 def doctor_command() -> dict[str, Any]:
     """Show this computer and the installed versions."""
-    from .machine import available_bytes, this_machine, versions
+    from .base.machine import available_bytes, this_machine, versions
 
     machine = this_machine()
     found = {"machine": machine.as_dict(), "available_bytes": available_bytes(), "versions": versions()}
     rows = [
         ["system", machine.system],
         ["chip", machine.chip or "unknown (not a Mac)"],
-        ["memory", console.gb(machine.memory_bytes)],
+        ["memory", gb(machine.memory_bytes)],
     ]
-    rows += [["GPU cores", machine.gpu_cores or "unknown"], ["free now", console.gb(found["available_bytes"])]]
+    rows += [["GPU cores", machine.gpu_cores or "unknown"], ["free now", gb(found["available_bytes"])]]
     rows += [[name, found_version] for name, found_version in found["versions"].items()]
     console.table("mlx-pare doctor", ["<", "<value"], rows)
     if machine.rosetta:

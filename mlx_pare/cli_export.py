@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import console, show
+from . import show
 from .app import DryRun, Model, command, mac_names
 from .atomic import created
-from .errors import PareError, Refused, UsageError, shell
+from .base import console
+from .base.errors import PareError, Refused, UsageError, shell
+from .base.units import gb
 from .option import Option
 from .settings import OUTPUT, REACH, settings_of
 
@@ -155,7 +157,7 @@ def _gguf(
 
 def _require_fit(done: dict[str, Any], mac: str | None, context: int) -> None:
     if mac and not done["fits"][0]["fits"]:
-        over = console.gb(-done["fits"][0]["headroom_bytes"])
+        over = gb(-done["fits"][0]["headroom_bytes"])
         raise Refused(
             f"{done['path']} does not fit {mac} at {context} tokens: {over} too much",
             "the file is kept; cut more, or use a shorter context",
@@ -204,7 +206,8 @@ def _directory(
     model: Path, mlx: Path | None, hub: Path | None, packing: tuple[int, int, bool], no_verify: bool
 ) -> dict[str, Any]:
     """A model directory: packed, or for the hub; asked through mlx-lm's server."""
-    from . import deploy, served, stock_path
+    from . import deploy, served
+    from .base import plain_path
     from .checkpoint import Checkpoint
 
     out = mlx or hub
@@ -215,9 +218,9 @@ def _directory(
         if not no_verify:
             done["served"] = _asked(checkpoint, lambda chat: served.mlx_lm(checkpoint.path, chat))
     done["out"] = str(out)
-    console.say(f"{done['out']}: {console.gb(done['bytes'])}")
+    console.say(f"{done['out']}: {gb(done['bytes'])}")
     console.say(show.answered(done["served"]))
-    if told := stock_path.warning(checkpoint.path):
+    if told := plain_path.warning(checkpoint.path):
         console.warn(told)
     return done
 

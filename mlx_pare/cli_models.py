@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from . import console
 from .app import command
+from .base import console
+from .base.units import count
 
 
 @command("models", "mlx-pare models | mlx-pare models qwen3 | mlx-pare models --json")
@@ -21,7 +22,7 @@ def models_command(
     The list shows how large they are, what can be cut, and which repository they are in. Commands that need weights
     download them from that repository. These are float originals, except if the catalogue names weights packed by MLX.
     """
-    from .errors import UsageError
+    from .base.errors import UsageError
     from .fit import catalogue
 
     text = (part or "").lower()
@@ -33,7 +34,7 @@ def models_command(
     rows = [
         [
             row["name"],
-            console.count(row["parameters"]),
+            count(row["parameters"]),
             ", ".join(row["cuttable"]) or "nothing (fit and inspect only)",
             f"{row['bits']} bits" if row["bits"] else "as published",
             row["repository"],

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from . import console, show
+from . import show
 from .app import DryRun, Model, Out, RunDir, command
-from .errors import shell
+from .base import console
+from .base.errors import shell
+from .base.units import gb
 from .settings import CUT, REACH, RECOVERY, TABLE, memory, settings_of
 
 PLAN = (
@@ -48,7 +50,7 @@ def import_command(
 
     found = rebuild(gguf_of(file) or file, out, dense)
     told(found)
-    console.say(f"model: {out} ({found['model_type']}, {console.gb(found['bytes'])})")
+    console.say(f"model: {out} ({found['model_type']}, {gb(found['bytes'])})")
     return found
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from . import console
-from .errors import PareError, UsageError
+from .base import console
+from .base.errors import PareError, UsageError
 from .manifest import is_pruned, is_run
 from .records import LINES, PLAIN, Reader
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import console, finite
+from . import finite
 from .arch import Architecture
 from .atomic import created, refuse_existing, require_room
+from .base import console
+from .base.errors import PareError
 from .card import card, run_of
 from .checkpoint import Checkpoint
 from .clone import clone
-from .errors import PareError
 from .fit.gguf_mix import GROUP_OF
 from .licence import licence_file
 from .manifest import Manifest

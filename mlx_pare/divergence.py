@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from . import lm
+from .base.errors import UsageError
 from .corpus import Rows
-from .errors import UsageError
 from .head import Streamed
 
 TOKENS_AT_ONCE = 1024

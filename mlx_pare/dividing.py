@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 from . import corpus
-from .errors import PareError
+from .base.errors import PareError
 
 Parts = dict[str, list[str]]
 Enough = Callable[[Sequence[str]], bool]  # whether documents make one row

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from . import corpus, overlap
+from .base.errors import PareError, UsageError
 from .corpus import Rows
 from .dividing import divide
-from .errors import PareError, UsageError
 
 SHARES = {"calibration": 80, "validation": 10, "test": 10}  # of a text that the user gives, by paragraph
 HELD = {"calibration": 88, "validation": 12}  # where there is a test text beside it

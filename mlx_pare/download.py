@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import console, hub_cache
-from .checkpoint import cuttable, read_json, refuse_foreign
-from .errors import PareError, Refused
+from . import hub_cache
+from .base import console
+from .base.errors import PareError, Refused
+from .base.units import gb
+from .base.untrusted import read_json
+from .checkpoint import cuttable, refuse_foreign
 from .hub import File, Hub, HubError, Unreachable, in_time
 from .hub_fetch import AGAIN, OTHERWISE, WORKERS, Blob, fetch_all
 from .hub_files import MAX_SMALL, needed
@@ -56,7 +59,7 @@ def download(name: HubName, gguf: bool = False) -> Downloaded:
     lacking = hub_cache.missing(hub_cache.snapshot(hub.repo, commit), wanted)
     if lacking:
         received = _bring(name, hub, commit, wanted, lacking)
-        console.say(f"{name}: {console.gb(received)} downloaded, commit {commit[:8]}")
+        console.say(f"{name}: {gb(received)} downloaded, commit {commit[:8]}")
     else:
         console.say(f"{name}: in the cache, commit {commit[:8]}")
     hub_cache.remember(hub.repo, hub.asked, commit)
@@ -138,7 +141,7 @@ def _blob(hub: Hub, commit: str, file: str, listed: Any) -> Blob:
     if size is not None and size != known:
         raise HubError(f"{hub.host} says that {hub.repo}/{file} has {known} bytes, and that it has {size}", OTHERWISE)
     if known > MAX_SMALL and not file.lower().endswith((".safetensors", ".gguf")):
-        raise HubError(f"{hub.repo}/{file} has {console.gb(known)}, more than any such file", OTHERWISE)
+        raise HubError(f"{hub.repo}/{file} has {gb(known)}, more than any such file", OTHERWISE)
     if not ETAG.fullmatch(etag):
         raise HubError(f"{hub.host} gives {hub.repo}/{file} the ETag {etag[:80]!r}, which is no name", OTHERWISE)
     return Blob(file, known, hub_cache.storage(hub.repo) / "blobs" / etag)
@@ -150,9 +153,9 @@ def _check_room(name: HubName, needed: int) -> None:
     )
     free = shutil.disk_usage(place).free
     if needed > free:
-        there = f"the disk of {hub_cache.root()} has {console.gb(free)} free"
+        there = f"the disk of {hub_cache.root()} has {gb(free)} free"
         raise Refused(
-            f"{name} takes {console.gb(needed)} more, and {there}",
+            f"{name} takes {gb(needed)} more, and {there}",
             "make room, or set HF_HOME to a directory on a larger disk",
         )
 

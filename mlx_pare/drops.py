@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arch import Architecture, can_keep, positions
+from .base.errors import Refused
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import Refused
 from .fit.reach import best_layers
 from .trial import Candidate, try_out, whole
 

@@ -12,9 +12,9 @@ import re
 from itertools import count
 from pathlib import Path
 
-from . import bounded, console
 from .atomic import replace_file
-from .errors import PareError
+from .base import console, untrusted
+from .base.errors import PareError
 
 MOST = 64 << 20  # bytes of a file that is looked at
 SAID = "mlx-pare wrote this; sha256 of all above: {}. If you change it, it is kept."
@@ -62,7 +62,7 @@ def _unchanged(path: Path) -> bool:
     """Whether a file is as we wrote it."""
     comment = re.escape(COMMENTS.get(path.suffix, COMMENT)).replace(re.escape("{}"), "([0-9a-f]{64})")
     try:
-        found = re.fullmatch(b"(.*)" + comment.encode(), bounded.contents(path, MOST), re.DOTALL)
+        found = re.fullmatch(b"(.*)" + comment.encode(), untrusted.contents(path, MOST), re.DOTALL)
     except (PareError, OSError):
         return False
     return bool(found) and hashlib.sha256(found[1]).hexdigest().encode() == found[2]

@@ -11,10 +11,10 @@ import numpy as np
 
 from . import finite, lm, stream
 from .artifacts import MOST_NATS, Metrics
+from .base.errors import PareError, UsageError
 from .checkpoint import Checkpoint
 from .corpus import Rows
 from .divergence import measure
-from .errors import PareError, UsageError
 from .hub_name import called
 from .kept import end_of
 from .opened import StrPath, opened

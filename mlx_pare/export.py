@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import console, gguf_quantize, gguf_size, gguf_tokenizer
+from . import gguf_quantize, gguf_size, gguf_tokenizer
 from .atomic import created, refuse_existing, require_room, scratch
+from .base import console
+from .base.errors import PareError, UsageError
 from .checkpoint import Checkpoint
-from .errors import PareError, UsageError
 from .fit.gguf_mix import NEEDS_MATRIX
 from .gguf_size import Prediction, padded
 from .gguf_target import target_of

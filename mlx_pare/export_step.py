@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import console, imatrix, step_files
+from . import imatrix, step_files
 from .artifacts import dump_json
+from .base import console
+from .base.errors import PareError
+from .base.optional import attempt
 from .checkpoint import Checkpoint
 from .choose_sizes import wants_gguf
-from .errors import PareError
 from .export import export, why_not
 from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .gguf_quantize import direct, known
 from .llama_cpp import judged
-from .optional import attempt
 from .rundir import Run
 from .settings import Settings
 from .texts import Texts

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import console, gguf_blocks, gguf_header, gguf_settings, gguf_tokens, tokenizer_files
+from . import gguf_blocks, gguf_header, gguf_settings, gguf_tokens, tokenizer_files
 from .arch import Tensor, describe
 from .atomic import created, refuse_existing, require_room
-from .checkpoint import Checkpoint, Entry
-from .errors import PareError, Unsupported
+from .base import console
+from .base.errors import PareError, Unsupported
+from .checkpoint import Checkpoint
 from .gguf_rows import rope_order
 from .gguf_settings import Settings
 from .gguf_stored import FLOATS, Rounding, Row, float_parts, holds, words
+from .safetensors_header import Entry
 from .shards import OUR_KEY, ShardWriter, write_config
 from .slices import row_panels
 

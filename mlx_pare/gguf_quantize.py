@@ -19,9 +19,9 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Any
 
-from . import children, console
+from .base import children, console
+from .base.errors import PareError, UsageError
 from .checkpoint import Checkpoint
-from .errors import PareError, UsageError
 from .fit import gguf_mix
 from .gguf_target import FILE_TYPES
 

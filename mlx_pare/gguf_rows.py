@@ -11,7 +11,7 @@ from typing import Any
 from . import gguf_types, gguf_uneven
 from .arch import Architecture, Tensor
 from .arch.rope import llama3_factors
-from .errors import PareError
+from .base.errors import PareError
 from .fit import gguf_mix
 from .gguf_further import LONG, rotary
 from .gguf_target import Target

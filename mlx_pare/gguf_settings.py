@@ -15,7 +15,7 @@ from typing import Any
 
 from .arch import Architecture, both_rope_spellings, describe
 from .arch.rope import llama3_factors
-from .errors import PareError, Unsupported
+from .base.errors import PareError, Unsupported
 from .fit.gguf_config import Facts, config_of
 from .gguf_header import Header
 

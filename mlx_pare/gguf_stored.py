@@ -12,10 +12,10 @@ import numpy as np
 
 from . import gguf_blocks
 from .arch import Tensor
-from .checkpoint import Entry
-from .errors import PareError
+from .base.errors import PareError
 from .packing import Packing
 from .quantized import MX_DTYPE, Packed, energies, pack, pack_codes, raw_bytes
+from .safetensors_header import Entry
 from .shards import Planned
 from .slices import PANEL_VALUES, row_panels
 

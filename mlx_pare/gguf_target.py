@@ -12,8 +12,8 @@ from typing import Any
 
 from . import gguf_uneven
 from .arch import Architecture
+from .base.errors import PareError
 from .checkpoint import Checkpoint
-from .errors import PareError
 from .gguf_further import ALLOWED, FURTHER, LONG, NOTES, OBJECTIONS, WINDOWS, rotary
 from .licence import licence_name
 

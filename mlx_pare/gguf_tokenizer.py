@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from . import added_tokens
-from .bounded import check_links
-from .checkpoint import read_json
-from .errors import PareError
+from .base.errors import PareError
+from .base.untrusted import check_links, read_json
 from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET
 
 # enum llama_token_type, llama.cpp include/llama.h

@@ -13,19 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import PareError
+from .base.errors import PareError
 from .gguf_header import Skipped
-from .gguf_tokenizer import (
-    CONTROL,
-    DIGITS,
-    GPT2,
-    NORMAL,
-    PRE_TOKENIZERS,
-    SPACE,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-)
+from .gguf_tokenizer import CONTROL, DIGITS, GPT2, NORMAL, PRE_TOKENIZERS, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
 MAX_SPLITS = 1 << 28  # characters of all tokens cut in two everywhere: gemma's have 20 million
 NEVER = -1e8  # scores below are of what no merge makes: gguf_tokenizer.py gives it -1e9

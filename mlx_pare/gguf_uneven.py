@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .arch import Architecture, Tensor
-from .arch.spec import length
-from .errors import PareError
+from .arch.axes import length
+from .base.errors import PareError
 
 ABSENT_FFN = 32  # one block of a quantized row
 QKV = {"qkv_proj": ("attn_q", "attn_k", "attn_v")}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .base.errors import PareError
 from .checkpoint import Checkpoint
-from .errors import PareError
 from .gguf_rows import Row
 from .gguf_types import SCALES, TYPES
 

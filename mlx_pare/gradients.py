@@ -20,12 +20,12 @@ import mlx.core as mx
 
 from . import lm, stream
 from .arch import Architecture
+from .base.console import progress
+from .base.errors import PareError
 from .checkpoint import Checkpoint
-from .console import progress
 from .corpus import Extent, Rows
 from .cpu_math import MOST_KEPT
 from .divergence import Running
-from .errors import PareError
 from .observers import replace_module
 from .quantized import dense_rows
 

@@ -22,20 +22,22 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from . import bounded, hub_cache
-from .checkpoint import read_header, read_json
-from .errors import PareError, UsageError
+from . import hub_cache
+from .base import untrusted
+from .base.errors import PareError, UsageError
+from .base.untrusted import read_json
 from .fit import catalogue
 from .hub_cache import COMMIT, Remote, RemoteTensor
 from .hub_files import weight_files
 from .hub_name import HubName, on_hub
+from .safetensors_header import read_header
 from .weight_files import INDEX, indexed, told
 
 TIMEOUT = 5.0  # seconds without a byte from the network
 PATIENCE = 8.0  # seconds for the first answer in all: looking up a host name knows no timeout
 GUESS = 100_000  # bytes of a weight file asked for at first: nearly always the whole header, and so one request
 WORKERS = 8
-MAX_LISTING = bounded.MAX_JSON
+MAX_LISTING = untrusted.MAX_JSON
 MAX_RECEIVED = 256 << 20  # bytes of everything; 1 TB of weights has about 20 MB of headers
 OTHERWISE = "give a name of the catalogue or a model directory"
 
@@ -140,7 +142,7 @@ class Hub:
         """The commit that ``asked`` means now, and the size in bytes of every file in it (None: not said)."""
         raw = self._get(f"/api/models/{self.repo}/revision/{quote(self.asked, safe='')}?blobs=true", 0, MAX_LISTING)
         try:
-            found = bounded.loads(raw)
+            found = untrusted.loads(raw)
             names = {str(f["rfilename"]): f.get("size") for f in found["siblings"]}
             if not COMMIT.fullmatch(found["sha"]):
                 raise ValueError

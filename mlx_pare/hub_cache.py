@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .checkpoint import Checkpoint, read_json
-from .errors import PareError
+from .base.errors import PareError
+from .base.untrusted import read_json
+from .checkpoint import Checkpoint
 from .hub_files import needed
 from .hub_name import HubName
 

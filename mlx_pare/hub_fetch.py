@@ -13,8 +13,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from . import console, hub_cache
-from .errors import FULL, PareError
+from . import hub_cache
+from .base import console
+from .base.errors import FULL, PareError
+from .base.units import gb
 from .hub import Hub, HubError, Unreachable
 from .hub_name import HubName
 
@@ -60,7 +62,7 @@ def fetch_all(name: HubName, hub: Hub, commit: str, blobs: list[Blob]) -> None:
     stop, todo, done = threading.Event(), SimpleQueue(), SimpleQueue()
     for blob in blobs:
         todo.put(blob)
-    with console.progress(f"download {name}", sum(blob.size for blob in blobs), console.gb) as bar:
+    with console.progress(f"download {name}", sum(blob.size for blob in blobs), gb) as bar:
         bar.skip(sum(blob.there for blob in blobs))
         fetch = _Fetch(hub, commit, bar, stop)
 
@@ -75,7 +77,7 @@ def fetch_all(name: HubName, hub: Hub, commit: str, blobs: list[Blob]) -> None:
 
         for _ in range(min(WORKERS, len(blobs))):
             threading.Thread(target=work, daemon=True).start()
-        here = lambda: f"{console.gb(bar.done)} of {console.gb(bar.total)} of {name} are here"  # noqa: E731
+        here = lambda: f"{gb(bar.done)} of {gb(bar.total)} of {name} are here"  # noqa: E731
         try:
             for _ in blobs:
                 if (error := done.get()) is not None:
@@ -154,7 +156,7 @@ class _Fetch:
             except Unreachable as error:
                 failed = failed + 1 if written.size == before else 1
                 if failed > RETRIES:
-                    part = f"{console.gb(written.size)} of {console.gb(blob.size)} of {blob.file}"
+                    part = f"{gb(written.size)} of {gb(blob.size)} of {blob.file}"
                     raise Unreachable(f"{error.problem}; {part} are here", AGAIN) from error
                 self.stop.wait(PAUSE * 2 ** (failed - 1))
         return written.digest.hexdigest()

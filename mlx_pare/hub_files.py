@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
-from .errors import PareError, UsageError
+from .base.errors import PareError, UsageError
 from .hub_name import HubName
 
 MAX_FILES = 1000  # weight files of one model; the largest models have about 200

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import hub_cache
-from .errors import PareError
+from .base.errors import PareError
 from .gguf_header import Header, check_part, read_all, read_start, union
 from .hub import OTHERWISE, File, Hub, Unreachable, in_time
 from .hub_files import needed

@@ -22,9 +22,9 @@ import numpy as np
 from . import gguf_header, stream
 from .arch import Architecture
 from .atomic import replaced
+from .base.errors import PareError, UsageError
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import PareError, UsageError
 from .gguf_rows import table
 from .gguf_target import target_of
 from .observers import Tap, replace_module

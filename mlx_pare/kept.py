@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 import mlx.core as mx
 
 from . import stream
+from .base.errors import PareError
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import PareError
+from .head import Streamed
 from .spool import NAME, Spool
-from .stream import Streamed
 
 OURS = ("states-*", "repair-*", "walk.partial-*")
 

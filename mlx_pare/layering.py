@@ -11,13 +11,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from . import console
 from .artifacts import Arrays, Plan, dump_json
-from .checkpoint import Checkpoint, read_json
+from .base import console
+from .base.errors import UsageError
+from .base.untrusted import read_json
+from .checkpoint import Checkpoint
 from .drops import layers_by_kl, trials
-from .errors import UsageError
 from .fit.reach import Level, protected_layers
-from .plan import plan, shape, splits
+from .plan import plan
+from .plan.levels import shape, splits
 from .rundir import Run
 from .score import criterion, score
 from .settings import Settings

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from . import children, console, gguf_header, gguf_tokenizer, machine
+from . import gguf_header, gguf_tokenizer
+from .base import children, machine
+from .base.errors import PareError
+from .base.units import gb
 from .checkpoint import Checkpoint
-from .errors import PareError
 from .export import verify
 from .gguf_quantize import INSTALL
 from .gguf_rows import Row
@@ -150,7 +152,7 @@ def judged(model: Path, gguf: Path, kind: str, keep: bool = True) -> dict:
     """
     size = 4 * sum(t.size for t in Checkpoint(model).arch.tensors()) + gguf.stat().st_size
     if size > machine.available_bytes():
-        return {"checked": False, "reason": f"it would need {console.gb(size)} of memory"}
+        return {"checked": False, "reason": f"it would need {gb(size)} of memory"}
     try:
         found = verify(model, gguf)
     except PareError as error:

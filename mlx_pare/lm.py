@@ -24,12 +24,13 @@ import mlx.nn as nn
 
 from . import blas, cpu_math, tokenizer_files
 from .arch import Architecture, both_rope_spellings
-from .checkpoint import Checkpoint, read_headers, read_json, require_directory
-from .errors import PareError, Refused, Unsupported
+from .base.errors import PareError, Refused, Unsupported
+from .base.plain_path import plain, require_text
+from .base.untrusted import read_json
+from .checkpoint import Checkpoint, require_directory
 from .opened import opened
 from .packing import Packing
-from .stock_path import plain, require_text
-from .weight_files import without_leftovers
+from .weight_files import read_headers, without_leftovers
 
 
 def cpu_backend() -> bool:

@@ -23,15 +23,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, lm, rewrite, step_files, stream
+from . import divergence, lm, rewrite, step_files, stream
 from .arch import Tensor
 from .artifacts import Arrays, dump_json, survivors
 from .atomic import created, is_ours, refuse_existing, replace_file
+from .base import console
+from .base.errors import PareError, Refused, UsageError
+from .base.units import gb
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .cpu_math import MOST_KEPT
-from .errors import PareError, Refused, UsageError
 
 FLOOR = 0.01  # of the mean energy of the channels: none weighs more than a hundred average ones
 NOTHING = 1e-9  # an error that is rounding: both streams are one up to here
@@ -142,7 +144,7 @@ def check_memory(
     """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise."""
     state = rows.count * rows.length * student.arch.sizes["hidden"] * stream.state_width(student)
     training = training_bytes(student, rows, options)
-    instead = f" and training a block {console.gb(training)}), or a smaller batch"
+    instead = f" and training a block {gb(training)}), or a smaller batch"
     needed = stream.check_memory(student, rows, cap, state + training, instead)
     return max(needed, stream.check_memory(teacher, rows, cap, state))
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from . import bounded, recipe_file, settings
+from . import recipe_file, settings
 from .artifacts import SCHEMA, Count, Strict
-from .errors import PareError
+from .base import untrusted
+from .base.errors import PareError
 from .hub_name import HubName, of_snapshot
 from .values import shown
 
@@ -87,7 +88,7 @@ def is_pruned(path: Path) -> bool:
 def _keys(file: Path) -> set[str] | None:
     """The names in a JSON object: none if it is something else, or if there is no file. None: it cannot be read."""
     try:
-        found = json.loads(bounded.contents(file)) if file.is_file() else None
+        found = json.loads(untrusted.contents(file)) if file.is_file() else None
     except (OSError, PareError, ValueError, RecursionError):
         return None
     return set(found) if isinstance(found, dict) else set()

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import console
-from .errors import PareError, UsageError
+from .base import console
+from .base.errors import PareError, UsageError
 from .fit import catalogue
 from .hub_name import HubName
 
@@ -49,7 +49,8 @@ def local(model: str | os.PathLike[str], run: Path | None = None, gguf: bool = F
     name = None if os.path.exists(text) else HubName.parse(text) or _catalogued(text)
     if name is None:
         return Path(text)
-    from .download import HubError, Unreachable, download
+    from .download import download
+    from .hub import HubError, Unreachable
 
     pinned = _recorded(name, run)
     try:
@@ -135,7 +136,7 @@ def _recorded(name: HubName, run: Path | None) -> HubName | None:
     """The commit that a run was begun with, if it was begun with this name."""
     if run is None or not (run / "manifest.json").is_file():
         return None
-    from .checkpoint import read_json
+    from .base.untrusted import read_json
 
     with suppress(PareError):  # a damaged one is not for us to refuse
         known = read_json(run / "manifest.json", "run manifest").get("origin")

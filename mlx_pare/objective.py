@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import divergence, lm
-from .errors import UsageError
+from .base.errors import UsageError
 from .values import SHARE, TEMPERATURE, WEIGHT, require
 
 MATCHES = ("auto", "none", "cosine", "mse")

@@ -13,10 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .bounded import check_links, contents
+from .base.errors import PareError, plain
+from .base.untrusted import check_links, contents, read_json
 from .chat_template import SYSTEM, USER, Texts, go_template, read, trims
-from .checkpoint import read_json
-from .errors import PareError, plain
 from .gguf_tokenizer import first_token
 from .licence import licence_file
 from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats, has_chat_template

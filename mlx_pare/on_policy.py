@@ -20,9 +20,9 @@ import mlx.nn as nn
 import numpy as np
 
 from . import lm, ranks, stream, teacher
+from .base.errors import UsageError
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
-from .errors import UsageError
 from .values import SHARE, require
 
 ROUND = 25  # steps at most that are trained on samples of the same student

@@ -22,8 +22,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import bounded, console, named
-from .errors import PareError, UsageError
+from . import named
+from .base import console, untrusted
+from .base.errors import PareError, UsageError
 from .gguf_header import Header, is_gguf, read_parts
 from .hub_name import of_snapshot
 
@@ -152,7 +153,7 @@ def remembered(parts: Mapping[Path, Header], seen: str) -> str:
     first = next(iter(parts)).resolve()
     note = cache() / f"{_slug(first)}-{hashlib.sha256(os.fsencode(first)).hexdigest()[:16]}.hash"
     with suppress(PareError, OSError, ValueError, AttributeError):
-        known = json.loads(bounded.contents(note))
+        known = json.loads(untrusted.contents(note))
         if known.get("glimpse") == seen and re.fullmatch("[0-9a-f]{64}", str(known.get("content"))):
             return known["content"]
     content = content_of(parts)
@@ -204,7 +205,7 @@ def whole(directory: Path) -> bool:
     from .rundir import fingerprint
 
     try:
-        files = json.loads(bounded.contents(directory / LIST))["files"]
+        files = json.loads(untrusted.contents(directory / LIST))["files"]
         return bool(files) and all(fingerprint(directory / name) == known for name, known in files.items())
     except (PareError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return False

@@ -14,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import choose_sizes, console, contenders, corpus, gguf_quantize, kept, lm, recipes, schedule, step_files, steps
+from . import choose_sizes, contenders, corpus, gguf_quantize, kept, lm, recipes, schedule, step_files, steps
 from .artifacts import CONTENDERS, MOST_NATS, Metrics, Plan
+from .base import console
+from .base.errors import PareError, Refused, UsageError
+from .base.units import gb, readable
 from .calibrate import check_memory as check_calibration
 from .checkpoint import Checkpoint
-from .errors import PareError, Refused, UsageError
 from .export import why_not
 from .export_step import export_step, required
 from .fit import macs
@@ -268,7 +270,7 @@ def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
         row = next((r for r in summary["fits"][key] if r["mac"] == name), None)
         if row and not row["fits"]:
             raise Refused(
-                f"{what} does not fit {name} at {s.context} tokens: {console.gb(-row['headroom_bytes'])} too much",
+                f"{what} does not fit {name} at {s.context} tokens: {gb(-row['headroom_bytes'])} too much",
                 f"everything is kept, see {summary['report']}; ask for a smaller --gguf type, or cut more",
             )
 
@@ -276,7 +278,7 @@ def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
 def _quality_gate(summary: dict[str, Any], s: Settings) -> None:
     worse = summary["after"]["nll"] - summary["before"]["nll"]  # perplexity itself has a largest value
     if s.min_quality is not None and worse > math.log(s.min_quality):
-        ratio = console.readable(math.exp(min(worse, MOST_NATS)), 3)
+        ratio = readable(math.exp(min(worse, MOST_NATS)), 3)
         raise PareError(
             f"the result's perplexity is {ratio} x the original's, --min-quality allows {s.min_quality:g}",
             f"everything is kept for inspection, see {summary['report']}; keep more or recover longer",

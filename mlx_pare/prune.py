@@ -14,14 +14,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import finite, markdown, tokenizer_class
+from . import finite, tokenizer_class
 from .arch.axes import select
 from .arch.spec import Tensor
 from .artifacts import Arrays, Plan, dump_json, repair_file, survivors
 from .atomic import created, refuse_existing
+from .base import markdown
+from .base.console import progress
+from .base.errors import PareError
+from .base.units import span
 from .checkpoint import Checkpoint
-from .console import progress, span
-from .errors import PareError
 from .hub_name import called
 from .layout import Piece, layout, size_of, smaller
 from .opened import StrPath, opened

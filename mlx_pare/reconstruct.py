@@ -30,10 +30,10 @@ import numpy as np
 from . import divergence, gptq, lm, stream
 from .arch import Architecture
 from .artifacts import Arrays, LayerPlan, Plan, repair_file
+from .base.errors import PareError, Refused
+from .base.units import gb
 from .checkpoint import Checkpoint
-from .console import gb
 from .corpus import Extent, Rows
-from .errors import PareError, Refused
 from .layout import layout
 from .least_squares import Cost
 from .observers import replace_module

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bounded, console
-from .errors import PareError
+from .base import console, untrusted
+from .base.errors import PareError
 
 PLAIN = (".txt", ".md")  # one document each
 LINES = (".jsonl", ".ndjson", ".jsonlines")  # one record a line
@@ -66,7 +66,7 @@ class Reader:
     def _whole(self, file: Path, text: str) -> Placed:
         """A list of records; many data sets also call a file of one record a line so."""
         try:
-            found = bounded.loads(text, JSON_BYTES)
+            found = untrusted.loads(text, JSON_BYTES)
         except ValueError as error:
             if _is_record(text.lstrip().partition("\n")[0]):
                 return self._lines(file, text)
@@ -132,7 +132,7 @@ def _text(file: Path) -> str:
 
 def _parsed(line: str, where: str) -> Any:
     try:
-        return bounded.loads(line)
+        return untrusted.loads(line)
     except ValueError as error:
         raise PareError(f"{where} is not JSON: {error}") from error
 
@@ -140,7 +140,7 @@ def _parsed(line: str, where: str) -> Any:
 def _is_record(line: str) -> bool:
     """Whether a line is a JSON object."""
     try:
-        return line.lstrip().startswith("{") and isinstance(bounded.loads(line), dict)
+        return line.lstrip().startswith("{") and isinstance(untrusted.loads(line), dict)
     except ValueError:
         return False
 
@@ -153,7 +153,7 @@ def _holds_records(text: str) -> bool:
     if _is_record(text.lstrip().partition("\n")[0]):
         return True
     try:
-        found = bounded.loads(text, JSON_BYTES)
+        found = untrusted.loads(text, JSON_BYTES)
     except ValueError:
         return False
     return isinstance(found, dict) or (isinstance(found, list) and any(isinstance(one, dict) for one in found))

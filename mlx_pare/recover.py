@@ -21,13 +21,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import console, divergence, lm, local, machine, on_policy, ranks, rewrite, step_files, stream, targets, teacher
+from . import divergence, lm, local, on_policy, ranks, rewrite, step_files, stream, targets, teacher
 from .artifacts import dump_json, survivors
 from .atomic import created, refuse_existing, remove, replace_file, working
-from .checkpoint import Checkpoint, read_json
+from .base import console, machine
+from .base.errors import Refused, UsageError
+from .base.units import gb
+from .base.untrusted import read_json
+from .checkpoint import Checkpoint
 from .corpus import Rows
 from .domains import Domains, Sampler
-from .errors import Refused, UsageError
 from .kept import end_of
 from .objective import Taps, loss_of
 from .opened import StrPath, opened
@@ -109,9 +112,7 @@ class _Job:
             matched = len(places.own) if places else 0
             needed = check_memory(*sizes, options, self.memory_cap, matched)
             self.swift = self._swift(*sizes, options, self.memory_cap or machine.available_bytes(), matched)
-            console.say(
-                f"recover: {options.method}, {options.objective.kind} divergence, takes about {console.gb(needed)}"
-            )
+            console.say(f"recover: {options.method}, {options.objective.kind} divergence, takes about {gb(needed)}")
         stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
         if ranks.this()[0] == 0:  # who validates
             self.judge = teacher.Whole(self._end_of(self.validation.rows, "teacher, validation: block"))

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import console, cpu_math, lm, machine, on_policy, option, stream, targets, teacher
+from . import cpu_math, lm, on_policy, option, stream, targets, teacher
+from .base import machine
+from .base.errors import Refused, UsageError
+from .base.units import gb
 from .block_training import Options as BlockOptions
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
-from .errors import Refused, UsageError
 from .objective import Objective
 from .option import setting
 from .settings import GeneralOptions, RecoveryOptions, TrainingOptions
@@ -146,10 +148,10 @@ def check_memory(
         return needed(options)
     fitting = ((flags, needed(o)) for flags, o in savings(options) if needed(o) <= limit)
     flags, least = next(fitting, ("", 0))
-    cure = f"{flags} would take {console.gb(least)}" if flags else "use --recover-steps 0 or a shorter --length"
+    cure = f"{flags} would take {gb(least)}" if flags else "use --recover-steps 0 or a shorter --length"
     raise Refused(
-        f"recovering {student.path} needs about {console.gb(needed(options))}, "
-        f"{'--memory-cap allows' if cap else 'free are'} {console.gb(limit)}",
+        f"recovering {student.path} needs about {gb(needed(options))}, "
+        f"{'--memory-cap allows' if cap else 'free are'} {gb(limit)}",
         cure,
     )
 

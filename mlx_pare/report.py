@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import edited, markdown, schedule, step_files
+from . import edited, schedule, step_files
 from .artifacts import CONTENDERS, Plan
-from .console import count, duration, gb, readable, span
-from .errors import PareError
+from .base import markdown
+from .base.errors import PareError
+from .base.units import count, duration, gb, readable, span
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import lm, machine
+from . import lm
+from .base import machine
+from .base.errors import Refused
+from .base.units import gb
 from .checkpoint import Checkpoint
-from .console import gb
-from .errors import Refused
 
 
 def needed_bytes(model: Path) -> int:

@@ -3,7 +3,7 @@
     RUN/manifest.json   schema, source, versions, machine, one record per finished step (written last)
     RUN/recipe.toml     exactly what was asked
     RUN/<step>/         the outputs of a step; RUN/<step>.partial/ while it works, renamed when it is done
-    RUN/log.txt         what was said, and errors (log.py)
+    RUN/log.txt         what was said, and errors (base/log.py)
     RUN/kept/           while a run works: what several steps need of the original (kept.py)
 
 A step is skipped only when its parameters and the hashes of its inputs are the same and its outputs are whole. Big
@@ -28,10 +28,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import __version__, bounded, console, edited, locks, log, machine, recipe_file, step_files
+from . import __version__, edited, locks, recipe_file, step_files
 from .artifacts import dump_json
 from .atomic import is_ours, replace_file, sweep
-from .errors import PareError, Refused, shell, told
+from .base import console, log, machine, untrusted
+from .base.errors import PareError, Refused, shell, told
+from .base.units import gb
 from .manifest import MANIFEST, RECIPE, Manifest, StepRecord, read_manifest, read_recipe, require_run
 
 BIG_FILE = 64 << 20
@@ -44,7 +46,7 @@ HARMLESS = {".lock", ".DS_Store", log.NAME}  # what a killed start, or the Finde
 def fingerprint(path: Path) -> str:
     """sha256 of a file; of a big one its size and PIECES pieces of 4 KiB, evenly from its first bytes to its last."""
     size = path.stat().st_size
-    with bounded.regular(path) as file:
+    with untrusted.regular(path) as file:
         if size <= BIG_FILE:
             return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256(f"{size}".encode())
@@ -56,7 +58,7 @@ def fingerprint(path: Path) -> str:
 def sha256(path: Path, bar: console.Progress) -> str:
     """Of all of a file, whatever its size; ``bar`` counts the megabytes (MiB)."""
     digest = hashlib.sha256()
-    with bounded.regular(path) as file:
+    with untrusted.regular(path) as file:
         while part := file.read(8 << 20):
             digest.update(part)
             bar.advance(math.ceil(len(part) / (1 << 20)))
@@ -67,7 +69,7 @@ def is_locked(path: Path) -> bool | None:
     """Whether a process works on the run directory ``path``. None: its file system has no locks, so nobody can tell.
     Needs no right to write there."""
     try:
-        with bounded.regular(path / ".lock") as lock:
+        with untrusted.regular(path / ".lock") as lock:
             free = locks.acquire(lock.fileno(), shared=True)
     except FileNotFoundError:
         return False
@@ -123,7 +125,7 @@ class Run:
 
     def _acquire(self, locked: bool) -> BinaryIO:
         """The file of the lock, locked if it is to be. Raises Refused if another process has it."""
-        lock = bounded.regular(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        lock = untrusted.regular(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         given_up = time.monotonic() + PATIENCE_S
         while locked:
             if (got := locks.acquire(lock.fileno())) is None:
@@ -214,7 +216,7 @@ class Run:
             return
         text = recipe_file.toml(asked)
         with suppress(PareError, OSError, ValueError):  # one that cannot be read says something else
-            if tomllib.loads(bounded.contents(self.path / RECIPE).decode("utf-8")) == tomllib.loads(text):
+            if tomllib.loads(untrusted.contents(self.path / RECIPE).decode("utf-8")) == tomllib.loads(text):
                 return
         edited.replace(self.path / RECIPE, text.encode("utf-8"))
 
@@ -265,7 +267,7 @@ class Run:
         )
         self.manifest.steps[name] = done
         replace_file(self._file, dump_json(self.manifest))
-        console.record("done", f"{name}: {done.seconds:.1f} s, at most {console.gb(done.peak_bytes)}")
+        console.record("done", f"{name}: {done.seconds:.1f} s, at most {gb(done.peak_bytes)}")
         return True
 
     def _working(self, name: str, asked: Mapping[str, Any], resumes: bool) -> Path:

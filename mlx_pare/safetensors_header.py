@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import bounded
-from .errors import PareError
+from .base import untrusted
+from .base.errors import PareError
 
 MAX_DIMENSIONS = 16
-MAX_HEADER = bounded.MAX_JSON  # the safetensors library takes 100 MB, which would be 2 GB in memory
+MAX_HEADER = untrusted.MAX_JSON  # the safetensors library takes 100 MB, which would be 2 GB in memory
 DTYPE_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise PareError(f"cannot read {path}: {error.strerror}") from error
     try:
-        table = bounded.loads(raw, unique=True)
+        table = untrusted.loads(raw, unique=True)
         table.pop("__metadata__", None)
         entries = {name: _entry(path, 8 + length, info) for name, info in table.items()}
         _check_contiguous(entries, 8 + length)

@@ -18,9 +18,9 @@ from typing import Any
 
 from . import step_files
 from .artifacts import Metrics, Plan, Target, survivors
+from .base.errors import Refused, UsageError
+from .base.units import count, duration, readable
 from .checkpoint import Checkpoint
-from .console import count, duration, readable
-from .errors import Refused, UsageError
 from .fit.footprint import parameters
 from .manifest import Manifest
 from .rundir import Run

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from . import option
-from .amounts import parse_amount
-from .errors import UsageError
+from .base.errors import UsageError
+from .base.units import parse_amount
 from .option import Option, options_of, setting
 from .packing import BITS
 from .values import (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import console
+from .base import console, units
+from .base.units import duration, readable, span
 from .hub_name import shown
 
 FIT_COLUMNS = (
@@ -21,7 +22,7 @@ def fit_table(title: str, rows: list[dict[str, Any]], caption: str | None = None
 
 def _fit_row(row: dict[str, Any]) -> list[Any]:
     def size(key: str) -> str | None:
-        return None if row[key] is None else console.gb(row[key])
+        return None if row[key] is None else units.gb(row[key])
 
     def speed(key: str, cell: str) -> str | None:
         if row[key] is None:
@@ -32,7 +33,7 @@ def _fit_row(row: dict[str, Any]) -> list[Any]:
     gib = None if row["headroom_gib"] is None else f"{row['headroom_gib']:.2f}"
     return [
         row["mac"] + mark["memory"],
-        console.gb(row["budget_bytes"]) + mark["budget"],
+        units.gb(row["budget_bytes"]) + mark["budget"],
         *(size(key) for key in ("weights_bytes", "kv_bytes", "activation_bytes", "total_bytes")),
         row["verdict"],
         size("headroom_bytes"),
@@ -45,9 +46,9 @@ def _fit_row(row: dict[str, Any]) -> list[Any]:
 
 def show_gguf(title: str, found: dict[str, Any]) -> None:
     """Of what types a GGUF file is, and which of them stand in for others."""
-    counted = f"{found['kind']}, {console.gb(found['bytes'])}, {found['tensors']} tensors"
-    rows = [[name, of["tensors"], console.gb(of["bytes"])] for name, of in found["types"].items()]
-    rows.append(["header, vocabulary, padding", None, console.gb(found["bytes"] - found["tensor_bytes"])])
+    counted = f"{found['kind']}, {units.gb(found['bytes'])}, {found['tensors']} tensors"
+    rows = [[name, of["tensors"], units.gb(of["bytes"])] for name, of in found["types"].items()]
+    rows.append(["header, vocabulary, padding", None, units.gb(found["bytes"] - found["tensor_bytes"])])
     console.table(f"{title}: {counted}", ["<type", "tensors", "bytes"], rows)
     for change, count in found["fallback_types"].items():
         console.say(f"{change}: {count} tensors whose rows are no whole blocks")
@@ -61,14 +62,12 @@ def show_fit(found: dict[str, Any]) -> None:
     if here is None:
         console.say("this computer is not a Mac: its own limits are unknown, the table's are used")
     else:
-        free = console.gb(here["available_bytes"])
-        console.say(f"this Mac: {here['mac']}, budget {console.gb(here['budget_bytes'])}, {free} free now")
+        free = units.gb(here["available_bytes"])
+        console.say(f"this Mac: {here['mac']}, budget {units.gb(here['budget_bytes'])}, {free} free now")
     fit_table(_fit_title(found), found["rows"], found["note"])
     if found["file_bytes"]:
         size, rest = found["file_bytes"], found["file_bytes"] - found["weights_bytes"]
-        console.say(
-            f"the file takes {console.gb(size)}, {console.gb(rest)} of it are no weights: the vocabulary, mostly"
-        )
+        console.say(f"the file takes {units.gb(size)}, {units.gb(rest)} of it are no weights: the vocabulary, mostly")
     for line in found["notes"]:
         console.say(f"note: {line}")
     for mac, changes in found["alternatives"].items():
@@ -76,9 +75,9 @@ def show_fit(found: dict[str, Any]) -> None:
 
 
 def _fit_title(found: dict[str, Any]) -> str:
-    parts = [found["form"], f"weights {console.gb(found['weights_bytes'])}"]
+    parts = [found["form"], f"weights {units.gb(found['weights_bytes'])}"]
     if found["parameters"]:
-        parts.insert(1, f"{console.count(found['parameters']['total'])} parameters")
+        parts.insert(1, f"{units.count(found['parameters']['total'])} parameters")
     tokens = found["context"]
     use = f"{found['train']} training on rows of {tokens} tokens" if found["train"] else f"{tokens} tokens of context"
     parts += [use, *([f"batch {found['batch']}"] if found["batch"] > 1 else []), found["runtime"]]
@@ -94,7 +93,7 @@ def _show_changes(mac: str, changes: list[dict[str, Any]]) -> None:
         "`mlx-pare run` measures it):"
     )
     for change in changes[:CHANGES_SHOWN]:
-        spare, longest = console.gb(change["headroom_bytes"]), change["max_context"]
+        spare, longest = units.gb(change["headroom_bytes"]), change["max_context"]
         console.say(f"  {loss(change['expected_loss']):>7}  {change['change']}")
         console.say(f"           leaves {spare}, up to {longest} tokens    {change['how']}")
     if len(changes) > CHANGES_SHOWN:
@@ -121,9 +120,9 @@ def show_summary(summary: dict[str, Any]) -> None:
             rows.append(
                 [
                     title,
-                    console.count(m["parameters"]),
-                    console.gb(m["bytes"]),
-                    console.readable(m["perplexity"], 2, m["perplexity_stderr"]),
+                    units.count(m["parameters"]),
+                    units.gb(m["bytes"]),
+                    readable(m["perplexity"], 2, m["perplexity_stderr"]),
                     kl,
                 ]
             )
@@ -189,7 +188,7 @@ def stability_lines(found: dict[str, Any]) -> list[str]:
         how = "reconstructed" if cost["reconstructed"] else "not reconstructed"
         lines.append(
             f"{len(draws)} draws of {draws[0]:,} tokens, {cost['criterion']}, {how}: perplexity "
-            f"{console.readable(ppl['mean'], 3, ppl['stdev'])}, KL {kl['mean']:.4f} ± {kl['stdev']:.4f} "
+            f"{readable(ppl['mean'], 3, ppl['stdev'])}, KL {kl['mean']:.4f} ± {kl['stdev']:.4f} "
             "(standard deviation between draws)"
         )
     return lines
@@ -214,7 +213,7 @@ def show_inspect(found: dict[str, Any]) -> None:
     """What `inspect` answers: sizes, a line per kind of layer, and in sentences what loads the model and what can be
     cut."""
     rows = [["comes from", found["origin"]], ["stored as", found["stored"]]]
-    rows.append(["weights", console.gb(found["bytes"]["total"])])
+    rows.append(["weights", units.gb(found["bytes"]["total"])])
     if "parameters" in found:
         counted, tied = found["parameters"], found["tied_embedding"]
         parts = ", ".join(f"{name} {counted[name]:,}" for name in PARTS)
@@ -235,7 +234,7 @@ def _show_layers(found: dict[str, Any]) -> None:
     groups = found["layer_groups"]
     names = [name for name in GROUP_COLUMNS if any(group[name] is not None for group in groups)]
     columns = ["<kind of layer", *(GROUP_COLUMNS[name] for name in names)]
-    rows = [[_kind(g["kind"]), *(None if g[n] is None else console.span(g[n]) for n in names)] for g in groups]
+    rows = [[_kind(g["kind"]), *(None if g[n] is None else span(g[n]) for n in names)] for g in groups]
     console.table(f"{found['layers']} layers", columns, rows, "\n".join(["", *_loads(found), "", *_cuts(found)]))
 
 
@@ -290,7 +289,7 @@ METRICS = {
 
 def show_metrics(found: dict[str, Any]) -> None:
     """What `evaluate` measured, in words; what is for other programs (a loss per window) stays in the JSON document."""
-    rows = [["perplexity", console.readable(found["perplexity"], 4, found["perplexity_stderr"])]]
+    rows = [["perplexity", readable(found["perplexity"], 4, found["perplexity_stderr"])]]
     rows += [[name, format(found[key], form)] for key, (name, form) in METRICS.items() if found.get(key) is not None]
     console.table(shown(found["model"]), ["<measured", "<value"], rows)
 
@@ -302,9 +301,7 @@ def show_bench(found: dict[str, Any]) -> None:
     for m in found["models"]:
         cells = [f"{m[n]['median']:.1f} ({m[n]['min']:.1f}-{m[n]['max']:.1f})" for n in speeds]
         ratios = [f"{m['ratio'][n]['median']:.2f}" for n in speeds]
-        rows.append(
-            [shown(m["model"]), cells[0], ratios[0], cells[1], ratios[1], console.gb(m["peak_bytes"]["median"])]
-        )
+        rows.append([shown(m["model"]), cells[0], ratios[0], cells[1], ratios[1], units.gb(m["peak_bytes"]["median"])])
     columns = ["<model", "prefill tok/s", "ratio", "decode tok/s", "ratio", "peak"]
     console.table(f"{found['trials']} trials, {found['backend']}", columns, rows)
 
@@ -312,11 +309,11 @@ def show_bench(found: dict[str, Any]) -> None:
 def show_shape(made: dict[str, Any]) -> dict[str, Any]:
     """Sizes before and after a cut; returns them unchanged."""
     before, after = made["before"], made["after"]
-    written = {"parameters": console.count, "non_embedding": console.count, "bytes": console.gb}
-    rows = [[k.replace("_", " "), *(written.get(k, console.span)(size[k]) for size in (before, after))] for k in before]
+    written = {"parameters": units.count, "non_embedding": units.count, "bytes": units.gb}
+    rows = [[k.replace("_", " "), *(written.get(k, span)(size[k]) for size in (before, after))] for k in before]
     if stages := made.get("stages"):
         names = ["stage", "share", "steps", *before]
-        lines = [[written.get(k, console.span if k in before else str)(stage[k]) for k in names] for stage in stages]
+        lines = [[written.get(k, span if k in before else str)(stage[k]) for k in names] for stage in stages]
         console.table("stages", ["<stage", *(k.replace("_", " ") for k in names[1:])], lines)
     others = "neighbours: " + "; ".join(made["neighbours"]) if made["neighbours"] else None
     console.table(made["asked"], ["<", "before", "after"], rows, caption=others)
@@ -325,11 +322,11 @@ def show_shape(made: dict[str, Any]) -> dict[str, Any]:
 
 def show_status(found: dict[str, Any]) -> None:
     """What `status` answers: the steps that are done, and in words what is going on."""
-    gb, step = console.gb, found["working"] or found["next"]
+    gb, step = units.gb, found["working"] or found["next"]
     rows = [[s["step"], f"{s['seconds']:.1f}", gb(s["peak_bytes"]), gb(s["bytes"])] for s in found["steps"]]
     console.table(f"{found['run']} of {found['model']}", ["<step", "seconds", "peak memory", "on disk"], rows)
     words = {
-        "working": f"process {found['pid']} works on it since {console.duration(found['seconds'] or 0)}: {step}",
+        "working": f"process {found['pid']} works on it since {duration(found['seconds'] or 0)}: {step}",
         "finished": "finished",
         "failed": f"ended at {step}; the same command goes on from there",
         "killed": f"its process was killed, or the machine stopped, at {step}; the same command goes on from there",

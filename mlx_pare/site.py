@@ -12,8 +12,8 @@ import mlx.nn as nn
 import numpy as np
 
 from . import stream
+from .base.errors import PareError
 from .checkpoint import Checkpoint
-from .errors import PareError
 from .least_squares import Cost, Dual, Problem, cost, damping_for
 from .observers import replace_module
 from .quantized import dense_weight

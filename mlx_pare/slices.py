@@ -12,9 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from .arch import Tensor
-from .checkpoint import Checkpoint, Entry
-from .errors import PareError
+from .base.errors import PareError
+from .checkpoint import Checkpoint
 from .quantized import Packed
+from .safetensors_header import Entry
 
 PANEL_BYTES = 1 << 20  # of a tensor, read at a time
 PANEL_VALUES = 1 << 19  # of its weights, expanded at a time

@@ -15,9 +15,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .checkpoint import read_header
-from .errors import PareError
+from .base.errors import PareError
 from .quantized import MX_DTYPE, raw_bytes
+from .safetensors_header import read_header
 from .shards import packed_header
 
 NAME = "hidden"

@@ -24,10 +24,10 @@ import numpy as np
 from . import lm, stream, text_record
 from .arch import Architecture
 from .artifacts import Arrays, Plan, dump_json
+from .base.errors import UsageError
 from .calibrate import calibrate, calibrate_in_parts
 from .checkpoint import Checkpoint
 from .corpus import Rows
-from .errors import UsageError
 from .evaluate import evaluate
 from .fit.reach import protected_layers
 from .plan import allocate, redraw

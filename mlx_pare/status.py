@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import log
+from .base import log
 from .manifest import read_manifest, read_recipe
 from .opened import StrPath
 from .rundir import is_locked

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from . import bounded
 from .artifacts import ARTIFACT_BUDGET, MAX_ARTIFACT, explain
-from .errors import PareError, shell
+from .base import untrusted
+from .base.errors import PareError, shell
 from .step_schemas import SCHEMAS
 
 CURES = {"trials.json": "delete it: what it holds is tried again"}
@@ -41,7 +41,7 @@ def find(path: Path) -> dict[str, Any] | None:
 def note(path: Path, cure: str | None = None) -> dict[str, Any]:
     """A JSON object of our own, whatever is in it. Raises PareError as ``read`` does."""
     try:
-        found = bounded.loads(bounded.contents(path, MAX_ARTIFACT, "file"), ARTIFACT_BUDGET)
+        found = untrusted.loads(untrusted.contents(path, MAX_ARTIFACT, "file"), ARTIFACT_BUDGET)
     except OSError as error:
         raise PareError(f"cannot read {path}: {error.strerror}", cure or _redo(path)) from error
     except ValueError as error:

@@ -9,15 +9,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import console, lm, named, ranks, text_record
-from .amounts import parse_amount
+from . import lm, named, ranks, text_record
 from .artifacts import Metrics, Plan, dump_json
 from .atomic import replace_file
+from .base import console
+from .base.errors import Refused, UsageError, shell
+from .base.optional import attempt
+from .base.plain_path import require_text
+from .base.units import parse_amount
 from .bench import bench
 from .calibrate import calibrate
 from .check import check
 from .checkpoint import Checkpoint
-from .errors import Refused, UsageError, shell
 from .evaluate import evaluate
 from .fit import macs, planner
 from .fit.memory import Needs, Use
@@ -25,8 +28,7 @@ from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .manifest import read_manifest
 from .opened import require
-from .optional import attempt
-from .plan import Options as PlanOptions
+from .plan.goal import Options as PlanOptions
 from .prune import Lineage, prune
 from .reconstruct import reconstruct
 from .recover import recover
@@ -35,7 +37,6 @@ from .resident import not_resident
 from .rundir import Run, fingerprint
 from .score import criterion, described, score
 from .settings import RecoveryOptions, Settings, TrainingOptions
-from .stock_path import require_text
 from .texts import Texts
 from .training import Diverged
 

@@ -20,15 +20,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import finite, head, lm, machine
+from . import finite, head, lm
 from .ahead import read_ahead
 from .arch import Tensor
-from .checkpoint import DTYPE_BYTES, Checkpoint
-from .console import gb, progress
+from .base import machine
+from .base.console import progress
+from .base.errors import Refused
+from .base.units import gb
+from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
-from .errors import Refused
 from .head import Streamed
 from .quantized import EXPANDED_BYTES, StoredEmbedding, stored_dtype
+from .safetensors_header import DTYPE_BYTES
 from .spool import InMemory, Spool, Spooled, placeholder
 
 MICRO_BATCH_TOKENS = 1024

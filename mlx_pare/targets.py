@@ -27,13 +27,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import head, machine, step_files, stream
+from . import head, step_files, stream
 from .atomic import replace_file, sweep
+from .base import machine
+from .base.console import progress
+from .base.errors import PareError, Refused, UsageError, shell
+from .base.units import gb
 from .checkpoint import Checkpoint
-from .console import gb, progress
 from .corpus import Rows
 from .divergence import TOKENS_AT_ONCE
-from .errors import PareError, Refused, UsageError, shell
 
 SCHEMA = 1
 PART_TOKENS = 16384  # what a killed head loses at most; small enough for any memory, large enough for few files

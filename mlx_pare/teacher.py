@@ -15,9 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from . import stream
+from .base.errors import PareError
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
-from .errors import PareError
 
 
 class Guide(Protocol):

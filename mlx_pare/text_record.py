@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .artifacts import SCHEMA, Strict, dump_json
+from .base.errors import Refused, shell
 from .checkpoint import Checkpoint
-from .errors import Refused, shell
-from .rundir import RECIPE, Run
+from .manifest import RECIPE
+from .rundir import Run
 
 FILE = "text.json"
 NOT_TOKENS = {"generation_config.json"}  # comes with the tokenizer, and has no say in what a text is read as

@@ -6,9 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import console, corpus, domains, lm
+from . import corpus, domains, lm
+from .base import console
+from .base.errors import UsageError
 from .checkpoint import Checkpoint
-from .errors import UsageError
 from .settings import Settings
 from .text_record import document_hashes
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from . import lm, tokenizer_files
-from .checkpoint import read_json
-from .errors import PareError
+from .base.errors import PareError
+from .base.untrusted import read_json
 
 SETTINGS = "tokenizer_config.json"
 CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # both take tokenizer.json as it is

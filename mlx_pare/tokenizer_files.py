@@ -24,10 +24,11 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, TimeoutExpired
 from typing import Any
 
-from . import bounded, children
-from .checkpoint import TOKENIZER_FILES, read_json
-from .errors import PareError
-from .frozen_clock import Clock
+from .base import children, untrusted
+from .base.errors import PareError
+from .base.frozen_clock import Clock
+from .base.untrusted import read_json
+from .checkpoint import TOKENIZER_FILES
 
 MAX_TOKENIZER = 64 << 20  # bytes of a tokenizer.json; the largest known (gemma) has 33 million
 TOKENIZER_BUDGET = 640 << 20  # bytes that reading one may take; gemma's takes 300 million
@@ -46,17 +47,19 @@ PROBES = (*(run * (4000 // len(run)) + "\x00" for run in RUNS), TEXT * 40)
 def check(directory: Path) -> None:
     """Raises PareError for tokenizer files that lead out of the directory, are too large, or cannot be used in
     reasonable time and memory."""
-    bounded.check_links(directory)
+    untrusted.check_links(directory)
     try:
         named = [directory / name for name in (*TOKENIZER_FILES, *MORE_FILES)]
-        for file in (*named, *(directory / bounded.MORE_TEMPLATES).glob("*.jinja")):
+        for file in (*named, *(directory / untrusted.MORE_TEMPLATES).glob("*.jinja")):
             if file.exists():
-                limit = MAX_TOKENIZER if file.suffix == ".model" or file.name == "tokenizer.json" else bounded.MAX_JSON
-                raw = bounded.contents(file, limit, "tokenizer file")
+                limit = (
+                    MAX_TOKENIZER if file.suffix == ".model" or file.name == "tokenizer.json" else untrusted.MAX_JSON
+                )
+                raw = untrusted.contents(file, limit, "tokenizer file")
                 if file.name == "tokenizer.json":
                     _try(str(file), hashlib.sha256(raw).hexdigest())
                 elif file.name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-                    bounded.loads(raw)
+                    untrusted.loads(raw)
     except OSError as error:
         raise PareError(f"cannot read tokenizer file {file}: {error.strerror}") from error
     except ValueError as error:

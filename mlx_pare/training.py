@@ -23,10 +23,12 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import console, lm, ranks
+from . import lm, ranks
 from .artifacts import Arrays
+from .base import console
+from .base.errors import PareError, Refused, UsageError
+from .base.units import gb
 from .domains import Sampler
-from .errors import PareError, Refused, UsageError
 
 SCHEDULES = ("cosine", "linear", "constant")
 WARMUP, LAST_RATE = 0.05, 0.05  # share of the steps until the full rate is reached; what is left of it in the end
@@ -168,7 +170,7 @@ class Trainer:
             done = start + info["iteration"] // self.course.accumulate
             self.train_loss = info["train_loss"]
             note = f"loss {info['train_loss']:.4f}, {info['tokens_per_second']:.0f} tok/s, "
-            note += f"{console.gb(info['peak_memory'] * 1e9)}, validation {self.curve[-1]['loss']:.4f}"
+            note += f"{gb(info['peak_memory'] * 1e9)}, validation {self.curve[-1]['loss']:.4f}"
             bar.advance(done - bar.done, note)
 
         drawn = np.stack([self.sampler.draw() for _ in range(steps * self.course.accumulate)])

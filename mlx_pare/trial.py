@@ -24,9 +24,9 @@ import numpy as np
 
 from . import divergence, lm, stream
 from .arch import Architecture
+from .base.errors import Refused
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
-from .errors import Refused
 from .observers import replace_module
 from .packing import Packing
 from .quantized import pack, packed_so, stored_dtype

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from .errors import UsageError
+from .base.errors import UsageError
 from .packing import BITS, GROUP_SIZES
 
 MOST = 10**9  # rows, tokens, steps: a larger number is a slip of the hand

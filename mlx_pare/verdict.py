@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 from . import step_files
 from .artifacts import CONTENDERS, Metrics
-from .console import gb, readable
+from .base.units import gb, readable
 from .manifest import Manifest
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import console
-from .bounded import check_links, read_json
-from .errors import PareError
+from .base import console
+from .base.errors import PareError
+from .base.untrusted import check_links, read_json
 from .safetensors_header import Entry, read_header
 
 PATTERN = "model*.safetensors"  # of mlx_lm/utils.py load_model

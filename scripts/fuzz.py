@@ -32,8 +32,8 @@ from typing import Any
 from fuzz_changes import Mutator
 from fuzz_targets import TARGETS, Place, Target, catalogue
 
-from mlx_pare import console
-from mlx_pare.errors import PareError
+from mlx_pare.base import console
+from mlx_pare.base.errors import PareError
 
 CORPUS = Path(__file__).resolve().parents[1] / "tests" / "fuzz_corpus"
 MEMORY, SECONDS, HANG = 200 << 20, 2.0, 10  # bytes allocated; of processor time; seconds until it is stopped

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from mlx_pare import cli, console
+from mlx_pare import cli
+from mlx_pare.base import console
 
 
 @dataclass

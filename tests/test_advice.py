@@ -18,11 +18,11 @@ import pytest
 import typer
 
 from mlx_pare import app as shared, export_step
-from mlx_pare.amounts import parse_amount
 from mlx_pare.app import app
 from mlx_pare.arch import describe
+from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.base.units import parse_amount
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.fit import advice, catalogue, footprint, macs, memory, planner, reach
 from mlx_pare.fit.advice import Case, changes, smallest_cut
 from mlx_pare.fit.form import Form

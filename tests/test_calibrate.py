@@ -17,10 +17,10 @@ import reference
 
 from mlx_pare import gradients, stream
 from mlx_pare.artifacts import Arrays
+from mlx_pare.base.errors import Refused, UsageError
 from mlx_pare.calibrate import EXTRA, SITES, Statistics, calibrate, check_memory
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import Refused, UsageError
 from mlx_pare.spool import Spool, Spooled
 
 LAYERS = 4

@@ -15,7 +15,7 @@ import pytest
 from prose import chats, jsonl
 
 from mlx_pare import lm, recipes, text_record, tokenizer_files
-from mlx_pare.errors import PareError, Refused
+from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.pipeline import run
 from mlx_pare.rundir import Run
 from mlx_pare.settings import Settings
@@ -76,7 +76,7 @@ def test_case_20_a_template_is_told_the_date(model, tmp_path, template):
 def test_case_20_python_that_stands_in_for_a_template_is_told_it_too(tmp_path):
     """As mlx-lm's own templates, which are Python: they ask datetime, or time."""
     code = (
-        "from mlx_pare.frozen_clock import Clock; Clock().set('2025-02-03')\n"
+        "from mlx_pare.base.frozen_clock import Clock; Clock().set('2025-02-03')\n"
         "from datetime import date, datetime, timezone; import time\n"
         "print(datetime.now().isoformat(), datetime.now(timezone.utc).isoformat(), datetime.today().isoformat(),"
         " datetime.utcnow().isoformat(), date.today().isoformat(), time.strftime('%Y-%m-%d'),"

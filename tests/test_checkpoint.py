@@ -14,9 +14,10 @@ import pytest
 from safetensors import safe_open
 
 from mlx_pare import lm
-from mlx_pare.checkpoint import Checkpoint, read_header
-from mlx_pare.errors import PareError
+from mlx_pare.base.errors import PareError
+from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.quantized import raw_bytes
+from mlx_pare.safetensors_header import read_header
 from mlx_pare.shards import Planned, ShardWriter, write_config
 
 DOWN = "model.layers.1.mlp.down_proj"

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_pare import children, interrupts, tokenizer_files
+from mlx_pare import interrupts, tokenizer_files
+from mlx_pare.base import children
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}" + "{% endfor %}" * 2
@@ -55,7 +56,7 @@ def place(pico_models, tmp_path_factory) -> Path:
 
 def started(place: Path, code: str, way: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
     """A process that runs ``code`` as the command line would, and its child once that is at work."""
-    head = "import sys; from pathlib import Path; from mlx_pare import children, interrupts; interrupts.listen(); "
+    head = "import sys; from pathlib import Path; from mlx_pare.base import children; from mlx_pare import interrupts; interrupts.listen(); "
     head += f"children.WAY = {way!r}; "
     path = os.pathsep.join([str(ROOT), str(place), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"}
@@ -98,7 +99,9 @@ def test_f14_no_child_is_left(place, name, sent, way):
 def test_f14_hangup_is_told_in_one_line_and_a_second_one_does_not_stop_the_clean_up():
     code = """
 import time
-from mlx_pare import cli, errors, interrupts
+from mlx_pare import cli
+from mlx_pare.base import errors
+from mlx_pare import interrupts
 interrupts.listen()
 try:
     try:

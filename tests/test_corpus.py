@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mlx_pare import corpus, lm, overlap
+from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import PareError, UsageError
 
 
 @pytest.fixture(scope="module")

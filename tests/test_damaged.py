@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mlx_pare import pipeline, step_files, tried
-from mlx_pare.errors import PareError
+from mlx_pare.base.errors import PareError
 from mlx_pare.report import report
 from mlx_pare.rundir import Run
 from mlx_pare.settings import Settings

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlx_pare import cli, corpus, lm, overlap, pipeline, steps
+from mlx_pare.base.errors import PareError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError
 from mlx_pare.evaluate import evaluate
 from mlx_pare.texts import DEMO
 

@@ -16,8 +16,8 @@ from test_uneven import COUNTS, model, plan_of  # noqa: F401 (model is a fixture
 from typer.testing import CliRunner
 
 from mlx_pare import card, cli, deploy, served
+from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.prune import prune
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mlx_pare import corpus, domains, lm
+from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.corpus import Rows
 from mlx_pare.domains import FLOOR, Domains, Sampler, mix, parse, parse_all, reweighted
-from mlx_pare.errors import PareError, UsageError
 from mlx_pare.settings import Settings, settings_of
 from mlx_pare.texts import DEMO, Texts
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import choose_sizes, cli, console, recipes, steps
+from mlx_pare import choose_sizes, cli, recipes, steps
+from mlx_pare.base import console
 from mlx_pare.report import report
 from mlx_pare.settings import Settings
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import cli, console
-from mlx_pare.errors import PareError
+from mlx_pare import cli
+from mlx_pare.base import console
+from mlx_pare.base.errors import PareError
 from mlx_pare.manifest import read_recipe
 from mlx_pare.settings import TABLE, Settings, settings_of
 

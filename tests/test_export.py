@@ -17,7 +17,7 @@ from test_prune import plan_of
 
 from mlx_pare import gguf_header, gguf_rows, gguf_target, gguf_tokenizer, gguf_values, llama_cpp, lm
 from mlx_pare.arch import describe
-from mlx_pare.errors import PareError, Refused, UsageError
+from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.export import export, verify
 from mlx_pare.fit.gguf_mix import type_of
 from mlx_pare.prune import prune

@@ -13,7 +13,7 @@ from mlx_lm.utils import _get_classes, quantize_model
 
 from mlx_pare.arch import FAMILIES, describe, described_types
 from mlx_pare.arch.axes import length
-from mlx_pare.errors import PareError
+from mlx_pare.base.errors import PareError
 from mlx_pare.fit import catalogue, footprint
 from mlx_pare.fit.memory import Needs
 from mlx_pare.packing import Packing

@@ -11,8 +11,8 @@ import pytest
 
 from mlx_pare import deploy, finite
 from mlx_pare.artifacts import Plan
+from mlx_pare.base.errors import PareError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError
 from mlx_pare.prune import prune
 from mlx_pare.texts import DEMO
 

@@ -13,10 +13,11 @@ import pico
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_pare import lm, machine
+from mlx_pare import lm
 from mlx_pare.arch import describe
+from mlx_pare.base import machine
+from mlx_pare.base.errors import UsageError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import UsageError
 from mlx_pare.fit import footprint, macs, memory, planner, speed
 from mlx_pare.fit.memory import Needs, Use
 from mlx_pare.packing import Packing

@@ -11,8 +11,8 @@ import pico
 import pytest
 
 from mlx_pare import gguf_model, opened
+from mlx_pare.base.errors import PareError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError
 from mlx_pare.export import export
 from mlx_pare.gguf_header import read, read_parts
 

@@ -14,8 +14,8 @@ import pytest
 from gguf_conversion import GENERIC, metadata, named, parts
 
 from mlx_pare.arch import Architecture, describe
+from mlx_pare.base.errors import PareError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError
 from mlx_pare.export import export
 from mlx_pare.fit import catalogue, gguf_config
 from mlx_pare.fit.gguf_config import config_of

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
-from mlx_pare.errors import PareError
+from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
 from mlx_pare.gguf_header import MAX_ARRAY, Header, Skipped, read, read_all
 from mlx_pare.gguf_types import TYPES, nbytes
@@ -355,7 +355,7 @@ def test_the_worst_file_costs_little_memory(tmp_path):
     (tmp_path / "m.gguf").write_bytes(raw)
     code = f"""
 import time
-from mlx_pare.errors import PareError
+from mlx_pare.base.errors import PareError
 from mlx_pare.gguf_header import read
 def mb(what):
     return int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1]) >> 10

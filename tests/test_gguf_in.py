@@ -15,8 +15,8 @@ import pico
 import pytest
 
 from mlx_pare import gguf_blocks, gguf_model, gguf_settings, gguf_stored, llama_cpp, lm
+from mlx_pare.base.errors import PareError, Refused, Unsupported
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError, Refused, Unsupported
 from mlx_pare.export import export
 from mlx_pare.gguf_model import rebuild
 from mlx_pare.gguf_rows import rope_factors

@@ -18,8 +18,8 @@ import pytest
 from test_imatrix import WIDE, needs_llama, rows_of
 
 from mlx_pare import gguf_header, gguf_quantize, gguf_rows, gguf_size, gguf_values, imatrix, llama_cpp
+from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.export import export, verify
 from mlx_pare.export_step import export_step
 from mlx_pare.fit import fit

@@ -14,7 +14,7 @@ import strings
 from test_export import FORMS, model_of
 
 from mlx_pare import gguf_tokens, llama_cpp, lm
-from mlx_pare.errors import PareError
+from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
 from mlx_pare.gguf_header import vocabulary
 from mlx_pare.gguf_model import rebuild

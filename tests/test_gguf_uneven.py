@@ -8,8 +8,8 @@ import pytest
 from test_uneven import COUNTS, FUSED, NAS, ROWS, WIDE, model, plan_of  # noqa: F401 (model is a fixture)
 
 from mlx_pare import gguf_rows, gguf_size, gguf_uneven, imatrix, llama_cpp
+from mlx_pare.base.errors import PareError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError
 from mlx_pare.export import export, verify
 from mlx_pare.prune import prune
 

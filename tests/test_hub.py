@@ -21,9 +21,10 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 
 from mlx_pare import hub
-from mlx_pare.checkpoint import read_header
-from mlx_pare.errors import PareError, UsageError
-from mlx_pare.hub import GUESS, HubError, Remote, RemoteTensor, Unreachable, looks_like_repo, remote
+from mlx_pare.base.errors import PareError, UsageError
+from mlx_pare.hub import GUESS, HubError, Unreachable, looks_like_repo, remote
+from mlx_pare.hub_cache import Remote, RemoteTensor
+from mlx_pare.safetensors_header import read_header
 
 NAME = "org/model"
 OTHER = "f" * 40

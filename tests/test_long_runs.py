@@ -16,8 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_pare import console, log, machine, rundir
-from mlx_pare.errors import PareError
+from mlx_pare import rundir
+from mlx_pare.base import console, log, machine
+from mlx_pare.base.errors import PareError
+from mlx_pare.base.units import duration
 from mlx_pare.pipeline import run as run_all
 from mlx_pare.settings import Settings
 from mlx_pare.status import expected, status
@@ -160,7 +162,7 @@ def test_log_has_progress_twice_a_minute(opened, tmp_path, clock, monkeypatch):
     with opened() as run:
         run.step("score", {}, {}, work)
     said = [text for kind, text in lines(tmp_path / "run") if kind == "progress"]
-    assert said == [f"score: layer {n}/100, {console.duration(100 - n)} left" for n in (30, 60, 90)]
+    assert said == [f"score: layer {n}/100, {duration(100 - n)} left" for n in (30, 60, 90)]
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(opened, tmp_path):
@@ -311,7 +313,7 @@ def caffeinate(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def on_a_mac(monkeypatch) -> Callable[[], None]:
-    """From here on machine.py takes this for one."""
+    """From here on base/machine.py takes this for one."""
     mac = SimpleNamespace(platform="darwin", modules=sys.modules)
     return lambda: monkeypatch.setattr(machine, "sys", mac)
 

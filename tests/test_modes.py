@@ -37,9 +37,9 @@ from test_recover import OPTIONS, RATES, cut, same_packing_and_shapes, stored, t
 
 from mlx_pare import gptq, levels, lm, pipeline, quantized, stream
 from mlx_pare.artifacts import Plan, repair_file
+from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import PareError, Unsupported
 from mlx_pare.evaluate import evaluate
 from mlx_pare.export import export
 from mlx_pare.inspect import inspect

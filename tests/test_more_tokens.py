@@ -11,7 +11,7 @@ import pytest
 from test_export import needs_llama
 
 from mlx_pare import gguf_tokenizer, llama_cpp, pipeline
-from mlx_pare.errors import PareError
+from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
 from mlx_pare.settings import Settings
 

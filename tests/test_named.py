@@ -17,9 +17,10 @@ from hub_server import SHA, Repo
 from huggingface_hub import constants
 
 import mlx_pare
-from mlx_pare import cli, console, download, hub_cache, hub_fetch, named
+from mlx_pare import cli, download, hub_cache, hub_fetch, named
 from mlx_pare.arch import describe
-from mlx_pare.errors import PareError, UsageError
+from mlx_pare.base import console
+from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.export import export
 from mlx_pare.fit import catalogue
 from mlx_pare.gguf_header import read

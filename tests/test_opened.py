@@ -14,8 +14,8 @@ import pico
 import pytest
 
 from mlx_pare import atomic, gguf_model, llama_cpp, opened
+from mlx_pare.base.errors import PareError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError
 from mlx_pare.export import export
 from mlx_pare.gguf_header import read_parts
 

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 from mlx_pare import cli, deploy, export as export_verb, rundir, served
 from mlx_pare.artifacts import Arrays
+from mlx_pare.base.errors import Refused
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import Refused
 from mlx_pare.prune import prune
 
 
@@ -109,8 +109,9 @@ def test_f05_steps_of_the_python_interface_delete_nothing_beside_their_output(pl
 @pytest.mark.parametrize("name", ["out.work", "out.blocks"])
 def test_f05_directories_to_continue_from_are_ours_or_refused(place, tmp_path, name):
     from mlx_pare.atomic import working
+    from mlx_pare.block_training import Options
     from mlx_pare.corpus import Rows
-    from mlx_pare.local import Options, local
+    from mlx_pare.local import local
 
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("precious")

@@ -9,8 +9,8 @@ import pytest
 from prose import chats, jsonl, paragraphs
 
 from mlx_pare import corpus, domains, lm
+from mlx_pare.base.errors import PareError
 from mlx_pare.domains import parse_all, read_parts
-from mlx_pare.errors import PareError
 
 SYSTEM = "You are a patient helper who was made for this test alone. Answer in full sentences."
 LICENCE = "This file is part of the garden library and comes under the licence in LICENSE."

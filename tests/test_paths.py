@@ -10,8 +10,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_pare import lm, served, stock_path
-from mlx_pare.errors import PareError
+from mlx_pare import lm, served
+from mlx_pare.base import plain_path
+from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
 
 QUICK = ["--samples", 4, "--length", 32, "--recover-steps", 0, "--widths", "even", "--trials", 0, "--axes", "ffn"]
@@ -121,7 +122,7 @@ def test_f01_hub_ready_packed_and_bench(pare, pico_models, tmp_path):
     assert asked.code == 0, asked.err
     for directory in ("h[1]", "p[1]"):
         for file in (tmp_path / directory).glob("*.json"):
-            assert stock_path.PREFIX not in file.read_text()
+            assert plain_path.PREFIX not in file.read_text()
 
 
 def test_f01_transformers_takes_a_directory_for_a_directory(pare, pico_models, tmp_path, monkeypatch):
@@ -144,21 +145,21 @@ def test_f01_an_error_names_the_directory_that_was_given(pico_models, tmp_path):
     (own / "config.json").write_text(json.dumps(config))
     with pytest.raises(PareError) as error:
         lm.load(own)
-    assert str(own) in str(error.value) and stock_path.PREFIX not in str(error.value)
+    assert str(own) in str(error.value) and plain_path.PREFIX not in str(error.value)
 
 
 # ---- the name that stock programs get ----
 
 
 def test_f01_a_plain_name_is_handed_on_as_it_is(tmp_path):
-    with stock_path.plain(tmp_path / "model 4bit, v1.2") as name:
+    with plain_path.plain(tmp_path / "model 4bit, v1.2") as name:
         assert name == tmp_path / "model 4bit, v1.2"
 
 
 def test_f01_the_link_goes_with_its_use(tmp_path, monkeypatch):
-    monkeypatch.setattr(stock_path.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(plain_path.tempfile, "tempdir", str(tmp_path))
     (tmp_path / "m[1]").mkdir()
-    with stock_path.plain(tmp_path / "m[1]") as name:
+    with plain_path.plain(tmp_path / "m[1]") as name:
         assert name.resolve() == (tmp_path / "m[1]").resolve() and "[" not in str(name)
         assert len(list(tmp_path.iterdir())) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["m[1]"]
@@ -166,10 +167,10 @@ def test_f01_the_link_goes_with_its_use(tmp_path, monkeypatch):
 
 def test_f01_the_folder_for_temporary_files_may_have_such_a_name_itself(tmp_path, monkeypatch, pico_models):
     (tmp_path / "t[mp]").mkdir()
-    monkeypatch.setattr(stock_path.tempfile, "tempdir", str(tmp_path / "t[mp]"))
+    monkeypatch.setattr(plain_path.tempfile, "tempdir", str(tmp_path / "t[mp]"))
     own = copied(pico_models("llama"), tmp_path / "m[1]")
     assert len(lm.load(own).layers) == 4
-    monkeypatch.setattr(stock_path, "PLACES", ())
+    monkeypatch.setattr(plain_path, "PLACES", ())
     with pytest.raises(PareError, match="characters"):
         lm.load(own)
 

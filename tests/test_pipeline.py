@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import choose_sizes, contenders, lm, machine, pipeline, steps, tried, verdict
+from mlx_pare import choose_sizes, contenders, lm, pipeline, steps, tried, verdict
 from mlx_pare.artifacts import Arrays, Metrics, Plan, repair_file
+from mlx_pare.base import machine
+from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.base.units import count, gb
 from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.console import count, gb
-from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import CRITERIA

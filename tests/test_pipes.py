@@ -14,7 +14,8 @@ import pico
 import pytest
 from typer.testing import CliRunner
 
-from mlx_pare import cli, log, rundir
+from mlx_pare import cli, rundir
+from mlx_pare.base import log
 
 SECONDS = 60  # far more than any of it takes
 SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--recover-steps", "0", "--no-reconstruct", "--widths",

@@ -15,15 +15,16 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_pare import lm
-from mlx_pare.amounts import parse_amount
 from mlx_pare.arch import Keep, LayerKeep, describe
 from mlx_pare.artifacts import Arrays, Plan
+from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.base.units import gb, parse_amount
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.console import gb
-from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.fit import reach
 from mlx_pare.layout import total_bytes
-from mlx_pare.plan import Options, allocate, plan, redraw, shape, whole
+from mlx_pare.plan import allocate, plan, redraw, whole
+from mlx_pare.plan.goal import Options
+from mlx_pare.plan.levels import shape
 from mlx_pare.prune import prune
 
 ALL_AXES = ("ffn", "kv_head", "layer")

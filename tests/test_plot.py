@@ -16,7 +16,7 @@ import pytest
 from matplotlib.artist import Artist
 
 from mlx_pare import atomic, edited
-from mlx_pare.errors import PareError, Refused, UsageError
+from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.fit import macs, plot
 from mlx_pare.fit.bars import bars_of, by_memory, describe, heading
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_pare import export_step, pipeline
-from mlx_pare.errors import PareError, Refused, UsageError
+from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.recover_options import Options
 from mlx_pare.rundir import Run
 from mlx_pare.settings import Settings

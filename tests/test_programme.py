@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_pare.errors import Refused
+from mlx_pare.base.errors import Refused
 from mlx_pare.plan.programme import Choice, Menu, Variant, cost_of, loss_of, solve
 
 

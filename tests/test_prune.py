@@ -20,8 +20,8 @@ import reference_packing as reference
 
 from mlx_pare import lm
 from mlx_pare.artifacts import LayerPlan, Plan, Size, Target
+from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError, Refused
 from mlx_pare.prune import prune
 from mlx_pare.shards import ShardWriter
 

@@ -14,12 +14,12 @@ import pytest
 import mlx_pare
 from mlx_pare import lm
 from mlx_pare.artifacts import Metrics, Plan
+from mlx_pare.base.errors import UsageError
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import UsageError
 from mlx_pare.export import export as write_gguf
 from mlx_pare.fit.macs import Budget
 from mlx_pare.fit.memory import Use
-from mlx_pare.plan import Options as PlanOptions
+from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.recover_options import Options as RecoverOptions
 from mlx_pare.settings import Settings
 
@@ -139,5 +139,5 @@ def test_f31_numbers_of_any_kind_are_numbers(tmp_path):
 
 
 def test_f31_bench_of_text_is_one_model(tmp_path):
-    with pytest.raises(mlx_pare.errors.PareError, match="none"):
+    with pytest.raises(mlx_pare.base.errors.PareError, match="none"):
         mlx_pare.bench(str(tmp_path / "none"))

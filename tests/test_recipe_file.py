@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_pare import recipe_file
-from mlx_pare.errors import PareError, UsageError
+from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.rundir import Run
 from mlx_pare.settings import TABLE, Settings, settings_of
 from mlx_pare.texts import DEMO

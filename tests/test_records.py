@@ -8,7 +8,7 @@ import pytest
 from prose import jsonl, paragraphs
 
 from mlx_pare import corpus
-from mlx_pare.errors import PareError
+from mlx_pare.base.errors import PareError
 from mlx_pare.rundir import Run
 
 TEXTS = paragraphs(6, 8)

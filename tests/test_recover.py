@@ -16,11 +16,12 @@ import pytest
 import reference
 
 from mlx_pare import corpus, lm
+from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import PareError, Refused, UsageError
-from mlx_pare.plan import Options as PlanOptions, plan
+from mlx_pare.plan import plan
+from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS, Options, required_bytes, savings

@@ -17,10 +17,10 @@ import typer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_pare import choose_sizes, cli, corpus, lm, pipeline, rescaled, steps
+from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.prune import prune

@@ -12,12 +12,13 @@ import pytest
 
 from mlx_pare import corpus, llama_cpp, lm, pipeline, stream
 from mlx_pare.artifacts import Arrays, Plan
+from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.calibrate import Statistics, calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import PareError, Refused
 from mlx_pare.packing import Packing
-from mlx_pare.plan import Options, plan
+from mlx_pare.plan import plan
+from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.quantized import pack, relative_error
 from mlx_pare.settings import Settings

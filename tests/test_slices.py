@@ -11,9 +11,10 @@ import pytest
 import reference_packing as reference
 
 from mlx_pare import slices
-from mlx_pare.checkpoint import Checkpoint, read_header
-from mlx_pare.errors import PareError
+from mlx_pare.base.errors import PareError
+from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.quantized import Packed
+from mlx_pare.safetensors_header import read_header
 from mlx_pare.slices import read_panels, row_panels, sliced
 
 SHAPE = (37, 12)

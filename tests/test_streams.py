@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import console
+from mlx_pare.base import console
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full (Linux)")

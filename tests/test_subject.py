@@ -20,17 +20,21 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 from test_gguf_header import build, row, s, u32
 
-from mlx_pare import cli, console, steps
+from mlx_pare import cli, steps
 from mlx_pare.arch import describe
 from mlx_pare.artifacts import Arrays, Plan
-from mlx_pare.checkpoint import Checkpoint, read_header
-from mlx_pare.errors import PareError, UsageError
+from mlx_pare.base import console
+from mlx_pare.base.errors import PareError, UsageError
+from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
 from mlx_pare.fit import catalogue, fit, footprint, macs
+from mlx_pare.fit.form import Form
 from mlx_pare.fit.memory import Use
-from mlx_pare.fit.subject import Form, open_subject
-from mlx_pare.plan import Options, plan
+from mlx_pare.fit.subject import open_subject
+from mlx_pare.plan import plan
+from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
+from mlx_pare.safetensors_header import read_header
 
 FORMS = {"4": Form.named("4"), "mxfp4": Form.named("mxfp4"), "16": Form.named("16"), "gguf": Form.named(gguf="q4_k_m")}
 ENTRIES = {entry.name: entry for entry in catalogue.entries()}

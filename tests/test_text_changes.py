@@ -17,10 +17,11 @@ import pico
 import pytest
 from prose import paragraphs
 
-from mlx_pare import cli, console, corpus, domains, recipes, steps
+from mlx_pare import cli, corpus, domains, recipes, steps
+from mlx_pare.base import console
+from mlx_pare.base.errors import UsageError
 from mlx_pare.calibrate import calibrate
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import UsageError
 from mlx_pare.rundir import Run
 
 L = ["--length", "32", "--samples", "4"]

@@ -12,8 +12,8 @@ import pico
 import pytest
 
 from mlx_pare import fit, inspect, lm, pipeline
+from mlx_pare.base.errors import PareError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError
 from mlx_pare.settings import Settings
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

@@ -12,8 +12,8 @@ import pytest
 from test_prune import plan_of
 
 from mlx_pare import export_step, gguf_quantize, llama_cpp, lm, pipeline, steps
+from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.check import check
-from mlx_pare.errors import PareError, Refused
 from mlx_pare.export import verify
 from mlx_pare.gguf_quantize import INSTALL
 from mlx_pare.prune import prune

@@ -16,29 +16,24 @@ from mlx_lm.models import openelm
 from test_prune import DENSE, FUSED, PACKED, TOKENS, arrays_of, largest, masked, opened
 from transformers import AutoTokenizer
 
-from mlx_pare import console, lm
-from mlx_pare.arch import (
-    Keep,
-    LayerKeep,
-    cut,
-    describe,
-    uneven_types,
-    why_no_sublayer_drops,
-    why_uniform,
-)
+from mlx_pare import lm
+from mlx_pare.arch import Keep, LayerKeep, cut, describe, uneven_types, why_no_sublayer_drops, why_uniform
 from mlx_pare.arch.uneven import divisible, nas_config, nas_multiplier, nas_width
 from mlx_pare.artifacts import LayerPlan, Plan, Size, Target
+from mlx_pare.base import console
+from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
 from mlx_pare.check import check
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.errors import PareError, Unsupported
 from mlx_pare.evaluate import evaluate
 from mlx_pare.fit import fit
 from mlx_pare.inspect import inspect
 from mlx_pare.layout import size_of
-from mlx_pare.plan import Options as PlanOptions, redraw, shape
+from mlx_pare.plan import redraw
+from mlx_pare.plan.goal import Options as PlanOptions
+from mlx_pare.plan.levels import shape
 from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options

@@ -19,12 +19,15 @@ from pathlib import Path
 import pico
 import pytest
 
-from mlx_pare import arch, bounded, console, corpus, lm, markdown, teacher, tokenizer_files
+from mlx_pare import arch, corpus, lm, teacher, tokenizer_files
 from mlx_pare.artifacts import survivors
-from mlx_pare.checkpoint import Checkpoint, read_header, read_json
-from mlx_pare.errors import PareError, plain
+from mlx_pare.base import console, markdown, untrusted
+from mlx_pare.base.errors import PareError, plain
+from mlx_pare.base.untrusted import read_json
+from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.fit import subject
 from mlx_pare.gguf_tokenizer import read as read_tokenizer
+from mlx_pare.safetensors_header import read_header
 from mlx_pare.shards import copy_tokenizer
 
 PACKAGE = Path(corpus.__file__).parent
@@ -215,10 +218,12 @@ def most_that_is_read(name: str) -> str:
 
     def cost(count: int) -> int:
         with pytest.raises(ValueError) as caught:
-            bounded.check_cost(text(count), 0)
+            untrusted.check_cost(text(count), 0)
         return int(re.search(r"(\d+) MiB", str(caught.value))[1]) << 20
 
-    count = min(bounded.BUDGET / (cost(200_000) + (1 << 20)), bounded.MAX_JSON / len(text(200_000).encode())) * 200_000
+    count = (
+        min(untrusted.BUDGET / (cost(200_000) + (1 << 20)), untrusted.MAX_JSON / len(text(200_000).encode())) * 200_000
+    )
     return text(int(count))
 
 
@@ -229,21 +234,21 @@ def test_no_json_takes_more_than_200_mb(name):
     raw = text.encode()
     tracemalloc.start()
     try:
-        bounded.loads(raw)
+        untrusted.loads(raw)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 200e6
     with pytest.raises(ValueError, match="memory"):
-        bounded.check_cost(text * 12)
+        untrusted.check_cost(text * 12)
 
 
 def test_json_is_not_nested_without_end(tmp_path):
     for depth in (65, 900, 100_000):
         for opening, closing in (("[", "]"), ('{"a":', "}")):
             with pytest.raises(ValueError, match="nested"):
-                bounded.loads(opening * depth + "0" + closing * depth)
-    assert bounded.loads("[" * 64 + "]" * 64)
+                untrusted.loads(opening * depth + "0" + closing * depth)
+    assert untrusted.loads("[" * 64 + "]" * 64)
 
 
 def test_a_name_is_not_twice_in_a_header(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from mlx_pare.app import app
-from mlx_pare.errors import shell
+from mlx_pare.base.errors import shell
 from mlx_pare.settings import TABLE
 from mlx_pare.texts import DEMO
 from mlx_pare.unused import RULES, lines

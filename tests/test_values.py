@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import bench, cli, console, pipeline
-from mlx_pare.errors import PareError, Refused, UsageError
+from mlx_pare import bench, cli, pipeline
+from mlx_pare.base import console
+from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.recover_options import Options
 from mlx_pare.settings import TABLE, Settings, settings_of
 

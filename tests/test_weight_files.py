@@ -12,8 +12,8 @@ import pico
 import pytest
 
 from mlx_pare import deploy, fit, inspect, lm, pipeline, weight_files
+from mlx_pare.base.errors import PareError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError
 from mlx_pare.export import export
 from mlx_pare.settings import Settings
 

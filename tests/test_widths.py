@@ -9,12 +9,13 @@ import pytest
 
 from mlx_pare.arch import Architecture
 from mlx_pare.artifacts import Plan
+from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.errors import PareError, Refused, UsageError
 from mlx_pare.layout import size_of, total_bytes
-from mlx_pare.plan import Losses, Options, plan_widths, propose, spaces, splits
-from mlx_pare.plan.goal import goal, packing_of
-from mlx_pare.plan.widths import LEVELS, Space, keep_of
+from mlx_pare.plan import plan_widths
+from mlx_pare.plan.goal import Options, goal, packing_of
+from mlx_pare.plan.levels import splits
+from mlx_pare.plan.widths import LEVELS, Losses, Space, keep_of, propose, spaces
 from mlx_pare.score import score
 from mlx_pare.trial import PARTS, Candidate, Width
 

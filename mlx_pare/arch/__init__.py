@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import PareError, Unsupported
+from ..base.errors import PareError, Unsupported
 from . import dense, gemma, hybrid, latent, mamba, moe, plain, postnorm, uneven
 from .axes import AXES
 from .keep import Keep, LayerKeep

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import PareError
+from ..base.errors import PareError
 from .moe import experts
 from .postnorm import PLUS_ONE
 from .rows import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import PareError
+from ..base.errors import PareError
 from .moe import LOCAL, ROUTED, bare_router, experts, router
 from .rows import (
     EMBED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import PareError
+from ..base.errors import PareError
 from .rows import (
     AFTER,
     BEFORE,

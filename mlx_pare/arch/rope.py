@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import PareError
+from ..base.errors import PareError
 from .spec import shown
 
 

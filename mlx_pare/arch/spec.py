@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from ..errors import PareError
+from ..base.errors import PareError
 from .axes import Dim, dim, length
 
 

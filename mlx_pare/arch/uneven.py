@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import PareError
+from ..base.errors import PareError
 from .rope import both_rope_spellings, rope_scaling, rotary_share
 from .rows import BEFORE, EMBED, HEAD, HEAD_NORMS, NORM, Rows, attention, keys_without, norms, planned, swiglu
 from .spec import FUSED, Architecture, Family, tensor, whole

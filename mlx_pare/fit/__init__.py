@@ -8,9 +8,10 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .form import Form
     from .macs import Budget, Mac
     from .memory import Use
-    from .subject import Form, Subject
+    from .subject import Subject
 
 NOTE = (
     "weights, KV cache and states are counted; work memory, budgets and tok/s are estimates "
@@ -37,10 +38,11 @@ def fit(
     A model type that nobody described has rows with weights alone; what cannot be known is None. Raises UsageError for
     a Mac nobody makes, PareError for a model that cannot be read.
     """
-    from ..errors import UsageError
+    from ..base.errors import UsageError
     from . import footprint, macs as table
+    from .form import Form
     from .memory import Use
-    from .subject import Form, open_subject
+    from .subject import open_subject
 
     budget, use = budget or table.Budget(), use or Use()
     named, here = [table.find(name) for name in ([macs] if isinstance(macs, str) else macs)], table.here()
@@ -76,7 +78,7 @@ def _file(subject: Subject) -> int | None:
     if kind is None or subject.checkpoint is None:
         return None
     from .. import gguf_size
-    from ..errors import PareError
+    from ..base.errors import PareError
     from ..gguf_target import FILE_TYPES
 
     try:
@@ -105,7 +107,7 @@ def _here(mac: Mac | None, budget: Budget) -> dict[str, Any] | None:
     """What is known of the Mac this runs on, read from it and not from the table; None elsewhere."""
     if mac is None:
         return None
-    from ..machine import available_bytes
+    from ..base.machine import available_bytes
 
     return {
         "mac": mac.name,

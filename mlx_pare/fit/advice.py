@@ -13,14 +13,15 @@ from functools import cache
 from typing import Any
 
 from ..arch import Architecture, Keep, cut, describe
-from ..console import gb
-from ..errors import PareError
+from ..base.errors import PareError
+from ..base.units import gb
 from ..packing import BITS, GROUP_SIZES, Packing
 from ..settings import CutOptions
 from . import footprint, macs, planner, reach
+from .form import Form
 from .macs import Budget, Mac
 from .memory import Needs, Use, kv_bits_refused
-from .subject import Form, Subject
+from .subject import Subject
 
 # What fewer bits cost. GGUF: Llama-3-8B without importance matrix (llama.cpp's perplexity README, pull request 6936).
 # MLX, rounded to nearest: 4 bits in groups of 64 cost 0.18 to 0.26 on three small models (mlx-lm pull request 202) and

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from ..console import gb
+from ..base.units import gb
 
 MOST = 25  # bars in a picture: more of them are looked at, but not read
 COLUMNS = ("verdict", "headroom, GB", "budget, GB", "longest context")  # of the table beside the bars

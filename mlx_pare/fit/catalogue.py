@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..base.errors import UsageError
 
 
 @dataclass(frozen=True, eq=False)  # one object per model: a config cannot be hashed

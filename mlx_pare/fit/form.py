@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..arch import Architecture
-from ..errors import UsageError
+from ..base.errors import UsageError
 from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
 from . import footprint, planner
 from .footprint import Storage

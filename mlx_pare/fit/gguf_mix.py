@@ -20,7 +20,7 @@ from typing import NamedTuple
 from .. import gguf_uneven
 from ..arch import Architecture, Tensor
 from ..arch.axes import dim, length
-from ..errors import UsageError
+from ..base.errors import UsageError
 from ..gguf_types import fits, nbytes
 
 BASE = {

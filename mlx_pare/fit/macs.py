@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from .. import option
-from ..errors import UsageError
+from ..base.errors import UsageError
 
 GIB = 2**30
 
@@ -124,7 +124,7 @@ def here() -> Mac | None:
     """
     if sys.platform != "darwin":
         return None
-    from ..machine import this_machine
+    from ..base.machine import this_machine
 
     machine = this_machine()
     chip = (machine.chip or "unknown").removeprefix("Apple ")

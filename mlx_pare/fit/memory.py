@@ -15,7 +15,7 @@ from .. import option
 from ..arch import Architecture
 from ..arch.axes import length
 from ..arch.spec import Layer
-from ..errors import UsageError
+from ..base.errors import UsageError
 from ..option import setting
 from ..settings import ReachOptions
 from ..values import COUNT

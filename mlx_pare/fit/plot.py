@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from ..atomic import create_file, refuse_existing
-from ..errors import PareError, UsageError
+from ..base.errors import PareError, UsageError
 from .bars import COLUMNS, Bar, bars_of, describe, finding, heading, parts_of, slug, use
 from .planner import TIGHT
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..arch import Tensor
-from ..errors import PareError
+from ..base.errors import PareError
 from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
 from . import footprint
 from .footprint import Storage

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..arch import Architecture, Keep, LayerKeep, can_keep, positions
-from ..errors import Refused, UsageError
+from ..base.errors import Refused, UsageError
 
 AXES = ("ffn", "kv_head", "layer", "hidden")
 WIDE_FFN = 4096  # from here on the step is 256: MLX's fast kernels and llama.cpp's K-quants want it

@@ -10,7 +10,7 @@ off they are, model by model.
 from __future__ import annotations
 
 from ..arch.axes import length
-from ..errors import UsageError
+from ..base.errors import UsageError
 from . import footprint
 from .macs import Mac
 from .memory import Needs

@@ -13,16 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import console
 from ..arch import Architecture, describe
-from ..bounded import check_links
-from ..checkpoint import DTYPE_BYTES, FLOATS, Checkpoint, Entry, read_headers, read_json
-from ..errors import PareError, Unsupported, UsageError, shell
+from ..base import console, units
+from ..base.errors import PareError, Unsupported, UsageError, shell
+from ..base.untrusted import check_links, read_json
+from ..checkpoint import Checkpoint
 from ..foreign_formats import foreign
 from ..gguf_header import is_gguf
 from ..opened import ggufs_in, require
 from ..packing import Packing
-from ..weight_files import told
+from ..safetensors_header import DTYPE_BYTES, FLOATS, Entry
+from ..weight_files import read_headers, told
 from . import catalogue, footprint, planner, quantization
 from .footprint import Storage
 from .form import Form
@@ -254,7 +255,7 @@ def _doubts(arch: Architecture, loaded: Listed) -> tuple[str, ...]:
     if any(e.dtype not in FLOATS for e in loaded.values()) or abs(counted - expected) <= 0.01 * expected:
         return ()
     why = "parts that mlx-lm does not load may have been counted" if counted > expected else "files may be missing"
-    return (f"the files hold {console.count(counted)} values, the config means {console.count(expected)}: {why}",)
+    return (f"the files hold {units.count(counted)} values, the config means {units.count(expected)}: {why}",)
 
 
 def _elements(shape: Iterable[int]) -> int:

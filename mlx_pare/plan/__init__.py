@@ -7,8 +7,8 @@ from typing import Any
 
 from ..arch import Keep, LayerKeep
 from ..artifacts import Arrays, Plan, Size
+from ..base.errors import PareError
 from ..checkpoint import Checkpoint
-from ..errors import PareError
 from ..fit import reach
 from ..fit.reach import Level
 from ..layout import size_of

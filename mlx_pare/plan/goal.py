@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from .. import option
 from ..arch import Architecture, Keep, LayerKeep
 from ..artifacts import Target
+from ..base.errors import UsageError
+from ..base.units import count, gb
 from ..checkpoint import Checkpoint
-from ..console import count, gb
-from ..errors import UsageError
 from ..fit import footprint
 from ..layout import smaller, total_bytes
 from ..packing import BITS, GROUP_SIZES, Packing

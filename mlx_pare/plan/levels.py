@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..arch import Architecture, require_cuttable
 from ..artifacts import Size, Target
+from ..base.errors import Refused
 from ..checkpoint import Checkpoint
-from ..errors import Refused
 from ..fit import reach
 from ..fit.reach import Level
 from ..layout import size_of

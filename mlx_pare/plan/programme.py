@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 
-from ..errors import Refused
+from ..base.errors import Refused
 
 SECONDS = 20.0  # HiGHS stops then, with the best it has; models of 100 layers take a second
 

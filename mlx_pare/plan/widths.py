@@ -18,10 +18,11 @@ import numpy as np
 from ..arch import Architecture, Keep, LayerKeep, Tensor, uneven_types, why_no_sublayer_drops, why_uniform
 from ..arch.axes import length
 from ..arch.uneven import UNIT
-from ..checkpoint import DTYPE_BYTES, Checkpoint
-from ..errors import PareError, Refused
+from ..base.errors import PareError, Refused
+from ..checkpoint import Checkpoint
 from ..fit import reach
 from ..packing import Packing
+from ..safetensors_header import DTYPE_BYTES
 from ..trial import PARTS, Candidate, Width
 from . import programme
 from .goal import Goal, Options, packing_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import PareError, UsageError
+from ..base.errors import PareError, UsageError
 from ..opened import StrPath, opened
 
 AXES = ("ffn", "kv_head", "hidden", "layer")
@@ -110,8 +110,8 @@ def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed:
     from .. import observers
     from ..arch import require_cuttable
     from ..artifacts import Arrays
+    from ..base.console import progress
     from ..checkpoint import Checkpoint
-    from ..console import progress
     from . import depth, width
     from .source import Source
 

@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from ..arch import Tensor
 from ..arch.axes import select
+from ..base.errors import PareError
 from ..checkpoint import Checkpoint
-from ..errors import PareError
 from ..quantized import Packed
 from ..slices import read_panels
 

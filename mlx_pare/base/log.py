@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import bounded
+from . import untrusted
 from .errors import PareError
 
 NAME = "log.txt"
@@ -36,14 +36,14 @@ def write(directory: Path, kind: str, text: str) -> None:
     head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} {kind:8} "
     lines = "".join(f"{head}{line}\n" for line in text.splitlines() if line.strip())
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-    with suppress(OSError, PareError), bounded.regular(directory / NAME, flags) as file:
+    with suppress(OSError, PareError), untrusted.regular(directory / NAME, flags) as file:
         file.write(lines.encode("utf-8", "replace"))
 
 
 def last_session(directory: Path) -> list[Line]:
     """What the last process wrote, as far as it is among the last TAIL bytes; empty where there is no log."""
     try:
-        with bounded.regular(directory / NAME) as file:
+        with untrusted.regular(directory / NAME) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
             text = file.read().decode("utf-8", "replace")
     except (OSError, PareError):

@@ -16,6 +16,7 @@ from typing import Any
 
 from . import log
 from .errors import plain
+from .units import duration
 
 _logged: list[Path] = []  # the run directories that are open; a stage lies in one that is open as well
 _state = {"json": False, "quiet": False, "stdout": sys.stdout, "lost": None}
@@ -210,46 +211,3 @@ def progress(what: str | None, total: int, shown: Callable[[float], str] = str) 
         yield bar
     finally:
         bar.close()
-
-
-# ---- how numbers are written ----
-
-
-def gb(count: float) -> str:
-    """Bytes as decimal gigabytes (1e9); small ones as MB or kB."""
-    sign, size = ("-" if count < 0 else ""), abs(count)
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{sign}{size / scale:.2f} {unit}"
-    return f"{sign}{size:.0f} B"
-
-
-def readable(number: float, decimals: int, error: float | None = None) -> str:
-    """A number with ``decimals``, or as a power of ten if it is large: the perplexity of a broken model. With its
-    standard error: 61.90 ± 0.42."""
-    if error is not None:
-        return f"{readable(number, decimals)} ± {readable(error, decimals)}"
-    return f"{number:.{decimals}f}" if abs(number) < 1e6 else f"{number:.3g}"
-
-
-def span(sizes: int | Sequence[int]) -> str:
-    """A size, or the sizes of all layers as their smallest and largest: 96 to 128."""
-    return str(sizes) if isinstance(sizes, int) else f"{min(sizes)} to {max(sizes)}"
-
-
-def count(number: float) -> str:
-    """Parameters: 32.76B, 8.92M."""
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= scale:
-            return f"{number / scale:.2f}{unit}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 59 s, 3 min 20 s, 2 h 5 min."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

@@ -2,7 +2,7 @@
 
 ``start`` puts this file, run as a program, before the command:
 
-    python -I -S children.py WAY PARENT COMMAND ...
+    python -I -S base/children.py WAY PARENT COMMAND ...
 
 "exec" (Linux): the kernel is asked to kill this process when its parent ends (PR_SET_PDEATHSIG, prctl(2)); then it
 becomes the command. "watch" (elsewhere): it starts the command, and kills it when its own parent is gone. Either way
@@ -36,7 +36,7 @@ def module(name: str, *words: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """That of this process, in which another one finds the same package, and libraries say no more than they must."""
-    package = str(Path(__file__).resolve().parents[1])
+    package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
     quiet = {"RUST_BACKTRACE": "0", "TOKENIZERS_PARALLELISM": "false", "GGML_NO_BACKTRACE": "1"}
     return {**os.environ, "PYTHONPATH": path, **quiet}
