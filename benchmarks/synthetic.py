@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mlx_pare.packing import Packing
+from mlx_pare.tensors.packing import Packing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from make_synthetic import DEMO, config_of, make

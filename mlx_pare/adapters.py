@@ -20,7 +20,7 @@ from .atomic import created, refuse_existing
 from .base.errors import PareError, Refused, Unsupported
 from .base.untrusted import check_links, read_json
 from .checkpoint import Checkpoint
-from .safetensors_header import read_header
+from .tensors.safetensors import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"  # as mlx-lm names them
 PART = re.compile(r"(.+)\.(lora_a|lora_b)")

@@ -23,8 +23,8 @@ from .base import untrusted
 from .base.errors import PareError, Refused, shell
 from .base.units import gb
 from .checkpoint import Checkpoint
-from .packing import BITS, GROUP_SIZES, Packing
-from .safetensors_header import read_header
+from .tensors.packing import BITS, GROUP_SIZES, Packing
+from .tensors.safetensors import read_header
 
 SCHEMA = 1
 MAX_ARTIFACT = 64 << 20  # bytes; a plan of 126 layers of 53,248 channels takes 47 million

@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from . import lm
-from .quantized import Packed, dense_weight, is_packed, packed, repacked, rounded_on
+from .tensors.packed import Packed, dense_weight, is_packed, packed, repacked, rounded_on
 from .training import ClippedAdamW, Course
 
 METHODS = ("lora", "full")

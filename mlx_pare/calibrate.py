@@ -19,8 +19,8 @@ from .corpus import Extent, Rows
 from .kept import keep
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
 from .opened import StrPath, opened
-from .quantized import matrix
 from .spool import Spool
+from .tensors.packed import matrix
 
 # site -> (role of the module in the family's table, which side of it)
 SITES = {

@@ -1,7 +1,7 @@
-"""A model directory: config, tensor headers, lazy arrays. New ones are written by shards.py.
+"""A model directory: config, tensor headers, lazy arrays. New ones are written by tensors/shards.py.
 
-Nothing of a checkpoint is trusted: its headers are read within bounds (safetensors_header.py), names are checked before
-anything is opened. No array library is needed to look at a model.
+Nothing of a checkpoint is trusted: its headers are read within bounds (tensors/safetensors.py), names are checked
+before anything is opened. No array library is needed to look at a model.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .base import untrusted
 from .base.errors import PareError, Unsupported
 from .base.untrusted import read_json
 from .foreign_formats import foreign
-from .packing import FLOAT_MODES, Packing
-from .safetensors_header import DTYPE_BYTES, FLOATS, Entry, read_header
+from .tensors.packing import FLOAT_MODES, Packing
+from .tensors.safetensors import DTYPE_BYTES, FLOATS, Entry, read_header
 from .weight_files import INDEX, PATTERN, leftovers, read_headers
 
 __all__ = [

@@ -23,9 +23,9 @@ from .checkpoint import Checkpoint
 from .gguf_rows import rope_order
 from .gguf_settings import Settings
 from .gguf_stored import FLOATS, Rounding, Row, float_parts, holds, words
-from .safetensors_header import Entry
-from .shards import OUR_KEY, ShardWriter, write_config
-from .slices import row_panels
+from .tensors.panels import row_panels
+from .tensors.safetensors import Entry
+from .tensors.shards import OUR_KEY, ShardWriter, write_config
 
 MAX_ROW = 1 << 24  # values of a row, which is read at once
 MAX_FACTORS = 1 << 12  # of the rope, half a head

@@ -19,8 +19,8 @@ def encoded(checkpoint: Checkpoint, row: Row, q_norm: float = 1.0) -> Iterator[m
     Raises PareError for values that are not finite, or not in the row's type."""
     import mlx.core as mx
 
-    from .quantized import Packed
-    from .slices import read_panels
+    from .tensors.packed import Packed
+    from .tensors.panels import read_panels
 
     if row.source is None:
         yield convert(mx.array(row.constant), row.type).data

@@ -3,7 +3,7 @@
 Columns are rounded in their order, and those that are not reached yet make up for each error as the inputs allow: GPTQ,
 Frantar et al. 2022 (arXiv 2210.17323). Scale and bias of a group are MLX's own for what its weights have become when it
 is reached, in the dtype in which they are stored, and its codes are chosen for those. In the float modes only the
-values that a weight can take are others (levels.py).
+values that a weight can take are others (tensors/minifloat.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from . import levels
 from .elimination import Feedback
-from .packing import Packing
-from .quantized import Packed, pack, pack_codes
+from .tensors import minifloat
+from .tensors.packed import Packed, pack, pack_codes
+from .tensors.packing import Packing
 
 
 def quantize(weight: np.ndarray, packing: Packing, dtype: mx.Dtype, feedback: Feedback) -> tuple[Packed, np.ndarray]:
@@ -50,8 +50,8 @@ def _round(
     codes, errors = np.empty(own.shape, np.uint8), np.empty(own.shape)
     step = np.where(scale == 0, 1, scale)
     for i, column in enumerate(own):
-        code = levels.nearest((column - bias) / step, packing, np)
-        errors[i] = (column - (scale * levels.values(code, packing, np) + bias)) / upper[i, i]
+        code = minifloat.nearest((column - bias) / step, packing, np)
+        errors[i] = (column - (scale * minifloat.values(code, packing, np) + bias)) / upper[i, i]
         own[i + 1 :] -= upper[i, i + 1 :, None] * errors[i]
         codes[i] = code
     return codes, errors

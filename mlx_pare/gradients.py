@@ -27,7 +27,7 @@ from .corpus import Extent, Rows
 from .cpu_math import MOST_KEPT
 from .divergence import Running
 from .observers import replace_module
-from .quantized import dense_rows
+from .tensors.packed import dense_rows
 
 MOST_ROWS = 32  # the first ones (LLM-Pruner's Taylor criterion takes 10 rows of 64 tokens)
 SITES = {"ffn": ("down_proj", "ffn"), "attention": ("o_proj", "kv_head")}  # site -> (role of the matrix, axis)

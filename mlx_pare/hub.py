@@ -30,7 +30,7 @@ from .fit import catalogue
 from .hub_cache import COMMIT, Remote, RemoteTensor
 from .hub_files import weight_files
 from .hub_name import HubName, on_hub
-from .safetensors_header import read_header
+from .tensors.safetensors import read_header
 from .weight_files import INDEX, indexed, told
 
 TIMEOUT = 5.0  # seconds without a byte from the network

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from .arch import Architecture, Keep, Tensor, cut
 from .arch.spec import FUSED
 from .artifacts import Size
-from .checkpoint import DTYPE_BYTES, Checkpoint
+from .checkpoint import Checkpoint
 from .fit.footprint import parameters
-from .packing import Packing
-from .shards import Planned
+from .tensors.packing import Packing
+from .tensors.safetensors import DTYPE_BYTES
+from .tensors.shards import Planned
 
 Role = tuple[int | None, str]  # of a layer, or (None) of the model
 

@@ -1,7 +1,7 @@
 """The only door to mlx_lm: loading, tokenizing, generating, training, timing.
 
 Device differences live here too. On Metal (and CUDA) models compute in their own dtype with the stock layers. On the
-CPU backend every matrix is expanded to float32 for the length of one call (see quantized.Float32Linear), and
+CPU backend every matrix is expanded to float32 for the length of one call (see packed.Float32Linear), and
 mx.compile, which shells out to a C++ compiler there, is off. Products of float32 matrices are really computed in
 float32: by default MLX rounds their factors to ten bits on CUDA and on Macs from the M5 on, which would end up in every
 Gram matrix. The Metal side has never been run so far.
@@ -29,7 +29,7 @@ from .base.plain_path import plain, require_text
 from .base.untrusted import read_json
 from .checkpoint import Checkpoint, require_directory
 from .opened import opened
-from .packing import Packing
+from .tensors.packing import Packing
 from .weight_files import read_headers, without_leftovers
 
 
@@ -92,7 +92,7 @@ def for_backend(module: nn.Module) -> nn.Module:
     """The module as it should compute on this device."""
     if not cpu_backend():
         return module
-    from .quantized import to_float32
+    from .tensors.packed import to_float32
 
     return to_float32(module)
 
@@ -100,7 +100,7 @@ def for_backend(module: nn.Module) -> nn.Module:
 def packed(module: nn.Module, packing: Packing, dtype: mx.Dtype | None = None) -> nn.Module:
     """A linear layer of a streamed block with its matrix packed anew, in this dtype (None: that of the layer), as it
     should compute on this device."""
-    from .quantized import packed_layer
+    from .tensors.packed import packed_layer
 
     return for_backend(packed_layer(getattr(module, "inner", module), packing, dtype))
 

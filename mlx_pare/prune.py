@@ -27,10 +27,10 @@ from .checkpoint import Checkpoint
 from .hub_name import called
 from .layout import Piece, layout, size_of, smaller
 from .opened import StrPath, opened
-from .packing import Packing
-from .quantized import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
-from .shards import OUR_KEY, ShardWriter, copy_tokenizer, write_config
-from .slices import PANEL_VALUES, read_panels, sliced
+from .tensors.packed import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
+from .tensors.packing import Packing
+from .tensors.panels import PANEL_VALUES, read_panels, sliced
+from .tensors.shards import OUR_KEY, ShardWriter, copy_tokenizer, write_config
 
 Stored = tuple[str, Iterable[memoryview]]  # a name of the new model, and the bytes under it in parts
 

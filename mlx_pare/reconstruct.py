@@ -38,8 +38,8 @@ from .layout import layout
 from .least_squares import Cost
 from .observers import replace_module
 from .opened import StrPath, opened
-from .quantized import MX_DTYPE, Packed, relative_error
 from .site import Site, parts, solve_costs
+from .tensors.packed import MX_DTYPE, Packed, relative_error
 
 CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are
 SOLVED = ("o_proj", "down_proj")

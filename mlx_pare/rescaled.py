@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from . import lm
-from .quantized import Packed, packed
+from .tensors.packed import Packed, packed
 
 
 class Rescaled(nn.Module):

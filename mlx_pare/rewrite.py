@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from .arch import Tensor
 from .checkpoint import Checkpoint
-from .quantized import MX_DTYPE, Packed, pack, raw_bytes, read, repacked
-from .shards import Planned, ShardWriter, copy_tokenizer
-from .slices import sliced
+from .tensors.packed import MX_DTYPE, Packed, pack, raw_bytes, read, repacked
+from .tensors.panels import sliced
+from .tensors.shards import Planned, ShardWriter, copy_tokenizer
 
 BESIDE = ("config.json", "survivors.json", "plan.json", "README.md")
 

@@ -16,7 +16,7 @@ from . import option
 from .base.errors import UsageError
 from .base.units import parse_amount
 from .option import Option, options_of, setting
-from .packing import BITS
+from .tensors.packing import BITS
 from .values import (
     COUNT,
     DATE,

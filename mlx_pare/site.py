@@ -16,7 +16,7 @@ from .base.errors import PareError
 from .checkpoint import Checkpoint
 from .least_squares import Cost, Dual, Problem, cost, damping_for
 from .observers import replace_module
-from .quantized import dense_weight
+from .tensors.packed import dense_weight
 
 
 class Site:

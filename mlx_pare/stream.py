@@ -30,9 +30,9 @@ from .base.units import gb
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .head import Streamed
-from .quantized import EXPANDED_BYTES, StoredEmbedding, stored_dtype
-from .safetensors_header import DTYPE_BYTES
 from .spool import InMemory, Spool, Spooled, placeholder
+from .tensors.packed import EXPANDED_BYTES, StoredEmbedding, stored_dtype
+from .tensors.safetensors import DTYPE_BYTES
 
 MICRO_BATCH_TOKENS = 1024
 BASE_BYTES = 250 << 20  # Python, MLX, the tokenizer and what else is loaded

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from . import lm, ranks
 from .checkpoint import Checkpoint
-from .quantized import Packed
 from .rescaled import Rescaled, rescale
+from .tensors.packed import Packed
 
 
 def resident(path: Path, method: str) -> nn.Module:

@@ -28,9 +28,9 @@ from .base.errors import Refused
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .observers import replace_module
-from .packing import Packing
-from .quantized import pack, packed_so, stored_dtype
 from .site import Site, solve_costs
+from .tensors.packed import pack, packed_so, stored_dtype
+from .tensors.packing import Packing
 
 TINY = 1e-30
 MOST_WIDTHS = 33  # of an ffn that candidates have, at most (plan/widths.py LEVELS, and none)

@@ -17,7 +17,7 @@ from typing import Any
 from .base import console
 from .base.errors import PareError
 from .base.untrusted import check_links, read_json
-from .safetensors_header import Entry, read_header
+from .tensors.safetensors import Entry, read_header
 
 PATTERN = "model*.safetensors"  # of mlx_lm/utils.py load_model
 INDEX = "model.safetensors.index.json"

@@ -150,7 +150,7 @@ def leaves(value, name: str = ""):
 def half_written(out: Path) -> list[str]:
     """Files that have their name and yet cannot be read: of a run that was stopped. What says of itself that it is not
     finished (.tmp, .part, .partial) may be anything."""
-    from mlx_pare.checkpoint import read_header
+    from mlx_pare.tensors.safetensors import read_header
 
     found = []
     for file in sorted(f for f in out.rglob("*") if f.is_file()):

@@ -16,7 +16,7 @@ from mlx_pare.arch.axes import length
 from mlx_pare.base.errors import PareError
 from mlx_pare.fit import catalogue, footprint
 from mlx_pare.fit.memory import Needs
-from mlx_pare.packing import Packing
+from mlx_pare.tensors.packing import Packing
 
 WINDOW, CONTEXT = 64, 300
 

@@ -20,7 +20,7 @@ from mlx_pare.base.errors import UsageError
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.fit import footprint, macs, memory, planner, speed
 from mlx_pare.fit.memory import Needs, Use
-from mlx_pare.packing import Packing
+from mlx_pare.tensors.packing import Packing
 
 
 def published(model_type, hidden, layers, heads, ffn, vocab, tied, limit, **more):
@@ -419,7 +419,7 @@ import sys, time
 from mlx_pare.arch import describe
 from mlx_pare.fit import footprint, macs, memory, planner, speed
 from mlx_pare.fit.memory import Needs, Use
-from mlx_pare.packing import Packing
+from mlx_pare.tensors.packing import Packing
 arch = describe({QWEN25_32B!r})
 for bits in (4, 8):
     planner.fit(Needs(arch), planner.stored(arch, footprint.packed(Packing(bits, 64))), macs.every())

@@ -18,7 +18,7 @@ from mlx_pare.base.errors import Unsupported
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.fit.form import Form
 from mlx_pare.fit.subject import open_subject
-from mlx_pare.safetensors_header import DTYPE_BYTES
+from mlx_pare.tensors.safetensors import DTYPE_BYTES
 from mlx_pare.weight_files import read_headers
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes | None]]

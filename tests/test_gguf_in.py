@@ -22,8 +22,8 @@ from mlx_pare.gguf_model import rebuild
 from mlx_pare.gguf_rows import rope_factors
 from mlx_pare.gguf_target import Target
 from mlx_pare.gguf_types import TYPES
-from mlx_pare.packing import Packing
-from mlx_pare.quantized import Packed, pack_codes, read
+from mlx_pare.tensors.packed import Packed, pack_codes, read
+from mlx_pare.tensors.packing import Packing
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 500, 48)]
 

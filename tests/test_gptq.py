@@ -10,8 +10,8 @@ import reference_packing as reference
 
 from mlx_pare import gptq
 from mlx_pare.least_squares import Dual, Problem
-from mlx_pare.packing import BITS, Packing
-from mlx_pare.quantized import pack, pack_codes
+from mlx_pare.tensors.packed import pack, pack_codes
+from mlx_pare.tensors.packing import BITS, Packing
 
 OUT, N = 12, 96
 

@@ -24,7 +24,7 @@ from mlx_pare import hub
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.hub import GUESS, HubError, Unreachable, looks_like_repo, remote
 from mlx_pare.hub_cache import Remote, RemoteTensor
-from mlx_pare.safetensors_header import read_header
+from mlx_pare.tensors.safetensors import read_header
 
 NAME = "org/model"
 OTHER = "f" * 40

@@ -11,7 +11,7 @@ import reference
 
 from mlx_pare import elimination, gptq
 from mlx_pare.least_squares import DAMPING, DAMPING_OF_FEW, Dual, Problem, cost, damping_for
-from mlx_pare.packing import Packing
+from mlx_pare.tensors.packing import Packing
 
 
 def data(inputs: int, outputs: int = 5, tokens: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -35,7 +35,7 @@ from test_prune import (
 )
 from test_recover import OPTIONS, RATES, cut, same_packing_and_shapes, stored, texts
 
-from mlx_pare import gptq, levels, lm, pipeline, quantized, stream
+from mlx_pare import gptq, lm, pipeline, stream
 from mlx_pare.artifacts import Plan, repair_file
 from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.checkpoint import Checkpoint
@@ -44,13 +44,14 @@ from mlx_pare.evaluate import evaluate
 from mlx_pare.export import export
 from mlx_pare.inspect import inspect
 from mlx_pare.local import local
-from mlx_pare.packing import FLOAT_MODES, Packing
 from mlx_pare.prune import prune
-from mlx_pare.quantized import Packed, StoredEmbedding, pack, repacked, rounded_on
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS
 from mlx_pare.settings import Settings
+from mlx_pare.tensors import minifloat, packed as quantized
+from mlx_pare.tensors.packed import Packed, StoredEmbedding, pack, repacked, rounded_on
+from mlx_pare.tensors.packing import FLOAT_MODES, Packing
 from mlx_pare.trial import Width, try_out, whole
 
 FIXTURES = cut, faulty, texts
@@ -114,14 +115,16 @@ def test_nearest_is_that_of_all_values(mode, xp):
     own = reference_packing.VALUES[mode][np.isfinite(reference_packing.VALUES[mode])]
     x = np.concatenate([own, random.randn(3000) * 3, random.randn(3000) * 1e-3, random.randn(500) * 300])
     x = x.astype(np.float32)
-    found = levels.nearest(xp.array(x), packing, xp)
-    taken = np.array(levels.values(found, packing, xp)).astype(np.float64)
+    found = minifloat.nearest(xp.array(x), packing, xp)
+    taken = np.array(minifloat.values(found, packing, xp)).astype(np.float64)
     wanted = reference_packing.nearest(x.astype(np.float64), mode)
     assert np.array_equal(np.abs(taken - x), np.abs(wanted - x))
     assert np.array_equal(taken[: len(own)], own)
     halves = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0] if packing.bits == 4 else [17.0, 19.0, 0.0029296875])
     even = np.array([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0] if packing.bits == 4 else [16.0, 20.0, 0.00390625])
-    assert np.array_equal(np.array(levels.values(levels.nearest(xp.array(halves), packing, xp), packing, xp)), even)
+    assert np.array_equal(
+        np.array(minifloat.values(minifloat.nearest(xp.array(halves), packing, xp), packing, xp)), even
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)

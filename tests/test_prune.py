@@ -23,7 +23,7 @@ from mlx_pare.artifacts import LayerPlan, Plan, Size, Target
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.prune import prune
-from mlx_pare.shards import ShardWriter
+from mlx_pare.tensors.shards import ShardWriter
 
 DENSE, PACKED, BROKEN = 1e-5, 1e-4, 1e-2
 TOKENS = np.random.RandomState(0).randint(1, 500, (2, 27))  # longer than gemma's window of 8

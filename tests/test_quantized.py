@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import reference_packing as reference
 
-from mlx_pare import quantized
-from mlx_pare.packing import BITS, GROUP_SIZES, Packing
-from mlx_pare.quantized import Packed, pack, raw_bytes, relative_error, to_float32, whole_groups
+from mlx_pare.tensors import packed as quantized
+from mlx_pare.tensors.packed import Packed, pack, raw_bytes, relative_error, to_float32, whole_groups
+from mlx_pare.tensors.packing import BITS, GROUP_SIZES, Packing
 
 ROWS, COLUMNS = 6, 384
 ALL = list(itertools.product(BITS, GROUP_SIZES))

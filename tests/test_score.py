@@ -17,7 +17,7 @@ import pytest
 import reference
 import reference_criteria
 
-from mlx_pare import slices, stream
+from mlx_pare import stream
 from mlx_pare.artifacts import Arrays
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.calibrate import EXTRA, calibrate
@@ -26,6 +26,7 @@ from mlx_pare.corpus import Rows
 from mlx_pare.observers import sparsity
 from mlx_pare.score import AXES, CRITERIA, criterion, depth, score, width
 from mlx_pare.settings import TABLE
+from mlx_pare.tensors import panels
 
 DATA = Rows(
     np.random.default_rng(0).integers(0, 500, (5, 16)).astype(np.int32), np.array([16, 3, 1, 9, 12], dtype=np.int32)
@@ -479,7 +480,7 @@ def test_matrices_that_are_expanded_in_parts(pico_models, tmp_path, monkeypatch,
     for name in ("magnitude", "wanda", "flap"):
         whole = Arrays.load(score(model, stats, tmp_path / "whole.safetensors", name), "scores").arrays
         with monkeypatch.context() as patch:
-            patch.setattr(slices, "PANEL_VALUES", 64 * 5)
+            patch.setattr(panels, "PANEL_VALUES", 64 * 5)
             parts = Arrays.load(score(model, stats, tmp_path / "parts.safetensors", name), "scores").arrays
         assert whole.keys() == parts.keys()
         for unit, values in whole.items():

@@ -10,12 +10,12 @@ import pico
 import pytest
 import reference_packing as reference
 
-from mlx_pare import slices
 from mlx_pare.base.errors import PareError
 from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.quantized import Packed
-from mlx_pare.safetensors_header import read_header
-from mlx_pare.slices import read_panels, row_panels, sliced
+from mlx_pare.tensors import panels as slices
+from mlx_pare.tensors.packed import Packed
+from mlx_pare.tensors.panels import read_panels, row_panels, sliced
+from mlx_pare.tensors.safetensors import read_header
 
 SHAPE = (37, 12)
 ROWS = {"all": None, "apart": [0, 3, 4, 36], "a run": list(range(5, 20)), "out of order": [30, 2, 7, 6, 5], "one": [36]}

@@ -12,15 +12,16 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import gradients, head, lm, local, on_policy, quantized, spool, stream, teacher, trial
+from mlx_pare import gradients, head, lm, local, on_policy, spool, stream, teacher, trial
 from mlx_pare.ahead import read_ahead
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.block_training import Options
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
-from mlx_pare.quantized import StoredEmbedding
 from mlx_pare.reconstruct import held_bytes as pair_bytes
 from mlx_pare.spool import Spool
+from mlx_pare.tensors import packed as quantized
+from mlx_pare.tensors.packed import StoredEmbedding
 
 FORMATS = {
     "float32": {},

@@ -34,7 +34,7 @@ from mlx_pare.fit.subject import open_subject
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
-from mlx_pare.safetensors_header import read_header
+from mlx_pare.tensors.safetensors import read_header
 
 FORMS = {"4": Form.named("4"), "mxfp4": Form.named("mxfp4"), "16": Form.named("16"), "gguf": Form.named(gguf="q4_k_m")}
 ENTRIES = {entry.name: entry for entry in catalogue.entries()}

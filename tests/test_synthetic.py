@@ -15,8 +15,8 @@ from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.fit import catalogue
 from mlx_pare.fit.footprint import parameters
-from mlx_pare.packing import Packing
-from mlx_pare.quantized import read
+from mlx_pare.tensors.packed import read
+from mlx_pare.tensors.packing import Packing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import make_synthetic

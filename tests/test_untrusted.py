@@ -27,8 +27,8 @@ from mlx_pare.base.untrusted import read_json
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.fit import subject
 from mlx_pare.gguf_tokenizer import read as read_tokenizer
-from mlx_pare.safetensors_header import read_header
-from mlx_pare.shards import copy_tokenizer
+from mlx_pare.tensors.safetensors import read_header
+from mlx_pare.tensors.shards import copy_tokenizer
 
 PACKAGE = Path(corpus.__file__).parent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..packing import Packing
+from ..tensors.packing import Packing
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ A dimension is a concatenation of segments, each a product of axes, written as p
     "q_head*head_dim + kv_head*head_dim + kv_head*head_dim"        rows of a fused qkv
     "ffn + ffn"                                                    rows of a fused gate and up
 
-Indices are logical: a quantized tensor has the same dimensions, only quantized.py knows about its packed words.
+Indices are logical: a quantized tensor has the same dimensions, only tensors/packed.py knows about its packed words.
 """
 
 from __future__ import annotations

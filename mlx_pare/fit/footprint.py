@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from ..arch import Architecture, Tensor
 from ..arch.axes import dim, length
 from ..arch.spec import MIXERS, Layer
-from ..checkpoint import DTYPE_BYTES, Checkpoint
-from ..packing import Packing
+from ..checkpoint import Checkpoint
+from ..tensors.packing import Packing
+from ..tensors.safetensors import DTYPE_BYTES
 
 Storage = Callable[[Tensor], int]  # bytes one tensor takes
 

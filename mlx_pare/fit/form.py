@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..arch import Architecture
 from ..base.errors import UsageError
-from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
+from ..tensors.packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
 from . import footprint, planner
 from .footprint import Storage
 from .planner import Weights

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arch import Tensor
 from ..base.errors import PareError
-from ..packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
+from ..tensors.packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
 from . import footprint
 from .footprint import Storage
 

@@ -21,8 +21,8 @@ from ..checkpoint import Checkpoint
 from ..foreign_formats import foreign
 from ..gguf_header import is_gguf
 from ..opened import ggufs_in, require
-from ..packing import Packing
-from ..safetensors_header import DTYPE_BYTES, FLOATS, Entry
+from ..tensors.packing import Packing
+from ..tensors.safetensors import DTYPE_BYTES, FLOATS, Entry
 from ..weight_files import read_headers, told
 from . import catalogue, footprint, planner, quantization
 from .footprint import Storage

@@ -13,7 +13,7 @@ from ..fit import reach
 from ..fit.reach import Level
 from ..layout import size_of
 from ..opened import StrPath, opened
-from ..packing import BITS, Packing
+from ..tensors.packing import BITS, Packing
 from ..trial import PARTS, Candidate
 from . import allocate
 from .goal import Options, goal

@@ -13,8 +13,8 @@ from ..base.units import count, gb
 from ..checkpoint import Checkpoint
 from ..fit import footprint
 from ..layout import smaller, total_bytes
-from ..packing import BITS, GROUP_SIZES, Packing
 from ..settings import CutOptions, ReachOptions
+from ..tensors.packing import BITS, GROUP_SIZES, Packing
 
 
 @dataclass(frozen=True)

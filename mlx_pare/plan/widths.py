@@ -21,8 +21,8 @@ from ..arch.uneven import UNIT
 from ..base.errors import PareError, Refused
 from ..checkpoint import Checkpoint
 from ..fit import reach
-from ..packing import Packing
-from ..safetensors_header import DTYPE_BYTES
+from ..tensors.packing import Packing
+from ..tensors.safetensors import DTYPE_BYTES
 from ..trial import PARTS, Candidate, Width
 from . import programme
 from .goal import Goal, Options, packing_of

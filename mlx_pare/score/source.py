@@ -12,8 +12,8 @@ from ..arch import Tensor
 from ..arch.axes import select
 from ..base.errors import PareError
 from ..checkpoint import Checkpoint
-from ..quantized import Packed
-from ..slices import read_panels
+from ..tensors.packed import Packed
+from ..tensors.panels import read_panels
 
 
 class Source:

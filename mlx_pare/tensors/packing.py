@@ -1,8 +1,9 @@
-"""How MLX packs a quantized matrix: mode, bits, groups, bytes. Arithmetic only, no arrays (those are in quantized.py).
+"""How MLX packs a quantized matrix: mode, bits, groups, bytes. Arithmetic only, no arrays (those are in
+tensors/packed.py).
 
 An affine-packed matrix of logical shape (rows, columns) is three tensors: ``weight`` of uint32 words,
 (rows, columns * bits / 32), and ``scales`` and ``biases``, (rows, columns / group_size) each, in the model's dtype.
-In the float modes the codes are small floats (levels.py), a scale is one byte, and there are no biases.
+In the float modes the codes are small floats (tensors/minifloat.py), a scale is one byte, and there are no biases.
 """
 
 from __future__ import annotations

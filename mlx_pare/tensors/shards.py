@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base.untrusted import check_links
-from .checkpoint import Checkpoint
-from .safetensors_header import DTYPE_BYTES
+from ..base.untrusted import check_links
+from ..checkpoint import Checkpoint
+from .safetensors import DTYPE_BYTES
 
 SHARD_BYTES = 4 << 30
 OUR_KEY = "pare"  # of config.json; transformers and mlx-lm ignore it

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
-from .arch import Tensor
-from .base.errors import PareError
-from .checkpoint import Checkpoint
-from .quantized import Packed
-from .safetensors_header import Entry
+from ..arch import Tensor
+from ..base.errors import PareError
+from ..checkpoint import Checkpoint
+from .packed import Packed
+from .safetensors import Entry
 
 PANEL_BYTES = 1 << 20  # of a tensor, read at a time
 PANEL_VALUES = 1 << 19  # of its weights, expanded at a time

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base import untrusted
-from .base.errors import PareError
+from ..base import untrusted
+from ..base.errors import PareError
 
 MAX_DIMENSIONS = 16
 MAX_HEADER = untrusted.MAX_JSON  # the safetensors library takes 100 MB, which would be 2 GB in memory

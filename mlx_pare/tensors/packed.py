@@ -14,8 +14,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from . import levels
-from .checkpoint import Checkpoint
+from ..checkpoint import Checkpoint
+from . import minifloat
 from .packing import Packing
 
 EXPANDED_BYTES = 64 << 20  # of a matrix that are float32 at a time
@@ -66,7 +66,7 @@ class Packed:
 
     def grid(self) -> tuple[mx.array, mx.array]:
         """Scale and bias of every group, float32 [rows, groups]: a weight is scale * (what its code is) + bias."""
-        scales = levels.scales(self.scales, self.packing, mx)
+        scales = minifloat.scales(self.scales, self.packing, mx)
         return scales, self.biases.astype(mx.float32) if self.packing.affine else mx.zeros_like(scales)
 
     def rows(self, keep: slice | mx.array) -> Packed:
@@ -141,13 +141,13 @@ def codes_on(grid: Packed, dense: mx.array) -> mx.array:
     """The codes [rows, columns], float32, of the matrix nearest to ``dense`` with the scales and biases of another."""
     scales, biases = _per_column(grid)
     steps = mx.where(scales == 0, 0, (dense.astype(mx.float32) - biases) / mx.where(scales == 0, 1, scales))
-    return levels.nearest(steps, grid.packing, mx)
+    return minifloat.nearest(steps, grid.packing, mx)
 
 
 def rounded_on(grid: Packed, dense: mx.array) -> mx.array:
     """The matrix nearest to ``dense``, float32, with the scales and biases of another."""
     scales, biases = _per_column(grid)
-    return scales * levels.values(codes_on(grid, dense), grid.packing, mx) + biases
+    return scales * minifloat.values(codes_on(grid, dense), grid.packing, mx) + biases
 
 
 def _per_column(grid: Packed) -> tuple[mx.array, ...]:
