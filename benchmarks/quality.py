@@ -33,11 +33,11 @@ from mlx_pare.base.errors import Refused
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.domains import Domains
 from mlx_pare.evaluate import evaluate
+from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan, whole
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
-from mlx_pare.settings import Settings
 from mlx_pare.texts import Texts
 
 HERE = Path(__file__).parent

@@ -18,9 +18,9 @@ from .fit.memory import Use
 from .layout import size_of
 from .lm import tokenizer
 from .opened import StrPath, opened
+from .options.settings import Settings
 from .plan.goal import Options as PlanOptions
 from .recover_options import Options as RecoverOptions
-from .settings import Settings
 from .texts import Texts
 
 __all__ = [

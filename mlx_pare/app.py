@@ -14,13 +14,14 @@ import click
 import typer
 from click.core import ParameterSource
 
-from . import __version__, named, recipe_file, unused
+from . import __version__, named, unused
 from .base import console
 from .base.errors import told
 from .help_page import CommandPage, MainPage
 from .opened import opened
-from .option import Option
-from .settings import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS
+from .options import recipe_file
+from .options.option import Option
+from .options.settings import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS
 
 MODELS = ("model", "models", "teacher", "against", "parent")  # parameters of commands that name models
 

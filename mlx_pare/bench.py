@@ -18,7 +18,7 @@ from .base.units import gb
 from .checkpoint import Checkpoint
 from .fit.memory import Needs, Use
 from .opened import StrPath, opened
-from .values import COUNT, MOST, require, whole
+from .options.values import COUNT, MOST, require, whole
 
 PROMPT, NEW = whole(1, MOST // 2), whole(2, MOST // 2)
 TOKEN_BYTES = 40  # of a token of the prompt, as a number in a list of Python

@@ -26,13 +26,13 @@ from .corpus import Extent
 from .gguf_further import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
 from .manifest import Manifest
+from .options.settings import CutOptions, Settings
 from .plan import plan, plan_widths
 from .plan.goal import Options, goal
 from .plan.levels import splits
 from .plan.widths import Losses, propose, spaces
 from .rundir import Run, fingerprint
 from .sensitivity import sensitivity
-from .settings import CutOptions, Settings
 from .steps import plan_options
 from .texts import Texts
 from .trial import Candidate, Width

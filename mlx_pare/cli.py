@@ -18,9 +18,9 @@ from .app import AnyModel, DryRun, Model, Out, app, command, failed, mac_names
 from .base import console
 from .base.errors import PareError, told
 from .base.units import gb
-from .option import Option
-from .settings import OUTPUT, TABLE, memory, settings_of
-from .values import whole
+from .options.option import Option
+from .options.settings import OUTPUT, TABLE, memory, settings_of
+from .options.values import whole
 
 __all__ = ["cli_export", "cli_models", "cli_steps", "main"]  # the first three register their commands
 

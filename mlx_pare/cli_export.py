@@ -16,8 +16,8 @@ from .atomic import created
 from .base import console
 from .base.errors import PareError, Refused, UsageError, shell
 from .base.units import gb
-from .option import Option
-from .settings import OUTPUT, REACH, settings_of
+from .options.option import Option
+from .options.settings import OUTPUT, REACH, settings_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from .app import DryRun, Model, Out, RunDir, command
 from .base import console
 from .base.errors import shell
 from .base.units import gb
-from .settings import CUT, REACH, RECOVERY, TABLE, memory, settings_of
+from .options.settings import CUT, REACH, RECOVERY, TABLE, memory, settings_of
 
 PLAN = (
     *(f for f, option in TABLE.items() if option.panel in (REACH, CUT) and f not in ("stages", "min_quality")),

@@ -11,13 +11,13 @@ from typing import Any
 
 from .artifacts import Plan, dump_json
 from .checkpoint import Checkpoint
+from .options.settings import Settings
 from .plan import redraw
 from .prune import prune
 from .reconstruct import reconstruct_all
 from .rundir import Run
 from .schedule import name_of
 from .score import score
-from .settings import Settings
 from .steps import RECONSTRUCTION, measured, plan_of
 from .texts import Texts
 

@@ -18,9 +18,9 @@ from .clone import clone
 from .fit.gguf_mix import GROUP_OF
 from .licence import licence_file
 from .manifest import Manifest
+from .options.values import GROUPS, PACKED_BITS, require
 from .tensors.packing import Packing
 from .tensors.shards import copy_tokenizer
-from .values import GROUPS, PACKED_BITS, require
 
 MORE_BITS = {2: 6, 3: 6, 4: 6, 5: 8, 6: 8}  # of --mixed, as mlx-lm's own recipes go on
 OURS = ("survivors.json", "plan.json")

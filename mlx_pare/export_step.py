@@ -17,8 +17,8 @@ from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .gguf_quantize import direct, known
 from .llama_cpp import judged
+from .options.settings import Settings
 from .rundir import Run
-from .settings import Settings
 from .texts import Texts
 
 

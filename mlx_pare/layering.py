@@ -18,11 +18,11 @@ from .base.untrusted import read_json
 from .checkpoint import Checkpoint
 from .drops import layers_by_kl, trials
 from .fit.reach import Level, protected_layers
+from .options.settings import Settings
 from .plan import plan
 from .plan.levels import shape, splits
 from .rundir import Run
 from .score import criterion, score
-from .settings import Settings
 from .steps import plan_options
 from .texts import Texts
 from .tried import Known, finite, held_rows, once, plan_kl

@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from . import recipe_file, settings
 from .artifacts import SCHEMA, Count, Strict
 from .base import untrusted
 from .base.errors import PareError
 from .hub_name import HubName, of_snapshot
-from .values import shown
+from .options import recipe_file, settings
+from .options.values import shown
 
 MANIFEST, RECIPE = "manifest.json", "recipe.toml"
 SURVIVORS = "survivors.json"  # beside every pruned model

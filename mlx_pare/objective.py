@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from . import divergence, lm
 from .base.errors import UsageError
-from .values import SHARE, TEMPERATURE, WEIGHT, require
+from .options.values import SHARE, TEMPERATURE, WEIGHT, require
 
 MATCHES = ("auto", "none", "cosine", "mse")
 

@@ -23,7 +23,7 @@ from . import lm, ranks, stream, teacher
 from .base.errors import UsageError
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
-from .values import SHARE, require
+from .options.values import SHARE, require
 
 ROUND = 25  # steps at most that are trained on samples of the same student
 PROMPT = 4  # a row's part that is given: one of so many

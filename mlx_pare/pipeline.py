@@ -28,6 +28,7 @@ from .gguf_target import RUNTIMES
 from .layering import layers_by_of
 from .local import check_memory as check_local
 from .opened import StrPath, opened as model_of
+from .options.settings import Settings
 from .plan import whole
 from .plan.levels import shape
 from .reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
@@ -35,7 +36,6 @@ from .recover_options import METHODS, check_memory as check_recovery
 from .report import report
 from .rundir import Run
 from .score import criterion
-from .settings import Settings
 from .texts import VALIDATION_ROWS, Texts
 from .verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict
 

@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import domains, named, recipe_file, text_record
+from . import domains, named, text_record
 from .manifest import read_recipe
+from .options import recipe_file
+from .options.settings import Settings
 from .rundir import Run
-from .settings import Settings
 from .texts import Texts
 
 OF_TEXT = ("data", "test_data", "field", "date", "samples", "length", "seed")  # settings that say on what text

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import cpu_math, lm, on_policy, option, stream, targets, teacher
+from . import cpu_math, lm, on_policy, stream, targets, teacher
 from .base import machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
@@ -15,11 +15,12 @@ from .block_training import Options as BlockOptions
 from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .objective import Objective
-from .option import setting
-from .settings import GeneralOptions, RecoveryOptions, TrainingOptions
+from .options import option
+from .options.option import setting
+from .options.settings import GeneralOptions, RecoveryOptions, TrainingOptions
+from .options.values import COUNT, FROM_NONE, MOST, SEED, WEIGHT, above
 from .student import trained_values
 from .training import Course
-from .values import COUNT, FROM_NONE, MOST, SEED, WEIGHT, above
 
 # What is trained: the learning rate, as a function of the hidden size. One step of Adam changes what a matrix gives in
 # proportion to its width (Yang et al., arXiv:2203.03466). Of an adapter one factor is as wide, one is not: an exponent

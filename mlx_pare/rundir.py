@@ -28,13 +28,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import __version__, edited, locks, recipe_file, step_files
+from . import __version__, edited, locks, step_files
 from .artifacts import dump_json
 from .atomic import is_ours, replace_file, sweep
 from .base import console, log, machine, untrusted
 from .base.errors import PareError, Refused, shell, told
 from .base.units import gb
 from .manifest import MANIFEST, RECIPE, Manifest, StepRecord, read_manifest, read_recipe, require_run
+from .options import recipe_file
 
 BIG_FILE = 64 << 20
 PIECES = 256

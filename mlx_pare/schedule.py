@@ -23,8 +23,8 @@ from .base.units import count, duration, readable
 from .checkpoint import Checkpoint
 from .fit.footprint import parameters
 from .manifest import Manifest
+from .options.settings import STAGES, Settings
 from .rundir import Run
-from .settings import STAGES, Settings
 
 
 @dataclass(frozen=True)

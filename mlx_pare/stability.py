@@ -30,12 +30,12 @@ from .checkpoint import Checkpoint
 from .corpus import Rows
 from .evaluate import evaluate
 from .fit.reach import protected_layers
+from .options.settings import Settings
 from .plan import allocate, redraw
 from .prune import prune
 from .reconstruct import reconstruct
 from .rundir import Run, fingerprint
 from .score import criterion, score
-from .settings import Settings
 from .steps import plan_of
 from .texts import Texts
 

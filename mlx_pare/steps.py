@@ -28,6 +28,7 @@ from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .manifest import read_manifest
 from .opened import require
+from .options.settings import RecoveryOptions, Settings, TrainingOptions
 from .plan.goal import Options as PlanOptions
 from .prune import Lineage, prune
 from .reconstruct import reconstruct
@@ -36,7 +37,6 @@ from .recover_options import Options as RecoverOptions
 from .resident import not_resident
 from .rundir import Run, fingerprint
 from .score import criterion, described, score
-from .settings import RecoveryOptions, Settings, TrainingOptions
 from .texts import Texts
 from .training import Diverged
 

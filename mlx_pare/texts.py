@@ -10,7 +10,7 @@ from . import corpus, domains, lm
 from .base import console
 from .base.errors import UsageError
 from .checkpoint import Checkpoint
-from .settings import Settings
+from .options.settings import Settings
 from .text_record import document_hashes
 
 DEMO = Path(__file__).parent / "demo"

@@ -15,9 +15,9 @@ from . import step_files
 from .artifacts import Arrays, Plan, dump_json
 from .atomic import replace_file, scratch
 from .corpus import Rows
+from .options.settings import Settings
 from .reconstruct import reconstructed_kl
 from .rundir import Run
-from .settings import Settings
 from .texts import Texts
 from .trial import Candidate, Curve, Curves, try_out
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .settings import TABLE
+from .options.settings import TABLE
 
 Given = Mapping[str, Any]
 Rule = tuple[Iterable[str], Callable[[Given], Any], str]  # parameters, whether they have an effect, what that takes

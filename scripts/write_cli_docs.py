@@ -10,7 +10,7 @@ import typer
 
 from mlx_pare.app import app
 from mlx_pare.help_page import COMMANDS, EXAMPLES, FIRST, MANY, PANELS, CommandPage
-from mlx_pare.settings import GENERAL
+from mlx_pare.options.settings import GENERAL
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 HEAD = """# Commands

@@ -28,8 +28,8 @@ from mlx_pare.fit.advice import Case, changes, smallest_cut
 from mlx_pare.fit.form import Form
 from mlx_pare.fit.memory import Needs, Use
 from mlx_pare.fit.subject import Subject, open_subject
+from mlx_pare.options.settings import Settings
 from mlx_pare.plan.levels import shape
-from mlx_pare.settings import Settings
 from mlx_pare.steps import plan_options
 from mlx_pare.tensors.packing import Packing
 

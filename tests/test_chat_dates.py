@@ -16,9 +16,9 @@ from prose import chats, jsonl
 
 from mlx_pare import lm, recipes, text_record, tokenizer_files
 from mlx_pare.base.errors import PareError, Refused
+from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import run
 from mlx_pare.rundir import Run
-from mlx_pare.settings import Settings
 from mlx_pare.steps import calibrate_step, open_run
 from mlx_pare.texts import Texts
 

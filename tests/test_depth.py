@@ -24,12 +24,12 @@ from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.drops import layers_by_kl, trials
 from mlx_pare.fit import reach
+from mlx_pare.options.settings import TABLE, Settings
 from mlx_pare.plan import allocate, plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstructed_kl
 from mlx_pare.score import CRITERIA, score
-from mlx_pare.settings import TABLE, Settings
 from mlx_pare.steps import plan_options
 
 ROWS = Rows.full(np.random.default_rng(0).integers(0, 500, (6, 24)))

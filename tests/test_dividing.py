@@ -12,7 +12,7 @@ from prose import jsonl, paragraphs
 from mlx_pare import corpus, domains, lm
 from mlx_pare.base.errors import PareError
 from mlx_pare.dividing import divide
-from mlx_pare.settings import Settings
+from mlx_pare.options.settings import Settings
 from mlx_pare.texts import Texts
 
 LENGTH = 32

@@ -14,7 +14,7 @@ from mlx_pare import corpus, domains, lm
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.corpus import Rows
 from mlx_pare.domains import FLOOR, Domains, Sampler, mix, parse, parse_all, reweighted
-from mlx_pare.settings import Settings, settings_of
+from mlx_pare.options.settings import Settings, settings_of
 from mlx_pare.texts import DEMO, Texts
 
 # ---- what was asked ----

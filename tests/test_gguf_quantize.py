@@ -25,7 +25,7 @@ from mlx_pare.export_step import export_step
 from mlx_pare.fit import fit
 from mlx_pare.fit.form import Form
 from mlx_pare.fit.gguf_mix import type_of
-from mlx_pare.settings import Settings
+from mlx_pare.options.settings import Settings
 from mlx_pare.steps import open_run
 from mlx_pare.texts import Texts
 

@@ -44,11 +44,11 @@ from mlx_pare.evaluate import evaluate
 from mlx_pare.export import export
 from mlx_pare.inspect import inspect
 from mlx_pare.local import local
+from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS
-from mlx_pare.settings import Settings
 from mlx_pare.tensors import minifloat, packed as quantized
 from mlx_pare.tensors.packed import Packed, StoredEmbedding, pack, repacked, rounded_on
 from mlx_pare.tensors.packing import FLOAT_MODES, Packing

@@ -25,8 +25,8 @@ from mlx_pare.corpus import Rows
 from mlx_pare.export import export
 from mlx_pare.fit.reach import best_layers, protected_layers, space
 from mlx_pare.inspect import inspect
+from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
-from mlx_pare.settings import Settings
 
 HEADS = ("gemma2", "ministral3", "phi3", "smollm3")  # whose heads can be cut
 CASES = [(family, axes) for family in pico.MORE for axes in (("ffn",), ("layer",))]

@@ -13,7 +13,7 @@ from test_export import needs_llama
 from mlx_pare import gguf_tokenizer, llama_cpp, pipeline
 from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
-from mlx_pare.settings import Settings
+from mlx_pare.options.settings import Settings
 
 TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 

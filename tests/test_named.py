@@ -27,7 +27,7 @@ from mlx_pare.gguf_header import read
 from mlx_pare.hub import HubError
 from mlx_pare.hub_name import called
 from mlx_pare.opened import opened
-from mlx_pare.settings import Settings
+from mlx_pare.options.settings import Settings
 
 NAME, OTHER = "org/model", "f" * 40
 API = f"/api/models/{NAME}/revision/main"

@@ -26,10 +26,10 @@ from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import count, gb
 from mlx_pare.check import check, repeats
 from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.options.settings import TABLE, Settings
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import CRITERIA
-from mlx_pare.settings import TABLE, Settings
 
 reporting = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function
 

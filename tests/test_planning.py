@@ -17,8 +17,8 @@ from mlx_pare.artifacts import Plan
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
+from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
-from mlx_pare.settings import Settings
 from mlx_pare.texts import Texts
 
 SMALL = Settings(

@@ -18,7 +18,7 @@ import pico
 import pytest
 
 from mlx_pare import choose_sizes, steps
-from mlx_pare.settings import Settings
+from mlx_pare.options.settings import Settings
 
 LIMIT = 240  # where nothing else runs a call takes ten: seconds after which a call hangs, which is an error
 LAUNCH = Path(sys.executable).with_name("mlx.launch")

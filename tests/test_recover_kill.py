@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_pare import choose_sizes, steps
-from mlx_pare.settings import Settings
+from mlx_pare.options.settings import Settings
 from mlx_pare.texts import Texts
 
 KILLS = int(os.environ.get("PARE_KILLS", "1"))

@@ -21,13 +21,13 @@ from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
+from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import DRAW_BYTES, Options, required_bytes, savings
 from mlx_pare.score import score
-from mlx_pare.settings import Settings
 from mlx_pare.student import merged, prepare, resident
 from mlx_pare.teacher import held_bytes
 from mlx_pare.texts import Texts

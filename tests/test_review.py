@@ -16,10 +16,10 @@ from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.calibrate import Statistics, calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
+from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
-from mlx_pare.settings import Settings
 from mlx_pare.tensors.packed import pack, relative_error
 from mlx_pare.tensors.packing import Packing
 

@@ -24,8 +24,8 @@ from mlx_pare.calibrate import EXTRA, calibrate
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.observers import sparsity
+from mlx_pare.options.settings import TABLE
 from mlx_pare.score import AXES, CRITERIA, criterion, depth, score, width
-from mlx_pare.settings import TABLE
 from mlx_pare.tensors import panels
 
 DATA = Rows(

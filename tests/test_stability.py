@@ -21,13 +21,13 @@ from mlx_pare.calibrate import calibrate, calibrate_in_parts
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
+from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.report import report
 from mlx_pare.score import score
-from mlx_pare.settings import Settings
 from mlx_pare.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
 from mlx_pare.texts import DEMO
 

@@ -16,8 +16,8 @@ from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.check import check
 from mlx_pare.export import verify
 from mlx_pare.gguf_quantize import INSTALL
+from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
-from mlx_pare.settings import Settings
 
 CASED = (
     r"[^\r\n\p{L}\p{N}]?\p{Lu}*\p{Ll}+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -15,7 +15,7 @@ import typer
 
 from mlx_pare.app import app
 from mlx_pare.base.errors import shell
-from mlx_pare.settings import TABLE
+from mlx_pare.options.settings import TABLE
 from mlx_pare.texts import DEMO
 from mlx_pare.unused import RULES, lines
 
@@ -132,7 +132,7 @@ def test_no_cure_has_a_bare_path():
 @pytest.fixture(scope="module")
 def staged(pico_models, tmp_path_factory) -> Path:
     from mlx_pare import pipeline
-    from mlx_pare.settings import Settings
+    from mlx_pare.options.settings import Settings
 
     out = tmp_path_factory.mktemp("staged") / "run"
     settings = Settings(stages=(0.8, 0.6), length=32, samples=4, recover_steps=2, trials=0, train_rows=8, widths="even",

@@ -15,7 +15,7 @@ from typing import Any
 from ..arch import Architecture, Keep, cut, describe
 from ..base.errors import PareError
 from ..base.units import gb
-from ..settings import CutOptions
+from ..options.settings import CutOptions
 from ..tensors.packing import BITS, GROUP_SIZES, Packing
 from . import footprint, macs, planner, reach
 from .form import Form

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from .. import option
 from ..base.errors import UsageError
+from ..options import option
 
 GIB = 2**30
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from .. import option
 from ..arch import Architecture
 from ..arch.axes import length
 from ..arch.spec import Layer
 from ..base.errors import UsageError
-from ..option import setting
-from ..settings import ReachOptions
-from ..values import COUNT
+from ..options import option
+from ..options.option import setting
+from ..options.settings import ReachOptions
+from ..options.values import COUNT
 from . import footprint
 
 # Activations while mlx-lm reads chunks of PREFILL_STEP tokens: what published peaks leave after weights, cache and

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arch import Architecture
-from ..values import MOST
+from ..options.values import MOST
 from . import footprint, speed
 from .macs import GIB, Budget, Mac
 from .memory import Needs

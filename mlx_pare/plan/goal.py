@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .. import option
 from ..arch import Architecture, Keep, LayerKeep
 from ..artifacts import Target
 from ..base.errors import UsageError
@@ -13,7 +12,8 @@ from ..base.units import count, gb
 from ..checkpoint import Checkpoint
 from ..fit import footprint
 from ..layout import smaller, total_bytes
-from ..settings import CutOptions, ReachOptions
+from ..options import option
+from ..options.settings import CutOptions, ReachOptions
 from ..tensors.packing import BITS, GROUP_SIZES, Packing
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..base.errors import UsageError
+from ..base.units import parse_amount
+from ..tensors.packing import BITS
 from . import option
-from .base.errors import UsageError
-from .base.units import parse_amount
 from .option import Option, options_of, setting
-from .tensors.packing import BITS
 from .values import (
     COUNT,
     DATE,

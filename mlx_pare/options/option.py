@@ -21,7 +21,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .base.errors import UsageError
+from ..base.errors import UsageError
 from .values import Values, is_number, shown
 
 

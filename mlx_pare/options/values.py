@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from .base.errors import UsageError
-from .tensors.packing import BITS, GROUP_SIZES
+from ..base.errors import UsageError
+from ..tensors.packing import BITS, GROUP_SIZES
 
 MOST = 10**9  # rows, tokens, steps: a larger number is a slip of the hand
 MOST_BYTES = 1 << 62

@@ -16,8 +16,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .base.errors import PareError, UsageError
-from .base.untrusted import contents
+from ..base.errors import PareError, UsageError
+from ..base.untrusted import contents
 from .option import Option
 from .settings import RATES, TABLE
 
