@@ -16,11 +16,11 @@ from typing import Any
 
 from . import gguf_blocks, gguf_header, gguf_settings, gguf_tokens, tokenizer_files
 from .arch import Tensor, describe
+from .arch.rope import rope_order
 from .atomic import created, refuse_existing, require_room
 from .base import console
 from .base.errors import PareError, Unsupported
 from .checkpoint import Checkpoint
-from .gguf_rows import rope_order
 from .gguf_settings import Settings
 from .gguf_stored import FLOATS, Rounding, Row, float_parts, holds, words
 from .tensors.panels import row_panels

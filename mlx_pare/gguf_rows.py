@@ -10,7 +10,7 @@ from typing import Any
 
 from . import gguf_types, gguf_uneven
 from .arch import Architecture, Tensor
-from .arch.rope import llama3_factors
+from .arch.rope import llama3_factors, rope_order
 from .base.errors import PareError
 from .fit import gguf_mix
 from .gguf_further import LONG, rotary
@@ -97,12 +97,6 @@ def long_factors(target: Target, dims: int) -> Any:
 
     found = np.broadcast_to(np.asarray(target.scaling["long_factor"], np.float32), (dims // 2,))
     return np.ascontiguousarray(found)
-
-
-def rope_order(heads: int, head_dim: int) -> list[int]:
-    """Where each row of q or k comes from when rotary pairs must be neighbours: (i, i + head_dim/2) of every head."""
-    half = head_dim // 2
-    return [head * head_dim + i + part * half for head in range(heads) for i in range(half) for part in (0, 1)]
 
 
 def rope_factors(target: Target, head_dim: int) -> Any:

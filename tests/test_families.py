@@ -11,8 +11,9 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, quantize_model
 
-from mlx_pare.arch import FAMILIES, describe, described_types
+from mlx_pare.arch import describe, described_types
 from mlx_pare.arch.axes import length
+from mlx_pare.arch.describe import FAMILIES
 from mlx_pare.base.errors import PareError
 from mlx_pare.fit import catalogue, footprint
 from mlx_pare.fit.memory import Needs

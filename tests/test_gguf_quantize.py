@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from test_imatrix import WIDE, needs_llama, rows_of
 
-from mlx_pare import gguf_header, gguf_quantize, gguf_rows, gguf_size, gguf_values, imatrix, llama_cpp
+from mlx_pare import gguf_header, gguf_quantize, gguf_size, gguf_values, imatrix, llama_cpp
+from mlx_pare.arch import rope
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export, verify
@@ -269,7 +270,7 @@ def test_damage_in_the_middle_of_a_quantized_tensor_is_found(tmp_path, pico_mode
 def test_a_wrong_order_of_rows_is_seen_before_it_is_quantized(tmp_path, pico_models, monkeypatch):
     """In four bits it would pass: the noise of quantizing is as large."""
     model = pico_models("llama", **WIDE)
-    monkeypatch.setattr(gguf_rows, "rope_order", lambda heads, head_dim: list(range(heads * head_dim)))
+    monkeypatch.setattr(rope, "rope_order", lambda heads, head_dim: list(range(heads * head_dim)))
     export(model, tmp_path / "q.gguf", "q4_k_m")
     assert llama_cpp.judged(model, tmp_path / "q.gguf", "q4_k_m")["checked"]
     with pytest.raises(PareError, match=r"computes something else .*\. Nothing was written"):

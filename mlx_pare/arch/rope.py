@@ -84,3 +84,9 @@ def llama3_factors(scaling: Mapping[str, Any], waves: Sequence[float]) -> list[f
         smooth = min(max((length / wave - low) / (high - low), 0), 1)
         found.append(1 / ((1 - smooth) / float(scaling["factor"]) + smooth))
     return found
+
+
+def rope_order(heads: int, head_dim: int) -> list[int]:
+    """Where each row of q or k comes from when rotary pairs must be neighbours: (i, i + head_dim/2) of every head."""
+    half = head_dim // 2
+    return [head * head_dim + i + part * half for head in range(heads) for i in range(half) for part in (0, 1)]

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..base.errors import PareError
-from .moe import experts
-from .postnorm import PLUS_ONE
-from .rows import (
+from ...base.errors import PareError
+from ..rows import (
     AROUND,
     BEFORE,
     EMBED,
@@ -26,7 +24,9 @@ from .rows import (
     swiglu,
     without,
 )
-from .spec import Wrapper, layer_types, tensor, whole
+from ..spec import Wrapper, layer_types, tensor, whole
+from .moe import experts
+from .post_norm import PLUS_ONE
 
 # It has no window in mlx-lm, whatever the config says.
 GEMMA = planned("gemma", (*attention(), *swiglu(), *norms(BEFORE, "norm+1")), model=PLUS_ONE, tied=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .rows import (
+from ..rows import (
     BEFORE,
     EMBED,
     HEAD,
@@ -29,7 +29,7 @@ from .rows import (
     shared_expert,
     swiglu,
 )
-from .spec import Wrapper, listed_layers, tensor, whole
+from ..spec import Wrapper, listed_layers, tensor, whole
 
 GATED_EXPERTS = {"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..base.errors import PareError
-from .rows import (
+from ...base.errors import PareError
+from ..rows import (
     AFTER,
     BEFORE,
     EMBED,
@@ -24,7 +24,7 @@ from .rows import (
     planned,
     swiglu,
 )
-from .spec import Wrapper, tensor
+from ..spec import Wrapper, tensor
 
 # one norm before attention and feed-forward, which work side by side; the head is the embedding
 COHERE_NORM = norms({"attn_norm": "input_layernorm"}, bias="layer_norm_bias")

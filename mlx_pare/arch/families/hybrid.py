@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..base.errors import PareError
-from .moe import EXPERTS, experts, gated_shared, is_sparse, router
-from .rows import (
+from ...base.errors import PareError
+from ..rows import (
     EMBED,
     HEAD_NORMS,
     KEYS,
@@ -20,7 +19,8 @@ from .rows import (
     swiglu,
     without,
 )
-from .spec import Wrapper, layer_types, listed_layers, tensor, whole
+from ..spec import Wrapper, layer_types, listed_layers, tensor, whole
+from .moe import EXPERTS, experts, gated_shared, is_sparse, router
 
 # ---- gated DeltaNet: qwen3_next, qwen3_5 ----
 

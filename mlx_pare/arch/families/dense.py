@@ -1,13 +1,13 @@
 """The families that can be cut, as data: one table of tensors each, and how their config.json spells the axes. Those
-with norms behind their matrices are in postnorm.py."""
+with norms behind their matrices are in arch/families/post_norm.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from .rope import rope_scaling, rotary_share
-from .rows import (
+from ..rope import rope_scaling, rotary_share
+from ..rows import (
     AROUND,
     EMBED,
     FUSED,
@@ -22,7 +22,7 @@ from .rows import (
     norms,
     swiglu,
 )
-from .spec import Exit, Family, Fixed, Wrapper, tensor, whole
+from ..spec import Exit, Family, Fixed, Wrapper, tensor, whole
 
 LLAMA_BLOCK = attention("attention_bias", "attention_bias") + swiglu("mlp_bias") + PRE_NORMS
 QWEN2_BLOCK = attention(qkv_bias=True) + swiglu() + PRE_NORMS

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .rows import (
+from ..rows import (
     AFTER,
     AROUND,
     EMBED,
@@ -21,7 +21,7 @@ from .rows import (
     norms,
     swiglu,
 )
-from .spec import Family, Fixed
+from ..spec import Family, Fixed
 
 # ---- olmo2, olmo3: one norm over the queries of all heads, one over the keys ----
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..base.errors import PareError
-from .moe import LOCAL, ROUTED, bare_router, experts, router
-from .rows import (
+from ...base.errors import PareError
+from ..rows import (
     EMBED,
     HEAD,
     KEYS,
@@ -24,7 +23,8 @@ from .rows import (
     planned,
     swiglu,
 )
-from .spec import Wrapper, layer_types, tensor, whole
+from ..spec import Wrapper, layer_types, tensor, whole
+from .moe import LOCAL, ROUTED, bare_router, experts, router
 
 K, V = "linear_k_head*linear_k_dim", "linear_v_head*linear_v_dim"
 

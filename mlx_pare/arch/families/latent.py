@@ -6,9 +6,9 @@ of dimensions cannot say (it knows sums of products): the lengths are right, and
 
 from __future__ import annotations
 
+from ..rows import PRE_NORMS, keys_without, planned, swiglu, without
+from ..spec import Wrapper, tensor
 from .moe import ROUTED, ROUTED_MLP, after_dense, shared_width
-from .rows import PRE_NORMS, keys_without, planned, swiglu, without
-from .spec import Wrapper, tensor
 
 QUERIES, KEYS = "q_head*nope_dim + q_head*rope_dim", "kv_latent + rope_dim"
 
