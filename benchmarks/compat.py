@@ -32,8 +32,8 @@ from mlx_pare.artifacts import LayerPlan, Plan, Size, Target  # noqa: E402
 from mlx_pare.base import console  # noqa: E402
 from mlx_pare.base.errors import PareError  # noqa: E402
 from mlx_pare.check import check  # noqa: E402
-from mlx_pare.checkpoint import Checkpoint  # noqa: E402
 from mlx_pare.export import export, verify  # noqa: E402
+from mlx_pare.model.checkpoint import Checkpoint  # noqa: E402
 from mlx_pare.prune import prune  # noqa: E402
 
 TOKENS = 64

@@ -20,8 +20,8 @@ from mlx_pare import corpus, lm
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError
 from mlx_pare.calibrate import calibrate
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.evaluate import evaluate
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune

@@ -21,11 +21,11 @@ from mlx_pare import corpus, lm
 from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.base import console
 from mlx_pare.calibrate import calibrate
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.drops import layers_by_kl
 from mlx_pare.evaluate import evaluate
 from mlx_pare.fit.reach import protected_layers
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import allocate, plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune

@@ -20,13 +20,13 @@ import numpy as np
 
 from mlx_pare import corpus, imatrix, lm
 from mlx_pare.base import console
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
 from mlx_pare.fit import fit
 from mlx_pare.fit.form import Form
 from mlx_pare.fit.gguf_mix import NEEDS_MATRIX
 from mlx_pare.gguf_quantize import PLAIN
 from mlx_pare.gguf_size import measured
+from mlx_pare.model.checkpoint import Checkpoint
 
 
 def theirs(model: Path, rows: corpus.Rows, work: Path) -> imatrix.Importance:

@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pare import stream
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.divergence import measure
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.site import Site
 from mlx_pare.trial import PARTS
 

@@ -30,9 +30,9 @@ from mlx_pare import choose_sizes, corpus, lm, steps
 from mlx_pare.artifacts import Metrics, Plan
 from mlx_pare.base import console
 from mlx_pare.base.errors import Refused
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.domains import Domains
 from mlx_pare.evaluate import evaluate
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan, whole
 from mlx_pare.plan.goal import Options

@@ -15,7 +15,7 @@ import timing
 
 from mlx_pare import corpus, stream
 from mlx_pare.calibrate import calibrate
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model.checkpoint import Checkpoint
 
 
 def lines(work: Path, rounds: int) -> list[str]:

@@ -20,13 +20,13 @@ import synthetic
 import timing
 
 from mlx_pare.base.units import gb
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
 from mlx_pare.gguf_rows import Row, table
 from mlx_pare.gguf_target import target_of
 from mlx_pare.gguf_values import convert
+from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.model.weights import read_panels
 from mlx_pare.tensors.packed import Packed
-from mlx_pare.tensors.panels import read_panels
 
 
 def in_memory(checkpoint: Checkpoint, rows: list[Row]) -> list[tuple[Row, list[Packed | mx.array]]]:

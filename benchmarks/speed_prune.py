@@ -18,8 +18,8 @@ import timing
 
 from mlx_pare.artifacts import LayerPlan, Plan, Size, Target
 from mlx_pare.base.units import gb
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.layout import layout
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 
 GROUP = synthetic.PACKING.group_size

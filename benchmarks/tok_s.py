@@ -21,8 +21,8 @@ from mlx_pare import corpus
 from mlx_pare.base.units import gb
 from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune

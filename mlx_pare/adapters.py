@@ -19,7 +19,7 @@ from .artifacts import dump_json, survivors
 from .atomic import created, refuse_existing
 from .base.errors import PareError, Refused, Unsupported
 from .base.untrusted import check_links, read_json
-from .checkpoint import Checkpoint
+from .model.checkpoint import Checkpoint
 from .tensors.safetensors import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"  # as mlx-lm names them

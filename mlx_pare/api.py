@@ -10,13 +10,13 @@ from typing import Any
 from .arch import require_cuttable
 from .artifacts import Arrays, Metrics, Plan, Target
 from .base.errors import UsageError
-from .checkpoint import Checkpoint
 from .corpus import Rows
 from .fit.form import Form
 from .fit.macs import Budget
 from .fit.memory import Use
 from .layout import size_of
 from .lm import tokenizer
+from .model.checkpoint import Checkpoint
 from .opened import StrPath, opened
 from .options.settings import Settings
 from .plan.goal import Options as PlanOptions

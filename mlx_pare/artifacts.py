@@ -22,7 +22,7 @@ from .atomic import replaced
 from .base import untrusted
 from .base.errors import PareError, Refused, shell
 from .base.units import gb
-from .checkpoint import Checkpoint
+from .model.checkpoint import Checkpoint
 from .tensors.packing import BITS, GROUP_SIZES, Packing
 from .tensors.safetensors import read_header
 

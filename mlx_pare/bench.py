@@ -15,8 +15,8 @@ from .base import machine
 from .base.console import progress
 from .base.errors import Refused, UsageError
 from .base.units import gb
-from .checkpoint import Checkpoint
 from .fit.memory import Needs, Use
+from .model.checkpoint import Checkpoint
 from .opened import StrPath, opened
 from .options.values import COUNT, MOST, require, whole
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import finite, gradients, step_files, stream
+from . import gradients, step_files, stream
 from .arch import Architecture, require_cuttable
 from .artifacts import Arrays, dump_json
 from .atomic import replace_file, sweep
 from .base.errors import Refused, UsageError
-from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .kept import keep
+from .model import finite
+from .model.checkpoint import Checkpoint
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
 from .opened import StrPath, opened
 from .spool import Spool

@@ -11,9 +11,9 @@ from .artifacts import CONTENDERS
 from .base import markdown
 from .base.errors import plain
 from .base.units import gb, readable
-from .checkpoint import Checkpoint
-from .licence import licence_name
 from .manifest import Manifest, read_recipe
+from .model.checkpoint import Checkpoint
+from .model.licence import licence_name
 from .verdict import metrics, reconstructed, verdict
 
 MADE = {"recovered": "recover", "pruned": "prune"}  # contender -> step whose model it is

@@ -10,7 +10,7 @@ from .base.errors import PareError
 from .base.optional import attempt
 from .base.plain_path import plain, warning
 from .base.untrusted import read_json
-from .checkpoint import Checkpoint
+from .model.checkpoint import Checkpoint
 from .resident import not_resident
 from .tokenizer_class import SETTINGS
 

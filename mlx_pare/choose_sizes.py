@@ -21,11 +21,11 @@ from .arch import why_uniform
 from .artifacts import Arrays, Plan, dump_json
 from .base import console
 from .base.errors import PareError, Refused, UsageError
-from .checkpoint import Checkpoint
 from .corpus import Extent
 from .gguf_further import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
 from .manifest import Manifest
+from .model.checkpoint import Checkpoint
 from .options.settings import CutOptions, Settings
 from .plan import plan, plan_widths
 from .plan.goal import Options, goal

@@ -154,7 +154,7 @@ def evaluate_command(
     """
     from . import corpus, lm
     from .evaluate import evaluate
-    from .hub_name import called
+    from .model.hub_name import called
 
     tokenizer = lm.tokenizer(model)
     rows = corpus.windows(tokenizer, corpus.read(Path(data), tokenizer, field), length, samples)

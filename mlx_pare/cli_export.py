@@ -20,8 +20,8 @@ from .options.option import Option
 from .options.settings import OUTPUT, REACH, settings_of
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
     from .imatrix import Importance
+    from .model.checkpoint import Checkpoint
 
 PACKED = "Packed by mlx-lm"  # a panel of the help
 TEXTS = ("data", "field", "samples", "length")
@@ -116,9 +116,9 @@ def _set_aside(made: Path, out: Path) -> Iterator[None]:
 
 def _settled(model: Path, gguf: str | None, imatrix: str | None) -> tuple[Checkpoint, str, str]:
     """The model, and type and matrix where they were left out."""
-    from .checkpoint import Checkpoint
     from .fit.gguf_mix import NEEDS_MATRIX
     from .gguf_quantize import known
+    from .model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(model)
     kind = known(gguf or ("q8_0" if checkpoint.quantized else "f16"))
@@ -166,8 +166,8 @@ def _require_fit(done: dict[str, Any], mac: str | None, context: int) -> None:
 
 def _asked(checkpoint: Checkpoint, ask: Any) -> dict[str, Any]:
     """What a stock server answers, where the memory holds the model."""
+    from .model.tokenizer_files import has_chat_template
     from .resident import not_resident
-    from .tokenizer_files import has_chat_template
 
     if too_large := not_resident(checkpoint.path, None):
         return {"served": False, "reason": too_large}
@@ -208,7 +208,7 @@ def _directory(
     """A model directory: packed, or for the hub; asked through mlx-lm's server."""
     from . import deploy, served
     from .base import plain_path
-    from .checkpoint import Checkpoint
+    from .model.checkpoint import Checkpoint
 
     out = mlx or hub
     with created(out) as place, _set_aside(place, out):

@@ -87,7 +87,7 @@ def calibrate_command(model: Model, out: Out, **asked: Any) -> dict[str, Any]:
     measured: taylor and taylor2 need gradients, iterative needs contributions.
     """
     from . import recipes, steps
-    from .checkpoint import Checkpoint
+    from .model.checkpoint import Checkpoint
 
     s = settings_of(**asked)
     steps.criterion(s.criterion)  # a wrong name must not leave a run directory behind
@@ -129,9 +129,9 @@ def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str
     """
     from . import choose_sizes, pipeline, recipes, steps
     from .arch import cut
-    from .checkpoint import Checkpoint
     from .gguf_target import runtimes_of
     from .layout import size_of
+    from .model.checkpoint import Checkpoint
 
     s = settings_of(**asked)
     with steps.continue_run(run) as opened:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import Plan, dump_json
-from .checkpoint import Checkpoint
+from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan import redraw
 from .prune import prune

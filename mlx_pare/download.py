@@ -21,11 +21,11 @@ from .base import console
 from .base.errors import PareError, Refused
 from .base.units import gb
 from .base.untrusted import read_json
-from .checkpoint import cuttable, refuse_foreign
 from .hub import File, Hub, HubError, Unreachable, in_time
 from .hub_fetch import AGAIN, OTHERWISE, WORKERS, Blob, fetch_all
 from .hub_files import MAX_SMALL, needed
-from .hub_name import HubName
+from .model.checkpoint import cuttable, refuse_foreign
+from .model.hub_name import HubName
 
 ETAG = re.compile(r"[\w-][\w.-]{0,127}", re.ASCII)  # becomes the name of a file
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from . import finite, lm, stream
+from . import lm, stream
 from .artifacts import MOST_NATS, Metrics
 from .base.errors import PareError, UsageError
-from .checkpoint import Checkpoint
 from .corpus import Rows
 from .divergence import measure
-from .hub_name import called
 from .kept import end_of
+from .model import finite
+from .model.checkpoint import Checkpoint
+from .model.hub_name import called
 from .opened import StrPath, opened
 
 

@@ -17,10 +17,10 @@ from . import gguf_quantize, gguf_size, gguf_tokenizer
 from .atomic import created, refuse_existing, require_room, scratch
 from .base import console
 from .base.errors import PareError, UsageError
-from .checkpoint import Checkpoint
 from .fit.gguf_mix import NEEDS_MATRIX
 from .gguf_size import Prediction, padded
 from .gguf_target import target_of
+from .model.checkpoint import Checkpoint
 from .opened import StrPath, opened
 
 if TYPE_CHECKING:

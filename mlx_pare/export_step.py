@@ -10,13 +10,13 @@ from .artifacts import dump_json
 from .base import console
 from .base.errors import PareError
 from .base.optional import attempt
-from .checkpoint import Checkpoint
 from .choose_sizes import wants_gguf
 from .export import export, why_not
 from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .gguf_quantize import direct, known
 from .llama_cpp import judged
+from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .rundir import Run
 from .texts import Texts

@@ -9,7 +9,7 @@ from typing import Any
 
 from .arch import Architecture
 from .arch.rope import both_rope_spellings, rope_scaling, rotary_share
-from .checkpoint import Checkpoint
+from .model.checkpoint import Checkpoint
 
 WINDOWS = ("gemma2", "gemma3", "olmo2")  # architectures that take a list of which layers have one
 BY_PLACE = ("smollm3",)  # architectures that treat layers by their place, and take no list

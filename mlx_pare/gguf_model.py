@@ -14,18 +14,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import gguf_blocks, gguf_header, gguf_settings, gguf_tokens, tokenizer_files
+from . import gguf_blocks, gguf_header, gguf_settings, gguf_tokens
 from .arch import Tensor, describe
 from .arch.rope import rope_order
 from .atomic import created, refuse_existing, require_room
 from .base import console
 from .base.errors import PareError, Unsupported
-from .checkpoint import Checkpoint
 from .gguf_settings import Settings
 from .gguf_stored import FLOATS, Rounding, Row, float_parts, holds, words
+from .model import tokenizer_files
+from .model.checkpoint import Checkpoint
+from .model.directory import write_config
 from .tensors.panels import row_panels
 from .tensors.safetensors import Entry
-from .tensors.shards import OUR_KEY, ShardWriter, write_config
+from .tensors.shards import OUR_KEY, ShardWriter
 
 MAX_ROW = 1 << 24  # values of a row, which is read at once
 MAX_FACTORS = 1 << 12  # of the rope, half a head

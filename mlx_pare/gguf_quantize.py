@@ -21,9 +21,9 @@ from typing import Any
 
 from .base import children, console
 from .base.errors import PareError, UsageError
-from .checkpoint import Checkpoint
 from .fit import gguf_mix
 from .gguf_target import FILE_TYPES
+from .model.checkpoint import Checkpoint
 
 DIRECT = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q6_k")  # gguf_values.convert writes these
 PLAIN = ("f32", "f16", "bf16", "q8_0")  # an importance matrix would change nothing

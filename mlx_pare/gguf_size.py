@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import gguf_tokenizer
 from .added_tokens import name_for
-from .checkpoint import Checkpoint
 from .gguf_header import ALIGNMENT
 from .gguf_rows import Row, table
 from .gguf_target import Target, metadata, target_of
-from .hub_name import called
+from .model.checkpoint import Checkpoint
+from .model.hub_name import called
 
 if TYPE_CHECKING:
     from .imatrix import Importance

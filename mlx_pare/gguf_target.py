@@ -13,9 +13,9 @@ from typing import Any
 from . import gguf_uneven
 from .arch import Architecture
 from .base.errors import PareError
-from .checkpoint import Checkpoint
 from .gguf_further import ALLOWED, FURTHER, LONG, NOTES, OBJECTIONS, WINDOWS, rotary
-from .licence import licence_name
+from .model.checkpoint import Checkpoint
+from .model.licence import licence_name
 
 FILE_TYPES = {  # what can be written: enum llama_ftype, llama.cpp include/llama.h
     "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9,

@@ -17,7 +17,7 @@ from typing import Any
 from . import added_tokens
 from .base.errors import PareError
 from .base.untrusted import check_links, read_json
-from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET
+from .model.tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET
 
 # enum llama_token_type, llama.cpp include/llama.h
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

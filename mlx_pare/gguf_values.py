@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from .base.errors import PareError
-from .checkpoint import Checkpoint
 from .gguf_rows import Row
 from .gguf_types import SCALES, TYPES
+from .model.checkpoint import Checkpoint
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -19,8 +19,8 @@ def encoded(checkpoint: Checkpoint, row: Row, q_norm: float = 1.0) -> Iterator[m
     Raises PareError for values that are not finite, or not in the row's type."""
     import mlx.core as mx
 
+    from .model.weights import read_panels
     from .tensors.packed import Packed
-    from .tensors.panels import read_panels
 
     if row.source is None:
         yield convert(mx.array(row.constant), row.type).data

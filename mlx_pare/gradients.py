@@ -22,10 +22,10 @@ from . import lm, stream
 from .arch import Architecture
 from .base.console import progress
 from .base.errors import PareError
-from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .cpu_math import MOST_KEPT
 from .divergence import Running
+from .model.checkpoint import Checkpoint
 from .observers import replace_module
 from .tensors.packed import dense_rows
 

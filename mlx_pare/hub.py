@@ -4,7 +4,7 @@ What downloads one is download.py.
 The headers are kilobytes in front of gigabytes and are asked for by byte range. huggingface_hub brings the connection
 (proxies, redirects, HF_ENDPOINT, HF_HUB_OFFLINE), the login and the place of the cache; it is imported (0.1 s) when a
 hub id is given, not before. Its own get_safetensors_metadata is not used: from a server that ignores ranges it takes
-whole files, and it believes what a header says. Here a remote file is read by checkpoint.py, as a local one is.
+whole files, and it believes what a header says. Here a remote file is read by model/checkpoint.py, as a local one is.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .base.untrusted import read_json
 from .fit import catalogue
 from .hub_cache import COMMIT, Remote, RemoteTensor
 from .hub_files import weight_files
-from .hub_name import HubName, on_hub
+from .model.hub_name import HubName, on_hub
+from .model.weight_files import INDEX, indexed, told
 from .tensors.safetensors import read_header
-from .weight_files import INDEX, indexed, told
 
 TIMEOUT = 5.0  # seconds without a byte from the network
 PATIENCE = 8.0  # seconds for the first answer in all: looking up a host name knows no timeout
@@ -261,7 +261,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class File:
-    """A file on the hub with as much of pathlib.Path as checkpoint.py needs to read its header, or its JSON."""
+    """A file on the hub with as much of pathlib.Path as model/checkpoint.py needs to read its header, or its JSON."""
 
     hub: Hub
     commit: str

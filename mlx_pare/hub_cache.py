@@ -18,9 +18,9 @@ from urllib.parse import quote
 
 from .base.errors import PareError
 from .base.untrusted import read_json
-from .checkpoint import Checkpoint
 from .hub_files import needed
-from .hub_name import HubName
+from .model.checkpoint import Checkpoint
+from .model.hub_name import HubName
 
 FORMAT = 1  # of what is kept
 COMMIT = re.compile("[0-9a-f]{40}")

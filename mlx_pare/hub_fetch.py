@@ -18,7 +18,7 @@ from .base import console
 from .base.errors import FULL, PareError
 from .base.units import gb
 from .hub import Hub, HubError, Unreachable
-from .hub_name import HubName
+from .model.hub_name import HubName
 
 WORKERS = 8
 RETRIES = 5  # broken connections in a row that bring nothing new

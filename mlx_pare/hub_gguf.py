@@ -10,7 +10,7 @@ from .base.errors import PareError
 from .gguf_header import Header, check_part, read_all, read_start, union
 from .hub import OTHERWISE, File, Hub, Unreachable, in_time
 from .hub_files import needed
-from .hub_name import HubName
+from .model.hub_name import HubName
 
 STARTS = tuple(1 << bits for bits in (20, 22, 24, 26))  # bytes read in turn until all of the header is among them
 

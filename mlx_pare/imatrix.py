@@ -23,10 +23,10 @@ from . import gguf_header, stream
 from .arch import Architecture
 from .atomic import replaced
 from .base.errors import PareError, UsageError
-from .checkpoint import Checkpoint
 from .corpus import Rows
 from .gguf_rows import table
 from .gguf_target import target_of
+from .model.checkpoint import Checkpoint
 from .observers import Tap, replace_module
 
 TOLD = 127  # bytes of a string that llama-quantize puts into a file's metadata (llama_model_kv_override)

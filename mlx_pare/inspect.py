@@ -9,11 +9,11 @@ from typing import Any
 from . import gguf_uneven
 from .arch import Architecture, uneven_types, why_uniform
 from .base.errors import PareError
-from .fit.footprint import parameters, window_of
 from .fit.form import Form
 from .fit.reach import AXES
 from .fit.subject import Subject, open_subject
 from .gguf_target import runtimes_of, target_of
+from .model.footprint import parameters, window_of
 
 
 def inspect(model: str | PathLike[str]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import mlx.core as mx
 
 from . import stream
 from .base.errors import PareError
-from .checkpoint import Checkpoint
 from .corpus import Rows
 from .head import Streamed
+from .model.checkpoint import Checkpoint
 from .spool import NAME, Spool
 
 OURS = ("states-*", "repair-*", "walk.partial-*")

@@ -15,9 +15,9 @@ from .artifacts import Arrays, Plan, dump_json
 from .base import console
 from .base.errors import UsageError
 from .base.untrusted import read_json
-from .checkpoint import Checkpoint
 from .drops import layers_by_kl, trials
 from .fit.reach import Level, protected_layers
+from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan import plan
 from .plan.levels import shape, splits

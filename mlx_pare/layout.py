@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from .arch import Architecture, Keep, Tensor, cut
 from .arch.spec import FUSED
 from .artifacts import Size
-from .checkpoint import Checkpoint
-from .fit.footprint import parameters
+from .model.checkpoint import Checkpoint
+from .model.footprint import parameters
 from .tensors.packing import Packing
 from .tensors.safetensors import DTYPE_BYTES
 from .tensors.shards import Planned

@@ -21,13 +21,13 @@ from . import gguf_header, gguf_tokenizer
 from .base import children, machine
 from .base.errors import PareError
 from .base.units import gb
-from .checkpoint import Checkpoint
 from .export import verify
 from .gguf_quantize import INSTALL
 from .gguf_rows import Row
 from .gguf_size import padded
 from .gguf_types import TYPES
 from .gguf_values import finite
+from .model.checkpoint import Checkpoint
 
 SMALL = 64 << 20  # bytes of a file for which one thread is enough
 

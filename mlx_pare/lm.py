@@ -22,15 +22,16 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read by MLX at its first produc
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import blas, cpu_math, tokenizer_files
+from . import blas, cpu_math
 from .arch import Architecture, both_rope_spellings
 from .base.errors import PareError, Refused, Unsupported
 from .base.plain_path import plain, require_text
 from .base.untrusted import read_json
-from .checkpoint import Checkpoint, require_directory
+from .model import tokenizer_files
+from .model.checkpoint import Checkpoint, require_directory
+from .model.weight_files import read_headers, without_leftovers
 from .opened import opened
 from .tensors.packing import Packing
-from .weight_files import read_headers, without_leftovers
 
 
 def cpu_backend() -> bool:
@@ -121,7 +122,7 @@ def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
 
 def tokenizer(path: Path, date: str | None = None) -> Any:
     """mlx-lm's wrapper around a directory's tokenizer. Another process tries the files first, and writes chats
-    (tokenizer_files.py).
+    (model/tokenizer_files.py).
 
     Args:
         path: The model directory.

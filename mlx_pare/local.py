@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import divergence, lm, rewrite, step_files, stream
+from . import divergence, lm, step_files, stream
 from .arch import Tensor
 from .artifacts import Arrays, dump_json, survivors
 from .atomic import created, is_ours, refuse_existing, replace_file
@@ -31,9 +31,10 @@ from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
-from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .cpu_math import MOST_KEPT
+from .model import replace_tensors
+from .model.checkpoint import Checkpoint
 
 FLOOR = 0.01  # of the mean energy of the channels: none weighs more than a hundred average ones
 NOTHING = 1e-9  # an error that is rounding: both streams are one up to here
@@ -71,7 +72,7 @@ def local(
     summary = {"options": asdict(options), "blocks": healer.done, "improved": False}
     with created(out) as place:
         place.mkdir()
-        rewrite.write_stored(pair[0], lambda tensor: _entries(pair[0], tensor, scratch), place)
+        replace_tensors.write_stored(pair[0], lambda tensor: _entries(pair[0], tensor, scratch), place)
         summary |= _judged(teacher, student, place, held)
         if not summary["improved"]:
             console.warn("healing block by block did not improve the KL divergence: the pruned model is kept as it was")
@@ -174,7 +175,7 @@ def _entries(checkpoint: Checkpoint, tensor: Tensor, scratch: Path) -> dict[str,
     if tensor.layer is None:
         return None
     found = mx.load(str(_file(scratch, tensor.layer)))
-    return {name: found[name] for name in rewrite.names(checkpoint, tensor)} if tensor.name in found else None
+    return {name: found[name] for name in replace_tensors.names(checkpoint, tensor)} if tensor.name in found else None
 
 
 def _judged(teacher: Path, student: Path, made: Path, held: Rows) -> dict[str, Any]:
@@ -275,7 +276,7 @@ class _Healer(stream.Observer):
         new: dict[str, mx.array] = {}
         for tensor in self.tensors[index]:
             if self.options.method == "full" or tensor.matrix:
-                new |= rewrite.stored(self.student, tensor, result_at(block, tensor.spec.name))
+                new |= replace_tensors.stored(self.student, tensor, result_at(block, tensor.spec.name))
         mx.eval(new)
         return new
 
@@ -286,7 +287,7 @@ class _Healer(stream.Observer):
             module = block
             for part in tensor.spec.name.split(".")[:-1]:
                 module = getattr(module, part)
-            for name in rewrite.names(self.student, tensor):
+            for name in replace_tensors.names(self.student, tensor):
                 if name in new:
                     setattr(module, name.rpartition(".")[2], new[name])
         return lm.for_backend(block)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from .artifacts import SCHEMA, Count, Strict
 from .base import untrusted
 from .base.errors import PareError
-from .hub_name import HubName, of_snapshot
+from .model.hub_name import HubName, of_snapshot
 from .options import recipe_file, settings
 from .options.values import shown
 

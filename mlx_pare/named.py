@@ -15,7 +15,7 @@ from pathlib import Path
 from .base import console
 from .base.errors import PareError, UsageError
 from .fit import catalogue
-from .hub_name import HubName
+from .model.hub_name import HubName
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from .base.errors import PareError, plain
 from .base.untrusted import check_links, contents, read_json
 from .chat_template import SYSTEM, USER, Texts, go_template, read, trims
 from .gguf_tokenizer import first_token
-from .licence import licence_file
-from .tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats, has_chat_template
+from .model.licence import licence_file
+from .model.tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats, has_chat_template
 
 QUOTES = '"""'
 # generation_config.json -> PARAMETER, and what it must be (api/types.go of Ollama)

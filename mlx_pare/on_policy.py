@@ -21,8 +21,8 @@ import numpy as np
 
 from . import lm, ranks, stream, teacher
 from .base.errors import UsageError
-from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
+from .model.checkpoint import Checkpoint
 from .options.values import SHARE, require
 
 ROUND = 25  # steps at most that are trained on samples of the same student

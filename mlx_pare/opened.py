@@ -26,7 +26,7 @@ from . import named
 from .base import console, untrusted
 from .base.errors import PareError, UsageError
 from .gguf_header import Header, is_gguf, read_parts
-from .hub_name import of_snapshot
+from .model.hub_name import of_snapshot
 
 VARIABLE = "MLX_PARE_CACHE"
 VERSION = 2  # of what is rebuilt: another one is rebuilt again

@@ -20,13 +20,13 @@ from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb, readable
 from .calibrate import check_memory as check_calibration
-from .checkpoint import Checkpoint
 from .export import why_not
 from .export_step import export_step, required
 from .fit import macs
 from .gguf_target import RUNTIMES
 from .layering import layers_by_of
 from .local import check_memory as check_local
+from .model.checkpoint import Checkpoint
 from .opened import StrPath, opened as model_of
 from .options.settings import Settings
 from .plan import whole

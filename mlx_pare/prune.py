@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import finite, tokenizer_class
+from . import tokenizer_class
 from .arch.axes import select
 from .arch.spec import Tensor
 from .artifacts import Arrays, Plan, dump_json, repair_file, survivors
@@ -23,14 +23,17 @@ from .base import markdown
 from .base.console import progress
 from .base.errors import PareError
 from .base.units import span
-from .checkpoint import Checkpoint
-from .hub_name import called
 from .layout import Piece, layout, size_of, smaller
+from .model import finite
+from .model.checkpoint import Checkpoint
+from .model.directory import copy_tokenizer, write_config
+from .model.hub_name import called
+from .model.weights import read_panels
 from .opened import StrPath, opened
 from .tensors.packed import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
 from .tensors.packing import Packing
-from .tensors.panels import PANEL_VALUES, read_panels, sliced
-from .tensors.shards import OUR_KEY, ShardWriter, copy_tokenizer, write_config
+from .tensors.panels import PANEL_VALUES, sliced
+from .tensors.shards import OUR_KEY, ShardWriter
 
 Stored = tuple[str, Iterable[memoryview]]  # a name of the new model, and the bytes under it in parts
 

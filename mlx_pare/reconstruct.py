@@ -32,10 +32,10 @@ from .arch import Architecture
 from .artifacts import Arrays, LayerPlan, Plan, repair_file
 from .base.errors import PareError, Refused
 from .base.units import gb
-from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .layout import layout
 from .least_squares import Cost
+from .model.checkpoint import Checkpoint
 from .observers import replace_module
 from .opened import StrPath, opened
 from .site import Site, parts, solve_costs

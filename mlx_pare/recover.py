@@ -21,17 +21,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import divergence, lm, local, on_policy, ranks, rewrite, step_files, stream, targets, teacher
+from . import divergence, lm, local, on_policy, ranks, step_files, stream, targets, teacher
 from .artifacts import dump_json, survivors
 from .atomic import created, refuse_existing, remove, replace_file, working
 from .base import console, machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
 from .base.untrusted import read_json
-from .checkpoint import Checkpoint
 from .corpus import Rows
 from .domains import Domains, Sampler
 from .kept import end_of
+from .model import replace_tensors
+from .model.checkpoint import Checkpoint
 from .objective import Taps, loss_of
 from .opened import StrPath, opened
 from .recover_options import GENTLE_BELOW, RATES, Options, check_memory, swift_fits
@@ -143,7 +144,7 @@ class _Job:
                 shutil.rmtree(place, ignore_errors=True)  # of a call that was killed
                 place.mkdir()
                 # what was not trained stays healed; new scales fit better, with the old ones what moved little stays
-                rewrite.write(Checkpoint(start), merged(model, trainer.best), place, name != "trained")
+                replace_tensors.write(Checkpoint(start), merged(model, trainer.best), place, name != "trained")
                 self.candidates[name] = place
         rate = self.course.full_rate(trainer.curve[0]["loss"])
         about = {"best_step": trainer.best_step, "rate": rate, "domains": trainer.sampler.weights}

@@ -12,8 +12,8 @@ from .base import machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
 from .block_training import Options as BlockOptions
-from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
+from .model.checkpoint import Checkpoint
 from .objective import Objective
 from .options import option
 from .options.option import setting

@@ -9,7 +9,7 @@ from . import lm
 from .base import machine
 from .base.errors import Refused
 from .base.units import gb
-from .checkpoint import Checkpoint
+from .model.checkpoint import Checkpoint
 
 
 def needed_bytes(model: Path) -> int:

@@ -20,9 +20,9 @@ from . import step_files
 from .artifacts import Metrics, Plan, Target, survivors
 from .base.errors import Refused, UsageError
 from .base.units import count, duration, readable
-from .checkpoint import Checkpoint
-from .fit.footprint import parameters
 from .manifest import Manifest
+from .model.checkpoint import Checkpoint
+from .model.footprint import parameters
 from .options.settings import STAGES, Settings
 from .rundir import Run
 

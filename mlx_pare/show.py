@@ -6,7 +6,7 @@ from typing import Any
 
 from .base import console, units
 from .base.units import duration, readable, span
-from .hub_name import shown
+from .model.hub_name import shown
 
 FIT_COLUMNS = (
     "<mac", "budget", "weights", "KV", "work", "total", "<verdict", "headroom", "(GiB)", "max context", "decode tok/s",

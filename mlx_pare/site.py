@@ -13,8 +13,8 @@ import numpy as np
 
 from . import stream
 from .base.errors import PareError
-from .checkpoint import Checkpoint
 from .least_squares import Cost, Dual, Problem, cost, damping_for
+from .model.checkpoint import Checkpoint
 from .observers import replace_module
 from .tensors.packed import dense_weight
 

@@ -26,10 +26,10 @@ from .arch import Architecture
 from .artifacts import Arrays, Plan, dump_json
 from .base.errors import UsageError
 from .calibrate import calibrate, calibrate_in_parts
-from .checkpoint import Checkpoint
 from .corpus import Rows
 from .evaluate import evaluate
 from .fit.reach import protected_layers
+from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan import allocate, redraw
 from .prune import prune

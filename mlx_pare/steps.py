@@ -20,13 +20,13 @@ from .base.units import parse_amount
 from .bench import bench
 from .calibrate import calibrate
 from .check import check
-from .checkpoint import Checkpoint
 from .evaluate import evaluate
 from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .manifest import read_manifest
+from .model.checkpoint import Checkpoint
 from .opened import require
 from .options.settings import RecoveryOptions, Settings, TrainingOptions
 from .plan.goal import Options as PlanOptions

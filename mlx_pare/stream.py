@@ -20,18 +20,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import finite, head, lm
+from . import head, lm
 from .ahead import read_ahead
 from .arch import Tensor
 from .base import machine
 from .base.console import progress
 from .base.errors import Refused
 from .base.units import gb
-from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
 from .head import Streamed
+from .model import finite
+from .model.checkpoint import Checkpoint
+from .model.weights import StoredEmbedding
 from .spool import InMemory, Spool, Spooled, placeholder
-from .tensors.packed import EXPANDED_BYTES, StoredEmbedding, stored_dtype
+from .tensors.packed import EXPANDED_BYTES, stored_dtype
 from .tensors.safetensors import DTYPE_BYTES
 
 MICRO_BATCH_TOKENS = 1024

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import lm, ranks
-from .checkpoint import Checkpoint
+from .model.checkpoint import Checkpoint
 from .rescaled import Rescaled, rescale
 from .tensors.packed import Packed
 

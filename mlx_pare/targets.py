@@ -33,9 +33,9 @@ from .base import machine
 from .base.console import progress
 from .base.errors import PareError, Refused, UsageError, shell
 from .base.units import gb
-from .checkpoint import Checkpoint
 from .corpus import Rows
 from .divergence import TOKENS_AT_ONCE
+from .model.checkpoint import Checkpoint
 
 SCHEMA = 1
 PART_TOKENS = 16384  # what a killed head loses at most; small enough for any memory, large enough for few files

@@ -16,8 +16,8 @@ import numpy as np
 
 from . import stream
 from .base.errors import PareError
-from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
+from .model.checkpoint import Checkpoint
 
 
 class Guide(Protocol):

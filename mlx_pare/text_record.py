@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from .artifacts import SCHEMA, Strict, dump_json
 from .base.errors import Refused, shell
-from .checkpoint import Checkpoint
 from .manifest import RECIPE
+from .model.checkpoint import Checkpoint
 from .rundir import Run
 
 FILE = "text.json"

@@ -9,7 +9,7 @@ from typing import Any
 from . import corpus, domains, lm
 from .base import console
 from .base.errors import UsageError
-from .checkpoint import Checkpoint
+from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .text_record import document_hashes
 

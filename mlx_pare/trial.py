@@ -25,8 +25,8 @@ import numpy as np
 from . import divergence, lm, stream
 from .arch import Architecture
 from .base.errors import Refused
-from .checkpoint import Checkpoint
 from .corpus import Extent, Rows
+from .model.checkpoint import Checkpoint
 from .observers import replace_module
 from .site import Site, solve_costs
 from .tensors.packed import pack, packed_so, stored_dtype

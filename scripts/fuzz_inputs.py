@@ -7,7 +7,8 @@ import math
 import struct
 from typing import Any
 
-from mlx_pare import arch, checkpoint, gguf_tokenizer
+from mlx_pare import arch, gguf_tokenizer
+from mlx_pare.model import checkpoint
 
 COMMIT = "0" * 40
 LLAMA = {

@@ -39,7 +39,6 @@ from fuzz_inputs import (
 from mlx_pare import (
     arch,
     artifacts,
-    checkpoint,
     corpus,
     domains,
     gguf_header,
@@ -52,14 +51,15 @@ from mlx_pare import (
 )
 from mlx_pare.base.errors import PareError
 from mlx_pare.base.units import parse_amount
-from mlx_pare.fit import footprint, quantization, subject
+from mlx_pare.fit import quantization, subject
 from mlx_pare.fit.gguf_config import config_of
 from mlx_pare.inspect import inspect
+from mlx_pare.model import checkpoint, footprint
 
 
 class Memory:
-    """A file that is not on a disk, with as much of pathlib.Path as base/untrusted.py and checkpoint.py ask of it:
-    writing and opening a real one takes ten times as long as reading it."""
+    """A file that is not on a disk, with as much of pathlib.Path as base/untrusted.py and model/checkpoint.py ask of
+    it: writing and opening a real one takes ten times as long as reading it."""
 
     def __init__(self, raw: bytes):
         self.raw, self.name = raw, "file"

@@ -22,11 +22,12 @@ import numpy as np
 
 from mlx_pare.arch import Tensor, describe
 from mlx_pare.atomic import created
-from mlx_pare.checkpoint import TOKENIZER_FILES
 from mlx_pare.fit import catalogue
 from mlx_pare.layout import Piece
+from mlx_pare.model.checkpoint import TOKENIZER_FILES
+from mlx_pare.model.directory import write_config
 from mlx_pare.tensors.packing import BITS, GROUP_SIZES, Packing
-from mlx_pare.tensors.shards import ShardWriter, write_config
+from mlx_pare.tensors.shards import ShardWriter
 
 DEMO = Path(__file__).resolve().parents[1] / "mlx_pare" / "demo" / "model"
 DEVIATION = 0.02  # of the weights: what most models are initialised with

@@ -16,7 +16,7 @@ from test_uneven import plan_of
 
 from mlx_pare import adapters
 from mlx_pare.base.errors import PareError, Refused, Unsupported
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 
 LORA = {"rank": 4, "scale": 10.0, "dropout": 0.0}

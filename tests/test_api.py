@@ -11,7 +11,7 @@ import mlx_pare
 from mlx_pare import api, lm
 from mlx_pare.artifacts import Arrays, survivors
 from mlx_pare.base.errors import PareError, UsageError
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.texts import Texts
 
 

@@ -14,7 +14,7 @@ from test_prune import TOKENS, arrays_of, largest, logits, masked, opened, plan_
 
 from mlx_pare import lm
 from mlx_pare.artifacts import Plan
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 
 LAYERS = [{"attention_bits": 6}, {"ffn_bits": 3}, {"attention_bits": 8, "ffn_bits": 2}, {}]

@@ -19,8 +19,8 @@ from mlx_pare import gradients, stream
 from mlx_pare.artifacts import Arrays
 from mlx_pare.base.errors import Refused, UsageError
 from mlx_pare.calibrate import EXTRA, SITES, Statistics, calibrate, check_memory
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.spool import Spool, Spooled
 
 LAYERS = 4

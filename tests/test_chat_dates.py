@@ -14,8 +14,9 @@ import pico
 import pytest
 from prose import chats, jsonl
 
-from mlx_pare import lm, recipes, text_record, tokenizer_files
+from mlx_pare import lm, recipes, text_record
 from mlx_pare.base.errors import PareError, Refused
+from mlx_pare.model import tokenizer_files
 from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import run
 from mlx_pare.rundir import Run

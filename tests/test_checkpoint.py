@@ -15,10 +15,11 @@ from safetensors import safe_open
 
 from mlx_pare import lm
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.model.directory import write_config
 from mlx_pare.tensors.packed import raw_bytes
 from mlx_pare.tensors.safetensors import read_header
-from mlx_pare.tensors.shards import Planned, ShardWriter, write_config
+from mlx_pare.tensors.shards import Planned, ShardWriter
 
 DOWN = "model.layers.1.mlp.down_proj"
 

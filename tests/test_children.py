@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_pare import interrupts, tokenizer_files
+from mlx_pare import interrupts
 from mlx_pare.base import children
+from mlx_pare.model import tokenizer_files
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}" + "{% endfor %}" * 2
@@ -31,7 +32,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Deaf).serve_forever()
 """
 STARTS = {  # what a process does that ends only with its child
     "server": f"from mlx_pare import served; served.ask('server', [sys.executable, '-c', {SERVER!r}], False)",
-    "chat": "from mlx_pare.tokenizer_files import Chats; import mlx_pare.tokenizer_files as t; t.CHAT_SECONDS = 300; "
+    "chat": "from mlx_pare.model.tokenizer_files import Chats; import mlx_pare.model.tokenizer_files as t; t.CHAT_SECONDS = 300; "
     "Chats(Path(sys.argv[1]))([{'role': 'user', 'content': 'x'}])",
     "quantizer": "from mlx_pare import gguf_quantize; "
     "gguf_quantize.quantize(Path('a.gguf'), Path('b.gguf'), 'q4_k_m', 1)",
@@ -151,7 +152,7 @@ except KeyboardInterrupt:
 def test_f14_the_writer_of_chats_ends_itself(place):
     """Its parent may be stopped, or too busy to keep the time."""
     process = children.start(
-        children.module("tokenizer_files", "chat", str(place / "model"), "1"),
+        children.module("model.tokenizer_files", "chat", str(place / "model"), "1"),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

@@ -9,8 +9,8 @@ import pytest
 
 from mlx_pare import cli, corpus, lm, overlap, pipeline, steps
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.evaluate import evaluate
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.texts import DEMO
 
 MODEL = DEMO / "model"

@@ -20,10 +20,10 @@ from mlx_pare.arch import can_keep
 from mlx_pare.artifacts import Arrays, LayerPlan, Plan
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.drops import layers_by_kl, trials
 from mlx_pare.fit import reach
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
 from mlx_pare.plan import allocate, plan
 from mlx_pare.plan.goal import Options

@@ -23,10 +23,10 @@ from huggingface_hub import constants, snapshot_download
 from mlx_pare import download, hub_cache, hub_fetch
 from mlx_pare.base import console, untrusted
 from mlx_pare.base.errors import PareError, Refused, Unsupported, UsageError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.hub import HubError, Unreachable
 from mlx_pare.hub_files import gguf_models, kind_of, needed
-from mlx_pare.hub_name import HubName, on_hub
+from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.model.hub_name import HubName, on_hub
 
 NAME, OTHER = "org/model", "f" * 40
 API = f"/api/models/{NAME}/revision/main"

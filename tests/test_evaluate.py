@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten
 from mlx_pare import corpus, divergence, head, lm, stability
 from mlx_pare.artifacts import Metrics, dump_json
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options
 

@@ -9,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pare import deploy, finite
+from mlx_pare import deploy
 from mlx_pare.artifacts import Plan
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model import finite
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 from mlx_pare.texts import DEMO
 

@@ -17,9 +17,10 @@ from mlx_pare import lm
 from mlx_pare.arch import describe
 from mlx_pare.base import machine
 from mlx_pare.base.errors import UsageError
-from mlx_pare.checkpoint import Checkpoint
-from mlx_pare.fit import footprint, macs, memory, planner, speed
+from mlx_pare.fit import macs, memory, planner, speed
 from mlx_pare.fit.memory import Needs, Use
+from mlx_pare.model import footprint
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.tensors.packing import Packing
 
 
@@ -417,7 +418,8 @@ def test_planning_imports_nothing_heavy():
     script = f"""
 import sys, time
 from mlx_pare.arch import describe
-from mlx_pare.fit import footprint, macs, memory, planner, speed
+from mlx_pare.model import footprint
+from mlx_pare.fit import macs, memory, planner, speed
 from mlx_pare.fit.memory import Needs, Use
 from mlx_pare.tensors.packing import Packing
 arch = describe({QWEN25_32B!r})

@@ -13,13 +13,14 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import fit, foreign_formats, inspect
+from mlx_pare import fit, inspect
 from mlx_pare.base.errors import Unsupported
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.fit.form import Form
 from mlx_pare.fit.subject import open_subject
+from mlx_pare.model import foreign_formats
+from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.model.weight_files import read_headers
 from mlx_pare.tensors.safetensors import DTYPE_BYTES
-from mlx_pare.weight_files import read_headers
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes | None]]
 

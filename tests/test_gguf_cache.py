@@ -12,9 +12,9 @@ import pytest
 
 from mlx_pare import gguf_model, opened
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
 from mlx_pare.gguf_header import read, read_parts
+from mlx_pare.model.checkpoint import Checkpoint
 
 SHORT = ["--length", 32, "--samples", 2]
 QUICK = ["--samples", 4, "--length", 32, "--recover-steps", 0, "--widths", "even", "--trials", 0, "--axes", "ffn"]

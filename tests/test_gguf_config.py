@@ -15,11 +15,11 @@ from gguf_conversion import GENERIC, metadata, named, parts
 
 from mlx_pare.arch import Architecture, describe
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
 from mlx_pare.fit import catalogue, gguf_config
 from mlx_pare.fit.gguf_config import config_of
 from mlx_pare.gguf_header import Header, Skipped, TensorInfo, read
+from mlx_pare.model.checkpoint import Checkpoint
 
 
 def table(arch: Architecture) -> dict[str, tuple[int, ...]]:

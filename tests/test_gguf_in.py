@@ -16,13 +16,14 @@ import pytest
 
 from mlx_pare import gguf_blocks, gguf_model, gguf_settings, gguf_stored, llama_cpp, lm
 from mlx_pare.base.errors import PareError, Refused, Unsupported
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
 from mlx_pare.gguf_model import rebuild
 from mlx_pare.gguf_rows import rope_factors
 from mlx_pare.gguf_target import Target
 from mlx_pare.gguf_types import TYPES
-from mlx_pare.tensors.packed import Packed, pack_codes, read
+from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.model.weights import read
+from mlx_pare.tensors.packed import Packed, pack_codes
 from mlx_pare.tensors.packing import Packing
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 500, 48)]

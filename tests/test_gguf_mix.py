@@ -14,12 +14,12 @@ from mlx_pare import gguf_header, gguf_quantize, llama_cpp
 from mlx_pare.arch import Architecture, describe
 from mlx_pare.arch.spec import Family, Layer, tensor
 from mlx_pare.base.errors import UsageError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
 from mlx_pare.fit import catalogue, gguf_mix
 from mlx_pare.fit.gguf_mix import kinds, storage, type_of
 from mlx_pare.gguf_target import FILE_TYPES
 from mlx_pare.gguf_types import nbytes
+from mlx_pare.model.checkpoint import Checkpoint
 
 
 def needs_llama(test):

@@ -20,12 +20,12 @@ from test_imatrix import WIDE, needs_llama, rows_of
 from mlx_pare import gguf_header, gguf_quantize, gguf_size, gguf_values, imatrix, llama_cpp
 from mlx_pare.arch import rope
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export, verify
 from mlx_pare.export_step import export_step
 from mlx_pare.fit import fit
 from mlx_pare.fit.form import Form
 from mlx_pare.fit.gguf_mix import type_of
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.steps import open_run
 from mlx_pare.texts import Texts

@@ -9,8 +9,8 @@ from test_uneven import COUNTS, FUSED, NAS, ROWS, WIDE, model, plan_of  # noqa: 
 
 from mlx_pare import gguf_rows, gguf_size, gguf_uneven, imatrix, llama_cpp
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export, verify
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 
 pytestmark = [

@@ -13,9 +13,9 @@ import reference
 
 from mlx_pare import gguf_header, imatrix, llama_cpp
 from mlx_pare.base.errors import PareError, UsageError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.export import export
+from mlx_pare.model.checkpoint import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import llama_eval

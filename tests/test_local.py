@@ -22,9 +22,10 @@ from test_recover import files, same_packing_and_shapes, stored
 from mlx_pare import block_training, head, stream
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.block_training import METHODS, Matrix, Options
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.local import block_ends, check_memory, local, training_bytes
+from mlx_pare.model import weights as quantized_weights
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 from mlx_pare.tensors import packed as quantized
 
@@ -61,7 +62,7 @@ def faulty(pico_models, tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
 
 
 def _halved(checkpoint: Checkpoint, tensor, random) -> dict[str, mx.array]:
-    read = quantized.read(checkpoint, tensor.name)
+    read = quantized_weights.read(checkpoint, tensor.name)
     packed = isinstance(read, quantized.Packed)
     dense = read.dense() if packed else read
     dense = dense * mx.array((random.random(dense.shape) < 0.5).astype(np.float32)).astype(dense.dtype)

@@ -38,19 +38,20 @@ from test_recover import OPTIONS, RATES, cut, same_packing_and_shapes, stored, t
 from mlx_pare import gptq, lm, pipeline, stream
 from mlx_pare.artifacts import Plan, repair_file
 from mlx_pare.base.errors import PareError, Unsupported
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
 from mlx_pare.export import export
 from mlx_pare.inspect import inspect
 from mlx_pare.local import local
+from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS
 from mlx_pare.tensors import minifloat, packed as quantized
-from mlx_pare.tensors.packed import Packed, StoredEmbedding, pack, repacked, rounded_on
+from mlx_pare.tensors.packed import Packed, pack, repacked, rounded_on
 from mlx_pare.tensors.packing import FLOAT_MODES, Packing
 from mlx_pare.trial import Width, try_out, whole
 

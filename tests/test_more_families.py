@@ -20,11 +20,11 @@ from mlx_pare.arch import Keep, LayerKeep, can_keep, cut, describe, why_uniform
 from mlx_pare.arch.axes import dim, select
 from mlx_pare.artifacts import Plan
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.export import export
 from mlx_pare.fit.reach import best_layers, protected_layers, space
 from mlx_pare.inspect import inspect
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
 

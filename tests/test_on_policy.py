@@ -13,8 +13,8 @@ import reference
 from mlx_pare import corpus, lm, on_policy, stream
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.on_policy import Lesson, Writer, judge_of, prompt_length
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options as PlanOptions

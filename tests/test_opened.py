@@ -15,9 +15,9 @@ import pytest
 
 from mlx_pare import atomic, gguf_model, llama_cpp, opened
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
 from mlx_pare.gguf_header import read_parts
+from mlx_pare.model.checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)

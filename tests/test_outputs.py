@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from mlx_pare import cli, deploy, export as export_verb, rundir, served
 from mlx_pare.artifacts import Arrays
 from mlx_pare.base.errors import Refused
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 
 

@@ -25,7 +25,7 @@ from mlx_pare.base import machine
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import count, gb
 from mlx_pare.check import check, repeats
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct

@@ -19,9 +19,9 @@ from mlx_pare.arch import Keep, LayerKeep, describe
 from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import gb, parse_amount
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.fit import reach
 from mlx_pare.layout import total_bytes
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import allocate, plan, redraw, whole
 from mlx_pare.plan.goal import Options
 from mlx_pare.plan.levels import shape

@@ -21,7 +21,7 @@ import reference_packing as reference
 from mlx_pare import lm
 from mlx_pare.artifacts import LayerPlan, Plan, Size, Target
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 from mlx_pare.tensors.shards import ShardWriter
 

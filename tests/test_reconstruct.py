@@ -21,10 +21,10 @@ import reference
 from mlx_pare import corpus, least_squares, lm, site, stream
 from mlx_pare.artifacts import Arrays, LayerPlan, Plan, Size, Target, repair_file
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
 from mlx_pare.least_squares import DAMPING, Cost
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 

@@ -19,8 +19,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_pare import choose_sizes, cli, corpus, lm, pipeline, rescaled, steps
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options as PlanOptions

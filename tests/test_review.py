@@ -14,8 +14,8 @@ from mlx_pare import corpus, llama_cpp, lm, pipeline, stream
 from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.calibrate import Statistics, calibrate
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options

@@ -21,8 +21,8 @@ from mlx_pare import stream
 from mlx_pare.artifacts import Arrays
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.calibrate import EXTRA, calibrate
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.observers import sparsity
 from mlx_pare.options.settings import TABLE
 from mlx_pare.score import AXES, CRITERIA, criterion, depth, score, width

@@ -11,8 +11,8 @@ import pytest
 from mlx_pare import resident
 from mlx_pare.artifacts import Plan
 from mlx_pare.base import machine, markdown
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.fit.catalogue import entries
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.ollama import Modelfile
 from mlx_pare.texts import DEMO
 

@@ -11,10 +11,11 @@ import pytest
 import reference_packing as reference
 
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.model.weights import read_panels
 from mlx_pare.tensors import panels as slices
 from mlx_pare.tensors.packed import Packed
-from mlx_pare.tensors.panels import read_panels, row_panels, sliced
+from mlx_pare.tensors.panels import row_panels, sliced
 from mlx_pare.tensors.safetensors import read_header
 
 SHAPE = (37, 12)

@@ -18,9 +18,9 @@ from mlx_pare import choose_sizes, corpus, lm, show, stability, steps, stream, t
 from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate, calibrate_in_parts
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options

@@ -11,11 +11,11 @@ import pico
 import pytest
 
 from mlx_pare import lm, stream
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.fit import catalogue
-from mlx_pare.fit.footprint import parameters
-from mlx_pare.tensors.packed import read
+from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.model.footprint import parameters
+from mlx_pare.model.weights import read
 from mlx_pare.tensors.packing import Packing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))

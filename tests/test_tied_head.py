@@ -13,7 +13,7 @@ import pytest
 
 from mlx_pare import fit, inspect, lm, pipeline
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

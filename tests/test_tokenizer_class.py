@@ -15,8 +15,8 @@ from test_prune import plan_of
 from mlx_pare import llama_cpp, lm, tokenizer_class
 from mlx_pare.base.errors import PareError
 from mlx_pare.check import check
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 
 CL100K = (

@@ -25,12 +25,12 @@ from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
 from mlx_pare.check import check
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
 from mlx_pare.fit import fit
 from mlx_pare.inspect import inspect
 from mlx_pare.layout import size_of
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import redraw
 from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.plan.levels import shape

@@ -19,16 +19,17 @@ from pathlib import Path
 import pico
 import pytest
 
-from mlx_pare import arch, corpus, lm, teacher, tokenizer_files
+from mlx_pare import arch, corpus, lm, teacher
 from mlx_pare.artifacts import survivors
 from mlx_pare.base import console, markdown, untrusted
 from mlx_pare.base.errors import PareError, plain
 from mlx_pare.base.untrusted import read_json
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.fit import subject
 from mlx_pare.gguf_tokenizer import read as read_tokenizer
+from mlx_pare.model import tokenizer_files
+from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.model.directory import copy_tokenizer
 from mlx_pare.tensors.safetensors import read_header
-from mlx_pare.tensors.shards import copy_tokenizer
 
 PACKAGE = Path(corpus.__file__).parent
 

@@ -11,10 +11,11 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import deploy, fit, inspect, lm, pipeline, weight_files
+from mlx_pare import deploy, fit, inspect, lm, pipeline
 from mlx_pare.base.errors import PareError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.export import export
+from mlx_pare.model import weight_files
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 
 TOKENS = [[1, 2, 3, 4]]

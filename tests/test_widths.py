@@ -10,8 +10,8 @@ import pytest
 from mlx_pare.arch import Architecture
 from mlx_pare.artifacts import Plan
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.checkpoint import Checkpoint
 from mlx_pare.layout import size_of, total_bytes
+from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan_widths
 from mlx_pare.plan.goal import Options, goal, packing_of
 from mlx_pare.plan.levels import splits

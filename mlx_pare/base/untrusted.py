@@ -1,7 +1,7 @@
 """What strangers wrote, read within bounds: regular files inside their directory, and JSON that fits into memory.
 
 A model is somebody else's. Nothing of it may take more than BUDGET bytes to look at (a tokenizer more, see
-tokenizer_files.py), wait for a device or a pipe, or lead to a file outside of the model's directory. No arrays.
+model/tokenizer_files.py), wait for a device or a pipe, or lead to a file outside of the model's directory. No arrays.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def fit(
     a Mac nobody makes, PareError for a model that cannot be read.
     """
     from ..base.errors import UsageError
-    from . import footprint, macs as table
+    from ..model import footprint
+    from . import macs as table
     from .form import Form
     from .memory import Use
     from .subject import open_subject

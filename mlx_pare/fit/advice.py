@@ -15,9 +15,10 @@ from typing import Any
 from ..arch import Architecture, Keep, cut, describe
 from ..base.errors import PareError
 from ..base.units import gb
+from ..model import footprint
 from ..options.settings import CutOptions
 from ..tensors.packing import BITS, GROUP_SIZES, Packing
-from . import footprint, macs, planner, reach
+from . import macs, planner, reach
 from .form import Form
 from .macs import Budget, Mac
 from .memory import Needs, Use, kv_bits_refused

@@ -95,7 +95,7 @@ def rows() -> list[dict[str, Any]]:
         cut, none if it can only be planned for.
     """
     from ..arch import describe
-    from .footprint import parameters
+    from ..model.footprint import parameters
 
     listed = []
     for entry in entries():

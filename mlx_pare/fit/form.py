@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from ..arch import Architecture
 from ..base.errors import UsageError
+from ..model import footprint
+from ..model.footprint import Storage
 from ..tensors.packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
-from . import footprint, planner
-from .footprint import Storage
+from . import planner
 from .planner import Weights
 
 

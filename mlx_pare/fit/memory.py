@@ -2,8 +2,8 @@
 
     peak = weights + KV cache and states + activations (attention scores among them)
 
-Cache and states are exact (footprint.py); the rest are estimates on the constants below, each of which says where it
-comes from. Bytes everywhere. Tested against published measurements (tests/test_fit_truth.py).
+Cache and states are exact (model/footprint.py); the rest are estimates on the constants below, each of which says where
+it comes from. Bytes everywhere. Tested against published measurements (tests/test_fit_truth.py).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ..arch import Architecture
 from ..arch.axes import length
 from ..arch.spec import Layer
 from ..base.errors import UsageError
+from ..model import footprint
 from ..options import option
 from ..options.option import setting
 from ..options.settings import ReachOptions
 from ..options.values import COUNT
-from . import footprint
 
 # Activations while mlx-lm reads chunks of PREFILL_STEP tokens: what published peaks leave after weights, cache and
 # scores, with the width (hidden + ffn that is active) of the model they were measured on. That they grow with the width

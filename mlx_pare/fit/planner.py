@@ -2,7 +2,7 @@
 
     weights + KV cache and states + activations <= what macOS lets the GPU keep resident
 
-The bytes are memory.py's and footprint.py's, the budgets macs.py's, the speeds speed.py's.
+The bytes are memory.py's and model/footprint.py's, the budgets macs.py's, the speeds speed.py's.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arch import Architecture
+from ..model import footprint
 from ..options.values import MOST
-from . import footprint, speed
+from . import speed
 from .macs import GIB, Budget, Mac
 from .memory import Needs
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..arch import Tensor
 from ..base.errors import PareError
+from ..model import footprint
+from ..model.footprint import Storage
 from ..tensors.packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
-from . import footprint
-from .footprint import Storage
 
 
 def value_bytes(config: Mapping[str, Any]) -> int:

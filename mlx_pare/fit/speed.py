@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ..arch.axes import length
 from ..base.errors import UsageError
-from . import footprint
+from ..model import footprint
 from .macs import Mac
 from .memory import Needs
 

@@ -17,22 +17,23 @@ from ..arch import Architecture, describe
 from ..base import console, units
 from ..base.errors import PareError, Unsupported, UsageError, shell
 from ..base.untrusted import check_links, read_json
-from ..checkpoint import Checkpoint
-from ..foreign_formats import foreign
 from ..gguf_header import is_gguf
+from ..model import footprint
+from ..model.checkpoint import Checkpoint
+from ..model.footprint import Storage
+from ..model.foreign_formats import foreign
+from ..model.weight_files import read_headers, told
 from ..opened import ggufs_in, require
 from ..tensors.packing import Packing
 from ..tensors.safetensors import DTYPE_BYTES, FLOATS, Entry
-from ..weight_files import read_headers, told
-from . import catalogue, footprint, planner, quantization
-from .footprint import Storage
+from . import catalogue, planner, quantization
 from .form import Form
 from .planner import Weights
 
 if TYPE_CHECKING:
     from ..gguf_header import Header
     from ..hub_cache import RemoteTensor
-    from ..hub_name import HubName
+    from ..model.hub_name import HubName
 
     Listed = Mapping[str, Entry | RemoteTensor]  # tensors by name: of a directory, or of the hub
 
@@ -83,7 +84,7 @@ def open_subject(asked: str, form: Form) -> Subject:
         return _file(path, form)
     if (entry := catalogue.find(asked)) and "/" not in asked:
         return _catalogued(entry, form)
-    from ..hub_name import on_hub
+    from ..model.hub_name import on_hub
 
     if name := on_hub(asked):
         return _remote(name, form)

@@ -9,9 +9,9 @@ from ..arch import Architecture, Keep, LayerKeep
 from ..artifacts import Target
 from ..base.errors import UsageError
 from ..base.units import count, gb
-from ..checkpoint import Checkpoint
-from ..fit import footprint
 from ..layout import smaller, total_bytes
+from ..model import footprint
+from ..model.checkpoint import Checkpoint
 from ..options import option
 from ..options.settings import CutOptions, ReachOptions
 from ..tensors.packing import BITS, GROUP_SIZES, Packing

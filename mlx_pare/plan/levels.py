@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from ..arch import Architecture, require_cuttable
 from ..artifacts import Size, Target
 from ..base.errors import Refused
-from ..checkpoint import Checkpoint
 from ..fit import reach
 from ..fit.reach import Level
 from ..layout import size_of
+from ..model.checkpoint import Checkpoint
 from .goal import Goal, Options, goal, packing_of
 
 SAME = 0.01  # of the whole: levels that differ by less meet a target alike

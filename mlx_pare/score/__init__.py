@@ -111,7 +111,7 @@ def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed:
     from ..arch import require_cuttable
     from ..artifacts import Arrays
     from ..base.console import progress
-    from ..checkpoint import Checkpoint
+    from ..model.checkpoint import Checkpoint
     from . import depth, width
     from .source import Source
 

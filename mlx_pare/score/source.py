@@ -11,9 +11,9 @@ import mlx.core as mx
 from ..arch import Tensor
 from ..arch.axes import select
 from ..base.errors import PareError
-from ..checkpoint import Checkpoint
+from ..model.checkpoint import Checkpoint
+from ..model.weights import read_panels
 from ..tensors.packed import Packed
-from ..tensors.panels import read_panels
 
 
 class Source:

@@ -14,7 +14,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from ..checkpoint import Checkpoint
 from . import minifloat
 from .packing import Packing
 
@@ -72,44 +71,6 @@ class Packed:
     def rows(self, keep: slice | mx.array) -> Packed:
         """Exact: the codes of some rows."""
         return self.each(lambda array: array[keep])
-
-
-def read(checkpoint: Checkpoint, name: str) -> Packed | mx.array:
-    """The weight ``name`` of a checkpoint as it is stored, not read yet; a fresh array each time, so that dropping the
-    result frees the memory."""
-
-    def lazy(tensor: str) -> mx.array:
-        return mx.load(str(checkpoint.entries[tensor].file))[tensor]
-
-    module, _, leaf = name.rpartition(".")
-    packing = checkpoint.packing(module) if leaf == "weight" else None
-    if packing is None:
-        return lazy(name)
-    return Packed.of((lazy(f"{module}.{part}") for part in packing.parts), packing)
-
-
-class StoredEmbedding(nn.Module):
-    """An embedding that looks its rows up in the checkpoint, so that its table is never in memory.
-
-    ``name`` of the table; ``dtype`` of what comes out.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, name: str, dtype: mx.Dtype):
-        super().__init__()
-        self._checkpoint, self._name, self._dtype = checkpoint, name, dtype
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        module, packing = self._name.rpartition(".")[0], self._checkpoint.packing(self._name.rpartition(".")[0])
-        index = np.array(tokens)
-        if packing is None:
-            return self._rows(self._name, index).astype(self._dtype)
-        parts = (self._rows(f"{module}.{part}", index.reshape(-1)) for part in packing.parts)
-        return Packed.of(parts, packing).dense(self._dtype).reshape(*index.shape, -1)
-
-    def _rows(self, tensor: str, index: np.ndarray) -> mx.array:
-        entry = self._checkpoint.entries[tensor]
-        table = np.memmap(entry.file, np.uint8, "r", entry.start, (entry.shape[0], entry.nbytes // entry.shape[0]))
-        return mx.array(table[index]).view({**MX_DTYPE, "U32": mx.uint32, "U8": mx.uint8}[entry.dtype])
 
 
 def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import mlx.core as mx
 import numpy as np
 
-from ..arch import Tensor
 from ..base.errors import PareError
-from ..checkpoint import Checkpoint
-from .packed import Packed
 from .safetensors import Entry
 
 PANEL_BYTES = 1 << 20  # of a tensor, read at a time
 PANEL_VALUES = 1 << 19  # of its weights, expanded at a time
-
-_VIEWS = {"U8": np.uint8, "U32": np.uint32, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 def row_panels(entry: Entry, rows: Sequence[int] | None, step: int) -> Iterator[np.ndarray]:
@@ -59,21 +53,3 @@ def sliced(
         if columns is not None:
             panel = panel.view(f"V{row_bytes // width}").take(columns, axis=1)
         yield panel.reshape(-1).view(np.uint8).data
-
-
-def read_panels(
-    checkpoint: Checkpoint, tensor: Tensor, rows: Sequence[int] | None = None
-) -> Iterator[Packed | mx.array]:
-    """Chosen rows (None: all) of a tensor as arrays [some of them, columns], packed where it is packed."""
-    packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-    names = [f"{tensor.module}.{part}" for part in packing.parts] if packing else [tensor.name]
-    entries = [checkpoint.entries[name] for name in names]
-    step = max(1, PANEL_VALUES * tensor.shape[0] // tensor.size)
-    for panels in zip(*(row_panels(entry, rows, step) for entry in entries), strict=True):
-        arrays = [_array(panel, entry) for panel, entry in zip(panels, entries, strict=True)]
-        yield Packed.of(arrays, packing) if packing else arrays[0]
-
-
-def _array(panel: np.ndarray, entry: Entry) -> mx.array:
-    array = mx.array(panel.view(_VIEWS[entry.dtype]).reshape(len(panel), *entry.shape[1:]))
-    return array.view(mx.bfloat16) if entry.dtype == "BF16" else array

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.untrusted import check_links
-from ..checkpoint import Checkpoint
 from .safetensors import DTYPE_BYTES
 
 SHARD_BYTES = 4 << 30
@@ -115,20 +112,3 @@ class ShardWriter:
             (self.directory / "model.safetensors.index.json").write_text(
                 json.dumps(index, indent=1, sort_keys=True) + "\n"
             )
-
-
-def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """config.json, with the quantization under both names that loaders look for."""
-    config = {k: v for k, v in config.items() if k not in ("_name_or_path", "auto_map")}
-    if "quantization" in config:
-        config["quantization_config"] = config["quantization"]  # mlx_lm.utils.save_config mirrors it for the hub
-    (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
-
-
-def copy_tokenizer(source: Checkpoint, directory: Path) -> None:
-    """Copy the tokenizer's files and the generation config; never code."""
-    check_links(source.path)  # since it was opened
-    for file in source.tokenizer_files():
-        to = directory / file.relative_to(source.path)
-        to.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, to)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .base.errors import PareError
+from ..base.errors import PareError
+from ..tensors.safetensors import Entry
 from .checkpoint import Checkpoint
-from .tensors.safetensors import Entry
 
 # dtype -> integers that hold its bits, and those of its exponent, which are all set in NaN and infinity
 EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}

@@ -24,10 +24,10 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, TimeoutExpired
 from typing import Any
 
-from .base import children, untrusted
-from .base.errors import PareError
-from .base.frozen_clock import Clock
-from .base.untrusted import read_json
+from ..base import children, untrusted
+from ..base.errors import PareError
+from ..base.frozen_clock import Clock
+from ..base.untrusted import read_json
 from .checkpoint import TOKENIZER_FILES
 
 MAX_TOKENIZER = 64 << 20  # bytes of a tokenizer.json; the largest known (gemma) has 33 million
@@ -70,7 +70,7 @@ def check(directory: Path) -> None:
 def _try(file: str, digest: str) -> None:
     """Raises PareError for a tokenizer.json of this content that fails in the other process; known ones pass."""
     try:
-        done = children.run(children.module("tokenizer_files", "try", file), timeout=START_SECONDS)
+        done = children.run(children.module("model.tokenizer_files", "try", file), timeout=START_SECONDS)
     except TimeoutExpired:
         done = None
     if done is None or done.returncode:
@@ -121,7 +121,7 @@ class Chats:
         return found["text"]
 
     def _start(self) -> None:
-        command = children.module("tokenizer_files", "chat", str(self.directory), str(CHAT_SECONDS))
+        command = children.module("model.tokenizer_files", "chat", str(self.directory), str(CHAT_SECONDS))
         self._process = children.start(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
         weakref.finalize(self, children.end, self._process)
         self._answer(START_SECONDS)
@@ -172,7 +172,7 @@ def write_chats(directory: str, seconds: str) -> None:
     clock = Clock()
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is no answer
-    from .lm import stock_tokenizer
+    from ..lm import stock_tokenizer
 
     try:
         tokenizer, wrong = stock_tokenizer(Path(directory)), None

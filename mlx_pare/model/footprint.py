@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from ..arch import Architecture, Tensor
 from ..arch.axes import dim, length
 from ..arch.spec import MIXERS, Layer
-from ..checkpoint import Checkpoint
 from ..tensors.packing import Packing
 from ..tensors.safetensors import DTYPE_BYTES
+from .checkpoint import Checkpoint
 
 Storage = Callable[[Tensor], int]  # bytes one tensor takes
 
@@ -86,7 +86,7 @@ def gguf(arch: Architecture, kind: str) -> Storage:
 
     Raises UsageError for an unknown kind.
     """
-    from .gguf_mix import storage
+    from ..fit.gguf_mix import storage
 
     return storage(arch, kind)
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .arch import Tensor
+from ..arch import Tensor
+from ..tensors.packed import MX_DTYPE, Packed, pack, raw_bytes, repacked
+from ..tensors.panels import sliced
+from ..tensors.shards import Planned, ShardWriter
 from .checkpoint import Checkpoint
-from .tensors.packed import MX_DTYPE, Packed, pack, raw_bytes, read, repacked
-from .tensors.panels import sliced
-from .tensors.shards import Planned, ShardWriter, copy_tokenizer
+from .directory import copy_tokenizer
+from .weights import read
 
 BESIDE = ("config.json", "survivors.json", "plan.json", "README.md")
 

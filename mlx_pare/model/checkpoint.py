@@ -15,14 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..arch import Architecture, Tensor, describe, supported_types
+from ..base import untrusted
+from ..base.errors import PareError, Unsupported
+from ..base.untrusted import read_json
+from ..tensors.packing import FLOAT_MODES, Packing
+from ..tensors.safetensors import DTYPE_BYTES, FLOATS, Entry, read_header
 from . import tied_head
-from .arch import Architecture, Tensor, describe, supported_types
-from .base import untrusted
-from .base.errors import PareError, Unsupported
-from .base.untrusted import read_json
 from .foreign_formats import foreign
-from .tensors.packing import FLOAT_MODES, Packing
-from .tensors.safetensors import DTYPE_BYTES, FLOATS, Entry, read_header
 from .weight_files import INDEX, PATTERN, leftovers, read_headers
 
 __all__ = [
@@ -298,7 +298,7 @@ class Checkpoint:
 
     @property
     def leftovers(self) -> list[str]:
-        """The names of weight files that are not read (weight_files.py)."""
+        """The names of weight files that are not read (model/weight_files.py)."""
         return leftovers(self.path, self.entries)
 
     def tokenizer_files(self) -> list[Path]:

@@ -14,10 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .base import console
-from .base.errors import PareError
-from .base.untrusted import check_links, read_json
-from .tensors.safetensors import Entry, read_header
+from ..base import console
+from ..base.errors import PareError
+from ..base.untrusted import check_links, read_json
+from ..tensors.safetensors import Entry, read_header
 
 PATTERN = "model*.safetensors"  # of mlx_lm/utils.py load_model
 INDEX = "model.safetensors.index.json"

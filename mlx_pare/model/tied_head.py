@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 
-from .tensors.safetensors import Entry
+from ..tensors.safetensors import Entry
 
 STEP = 8 << 20  # bytes that are compared at once
 HEAD = "lm_head."
