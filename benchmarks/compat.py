@@ -28,13 +28,13 @@ import pico  # noqa: E402
 
 from mlx_pare import llama_cpp, lm  # noqa: E402
 from mlx_pare.arch import cut  # noqa: E402
-from mlx_pare.artifacts import LayerPlan, Plan, Size, Target  # noqa: E402
 from mlx_pare.base import console  # noqa: E402
 from mlx_pare.base.errors import PareError  # noqa: E402
 from mlx_pare.check import check  # noqa: E402
 from mlx_pare.export import export, verify  # noqa: E402
 from mlx_pare.model.checkpoint import Checkpoint  # noqa: E402
 from mlx_pare.prune import prune  # noqa: E402
+from mlx_pare.store.arrays import LayerPlan, Plan, Size, Target  # noqa: E402
 
 TOKENS = 64
 CLOSE = 1e-4  # of logits, in float32

@@ -18,7 +18,6 @@ from pathlib import Path
 from criteria import DEMO, rows_of, show
 
 from mlx_pare import corpus, lm
-from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.base import console
 from mlx_pare.calibrate import calibrate
 from mlx_pare.corpus import Rows
@@ -31,6 +30,7 @@ from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import score
+from mlx_pare.store.arrays import Arrays, Plan
 
 HELD_TOKENS = 4096
 SCORED = ("block-influence", "angular")

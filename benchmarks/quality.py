@@ -27,7 +27,6 @@ import pruners
 from criteria import DEMO, show
 
 from mlx_pare import choose_sizes, corpus, lm, steps
-from mlx_pare.artifacts import Metrics, Plan
 from mlx_pare.base import console
 from mlx_pare.base.errors import Refused
 from mlx_pare.domains import Domains
@@ -38,6 +37,7 @@ from mlx_pare.plan import plan, whole
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
+from mlx_pare.store.arrays import Metrics, Plan
 from mlx_pare.texts import Texts
 
 HERE = Path(__file__).parent

@@ -16,11 +16,11 @@ from pathlib import Path
 import synthetic
 import timing
 
-from mlx_pare.artifacts import LayerPlan, Plan, Size, Target
 from mlx_pare.base.units import gb
 from mlx_pare.layout import layout
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
+from mlx_pare.store.arrays import LayerPlan, Plan, Size, Target
 
 GROUP = synthetic.PACKING.group_size
 

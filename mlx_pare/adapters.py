@@ -15,11 +15,12 @@ from typing import Any
 
 from .arch import Architecture, Tensor
 from .arch.axes import length, select
-from .artifacts import dump_json, survivors
-from .atomic import created, refuse_existing
 from .base.errors import PareError, Refused, Unsupported
 from .base.untrusted import check_links, read_json
 from .model.checkpoint import Checkpoint
+from .store.arrays import survivors
+from .store.atomic import created, refuse_existing
+from .store.schema import dump_json
 from .tensors.safetensors import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"  # as mlx-lm names them

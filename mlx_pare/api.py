@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .arch import require_cuttable
-from .artifacts import Arrays, Metrics, Plan, Target
 from .base.errors import UsageError
 from .corpus import Rows
 from .fit.form import Form
@@ -21,6 +20,7 @@ from .opened import StrPath, opened
 from .options.settings import Settings
 from .plan.goal import Options as PlanOptions
 from .recover_options import Options as RecoverOptions
+from .store.arrays import Arrays, Metrics, Plan, Target
 from .texts import Texts
 
 __all__ = [

@@ -9,10 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import gradients, step_files, stream
+from . import gradients, stream
 from .arch import Architecture, require_cuttable
-from .artifacts import Arrays, dump_json
-from .atomic import replace_file, sweep
 from .base.errors import Refused, UsageError
 from .corpus import Extent, Rows
 from .kept import keep
@@ -21,6 +19,10 @@ from .model.checkpoint import Checkpoint
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
 from .opened import StrPath, opened
 from .spool import Spool
+from .store import step_files
+from .store.arrays import Arrays
+from .store.atomic import replace_file, sweep
+from .store.schema import dump_json
 from .tensors.packed import matrix
 
 # site -> (role of the module in the family's table, which side of it)

@@ -18,22 +18,23 @@ from typing import Any
 
 from . import gguf_uneven, text_record, trial
 from .arch import why_uniform
-from .artifacts import Arrays, Plan, dump_json
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .corpus import Extent
 from .gguf_further import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
-from .manifest import Manifest
 from .model.checkpoint import Checkpoint
 from .options.settings import CutOptions, Settings
 from .plan import plan, plan_widths
 from .plan.goal import Options, goal
 from .plan.levels import splits
 from .plan.widths import Losses, propose, spaces
-from .rundir import Run, fingerprint
 from .sensitivity import sensitivity
 from .steps import plan_options
+from .store.arrays import Arrays, Plan
+from .store.manifest import Manifest
+from .store.rundir import Run, fingerprint
+from .store.schema import dump_json
 from .texts import Texts
 from .trial import Candidate, Width
 from .tried import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written

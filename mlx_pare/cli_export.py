@@ -12,12 +12,12 @@ import typer
 
 from . import show
 from .app import DryRun, Model, command, mac_names
-from .atomic import created
 from .base import console
 from .base.errors import PareError, Refused, UsageError, shell
 from .base.units import gb
 from .options.option import Option
 from .options.settings import OUTPUT, REACH, settings_of
+from .store.atomic import created
 
 if TYPE_CHECKING:
     from .imatrix import Importance

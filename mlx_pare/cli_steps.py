@@ -184,8 +184,9 @@ def stability_command(
     It answers three questions: would fewer tokens be enough, do other draws of text choose the same units, and does the
     quantized model choose as the float model does. Draws share no rows. The test text is only used to measure.
     """
-    from . import recipes, stability, step_files, steps
-    from .artifacts import Arrays
+    from . import recipes, stability, steps
+    from .store import step_files
+    from .store.arrays import Arrays
 
     with steps.continue_run(run) as opened:
         s = settings_of(**recipes.of_calibration(opened), memory_cap=memory_cap, reconstruct=reconstruct)
@@ -275,7 +276,7 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
 def report_command(run: RunDir) -> dict[str, Any]:
     """Write RUN/report.md from the files of a run."""
     from .report import report
-    from .rundir import Run
+    from .store.rundir import Run
 
     with Run(run) as opened:
         path = report(opened.path)

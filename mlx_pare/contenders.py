@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .artifacts import Plan, dump_json
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan import redraw
 from .prune import prune
 from .reconstruct import reconstruct_all
-from .rundir import Run
-from .schedule import name_of
 from .score import score
 from .steps import RECONSTRUCTION, measured, plan_of
+from .store.arrays import Plan
+from .store.places import name_of
+from .store.rundir import Run
+from .store.schema import dump_json
 from .texts import Texts
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from .arch import Architecture
-from .atomic import created, refuse_existing, require_room
 from .base import console
 from .base.errors import PareError
 from .card import card, run_of
-from .clone import clone
 from .fit.gguf_mix import GROUP_OF
-from .manifest import Manifest
 from .model import finite
 from .model.checkpoint import Checkpoint
 from .model.directory import copy_tokenizer
 from .model.licence import licence_file
 from .options.values import GROUPS, PACKED_BITS, require
+from .store.atomic import created, refuse_existing, require_room
+from .store.clone import clone
+from .store.manifest import Manifest
 from .tensors.packing import Packing
 
 MORE_BITS = {2: 6, 3: 6, 4: 6, 5: 8, 6: 8}  # of --mixed, as mlx-lm's own recipes go on

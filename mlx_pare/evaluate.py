@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from . import lm, stream
-from .artifacts import MOST_NATS, Metrics
 from .base.errors import PareError, UsageError
 from .corpus import Rows
 from .divergence import measure
@@ -19,6 +18,7 @@ from .model import finite
 from .model.checkpoint import Checkpoint
 from .model.hub_name import called
 from .opened import StrPath, opened
+from .store.arrays import MOST_NATS, Metrics
 
 
 def evaluate(

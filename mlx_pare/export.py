@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import gguf_quantize, gguf_size, gguf_tokenizer
-from .atomic import created, refuse_existing, require_room, scratch
 from .base import console
 from .base.errors import PareError, UsageError
 from .fit.gguf_mix import NEEDS_MATRIX
@@ -22,6 +21,7 @@ from .gguf_size import Prediction, padded
 from .gguf_target import target_of
 from .model.checkpoint import Checkpoint
 from .opened import StrPath, opened
+from .store.atomic import created, refuse_existing, require_room, scratch
 
 if TYPE_CHECKING:
     from .imatrix import Importance

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import imatrix, step_files
-from .artifacts import dump_json
+from . import imatrix
 from .base import console
 from .base.errors import PareError
 from .base.optional import attempt
@@ -18,7 +17,9 @@ from .gguf_quantize import direct, known
 from .llama_cpp import judged
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
-from .rundir import Run
+from .store import step_files
+from .store.rundir import Run
+from .store.schema import dump_json
 from .texts import Texts
 
 

@@ -17,7 +17,6 @@ from typing import Any
 from . import gguf_blocks, gguf_header, gguf_settings, gguf_tokens
 from .arch import Tensor, describe
 from .arch.rope import rope_order
-from .atomic import created, refuse_existing, require_room
 from .base import console
 from .base.errors import PareError, Unsupported
 from .gguf_settings import Settings
@@ -25,6 +24,7 @@ from .gguf_stored import FLOATS, Rounding, Row, float_parts, holds, words
 from .model import tokenizer_files
 from .model.checkpoint import Checkpoint
 from .model.directory import write_config
+from .store.atomic import created, refuse_existing, require_room
 from .tensors.panels import row_panels
 from .tensors.safetensors import Entry
 from .tensors.shards import OUR_KEY, ShardWriter

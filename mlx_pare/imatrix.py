@@ -21,13 +21,13 @@ import numpy as np
 
 from . import gguf_header, stream
 from .arch import Architecture
-from .atomic import replaced
 from .base.errors import PareError, UsageError
 from .corpus import Rows
 from .gguf_rows import table
 from .gguf_target import target_of
 from .model.checkpoint import Checkpoint
 from .observers import Tap, replace_module
+from .store.atomic import replaced
 
 TOLD = 127  # bytes of a string that llama-quantize puts into a file's metadata (llama_model_kv_override)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .artifacts import Arrays, Plan, dump_json
 from .base import console
 from .base.errors import UsageError
 from .base.untrusted import read_json
@@ -21,9 +20,11 @@ from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan import plan
 from .plan.levels import shape, splits
-from .rundir import Run
 from .score import criterion, score
 from .steps import plan_options
+from .store.arrays import Arrays, Plan
+from .store.rundir import Run
+from .store.schema import dump_json
 from .texts import Texts
 from .tried import Known, finite, held_rows, once, plan_kl
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from .arch import Architecture, Keep, Tensor, cut
 from .arch.spec import FUSED
-from .artifacts import Size
 from .model.checkpoint import Checkpoint
 from .model.footprint import parameters
+from .store.arrays import Size
 from .tensors.packing import Packing
 from .tensors.safetensors import DTYPE_BYTES
 from .tensors.shards import Planned

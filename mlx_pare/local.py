@@ -23,10 +23,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import divergence, lm, step_files, stream
+from . import divergence, lm, stream
 from .arch import Tensor
-from .artifacts import Arrays, dump_json, survivors
-from .atomic import created, is_ours, refuse_existing, replace_file
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb
@@ -35,6 +33,10 @@ from .corpus import Extent, Rows
 from .cpu_math import MOST_KEPT
 from .model import replace_tensors
 from .model.checkpoint import Checkpoint
+from .store import step_files
+from .store.arrays import Arrays, survivors
+from .store.atomic import created, is_ours, refuse_existing, replace_file
+from .store.schema import dump_json
 
 FLOOR = 0.01  # of the mean energy of the channels: none weighs more than a hundred average ones
 NOTHING = 1e-9  # an error that is rounding: both streams are one up to here

@@ -159,7 +159,7 @@ def remembered(parts: Mapping[Path, Header], seen: str) -> str:
     content = content_of(parts)
     changed = max(max(found.st_mtime_ns, found.st_ctime_ns) for found in (path.stat() for path in parts))
     if time.time_ns() - changed > AT_REST_S * 10**9 and glimpse(parts) == seen:
-        from .atomic import replace_file
+        from .store.atomic import replace_file
 
         with suppress(OSError):  # it is only slower without
             note.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def _lock(path: Path) -> int:
 
 def whole(directory: Path) -> bool:
     """Whether a rebuilt model has every file as it was written: the list is there, and what it says is true."""
-    from .rundir import fingerprint
+    from .store.rundir import fingerprint
 
     try:
         files = json.loads(untrusted.contents(directory / LIST))["files"]
@@ -212,9 +212,9 @@ def whole(directory: Path) -> bool:
 
 
 def _list_files(directory: Path) -> None:
-    from .artifacts import dump_json
-    from .atomic import replace_file
-    from .rundir import fingerprint
+    from .store.atomic import replace_file
+    from .store.rundir import fingerprint
+    from .store.schema import dump_json
 
     files = {file.name: fingerprint(file) for file in sorted(directory.iterdir()) if file.is_file()}
     replace_file(directory / LIST, dump_json({"files": files}))
@@ -230,7 +230,7 @@ def _rebuild(file: Path, out: Path, content: str) -> None:
 
 
 def _remove(out: Path) -> None:
-    from .atomic import remove
+    from .store.atomic import remove
 
     if out.is_symlink() or out.is_file():
         out.unlink()

@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import choose_sizes, contenders, corpus, gguf_quantize, kept, lm, recipes, schedule, step_files, steps
-from .artifacts import CONTENDERS, MOST_NATS, Metrics, Plan
+from . import choose_sizes, contenders, corpus, gguf_quantize, kept, lm, recipes, schedule, steps
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb, readable
@@ -34,8 +33,11 @@ from .plan.levels import shape
 from .reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
 from .recover_options import METHODS, check_memory as check_recovery
 from .report import report
-from .rundir import Run
 from .score import criterion
+from .store import step_files
+from .store.arrays import MOST_NATS, Metrics, Plan
+from .store.places import CONTENDERS, name_of
+from .store.rundir import Run
 from .texts import VALIDATION_ROWS, Texts
 from .verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict
 
@@ -52,7 +54,7 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
     model = model_of(model, out)
     s = affordable(model, choose_sizes.with_possible_axes(model, recipes.dated(out, hurried(settings))))
     preflight(model, s)
-    s = choose_sizes.settled(model, s, choose_sizes.begun(out / schedule.name_of(1) if s.stages else out))
+    s = choose_sizes.settled(model, s, choose_sizes.begun(out / name_of(1) if s.stages else out))
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
     asked = recipes.recipe_of(model, s)

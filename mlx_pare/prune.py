@@ -17,8 +17,6 @@ import numpy as np
 from . import tokenizer_class
 from .arch.axes import select
 from .arch.spec import Tensor
-from .artifacts import Arrays, Plan, dump_json, repair_file, survivors
-from .atomic import created, refuse_existing
 from .base import markdown
 from .base.console import progress
 from .base.errors import PareError
@@ -30,6 +28,10 @@ from .model.directory import copy_tokenizer, write_config
 from .model.hub_name import called
 from .model.weights import read_panels
 from .opened import StrPath, opened
+from .store.arrays import Arrays, Plan, survivors
+from .store.atomic import created, refuse_existing
+from .store.places import repair_file
+from .store.schema import dump_json
 from .tensors.packed import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
 from .tensors.packing import Packing
 from .tensors.panels import PANEL_VALUES, sliced

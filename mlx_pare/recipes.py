@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from . import domains, named, text_record
-from .manifest import read_recipe
 from .options import recipe_file
 from .options.settings import Settings
-from .rundir import Run
+from .store.manifest import read_recipe
+from .store.rundir import Run
 from .texts import Texts
 
 OF_TEXT = ("data", "test_data", "field", "date", "samples", "length", "seed")  # settings that say on what text

@@ -29,7 +29,6 @@ import numpy as np
 
 from . import divergence, gptq, lm, stream
 from .arch import Architecture
-from .artifacts import Arrays, LayerPlan, Plan, repair_file
 from .base.errors import PareError, Refused
 from .base.units import gb
 from .corpus import Extent, Rows
@@ -39,6 +38,8 @@ from .model.checkpoint import Checkpoint
 from .observers import replace_module
 from .opened import StrPath, opened
 from .site import Site, parts, solve_costs
+from .store.arrays import Arrays, LayerPlan, Plan
+from .store.places import repair_file
 from .tensors.packed import MX_DTYPE, Packed, relative_error
 
 CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are

@@ -21,9 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import divergence, lm, local, on_policy, ranks, step_files, stream, targets, teacher
-from .artifacts import dump_json, survivors
-from .atomic import created, refuse_existing, remove, replace_file, working
+from . import divergence, lm, local, on_policy, ranks, stream, targets, teacher
 from .base import console, machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
@@ -36,6 +34,10 @@ from .model.checkpoint import Checkpoint
 from .objective import Taps, loss_of
 from .opened import StrPath, opened
 from .recover_options import GENTLE_BELOW, RATES, Options, check_memory, swift_fits
+from .store import step_files
+from .store.arrays import survivors
+from .store.atomic import created, refuse_existing, remove, replace_file, working
+from .store.schema import dump_json
 from .student import merged, prepare, resident
 from .training import Course, Diverged, Trainer
 

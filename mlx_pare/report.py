@@ -7,17 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import edited, schedule, step_files
-from .artifacts import CONTENDERS, Plan
+from . import schedule
 from .base import markdown
 from .base.errors import PareError
 from .base.units import count, duration, gb, readable, span
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn
-from .manifest import Manifest
 from .opened import StrPath
 from .show import stability_lines
+from .store import edited, step_files
+from .store.arrays import Plan
+from .store.manifest import Manifest
+from .store.places import CONTENDERS
 from .verdict import Found, metrics, reconstructed, verdict
 
 BEST = 5  # candidates that are shown

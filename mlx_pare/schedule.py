@@ -16,15 +16,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from . import step_files
-from .artifacts import Metrics, Plan, Target, survivors
 from .base.errors import Refused, UsageError
 from .base.units import count, duration, readable
-from .manifest import Manifest
 from .model.checkpoint import Checkpoint
 from .model.footprint import parameters
 from .options.settings import STAGES, Settings
-from .rundir import Run
+from .store import step_files
+from .store.arrays import Metrics, Plan, Target, survivors
+from .store.manifest import Manifest
+from .store.places import name_of
+from .store.rundir import Run
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,6 @@ class Stage:
             bits=s.bits if self.last else None,
             step=s.step or (s.group_size if s.bits and not self.last else None),
         )
-
-
-def name_of(number: int) -> str:
-    """The directory of a stage in that of its run."""
-    return f"stage-{number}"
 
 
 def check(s: Settings) -> None:

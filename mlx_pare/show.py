@@ -111,7 +111,7 @@ def loss(share: float | None) -> str:
 
 def show_summary(summary: dict[str, Any]) -> None:
     """What a run has made: contenders, speed, Macs, paths, verdict."""
-    from .artifacts import CONTENDERS  # pydantic: not for commands that only print a table
+    from .store.places import CONTENDERS  # pydantic: not for commands that only print a table
 
     rows = []
     for name, title in CONTENDERS:

@@ -23,7 +23,6 @@ import numpy as np
 
 from . import lm, stream, text_record
 from .arch import Architecture
-from .artifacts import Arrays, Plan, dump_json
 from .base.errors import UsageError
 from .calibrate import calibrate, calibrate_in_parts
 from .corpus import Rows
@@ -34,9 +33,11 @@ from .options.settings import Settings
 from .plan import allocate, redraw
 from .prune import prune
 from .reconstruct import reconstruct
-from .rundir import Run, fingerprint
 from .score import criterion, score
 from .steps import plan_of
+from .store.arrays import Arrays, Plan
+from .store.rundir import Run, fingerprint
+from .store.schema import dump_json
 from .texts import Texts
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the calibration rows

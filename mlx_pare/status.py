@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .base import log
-from .manifest import read_manifest, read_recipe
 from .opened import StrPath
-from .rundir import is_locked
-from .schedule import name_of
+from .store.manifest import read_manifest, read_recipe
+from .store.places import name_of
+from .store.rundir import is_locked
 
 
 def expected(recipe: Mapping[str, Any]) -> list[str]:

@@ -10,8 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import lm, named, ranks, text_record
-from .artifacts import Metrics, Plan, dump_json
-from .atomic import replace_file
 from .base import console
 from .base.errors import Refused, UsageError, shell
 from .base.optional import attempt
@@ -25,7 +23,6 @@ from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
-from .manifest import read_manifest
 from .model.checkpoint import Checkpoint
 from .opened import require
 from .options.settings import RecoveryOptions, Settings, TrainingOptions
@@ -35,8 +32,12 @@ from .reconstruct import reconstruct
 from .recover import recover
 from .recover_options import Options as RecoverOptions
 from .resident import not_resident
-from .rundir import Run, fingerprint
 from .score import criterion, described, score
+from .store.arrays import Metrics, Plan
+from .store.atomic import replace_file
+from .store.manifest import read_manifest
+from .store.rundir import Run, fingerprint
+from .store.schema import dump_json
 from .texts import Texts
 from .training import Diverged
 

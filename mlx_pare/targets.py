@@ -27,8 +27,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import head, step_files, stream
-from .atomic import replace_file, sweep
+from . import head, stream
 from .base import machine
 from .base.console import progress
 from .base.errors import PareError, Refused, UsageError, shell
@@ -36,6 +35,8 @@ from .base.units import gb
 from .corpus import Rows
 from .divergence import TOKENS_AT_ONCE
 from .model.checkpoint import Checkpoint
+from .store import step_files
+from .store.atomic import replace_file, sweep
 
 SCHEMA = 1
 PART_TOKENS = 16384  # what a killed head loses at most; small enough for any memory, large enough for few files

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .artifacts import SCHEMA, Strict, dump_json
 from .base.errors import Refused, shell
-from .manifest import RECIPE
 from .model.checkpoint import Checkpoint
-from .rundir import Run
+from .store.manifest import RECIPE
+from .store.rundir import Run
+from .store.schema import SCHEMA, Strict, dump_json
 
 FILE = "text.json"
 NOT_TOKENS = {"generation_config.json"}  # comes with the tokenizer, and has no say in what a text is read as

@@ -24,11 +24,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import lm, ranks
-from .artifacts import Arrays
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb
 from .domains import Sampler
+from .store.arrays import Arrays
 
 SCHEDULES = ("cosine", "linear", "constant")
 WARMUP, LAST_RATE = 0.05, 0.05  # share of the steps until the full rate is reached; what is left of it in the end

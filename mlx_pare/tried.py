@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from . import step_files
-from .artifacts import Arrays, Plan, dump_json
-from .atomic import replace_file, scratch
 from .corpus import Rows
 from .options.settings import Settings
 from .reconstruct import reconstructed_kl
-from .rundir import Run
+from .store import step_files
+from .store.arrays import Arrays, Plan
+from .store.atomic import replace_file, scratch
+from .store.rundir import Run
+from .store.schema import dump_json
 from .texts import Texts
 from .trial import Candidate, Curve, Curves, try_out
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from . import step_files
-from .artifacts import CONTENDERS, Metrics
 from .base.units import gb, readable
-from .manifest import Manifest
+from .store import step_files
+from .store.arrays import Metrics
+from .store.manifest import Manifest
+from .store.places import CONTENDERS
 
 
 def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Metrics, int]]:

@@ -36,25 +36,14 @@ from fuzz_inputs import (
     written,
 )
 
-from mlx_pare import (
-    arch,
-    artifacts,
-    corpus,
-    domains,
-    gguf_header,
-    gguf_model,
-    gguf_stored,
-    gguf_tokenizer,
-    gguf_tokens,
-    hub,
-    manifest,
-)
+from mlx_pare import arch, corpus, domains, gguf_header, gguf_model, gguf_stored, gguf_tokenizer, gguf_tokens, hub
 from mlx_pare.base.errors import PareError
 from mlx_pare.base.units import parse_amount
 from mlx_pare.fit import quantization, subject
 from mlx_pare.fit.gguf_config import config_of
 from mlx_pare.inspect import inspect
 from mlx_pare.model import checkpoint, footprint
+from mlx_pare.store import arrays, manifest
 
 
 class Memory:
@@ -191,15 +180,15 @@ def read_hub(place: Place, raw: bytes) -> None:
 
 
 def read_plan(place: Place, raw: bytes) -> None:
-    plan = artifacts.Plan.load(Memory(raw))
+    plan = arrays.Plan.load(Memory(raw))
     if not plan.problems(place.arch):
         plan.keep(place.arch)
 
 
 def read_arrays(place: Place, raw: bytes) -> None:
     path = place.put(raw, ".safetensors")
-    artifacts.Arrays.described(path, "scores")
-    artifacts.Arrays.load(path, "scores")
+    arrays.Arrays.described(path, "scores")
+    arrays.Arrays.load(path, "scores")
 
 
 class Writer:
@@ -286,8 +275,8 @@ TARGETS: dict[str, Target] = {
     "hub": Target(read_hub, [LISTING, LLAMA, HEADER], share=0.1, kinds=(0, 1, 2, 128, 129, 130)),
     "plan": Target(read_plan, [PLAN], share=0.5),
     "manifest": Target(lambda p, raw: manifest.Manifest.read(Memory(raw), "run manifest") and None, [MANIFEST]),
-    "metrics": Target(lambda p, raw: artifacts.Metrics.read(Memory(raw), "metrics") and None, [METRICS]),
-    "survivors": Target(lambda p, raw: artifacts.survivors(Memory(raw)) and None, [SURVIVORS]),
+    "metrics": Target(lambda p, raw: arrays.Metrics.read(Memory(raw), "metrics") and None, [METRICS]),
+    "survivors": Target(lambda p, raw: arrays.survivors(Memory(raw)) and None, [SURVIVORS]),
     "arrays": Target(read_arrays, [ARRAYS], text, 0.05),
     "tokenizer": Target(read_tokenizer, [*TOKENIZERS, SETTINGS], share=0.1, kinds=(0, 1)),
     "jsonl": Target(lambda p, raw: corpus.read(p.put(raw, ".jsonl"), Template()) and None, [LINES, *LINES], jsonl, 0.1),

@@ -13,9 +13,9 @@ import reference_packing as reference
 from test_prune import TOKENS, arrays_of, largest, logits, masked, opened, plan_of
 
 from mlx_pare import lm
-from mlx_pare.artifacts import Plan
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
+from mlx_pare.store.arrays import Plan
 
 LAYERS = [{"attention_bits": 6}, {"ffn_bits": 3}, {"attention_bits": 8, "ffn_bits": 2}, {}]
 PARTS = {"self_attn": "attention_bits", "mlp": "ffn_bits"}

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from mlx_pare import corpus, hub_cache, kept, pipeline, unused
-from mlx_pare.artifacts import Metrics
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.export import export
 from mlx_pare.options import recipe_file
 from mlx_pare.options.settings import Settings
-from mlx_pare.rundir import Run
+from mlx_pare.store.arrays import Metrics
+from mlx_pare.store.rundir import Run
 from mlx_pare.verdict import verdict
 
 

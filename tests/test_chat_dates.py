@@ -19,8 +19,8 @@ from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.model import tokenizer_files
 from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import run
-from mlx_pare.rundir import Run
 from mlx_pare.steps import calibrate_step, open_run
+from mlx_pare.store.rundir import Run
 from mlx_pare.texts import Texts
 
 SAYS = "{% for m in messages %}{{ '<|' + m['role'] + ' ' + CLOCK + '|>\n' + m['content'] + '\n' }}{% endfor %}"

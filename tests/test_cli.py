@@ -648,7 +648,7 @@ def test_changed_source_is_refused_on_resume(checked, pare, model, texts, tmp_pa
 
 
 def test_second_process_is_refused(small, copied, checked):
-    from mlx_pare.rundir import Run
+    from mlx_pare.store.rundir import Run
 
     with Run(copied):
         checked(3, "another mlx-pare is working on", *small(copied))

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from mlx_pare import pipeline, step_files, tried
+from mlx_pare import pipeline, tried
 from mlx_pare.base.errors import PareError
 from mlx_pare.options.settings import Settings
 from mlx_pare.report import report
-from mlx_pare.rundir import Run
+from mlx_pare.store import step_files
+from mlx_pare.store.rundir import Run
 
 ASKED = dict(
     keep=0.4, axes=("layer",), length=32, samples=8, recover_steps=2, trials=1, context=256, criterion="minitron",

@@ -11,8 +11,8 @@ import pytest
 from mlx_pare import cli
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError
-from mlx_pare.manifest import read_recipe
 from mlx_pare.options.settings import TABLE, Settings, settings_of
+from mlx_pare.store.manifest import read_recipe
 
 COMMANDS = {
     "status": ["status", "RUN"],

@@ -25,7 +25,7 @@ import pico
 import pytest
 from faults import Done, Driver, differences, half_written, result
 
-from mlx_pare import rundir
+from mlx_pare.store import rundir
 from mlx_pare.texts import DEMO
 
 KILLS = int(os.environ.get("PARE_KILLS", "2"))
@@ -396,7 +396,7 @@ def test_many_who_look_do_not_stop_one_who_works(tmp_path):
     (tmp_path / "model").mkdir()
     with rundir.Run(tmp_path / "run", tmp_path / "model", "identity"):
         assert rundir.is_locked(tmp_path / "run")
-    code = "import sys, time, mlx_pare.rundir as r\nfrom pathlib import Path\nend = time.time() + 1.5\n"
+    code = "import sys, time, mlx_pare.store.rundir as r\nfrom pathlib import Path\nend = time.time() + 1.5\n"
     code += "while time.time() < end: r.is_locked(Path(sys.argv[1]))"
     looking = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")])
     time.sleep(0.5)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mlx_pare import deploy
-from mlx_pare.artifacts import Plan
 from mlx_pare.base.errors import PareError
 from mlx_pare.model import finite
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
+from mlx_pare.store.arrays import Plan
 from mlx_pare.texts import DEMO
 
 FORMS = {"float32": (None, mx.float32), "float16": (None, mx.float16), "bfloat16": (None, mx.bfloat16),

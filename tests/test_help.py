@@ -21,8 +21,8 @@ from mlx_pare.gguf_target import RUNTIMES
 from mlx_pare.help_page import COMMANDS
 from mlx_pare.options.settings import RATES, TABLE, TARGETS, Settings
 from mlx_pare.recover_options import METHODS, Options
-from mlx_pare.rundir import Run
 from mlx_pare.score import CRITERIA
+from mlx_pare.store.rundir import Run
 from mlx_pare.training import SCHEDULES
 
 PANELS = ["Most used", "What to reach", "What may be cut", "Text", "Search", "Recovery", "Output", "General"]

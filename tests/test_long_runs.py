@@ -16,13 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_pare import rundir
 from mlx_pare.base import console, log, machine
 from mlx_pare.base.errors import PareError
 from mlx_pare.base.units import duration
 from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import run as run_all
 from mlx_pare.status import expected, status
+from mlx_pare.store import rundir
 from mlx_pare.texts import DEMO
 
 # ---- what is left ----

@@ -36,7 +36,6 @@ from test_prune import (
 from test_recover import OPTIONS, RATES, cut, same_packing_and_shapes, stored, texts
 
 from mlx_pare import gptq, lm, pipeline, stream
-from mlx_pare.artifacts import Plan, repair_file
 from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
@@ -50,6 +49,8 @@ from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS
+from mlx_pare.store.arrays import Plan
+from mlx_pare.store.places import repair_file
 from mlx_pare.tensors import minifloat, packed as quantized
 from mlx_pare.tensors.packed import Packed, pack, repacked, rounded_on
 from mlx_pare.tensors.packing import FLOAT_MODES, Packing

@@ -13,11 +13,12 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import atomic, gguf_model, llama_cpp, opened
+from mlx_pare import gguf_model, llama_cpp, opened
 from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
 from mlx_pare.gguf_header import read_parts
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.store import atomic
 
 
 @pytest.fixture(autouse=True)

@@ -22,11 +22,12 @@ from test_adapters import adapter_of
 from test_uneven import plan_of
 from typer.testing import CliRunner
 
-from mlx_pare import cli, deploy, export as export_verb, rundir, served
-from mlx_pare.artifacts import Arrays
+from mlx_pare import cli, deploy, export as export_verb, served
 from mlx_pare.base.errors import Refused
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
+from mlx_pare.store import rundir
+from mlx_pare.store.arrays import Arrays
 
 
 def pare(*words, code: int = 0) -> str:
@@ -108,10 +109,10 @@ def test_f05_steps_of_the_python_interface_delete_nothing_beside_their_output(pl
 
 @pytest.mark.parametrize("name", ["out.work", "out.blocks"])
 def test_f05_directories_to_continue_from_are_ours_or_refused(place, tmp_path, name):
-    from mlx_pare.atomic import working
     from mlx_pare.block_training import Options
     from mlx_pare.corpus import Rows
     from mlx_pare.local import local
+    from mlx_pare.store.atomic import working
 
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("precious")
@@ -388,7 +389,7 @@ def test_f18_what_got_the_name_meanwhile_is_kept(writing, name, kind, exclusive,
         return real(*given, **named)
 
     if not exclusive:
-        atomic = pytest.importorskip("mlx_pare.atomic")
+        atomic = pytest.importorskip("mlx_pare.store.atomic")
         monkeypatch.setattr(atomic, "_exclusive_rename", lambda source, target: False)
     monkeypatch.setattr(module, function, meanwhile)
     assert f"{out} exists already" in pare(*command, code=3)

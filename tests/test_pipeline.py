@@ -20,7 +20,6 @@ import pytest
 import reference
 
 from mlx_pare import choose_sizes, contenders, lm, pipeline, steps, tried, verdict
-from mlx_pare.artifacts import Arrays, Metrics, Plan, repair_file
 from mlx_pare.base import machine
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import count, gb
@@ -30,6 +29,8 @@ from mlx_pare.options.settings import TABLE, Settings
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import CRITERIA
+from mlx_pare.store.arrays import Arrays, Metrics, Plan
+from mlx_pare.store.places import repair_file
 
 reporting = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function
 

@@ -14,8 +14,9 @@ import pico
 import pytest
 from typer.testing import CliRunner
 
-from mlx_pare import cli, rundir
+from mlx_pare import cli
 from mlx_pare.base import log
+from mlx_pare.store import rundir
 
 SECONDS = 60  # far more than any of it takes
 SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--recover-steps", "0", "--no-reconstruct", "--widths",

@@ -16,7 +16,6 @@ from mlx.utils import tree_flatten
 
 from mlx_pare import lm
 from mlx_pare.arch import Keep, LayerKeep, describe
-from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import gb, parse_amount
 from mlx_pare.fit import reach
@@ -26,6 +25,7 @@ from mlx_pare.plan import allocate, plan, redraw, whole
 from mlx_pare.plan.goal import Options
 from mlx_pare.plan.levels import shape
 from mlx_pare.prune import prune
+from mlx_pare.store.arrays import Arrays, Plan
 
 ALL_AXES = ("ffn", "kv_head", "layer")
 

@@ -13,12 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_pare import choose_sizes, cli, lm, pipeline, steps, tried
-from mlx_pare.artifacts import Plan
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
+from mlx_pare.store.arrays import Plan
 from mlx_pare.texts import Texts
 
 SMALL = Settings(

@@ -15,10 +15,10 @@ import matplotlib
 import pytest
 from matplotlib.artist import Artist
 
-from mlx_pare import atomic, edited
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.fit import macs, plot
 from mlx_pare.fit.bars import bars_of, by_memory, describe, heading
+from mlx_pare.store import atomic, edited
 
 GB = 10**9
 SVG = "{http://www.w3.org/2000/svg}"

@@ -14,7 +14,7 @@ from mlx_pare import export_step, pipeline
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.options.settings import Settings
 from mlx_pare.recover_options import Options
-from mlx_pare.rundir import Run
+from mlx_pare.store.rundir import Run
 
 SMALL = dict(
     keep=0.75, samples=4, length=32, train_rows=8, recover_steps=0, trials=0, context=300, widths="even",

@@ -19,10 +19,10 @@ import pytest
 import reference_packing as reference
 
 from mlx_pare import lm
-from mlx_pare.artifacts import LayerPlan, Plan, Size, Target
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
+from mlx_pare.store.arrays import LayerPlan, Plan, Size, Target
 from mlx_pare.tensors.shards import ShardWriter
 
 DENSE, PACKED, BROKEN = 1e-5, 1e-4, 1e-2

@@ -12,7 +12,7 @@ import pytest
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.options import recipe_file
 from mlx_pare.options.settings import TABLE, Settings, settings_of
-from mlx_pare.rundir import Run
+from mlx_pare.store.rundir import Run
 from mlx_pare.texts import DEMO
 
 SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--recover-steps", "1", "--trials", "0", "--gguf", "f16",

@@ -19,7 +19,6 @@ import pytest
 import reference
 
 from mlx_pare import corpus, least_squares, lm, site, stream
-from mlx_pare.artifacts import Arrays, LayerPlan, Plan, Size, Target, repair_file
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
@@ -27,6 +26,8 @@ from mlx_pare.least_squares import DAMPING, Cost
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
+from mlx_pare.store.arrays import Arrays, LayerPlan, Plan, Size, Target
+from mlx_pare.store.places import repair_file
 
 module = importlib.import_module("mlx_pare.reconstruct")  # mlx_pare.reconstruct itself is the function
 DEMO = Path(module.__file__).parent / "demo"

@@ -9,7 +9,7 @@ from prose import jsonl, paragraphs
 
 from mlx_pare import corpus
 from mlx_pare.base.errors import PareError
-from mlx_pare.rundir import Run
+from mlx_pare.store.rundir import Run
 
 TEXTS = paragraphs(6, 8)
 

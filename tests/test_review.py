@@ -11,7 +11,6 @@ import pico
 import pytest
 
 from mlx_pare import corpus, llama_cpp, lm, pipeline, stream
-from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.calibrate import Statistics, calibrate
 from mlx_pare.corpus import Rows
@@ -20,6 +19,7 @@ from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
+from mlx_pare.store.arrays import Arrays, Plan
 from mlx_pare.tensors.packed import pack, relative_error
 from mlx_pare.tensors.packing import Packing
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import atomic, rundir
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.rundir import Run, fingerprint
+from mlx_pare.store import atomic, rundir
+from mlx_pare.store.rundir import Run, fingerprint
 
 PARAMETERS = {"rows": 4, "axes": ["ffn", "kv_head"], "keep": None, "rate": 1e-5}
 INPUTS = {"model": "m0", "data": "d0"}
@@ -222,7 +222,7 @@ def test_output_of_a_step_that_was_not_done(out, model):
 SECOND = """
 import sys
 from mlx_pare.base.errors import PareError
-from mlx_pare.rundir import Run
+from mlx_pare.store.rundir import Run
 try:
     Run(sys.argv[1])
 except PareError as error:

@@ -18,7 +18,6 @@ import reference
 import reference_criteria
 
 from mlx_pare import stream
-from mlx_pare.artifacts import Arrays
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.calibrate import EXTRA, calibrate
 from mlx_pare.corpus import Rows
@@ -26,6 +25,7 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.observers import sparsity
 from mlx_pare.options.settings import TABLE
 from mlx_pare.score import AXES, CRITERIA, criterion, depth, score, width
+from mlx_pare.store.arrays import Arrays
 from mlx_pare.tensors import panels
 
 DATA = Rows(

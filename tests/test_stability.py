@@ -15,7 +15,6 @@ import pytest
 import reference_criteria
 
 from mlx_pare import choose_sizes, corpus, lm, show, stability, steps, stream, tried
-from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate, calibrate_in_parts
 from mlx_pare.corpus import Rows
@@ -29,6 +28,7 @@ from mlx_pare.reconstruct import reconstruct
 from mlx_pare.report import report
 from mlx_pare.score import score
 from mlx_pare.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
+from mlx_pare.store.arrays import Arrays, Plan
 from mlx_pare.texts import DEMO
 
 ROWS = Rows(

@@ -22,7 +22,6 @@ from test_gguf_header import build, row, s, u32
 
 from mlx_pare import cli, steps
 from mlx_pare.arch import describe
-from mlx_pare.artifacts import Arrays, Plan
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.export import export
@@ -35,6 +34,7 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
+from mlx_pare.store.arrays import Arrays, Plan
 from mlx_pare.tensors.safetensors import read_header
 
 FORMS = {"4": Form.named("4"), "mxfp4": Form.named("mxfp4"), "16": Form.named("16"), "gguf": Form.named(gguf="q4_k_m")}

@@ -22,7 +22,7 @@ from mlx_pare.base import console
 from mlx_pare.base.errors import UsageError
 from mlx_pare.calibrate import calibrate
 from mlx_pare.corpus import Rows
-from mlx_pare.rundir import Run
+from mlx_pare.store.rundir import Run
 
 L = ["--length", "32", "--samples", "4"]
 

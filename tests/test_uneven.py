@@ -19,7 +19,6 @@ from transformers import AutoTokenizer
 from mlx_pare import lm
 from mlx_pare.arch import Keep, LayerKeep, cut, describe, uneven_types, why_no_sublayer_drops, why_uniform
 from mlx_pare.arch.uneven import divisible, nas_config, nas_multiplier, nas_width
-from mlx_pare.artifacts import LayerPlan, Plan, Size, Target
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.bench import bench
@@ -40,6 +39,7 @@ from mlx_pare.recover_options import Options
 from mlx_pare.report import _shape
 from mlx_pare.score import score
 from mlx_pare.show import show_shape
+from mlx_pare.store.arrays import LayerPlan, Plan, Size, Target
 
 ROWS = Rows.full(np.random.RandomState(1).randint(1, 500, (6, 24)))
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}

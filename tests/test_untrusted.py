@@ -20,7 +20,6 @@ import pico
 import pytest
 
 from mlx_pare import arch, corpus, lm, teacher
-from mlx_pare.artifacts import survivors
 from mlx_pare.base import console, markdown, untrusted
 from mlx_pare.base.errors import PareError, plain
 from mlx_pare.base.untrusted import read_json
@@ -29,6 +28,7 @@ from mlx_pare.gguf_tokenizer import read as read_tokenizer
 from mlx_pare.model import tokenizer_files
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.directory import copy_tokenizer
+from mlx_pare.store.arrays import survivors
 from mlx_pare.tensors.safetensors import read_header
 
 PACKAGE = Path(corpus.__file__).parent

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
-from ..atomic import create_file, refuse_existing
 from ..base.errors import PareError, UsageError
+from ..store.atomic import create_file, refuse_existing
 from .bars import COLUMNS, Bar, bars_of, describe, finding, heading, parts_of, slug, use
 from .planner import TIGHT
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..arch import Keep, LayerKeep
-from ..artifacts import Arrays, Plan, Size
 from ..base.errors import PareError
 from ..fit import reach
 from ..fit.reach import Level
 from ..layout import size_of
 from ..model.checkpoint import Checkpoint
 from ..opened import StrPath, opened
+from ..store.arrays import Arrays, Plan, Size
 from ..tensors.packing import BITS, Packing
 from ..trial import PARTS, Candidate
 from . import allocate

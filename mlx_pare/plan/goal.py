@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..arch import Architecture, Keep, LayerKeep
-from ..artifacts import Target
 from ..base.errors import UsageError
 from ..base.units import count, gb
 from ..layout import smaller, total_bytes
@@ -14,6 +13,7 @@ from ..model import footprint
 from ..model.checkpoint import Checkpoint
 from ..options import option
 from ..options.settings import CutOptions, ReachOptions
+from ..store.arrays import Target
 from ..tensors.packing import BITS, GROUP_SIZES, Packing
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..arch import Architecture, require_cuttable
-from ..artifacts import Size, Target
 from ..base.errors import Refused
 from ..fit import reach
 from ..fit.reach import Level
 from ..layout import size_of
 from ..model.checkpoint import Checkpoint
+from ..store.arrays import Size, Target
 from .goal import Goal, Options, goal, packing_of
 
 SAME = 0.01  # of the whole: levels that differ by less meet a target alike

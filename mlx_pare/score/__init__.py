@@ -86,7 +86,7 @@ def criterion(name: str) -> Criterion:
 def described(stats: Path, name: str) -> dict[str, Any]:
     """What statistics say of themselves, when they hold what a criterion needs; raises PareError otherwise, UsageError
     for an unknown criterion."""
-    from ..artifacts import Arrays
+    from ..store.arrays import Arrays
 
     chosen, about = criterion(name), Arrays.described(stats, "statistics")
     if missing := set(chosen.extra) - set(about.get("extra", ())):
@@ -109,9 +109,9 @@ def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed:
 
     from .. import observers
     from ..arch import require_cuttable
-    from ..artifacts import Arrays
     from ..base.console import progress
     from ..model.checkpoint import Checkpoint
+    from ..store.arrays import Arrays
     from . import depth, width
     from .source import Source
 

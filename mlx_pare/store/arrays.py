@@ -8,28 +8,24 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from shutil import disk_usage
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from .arch import Architecture, Keep, LayerKeep, cut
+from ..arch import Architecture, Keep, LayerKeep, cut
+from ..base import untrusted
+from ..base.errors import PareError, Refused, shell
+from ..base.units import gb
+from ..model.checkpoint import Checkpoint
+from ..tensors.packing import BITS, GROUP_SIZES, Packing
+from ..tensors.safetensors import read_header
 from .atomic import replaced
-from .base import untrusted
-from .base.errors import PareError, Refused, shell
-from .base.units import gb
-from .model.checkpoint import Checkpoint
-from .tensors.packing import BITS, GROUP_SIZES, Packing
-from .tensors.safetensors import read_header
-
-SCHEMA = 1
-MAX_ARTIFACT = 64 << 20  # bytes; a plan of 126 layers of 53,248 channels takes 47 million
-ARTIFACT_BUDGET = 512 << 20  # bytes it may take in memory
-
+from .schema import SCHEMA, Count, Strict
 
 # ---- arrays ----
 
@@ -83,36 +79,7 @@ class Arrays:
         return cls(arrays, about)
 
 
-def repair_file(directory: Path, layer: int) -> Path:
-    """Where reconstruct leaves the matrices of a layer of the pruned model, and prune finds them."""
-    return directory / f"{layer:04d}.safetensors"
-
-
 # ---- plan ----
-
-
-class Strict(BaseModel):
-    """A schema in which unknown keys are errors: a typo in an edited file must not pass."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
-
-    @classmethod
-    def read(cls, path: Path, what: str, cure: str = "make it again", fault: str = "is not valid") -> Self:
-        """From a JSON file of bounded size. Raises PareError, naming all that is wrong with it in one line, when it
-        ``fault``."""
-        try:
-            text = untrusted.contents(Path(path) if isinstance(path, str) else path, MAX_ARTIFACT, what).decode("utf-8")
-            untrusted.check_cost(text, ARTIFACT_BUDGET)
-            return cls.model_validate_json(text)
-        except OSError as error:
-            raise PareError(f"cannot read {what} {path}: {error.strerror}") from error
-        except ValidationError as error:
-            raise PareError(f"{what} {path} {fault}: {explain(error)}", cure) from error
-        except ValueError as error:
-            raise PareError(f"{what} {path} {fault}: {error}", cure) from error
-
-
-Count = Annotated[int, Field(ge=0, le=10**30)]  # larger ones are no counts, and no floats either
 
 
 class Target(Strict):
@@ -285,25 +252,7 @@ def _index_problems(where: str, indices: Sequence[int], size: int) -> list[str]:
     return found
 
 
-def explain(error: ValidationError) -> str:
-    """All of pydantic's findings in one line."""
-    parts = []
-    for item in error.errors():
-        where = ".".join(str(p) for p in item["loc"]) or "document"
-        parts.append(f"{where}: {item['msg']}")
-    return "; ".join(parts[:20])
-
-
 # ---- metrics ----
-
-# what a run measures: name of the step, title in tables
-CONTENDERS = (
-    ("original", "original"),
-    ("pruned", "pruned"),
-    ("recovered", "pruned + recovered"),
-    ("random", "random cut, same size"),
-    ("fewer-bits", "original, fewer bits"),
-)
 
 
 MOST_NATS = 700.0  # exp of more is no float
@@ -375,10 +324,3 @@ class Survivors(Strict):
 def survivors(path: Path) -> dict[str, Any]:
     """The content of a survivors.json. Raises PareError when it is none: it comes with a model, which is anybody's."""
     return Survivors.read(path, "survivors", "take the model as mlx-pare wrote it").model_dump(exclude_none=True)
-
-
-def dump_json(value: Mapping[str, Any] | BaseModel) -> bytes:
-    """A JSON file's bytes; NaN and infinity are refused (ValueError), they are no JSON."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump()
-    return json.dumps(value, indent=1, default=str, allow_nan=False).encode() + b"\n"

@@ -26,10 +26,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..base import console
+from ..base.errors import PareError, Refused
+from ..base.units import gb
 from . import locks
-from .base import console
-from .base.errors import PareError, Refused
-from .base.units import gb
 
 PART, TEMPORARY = ".mlx-pare.part", ".mlx-pare.tmp"  # a private directory; a file, with the suffix that it needs behind
 OURS = re.compile(r"\..*\.[0-9a-f]{16,24}\.mlx-pare\.(part|tmp(\.\w+)?)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""What the JSON files of steps hold, as far as reports and summaries take it from them. step_files.py reads them.
+"""What the JSON files of steps hold, as far as reports and summaries take it from them. store/step_files.py reads them.
 
 Other keys may be there: older and newer versions write them.
 """
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
-from .artifacts import Count
+from .schema import Count
 
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 

@@ -12,9 +12,9 @@ import re
 from itertools import count
 from pathlib import Path
 
+from ..base import console, untrusted
+from ..base.errors import PareError
 from .atomic import replace_file
-from .base import console, untrusted
-from .base.errors import PareError
 
 MOST = 64 << 20  # bytes of a file that is looked at
 SAID = "mlx-pare wrote this; sha256 of all above: {}. If you change it, it is kept."

@@ -28,14 +28,15 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import __version__, edited, locks, step_files
-from .artifacts import dump_json
+from .. import __version__
+from ..base import console, log, machine, untrusted
+from ..base.errors import PareError, Refused, shell, told
+from ..base.units import gb
+from ..options import recipe_file
+from . import edited, locks, step_files
 from .atomic import is_ours, replace_file, sweep
-from .base import console, log, machine, untrusted
-from .base.errors import PareError, Refused, shell, told
-from .base.units import gb
 from .manifest import MANIFEST, RECIPE, Manifest, StepRecord, read_manifest, read_recipe, require_run
-from .options import recipe_file
+from .schema import dump_json
 
 BIG_FILE = 64 << 20
 PIECES = 256

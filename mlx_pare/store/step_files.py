@@ -1,7 +1,7 @@
 """The JSON files that steps leave in a run directory: one way to read them.
 
 Reports and summaries take what ``read`` and ``find`` give as plain dictionaries, checked by the schemas of
-step_schemas.py: a damaged or edited file is one line that names the file and the cure.
+store/step_schemas.py: a damaged or edited file is one line that names the file and the cure.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .artifacts import ARTIFACT_BUDGET, MAX_ARTIFACT, explain
-from .base import untrusted
-from .base.errors import PareError, shell
+from ..base import untrusted
+from ..base.errors import PareError, shell
+from .schema import ARTIFACT_BUDGET, MAX_ARTIFACT, explain
 from .step_schemas import SCHEMAS
 
 CURES = {"trials.json": "delete it: what it holds is tried again"}

@@ -1,5 +1,5 @@
 """What a run directory says of itself: RUN/manifest.json, a record per finished step, and RUN/recipe.toml, what was
-asked. Read by whoever wants to know, also while another process works there; written by rundir.py alone."""
+asked. Read by whoever wants to know, also while another process works there; written by store/rundir.py alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from .artifacts import SCHEMA, Count, Strict
-from .base import untrusted
-from .base.errors import PareError
-from .model.hub_name import HubName, of_snapshot
-from .options import recipe_file, settings
-from .options.values import shown
+from ..base import untrusted
+from ..base.errors import PareError
+from ..model.hub_name import HubName, of_snapshot
+from ..options import recipe_file, settings
+from ..options.values import shown
+from .schema import SCHEMA, Count, Strict
 
 MANIFEST, RECIPE = "manifest.json", "recipe.toml"
 SURVIVORS = "survivors.json"  # beside every pruned model
