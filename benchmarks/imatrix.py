@@ -18,27 +18,28 @@ from pathlib import Path
 import llama_eval
 import numpy as np
 
-from mlx_pare import corpus, imatrix, lm
+from mlx_pare import corpus, lm
 from mlx_pare.base import console
 from mlx_pare.export import export
 from mlx_pare.fit import fit
 from mlx_pare.fit.form import Form
-from mlx_pare.fit.gguf_mix import NEEDS_MATRIX
-from mlx_pare.gguf_quantize import PLAIN
-from mlx_pare.gguf_size import measured
+from mlx_pare.gguf.quant_mixes import NEEDS_MATRIX
+from mlx_pare.gguf.write import imatrix_file
+from mlx_pare.gguf.write.quantizer import PLAIN
+from mlx_pare.gguf.write.size import measured
 from mlx_pare.model.checkpoint import Checkpoint
 
 
-def theirs(model: Path, rows: corpus.Rows, work: Path) -> imatrix.Importance:
+def theirs(model: Path, rows: corpus.Rows, work: Path) -> imatrix_file.Importance:
     """The matrix that llama.cpp collects while it runs the model in float32."""
     file = work / "f32.gguf"
     if not file.exists():
         export(model, file, "f32")
     sums = llama_eval.importance(file, rows.tokens)
-    return imatrix.Importance(sums, dict.fromkeys(sums, float(rows.total)), ("text",), rows.count, rows.length)
+    return imatrix_file.Importance(sums, dict.fromkeys(sums, float(rows.total)), ("text",), rows.count, rows.length)
 
 
-def apart(one: imatrix.Importance, other: imatrix.Importance) -> float:
+def apart(one: imatrix_file.Importance, other: imatrix_file.Importance) -> float:
     """Largest relative difference of an entry between two matrices."""
     return max(
         float((np.abs(one.sums[name] - other.sums[name]) / np.maximum(other.sums[name], 1e-12)).max())
@@ -97,7 +98,7 @@ def main() -> None:
         for text, count in ((asked.data, asked.rows), (asked.test, asked.windows))
     )
     start = time.perf_counter()
-    ours = replace(imatrix.measure(asked.model, rows, "text"), name="imatrix.gguf")
+    ours = replace(imatrix_file.measure(asked.model, rows, "text"), name="imatrix.gguf")
     spent = time.perf_counter() - start
     collected = theirs(asked.model, rows, asked.work)
     matrices = {"none": None, "ours": ours, "llama.cpp's": collected}

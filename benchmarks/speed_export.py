@@ -21,9 +21,9 @@ import timing
 
 from mlx_pare.base.units import gb
 from mlx_pare.export import export
-from mlx_pare.gguf_rows import Row, table
-from mlx_pare.gguf_target import target_of
-from mlx_pare.gguf_values import convert
+from mlx_pare.gguf.architectures import target_of
+from mlx_pare.gguf.write.encode import convert
+from mlx_pare.gguf.write.tensors import Row, table
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import read_panels
 from mlx_pare.tensors.packed import Packed

@@ -16,12 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import gguf_uneven, text_record, trial
+from . import text_record, trial
 from .arch import why_uniform
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .corpus import Extent
-from .gguf_further import BY_PLACE
+from .gguf import uneven_layers
+from .gguf.special_cases import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
 from .model.checkpoint import Checkpoint
 from .options.settings import CutOptions, Settings
@@ -126,7 +127,7 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
             why = why_uniform(checkpoint.arch)
             console.warn(f"widths that differ between layers would load nowhere ({why}): all layers are cut alike")
             s = replace(s, widths="uniform")
-        elif wants_gguf(s) and (why := gguf_uneven.why_not(checkpoint.arch)):
+        elif wants_gguf(s) and (why := uneven_layers.why_not(checkpoint.arch)):
             if s.gguf or s.choose_bits:
                 raise Refused(
                     f"there is no GGUF of this model with layers that differ ({why}), and one was asked for",

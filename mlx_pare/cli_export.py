@@ -20,7 +20,7 @@ from .options.settings import OUTPUT, REACH, settings_of
 from .store.atomic import created
 
 if TYPE_CHECKING:
-    from .imatrix import Importance
+    from .gguf.write.imatrix_file import Importance
     from .model.checkpoint import Checkpoint
 
 PACKED = "Packed by mlx-lm"  # a panel of the help
@@ -116,8 +116,8 @@ def _set_aside(made: Path, out: Path) -> Iterator[None]:
 
 def _settled(model: Path, gguf: str | None, imatrix: str | None) -> tuple[Checkpoint, str, str]:
     """The model, and type and matrix where they were left out."""
-    from .fit.gguf_mix import NEEDS_MATRIX
-    from .gguf_quantize import known
+    from .gguf.quant_mixes import NEEDS_MATRIX
+    from .gguf.write.quantizer import known
     from .model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(model)
@@ -235,9 +235,9 @@ def _fits(checkpoint: Checkpoint, done: dict[str, Any], chosen: list, context: i
 
 def _predicted(checkpoint: Checkpoint, kind: str, asked: str) -> dict[str, Any]:
     """What the file would be; nothing is written."""
-    from . import gguf_size, imatrix
+    from .gguf.write import imatrix_file, size as gguf_size
 
-    matrix = imatrix.load(Path(asked)) if asked not in ("none", "auto") else None
+    matrix = imatrix_file.load(Path(asked)) if asked not in ("none", "auto") else None
     found = gguf_size.measured(checkpoint, kind, matrix, asked == "auto")
     told = {"path": None, "bytes": found.nbytes, "header_bytes": found.header_bytes, **found.about()}
     show.show_gguf(f"{checkpoint.path} as {kind}", told)
@@ -246,12 +246,12 @@ def _predicted(checkpoint: Checkpoint, kind: str, asked: str) -> dict[str, Any]:
 
 def _matrix(model: Path, asked: str, settings: Any) -> Importance | None:
     """The importance matrix that was asked for: none, read, or made by a pass over text."""
-    from . import imatrix
+    from .gguf.write import imatrix_file
     from .texts import Texts
 
     if asked == "none":
         return None
     if asked != "auto":
-        return imatrix.load(Path(asked))
+        return imatrix_file.load(Path(asked))
     texts = Texts(model, settings)
-    return imatrix.measure(model, texts.calibration, texts.label("calibration"))
+    return imatrix_file.measure(model, texts.calibration, texts.label("calibration"))

@@ -45,7 +45,7 @@ def import_command(
 
     Other commands that get a GGUF file convert it by themselves, into a cache.
     """
-    from .gguf_model import rebuild
+    from .gguf.read.rebuild import rebuild
     from .opened import gguf_of, told
 
     found = rebuild(gguf_of(file) or file, out, dense)
@@ -129,7 +129,7 @@ def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str
     """
     from . import choose_sizes, pipeline, recipes, steps
     from .arch import cut
-    from .gguf_target import runtimes_of
+    from .gguf.architectures import runtimes_of
     from .layout import size_of
     from .model.checkpoint import Checkpoint
 

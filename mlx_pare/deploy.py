@@ -11,7 +11,7 @@ from .arch import Architecture
 from .base import console
 from .base.errors import PareError
 from .card import card, run_of
-from .fit.gguf_mix import GROUP_OF
+from .gguf.quant_mixes import GROUP_OF
 from .model import finite
 from .model.checkpoint import Checkpoint
 from .model.directory import copy_tokenizer

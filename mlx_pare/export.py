@@ -13,18 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import gguf_quantize, gguf_size, gguf_tokenizer
 from .base import console
 from .base.errors import PareError, UsageError
-from .fit.gguf_mix import NEEDS_MATRIX
-from .gguf_size import Prediction, padded
-from .gguf_target import target_of
+from .gguf.architectures import target_of
+from .gguf.quant_mixes import NEEDS_MATRIX
+from .gguf.write import quantizer, size as gguf_size, tokenizer as gguf_tokenizer
+from .gguf.write.size import Prediction, padded
 from .model.checkpoint import Checkpoint
 from .opened import StrPath, opened
 from .store.atomic import created, refuse_existing, require_room, scratch
 
 if TYPE_CHECKING:
-    from .imatrix import Importance
+    from .gguf.write.imatrix_file import Importance
 
 
 def export(
@@ -34,25 +34,26 @@ def export(
     matrix: Importance | None = None,
     judge: Callable[..., Any] | None = None,
 ) -> dict:
-    """Write ``model`` (a directory) as the GGUF file ``out``; ``kind`` is one of gguf_target.FILE_TYPES, such as f16,
-    q8_0 or q4_k_m. ``matrix``: an importance matrix of this model (imatrix.measure, imatrix.load). ``judge`` is called
-    with the model, a file of floats that llama.cpp is to quantize, and its kind (llama_cpp.judged). Memory: a few rows.
+    """Write ``model`` (a directory) as the GGUF file ``out``; ``kind`` is one of architectures.FILE_TYPES, such as f16,
+    q8_0 or q4_k_m. ``matrix``: an importance matrix of this model (imatrix_file.measure, imatrix_file.load). ``judge``
+    is called with the model, a file of floats that llama.cpp is to quantize, and its kind (llama_cpp.judged). Memory: a
+    few rows.
 
     Vectors stay F32; matrices whose rows are no whole blocks of their type get another ("fallbacks"). Returns path,
-    bytes, what gguf_size.Prediction.about says, what is known of the matrix (imatrix), and notes on what llama.cpp does
+    bytes, what size.Prediction.about says, what is known of the matrix (imatrix), and notes on what llama.cpp does
     differently.
     Raises Refused when ``out`` exists, PareError when llama.cpp could not compute what the model does, or when there is
     no quantizer for the kind, UsageError for a kind that is not known or a matrix of another model; no file is left.
     """
     from . import llama_cpp, tokenizer_class
 
-    out, kind = Path(out), gguf_quantize.known(kind)
-    direct = gguf_quantize.direct(kind, matrix is not None)
+    out, kind = Path(out), quantizer.known(kind)
+    direct = quantizer.direct(kind, matrix is not None)
     preflight(out, kind, matrix is not None)
     model = opened(model)  # only now: it may be rebuilt or downloaded
     checkpoint = Checkpoint(model)
     predicted = gguf_size.predict(checkpoint, kind, matrix is not None)
-    floats = None if direct else gguf_size.predict(checkpoint, gguf_quantize.between(checkpoint))
+    floats = None if direct else gguf_size.predict(checkpoint, quantizer.between(checkpoint))
     if floats and any(row.source is None and len(row.shape) > 1 for row in predicted.rows):
         raise PareError(
             f"{model} has layers without attention or feed-forward, for which something else stands in the file, and "
@@ -60,9 +61,9 @@ def export(
             "export it as q8_0, f16 or another type that is written directly",
         )
     if matrix:
-        from . import imatrix
+        from .gguf.write import imatrix_file
 
-        imatrix.check(matrix, checkpoint)
+        imatrix_file.check(matrix, checkpoint)
     _check_room(out, predicted, floats)
     with created(out) as place:
         if floats is None:
@@ -85,10 +86,10 @@ def preflight(out: Path, kind: str, matrix: bool) -> None:
     refuse_existing(out)
     if kind in NEEDS_MATRIX and not matrix:
         raise UsageError(f"{kind} cannot be made without an importance matrix", "use --imatrix auto")
-    if kind in gguf_quantize.PLAIN and matrix:
+    if kind in quantizer.PLAIN and matrix:
         raise UsageError(f"{kind} is written without an importance matrix", "leave --imatrix out")
-    if not gguf_quantize.direct(kind, matrix):
-        gguf_quantize.require(kind)
+    if not quantizer.direct(kind, matrix):
+        quantizer.require(kind)
 
 
 def _check_room(out: Path, predicted: Prediction, floats: Prediction | None) -> None:
@@ -130,12 +131,12 @@ def _quantize(
         notes = _write(checkpoint, floats, between, matrix)
         if judge:
             judge(checkpoint.path, between, floats.kind, keep=False)
-        gguf_quantize.quantize(between, out, kind, len(floats.rows), chosen)
+        quantizer.quantize(between, out, kind, len(floats.rows), chosen)
     return notes
 
 
 def _write(checkpoint: Checkpoint, of: Prediction, path: Path, matrix: Importance | None = None) -> list[str]:
-    from .gguf_values import encoded
+    from .gguf.write.encode import encoded
 
     writer, notes = gguf_size.begun(path, checkpoint, of, matrix)
     try:
@@ -165,5 +166,5 @@ def verify(model: Path, gguf: Path) -> dict:
     from . import llama_cpp
 
     if not llama_cpp.available():
-        return {"checked": False, "reason": f"llama-cpp-python is not installed ({gguf_quantize.INSTALL})"}
+        return {"checked": False, "reason": f"llama-cpp-python is not installed ({quantizer.INSTALL})"}
     return {"checked": True, **llama_cpp.compare(Path(model), Path(gguf))}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import imatrix
 from .base import console
 from .base.errors import PareError
 from .base.optional import attempt
@@ -13,7 +12,8 @@ from .choose_sizes import wants_gguf
 from .export import export, why_not
 from .fit import macs, planner
 from .fit.memory import Needs, Use
-from .gguf_quantize import direct, known
+from .gguf.write import imatrix_file
+from .gguf.write.quantizer import direct, known
 from .llama_cpp import judged
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
@@ -81,7 +81,7 @@ def _written(run: Run, model: Path, directory: Path, kind: str, texts: Texts | N
     """Write and judge the file; returns what export.json says of it. ``texts``: for an importance matrix, if any."""
     file, matrix = directory / f"model-{kind}.gguf", None
     if texts:
-        matrix = imatrix.measure(model, texts.calibration, texts.label("calibration"), s.memory_cap, directory)
+        matrix = imatrix_file.measure(model, texts.calibration, texts.label("calibration"), s.memory_cap, directory)
         matrix.save(directory / matrix.name)
     done = export(model, file, kind, matrix, judged)
     done["verify"] = judged(model, file, kind)

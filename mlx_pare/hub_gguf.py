@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import hub_cache
 from .base.errors import PareError
-from .gguf_header import Header, check_part, read_all, read_start, union
+from .gguf.header import Header, check_part, read_all, read_start, union
 from .hub import OTHERWISE, File, Hub, Unreachable, in_time
 from .hub_files import needed
 from .model.hub_name import HubName

@@ -6,13 +6,13 @@ from math import prod
 from os import PathLike
 from typing import Any
 
-from . import gguf_uneven
 from .arch import Architecture, uneven_types, why_uniform
 from .base.errors import PareError
 from .fit.form import Form
 from .fit.reach import AXES
 from .fit.subject import Subject, open_subject
-from .gguf_target import runtimes_of, target_of
+from .gguf import uneven_layers
+from .gguf.architectures import runtimes_of, target_of
 from .model.footprint import parameters, window_of
 
 
@@ -68,8 +68,8 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
 def _per_layer(arch: Architecture) -> dict[str, Any]:
     """What would load the model when its layers are cut to widths of their own, and why not all of them."""
     types = uneven_types(arch)
-    why = why_uniform(arch) if not types else gguf_uneven.why_not(arch)
-    there = gguf_uneven.architecture(arch) if types and not gguf_uneven.why_not(arch) else None
+    why = why_uniform(arch) if not types else uneven_layers.why_not(arch)
+    there = uneven_layers.architecture(arch) if types and not uneven_layers.why_not(arch) else None
     return {"mlx-lm": types, "llama.cpp": there, "why_not": why}
 
 

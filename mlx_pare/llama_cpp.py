@@ -17,16 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from . import gguf_header, gguf_tokenizer
 from .base import children, machine
 from .base.errors import PareError
 from .base.units import gb
 from .export import verify
-from .gguf_quantize import INSTALL
-from .gguf_rows import Row
-from .gguf_size import padded
-from .gguf_types import TYPES
-from .gguf_values import finite
+from .gguf import header as gguf_header
+from .gguf.types import TYPES
+from .gguf.write import tokenizer as gguf_tokenizer
+from .gguf.write.encode import finite
+from .gguf.write.quantizer import INSTALL
+from .gguf.write.size import padded
+from .gguf.write.tensors import Row
 from .model.checkpoint import Checkpoint
 
 SMALL = 64 << 20  # bytes of a file for which one thread is enough
@@ -176,7 +177,7 @@ def _rejected(gguf: Path, keep: bool, problem: str) -> PareError:
 
 def check(path: Path, rows: Sequence[Row], every: bool = False) -> None:
     """Read a file back: every tensor there with its shape and type, a sample of it (``every``: all of it) finite, and
-    nothing else. Raises PareError; ``rows`` from gguf_rows.table, in the order of the file or another.
+    nothing else. Raises PareError; ``rows`` from tensors.table, in the order of the file or another.
     """
     try:
         header = gguf_header.read(path)

@@ -16,7 +16,7 @@ from typing import Any
 from .base.errors import PareError, plain
 from .base.untrusted import check_links, contents, read_json
 from .chat_template import SYSTEM, USER, Texts, go_template, read, trims
-from .gguf_tokenizer import first_token
+from .gguf.write.tokenizer import first_token
 from .model.licence import licence_file
 from .model.tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats, has_chat_template
 

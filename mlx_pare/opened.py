@@ -25,7 +25,7 @@ from pathlib import Path
 from . import named
 from .base import console, untrusted
 from .base.errors import PareError, UsageError
-from .gguf_header import Header, is_gguf, read_parts
+from .gguf.header import Header, is_gguf, read_parts
 from .model.hub_name import of_snapshot
 
 VARIABLE = "MLX_PARE_CACHE"
@@ -221,7 +221,7 @@ def _list_files(directory: Path) -> None:
 
 
 def _rebuild(file: Path, out: Path, content: str) -> None:
-    from .gguf_model import rebuild
+    from .gguf.read.rebuild import rebuild
 
     why = "its files in the cache are not whole: it" if out.exists() else f"{file}"
     _remove(out)

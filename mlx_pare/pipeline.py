@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import choose_sizes, contenders, corpus, gguf_quantize, kept, lm, recipes, schedule, steps
+from . import choose_sizes, contenders, corpus, kept, lm, recipes, schedule, steps
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb, readable
@@ -22,7 +22,8 @@ from .calibrate import check_memory as check_calibration
 from .export import why_not
 from .export_step import export_step, required
 from .fit import macs
-from .gguf_target import RUNTIMES
+from .gguf.architectures import RUNTIMES
+from .gguf.write import quantizer
 from .layering import layers_by_of
 from .local import check_memory as check_local
 from .model.checkpoint import Checkpoint
@@ -188,8 +189,8 @@ def preflight(model: Path, s: Settings) -> None:
         one_of("runtime", name, RUNTIMES)
     if choose_sizes.wants_gguf(s) and (why := why_not(Checkpoint(model))):
         raise Refused(f"no GGUF file can be made of it: {why.problem}", "leave out --gguf and --runtimes")
-    if s.gguf and not gguf_quantize.direct(kind := gguf_quantize.known(s.gguf), False):
-        gguf_quantize.require(kind)
+    if s.gguf and not quantizer.direct(kind := quantizer.known(s.gguf), False):
+        quantizer.require(kind)
     options = steps.plan_options(s)
     shape(Checkpoint(model), replace(options, bits=min(s.choose_bits)) if s.choose_bits else options)
     if s.reconstruct:

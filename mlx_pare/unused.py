@@ -47,7 +47,7 @@ def _validations(given: Given) -> int:
 
 
 def _makes_matrix(given: Given) -> bool:
-    from .fit.gguf_mix import NEEDS_MATRIX
+    from .gguf.quant_mixes import NEEDS_MATRIX
 
     asked = given["imatrix"] or ("auto" if (given["gguf"] or "").lower() in NEEDS_MATRIX else "none")
     return asked == "auto"

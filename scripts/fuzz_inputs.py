@@ -7,7 +7,8 @@ import math
 import struct
 from typing import Any
 
-from mlx_pare import arch, gguf_tokenizer
+from mlx_pare import arch
+from mlx_pare.gguf import tokenizers
 from mlx_pare.model import checkpoint
 
 COMMIT = "0" * 40
@@ -176,7 +177,7 @@ TOKENIZERS = [
     },
     {
         "added_tokens": [], "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": gguf_tokenizer.QWEN2}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": tokenizers.QWEN2}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         ]},
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]},

@@ -36,11 +36,14 @@ from fuzz_inputs import (
     written,
 )
 
-from mlx_pare import arch, corpus, domains, gguf_header, gguf_model, gguf_stored, gguf_tokenizer, gguf_tokens, hub
+from mlx_pare import arch, corpus, domains, hub
 from mlx_pare.base.errors import PareError
 from mlx_pare.base.units import parse_amount
 from mlx_pare.fit import quantization, subject
-from mlx_pare.fit.gguf_config import config_of
+from mlx_pare.gguf import header as gguf_header
+from mlx_pare.gguf.read import rebuild as gguf_model, tensors as gguf_stored, tokenizer as gguf_tokens
+from mlx_pare.gguf.read.config import config_of
+from mlx_pare.gguf.write import tokenizer as gguf_tokenizer
 from mlx_pare.inspect import inspect
 from mlx_pare.model import checkpoint, footprint
 from mlx_pare.store import arrays, manifest

@@ -34,7 +34,7 @@ STARTS = {  # what a process does that ends only with its child
     "server": f"from mlx_pare import served; served.ask('server', [sys.executable, '-c', {SERVER!r}], False)",
     "chat": "from mlx_pare.model.tokenizer_files import Chats; import mlx_pare.model.tokenizer_files as t; t.CHAT_SECONDS = 300; "
     "Chats(Path(sys.argv[1]))([{'role': 'user', 'content': 'x'}])",
-    "quantizer": "from mlx_pare import gguf_quantize; "
+    "quantizer": "from mlx_pare.gguf.write import quantizer as gguf_quantize; "
     "gguf_quantize.quantize(Path('a.gguf'), Path('b.gguf'), 'q4_k_m', 1)",
     "judge": "from mlx_pare import llama_cpp; llama_cpp.tokenize(Path('a.gguf'), ['x'])",
 }

@@ -15,11 +15,13 @@ import strings
 from mlx.utils import tree_flatten
 from test_prune import plan_of
 
-from mlx_pare import gguf_header, gguf_rows, gguf_target, gguf_tokenizer, gguf_values, llama_cpp, lm
+from mlx_pare import llama_cpp, lm
 from mlx_pare.arch import describe
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.export import export, verify
-from mlx_pare.fit.gguf_mix import type_of
+from mlx_pare.gguf import architectures as gguf_target, header as gguf_header
+from mlx_pare.gguf.quant_mixes import type_of
+from mlx_pare.gguf.write import encode as gguf_values, tensors as gguf_rows, tokenizer as gguf_tokenizer
 from mlx_pare.prune import prune
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 500, 48)]  # six of gemma's pico windows

@@ -10,10 +10,11 @@ import gguf_edit
 import pico
 import pytest
 
-from mlx_pare import gguf_model, opened
+from mlx_pare import opened
 from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
-from mlx_pare.gguf_header import read, read_parts
+from mlx_pare.gguf.header import read, read_parts
+from mlx_pare.gguf.read import rebuild as gguf_model
 from mlx_pare.model.checkpoint import Checkpoint
 
 SHORT = ["--length", 32, "--samples", 2]

@@ -16,9 +16,10 @@ from gguf_conversion import GENERIC, metadata, named, parts
 from mlx_pare.arch import Architecture, describe
 from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
-from mlx_pare.fit import catalogue, gguf_config
-from mlx_pare.fit.gguf_config import config_of
-from mlx_pare.gguf_header import Header, Skipped, TensorInfo, read
+from mlx_pare.fit import catalogue
+from mlx_pare.gguf.header import Header, Skipped, TensorInfo, read
+from mlx_pare.gguf.read import config as gguf_config
+from mlx_pare.gguf.read.config import config_of
 from mlx_pare.model.checkpoint import Checkpoint
 
 
@@ -239,7 +240,7 @@ def test_nonsense_never_raises_anything_but_a_pare_error(architecture):
 
 
 def test_nothing_about_gguf_needs_arrays():
-    modules = "mlx_pare.gguf_types, mlx_pare.gguf_header, mlx_pare.fit.gguf_mix, mlx_pare.fit.gguf_config"
+    modules = "mlx_pare.gguf.types, mlx_pare.gguf.header, mlx_pare.gguf.quant_mixes, mlx_pare.gguf.read.config"
     code = f"import sys, {modules}; sys.exit(', '.join({{'mlx', 'numpy', 'mlx_lm', 'gguf'}} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

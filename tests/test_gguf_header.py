@@ -16,8 +16,8 @@ import pytest
 
 from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
-from mlx_pare.gguf_header import MAX_ARRAY, Header, Skipped, read, read_all
-from mlx_pare.gguf_types import TYPES, nbytes
+from mlx_pare.gguf.header import MAX_ARRAY, Header, Skipped, read, read_all
+from mlx_pare.gguf.types import TYPES, nbytes
 
 # ---- making files, byte by byte ----
 
@@ -356,7 +356,7 @@ def test_the_worst_file_costs_little_memory(tmp_path):
     code = f"""
 import time
 from mlx_pare.base.errors import PareError
-from mlx_pare.gguf_header import read
+from mlx_pare.gguf.header import read
 def mb(what):
     return int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1]) >> 10
 before, start = mb("VmRSS"), time.perf_counter()

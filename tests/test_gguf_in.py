@@ -14,13 +14,19 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import gguf_blocks, gguf_model, gguf_settings, gguf_stored, llama_cpp, lm
+from mlx_pare import llama_cpp, lm
 from mlx_pare.base.errors import PareError, Refused, Unsupported
 from mlx_pare.export import export
-from mlx_pare.gguf_model import rebuild
-from mlx_pare.gguf_rows import rope_factors
-from mlx_pare.gguf_target import Target
-from mlx_pare.gguf_types import TYPES
+from mlx_pare.gguf.architectures import Target
+from mlx_pare.gguf.read import (
+    blocks as gguf_blocks,
+    rebuild as gguf_model,
+    settings as gguf_settings,
+    tensors as gguf_stored,
+)
+from mlx_pare.gguf.read.rebuild import rebuild
+from mlx_pare.gguf.types import TYPES
+from mlx_pare.gguf.write.tensors import rope_factors
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import read
 from mlx_pare.tensors.packed import Packed, pack_codes

@@ -10,15 +10,17 @@ import llama_quantize
 import pytest
 from gguf_conversion import STEMS, metadata, named, parts
 
-from mlx_pare import gguf_header, gguf_quantize, llama_cpp
+from mlx_pare import llama_cpp
 from mlx_pare.arch import Architecture, describe
 from mlx_pare.arch.spec import Family, Layer, tensor
 from mlx_pare.base.errors import UsageError
 from mlx_pare.export import export
-from mlx_pare.fit import catalogue, gguf_mix
-from mlx_pare.fit.gguf_mix import kinds, storage, type_of
-from mlx_pare.gguf_target import FILE_TYPES
-from mlx_pare.gguf_types import nbytes
+from mlx_pare.fit import catalogue
+from mlx_pare.gguf import header as gguf_header, quant_mixes
+from mlx_pare.gguf.architectures import FILE_TYPES
+from mlx_pare.gguf.quant_mixes import kinds, storage, type_of
+from mlx_pare.gguf.types import nbytes
+from mlx_pare.gguf.write import quantizer
 from mlx_pare.model.checkpoint import Checkpoint
 
 
@@ -205,7 +207,7 @@ def agrees(arch: Architecture, kind: str, theirs: dict[str, str], matrix: bool |
     ours, size, different = type_of(arch, kind, matrix), storage(arch, kind, matrix), []
     for t in arch.tensors():
         expected = [(theirs[part], shape) for part, shape in parts(arch, t)]
-        if t.spec.role in gguf_mix.HALF:  # stays what it was, here float32, in real files bfloat16
+        if t.spec.role in quant_mixes.HALF:  # stays what it was, here float32, in real files bfloat16
             assert expected[0][0] == "F32" and ours(t) in ("F32", "F16", "BF16")
         elif ours(t) != " + ".join(dict.fromkeys(kind for kind, _ in expected)):
             different.append((kind, t.name, ours(t), expected))
@@ -291,13 +293,13 @@ def test_files_of_every_kind_are_predicted_to_the_byte(tmp_path, pico_models, na
 def test_our_own_export_writes_the_same_types(tmp_path, pico_models, changes):
     directory = pico_models("llama", **changes)
     arch = Checkpoint(directory).arch
-    for kind in gguf_quantize.DIRECT:
+    for kind in quantizer.DIRECT:
         export(directory, tmp_path / kind, kind)
         assert not agrees(arch, kind, {n: t.type for n, t in gguf_header.read(tmp_path / kind).tensors.items()})
 
 
 def test_the_kinds_that_can_be_written():
-    assert set(kinds()) - set(FILE_TYPES) == set(gguf_quantize.REASONS)
+    assert set(kinds()) - set(FILE_TYPES) == set(quantizer.REASONS)
     for kind, number in FILE_TYPES.items():
         name = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
         assert gguf.LlamaFileType[name] == number
@@ -375,7 +377,7 @@ def test_a_published_size_to_the_byte():
 def test_what_falls_back():
     arch = MODELS["odd ffn"]
     found = {
-        t.spec.role: (*gguf_mix.types_of(arch, "q4_k_m", wide=True)(t), type_of(arch, "q4_k_m")(t))
+        t.spec.role: (*quant_mixes.types_of(arch, "q4_k_m", wide=True)(t), type_of(arch, "q4_k_m")(t))
         for t in arch.tensors()
     }
     assert {role: pair for role, pair in found.items() if pair[0] != pair[1]} == {"down_proj": ("Q6_K", "F16")}

@@ -17,14 +17,16 @@ import numpy as np
 import pytest
 from test_imatrix import WIDE, needs_llama, rows_of
 
-from mlx_pare import gguf_header, gguf_quantize, gguf_size, gguf_values, imatrix, llama_cpp
+from mlx_pare import llama_cpp
 from mlx_pare.arch import rope
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.export import export, verify
 from mlx_pare.export_step import export_step
 from mlx_pare.fit import fit
 from mlx_pare.fit.form import Form
-from mlx_pare.fit.gguf_mix import type_of
+from mlx_pare.gguf import header as gguf_header
+from mlx_pare.gguf.quant_mixes import type_of
+from mlx_pare.gguf.write import encode as gguf_values, imatrix_file, quantizer, size as gguf_size
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.steps import open_run
@@ -40,7 +42,7 @@ def left(directory: Path) -> list[str]:
 # ---- predicted and written ----
 
 
-def agreed(model: Path, file: Path, kind: str, matrix: imatrix.Importance | None = None) -> dict:
+def agreed(model: Path, file: Path, kind: str, matrix: imatrix_file.Importance | None = None) -> dict:
     """Export, and hold the file to what was said of it before."""
     expected = gguf_size.measured(Checkpoint(model), kind, matrix)
     done, header = export(model, file, kind, matrix), gguf_header.read(file)
@@ -55,11 +57,11 @@ def agreed(model: Path, file: Path, kind: str, matrix: imatrix.Importance | None
 
 
 @needs_llama
-@pytest.mark.parametrize("kind", [*gguf_quantize.DIRECT, *THROUGH_LLAMA])
+@pytest.mark.parametrize("kind", [*quantizer.DIRECT, *THROUGH_LLAMA])
 def test_what_is_predicted_is_on_the_disk_to_the_byte(tmp_path, pico_models, kind):
     done = agreed(pico_models("llama", **WIDE), tmp_path / "m.gguf", kind)
     assert left(tmp_path) == ["m.gguf"] and done["kind"] == kind
-    assert gguf_header.read(tmp_path / "m.gguf").metadata["general.file_type"] == gguf_quantize.FILE_TYPES[kind]
+    assert gguf_header.read(tmp_path / "m.gguf").metadata["general.file_type"] == quantizer.FILE_TYPES[kind]
     assert llama_cpp.judged(pico_models("llama", **WIDE), tmp_path / "m.gguf", kind)["different"] == []
 
 
@@ -67,7 +69,7 @@ def test_what_is_predicted_is_on_the_disk_to_the_byte(tmp_path, pico_models, kin
 @pytest.mark.parametrize("kind", ["q4_0", "q6_k", "q4_k_m", "iq4_xs", "q2_k_s"])
 def test_with_an_importance_matrix_too(tmp_path, pico_models, kind):
     model = pico_models("llama", **WIDE)
-    done = agreed(model, tmp_path / "m.gguf", kind, imatrix.measure(model, rows_of()))
+    done = agreed(model, tmp_path / "m.gguf", kind, imatrix_file.measure(model, rows_of()))
     ours = type_of(Checkpoint(model).arch, kind, True)
     assert sorted(done["types"]) == sorted({ours(t) for t in Checkpoint(model).arch.tensors()})
     assert left(tmp_path) == ["m.gguf"]
@@ -85,16 +87,16 @@ def test_rows_that_are_no_whole_blocks_fall_back(tmp_path, pico_models, family):
 @needs_llama
 @pytest.mark.parametrize(("dtype", "kind"), [(mx.float32, "f32"), (mx.bfloat16, "bf16"), (mx.float16, "f16")])
 def test_it_is_quantized_from_what_the_checkpoint_holds(tmp_path, pico_models, monkeypatch, dtype, kind):
-    model, seen, real = pico_models("llama", dtype=dtype), [], gguf_quantize.quantize
+    model, seen, real = pico_models("llama", dtype=dtype), [], quantizer.quantize
 
     def watched(source, out, *rest):
         seen.append({t.type for t in gguf_header.read(source).tensors.values()})
         real(source, out, *rest)
 
-    monkeypatch.setattr(gguf_quantize, "quantize", watched)
+    monkeypatch.setattr(quantizer, "quantize", watched)
     export(model, tmp_path / "m.gguf", "q4_k_m")
-    assert gguf_quantize.between(Checkpoint(model)) == kind and seen == [{kind.upper(), "F32"}]
-    assert gguf_quantize.between(Checkpoint(pico_models("llama", (4, 32), dtype=mx.bfloat16))) == "f16"
+    assert quantizer.between(Checkpoint(model)) == kind and seen == [{kind.upper(), "F32"}]
+    assert quantizer.between(Checkpoint(pico_models("llama", (4, 32), dtype=mx.bfloat16))) == "f16"
 
 
 @needs_llama
@@ -127,11 +129,11 @@ matrix, source, out, kind, threads = sys.argv[2:]
 assert sys.argv[1] == "--imatrix" and os.path.exists(matrix) and "/" not in matrix and int(threads) > 0
 asked = dict(source=source, out=out, kind=kind.lower(), threads=1, matrix=os.path.abspath(matrix))
 open({str(tmp_path / "asked")!r}, "w").write(kind)
-done = subprocess.run([sys.executable, "-m", "mlx_pare.gguf_quantize"], input=json.dumps(asked), text=True)
+done = subprocess.run([sys.executable, "-m", "mlx_pare.gguf.write.quantizer"], input=json.dumps(asked), text=True)
 sys.exit(done.returncode)""",
     )
     model = pico_models("llama", **WIDE)
-    matrix = imatrix.measure(model, rows_of())
+    matrix = imatrix_file.measure(model, rows_of())
     export(model, tmp_path / "extra.gguf", "q4_k_m", matrix)
     monkeypatch.setenv("PATH", str(tmp_path / "bin") + os.pathsep + os.environ["PATH"])
     export(model, tmp_path / "program.gguf", "q4_k_m", matrix)
@@ -150,8 +152,8 @@ def test_a_quantizer_that_fails_is_quoted(tmp_path, pico_models, monkeypatch):
 
 
 def nobody(monkeypatch) -> None:
-    monkeypatch.setattr(gguf_quantize, "program", lambda: None)
-    monkeypatch.setattr(gguf_quantize.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantizer, "program", lambda: None)
+    monkeypatch.setattr(quantizer.importlib.util, "find_spec", lambda name: None)
 
 
 def test_without_a_quantizer_it_is_said_before_anything_is_done(tmp_path, pico_models, monkeypatch):
@@ -164,7 +166,7 @@ def test_without_a_quantizer_it_is_said_before_anything_is_done(tmp_path, pico_m
 
 def test_without_a_quantizer_some_kinds_are_written_all_the_same(tmp_path, pico_models, monkeypatch):
     nobody(monkeypatch)
-    for kind in gguf_quantize.DIRECT:
+    for kind in quantizer.DIRECT:
         agreed(pico_models("llama", **WIDE), tmp_path / kind, kind)
 
 
@@ -186,9 +188,11 @@ def test_kinds_that_make_no_sense_are_refused(tmp_path, pico_models, kind, said)
 
 
 def test_a_matrix_that_would_change_nothing_is_refused(tmp_path, pico_models):
-    for kind in gguf_quantize.PLAIN:
+    for kind in quantizer.PLAIN:
         with pytest.raises(UsageError, match=f"{kind} is written without an importance matrix"):
-            export(pico_models("llama"), tmp_path / "m.gguf", kind, imatrix.measure(pico_models("llama"), rows_of(2)))
+            export(
+                pico_models("llama"), tmp_path / "m.gguf", kind, imatrix_file.measure(pico_models("llama"), rows_of(2))
+            )
 
 
 def test_an_existing_file_is_refused_first(tmp_path, pico_models):
@@ -215,7 +219,7 @@ def test_interrupted_nothing_is_left(tmp_path, pico_models, monkeypatch, moment)
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gguf_quantize if moment == "quantize" else llama_cpp, moment, fail)
+    monkeypatch.setattr(quantizer if moment == "quantize" else llama_cpp, moment, fail)
     with pytest.raises(KeyboardInterrupt):
         export(pico_models("llama"), tmp_path / "m.gguf", "q4_k_m")
     assert left(tmp_path) == []
@@ -224,13 +228,13 @@ def test_interrupted_nothing_is_left(tmp_path, pico_models, monkeypatch, moment)
 def test_an_interrupt_ends_the_child(tmp_path, monkeypatch):
     program(tmp_path, "import time; open('pid', 'w').write(str(os.getpid())); print('x', flush=True); time.sleep(60)")
 
-    class Stopped(gguf_quantize.console.Progress):
+    class Stopped(quantizer.console.Progress):
         def __init__(self, *args):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(gguf_quantize.console, "Progress", Stopped)
+    monkeypatch.setattr(quantizer.console, "Progress", Stopped)
     with pytest.raises(KeyboardInterrupt):
-        gguf_quantize._watched([str(tmp_path / "llama-quantize")], "", 1, tmp_path)
+        quantizer._watched([str(tmp_path / "llama-quantize")], "", 1, tmp_path)
     if (tmp_path / "pid").exists():  # it may have been ended before it said who it was
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "pid").read_text()), 0)
@@ -238,8 +242,8 @@ def test_an_interrupt_ends_the_child(tmp_path, monkeypatch):
 
 @needs_llama
 def test_other_types_than_predicted_are_an_error(tmp_path, pico_models, monkeypatch):
-    real = gguf_quantize.quantize
-    monkeypatch.setattr(gguf_quantize, "quantize", lambda source, out, kind, *rest: real(source, out, "q4_k_s", *rest))
+    real = quantizer.quantize
+    monkeypatch.setattr(quantizer, "quantize", lambda source, out, kind, *rest: real(source, out, "q4_k_s", *rest))
     with pytest.raises(
         PareError, match=r"attn_v.weight is Q5_K, expected Q6_K|attn_v.weight is Q4_K, expected Q6_K.*other rules"
     ):
@@ -249,7 +253,7 @@ def test_other_types_than_predicted_are_an_error(tmp_path, pico_models, monkeypa
 
 @needs_llama
 def test_damage_in_the_middle_of_a_quantized_tensor_is_found(tmp_path, pico_models, monkeypatch):
-    real = gguf_quantize.quantize
+    real = quantizer.quantize
 
     def damaged(source, out, *rest):
         real(source, out, *rest)
@@ -260,7 +264,7 @@ def test_damage_in_the_middle_of_a_quantized_tensor_is_found(tmp_path, pico_mode
         raw[at : at + 2] = np.float16("nan").tobytes()
         out.write_bytes(raw)
 
-    monkeypatch.setattr(gguf_quantize, "quantize", damaged)
+    monkeypatch.setattr(quantizer, "quantize", damaged)
     model = pico_models("llama", **{**WIDE, "hidden_size": 2048, "num_hidden_layers": 1})
     with pytest.raises(PareError, match=r"token_embd\.weight holds NaN"):
         export(model, tmp_path / "m.gguf", "q4_k_m")
@@ -286,8 +290,8 @@ def test_a_run_makes_an_importance_matrix_of_its_calibration_text(tmp_path, pico
     model, settings = pico_models("llama", **WIDE), Settings(**two_texts, gguf="Q4_K_M", samples=4, length=32, keep=0.5)
     with open_run(model, tmp_path / "run") as run:
         file = export_step(run, model, Texts(model, settings), settings)
-        kept = imatrix.load(file.with_name("imatrix.gguf"))
-        imatrix.check(kept, Checkpoint(model))
+        kept = imatrix_file.load(file.with_name("imatrix.gguf"))
+        imatrix_file.check(kept, Checkpoint(model))
         told = json.loads(file.with_name("export.json").read_text())
         written = file.stat().st_mtime_ns
         assert export_step(run, model, Texts(model, settings), settings).stat().st_mtime_ns == written
@@ -375,4 +379,4 @@ def test_tolerances_grow_as_bits_fall():
     order = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "iq1_s"]
     found = [llama_cpp.largest_difference(kind) for kind in order]
     assert found == sorted(found) and found[-1] < 1.13
-    assert all(llama_cpp.largest_difference(kind) for kind in gguf_quantize.FILE_TYPES)
+    assert all(llama_cpp.largest_difference(kind) for kind in quantizer.FILE_TYPES)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from test_uneven import COUNTS, FUSED, NAS, ROWS, WIDE, model, plan_of  # noqa: F401 (model is a fixture)
 
-from mlx_pare import gguf_rows, gguf_size, gguf_uneven, imatrix, llama_cpp
+from mlx_pare import llama_cpp
 from mlx_pare.base.errors import PareError
 from mlx_pare.export import export, verify
+from mlx_pare.gguf import uneven_layers
+from mlx_pare.gguf.write import imatrix_file, size as gguf_size, tensors as gguf_rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 
@@ -68,7 +70,7 @@ def test_quantized_by_llama_cpp(model, tmp_path, name):  # noqa: F811
     source = model(name, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
     counts = [(256, 4), (512, 2), (256, 3), (512, 4)]
     prune(source, plan_of(source, counts), tmp_path / "out")
-    matrix = imatrix.measure(tmp_path / "out", ROWS)
+    matrix = imatrix_file.measure(tmp_path / "out", ROWS)
     for kind, of in (("q4_k_m", None), ("q4_k_m", matrix), ("q3_k_m", matrix)):
         file = tmp_path / f"{kind}-{of is not None}.gguf"
         expected = gguf_size.measured(Checkpoint(tmp_path / "out"), kind, of)
@@ -87,13 +89,13 @@ def test_what_has_no_architecture_is_refused(model, tmp_path):  # noqa: F811
     with pytest.raises(PareError, match="norms of queries and keys and an untied head"):
         exported(model("qwen3-untied"), COUNTS["both"], tmp_path)
     assert not (tmp_path / "m.gguf").exists()
-    assert gguf_uneven.why_not(Checkpoint(model("qwen3")).arch) is None
+    assert uneven_layers.why_not(Checkpoint(model("qwen3")).arch) is None
 
 
 FAULTS = {
-    "the rope of queries and keys": ("llama, widths", gguf_uneven, "ROPE", {"attn_q"}),
-    "gate and up in their places": ("llama, widths", gguf_uneven, "GATE_UP", None),
-    "a feed-forward that is nothing": ("no attention", gguf_uneven, "stand_ins", None),
+    "the rope of queries and keys": ("llama, widths", uneven_layers, "ROPE", {"attn_q"}),
+    "gate and up in their places": ("llama, widths", uneven_layers, "GATE_UP", None),
+    "a feed-forward that is nothing": ("no attention", uneven_layers, "stand_ins", None),
     "the factors of the rope": ("llama3 rope", gguf_rows, "rope_factors", lambda t, d: np.ones(d // 2, np.float32)),
 }
 
@@ -103,9 +105,9 @@ def test_what_is_forgotten_is_noticed(model, tmp_path, monkeypatch, fault):  # n
     case, module, what, other = FAULTS[fault]
     if what == "GATE_UP":
         swapped = {"gate_up_proj": ("ffn_up", "ffn_gate")}
-        monkeypatch.setattr(gguf_uneven, "SPLIT", {"deci": gguf_uneven.QKV | swapped})
+        monkeypatch.setattr(uneven_layers, "SPLIT", {"deci": uneven_layers.QKV | swapped})
     elif what == "stand_ins":
-        real = gguf_uneven.stand_ins
+        real = uneven_layers.stand_ins
         monkeypatch.setattr(module, what, lambda arch: ((n, v + 0.1) for n, v in real(arch)))
     else:
         monkeypatch.setattr(module, what, other)

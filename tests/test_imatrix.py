@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import gguf_header, imatrix, llama_cpp
+from mlx_pare import llama_cpp
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.corpus import Rows
 from mlx_pare.export import export
+from mlx_pare.gguf import header as gguf_header
+from mlx_pare.gguf.write import imatrix_file
 from mlx_pare.model.checkpoint import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -42,7 +44,7 @@ def rows_of(count: int = 6, length: int = 40) -> Rows:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 def test_sums_are_those_of_float64_numpy(pico_models, family):
     model, rows = pico_models(family), rows_of()
-    found = imatrix.measure(model, rows)
+    found = imatrix_file.measure(model, rows)
     config, weights = reference.load(model)
     _, layers = reference.forward(config, weights, rows.tokens)
     assert len(found.sums) == 7 * config["num_hidden_layers"]
@@ -58,18 +60,18 @@ def test_padding_does_not_count(pico_models):
     model, rows = pico_models("llama"), rows_of()
     other = rows.tokens.copy()
     other[0, 7:] = 3
-    same = imatrix.measure(model, Rows(other, rows.lengths)).sums
-    full = imatrix.measure(model, Rows.full(rows.tokens)).sums
-    for name, sums in imatrix.measure(model, rows).sums.items():
+    same = imatrix_file.measure(model, Rows(other, rows.lengths)).sums
+    full = imatrix_file.measure(model, Rows.full(rows.tokens)).sums
+    for name, sums in imatrix_file.measure(model, rows).sums.items():
         np.testing.assert_allclose(sums, same[name], rtol=1e-6)
         assert (full[name] > sums).all()
 
 
 def test_with_hidden_states_on_disk_it_is_the_same(pico_models, tmp_path, monkeypatch):
     model, rows = pico_models("qwen3"), rows_of()
-    resident = imatrix.measure(model, rows).sums
-    monkeypatch.setattr(imatrix.stream, "must_spool", lambda *args: True)
-    for name, sums in imatrix.measure(model, rows, scratch=tmp_path).sums.items():
+    resident = imatrix_file.measure(model, rows).sums
+    monkeypatch.setattr(imatrix_file.stream, "must_spool", lambda *args: True)
+    for name, sums in imatrix_file.measure(model, rows, scratch=tmp_path).sums.items():
         np.testing.assert_array_equal(sums, resident[name])
     assert list(tmp_path.iterdir()) == []
 
@@ -80,7 +82,7 @@ def test_sums_are_those_that_llama_cpp_sees(pico_models, tmp_path, family):
     """Also of q, k and o, whose rows are in another order there: columns are not."""
     model, rows = pico_models(family), Rows.full(rows_of().tokens)
     export(model, tmp_path / "m.gguf", "f32")
-    theirs, ours = llama_eval.importance(tmp_path / "m.gguf", rows.tokens), imatrix.measure(model, rows).sums
+    theirs, ours = llama_eval.importance(tmp_path / "m.gguf", rows.tokens), imatrix_file.measure(model, rows).sums
     assert theirs.keys() == ours.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-2 if family == "gemma3_text" else 1e-3)
@@ -89,10 +91,10 @@ def test_sums_are_those_that_llama_cpp_sees(pico_models, tmp_path, family):
 # ---- the file ----
 
 
-def made(**changes) -> imatrix.Importance:
+def made(**changes) -> imatrix_file.Importance:
     draw = np.random.default_rng(0)
     sums = {f"blk.{i}.ffn_{n}.weight": draw.random(8, np.float32) for i in range(2) for n in ("up", "down")}
-    found = imatrix.Importance(sums, dict.fromkeys(sums, 12.0), ("a.txt", "b.txt"), 3, 4)
+    found = imatrix_file.Importance(sums, dict.fromkeys(sums, 12.0), ("a.txt", "b.txt"), 3, 4)
     return replace(found, **changes)
 
 
@@ -108,7 +110,7 @@ def test_the_file_is_as_llama_imatrix_writes_it(tmp_path):
     assert [t.name for t in reader.tensors][:2] == ["blk.0.ffn_down.weight.in_sum2", "blk.0.ffn_down.weight.counts"]
     shapes = {t.name.rpartition(".")[2]: t.shape.tolist() for t in reader.tensors}
     assert shapes == {"in_sum2": [8, 1], "counts": [1, 1]}
-    again = imatrix.load(tmp_path / "m.gguf")
+    again = imatrix_file.load(tmp_path / "m.gguf")
     assert again.counts == found.counts and (again.chunks, again.chunk_size) == (3, 4) and again.name == "m.gguf"
     for name, mean in again.means().items():
         np.testing.assert_array_equal(mean, found.sums[name] / np.float32(12))
@@ -152,16 +154,16 @@ BROKEN = [
 @pytest.mark.parametrize(("tensors", "keys", "said"), BROKEN)
 def test_a_broken_file_is_refused(tmp_path, tensors, keys, said):
     with pytest.raises(PareError, match=said):
-        imatrix.load(write(tmp_path / "m.gguf", tensors, keys))
+        imatrix_file.load(write(tmp_path / "m.gguf", tensors, keys))
 
 
 def test_the_matrix_of_another_model_is_refused(pico_models):
-    found = imatrix.measure(pico_models("llama"), rows_of(2))
+    found = imatrix_file.measure(pico_models("llama"), rows_of(2))
     with pytest.raises(UsageError, match=r"has 128 inputs of blk\.0\.ffn_down.weight, the model 72"):
-        imatrix.check(found, Checkpoint(pico_models("llama", intermediate_size=72)))
+        imatrix_file.check(found, Checkpoint(pico_models("llama", intermediate_size=72)))
     with pytest.raises(UsageError, match=r"has nothing of blk\.4"):
-        imatrix.check(found, Checkpoint(pico_models("llama", num_hidden_layers=5)))
-    imatrix.check(found, Checkpoint(pico_models("llama")))
+        imatrix_file.check(found, Checkpoint(pico_models("llama", num_hidden_layers=5)))
+    imatrix_file.check(found, Checkpoint(pico_models("llama")))
 
 
 # ---- what it is good for ----
@@ -173,7 +175,7 @@ def test_the_weighted_error_falls_in_every_matrix(pico_models, tmp_path, kind):
     """Inputs of very different energy, planted by the norms in front: the error that the matrix weighs is smaller with
     it than without, matrix by matrix; which a matrix under the wrong name, or in the wrong order, would not bring."""
     model = pico_models("llama", **WIDE)
-    matrix = imatrix.measure(model, rows_of())
+    matrix = imatrix_file.measure(model, rows_of())
     spread = np.exp(np.random.default_rng(2).normal(0, 2, 256)).astype(np.float32)
     matrix = replace(matrix, sums={name: sums * spread for name, sums in matrix.sums.items()})
     export(model, tmp_path / "plain.gguf", kind)
@@ -196,7 +198,7 @@ def test_the_weighted_error_falls_in_every_matrix(pico_models, tmp_path, kind):
 
 @needs_llama
 def test_the_file_says_what_it_was_made_with(pico_models, tmp_path):
-    matrix = replace(imatrix.measure(pico_models("llama"), rows_of(), "novel"), name="of-mine.gguf")
+    matrix = replace(imatrix_file.measure(pico_models("llama"), rows_of(), "novel"), name="of-mine.gguf")
     export(pico_models("llama"), tmp_path / "m.gguf", "q4_k_m", matrix)
     told = gguf_header.read(tmp_path / "m.gguf").metadata
     assert told["quantize.imatrix.file"] == "of-mine.gguf" and told["quantize.imatrix.dataset"] == "novel"

@@ -23,7 +23,7 @@ from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.export import export
 from mlx_pare.fit import catalogue
-from mlx_pare.gguf_header import read
+from mlx_pare.gguf.header import read
 from mlx_pare.hub import HubError
 from mlx_pare.model.hub_name import called
 from mlx_pare.opened import opened

@@ -13,10 +13,11 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import gguf_model, llama_cpp, opened
+from mlx_pare import llama_cpp, opened
 from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
-from mlx_pare.gguf_header import read_parts
+from mlx_pare.gguf.header import read_parts
+from mlx_pare.gguf.read import rebuild as gguf_model
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.store import atomic
 

@@ -168,7 +168,7 @@ def test_case_22_llama_cpp_is_judged_by_tokenizer_json(tmp_path, named):
 
 @needs_llama
 def test_case_22_a_wrong_section_is_still_rejected(tmp_path, monkeypatch):
-    from mlx_pare import gguf_tokenizer
+    from mlx_pare.gguf.write import tokenizer as gguf_tokenizer
 
     model = llama2(tmp_path / "model", "LlamaTokenizer")
     monkeypatch.setattr(gguf_tokenizer, "_space_prefix", lambda *args: (False, []))

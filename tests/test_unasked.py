@@ -11,11 +11,12 @@ import pico
 import pytest
 from test_prune import plan_of
 
-from mlx_pare import export_step, gguf_quantize, llama_cpp, lm, pipeline, steps
+from mlx_pare import export_step, llama_cpp, lm, pipeline, steps
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.check import check
 from mlx_pare.export import verify
-from mlx_pare.gguf_quantize import INSTALL
+from mlx_pare.gguf.write import quantizer
+from mlx_pare.gguf.write.quantizer import INSTALL
 from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
 
@@ -157,10 +158,10 @@ def test_f36_the_cure_names_what_pyproject_installs():
 
 def test_f36_every_place_that_lacks_llama_cpp_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(llama_cpp, "available", lambda: False)
-    monkeypatch.setattr(gguf_quantize.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gguf_quantize, "program", lambda: None)
+    monkeypatch.setattr(quantizer.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantizer, "program", lambda: None)
     assert INSTALL in verify(tmp_path, tmp_path / "m.gguf")["reason"]
-    for call in (lambda: gguf_quantize.require("q4_k_m"), lambda: llama_cpp.tokenize(tmp_path / "m.gguf", ["x"])):
+    for call in (lambda: quantizer.require("q4_k_m"), lambda: llama_cpp.tokenize(tmp_path / "m.gguf", ["x"])):
         with pytest.raises(PareError, match="llama-cpp-python"):
             call()
 

@@ -24,7 +24,7 @@ from mlx_pare.base import console, markdown, untrusted
 from mlx_pare.base.errors import PareError, plain
 from mlx_pare.base.untrusted import read_json
 from mlx_pare.fit import subject
-from mlx_pare.gguf_tokenizer import read as read_tokenizer
+from mlx_pare.gguf.write.tokenizer import read as read_tokenizer
 from mlx_pare.model import tokenizer_files
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.directory import copy_tokenizer

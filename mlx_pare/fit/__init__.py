@@ -78,9 +78,9 @@ def _file(subject: Subject) -> int | None:
     kind = subject.form.gguf
     if kind is None or subject.checkpoint is None:
         return None
-    from .. import gguf_size
     from ..base.errors import PareError
-    from ..gguf_target import FILE_TYPES
+    from ..gguf.architectures import FILE_TYPES
+    from ..gguf.write import size as gguf_size
 
     try:
         return gguf_size.measured(subject.checkpoint, kind).nbytes if kind in FILE_TYPES else None

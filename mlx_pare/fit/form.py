@@ -28,7 +28,7 @@ class Form:
         if bits and gguf:
             raise UsageError("--bits and --gguf are two forms", "give one of them")
         if gguf:
-            from .gguf_mix import known
+            from ..gguf.quant_mixes import known
 
             return cls(gguf=known(gguf))
         if bits is None:

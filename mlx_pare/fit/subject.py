@@ -17,7 +17,7 @@ from ..arch import Architecture, describe
 from ..base import console, units
 from ..base.errors import PareError, Unsupported, UsageError, shell
 from ..base.untrusted import check_links, read_json
-from ..gguf_header import is_gguf
+from ..gguf.header import is_gguf
 from ..model import footprint
 from ..model.checkpoint import Checkpoint
 from ..model.footprint import Storage
@@ -31,7 +31,7 @@ from .form import Form
 from .planner import Weights
 
 if TYPE_CHECKING:
-    from ..gguf_header import Header
+    from ..gguf.header import Header
     from ..hub_cache import RemoteTensor
     from ..model.hub_name import HubName
 
@@ -298,13 +298,13 @@ def _unknown(name: str, origin: str, nbytes: int, why: str, form: Form) -> Subje
 
 def _gguf(path: Path, form: Form) -> Subject:
     """A GGUF file, or all parts of one: the header says types and bytes of every tensor."""
-    from ..gguf_header import read_all
+    from ..gguf.header import read_all
 
     return _of_header(str(path), read_all(path), form)
 
 
 def _of_header(name: str, header: Header, form: Form) -> Subject:
-    from .gguf_config import config_of
+    from ..gguf.read.config import config_of
 
     try:
         config = config_of(header)

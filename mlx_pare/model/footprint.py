@@ -86,7 +86,7 @@ def gguf(arch: Architecture, kind: str) -> Storage:
 
     Raises UsageError for an unknown kind.
     """
-    from ..fit.gguf_mix import storage
+    from ..gguf.quant_mixes import storage
 
     return storage(arch, kind)
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .arch import Architecture
-from .arch.rope import both_rope_spellings, rope_scaling, rotary_share
-from .model.checkpoint import Checkpoint
+from ..arch import Architecture
+from ..arch.rope import both_rope_spellings, rope_scaling, rotary_share
+from ..model.checkpoint import Checkpoint
 
 WINDOWS = ("gemma2", "gemma3", "olmo2")  # architectures that take a list of which layers have one
 BY_PLACE = ("smollm3",)  # architectures that treat layers by their place, and take no list
@@ -122,7 +122,7 @@ def _mistral3_metadata(writer: Any, checkpoint: Checkpoint) -> None:
 
 
 def _phi3_metadata(writer: Any, checkpoint: Checkpoint) -> None:
-    """mlx_lm/models/rope_utils.py SuScaledRoPE; the factors themselves are tensors (see gguf_rows.py)."""
+    """mlx_lm/models/rope_utils.py SuScaledRoPE; the factors themselves are tensors (see gguf/write/tensors.py)."""
     config = both_rope_spellings(checkpoint.arch.config)
     if rope_scaling(config).get("rope_type") not in LONG:
         return

@@ -9,16 +9,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from . import gguf_tokenizer
-from .added_tokens import name_for
-from .gguf_header import ALIGNMENT
-from .gguf_rows import Row, table
-from .gguf_target import Target, metadata, target_of
-from .model.checkpoint import Checkpoint
-from .model.hub_name import called
+from ...model.checkpoint import Checkpoint
+from ...model.hub_name import called
+from ..added_tokens import name_for
+from ..architectures import Target, metadata, target_of
+from ..header import ALIGNMENT
+from . import tokenizer as gguf_tokenizer
+from .tensors import Row, table
 
 if TYPE_CHECKING:
-    from .imatrix import Importance
+    from .imatrix_file import Importance
 
 
 def padded(nbytes: int) -> int:

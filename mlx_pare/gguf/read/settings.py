@@ -1,4 +1,4 @@
-"""What a model of a GGUF file computes with, beside its sizes (fit/gguf_config.py): eps, rope and its scaling, scores,
+"""What a model of a GGUF file computes with, beside its sizes (gguf/read/config.py): eps, rope and its scaling, scores,
 the ids of special tokens. Together they are a whole config.json. No arrays.
 
 SOURCES is one row per llama.cpp architecture that can be rebuilt. Sources: llama.cpp src/llama-model.cpp and
@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .arch import Architecture, both_rope_spellings, describe
-from .arch.rope import llama3_factors
-from .base.errors import PareError, Unsupported
-from .fit.gguf_config import Facts, config_of
-from .gguf_header import Header
+from ...arch import Architecture, both_rope_spellings, describe
+from ...arch.rope import llama3_factors
+from ...base.errors import PareError, Unsupported
+from ..header import Header
+from .config import Facts, config_of
 
 MAX_SIZE = 10**7  # of an axis; no model is as large as this
 SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}

@@ -19,13 +19,13 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Any
 
-from .base import children, console
-from .base.errors import PareError, UsageError
-from .fit import gguf_mix
-from .gguf_target import FILE_TYPES
-from .model.checkpoint import Checkpoint
+from ...base import children, console
+from ...base.errors import PareError, UsageError
+from ...model.checkpoint import Checkpoint
+from .. import quant_mixes
+from ..architectures import FILE_TYPES
 
-DIRECT = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q6_k")  # gguf_values.convert writes these
+DIRECT = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q6_k")  # encode.convert writes these
 PLAIN = ("f32", "f16", "bf16", "q8_0")  # an importance matrix would change nothing
 ROWS_BYTES = 1 << 30  # of float32 rows that llama.cpp has in memory at once
 # The requirement of the extra "llama" in pyproject.toml. It names no mlx-pare: that is installed from its source.
@@ -40,7 +40,7 @@ REASONS = {
 
 def known(kind: str) -> str:
     """The kind in lower case, when it can be written. Raises UsageError otherwise."""
-    kind = gguf_mix.known(kind)
+    kind = quant_mixes.known(kind)
     if kind not in FILE_TYPES:
         raise UsageError(f"{kind} {REASONS[kind]}", "choose another type, e.g. q4_k_m")
     return kind
@@ -87,7 +87,7 @@ def quantize(source: Path, out: Path, kind: str, tensors: int, matrix: Path | No
         request = ""
     else:
         asked = {"source": str(source.resolve()), "out": str(out.resolve()), "kind": kind, "threads": threads}
-        command = children.module("gguf_quantize")
+        command = children.module("gguf.write.quantizer")
         request = json.dumps({**asked, "matrix": str(matrix.resolve()) if matrix else None})
     code, lines = _watched(command, request, tensors, matrix.resolve().parent if matrix else None)
     if code or not out.exists():
@@ -120,9 +120,9 @@ def _watched(command: Sequence[str], request: str, tensors: int, where: Path | N
 
 def _entries(library: Any, matrix: Path) -> tuple[Any, list[Any]]:
     """The matrix as llama.cpp takes it: an array that ends with an empty entry; and what must not be collected."""
-    from . import imatrix
+    from . import imatrix_file
 
-    means = imatrix.load(matrix).means()
+    means = imatrix_file.load(matrix).means()
     entries, kept = (library.llama_model_imatrix_data * (len(means) + 1))(), []
     for entry, (name, values) in zip(entries, means.items(), strict=False):
         kept.append(values)

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import gguf_types, gguf_uneven
-from .arch import Architecture, Tensor
-from .arch.rope import llama3_factors, rope_order
-from .base.errors import PareError
-from .fit import gguf_mix
-from .gguf_further import LONG, rotary
-from .gguf_target import Target
+from ...arch import Architecture, Tensor
+from ...arch.rope import llama3_factors, rope_order
+from ...base.errors import PareError
+from .. import quant_mixes, types as gguf_types, uneven_layers
+from ..architectures import Target
+from ..special_cases import LONG, rotary
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,10 @@ def table(arch: Architecture, target: Target, kind: str, matrix: bool = False) -
     number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[target.architecture]
     names = gguf.get_tensor_name_map(number, len(arch.layers))
     head_dim = arch.uniform("head_dim")
-    types_of, ideals_of = (gguf_mix.types_of(arch, kind, matrix, wide) for wide in (False, True))
+    types_of, ideals_of = (quant_mixes.types_of(arch, kind, matrix, wide) for wide in (False, True))
     rows = []
     for tensor in arch.tensors():
-        parts = gguf_uneven.parts(arch, target.architecture, tensor)
+        parts = uneven_layers.parts(arch, target.architecture, tensor)
         if parts is None:
             name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
             if name is None:
@@ -58,9 +57,9 @@ def table(arch: Architecture, target: Target, kind: str, matrix: bool = False) -
             factor = target.q_proj if tensor.spec.role == "q_proj" else 1.0
             rows.append(Row(name, shape, type_, tensor, order, factor=factor, ideal=ideal))
     if target.architecture == "deci":
-        for name, values in gguf_uneven.stand_ins(arch):
+        for name, values in uneven_layers.stand_ins(arch):
             rows.append(Row(name, values.shape, "F16" if values.ndim > 1 else "F32", None, constant=values))
-    if arch.family.gguf in gguf_mix.UNTIED and arch.tied:
+    if arch.family.gguf in quant_mixes.UNTIED and arch.tied:
         rows.append(_head(next(row for row in rows if row.name == "token_embd.weight"), types_of, ideals_of))
     if target.scaling_type == "llama3":
         factors = rope_factors(target, head_dim)
@@ -75,7 +74,7 @@ def _order(tensor: Tensor, name: str, take: range, target: Target, head_dim: int
     """Which rows of a tensor stand in one of the file, queries and keys in the order of the target's rope; None: all,
     as they are."""
     whole = len(take) == tensor.shape[0]
-    turned = "rope" in tensor.spec.transforms if whole else name.split(".")[2] in gguf_uneven.ROPE
+    turned = "rope" in tensor.spec.transforms if whole else name.split(".")[2] in uneven_layers.ROPE
     if target.permute and turned:
         return [take.start + i for i in rope_order(len(take) // head_dim, head_dim)]
     return None if whole else list(take)

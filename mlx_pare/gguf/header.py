@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .base.errors import PareError
-from .gguf_types import NAMES, nbytes
+from ..base.errors import PareError
+from .types import NAMES, nbytes
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # value types
 STRING, ARRAY = 8, 9
@@ -44,7 +44,7 @@ class Skipped:
 
 
 class TensorInfo(NamedTuple):
-    """One row of the table. ``shape``: as ours, rows first. ``type``: a name of gguf_types.TYPES, or "unknown type 99".
+    """One row of the table. ``shape``: as ours, rows first. ``type``: a name of types.TYPES, or "unknown type 99".
 
     ``offset`` is relative to the beginning of the data; ``nbytes`` without padding (unknown types: up to the next one).
     """

@@ -1,7 +1,8 @@
 """A GGUF file, or all parts of one, rebuilt as an MLX model directory: what export.py does, undone, tensor by tensor.
 
 Names and shapes come from the family's table, as they do on the way out; the header is read by our own bounded reader,
-the data a few rows at a time. Codes of quantized tensors are kept where MLX has a packing for them (gguf_blocks.py).
+the data a few rows at a time. Codes of quantized tensors are kept where MLX has a packing for them
+(gguf/read/blocks.py).
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import gguf_blocks, gguf_header, gguf_settings, gguf_tokens
-from .arch import Tensor, describe
-from .arch.rope import rope_order
-from .base import console
-from .base.errors import PareError, Unsupported
-from .gguf_settings import Settings
-from .gguf_stored import FLOATS, Rounding, Row, float_parts, holds, words
-from .model import tokenizer_files
-from .model.checkpoint import Checkpoint
-from .model.directory import write_config
-from .store.atomic import created, refuse_existing, require_room
-from .tensors.panels import row_panels
-from .tensors.safetensors import Entry
-from .tensors.shards import OUR_KEY, ShardWriter
+from ...arch import Tensor, describe
+from ...arch.rope import rope_order
+from ...base import console
+from ...base.errors import PareError, Unsupported
+from ...model import tokenizer_files
+from ...model.checkpoint import Checkpoint
+from ...model.directory import write_config
+from ...store.atomic import created, refuse_existing, require_room
+from ...tensors.panels import row_panels
+from ...tensors.safetensors import Entry
+from ...tensors.shards import OUR_KEY, ShardWriter
+from .. import header as gguf_header
+from . import blocks as gguf_blocks, settings as gguf_settings, tokenizer as gguf_tokens
+from .settings import Settings
+from .tensors import FLOATS, Rounding, Row, float_parts, holds, words
 
 MAX_ROW = 1 << 24  # values of a row, which is read at once
 MAX_FACTORS = 1 << 12  # of the rope, half a head

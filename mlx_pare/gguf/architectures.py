@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import gguf_uneven
-from .arch import Architecture
-from .base.errors import PareError
-from .gguf_further import ALLOWED, FURTHER, LONG, NOTES, OBJECTIONS, WINDOWS, rotary
-from .model.checkpoint import Checkpoint
-from .model.licence import licence_name
+from ..arch import Architecture
+from ..base.errors import PareError
+from ..model.checkpoint import Checkpoint
+from ..model.licence import licence_name
+from . import uneven_layers
+from .special_cases import ALLOWED, FURTHER, LONG, NOTES, OBJECTIONS, WINDOWS, rotary
 
 FILE_TYPES = {  # what can be written: enum llama_ftype, llama.cpp include/llama.h
     "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9,
@@ -50,7 +50,7 @@ def runtimes_of(arch: Architecture) -> dict[str, str | None]:
     sets beside sizes (scaled rope) is looked at by ``target_of`` alone."""
     if not arch.family.result:
         return {"mlx-lm": arch.family.name, "llama.cpp": arch.family.gguf, "transformers": arch.config["model_type"]}
-    there = gguf_uneven.architecture(arch) if gguf_uneven.why_not(arch) is None else None
+    there = uneven_layers.architecture(arch) if uneven_layers.why_not(arch) is None else None
     return {"mlx-lm": arch.family.name, "llama.cpp": there, "transformers": None}
 
 
@@ -59,7 +59,7 @@ def target_of(checkpoint: Checkpoint) -> Target:
     arch, config, family = checkpoint.arch, checkpoint.arch.config, checkpoint.arch.family
     theta, scaling = _rope(checkpoint)
     if family.result:
-        name = gguf_uneven.architecture(arch)
+        name = uneven_layers.architecture(arch)
         target = Target(name, name == "deci", theta, scaling)
         _check_scaling(checkpoint, target)
         return target
@@ -146,7 +146,7 @@ def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> 
     writer.add_embedding_length(arch.sizes["hidden"])
     writer.add_block_count(len(arch.layers))
     if arch.family.result:
-        layers = gguf_uneven.sizes(arch)
+        layers = uneven_layers.sizes(arch)
         writer.add_feed_forward_length([layer.ffn for layer in layers])
         writer.add_head_count([layer.heads for layer in layers])
         writer.add_head_count_kv([layer.kv_heads for layer in layers])

@@ -10,14 +10,14 @@ from typing import IO
 import mlx.core as mx
 import numpy as np
 
-from . import gguf_blocks
-from .arch import Tensor
-from .base.errors import PareError
-from .tensors.packed import MX_DTYPE, Packed, energies, pack, pack_codes, raw_bytes
-from .tensors.packing import Packing
-from .tensors.panels import PANEL_VALUES, row_panels
-from .tensors.safetensors import Entry
-from .tensors.shards import Planned
+from ...arch import Tensor
+from ...base.errors import PareError
+from ...tensors.packed import MX_DTYPE, Packed, energies, pack, pack_codes, raw_bytes
+from ...tensors.packing import Packing
+from ...tensors.panels import PANEL_VALUES, row_panels
+from ...tensors.safetensors import Entry
+from ...tensors.shards import Planned
+from . import blocks as gguf_blocks
 
 FLOATS = {"F32": np.dtype("<u4"), "F16": np.dtype("<u2"), "BF16": np.dtype("<u2")}  # and how their bits are read
 EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # all of these bits: NaN or infinity

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from ..gguf_header import Header, Skipped
+from ..header import Header, Skipped
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from difflib import get_close_matches
 from math import prod
 from typing import NamedTuple
 
-from .. import gguf_uneven
 from ..arch import Architecture, Tensor
 from ..arch.axes import dim, length
 from ..base.errors import UsageError
-from ..gguf_types import fits, nbytes
+from . import uneven_layers
+from .types import fits, nbytes
 
 BASE = {
     "f32": "F32", "f16": "F16", "bf16": "BF16",
@@ -171,7 +171,7 @@ SPLIT = {
     "shared_gate_up": {"shared_gate": "shared_ffn, hidden", "shared_up": "shared_ffn, hidden"},
     "in_proj_qkvz": {"in_proj_qkv": f"{_K} + {_K} + {_V}, hidden", "in_proj_z": f"{_V}, hidden"},
 }
-# ... and those of models whose layers differ, where the architecture in gguf_uneven.py wants them apart
+# ... and those of models whose layers differ, where the architecture in gguf/uneven_layers.py wants them apart
 _QUERIES, _KEYS = "q_head*head_dim, hidden", "kv_head*head_dim, hidden"
 APART = {
     "qkv_proj": {"q_proj": _QUERIES, "k_proj": _KEYS, "v_proj": _KEYS},
@@ -235,8 +235,8 @@ class _Mix:
         if "kv_latent" in first.sizes:  # stored as one head that all share
             kv_heads = 1
         self.arch, self.kind, self.base = arch, kind, BASE[kind]
-        uneven = arch.family.result and gguf_uneven.why_not(arch) is None
-        self.split = {*SPLIT, *(gguf_uneven.SPLIT[gguf_uneven.architecture(arch)] if uneven else ())}
+        uneven = arch.family.result and uneven_layers.why_not(arch) is None
+        self.split = {*SPLIT, *(uneven_layers.SPLIT[uneven_layers.architecture(arch)] if uneven else ())}
         self.matrix = kind in NEEDS_MATRIX if matrix is None else matrix
         self.tied = (
             not any(tensor.spec.role == "lm_head" for tensor in arch.tensors()) and arch.family.gguf not in UNTIED

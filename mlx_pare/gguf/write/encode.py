@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .base.errors import PareError
-from .gguf_rows import Row
-from .gguf_types import SCALES, TYPES
-from .model.checkpoint import Checkpoint
+from ...base.errors import PareError
+from ...model.checkpoint import Checkpoint
+from ..types import SCALES, TYPES
+from .tensors import Row
 
 FLOATS = ("F32", "F16", "BF16")
 
 
 def encoded(checkpoint: Checkpoint, row: Row, q_norm: float = 1.0) -> Iterator[memoryview]:
-    """The bytes of one tensor as they stand in the file, a few rows at a time; ``q_norm``: see gguf_target.Target.
+    """The bytes of one tensor as they stand in the file, a few rows at a time; ``q_norm``: see architectures.Target.
 
     Raises PareError for values that are not finite, or not in the row's type."""
     import mlx.core as mx
 
-    from .model.weights import read_panels
-    from .tensors.packed import Packed
+    from ...model.weights import read_panels
+    from ...tensors.packed import Packed
 
     if row.source is None:
         yield convert(mx.array(row.constant), row.type).data

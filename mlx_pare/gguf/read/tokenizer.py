@@ -1,4 +1,5 @@
-"""tokenizer.json and tokenizer_config.json out of the metadata of a GGUF file: what gguf_tokenizer.py does, undone.
+"""tokenizer.json and tokenizer_config.json out of the metadata of a GGUF file: what gguf/write/tokenizer.py does,
+undone.
 
 A file says its tokens, the name of a pre-tokenizer, and either merges (byte-level BPE, "gpt2") or scores
 (SentencePiece-style BPE, "llama"), from which merges follow. What llama.cpp does not do to text (a normalization), a
@@ -13,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .base.errors import PareError
-from .gguf_header import Skipped
-from .gguf_tokenizer import CONTROL, DIGITS, GPT2, NORMAL, PRE_TOKENIZERS, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from ...base.errors import PareError
+from ..header import Skipped
+from ..tokenizers import CONTROL, DIGITS, GPT2, NORMAL, PRE_TOKENIZERS, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
 MAX_SPLITS = 1 << 28  # characters of all tokens cut in two everywhere: gemma's have 20 million
-NEVER = -1e8  # scores below are of what no merge makes: gguf_tokenizer.py gives it -1e9
+NEVER = -1e8  # scores below are of what no merge makes: gguf/write/tokenizer.py gives it -1e9
 # Other names of the same pre-tokenizers, in llama_vocab::impl::load of llama.cpp src/llama-vocab.cpp
 ALIASES = {
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "pixtral"),
@@ -43,7 +44,7 @@ class Files:
 
 
 def files(metadata: Mapping[str, Any], rows: int, length: int | None = None) -> Files:
-    """The tokenizer of a GGUF file whose embedding has so many ``rows``. ``metadata``: from gguf_header.vocabulary;
+    """The tokenizer of a GGUF file whose embedding has so many ``rows``. ``metadata``: from header.vocabulary;
     ``length``: of the model's context. Raises PareError for one that is damaged or of another kind."""
     facts = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind = facts.get("model")

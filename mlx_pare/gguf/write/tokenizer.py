@@ -14,38 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import added_tokens
-from .base.errors import PareError
-from .base.untrusted import check_links, read_json
-from .model.tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET
+from ...base.errors import PareError
+from ...base.untrusted import check_links, read_json
+from ...model.tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET
+from .. import added_tokens
+from ..tokenizers import BYTE, CONTROL, DIGITS, GPT2, NORMAL, PRE_TOKENIZERS, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
-# enum llama_token_type, llama.cpp include/llama.h
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-GPT2 = "the GPT-2 pattern of ByteLevel"
-DIGITS = "single digits"
-LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
-QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
-QWEN35 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# (what splits the text, in order; whether a word that is in the vocabulary is taken whole, "ignore_merges") -> name.
-# Source: llm_tokenizer_bpe and llama_vocab::impl::load in llama.cpp src/llama-vocab.cpp; every row is tested against
-# the tokenizers library on 300 strings (tests/test_export.py).
-PRE_TOKENIZERS = {
-    ((GPT2,), False): "gpt-2",
-    ((DIGITS, GPT2), False): "smollm",
-    ((LLAMA3,), True): "llama-bpe",
-    ((LLAMA3,), False): "smaug-bpe",  # the same pattern without ignore_merges
-    ((QWEN2,), False): "qwen2",
-    ((QWEN35,), False): "qwen35",
-}
-
-SPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -70,7 +44,7 @@ TWO_SPACES = Note(
 class Tokenizer:
     """What goes into the file. ``tokens`` and ``types`` by id; ``known``: differences that llama.cpp cannot avoid.
 
-    ``phi3``: the file needs a name by which llama.cpp takes it for Phi-3 (added_tokens.py).
+    ``phi3``: the file needs a name by which llama.cpp takes it for Phi-3 (gguf/added_tokens.py).
     """
 
     model: str  # llama.cpp's tokenizer.ggml.model: "gpt2" (byte-level BPE) or "llama" (SentencePiece-style)

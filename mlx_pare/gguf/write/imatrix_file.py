@@ -19,15 +19,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import gguf_header, stream
-from .arch import Architecture
-from .base.errors import PareError, UsageError
-from .corpus import Rows
-from .gguf_rows import table
-from .gguf_target import target_of
-from .model.checkpoint import Checkpoint
-from .observers import Tap, replace_module
-from .store.atomic import replaced
+from ... import stream
+from ...arch import Architecture
+from ...base.errors import PareError, UsageError
+from ...corpus import Rows
+from ...model.checkpoint import Checkpoint
+from ...observers import Tap, replace_module
+from ...store.atomic import replaced
+from .. import header as gguf_header
+from ..architectures import target_of
+from .tensors import table
 
 TOLD = 127  # bytes of a string that llama-quantize puts into a file's metadata (llama_model_kv_override)
 

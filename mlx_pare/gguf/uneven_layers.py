@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .arch import Architecture, Tensor
-from .arch.axes import length
-from .base.errors import PareError
+from ..arch import Architecture, Tensor
+from ..arch.axes import length
+from ..base.errors import PareError
 
 ABSENT_FFN = 32  # one block of a quantized row
 QKV = {"qkv_proj": ("attn_q", "attn_k", "attn_v")}

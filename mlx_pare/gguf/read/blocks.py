@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .gguf_types import TYPES
-from .tensors.packing import Packing
+from ...tensors.packing import Packing
+from ..types import TYPES
 
 Raw = np.ndarray  # uint8 [blocks, bytes of a block]
 # codes uint8 [blocks, values]; scales and biases float32 [blocks, groups] (of a float mode: uint8, and None)
