@@ -16,10 +16,10 @@ from .fit.memory import Use
 from .layout import size_of
 from .lm import tokenizer
 from .model.checkpoint import Checkpoint
-from .opened import StrPath, opened
 from .options.settings import Settings
 from .plan.goal import Options as PlanOptions
 from .recover_options import Options as RecoverOptions
+from .sources.open_model import StrPath, opened
 from .store.arrays import Arrays, Metrics, Plan, Target
 from .texts import Texts
 

@@ -14,14 +14,15 @@ import click
 import typer
 from click.core import ParameterSource
 
-from . import __version__, named, unused
+from . import __version__, unused
 from .base import console
 from .base.errors import told
 from .help_page import CommandPage, MainPage
-from .opened import opened
 from .options import recipe_file
 from .options.option import Option
 from .options.settings import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS
+from .sources import resolve
+from .sources.open_model import opened
 
 MODELS = ("model", "models", "teacher", "against", "parent")  # parameters of commands that name models
 
@@ -65,7 +66,7 @@ def mac_names() -> list[str]:
 
 def model_names() -> list[str]:
     """The models of the catalogue, for completion."""
-    from .fit.catalogue import entries
+    from .sources.catalogue import entries
 
     return [entry.name for entry in entries()]
 
@@ -87,7 +88,7 @@ def annotated(option: Option, **changes: Any) -> Any:
     elif option.choices:
         more["autocompletion"] = lambda: list(option.choices)
     if option.kind is Path and option.field in MODELS:
-        more["parser"] = named.typed
+        more["parser"] = resolve.typed
     kind = list[str] if option.repeats else option.kind
     return Annotated[kind if option.default is not None else kind | None, typer.Option(*flags, **more)]
 
@@ -177,7 +178,7 @@ def command(
                 for line in unused.lines(name, typed, given):
                     console.warn(line)
                 given = _directories(_one_target(given, typed))
-                with nullcontext() if network else named.offline():  # every model is here now, nothing may wait
+                with nullcontext() if network else resolve.offline():  # every model is here now, nothing may wait
                     console.document(function(**given))
             except BrokenPipeError:  # `| head` has seen enough
                 raise
@@ -213,7 +214,7 @@ def _directories(given: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list):
             given[name] = [opened(model) for model in value]
     if isinstance(given.get("file"), Path):
-        given["file"] = named.local(given["file"], gguf=True)
+        given["file"] = resolve.local(given["file"], gguf=True)
     return given
 
 
@@ -248,7 +249,7 @@ def _sign(called: Callable, function: Callable, options: Iterable[Option], recip
     for parameter in own:
         if parameter.name in (*MODELS, "file") and "Path" in str(parameter.annotation):
             for about in parameter.annotation.__metadata__:  # Path would make another name of a/b//c or org/name@a/b
-                about.parser, about.metavar = named.typed, about.metavar or "MODEL"
+                about.parser, about.metavar = resolve.typed, about.metavar or "MODEL"
     added += [("recipe", None, Recipe)] * recipe
     added += [("as_json", False, Json), ("quiet", False, Quiet), ("debug", False, Debug)]
     keyword = signatures.Parameter.KEYWORD_ONLY

@@ -17,8 +17,8 @@ from .base.errors import Refused, UsageError
 from .base.units import gb
 from .fit.memory import Needs, Use
 from .model.checkpoint import Checkpoint
-from .opened import StrPath, opened
 from .options.values import COUNT, MOST, require, whole
+from .sources.open_model import StrPath, opened
 
 PROMPT, NEW = whole(1, MOST // 2), whole(2, MOST // 2)
 TOKEN_BYTES = 40  # of a token of the prompt, as a number in a list of Python

@@ -17,7 +17,7 @@ from .kept import keep
 from .model import finite
 from .model.checkpoint import Checkpoint
 from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
-from .opened import StrPath, opened
+from .sources.open_model import StrPath, opened
 from .spool import Spool
 from .store import step_files
 from .store.arrays import Arrays

@@ -23,7 +23,7 @@ def models_command(
     download them from that repository. These are float originals, except if the catalogue names weights packed by MLX.
     """
     from .base.errors import UsageError
-    from .fit import catalogue
+    from .sources import catalogue
 
     text = (part or "").lower()
     found = [row for row in catalogue.rows() if any(text in name.lower() for name in _names(row))]

@@ -46,7 +46,7 @@ def import_command(
     Other commands that get a GGUF file convert it by themselves, into a cache.
     """
     from .gguf.read.rebuild import rebuild
-    from .opened import gguf_of, told
+    from .sources.open_model import gguf_of, told
 
     found = rebuild(gguf_of(file) or file, out, dense)
     told(found)
@@ -247,7 +247,7 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
     share every batch.
     """
     from . import ranks, recipes, steps, text_record
-    from .opened import opened as opened_model
+    from .sources.open_model import opened as opened_model
 
     first = ranks.this()[0] == 0
     if not first:

@@ -17,7 +17,7 @@ from .kept import end_of
 from .model import finite
 from .model.checkpoint import Checkpoint
 from .model.hub_name import called
-from .opened import StrPath, opened
+from .sources.open_model import StrPath, opened
 from .store.arrays import MOST_NATS, Metrics
 
 

@@ -20,7 +20,7 @@ from .gguf.quant_mixes import NEEDS_MATRIX
 from .gguf.write import quantizer, size as gguf_size, tokenizer as gguf_tokenizer
 from .gguf.write.size import Prediction, padded
 from .model.checkpoint import Checkpoint
-from .opened import StrPath, opened
+from .sources.open_model import StrPath, opened
 from .store.atomic import created, refuse_existing, require_room, scratch
 
 if TYPE_CHECKING:

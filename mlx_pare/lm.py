@@ -30,7 +30,7 @@ from .base.untrusted import read_json
 from .model import tokenizer_files
 from .model.checkpoint import Checkpoint, require_directory
 from .model.weight_files import read_headers, without_leftovers
-from .opened import opened
+from .sources.open_model import opened
 from .tensors.packing import Packing
 
 

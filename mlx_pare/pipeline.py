@@ -27,7 +27,6 @@ from .gguf.write import quantizer
 from .layering import layers_by_of
 from .local import check_memory as check_local
 from .model.checkpoint import Checkpoint
-from .opened import StrPath, opened as model_of
 from .options.settings import Settings
 from .plan import whole
 from .plan.levels import shape
@@ -35,6 +34,7 @@ from .reconstruct import check_memory as check_reconstruction, costs as reconstr
 from .recover_options import METHODS, check_memory as check_recovery
 from .report import report
 from .score import criterion
+from .sources.open_model import StrPath, opened as model_of
 from .store import step_files
 from .store.arrays import MOST_NATS, Metrics, Plan
 from .store.places import CONTENDERS, name_of

@@ -27,7 +27,7 @@ from .model.checkpoint import Checkpoint
 from .model.directory import copy_tokenizer, write_config
 from .model.hub_name import called
 from .model.weights import read_panels
-from .opened import StrPath, opened
+from .sources.open_model import StrPath, opened
 from .store.arrays import Arrays, Plan, survivors
 from .store.atomic import created, refuse_existing
 from .store.places import repair_file

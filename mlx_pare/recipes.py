@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import domains, named, text_record
+from . import domains, text_record
 from .options import recipe_file
 from .options.settings import Settings
+from .sources import resolve
 from .store.manifest import read_recipe
 from .store.rundir import Run
 from .texts import Texts
@@ -31,12 +32,12 @@ def located(s: Settings) -> Settings:
         s,
         data=s.data and domains.absolute(s.data),
         test_data=s.test_data and str(Path(s.test_data).absolute()),
-        teacher=s.teacher and named.written(Path(s.teacher).absolute()),
+        teacher=s.teacher and resolve.written(Path(s.teacher).absolute()),
     )
 
 
 def _asked(model: Path, s: Settings) -> dict[str, Any]:
-    return {"model": named.written(model.absolute()), **asdict(located(s))}
+    return {"model": resolve.written(model.absolute()), **asdict(located(s))}
 
 
 def recipe_of(model: Path, s: Settings) -> dict[str, Any]:

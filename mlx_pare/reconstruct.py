@@ -36,8 +36,8 @@ from .layout import layout
 from .least_squares import Cost
 from .model.checkpoint import Checkpoint
 from .observers import replace_module
-from .opened import StrPath, opened
 from .site import Site, parts, solve_costs
+from .sources.open_model import StrPath, opened
 from .store.arrays import Arrays, LayerPlan, Plan
 from .store.places import repair_file
 from .tensors.packed import MX_DTYPE, Packed, relative_error

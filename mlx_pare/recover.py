@@ -32,8 +32,8 @@ from .kept import end_of
 from .model import replace_tensors
 from .model.checkpoint import Checkpoint
 from .objective import Taps, loss_of
-from .opened import StrPath, opened
 from .recover_options import GENTLE_BELOW, RATES, Options, check_memory, swift_fits
+from .sources.open_model import StrPath, opened
 from .store import step_files
 from .store.arrays import survivors
 from .store.atomic import created, refuse_existing, remove, replace_file, working

@@ -14,8 +14,8 @@ from .base.units import count, duration, gb, readable, span
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn
-from .opened import StrPath
 from .show import stability_lines
+from .sources.open_model import StrPath
 from .store import edited, step_files
 from .store.arrays import Plan
 from .store.manifest import Manifest

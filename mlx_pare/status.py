@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import log
-from .opened import StrPath
+from .sources.open_model import StrPath
 from .store.manifest import read_manifest, read_recipe
 from .store.places import name_of
 from .store.rundir import is_locked

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import lm, named, ranks, text_record
+from . import lm, ranks, text_record
 from .base import console
 from .base.errors import Refused, UsageError, shell
 from .base.optional import attempt
@@ -24,7 +24,6 @@ from .fit.memory import Needs, Use
 from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .model.checkpoint import Checkpoint
-from .opened import require
 from .options.settings import RecoveryOptions, Settings, TrainingOptions
 from .plan.goal import Options as PlanOptions
 from .prune import Lineage, prune
@@ -33,6 +32,8 @@ from .recover import recover
 from .recover_options import Options as RecoverOptions
 from .resident import not_resident
 from .score import criterion, described, score
+from .sources import resolve
+from .sources.open_model import require
 from .store.arrays import Metrics, Plan
 from .store.atomic import replace_file
 from .store.manifest import read_manifest
@@ -80,7 +81,7 @@ def plan_options(s: Settings) -> PlanOptions:
 def open_run(model: Path, out: Path) -> Run:
     """The run directory for a model, new or to be continued. Raises PareError for a name that MLX cannot open."""
     require_text(out)
-    origin = named.origin(model)
+    origin = resolve.origin(model)
     return Run(out, model, Checkpoint(model).identity(), origin=asdict(origin) if origin else None)
 
 

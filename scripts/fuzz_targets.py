@@ -36,7 +36,7 @@ from fuzz_inputs import (
     written,
 )
 
-from mlx_pare import arch, corpus, domains, hub
+from mlx_pare import arch, corpus, domains
 from mlx_pare.base.errors import PareError
 from mlx_pare.base.units import parse_amount
 from mlx_pare.fit import quantization, subject
@@ -46,6 +46,7 @@ from mlx_pare.gguf.read.config import config_of
 from mlx_pare.gguf.write import tokenizer as gguf_tokenizer
 from mlx_pare.inspect import inspect
 from mlx_pare.model import checkpoint, footprint
+from mlx_pare.sources import hub_reader
 from mlx_pare.store import arrays, manifest
 
 
@@ -156,7 +157,7 @@ def read_gguf_model(place: Place, raw: bytes) -> None:
         assert [len(part.getvalue()) for part in parts] == [planned.nbytes for planned in rest]
 
 
-class Server(hub.Hub):
+class Server(hub_reader.Hub):
     """A hub that answers with these bytes."""
 
     def __init__(self, answers: dict[str, bytes]):
@@ -179,7 +180,7 @@ def read_hub(place: Place, raw: bytes) -> None:
     commit, sizes = server.listing()
     if which[0] & 128:
         sizes |= {name: len(answers[name]) for name in sizes if name in answers}
-    hub._read(server, commit, sizes, lambda line: None)
+    hub_reader._read(server, commit, sizes, lambda line: None)
 
 
 def read_plan(place: Place, raw: bytes) -> None:
@@ -260,7 +261,7 @@ def text(value: Any) -> bytes:
 
 def catalogue() -> list[dict[str, Any]]:
     """The configs of well-known models: of every family."""
-    from mlx_pare.fit import catalogue as known
+    from mlx_pare.sources import catalogue as known
 
     return [LLAMA, PACKED, *(entry.config for entry in known.entries())]
 

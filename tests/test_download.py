@@ -20,13 +20,13 @@ import pytest
 from hub_server import SHA, HubServer, Repo, etag
 from huggingface_hub import constants, snapshot_download
 
-from mlx_pare import download, hub_cache, hub_fetch
 from mlx_pare.base import console, untrusted
 from mlx_pare.base.errors import PareError, Refused, Unsupported, UsageError
-from mlx_pare.hub import HubError, Unreachable
-from mlx_pare.hub_files import gguf_models, kind_of, needed
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.hub_name import HubName, on_hub
+from mlx_pare.sources import download, hub_cache, hub_fetch
+from mlx_pare.sources.hub_files import gguf_models, kind_of, needed
+from mlx_pare.sources.hub_reader import HubError, Unreachable
 
 NAME, OTHER = "org/model", "f" * 40
 API = f"/api/models/{NAME}/revision/main"
@@ -324,7 +324,7 @@ def test_a_blob_that_is_gone_is_fetched_again(server, model):
 
 @pytest.mark.parametrize("trouble", ["hang", (500, {}), (429, {})])
 def test_one_request_in_trouble_does_not_spoil_it(server, model, monkeypatch, trouble):
-    monkeypatch.setattr("mlx_pare.hub.TIMEOUT", 0.3)
+    monkeypatch.setattr("mlx_pare.sources.hub_reader.TIMEOUT", 0.3)
     server.trouble[f"/{NAME}/resolve/{SHA}/tokenizer.json"] = [trouble]
     if trouble == (429, {}):
         refused(HubError, "too many requests (429)")
@@ -456,7 +456,7 @@ def test_a_size_of_nothing_possible_is_refused(server, model, monkeypatch):
 
 
 def test_a_listing_without_end_is_refused(server, model, monkeypatch):
-    monkeypatch.setattr("mlx_pare.hub.MAX_LISTING", 1000)
+    monkeypatch.setattr("mlx_pare.sources.hub_reader.MAX_LISTING", 1000)
     listed = [{"rfilename": f"{i:0200}.json", "size": 9} for i in range(100)]
     server.repos[NAME].lies = {"siblings": listed}
     refused(Unreachable, "not a list of files")

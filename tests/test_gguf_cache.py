@@ -10,12 +10,12 @@ import gguf_edit
 import pico
 import pytest
 
-from mlx_pare import opened
 from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
 from mlx_pare.gguf.header import read, read_parts
 from mlx_pare.gguf.read import rebuild as gguf_model
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.sources import open_model
 
 SHORT = ["--length", 32, "--samples", 2]
 QUICK = ["--samples", 4, "--length", 32, "--recover-steps", 0, "--widths", "even", "--trials", 0, "--axes", "ffn"]
@@ -37,7 +37,7 @@ def file(tmp_path, pico_models) -> Path:
 @pytest.fixture
 def at_rest(monkeypatch):
     """Files count as finished at once."""
-    monkeypatch.setattr(opened, "AT_REST_S", -1)
+    monkeypatch.setattr(open_model, "AT_REST_S", -1)
 
 
 def written_to(file: Path, place: int, data: bytes) -> None:
@@ -59,14 +59,14 @@ def places(file: Path) -> list[int]:
 
 
 def test_f03_any_byte_of_any_tensor_makes_it_another_model(file, at_rest):
-    seen = {opened.identity(read_parts(file))}
+    seen = {open_model.identity(read_parts(file))}
     for number, place in enumerate(places(file), 2):
         byte = file.read_bytes()[place]
         written_to(file, place, bytes([byte ^ 1]))
         parts = read_parts(file)
-        content = opened.remembered(parts, opened.glimpse(parts))
-        seen.add(opened.identity(parts, content))
-        assert content == opened.content_of(parts) and len(seen) == number
+        content = open_model.remembered(parts, open_model.glimpse(parts))
+        seen.add(open_model.identity(parts, content))
+        assert content == open_model.content_of(parts) and len(seen) == number
         written_to(file, place, bytes([byte]))
 
 
@@ -91,36 +91,36 @@ def test_f03_a_changed_file_is_not_served_from_the_cache(pare, two_texts, tmp_pa
 
 @pytest.mark.parametrize("pause", [True, False])
 def test_f03_an_untouched_file_is_hashed_once(file, monkeypatch, pause):
-    monkeypatch.setattr(opened, "AT_REST_S", -1 if pause else 3)
-    first = opened.opened(file)
-    hashed, original = [], opened.content_of
-    monkeypatch.setattr(opened, "content_of", lambda parts: hashed.append(parts) or original(parts))
-    assert opened.opened(file) == first
+    monkeypatch.setattr(open_model, "AT_REST_S", -1 if pause else 3)
+    first = open_model.opened(file)
+    hashed, original = [], open_model.content_of
+    monkeypatch.setattr(open_model, "content_of", lambda parts: hashed.append(parts) or original(parts))
+    assert open_model.opened(file) == first
     assert len(hashed) == (0 if pause else 1)  # written this second: it may change once more without another date
     os.utime(file, (1, 1))
-    assert opened.opened(file) == first and hashed
+    assert open_model.opened(file) == first and hashed
 
 
 def test_f03_dates_that_lie_are_caught_by_some_bytes_of_every_tensor(file, at_rest, monkeypatch):
     """On a disk that keeps no honest dates."""
     parts, stat = read_parts(file), os.stat(file)
     monkeypatch.setattr(Path, "stat", lambda self, **_: stat)
-    before, raw = opened.glimpse(parts), file.read_bytes()
+    before, raw = open_model.glimpse(parts), file.read_bytes()
     for tensor in read(file).tensors.values():
         start = parts[file].data_start + tensor.offset
         for place in (start, start + tensor.nbytes // 2, start + tensor.nbytes - 1):
             written_to(file, place, bytes([raw[place] ^ 1]))
-            assert opened.glimpse(parts) != before
+            assert open_model.glimpse(parts) != before
             written_to(file, place, raw[place : place + 1])
-    assert opened.glimpse(parts) == before
+    assert open_model.glimpse(parts) == before
 
 
 def test_f03_what_is_remembered_may_be_damaged_or_a_lie(file, at_rest, cache):
-    first = opened.opened(file)
+    first = open_model.opened(file)
     (note,) = cache.glob("*.hash")
     for text in ("", "[]", "{}", '{"glimpse": 5, "content": "../.."}', "\xff"):
         note.write_text(text, "latin-1")
-        assert opened.opened(file) == first
+        assert open_model.opened(file) == first
 
 
 def test_f03_a_file_that_grows_under_the_reader_is_refused(file, cache, monkeypatch):
@@ -133,11 +133,11 @@ def test_f03_a_file_that_grows_under_the_reader_is_refused(file, cache, monkeypa
 
     monkeypatch.setattr(gguf_model, "rebuild", rebuild)
     with pytest.raises(PareError, match="changed while it was read"):
-        opened.opened(file)
+        open_model.opened(file)
     assert not [p for p in cache.iterdir() if p.is_dir()]
     monkeypatch.undo()
     monkeypatch.setenv("MLX_PARE_CACHE", str(cache))
-    assert opened.opened(file).is_dir()
+    assert open_model.opened(file).is_dir()
 
 
 def test_f03_a_run_notices_that_its_gguf_file_changed(pare, file, two_texts, tmp_path):
@@ -148,9 +148,9 @@ def test_f03_a_run_notices_that_its_gguf_file_changed(pare, file, two_texts, tmp
     header = read(file)
     tensor = header.tensors["blk.1.ffn_up.weight"]
     place = header.data_start + tensor.offset + 5
-    before = Checkpoint(opened.opened(file)).identity()
+    before = Checkpoint(open_model.opened(file)).identity()
     written_to(file, place, bytes([file.read_bytes()[place] ^ 3]))
-    assert Checkpoint(opened.opened(file)).identity() != before
+    assert Checkpoint(open_model.opened(file)).identity() != before
     again = pare(*asked, *QUICK)
     assert again.code == 3 and "another model" in again.err
     written_to(file, place, bytes([file.read_bytes()[place] ^ 3]))
@@ -162,44 +162,46 @@ def test_f03_a_run_notices_that_its_gguf_file_changed(pare, file, two_texts, tmp
 
 
 def test_f04_a_file_that_is_gone_cut_off_or_changed_is_made_again(file, cache):
-    made = opened.opened(file)
+    made = open_model.opened(file)
     known = {f.name: f.read_bytes() for f in made.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", opened.LIST} <= set(known)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", open_model.LIST} <= set(
+        known
+    )
     for name, content in known.items():
         for change in (Path.unlink, lambda f, c=content: f.write_bytes(c[: len(c) // 2])):
             change(made / name)
-            assert opened.opened(file) == made
+            assert open_model.opened(file) == made
             assert {f.name: f.read_bytes() for f in made.iterdir()} == known
     raw = bytearray(known["model.safetensors"])
     raw[-100] ^= 1
     (made / "model.safetensors").write_bytes(raw)
-    assert opened.opened(file) == made and (made / "model.safetensors").read_bytes() == known["model.safetensors"]
+    assert open_model.opened(file) == made and (made / "model.safetensors").read_bytes() == known["model.safetensors"]
 
 
 def test_f04_evaluate_gives_the_same_after_a_cleaner_came(pare, file, two_texts):
     asked = ["evaluate", file, "--data", two_texts["test_data"], *SHORT, "--json"]
     before = pare(*asked)
-    (opened.opened(file) / "tokenizer_config.json").unlink()
+    (open_model.opened(file) / "tokenizer_config.json").unlink()
     after = pare(*asked)
     assert after.document["perplexity"] == before.document["perplexity"]
     assert "not whole" in after.err
 
 
 def test_f04_a_file_in_place_of_the_directory(file, cache):
-    made = opened.opened(file)
+    made = open_model.opened(file)
     shutil.rmtree(made)
     made.write_text("no directory")
-    assert Checkpoint(opened.opened(file)).path == made
+    assert Checkpoint(open_model.opened(file)).path == made
 
 
-@pytest.mark.parametrize("lost", ["all", "config.json", opened.LIST])
+@pytest.mark.parametrize("lost", ["all", "config.json", open_model.LIST])
 def test_f04_a_step_says_how_to_get_the_model_back(pare, file, cache, two_texts, tmp_path, lost):
     texts = ["--data", two_texts["data"], "--test-data", two_texts["test_data"], "--samples", 4, "--length", 32]
     assert pare("calibrate", file, "--out", tmp_path / "run", *texts).code == 0
     if lost == "all":
         shutil.rmtree(cache)
     else:
-        (opened.opened(file) / lost).unlink()
+        (open_model.opened(file) / lost).unlink()
     done = pare("score", tmp_path / "run")
     assert done.code == 1 and f"mlx-pare calibrate FILE.gguf --out {tmp_path / 'run'}" in done.err
     assert pare("calibrate", file, "--out", tmp_path / "run", *texts).code == 0  # as it says
@@ -224,7 +226,7 @@ def test_f04_a_model_that_is_no_gguf_file_may_have_moved(pare, pico_models, two_
 
 @pytest.mark.parametrize("what", ["link", "dangling", "directory", "pipe"])
 def test_f06_a_lock_is_no_way_to_another_file(file, cache, tmp_path, what):
-    lock = cache / f"{opened.opened(file).name}.lock"
+    lock = cache / f"{open_model.opened(file).name}.lock"
     victim = tmp_path / "victim"
     victim.write_text("precious")
     lock.unlink()
@@ -233,22 +235,22 @@ def test_f06_a_lock_is_no_way_to_another_file(file, cache, tmp_path, what):
     else:
         lock.mkdir() if what == "directory" else os.mkfifo(lock)
     if what == "pipe":
-        assert opened.opened(file)  # it holds a lock as well as a file
+        assert open_model.opened(file)  # it holds a lock as well as a file
     else:
         with pytest.raises(PareError, match="Remove it"):
-            opened.opened(file)
+            open_model.opened(file)
     assert victim.read_text() == "precious" and not (tmp_path / "new").exists()
 
 
 def test_f06_a_lock_is_not_emptied(file, cache):
-    lock = cache / f"{opened.opened(file).name}.lock"
+    lock = cache / f"{open_model.opened(file).name}.lock"
     lock.write_text("somebody's")
-    opened.opened(file)
+    open_model.opened(file)
     assert lock.read_text() == "somebody's"
 
 
 def test_f04_a_cleaner_may_take_a_lock_from_who_waits_for_it(file, cache, monkeypatch):
-    lock, original, held = cache / f"{opened.opened(file).name}.lock", opened.fcntl.flock, []
+    lock, original, held = cache / f"{open_model.opened(file).name}.lock", open_model.fcntl.flock, []
 
     def flock(handle, how):
         if not held:
@@ -256,25 +258,25 @@ def test_f04_a_cleaner_may_take_a_lock_from_who_waits_for_it(file, cache, monkey
         held.append(handle)
         original(handle, how)
 
-    monkeypatch.setattr(opened.fcntl, "flock", flock)
-    assert opened.opened(file).is_dir() and len(held) == 2 and lock.exists()
+    monkeypatch.setattr(open_model.fcntl, "flock", flock)
+    assert open_model.opened(file).is_dir() and len(held) == 2 and lock.exists()
 
 
-@pytest.mark.parametrize("number", sorted(opened.NO_LOCKS))
+@pytest.mark.parametrize("number", sorted(open_model.NO_LOCKS))
 def test_f15_a_disk_without_locks_serves_as_a_cache(file, monkeypatch, number):
     def flock(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(opened.fcntl, "flock", flock)
-    assert opened.opened(file).is_dir()
+    monkeypatch.setattr(open_model.fcntl, "flock", flock)
+    assert open_model.opened(file).is_dir()
 
 
 def test_f03_all_parts_of_a_model_count(tmp_path, pico_models, at_rest):
     export(pico_models("llama"), tmp_path / "m.gguf", "f16")
     gguf_edit.edited(tmp_path / "m.gguf", tmp_path / "p.gguf", split_max_tensors=7)
     parts = sorted(tmp_path.glob("p-*"))
-    before = opened.opened(parts[0])
-    assert opened.opened(parts[-1]) == before
+    before = open_model.opened(parts[0])
+    assert open_model.opened(parts[-1]) == before
     place = places(parts[-1])[-1]
     written_to(parts[-1], place, bytes([parts[-1].read_bytes()[place] ^ 1]))
-    assert opened.opened(parts[0]) != before
+    assert open_model.opened(parts[0]) != before

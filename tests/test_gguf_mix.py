@@ -15,13 +15,13 @@ from mlx_pare.arch import Architecture, describe
 from mlx_pare.arch.spec import Family, Layer, tensor
 from mlx_pare.base.errors import UsageError
 from mlx_pare.export import export
-from mlx_pare.fit import catalogue
 from mlx_pare.gguf import header as gguf_header, quant_mixes
 from mlx_pare.gguf.architectures import FILE_TYPES
 from mlx_pare.gguf.quant_mixes import kinds, storage, type_of
 from mlx_pare.gguf.types import nbytes
 from mlx_pare.gguf.write import quantizer
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.sources import catalogue
 
 
 def needs_llama(test):

@@ -20,10 +20,10 @@ from hub_server import SHA, Repo
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from mlx_pare import hub
 from mlx_pare.base.errors import PareError, UsageError
-from mlx_pare.hub import GUESS, HubError, Unreachable, looks_like_repo, remote
-from mlx_pare.hub_cache import Remote, RemoteTensor
+from mlx_pare.sources import hub_reader
+from mlx_pare.sources.hub_cache import Remote, RemoteTensor
+from mlx_pare.sources.hub_reader import GUESS, HubError, Unreachable, looks_like_repo, remote
 from mlx_pare.tensors.safetensors import read_header
 
 NAME = "org/model"
@@ -161,7 +161,7 @@ def test_shards(server, model):
 def test_progress_is_said_once_a_second(server, model, monkeypatch, seconds, told):
     shard(model, 3)
     clock = itertools.count(0, seconds)
-    monkeypatch.setattr(hub, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(hub_reader, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     said = []
     remote(NAME, said.append)
     assert said == [f"reading headers {i} of 3" for i in told]
@@ -382,7 +382,7 @@ def test_endpoint_that_is_none(server, monkeypatch, endpoint):
 
 
 def test_server_that_never_answers(server, model, monkeypatch):
-    monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+    monkeypatch.setattr(hub_reader, "TIMEOUT", 0.2)
     server.trouble[API] = ["hang"]
     start = time.monotonic()
     refused(Unreachable, "timed out", "catalogue")
@@ -390,7 +390,7 @@ def test_server_that_never_answers(server, model, monkeypatch):
 
 
 def test_name_server_that_never_answers(server, monkeypatch):
-    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    monkeypatch.setattr(hub_reader, "PATIENCE", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(1.5))
     start = time.monotonic()
     refused(Unreachable, "did not answer within 0.2 seconds")
@@ -399,7 +399,7 @@ def test_name_server_that_never_answers(server, monkeypatch):
 
 @pytest.mark.parametrize("trouble", ["die", "hang", (503, {})])
 def test_one_broken_connection_is_tried_again(server, model, monkeypatch, trouble):
-    monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+    monkeypatch.setattr(hub_reader, "TIMEOUT", 0.2)
     server.trouble[CDN] = [trouble]
     assert remote(NAME).tensors == local(model / "model.safetensors")
 
@@ -417,7 +417,7 @@ def test_one_broken_connection_is_tried_again(server, model, monkeypatch, troubl
 )
 def test_broken_for_good(server, model, monkeypatch, trouble, words):
     files = shard(model, 12)
-    monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+    monkeypatch.setattr(hub_reader, "TIMEOUT", 0.2)
     server.trouble[f"/{NAME}/{files[1].name}"] = [trouble] * 2
     refused(Unreachable, *words)
     assert not list(Path(constants.HF_ASSETS_CACHE).rglob("*.json")), "half of a model is not kept"
@@ -494,7 +494,7 @@ def test_header_of_more_than_the_limit_is_not_read(server, model):
 
 
 def test_all_headers_together_are_bounded(server, model, monkeypatch):
-    monkeypatch.setattr(hub, "MAX_RECEIVED", 1000)
+    monkeypatch.setattr(hub_reader, "MAX_RECEIVED", 1000)
     shard(model, 30)
     refused(PareError, "are larger than")
     assert len(server.log) < 2 + 2 * 20
@@ -573,7 +573,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
 
 
-SHOW = f"from mlx_pare.hub import remote; print(remote('{NAME}').revision)"
+SHOW = f"from mlx_pare.sources.hub_reader import remote; print(remote('{NAME}').revision)"
 
 
 def test_variables_of_huggingface_hub_are_honoured(server, model, tmp_path):
@@ -594,6 +594,6 @@ def test_variables_of_huggingface_hub_are_honoured(server, model, tmp_path):
 
 
 def test_huggingface_hub_is_imported_for_a_name_and_not_before():
-    code = "import sys; from mlx_pare import hub; hub.looks_like_repo('a/b'); "
+    code = "import sys; from mlx_pare.sources import hub_reader as hub; hub.looks_like_repo('a/b'); "
     code += "print({'huggingface_hub', 'httpx', 'httpx2', 'mlx', 'numpy'} & set(sys.modules))"
     assert in_a_process(code).stdout.strip() == "set()"

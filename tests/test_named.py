@@ -17,17 +17,17 @@ from hub_server import SHA, Repo
 from huggingface_hub import constants
 
 import mlx_pare
-from mlx_pare import cli, download, hub_cache, hub_fetch, named
+from mlx_pare import cli
 from mlx_pare.arch import describe
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.export import export
-from mlx_pare.fit import catalogue
 from mlx_pare.gguf.header import read
-from mlx_pare.hub import HubError
 from mlx_pare.model.hub_name import called
-from mlx_pare.opened import opened
 from mlx_pare.options.settings import Settings
+from mlx_pare.sources import catalogue, download, hub_cache, hub_fetch, resolve
+from mlx_pare.sources.hub_reader import HubError
+from mlx_pare.sources.open_model import opened
 
 NAME, OTHER = "org/model", "f" * 40
 API = f"/api/models/{NAME}/revision/main"
@@ -215,8 +215,8 @@ def test_fit_and_inspect_read_the_header_of_a_gguf_by_ranges(pare, server, ggufs
 
 
 def test_a_gguf_header_takes_as_many_bytes_as_it_has(server, ggufs, monkeypatch):
-    from mlx_pare import hub_gguf
     from mlx_pare.model.hub_name import HubName
+    from mlx_pare.sources import hub_gguf
 
     file = ggufs / "Model-q8_0.gguf"
     local = read(file)
@@ -237,7 +237,7 @@ def test_a_damaged_gguf_on_the_hub_is_an_error_of_one_line(pare, server, ggufs):
 
 
 def test_a_gguf_that_was_downloaded_can_be_inspected_offline(pare, server, ggufs, monkeypatch):
-    named.local("org/gguf:F16")
+    resolve.local("org/gguf:F16")
     online = measured(pare("inspect", "org/gguf:F16", "--json"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert measured(pare("inspect", "org/gguf:F16", "--json")) == online

@@ -13,12 +13,13 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import llama_cpp, opened
+from mlx_pare import llama_cpp
 from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
 from mlx_pare.gguf.header import read_parts
 from mlx_pare.gguf.read import rebuild as gguf_model
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.sources import open_model
 from mlx_pare.store import atomic
 
 
@@ -35,36 +36,36 @@ def file(tmp_path, pico_models) -> Path:
 
 
 def test_a_directory_is_itself(pico_models):
-    assert opened.opened(pico_models("llama")) == pico_models("llama")
-    assert opened.opened(Path("nowhere.gguf")) == Path("nowhere.gguf")
+    assert open_model.opened(pico_models("llama")) == pico_models("llama")
+    assert open_model.opened(Path("nowhere.gguf")) == Path("nowhere.gguf")
 
 
 def test_a_file_is_rebuilt_once_and_known_again(file, cache, monkeypatch):
-    first = opened.opened(file)
+    first = open_model.opened(file)
     assert first.parent == cache and first.name.startswith("model-")
     known = Checkpoint(first).identity()
     monkeypatch.setattr(gguf_model, "rebuild", lambda *_: pytest.fail("rebuilt again"))
     os.utime(file, (1, 1))  # dates do not matter
     elsewhere = Path(shutil.copy(file, file.parent.parent / file.name))
-    assert opened.opened(file) == opened.opened(elsewhere) == first
+    assert open_model.opened(file) == open_model.opened(elsewhere) == first
     monkeypatch.undo()
     monkeypatch.setenv("MLX_PARE_CACHE", str(cache))
     shutil.rmtree(cache)
-    assert Checkpoint(opened.opened(file)).identity() == known  # so a run over it goes on
+    assert Checkpoint(open_model.opened(file)).identity() == known  # so a run over it goes on
     elsewhere.unlink()
 
 
 @pytest.mark.parametrize("place", [40, -70, "middle"])
 def test_another_content_is_another_model(file, place):
     raw, parts = bytearray(file.read_bytes()), read_parts(file)
-    before = opened.identity(parts)
+    before = open_model.identity(parts)
     at = len(raw) // 2 if place == "middle" else place % len(raw)
     raw[at] ^= 1
     file.write_bytes(raw)
-    assert opened.identity(parts) != before
+    assert open_model.identity(parts) != before
     file.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
     renamed = file.rename(file.with_name("other.gguf"))
-    assert opened.identity(read_parts(renamed)) != before
+    assert open_model.identity(read_parts(renamed)) != before
 
 
 @pytest.mark.parametrize("moment", ["write_config", "Checkpoint"])
@@ -77,12 +78,12 @@ def test_a_killed_call_leaves_nothing_that_looks_whole(file, cache, monkeypatch,
     monkeypatch.setattr(gguf_model, moment, killed)
     monkeypatch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)  # as if there had been no time to clean up
     with pytest.raises(KeyboardInterrupt):
-        opened.opened(file)
+        open_model.opened(file)
     assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [".part"]
     monkeypatch.undo()
     monkeypatch.setenv("MLX_PARE_CACHE", str(cache))
     monkeypatch.setattr(gguf_model, moment, original)
-    assert len(Checkpoint(opened.opened(file)).arch.layers) == 4
+    assert len(Checkpoint(open_model.opened(file)).arch.layers) == 4
     assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [""]
 
 
@@ -92,26 +93,26 @@ def test_a_damaged_file_leaves_nothing(file, cache):
         change=lambda name, v: (np.where(v > 0, np.nan, v) if name == "blk.3.ffn_up.weight" else v, "F32"),
     )  # fmt: skip
     with pytest.raises(PareError, match="holds NaN"):
-        opened.opened(broken)
+        open_model.opened(broken)
     assert not [p for p in cache.iterdir() if p.is_dir()]
 
 
 def test_names_of_files_are_names_of_directories_only(tmp_path, file, cache):
     strange = file.rename(tmp_path / "..\x1b[31m model .gguf")
-    made = opened.opened(strange)
+    made = open_model.opened(strange)
     assert made.parent == cache and made.is_dir()
 
 
 @pytest.mark.parametrize("system", ["darwin", "linux"])
 def test_where_the_cache_is(monkeypatch, system, tmp_path):
     monkeypatch.delenv("MLX_PARE_CACHE")
-    monkeypatch.setattr(opened.sys, "platform", system)
+    monkeypatch.setattr(open_model.sys, "platform", system)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     expected = {"darwin": "Library/Caches/mlx-pare", "linux": ".cache/mlx-pare"}
-    assert opened.cache() == tmp_path / expected[system]
+    assert open_model.cache() == tmp_path / expected[system]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert opened.cache() == tmp_path / (expected["darwin"] if system == "darwin" else "x/mlx-pare")
+    assert open_model.cache() == tmp_path / (expected["darwin"] if system == "darwin" else "x/mlx-pare")
 
 
 # ---- commands ----
@@ -174,7 +175,9 @@ def test_from_a_file_to_a_smaller_file(pare, tmp_path, two_texts, kind):
 
 
 def test_the_command_line_stays_light():
-    code = "import sys, mlx_pare.opened; sys.exit(', '.join({'mlx', 'numpy', 'gguf'} & set(sys.modules)) or 0)"
+    code = (
+        "import sys, mlx_pare.sources.open_model; sys.exit(', '.join({'mlx', 'numpy', 'gguf'} & set(sys.modules)) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
@@ -246,13 +249,13 @@ def test_case_07_the_parts_of_one_model_are_one(pare, pico_models, tmp_path):
     export(pico_models("llama"), tmp_path / "m.gguf", "f16")
     gguf_edit.edited(tmp_path / "m.gguf", folder / "m.gguf", split_max_tensors=7)
     assert len(list(folder.iterdir())) > 2
-    assert opened.opened(folder) == opened.opened(sorted(folder.iterdir())[-1])
+    assert open_model.opened(folder) == open_model.opened(sorted(folder.iterdir())[-1])
 
 
 def test_case_07_a_model_directory_stays_one(pico_models, tmp_path, file):
     model = Path(shutil.copytree(pico_models("llama"), tmp_path / "both"))
     shutil.copy(file, model / "model.gguf")
-    assert opened.opened(model) == model
+    assert open_model.opened(model) == model
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"ggml", b"PK\3\4"])

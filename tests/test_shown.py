@@ -10,9 +10,9 @@ import pytest
 
 from mlx_pare import resident
 from mlx_pare.base import machine, markdown
-from mlx_pare.fit.catalogue import entries
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.ollama import Modelfile
+from mlx_pare.sources.catalogue import entries
 from mlx_pare.store.arrays import Plan
 from mlx_pare.texts import DEMO
 

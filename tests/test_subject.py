@@ -25,7 +25,7 @@ from mlx_pare.arch import describe
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.export import export
-from mlx_pare.fit import catalogue, fit, macs
+from mlx_pare.fit import fit, macs
 from mlx_pare.fit.form import Form
 from mlx_pare.fit.memory import Use
 from mlx_pare.fit.subject import open_subject
@@ -34,6 +34,7 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
+from mlx_pare.sources import catalogue
 from mlx_pare.store.arrays import Arrays, Plan
 from mlx_pare.tensors.safetensors import read_header
 

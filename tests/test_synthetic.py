@@ -12,10 +12,10 @@ import pytest
 
 from mlx_pare import lm, stream
 from mlx_pare.corpus import Rows
-from mlx_pare.fit import catalogue
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.footprint import parameters
 from mlx_pare.model.weights import read
+from mlx_pare.sources import catalogue
 from mlx_pare.tensors.packing import Packing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))

@@ -28,7 +28,7 @@ COSTS = {"{": 130, "[": 72, '"': 32, ",": 32, ":": 40}
 
 def contents(path: Any, most: int = MAX_JSON, what: str = "file") -> bytes:
     """The bytes of a regular file that has ``most`` of them. Raises PareError for a larger one, a device or a pipe,
-    OSError where it cannot be read. ``path``: a Path, or hub.py's remote file."""
+    OSError where it cannot be read. ``path``: a Path, or sources/hub_reader.py's remote file."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"

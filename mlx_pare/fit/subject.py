@@ -23,17 +23,18 @@ from ..model.checkpoint import Checkpoint
 from ..model.footprint import Storage
 from ..model.foreign_formats import foreign
 from ..model.weight_files import read_headers, told
-from ..opened import ggufs_in, require
+from ..sources import catalogue
+from ..sources.open_model import ggufs_in, require
 from ..tensors.packing import Packing
 from ..tensors.safetensors import DTYPE_BYTES, FLOATS, Entry
-from . import catalogue, planner, quantization
+from . import planner, quantization
 from .form import Form
 from .planner import Weights
 
 if TYPE_CHECKING:
     from ..gguf.header import Header
-    from ..hub_cache import RemoteTensor
     from ..model.hub_name import HubName
+    from ..sources.hub_cache import RemoteTensor
 
     Listed = Mapping[str, Entry | RemoteTensor]  # tensors by name: of a directory, or of the hub
 
@@ -185,13 +186,13 @@ def _first_of(files: list[Path], form: Form) -> Subject:
 
 def _remote(name: HubName, form: Form) -> Subject:
     """A model on the hub: its config and headers. Where the hub cannot be reached, the catalogue if it knows it."""
-    from .. import hub
+    from ..sources import hub_reader
 
     if name.file or name.tag:
         return _remote_gguf(name, form)
     try:
-        found = hub.remote(str(name), console.say)
-    except hub.HubError as error:  # also one that asks for a licence first
+        found = hub_reader.remote(str(name), console.say)
+    except hub_reader.HubError as error:  # also one that asks for a licence first
         if entry := catalogue.find(name.repo):
             known = _catalogued(entry, form)
             return replace(known, notes=(f"{error.problem}: answered from the catalogue", *known.notes))
@@ -203,7 +204,7 @@ def _remote(name: HubName, form: Form) -> Subject:
 
 def _remote_gguf(name: HubName, form: Form) -> Subject:
     """A GGUF file on the hub: the one that the name means."""
-    from ..hub_gguf import gguf_header
+    from ..sources.hub_gguf import gguf_header
 
     file, header = gguf_header(name, console.say)
     shown = name if name.file else f"{name} ({file})"

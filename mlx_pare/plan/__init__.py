@@ -11,7 +11,7 @@ from ..fit import reach
 from ..fit.reach import Level
 from ..layout import size_of
 from ..model.checkpoint import Checkpoint
-from ..opened import StrPath, opened
+from ..sources.open_model import StrPath, opened
 from ..store.arrays import Arrays, Plan, Size
 from ..tensors.packing import BITS, Packing
 from ..trial import PARTS, Candidate

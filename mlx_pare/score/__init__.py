@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import PareError, UsageError
-from ..opened import StrPath, opened
+from ..sources.open_model import StrPath, opened
 
 AXES = ("ffn", "kv_head", "hidden", "layer")
 

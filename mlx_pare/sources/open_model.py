@@ -22,11 +22,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import named
-from .base import console, untrusted
-from .base.errors import PareError, UsageError
-from .gguf.header import Header, is_gguf, read_parts
-from .model.hub_name import of_snapshot
+from ..base import console, untrusted
+from ..base.errors import PareError, UsageError
+from ..gguf.header import Header, is_gguf, read_parts
+from ..model.hub_name import of_snapshot
+from . import resolve
 
 VARIABLE = "MLX_PARE_CACHE"
 VERSION = 2  # of what is rebuilt: another one is rebuilt again
@@ -50,12 +50,12 @@ def cache() -> Path:
 
 def opened(model: StrPath, run: Path | None = None) -> Path:
     """The model directory of MODEL: itself, or that of a GGUF file, which is rebuilt unless the cache has it whole. A
-    model on the hub, or of the catalogue, is downloaded before (named.py, also for ``run``).
+    model on the hub, or of the catalogue, is downloaded before (sources/resolve.py, also for ``run``).
 
     Raises PareError for a file that cannot be rebuilt or a model that cannot be downloaded, UsageError for a folder of
     several and for an unknown name.
     """
-    model = named.local(model, run)
+    model = resolve.local(model, run)
     file = gguf_of(model)
     if file is None:
         return model
@@ -72,7 +72,7 @@ def opened(model: StrPath, run: Path | None = None) -> Path:
                 raise PareError(f"{file} changed while it was read", "wait until it is written, and try again")
             _list_files(out)
     console.say(f"{model} as an MLX model: {out}")
-    named.rebuilt(model, out)
+    resolve.rebuilt(model, out)
     return out
 
 
@@ -159,7 +159,7 @@ def remembered(parts: Mapping[Path, Header], seen: str) -> str:
     content = content_of(parts)
     changed = max(max(found.st_mtime_ns, found.st_ctime_ns) for found in (path.stat() for path in parts))
     if time.time_ns() - changed > AT_REST_S * 10**9 and glimpse(parts) == seen:
-        from .store.atomic import replace_file
+        from ..store.atomic import replace_file
 
         with suppress(OSError):  # it is only slower without
             note.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def _lock(path: Path) -> int:
 
 def whole(directory: Path) -> bool:
     """Whether a rebuilt model has every file as it was written: the list is there, and what it says is true."""
-    from .store.rundir import fingerprint
+    from ..store.rundir import fingerprint
 
     try:
         files = json.loads(untrusted.contents(directory / LIST))["files"]
@@ -212,16 +212,16 @@ def whole(directory: Path) -> bool:
 
 
 def _list_files(directory: Path) -> None:
-    from .store.atomic import replace_file
-    from .store.rundir import fingerprint
-    from .store.schema import dump_json
+    from ..store.atomic import replace_file
+    from ..store.rundir import fingerprint
+    from ..store.schema import dump_json
 
     files = {file.name: fingerprint(file) for file in sorted(directory.iterdir()) if file.is_file()}
     replace_file(directory / LIST, dump_json({"files": files}))
 
 
 def _rebuild(file: Path, out: Path, content: str) -> None:
-    from .gguf.read.rebuild import rebuild
+    from ..gguf.read.rebuild import rebuild
 
     why = "its files in the cache are not whole: it" if out.exists() else f"{file}"
     _remove(out)
@@ -230,7 +230,7 @@ def _rebuild(file: Path, out: Path, content: str) -> None:
 
 
 def _remove(out: Path) -> None:
-    from .store.atomic import remove
+    from ..store.atomic import remove
 
     if out.is_symlink() or out.is_file():
         out.unlink()

@@ -1,6 +1,6 @@
 """The name of a model, turned into a path: a hub id, a GGUF file on the hub, or a name of the catalogue.
 
-The command line and the Python API come here through opened.opened. An existing path always wins over a name.
+The command line and the Python API come here through open_model.opened. An existing path always wins over a name.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .base import console
-from .base.errors import PareError, UsageError
-from .fit import catalogue
-from .model.hub_name import HubName
+from ..base import console
+from ..base.errors import PareError, UsageError
+from ..model.hub_name import HubName
+from . import catalogue
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def local(model: str | os.PathLike[str], run: Path | None = None, gguf: bool = F
     if name is None:
         return Path(text)
     from .download import download
-    from .hub import HubError, Unreachable
+    from .hub_reader import HubError, Unreachable
 
     pinned = _recorded(name, run)
     try:
@@ -136,7 +136,7 @@ def _recorded(name: HubName, run: Path | None) -> HubName | None:
     """The commit that a run was begun with, if it was begun with this name."""
     if run is None or not (run / "manifest.json").is_file():
         return None
-    from .base.untrusted import read_json
+    from ..base.untrusted import read_json
 
     with suppress(PareError):  # a damaged one is not for us to refuse
         known = read_json(run / "manifest.json", "run manifest").get("origin")

@@ -10,8 +10,8 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
-from .base.errors import PareError, UsageError
-from .model.hub_name import HubName
+from ..base.errors import PareError, UsageError
+from ..model.hub_name import HubName
 
 MAX_FILES = 1000  # weight files of one model; the largest models have about 200
 MAX_SMALL = 64 << 20  # bytes of any other file; the largest tokenizer.json has 33 million

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..base.errors import PareError
+from ..gguf.header import Header, check_part, read_all, read_start, union
+from ..model.hub_name import HubName
 from . import hub_cache
-from .base.errors import PareError
-from .gguf.header import Header, check_part, read_all, read_start, union
-from .hub import OTHERWISE, File, Hub, Unreachable, in_time
 from .hub_files import needed
-from .model.hub_name import HubName
+from .hub_reader import OTHERWISE, File, Hub, Unreachable, in_time
 
 STARTS = tuple(1 << bits for bits in (20, 22, 24, 26))  # bytes read in turn until all of the header is among them
 

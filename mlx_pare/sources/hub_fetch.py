@@ -13,12 +13,12 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from ..base import console
+from ..base.errors import FULL, PareError
+from ..base.units import gb
+from ..model.hub_name import HubName
 from . import hub_cache
-from .base import console
-from .base.errors import FULL, PareError
-from .base.units import gb
-from .hub import Hub, HubError, Unreachable
-from .model.hub_name import HubName
+from .hub_reader import Hub, HubError, Unreachable
 
 WORKERS = 8
 RETRIES = 5  # broken connections in a row that bring nothing new

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .base.errors import PareError
-from .base.untrusted import read_json
+from ..base.errors import PareError
+from ..base.untrusted import read_json
+from ..model.checkpoint import Checkpoint
+from ..model.hub_name import HubName
 from .hub_files import needed
-from .model.checkpoint import Checkpoint
-from .model.hub_name import HubName
 
 FORMAT = 1  # of what is kept
 COMMIT = re.compile("[0-9a-f]{40}")

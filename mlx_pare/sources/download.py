@@ -1,7 +1,7 @@
 """A model of the hub, downloaded into huggingface_hub's cache.
 
-Files are received by hub_fetch.py into the cache's ``blobs``. huggingface_hub 2.4 itself would begin a file anew after
-a kill. Its snapshot_download then makes the snapshot: it finds all blobs, and receives no bytes.
+Files are received by sources/hub_fetch.py into the cache's ``blobs``. huggingface_hub 2.4 itself would begin a file
+anew after a kill. Its snapshot_download then makes the snapshot: it finds all blobs, and receives no bytes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base import console
+from ..base.errors import PareError, Refused
+from ..base.units import gb
+from ..base.untrusted import read_json
+from ..model.checkpoint import cuttable, refuse_foreign
+from ..model.hub_name import HubName
 from . import hub_cache
-from .base import console
-from .base.errors import PareError, Refused
-from .base.units import gb
-from .base.untrusted import read_json
-from .hub import File, Hub, HubError, Unreachable, in_time
 from .hub_fetch import AGAIN, OTHERWISE, WORKERS, Blob, fetch_all
 from .hub_files import MAX_SMALL, needed
-from .model.checkpoint import cuttable, refuse_foreign
-from .model.hub_name import HubName
+from .hub_reader import File, Hub, HubError, Unreachable, in_time
 
 ETAG = re.compile(r"[\w-][\w.-]{0,127}", re.ASCII)  # becomes the name of a file
 

@@ -1,5 +1,5 @@
 """A model on the Hugging Face hub, looked at without downloading it: config.json and the headers of its weight files.
-What downloads one is download.py.
+What downloads one is sources/download.py.
 
 The headers are kilobytes in front of gigabytes and are asked for by byte range. huggingface_hub brings the connection
 (proxies, redirects, HF_ENDPOINT, HF_HUB_OFFLINE), the login and the place of the cache; it is imported (0.1 s) when a
@@ -22,16 +22,15 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from . import hub_cache
-from .base import untrusted
-from .base.errors import PareError, UsageError
-from .base.untrusted import read_json
-from .fit import catalogue
+from ..base import untrusted
+from ..base.errors import PareError, UsageError
+from ..base.untrusted import read_json
+from ..model.hub_name import HubName, on_hub
+from ..model.weight_files import INDEX, indexed, told
+from ..tensors.safetensors import read_header
+from . import catalogue, hub_cache
 from .hub_cache import COMMIT, Remote, RemoteTensor
 from .hub_files import weight_files
-from .model.hub_name import HubName, on_hub
-from .model.weight_files import INDEX, indexed, told
-from .tensors.safetensors import read_header
 
 TIMEOUT = 5.0  # seconds without a byte from the network
 PATIENCE = 8.0  # seconds for the first answer in all: looking up a host name knows no timeout
