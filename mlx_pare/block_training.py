@@ -111,7 +111,7 @@ def train(
     kept: int = 0,
 ) -> None:
     """``options.steps`` of AdamW on ``loss(block, row numbers)`` over ``count`` rows, at the rates and with the
-    clipping of a Course. ``report`` gets the loss of every step; ``kept``: bytes, see lm.swift."""
+    clipping of a Course. ``report`` gets the loss of every step; ``kept``: bytes, see backend.swift."""
     course = Course(options.steps, options.rate)
     optimizer, step = ClippedAdamW(course.learning_rate(), course.clip), nn.value_and_grad(block, loss)
     for rows in islice(batches(count, options, draw), options.steps):

@@ -10,9 +10,9 @@ from .base.errors import PareError
 from .base.optional import attempt
 from .base.plain_path import plain, warning
 from .base.untrusted import read_json
+from .lm.tokenizer_class import SETTINGS
 from .model.checkpoint import Checkpoint
 from .resident import not_resident
-from .tokenizer_class import SETTINGS
 
 PROMPT = "The"
 TOKENS = 48
@@ -44,7 +44,7 @@ def check(model: Path, original: Path, memory_cap: int | None = None) -> list[st
 
 
 def _same(ours: Path, theirs: Path) -> bool:
-    """Whether a tokenizer file is the original's. A cut may have named another class in it (tokenizer_class.py)."""
+    """Whether a tokenizer file is the original's. A cut may have named another class in it (lm/tokenizer_class.py)."""
     if not ours.exists() or ours.name != SETTINGS:
         return ours.exists() and ours.read_bytes() == theirs.read_bytes()
     found, expected = (read_json(file, "tokenizer config") for file in (ours, theirs))

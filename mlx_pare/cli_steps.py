@@ -246,10 +246,11 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
     text of the run, unless --data names another. After a kill the same command continues. Under mlx.launch, processes
     share every batch.
     """
-    from . import ranks, recipes, steps, text_record
+    from . import recipes, steps, text_record
+    from .lm import distributed
     from .sources.open_model import opened as opened_model
 
-    first = ranks.this()[0] == 0
+    first = distributed.this()[0] == 0
     if not first:
         console.configure(quiet=True)
     with steps.continue_run(run, locked=first) as opened:

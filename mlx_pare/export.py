@@ -45,7 +45,8 @@ def export(
     Raises Refused when ``out`` exists, PareError when llama.cpp could not compute what the model does, or when there is
     no quantizer for the kind, UsageError for a kind that is not known or a matrix of another model; no file is left.
     """
-    from . import llama_cpp, tokenizer_class
+    from . import llama_cpp
+    from .lm import tokenizer_class
 
     out, kind = Path(out), quantizer.known(kind)
     direct = quantizer.direct(kind, matrix is not None)

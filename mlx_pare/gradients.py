@@ -23,8 +23,8 @@ from .arch import Architecture
 from .base.console import progress
 from .base.errors import PareError
 from .corpus import Extent, Rows
-from .cpu_math import MOST_KEPT
 from .divergence import Running
+from .lm.cpu_math import MOST_KEPT
 from .model.checkpoint import Checkpoint
 from .observers import replace_module
 from .tensors.packed import dense_rows
@@ -90,7 +90,7 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
 
 
 def _swift_kept(arch: Architecture, rows: Rows) -> int:
-    """What a micro-batch keeps under lm.swift."""
+    """What a micro-batch keeps under backend.swift."""
     return lm.swift_kept(arch, stream.micro_batches(rows)[0].stop * rows.length)
 
 

@@ -96,7 +96,7 @@ PROBES = (
 
 def compare(model: Path, gguf: Path) -> dict:
     """The numbers of export.verify. The tokens are those of tokenizer.json, which the file was made from."""
-    from .tokenizer_class import by_file
+    from .lm.tokenizer_class import by_file
 
     arch, config = Checkpoint(model).arch, Checkpoint(model).config
     known = gguf_tokenizer.check(model, arch.sizes["vocab"], config)

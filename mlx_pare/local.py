@@ -30,7 +30,7 @@ from .base.errors import PareError, Refused, UsageError
 from .base.units import gb
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
 from .corpus import Extent, Rows
-from .cpu_math import MOST_KEPT
+from .lm.cpu_math import MOST_KEPT
 from .model import replace_tensors
 from .model.checkpoint import Checkpoint
 from .store import step_files
@@ -137,7 +137,7 @@ def training_bytes(student: Checkpoint, rows: Rows | Extent, options: Options) -
 
 
 def swift_kept(student: Checkpoint, rows: Rows, options: Options) -> int:
-    """What a batch keeps under lm.swift."""
+    """What a batch keeps under backend.swift."""
     return lm.swift_kept(student.arch, min(options.batch, rows.count) * rows.length)
 
 

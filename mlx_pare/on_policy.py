@@ -19,9 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import lm, ranks, stream, teacher
+from . import lm, stream, teacher
 from .base.errors import UsageError
 from .corpus import Extent, Rows
+from .lm import distributed
 from .model.checkpoint import Checkpoint
 from .options.values import SHARE, require
 
@@ -93,9 +94,9 @@ class Writer:
         self.written = None  # the last round's need not be held beside this one's
         lot = np.random.RandomState([self.seed, step]).permutation(drawn.size)
         spots = np.sort(lot[: written_rows(self.share, drawn.size)])
-        rank, size = ranks.this()
+        rank, size = distributed.this()
         sampled = {"tokens": self._sampled(drawn.reshape(-1)[spots], step)} if rank == 0 else {}
-        tokens = ranks.from_first({}, sampled)[1]["tokens"]
+        tokens = distributed.from_first({}, sampled)[1]["tokens"]
         mine = np.flatnonzero(spots % drawn.shape[1] % size == rank)  # Trainer: row i of a batch is process i's
         numbers = drawn.copy()
         numbers.reshape(-1)[spots[mine]] = self.rows.count + np.arange(len(mine))

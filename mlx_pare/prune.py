@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import tokenizer_class
 from .arch.axes import select
 from .arch.spec import Tensor
 from .base import markdown
@@ -22,6 +21,7 @@ from .base.console import progress
 from .base.errors import PareError
 from .base.units import span
 from .layout import Piece, layout, size_of, smaller
+from .lm import tokenizer_class
 from .model import finite
 from .model.checkpoint import Checkpoint
 from .model.directory import copy_tokenizer, write_config

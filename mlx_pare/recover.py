@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import divergence, lm, local, on_policy, ranks, stream, targets, teacher
+from . import divergence, lm, local, on_policy, stream, targets, teacher
 from .base import console, machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
@@ -29,6 +29,7 @@ from .base.untrusted import read_json
 from .corpus import Rows
 from .domains import Domains, Sampler
 from .kept import end_of
+from .lm import distributed
 from .model import replace_tensors
 from .model.checkpoint import Checkpoint
 from .objective import Taps, loss_of
@@ -67,7 +68,7 @@ def recover(
         rate = RATES[options.method](Checkpoint(student).arch.sizes["hidden"])
         options = replace(options, learning_rate=rate)
     train, validation = Domains.of_one(train), Domains.of_one(validation)
-    if (batch := min(options.batch, train.rows.count)) % (size := ranks.this()[1]):
+    if (batch := min(options.batch, train.rows.count)) % (size := distributed.this()[1]):
         raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
     lm.require_same_tokens(student, original)
     gentle_below = GENTLE_BELOW if usual else None  # a rate that was asked for is the rate
@@ -79,7 +80,7 @@ def recover(
         except Diverged:  # what was healed block by block before that is still good
             remove(place / "training" if options.local_steps else place)
             raise
-        if ranks.this()[0] == 0:
+        if distributed.this()[0] == 0:
             _keep_the_best(job, summary, out)
             remove(place)
     return summary
@@ -117,7 +118,7 @@ class _Job:
             self.swift = self._swift(*sizes, options, self.memory_cap or machine.available_bytes(), matched)
             console.say(f"recover: {options.method}, {options.objective.kind} divergence, takes about {gb(needed)}")
         stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
-        if ranks.this()[0] == 0:  # who validates
+        if distributed.this()[0] == 0:  # who validates
             self.judge = teacher.Whole(self._end_of(self.validation.rows, "teacher, validation: block"))
         found = {
             "options": asdict(options) | {"kind": options.objective.kind},
@@ -153,9 +154,9 @@ class _Job:
         return {"curve": trainer.curve} | about
 
     def _swift(self, *asked: Any) -> bool:
-        """Whether steps compute under lm.swift: decided once, since a process that goes on must compute alike."""
+        """Whether steps compute under backend.swift: decided once, since a process that goes on must compute alike."""
         note = self.work / "swift.json"
-        if not note.exists() and ranks.this()[0] == 0:
+        if not note.exists() and distributed.this()[0] == 0:
             self.work.mkdir(parents=True, exist_ok=True)
             replace_file(note, dump_json({"swift": swift_fits(*asked)}))
         return read_json(note, "recovery")["swift"] if note.exists() else swift_fits(*asked)
@@ -163,7 +164,7 @@ class _Job:
     def _local(self) -> dict[str, Any] | None:
         """Heal it block by block first; the result is where the training starts."""
         options, place, note = self.options, self.work / "local", self.work / "local.json"
-        if not options.local_steps or ranks.this()[0]:  # the others get the weights sent
+        if not options.local_steps or distributed.this()[0]:  # the others get the weights sent
             return None
         of = {**self.about(), "options": asdict(options.blocks)}
         if note.exists() and step_files.read(note)["of"] != of:
@@ -247,7 +248,7 @@ class _Job:
             sampler.reweight(losses, dict.fromkeys(losses, 0.0))  # the teacher's own divergence is 0 everywhere
 
         # the first alone has the locally healed student
-        about, _ = ranks.from_first(self.about() | {"options": asdict(options), "course": asdict(self.course)})
+        about, _ = distributed.from_first(self.about() | {"options": asdict(options), "course": asdict(self.course)})
         writer = self._writer(model, guide, states, places) if options.on_policy else None
         return Trainer(
             model,

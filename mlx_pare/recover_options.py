@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import cpu_math, lm, on_policy, stream, targets, teacher
+from . import lm, on_policy, stream, targets, teacher
 from .base import machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
 from .block_training import Options as BlockOptions
 from .corpus import Extent, Rows
+from .lm import cpu_math
 from .model.checkpoint import Checkpoint
 from .objective import Objective
 from .options import option
@@ -97,7 +98,7 @@ def required_bytes(
     turn: logits and activations of a batch; where the student writes rows, sampling, and the teacher's walk.
 
     Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more,
-    gradients that are accumulated another. ``swift``: when the steps compute under lm.swift.
+    gradients that are accumulated another. ``swift``: when the steps compute under backend.swift.
     """
     value = 4 if options.method == "full" else stream.state_width(student)
     arch = student.arch
@@ -166,8 +167,8 @@ def swift_fits(
     limit: int,
     matched: int = 0,
 ) -> bool:
-    """Whether steps may compute under lm.swift, for what that keeps (``limit``: bytes). Not with --grad-checkpoint,
-    which would keep nothing less."""
+    """Whether steps may compute under backend.swift, for what that keeps (``limit``: bytes). Not with
+    --grad-checkpoint, which would keep nothing less."""
     kept = lm.swift_kept(student.arch, options.batch * train.length, len(student.arch.layers))
     if not lm.cpu_backend() or options.grad_checkpoint or kept > cpu_math.MOST_KEPT:
         return False

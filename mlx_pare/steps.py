@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import lm, ranks, text_record
+from . import lm, text_record
 from .base import console
 from .base.errors import Refused, UsageError, shell
 from .base.optional import attempt
@@ -23,6 +23,7 @@ from .fit import macs, planner
 from .fit.memory import Needs, Use
 from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
+from .lm import distributed
 from .model.checkpoint import Checkpoint
 from .options.settings import RecoveryOptions, Settings, TrainingOptions
 from .plan.goal import Options as PlanOptions
@@ -223,7 +224,7 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
 
     def work(directory: Path) -> None:
         note = directory / "recovery.json"
-        ranks.from_first({"train": not note.exists()})
+        distributed.from_first({"train": not note.exists()})
         if not note.exists():  # else it was healed before, and something went wrong behind it
             shutil.rmtree(directory / "model", ignore_errors=True)
             try:
@@ -241,10 +242,10 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
         "data": rows[0].digest(),
         "validation": rows[1].digest(),
     }
-    if ranks.this()[0] == 0:
+    if distributed.this()[0] == 0:
         if not run.step("recover", asdict(options), inputs, work, resumes=True):
-            ranks.from_first({"train": False})
-    elif ranks.from_first({})[0]["train"]:
+            distributed.from_first({"train": False})
+    elif distributed.from_first({})[0]["train"]:
         with TemporaryDirectory() as scratch:
             heal(Path(scratch))
     return run.path / "recover" / "model"

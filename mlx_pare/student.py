@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import lm, ranks
+from . import lm
+from .lm import distributed
 from .model.checkpoint import Checkpoint
 from .rescaled import Rescaled, rescale
 from .tensors.packed import Packed
@@ -23,7 +24,7 @@ def resident(path: Path, method: str) -> nn.Module:
     Of several processes (mlx.launch) all have the weights of the first, which may have healed them before.
     """
     model = lm.load(path)
-    _, weights = ranks.from_first({}, dict(tree_flatten(model.parameters())))
+    _, weights = distributed.from_first({}, dict(tree_flatten(model.parameters())))
     model.update(tree_unflatten(list(weights.items())))
     if method == "norms":
         rescale(model)

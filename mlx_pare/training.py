@@ -23,11 +23,12 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import lm, ranks
+from . import lm
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb
 from .domains import Sampler
+from .lm import distributed
 from .store.arrays import Arrays
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -98,8 +99,8 @@ class ClippedAdamW(optim.AdamW):
 
 class Trainer:
     """One training; ``directory`` holds its state. ``batch(rows)`` gives what ``loss(model, *batch)`` takes (see
-    lm.train) for row numbers, ``validate()`` the loss by domain, with a mean under "" that decides. ``about`` says what
-    is trained on what: a state of another training is refused."""
+    training.train) for row numbers, ``validate()`` the loss by domain, with a mean under "" that decides. ``about``
+    says what is trained on what: a state of another training is refused."""
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class Trainer:
         self.before = before  # may replace the row numbers [batches, b] that a segment draws; given its first step
         self.step, self.curve = 0, []
         self.best_step, self.best = 0, self.weights()
-        self.rank, self.ranks = ranks.this()
+        self.rank, self.ranks = distributed.this()
 
     def weights(self) -> dict[str, mx.array]:
         """What is trained, by name."""
@@ -181,13 +182,13 @@ class Trainer:
         def batches() -> Iterator[tuple]:
             return (self.batch(rows[self.rank :: self.ranks]) for rows in drawn)
 
-        with ranks.together():
+        with distributed.together():
             lm.train(self.model, self.optimizer, self.loss, batches, steps, self.course.accumulate, every, report)
         bar.advance(start + steps - bar.done)
 
     def _validated(self) -> None:
         self.model.eval()
-        losses, _ = ranks.from_first(self.validate() if self.rank == 0 else {})  # all must go on, or stop, alike
+        losses, _ = distributed.from_first(self.validate() if self.rank == 0 else {})  # all must go on, or stop, alike
         self.model.train()
         value = losses[""]
         if not math.isfinite(value):
@@ -235,7 +236,7 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Take over the saved state, if there is one; whether there was."""
-        about, arrays = ranks.from_first(*self._read())
+        about, arrays = distributed.from_first(*self._read())
         if not about:
             return False
         if about["about"] != json.loads(json.dumps(self.about)):

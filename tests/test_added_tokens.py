@@ -10,9 +10,10 @@ import pytest
 from test_export import needs_llama
 from test_more_tokens import TOKEN
 
-from mlx_pare import llama_cpp, tokenizer_class
+from mlx_pare import llama_cpp
 from mlx_pare.export import export
 from mlx_pare.gguf import added_tokens, header as gguf_header
+from mlx_pare.lm import tokenizer_class
 
 CHAT = "<|user|>\nlake stone<|end|>\n<|assistant|>\n  and more"
 PHI3 = ("<|endoftext|>", "<|user|>", "<|end|>", "<|assistant|>")

@@ -152,7 +152,7 @@ except KeyboardInterrupt:
 def test_f14_the_writer_of_chats_ends_itself(place):
     """Its parent may be stopped, or too busy to keep the time."""
     process = children.start(
-        children.module("model.tokenizer_files", "chat", str(place / "model"), "1"),
+        children.module("lm.chat_writer", str(place / "model"), "1"),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

@@ -49,7 +49,7 @@ def test_stock_mlx_lm_opens_it_and_it_writes_text():
     from mlx_lm import generate, load
 
     model, tokenizer = load(str(MODEL))
-    model.set_dtype(mx.float32)  # as lm.load_stock: bfloat16 is slow on the CPU backend
+    model.set_dtype(mx.float32)  # as loading.load_stock: bfloat16 is slow on the CPU backend
     text = generate(model, tokenizer, "The house was", max_tokens=24)
     assert len(text.split()) >= 8 and text.isascii()
     assert len(set(text.split())) >= 5

@@ -12,10 +12,11 @@ import pytest
 from test_export import needs_llama
 from test_prune import plan_of
 
-from mlx_pare import llama_cpp, lm, tokenizer_class
+from mlx_pare import llama_cpp, lm
 from mlx_pare.base.errors import PareError
 from mlx_pare.check import check
 from mlx_pare.export import export
+from mlx_pare.lm import tokenizer_class
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 

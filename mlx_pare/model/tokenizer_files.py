@@ -2,7 +2,8 @@
 
 A tokenizer holds regular expressions, whose search may take for ever, and a chat template is Jinja, in which two lines
 fill the memory. Both are tried, and templates always run, in a process of its own with limits of time and memory. It
-limits itself, and its parent ends it too. Run as a module, this file is that process.
+limits itself, and its parent ends it too. Run as a module, this file is the one that tries a tokenizer; chats are
+written by lm/chat_writer.py.
 """
 
 from __future__ import annotations
@@ -12,13 +13,10 @@ import datetime
 import functools
 import hashlib
 import json
-import math
-import os
 import resource
 import signal
 import sys
 import threading
-import time
 import weakref
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, TimeoutExpired
@@ -26,7 +24,6 @@ from typing import Any
 
 from ..base import children, untrusted
 from ..base.errors import PareError
-from ..base.frozen_clock import Clock
 from ..base.untrusted import read_json
 from .checkpoint import TOKENIZER_FILES
 
@@ -36,7 +33,6 @@ TOKENIZER_BUDGET = 640 << 20  # bytes that reading one may take; gemma's takes 3
 MORE_FILES = ("config.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "processor_config.json")
 TRY_SECONDS, TRY_BYTES = 20, 4 << 30  # of processor and of address space, to load a tokenizer and read PROBES
 START_SECONDS, CHAT_SECONDS = 120, 10  # until the process is there, and until a chat is written
-CHAT_BYTES = 512 << 20  # that writing a chat may add, where the system can limit it (Linux)
 MAX_CHAT = 64 << 20  # bytes of a written chat
 # What makes a search go back and forth: runs of every sort of character, and ordinary text
 RUNS = ("a", "A", "0", " ", "\n", "\t", "!", "-", "'", "é", "日", "🙂", "\u0301", "ab ", "a1", " \n")
@@ -70,7 +66,7 @@ def check(directory: Path) -> None:
 def _try(file: str, digest: str) -> None:
     """Raises PareError for a tokenizer.json of this content that fails in the other process; known ones pass."""
     try:
-        done = children.run(children.module("model.tokenizer_files", "try", file), timeout=START_SECONDS)
+        done = children.run(children.module("model.tokenizer_files", file), timeout=START_SECONDS)
     except TimeoutExpired:
         done = None
     if done is None or done.returncode:
@@ -121,7 +117,7 @@ class Chats:
         return found["text"]
 
     def _start(self) -> None:
-        command = children.module("model.tokenizer_files", "chat", str(self.directory), str(CHAT_SECONDS))
+        command = children.module("lm.chat_writer", str(self.directory), str(CHAT_SECONDS))
         self._process = children.start(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
         weakref.finalize(self, children.end, self._process)
         self._answer(START_SECONDS)
@@ -148,7 +144,7 @@ class Chats:
 # ---- the other process ----
 
 
-def _limit(what: int, most: int) -> None:
+def limit(what: int, most: int) -> None:
     """Lower a limit of this process; macOS knows no limit of memory."""
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
@@ -157,8 +153,8 @@ def _limit(what: int, most: int) -> None:
 def try_out(file: str) -> None:
     """Load a tokenizer.json and read the probes with it."""
     signal.alarm(START_SECONDS)
-    _limit(resource.RLIMIT_CPU, TRY_SECONDS)
-    _limit(resource.RLIMIT_AS, TRY_BYTES)
+    limit(resource.RLIMIT_CPU, TRY_SECONDS)
+    limit(resource.RLIMIT_AS, TRY_BYTES)
     from tokenizers import Tokenizer
 
     found = Tokenizer.from_file(file)
@@ -166,37 +162,5 @@ def try_out(file: str) -> None:
         found.decode(found.encode(text).ids)
 
 
-def write_chats(directory: str, seconds: str) -> None:
-    """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it. A chat that takes
-    longer than ``seconds`` ends the process."""
-    clock = Clock()
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    from ..lm import stock_tokenizer
-
-    try:
-        tokenizer, wrong = stock_tokenizer(Path(directory)), None
-    except PareError as error:
-        wrong = str(error)
-    if (used := Path("/proc/self/statm")).exists():  # pages, of which the sixth number is data
-        _limit(resource.RLIMIT_DATA, int(used.read_text().split()[5]) * resource.getpagesize() + CHAT_BYTES)
-    answers.write(b"{}\n")
-    for line in sys.stdin:
-        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + int(seconds))
-        signal.alarm(int(seconds))
-        chat = json.loads(line)
-        clock.set(chat["now"])
-        more = {"tools": chat["tools"]} if chat["tools"] else {}
-        more |= {"add_generation_prompt": True} if chat["answer"] else {}
-        try:
-            if wrong:
-                raise ValueError(wrong)
-            answer = {"text": tokenizer.apply_chat_template(chat["messages"], tokenize=False, **more)}
-        except Exception as error:  # templates are programs of their own
-            answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
-        signal.alarm(0)
-        answers.write(json.dumps(answer).encode() + b"\n")
-
-
 if __name__ == "__main__":
-    {"try": try_out, "chat": write_chats}[sys.argv[1]](*sys.argv[2:])
+    try_out(*sys.argv[1:])

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .base.errors import PareError
+from ..base.errors import PareError
 
 
 def this() -> tuple[int, int]:

@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import lm
-from .base.errors import PareError
-from .base.untrusted import read_json
-from .model import tokenizer_files
+from .. import lm
+from ..base.errors import PareError
+from ..base.untrusted import read_json
+from ..model import tokenizer_files
 
 SETTINGS = "tokenizer_config.json"
 CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # both take tokenizer.json as it is
