@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_pare import corpus, lm
+from mlx_pare import lm
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError
 from mlx_pare.calibrate import calibrate
@@ -28,6 +28,7 @@ from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS, Options as RecoverOptions
 from mlx_pare.score import CRITERIA, score
+from mlx_pare.text import corpus
 
 DEMO = Path(corpus.__file__).parent / "demo"
 AXES = (("ffn",), ("kv_head",), ("ffn", "kv_head"), ("layer",), ("hidden",))

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from criteria import DEMO, rows_of, show
 
-from mlx_pare import corpus, lm
+from mlx_pare import lm
 from mlx_pare.base import console
 from mlx_pare.calibrate import calibrate
-from mlx_pare.corpus import Rows
 from mlx_pare.drops import layers_by_kl
 from mlx_pare.evaluate import evaluate
 from mlx_pare.fit.reach import protected_layers
@@ -31,6 +30,8 @@ from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import score
 from mlx_pare.store.arrays import Arrays, Plan
+from mlx_pare.text import corpus
+from mlx_pare.text.corpus import Rows
 
 HELD_TOKENS = 4096
 SCORED = ("block-influence", "angular")

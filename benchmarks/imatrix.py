@@ -18,7 +18,7 @@ from pathlib import Path
 import llama_eval
 import numpy as np
 
-from mlx_pare import corpus, lm
+from mlx_pare import lm
 from mlx_pare.base import console
 from mlx_pare.export import export
 from mlx_pare.fit import fit
@@ -28,6 +28,7 @@ from mlx_pare.gguf.write import imatrix_file
 from mlx_pare.gguf.write.quantizer import PLAIN
 from mlx_pare.gguf.write.size import measured
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.text import corpus
 
 
 def theirs(model: Path, rows: corpus.Rows, work: Path) -> imatrix_file.Importance:

@@ -16,10 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_pare import stream
-from mlx_pare.corpus import Rows
 from mlx_pare.divergence import measure
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.site import Site
+from mlx_pare.text.corpus import Rows
 from mlx_pare.trial import PARTS
 
 Cut = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]  # kept units, what is added to the output [out]

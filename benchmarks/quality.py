@@ -26,10 +26,9 @@ import numpy as np
 import pruners
 from criteria import DEMO, show
 
-from mlx_pare import choose_sizes, corpus, lm, steps
+from mlx_pare import choose_sizes, lm, steps
 from mlx_pare.base import console
 from mlx_pare.base.errors import Refused
-from mlx_pare.domains import Domains
 from mlx_pare.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
@@ -38,7 +37,9 @@ from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.store.arrays import Metrics, Plan
-from mlx_pare.texts import Texts
+from mlx_pare.text import corpus
+from mlx_pare.text.domains import Domains
+from mlx_pare.text.splits import Texts
 
 HERE = Path(__file__).parent
 WINDOW, CALIBRATION, SELECTION = 256, 128, 16  # tokens; windows

@@ -13,9 +13,10 @@ import numpy as np
 import synthetic
 import timing
 
-from mlx_pare import corpus, stream
+from mlx_pare import stream
 from mlx_pare.calibrate import calibrate
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.text import corpus
 
 
 def lines(work: Path, rounds: int) -> list[str]:

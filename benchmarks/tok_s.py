@@ -17,7 +17,6 @@ import numpy as np
 import synthetic
 import timing
 
-from mlx_pare import corpus
 from mlx_pare.base.units import gb
 from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
@@ -27,6 +26,7 @@ from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.score import score
+from mlx_pare.text import corpus
 
 NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s")
 

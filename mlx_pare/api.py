@@ -9,7 +9,6 @@ from typing import Any
 
 from .arch import require_cuttable
 from .base.errors import UsageError
-from .corpus import Rows
 from .fit.form import Form
 from .fit.macs import Budget
 from .fit.memory import Use
@@ -21,7 +20,8 @@ from .plan.goal import Options as PlanOptions
 from .recover_options import Options as RecoverOptions
 from .sources.open_model import StrPath, opened
 from .store.arrays import Arrays, Metrics, Plan, Target
-from .texts import Texts
+from .text.corpus import Rows
+from .text.splits import Texts
 
 __all__ = [
     "Budget", "Form", "Metrics", "Plan", "PlanOptions", "RecoverOptions", "Rows", "Settings", "Use", "candidates",

@@ -12,7 +12,6 @@ import mlx.core as mx
 from . import gradients, stream
 from .arch import Architecture, require_cuttable
 from .base.errors import Refused, UsageError
-from .corpus import Extent, Rows
 from .kept import keep
 from .model import finite
 from .model.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from .store.arrays import Arrays
 from .store.atomic import replace_file, sweep
 from .store.schema import dump_json
 from .tensors.packed import matrix
+from .text.corpus import Extent, Rows
 
 # site -> (role of the module in the family's table, which side of it)
 SITES = {

@@ -16,11 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import text_record, trial
+from . import trial
 from .arch import why_uniform
 from .base import console
 from .base.errors import PareError, Refused, UsageError
-from .corpus import Extent
 from .gguf import uneven_layers
 from .gguf.special_cases import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
@@ -36,7 +35,9 @@ from .store.arrays import Arrays, Plan
 from .store.manifest import Manifest
 from .store.rundir import Run, fingerprint
 from .store.schema import dump_json
-from .texts import Texts
+from .text import provenance
+from .text.corpus import Extent
+from .text.splits import Texts
 from .trial import Candidate, Width
 from .tried import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
 
@@ -59,7 +60,7 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     inputs = {"model": run.manifest.source, "scores": fingerprint(scores)}
     by = layers_by_of(s, Arrays.described(scores, "scores")["criterion"])
     if s.widths != "even" or by is not None:
-        text_record.check(run, texts)
+        provenance.check(run, texts)
     if s.widths != "even":
         asked |= {"widths": s.widths, "tries": tries(s)}
         inputs |= {"data": texts.calibration.digest(), "held": held_rows(texts).digest()}
@@ -183,7 +184,7 @@ def tries(s: Settings) -> int:
 
 def sensitivity_step(run: Run, texts: Texts, s: Settings) -> Path:
     """How much every part of every layer matters."""
-    text_record.check(run, texts)
+    provenance.check(run, texts)
     held = held_rows(texts)
 
     def work(directory: Path) -> None:

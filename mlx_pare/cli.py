@@ -152,9 +152,10 @@ def evaluate_command(
 
     With --teacher it also measures the KL divergence, and how often the most likely tokens agree.
     """
-    from . import corpus, lm
+    from . import lm
     from .evaluate import evaluate
     from .model.hub_name import called
+    from .text import corpus
 
     tokenizer = lm.tokenizer(model)
     rows = corpus.windows(tokenizer, corpus.read(Path(data), tokenizer, field), length, samples)
@@ -209,7 +210,7 @@ def demo_command(
     quick: bool,
 ) -> dict[str, Any]:
     """Prune the small model that comes with mlx-pare."""
-    from .texts import DEMO
+    from .text.splits import DEMO
 
     return _run(DEMO / "model", out, settings_of(keep=0.75, length=256, recover_steps=60, context=512, quick=quick))
 

@@ -247,7 +247,7 @@ def _predicted(checkpoint: Checkpoint, kind: str, asked: str) -> dict[str, Any]:
 def _matrix(model: Path, asked: str, settings: Any) -> Importance | None:
     """The importance matrix that was asked for: none, read, or made by a pass over text."""
     from .gguf.write import imatrix_file
-    from .texts import Texts
+    from .text.splits import Texts
 
     if asked == "none":
         return None

@@ -246,9 +246,10 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
     text of the run, unless --data names another. After a kill the same command continues. Under mlx.launch, processes
     share every batch.
     """
-    from . import recipes, steps, text_record
+    from . import recipes, steps
     from .lm import distributed
     from .sources.open_model import opened as opened_model
+    from .text import provenance
 
     first = distributed.this()[0] == 0
     if not first:
@@ -263,7 +264,7 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
         asked["field"] = asked["field"] or (None if data else before.get("field"))
         s = settings_of(**asked, length=before.get("length", 512), date=before.get("date"))
         begun = recipes.texts_of(opened)
-        text_record.check(opened, begun)
+        provenance.check(opened, begun)
         texts = begun.asking(s)
         if another_text:
             texts = steps.Texts(opened.model, s)

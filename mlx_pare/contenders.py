@@ -20,7 +20,7 @@ from .store.arrays import Plan
 from .store.places import name_of
 from .store.rundir import Run
 from .store.schema import dump_json
-from .texts import Texts
+from .text.splits import Texts
 
 
 def contender_steps(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settings) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 
 from . import lm
 from .base.errors import UsageError
-from .corpus import Rows
 from .head import Streamed
+from .text.corpus import Rows
 
 TOKENS_AT_ONCE = 1024
 BETA = 0.5  # of the mixture between teacher and student in "js"

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from .arch import Architecture, can_keep, positions
 from .base.errors import Refused
-from .corpus import Rows
 from .fit.reach import best_layers
 from .model.checkpoint import Checkpoint
+from .text.corpus import Rows
 from .trial import Candidate, try_out, whole
 
 Trials = Callable[[Sequence[Candidate]], Sequence[float]]

@@ -11,7 +11,6 @@ import numpy as np
 
 from . import lm, stream
 from .base.errors import PareError, UsageError
-from .corpus import Rows
 from .divergence import measure
 from .kept import end_of
 from .model import finite
@@ -19,6 +18,7 @@ from .model.checkpoint import Checkpoint
 from .model.hub_name import called
 from .sources.open_model import StrPath, opened
 from .store.arrays import MOST_NATS, Metrics
+from .text.corpus import Rows
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from .options.settings import Settings
 from .store import step_files
 from .store.rundir import Run
 from .store.schema import dump_json
-from .texts import Texts
+from .text.splits import Texts
 
 
 def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None:

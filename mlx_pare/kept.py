@@ -18,10 +18,10 @@ import mlx.core as mx
 
 from . import stream
 from .base.errors import PareError
-from .corpus import Rows
 from .head import Streamed
 from .model.checkpoint import Checkpoint
 from .spool import NAME, Spool
+from .text.corpus import Rows
 
 OURS = ("states-*", "repair-*", "walk.partial-*")
 

@@ -25,7 +25,7 @@ from .steps import plan_options
 from .store.arrays import Arrays, Plan
 from .store.rundir import Run
 from .store.schema import dump_json
-from .texts import Texts
+from .text.splits import Texts
 from .tried import Known, finite, held_rows, once, plan_kl
 
 LAYERS_BY = ("block-influence", "angular", "kl")

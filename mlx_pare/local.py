@@ -29,7 +29,6 @@ from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
-from .corpus import Extent, Rows
 from .lm.cpu_math import MOST_KEPT
 from .model import replace_tensors
 from .model.checkpoint import Checkpoint
@@ -37,6 +36,7 @@ from .store import step_files
 from .store.arrays import Arrays, survivors
 from .store.atomic import created, is_ours, refuse_existing, replace_file
 from .store.schema import dump_json
+from .text.corpus import Extent, Rows
 
 FLOOR = 0.01  # of the mean energy of the channels: none weighs more than a hundred average ones
 NOTHING = 1e-9  # an error that is rounding: both streams are one up to here

@@ -21,10 +21,10 @@ import numpy as np
 
 from . import lm, stream, teacher
 from .base.errors import UsageError
-from .corpus import Extent, Rows
 from .lm import distributed
 from .model.checkpoint import Checkpoint
 from .options.values import SHARE, require
+from .text.corpus import Extent, Rows
 
 ROUND = 25  # steps at most that are trained on samples of the same student
 PROMPT = 4  # a row's part that is given: one of so many

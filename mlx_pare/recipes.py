@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import domains, text_record
 from .options import recipe_file
 from .options.settings import Settings
 from .sources import resolve
 from .store.manifest import read_recipe
 from .store.rundir import Run
-from .texts import Texts
+from .text import domains, provenance
+from .text.splits import Texts
 
 OF_TEXT = ("data", "test_data", "field", "date", "samples", "length", "seed")  # settings that say on what text
 
@@ -22,7 +22,7 @@ def dated(out: Path, s: Settings) -> Settings:
     """The settings with the date of the run ``out``: that of its recipe, or today's. A chat template with a clock then
     writes the same chats when the run goes on tomorrow."""
     recipe = read_recipe(out)
-    noted = text_record.asked_before(out) if recipe is None else recipe
+    noted = provenance.asked_before(out) if recipe is None else recipe
     return replace(s, date=s.date or noted.get("date") or datetime.date.today().isoformat())
 
 
@@ -63,5 +63,5 @@ def write(run: Run, model: Path, s: Settings) -> None:
 
 def texts_of(run: Run, s: Settings | None = None) -> Texts:
     """The texts that a run was begun with; ``s``: settings with ``of_calibration`` among them."""
-    begun = text_record.known(run)
+    begun = provenance.known(run)
     return Texts(run.model, s or Settings(**of_calibration(run)), by_hash=begun is not None and begun.note is None)

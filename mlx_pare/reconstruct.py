@@ -31,7 +31,6 @@ from . import divergence, gptq, lm, stream
 from .arch import Architecture
 from .base.errors import PareError, Refused
 from .base.units import gb
-from .corpus import Extent, Rows
 from .layout import layout
 from .least_squares import Cost
 from .model.checkpoint import Checkpoint
@@ -41,6 +40,7 @@ from .sources.open_model import StrPath, opened
 from .store.arrays import Arrays, LayerPlan, Plan
 from .store.places import repair_file
 from .tensors.packed import MX_DTYPE, Packed, relative_error
+from .text.corpus import Extent, Rows
 
 CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are
 SOLVED = ("o_proj", "down_proj")

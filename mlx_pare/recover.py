@@ -26,8 +26,6 @@ from .base import console, machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
 from .base.untrusted import read_json
-from .corpus import Rows
-from .domains import Domains, Sampler
 from .kept import end_of
 from .lm import distributed
 from .model import replace_tensors
@@ -40,6 +38,8 @@ from .store.arrays import survivors
 from .store.atomic import created, refuse_existing, remove, replace_file, working
 from .store.schema import dump_json
 from .student import merged, prepare, resident
+from .text.corpus import Rows
+from .text.domains import Domains, Sampler
 from .training import Course, Diverged, Trainer
 
 

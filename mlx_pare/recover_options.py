@@ -12,7 +12,6 @@ from .base import machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
 from .block_training import Options as BlockOptions
-from .corpus import Extent, Rows
 from .lm import cpu_math
 from .model.checkpoint import Checkpoint
 from .objective import Objective
@@ -21,6 +20,7 @@ from .options.option import setting
 from .options.settings import GeneralOptions, RecoveryOptions, TrainingOptions
 from .options.values import COUNT, FROM_NONE, MOST, SEED, WEIGHT, above
 from .student import trained_values
+from .text.corpus import Extent, Rows
 from .training import Course
 
 # What is trained: the learning rate, as a function of the hidden size. One step of Adam changes what a matrix gives in

@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from .arch import why_no_sublayer_drops
-from .corpus import Rows
 from .model.checkpoint import Checkpoint
 from .store.arrays import Arrays
+from .text.corpus import Rows
 from .trial import PARTS, Candidate, Curve, Curves, Width, try_out, whole
 
 SHARES = (0.5, 0.875)  # of a part's units: the widths that are really tried; between them the factor is interpolated

@@ -21,11 +21,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import lm, stream, text_record
+from . import lm, stream
 from .arch import Architecture
 from .base.errors import UsageError
 from .calibrate import calibrate, calibrate_in_parts
-from .corpus import Rows
 from .evaluate import evaluate
 from .fit.reach import protected_layers
 from .model.checkpoint import Checkpoint
@@ -38,7 +37,9 @@ from .steps import plan_of
 from .store.arrays import Arrays, Plan
 from .store.rundir import Run, fingerprint
 from .store.schema import dump_json
-from .texts import Texts
+from .text import provenance
+from .text.corpus import Rows
+from .text.splits import Texts
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the calibration rows
 DRAWS = 3
@@ -66,7 +67,7 @@ def stability_step(
     check(criteria)
     planned, plan = run.output("plan", "plan.json"), plan_of(run)
     run.output("calibrate", "stats.safetensors")
-    text_record.check(run, texts, test=measure)
+    provenance.check(run, texts, test=measure)
     if draws == 1 or (measure and not draws):
         raise UsageError(f"{draws} draws have no spread", "ask for at least 2 --draws")
     every = texts.mixed("calibration", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import lm, text_record
+from . import lm
 from .base import console
 from .base.errors import Refused, UsageError, shell
 from .base.optional import attempt
@@ -40,7 +40,8 @@ from .store.atomic import replace_file
 from .store.manifest import read_manifest
 from .store.rundir import Run, fingerprint
 from .store.schema import dump_json
-from .texts import Texts
+from .text import provenance
+from .text.splits import Texts
 from .training import Diverged
 
 RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what its result depends on besides model, plan and text
@@ -93,7 +94,7 @@ def continue_run(out: Path, locked: bool = True) -> Run:
         require(run.model, out)
         if Checkpoint(run.model).identity() != run.manifest.source:
             raise Refused(f"{run.model} changed since {out} was begun", "start a new run with another --out")
-        if begun := text_record.known(run):
+        if begun := provenance.known(run):
             begun.check_tokenizer()
     except BaseException:
         run.close()
@@ -123,11 +124,11 @@ def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
     def work(directory: Path) -> None:
         kept = _for_recovery(run, texts, s)
         calibrate(run.model, rows, directory, s.memory_cap, extra=sorted(extra), kept=kept)
-        text_record.write(directory, run.model, texts)
+        provenance.write(directory, run.model, texts)
 
     inputs = {"model": run.manifest.source, "data": rows.digest()}
     if not run.step("calibrate", {**asked, "seed": s.seed}, inputs, work, resumes=True):
-        text_record.check(run, texts)
+        provenance.check(run, texts)
     return run.output("calibrate", "stats.safetensors")
 
 
@@ -165,7 +166,7 @@ def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
     if plan_of(run).cuts_hidden(Checkpoint(run.model).arch):
         console.warn("a cut of the hidden size cannot be reconstructed: the matrices are cut as they are")
         return None
-    text_record.check(run, texts)
+    provenance.check(run, texts)
 
     def work(directory: Path) -> None:
         rows, out = texts.calibration, directory / "repair"

@@ -27,7 +27,6 @@ from .base import machine
 from .base.console import progress
 from .base.errors import Refused
 from .base.units import gb
-from .corpus import Extent, Rows
 from .head import Streamed
 from .model import finite
 from .model.checkpoint import Checkpoint
@@ -35,6 +34,7 @@ from .model.weights import StoredEmbedding
 from .spool import InMemory, Spool, Spooled, placeholder
 from .tensors.packed import EXPANDED_BYTES, stored_dtype
 from .tensors.safetensors import DTYPE_BYTES
+from .text.corpus import Extent, Rows
 
 MICRO_BATCH_TOKENS = 1024
 BASE_BYTES = 250 << 20  # Python, MLX, the tokenizer and what else is loaded

@@ -32,11 +32,11 @@ from .base import machine
 from .base.console import progress
 from .base.errors import PareError, Refused, UsageError, shell
 from .base.units import gb
-from .corpus import Rows
 from .divergence import TOKENS_AT_ONCE
 from .model.checkpoint import Checkpoint
 from .store import step_files
 from .store.atomic import replace_file, sweep
+from .text.corpus import Rows
 
 SCHEMA = 1
 PART_TOKENS = 16384  # what a killed head loses at most; small enough for any memory, large enough for few files

@@ -16,8 +16,8 @@ import numpy as np
 
 from . import stream
 from .base.errors import PareError
-from .corpus import Extent, Rows
 from .model.checkpoint import Checkpoint
+from .text.corpus import Extent, Rows
 
 
 class Guide(Protocol):

@@ -27,9 +27,9 @@ from . import lm
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb
-from .domains import Sampler
 from .lm import distributed
 from .store.arrays import Arrays
+from .text.domains import Sampler
 
 SCHEDULES = ("cosine", "linear", "constant")
 WARMUP, LAST_RATE = 0.05, 0.05  # share of the steps until the full rate is reached; what is left of it in the end

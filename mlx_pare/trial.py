@@ -25,12 +25,12 @@ import numpy as np
 from . import divergence, lm, stream
 from .arch import Architecture
 from .base.errors import Refused
-from .corpus import Extent, Rows
 from .model.checkpoint import Checkpoint
 from .observers import replace_module
 from .site import Site, solve_costs
 from .tensors.packed import pack, packed_so, stored_dtype
 from .tensors.packing import Packing
+from .text.corpus import Extent, Rows
 
 TINY = 1e-30
 MOST_WIDTHS = 33  # of an ffn that candidates have, at most (plan/widths.py LEVELS, and none)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .corpus import Rows
 from .options.settings import Settings
 from .reconstruct import reconstructed_kl
 from .store import step_files
@@ -19,7 +18,8 @@ from .store.arrays import Arrays, Plan
 from .store.atomic import replace_file, scratch
 from .store.rundir import Run
 from .store.schema import dump_json
-from .texts import Texts
+from .text.corpus import Rows
+from .text.splits import Texts
 from .trial import Candidate, Curve, Curves, try_out
 
 HELD_TOKENS = 4096  # on which candidates are tried, at least: of the validation text, never of calibration or test

@@ -36,7 +36,7 @@ from fuzz_inputs import (
     written,
 )
 
-from mlx_pare import arch, corpus, domains
+from mlx_pare import arch
 from mlx_pare.base.errors import PareError
 from mlx_pare.base.units import parse_amount
 from mlx_pare.fit import quantization, subject
@@ -48,6 +48,7 @@ from mlx_pare.inspect import inspect
 from mlx_pare.model import checkpoint, footprint
 from mlx_pare.sources import hub_reader
 from mlx_pare.store import arrays, manifest
+from mlx_pare.text import corpus, domains
 
 
 class Memory:

@@ -90,7 +90,7 @@ def pico_stats(tmp_path_factory) -> Callable[[Path], Path]:
     def stats(model: Path) -> Path:
         if model not in made:
             from mlx_pare.calibrate import calibrate
-            from mlx_pare.corpus import Rows
+            from mlx_pare.text.corpus import Rows
 
             made[model] = tmp_path_factory.mktemp("stats")
             calibrate(model, Rows.full(np.random.default_rng(0).integers(0, 500, (8, 24))), made[model])

@@ -12,7 +12,7 @@ from mlx_pare import api, lm
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.store.arrays import Arrays, survivors
-from mlx_pare.texts import Texts
+from mlx_pare.text.splits import Texts
 
 
 @pytest.fixture

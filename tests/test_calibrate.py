@@ -18,10 +18,10 @@ import reference
 from mlx_pare import gradients, stream
 from mlx_pare.base.errors import Refused, UsageError
 from mlx_pare.calibrate import EXTRA, SITES, Statistics, calibrate, check_memory
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.spool import Spool, Spooled
 from mlx_pare.store.arrays import Arrays
+from mlx_pare.text.corpus import Rows
 
 LAYERS = 4
 

@@ -14,14 +14,15 @@ import pico
 import pytest
 from prose import chats, jsonl
 
-from mlx_pare import lm, recipes, text_record
+from mlx_pare import lm, recipes
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.model import tokenizer_files
 from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import run
 from mlx_pare.steps import calibrate_step, open_run
 from mlx_pare.store.rundir import Run
-from mlx_pare.texts import Texts
+from mlx_pare.text import provenance
+from mlx_pare.text.splits import Texts
 
 SAYS = "{% for m in messages %}{{ '<|' + m['role'] + ' ' + CLOCK + '|>\n' + m['content'] + '\n' }}{% endfor %}"
 CLOCK = SAYS.replace("CLOCK", "strftime_now('%d %b %Y %H:%M:%S')")
@@ -125,6 +126,6 @@ def test_case_20_a_date_that_was_edited_is_named(model, data, tmp_path):
         file = tmp_path / "run" / "recipe.toml"
         file.write_text(file.read_text().replace("2025-02-03", "2025-02-04"))
         with pytest.raises(Refused, match=r"date was '2025-02-03' when .* was calibrated, now it is '2025-02-04'"):
-            text_record.check(opened, recipes.texts_of(opened))
+            provenance.check(opened, recipes.texts_of(opened))
         file.unlink()
         assert recipes.dated(tmp_path / "run", Settings()).date == "2025-02-03"

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from mlx_pare import corpus, lm, overlap
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, UsageError
-from mlx_pare.corpus import Rows
+from mlx_pare.text import corpus, overlap
+from mlx_pare.text.corpus import Rows
 
 
 @pytest.fixture(scope="module")

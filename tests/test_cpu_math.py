@@ -12,8 +12,8 @@ import pytest
 import reference
 
 from mlx_pare import lm, stream
-from mlx_pare.corpus import Rows
 from mlx_pare.lm import blas, cpu_math
+from mlx_pare.text.corpus import Rows
 
 STOCK = {name: getattr(mx, name) for name in ("exp", "sigmoid", "tanh", "softmax", "logsumexp")}
 ATTENTION = mx.fast.scaled_dot_product_attention

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import cli, corpus, lm, overlap, pipeline, steps
+from mlx_pare import cli, lm, pipeline, steps
 from mlx_pare.base.errors import PareError
 from mlx_pare.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.texts import DEMO
+from mlx_pare.text import corpus, overlap
+from mlx_pare.text.splits import DEMO
 
 MODEL = DEMO / "model"
 TEXTS = {name: DEMO / f"{name}.txt" for name in ("calibration", "test")}

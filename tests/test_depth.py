@@ -19,7 +19,6 @@ from mlx_pare import choose_sizes, layering, steps, trial, tried
 from mlx_pare.arch import can_keep
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
-from mlx_pare.corpus import Rows
 from mlx_pare.drops import layers_by_kl, trials
 from mlx_pare.fit import reach
 from mlx_pare.model.checkpoint import Checkpoint
@@ -31,6 +30,7 @@ from mlx_pare.reconstruct import reconstructed_kl
 from mlx_pare.score import CRITERIA, score
 from mlx_pare.steps import plan_options
 from mlx_pare.store.arrays import Arrays, LayerPlan, Plan
+from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.default_rng(0).integers(0, 500, (6, 24)))
 PADDED = Rows(ROWS.tokens, np.array([24, 3, 11, 9, 20, 24], dtype=np.int32))

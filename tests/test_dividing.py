@@ -9,11 +9,12 @@ import random
 import pytest
 from prose import jsonl, paragraphs
 
-from mlx_pare import corpus, domains, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError
-from mlx_pare.dividing import divide
 from mlx_pare.options.settings import Settings
-from mlx_pare.texts import Texts
+from mlx_pare.text import corpus, domains
+from mlx_pare.text.dividing import divide
+from mlx_pare.text.splits import Texts
 
 LENGTH = 32
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlx_pare import corpus, domains, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, UsageError
-from mlx_pare.corpus import Rows
-from mlx_pare.domains import FLOOR, Domains, Sampler, mix, parse, parse_all, reweighted
 from mlx_pare.options.settings import Settings, settings_of
-from mlx_pare.texts import DEMO, Texts
+from mlx_pare.text import corpus, domains
+from mlx_pare.text.corpus import Rows
+from mlx_pare.text.domains import FLOOR, Domains, Sampler, mix, parse, parse_all, reweighted
+from mlx_pare.text.splits import DEMO, Texts
 
 # ---- what was asked ----
 

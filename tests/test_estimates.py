@@ -8,10 +8,10 @@ import pytest
 
 from mlx_pare import gradients, lm, local, on_policy, recover_options, stream, teacher, trial
 from mlx_pare.block_training import Options as BlockOptions
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.reconstruct import held_bytes as reconstruct_bytes
 from mlx_pare.recover_options import Options
+from mlx_pare.text.corpus import Rows
 
 MANY = 1 << 50
 

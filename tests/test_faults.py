@@ -26,7 +26,7 @@ import pytest
 from faults import Done, Driver, differences, half_written, result
 
 from mlx_pare.store import rundir
-from mlx_pare.texts import DEMO
+from mlx_pare.text.splits import DEMO
 
 KILLS = int(os.environ.get("PARE_KILLS", "2"))
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md"

@@ -15,7 +15,7 @@ from mlx_pare.model import finite
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 from mlx_pare.store.arrays import Plan
-from mlx_pare.texts import DEMO
+from mlx_pare.text.splits import DEMO
 
 FORMS = {"float32": (None, mx.float32), "float16": (None, mx.float16), "bfloat16": (None, mx.bfloat16),
          "8 bits": ((8, 32), mx.float32), "mxfp4": ("mxfp4", mx.bfloat16)}  # fmt: skip

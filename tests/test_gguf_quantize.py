@@ -30,7 +30,7 @@ from mlx_pare.gguf.write import encode as gguf_values, imatrix_file, quantizer, 
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.steps import open_run
-from mlx_pare.texts import Texts
+from mlx_pare.text.splits import Texts
 
 THROUGH_LLAMA = ["q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "iq4_nl", "iq3_s"]
 

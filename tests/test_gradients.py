@@ -14,8 +14,8 @@ import reference_criteria
 
 from mlx_pare import gradients, head, lm, stream
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.text.corpus import Rows
 
 DATA = Rows(
     np.random.default_rng(0).integers(0, 500, (5, 16)).astype(np.int32), np.array([16, 3, 1, 9, 12], dtype=np.int32)

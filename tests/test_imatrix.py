@@ -13,11 +13,11 @@ import reference
 
 from mlx_pare import llama_cpp
 from mlx_pare.base.errors import PareError, UsageError
-from mlx_pare.corpus import Rows
 from mlx_pare.export import export
 from mlx_pare.gguf import header as gguf_header
 from mlx_pare.gguf.write import imatrix_file
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.text.corpus import Rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import llama_eval

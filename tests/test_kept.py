@@ -15,12 +15,12 @@ import pytest
 
 from mlx_pare import contenders, kept, pipeline, recover_options, steps, stream
 from mlx_pare.base.errors import Refused, UsageError
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.reconstruct import check_memory, reconstruct, reconstruct_all
 from mlx_pare.status import expected
 from mlx_pare.store.arrays import Plan
+from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.default_rng(3).integers(0, 500, (7, 24)))
 

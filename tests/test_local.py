@@ -22,12 +22,12 @@ from test_recover import files, same_packing_and_shapes, stored
 from mlx_pare import block_training, head, stream
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.block_training import METHODS, Matrix, Options
-from mlx_pare.corpus import Rows
 from mlx_pare.local import block_ends, check_memory, local, training_bytes
 from mlx_pare.model import weights as quantized_weights
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
 from mlx_pare.tensors import packed as quantized
+from mlx_pare.text.corpus import Rows
 
 healing = importlib.import_module("mlx_pare.local")
 DRAW = np.random.default_rng(5)

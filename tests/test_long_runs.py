@@ -23,7 +23,7 @@ from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import run as run_all
 from mlx_pare.status import expected, status
 from mlx_pare.store import rundir
-from mlx_pare.texts import DEMO
+from mlx_pare.text.splits import DEMO
 
 # ---- what is left ----
 

@@ -37,7 +37,6 @@ from test_recover import OPTIONS, RATES, cut, same_packing_and_shapes, stored, t
 
 from mlx_pare import gptq, lm, pipeline, stream
 from mlx_pare.base.errors import PareError, Unsupported
-from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
 from mlx_pare.export import export
 from mlx_pare.inspect import inspect
@@ -54,6 +53,7 @@ from mlx_pare.store.places import repair_file
 from mlx_pare.tensors import minifloat, packed as quantized
 from mlx_pare.tensors.packed import Packed, pack, repacked, rounded_on
 from mlx_pare.tensors.packing import FLOAT_MODES, Packing
+from mlx_pare.text.corpus import Rows
 from mlx_pare.trial import Width, try_out, whole
 
 FIXTURES = cut, faulty, texts

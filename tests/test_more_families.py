@@ -19,7 +19,6 @@ from mlx_pare import layout, lm, pipeline, stream
 from mlx_pare.arch import Keep, LayerKeep, can_keep, cut, describe, why_uniform
 from mlx_pare.arch.axes import dim, select
 from mlx_pare.base.errors import PareError
-from mlx_pare.corpus import Rows
 from mlx_pare.export import export
 from mlx_pare.fit.reach import best_layers, protected_layers, space
 from mlx_pare.inspect import inspect
@@ -27,6 +26,7 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
 from mlx_pare.store.arrays import Plan
+from mlx_pare.text.corpus import Rows
 
 HEADS = ("gemma2", "ministral3", "phi3", "smollm3")  # whose heads can be cut
 CASES = [(family, axes) for family in pico.MORE for axes in (("ffn",), ("layer",))]

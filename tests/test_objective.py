@@ -12,8 +12,8 @@ import pytest
 
 from mlx_pare import lm, teacher
 from mlx_pare.base.errors import Refused, UsageError
-from mlx_pare.corpus import Rows
 from mlx_pare.objective import Objective, Taps, distance, loss_of
+from mlx_pare.text.corpus import Rows
 
 TOKENS = np.array([[1, 5, 9, 2, 7], [3, 3, 8, 1, 4]], np.int32)
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import corpus, lm, on_policy, stream
+from mlx_pare import lm, on_policy, stream
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.on_policy import Lesson, Writer, judge_of, prompt_length
 from mlx_pare.plan import plan
@@ -24,6 +23,8 @@ from mlx_pare.recover_options import Options, required_bytes, savings
 from mlx_pare.score import score
 from mlx_pare.student import resident, trained_values
 from mlx_pare.teacher import Places
+from mlx_pare.text import corpus
+from mlx_pare.text.corpus import Rows
 
 DEMO = Path(corpus.__file__).parent / "demo"
 LENGTH, DRAWN = 24, np.array([[0, 3, 5, 1], [2, 4, 7, 0], [6, 1, 3, 2]])  # rows 0 to 3 twice

@@ -8,9 +8,10 @@ import pico
 import pytest
 from prose import chats, jsonl, paragraphs
 
-from mlx_pare import corpus, domains, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError
-from mlx_pare.domains import parse_all, read_parts
+from mlx_pare.text import corpus, domains
+from mlx_pare.text.domains import parse_all, read_parts
 
 SYSTEM = "You are a patient helper who was made for this test alone. Answer in full sentences."
 LICENCE = "This file is part of the garden library and comes under the licence in LICENSE."

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from mlx_pare import choose_sizes, cli, lm, pipeline, steps, tried
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
 from mlx_pare.store.arrays import Plan
-from mlx_pare.texts import Texts
+from mlx_pare.text.corpus import Rows
+from mlx_pare.text.splits import Texts
 
 SMALL = Settings(
     keep=0.75, length=32, samples=16, recover_steps=0, trials=0, context=256, axes=("ffn", "kv_head", "layer")

@@ -14,7 +14,6 @@ import pytest
 import mlx_pare
 from mlx_pare import lm
 from mlx_pare.base.errors import UsageError
-from mlx_pare.corpus import Rows
 from mlx_pare.export import export as write_gguf
 from mlx_pare.fit.macs import Budget
 from mlx_pare.fit.memory import Use
@@ -22,6 +21,7 @@ from mlx_pare.options.settings import Settings
 from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.recover_options import Options as RecoverOptions
 from mlx_pare.store.arrays import Metrics, Plan
+from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.default_rng(0).integers(0, 500, (4, 24)))
 

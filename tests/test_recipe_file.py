@@ -13,7 +13,7 @@ from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.options import recipe_file
 from mlx_pare.options.settings import TABLE, Settings, settings_of
 from mlx_pare.store.rundir import Run
-from mlx_pare.texts import DEMO
+from mlx_pare.text.splits import DEMO
 
 SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--recover-steps", "1", "--trials", "0", "--gguf", "f16",
          "--context", "256", "--widths", "even", "--train-rows", "8"]  # fmt: skip

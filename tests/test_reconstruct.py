@@ -18,9 +18,8 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import corpus, least_squares, lm, site, stream
+from mlx_pare import least_squares, lm, site, stream
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
 from mlx_pare.least_squares import DAMPING, Cost
 from mlx_pare.model.checkpoint import Checkpoint
@@ -28,6 +27,8 @@ from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.store.arrays import Arrays, LayerPlan, Plan, Size, Target
 from mlx_pare.store.places import repair_file
+from mlx_pare.text import corpus
+from mlx_pare.text.corpus import Rows
 
 module = importlib.import_module("mlx_pare.reconstruct")  # mlx_pare.reconstruct itself is the function
 DEMO = Path(module.__file__).parent / "demo"

@@ -7,9 +7,9 @@ import json
 import pytest
 from prose import jsonl, paragraphs
 
-from mlx_pare import corpus
 from mlx_pare.base.errors import PareError
 from mlx_pare.store.rundir import Run
+from mlx_pare.text import corpus
 
 TEXTS = paragraphs(6, 8)
 

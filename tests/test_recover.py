@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import corpus, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options as PlanOptions
@@ -26,6 +25,8 @@ from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS, Options, required_bytes, savings
 from mlx_pare.score import score
+from mlx_pare.text import corpus
+from mlx_pare.text.corpus import Rows
 
 recovering = importlib.import_module("mlx_pare.recover")  # mlx_pare.recover itself is the function
 DEMO = Path(corpus.__file__).parent / "demo"

@@ -14,7 +14,7 @@ import pytest
 
 from mlx_pare import choose_sizes, steps
 from mlx_pare.options.settings import Settings
-from mlx_pare.texts import Texts
+from mlx_pare.text.splits import Texts
 
 KILLS = int(os.environ.get("PARE_KILLS", "1"))
 SETTINGS = Settings(keep=0.7, length=32, samples=8, criterion="minitron", reconstruct=False, axes=("ffn", "kv_head"))

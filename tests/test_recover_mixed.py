@@ -16,10 +16,9 @@ import pytest
 import typer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_pare import choose_sizes, cli, corpus, lm, pipeline, rescaled, steps
+from mlx_pare import choose_sizes, cli, lm, pipeline, rescaled, steps
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
@@ -30,7 +29,9 @@ from mlx_pare.recover_options import DRAW_BYTES, Options, required_bytes, saving
 from mlx_pare.score import score
 from mlx_pare.student import merged, prepare, resident
 from mlx_pare.teacher import held_bytes
-from mlx_pare.texts import Texts
+from mlx_pare.text import corpus
+from mlx_pare.text.corpus import Rows
+from mlx_pare.text.splits import Texts
 from mlx_pare.training import ClippedAdamW
 
 recovering = importlib.import_module("mlx_pare.recover")  # mlx_pare.recover itself is the function

@@ -10,10 +10,9 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import corpus, llama_cpp, lm, pipeline, stream
+from mlx_pare import llama_cpp, lm, pipeline, stream
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.calibrate import Statistics, calibrate
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
@@ -22,6 +21,8 @@ from mlx_pare.prune import prune
 from mlx_pare.store.arrays import Arrays, Plan
 from mlx_pare.tensors.packed import pack, relative_error
 from mlx_pare.tensors.packing import Packing
+from mlx_pare.text import corpus
+from mlx_pare.text.corpus import Rows
 
 
 def rows(seed: int = 0) -> Rows:

@@ -20,13 +20,13 @@ import reference_criteria
 from mlx_pare import stream
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.calibrate import EXTRA, calibrate
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.observers import sparsity
 from mlx_pare.options.settings import TABLE
 from mlx_pare.score import AXES, CRITERIA, criterion, depth, score, width
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.tensors import panels
+from mlx_pare.text.corpus import Rows
 
 DATA = Rows(
     np.random.default_rng(0).integers(0, 500, (5, 16)).astype(np.int32), np.array([16, 3, 1, 9, 12], dtype=np.int32)

@@ -10,10 +10,10 @@ import pico
 import pytest
 
 from mlx_pare import least_squares
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.sensitivity import expected, rank_correlations, sensitivity
 from mlx_pare.store.arrays import Arrays
+from mlx_pare.text.corpus import Rows
 from mlx_pare.trial import Curve, Width, try_out, whole
 
 RANDOM = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.ollama import Modelfile
 from mlx_pare.sources.catalogue import entries
 from mlx_pare.store.arrays import Plan
-from mlx_pare.texts import DEMO
+from mlx_pare.text.splits import DEMO
 
 PYTHON = re.compile(r"\bNone\b|\bTrue\b|\bFalse\b|\[['\"]|['\"]\]|why_not|\{['\"]|why not:")
 

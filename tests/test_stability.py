@@ -14,10 +14,9 @@ import pico
 import pytest
 import reference_criteria
 
-from mlx_pare import choose_sizes, corpus, lm, show, stability, steps, stream, tried
+from mlx_pare import choose_sizes, lm, show, stability, steps, stream, tried
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate, calibrate_in_parts
-from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
@@ -29,7 +28,9 @@ from mlx_pare.report import report
 from mlx_pare.score import score
 from mlx_pare.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
 from mlx_pare.store.arrays import Arrays, Plan
-from mlx_pare.texts import DEMO
+from mlx_pare.text import corpus
+from mlx_pare.text.corpus import Rows
+from mlx_pare.text.splits import DEMO
 
 ROWS = Rows(
     np.random.default_rng(0).integers(0, 500, (12, 16)).astype(np.int32),

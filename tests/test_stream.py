@@ -16,12 +16,12 @@ from mlx_pare import gradients, head, lm, local, on_policy, spool, stream, teach
 from mlx_pare.ahead import read_ahead
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.block_training import Options
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.reconstruct import held_bytes as pair_bytes
 from mlx_pare.spool import Spool
 from mlx_pare.tensors import packed as quantized
+from mlx_pare.text.corpus import Rows
 
 FORMATS = {
     "float32": {},

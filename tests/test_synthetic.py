@@ -11,12 +11,12 @@ import pico
 import pytest
 
 from mlx_pare import lm, stream
-from mlx_pare.corpus import Rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.footprint import parameters
 from mlx_pare.model.weights import read
 from mlx_pare.sources import catalogue
 from mlx_pare.tensors.packing import Packing
+from mlx_pare.text.corpus import Rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import make_synthetic

@@ -14,10 +14,10 @@ import reference_targets
 
 from mlx_pare import head, lm, stream, targets
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.corpus import Rows
 from mlx_pare.divergence import between_top, kl
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.targets import Targets, collect, largest, pack, record, unpack
+from mlx_pare.text.corpus import Rows
 
 EXACT = 2e-4 if lm.cpu_backend() else 0.1  # of log-probabilities, before they are rounded
 HALF = 2.0**-11  # relative error of float16

@@ -17,12 +17,13 @@ import pico
 import pytest
 from prose import paragraphs
 
-from mlx_pare import cli, corpus, domains, recipes, steps
+from mlx_pare import cli, recipes, steps
 from mlx_pare.base import console
 from mlx_pare.base.errors import UsageError
 from mlx_pare.calibrate import calibrate
-from mlx_pare.corpus import Rows
 from mlx_pare.store.rundir import Run
+from mlx_pare.text import corpus, domains
+from mlx_pare.text.corpus import Rows
 
 L = ["--length", "32", "--samples", "4"]
 

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_pare import lm, training
 from mlx_pare.base.errors import Refused, UsageError
-from mlx_pare.domains import Sampler
+from mlx_pare.text.domains import Sampler
 from mlx_pare.training import ClippedAdamW, Course, Diverged, Trainer
 
 COURSE = Course(steps=10, rate=1e-2, validations=5)

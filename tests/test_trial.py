@@ -13,9 +13,9 @@ import reference
 
 from mlx_pare import head, least_squares, stream, trial
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.corpus import Rows
 from mlx_pare.least_squares import DAMPING
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.text.corpus import Rows
 from mlx_pare.trial import Candidate, Tried, Width, try_out, whole
 
 RANDOM = np.random.default_rng(0)

@@ -24,7 +24,6 @@ from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
 from mlx_pare.check import check
-from mlx_pare.corpus import Rows
 from mlx_pare.evaluate import evaluate
 from mlx_pare.fit import fit
 from mlx_pare.inspect import inspect
@@ -40,6 +39,7 @@ from mlx_pare.report import _shape
 from mlx_pare.score import score
 from mlx_pare.show import show_shape
 from mlx_pare.store.arrays import LayerPlan, Plan, Size, Target
+from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.RandomState(1).randint(1, 500, (6, 24)))
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}

@@ -19,7 +19,7 @@ from pathlib import Path
 import pico
 import pytest
 
-from mlx_pare import arch, corpus, lm, teacher
+from mlx_pare import arch, lm, teacher
 from mlx_pare.base import console, markdown, untrusted
 from mlx_pare.base.errors import PareError, plain
 from mlx_pare.base.untrusted import read_json
@@ -30,6 +30,7 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.directory import copy_tokenizer
 from mlx_pare.store.arrays import survivors
 from mlx_pare.tensors.safetensors import read_header
+from mlx_pare.text import corpus
 
 PACKAGE = Path(corpus.__file__).parent
 

@@ -16,7 +16,7 @@ import typer
 from mlx_pare.app import app
 from mlx_pare.base.errors import shell
 from mlx_pare.options.settings import TABLE
-from mlx_pare.texts import DEMO
+from mlx_pare.text.splits import DEMO
 from mlx_pare.unused import RULES, lines
 
 RUN = ["run", "MODEL", "--out", "NEW", "--keep", "0.75", "--length", "32", "--samples", "4", "--dry-run"]

@@ -22,10 +22,10 @@ import numpy as np
 from ... import stream
 from ...arch import Architecture
 from ...base.errors import PareError, UsageError
-from ...corpus import Rows
 from ...model.checkpoint import Checkpoint
 from ...observers import Tap, replace_module
 from ...store.atomic import replaced
+from ...text.corpus import Rows
 from .. import header as gguf_header
 from ..architectures import target_of
 from .tensors import table

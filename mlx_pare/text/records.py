@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import console, untrusted
-from .base.errors import PareError
+from ..base import console, untrusted
+from ..base.errors import PareError
 
 PLAIN = (".txt", ".md")  # one document each
 LINES = (".jsonl", ".ndjson", ".jsonlines")  # one record a line

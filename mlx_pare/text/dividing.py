@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
+from ..base.errors import PareError
 from . import corpus
-from .base.errors import PareError
 
 Parts = dict[str, list[str]]
 Enough = Callable[[Sequence[str]], bool]  # whether documents make one row

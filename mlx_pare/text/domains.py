@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ..base.errors import PareError, UsageError
 from . import corpus, overlap
-from .base.errors import PareError, UsageError
 from .corpus import Rows
 from .dividing import divide
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .base.errors import Refused, shell
-from .model.checkpoint import Checkpoint
-from .store.manifest import RECIPE
-from .store.rundir import Run
-from .store.schema import SCHEMA, Strict, dump_json
+from ..base.errors import Refused, shell
+from ..model.checkpoint import Checkpoint
+from ..store.manifest import RECIPE
+from ..store.rundir import Run
+from ..store.schema import SCHEMA, Strict, dump_json
 
 FILE = "text.json"
 NOT_TOKENS = {"generation_config.json"}  # comes with the tokenizer, and has no say in what a text is read as
@@ -58,7 +58,7 @@ def document_hashes(parts: Documents, own_test: bool) -> dict[str, str]:
 
 
 class Read(Protocol):
-    """What is compared of texts.Texts."""
+    """What is compared of splits.Texts."""
 
     calibration: Any
     specs: Sequence[Any]

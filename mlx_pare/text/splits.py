@@ -6,14 +6,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import corpus, domains, lm
-from .base import console
-from .base.errors import UsageError
-from .model.checkpoint import Checkpoint
-from .options.settings import Settings
-from .text_record import document_hashes
+from .. import lm
+from ..base import console
+from ..base.errors import UsageError
+from ..model.checkpoint import Checkpoint
+from ..options.settings import Settings
+from . import corpus, domains
+from .provenance import document_hashes
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parents[1] / "demo"
 VALIDATION_ROWS = 64  # of recovery, at most: the teacher's hidden states are kept for them
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from .base.errors import PareError
+from ..base.errors import PareError
 from .records import LONG_LINE
 
 FEW, MOST = 5, 50  # in fewer documents a line is never boilerplate, in so many always

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from .base import console
-from .base.errors import PareError, UsageError
+from ..base import console
+from ..base.errors import PareError, UsageError
+from ..store.manifest import is_pruned, is_run
 from .records import LINES, PLAIN, Reader
-from .store.manifest import is_pruned, is_run
 
 SUFFIXES = (*PLAIN, *LINES)  # of files that are read in a folder
 WHAT_TO_GIVE = "give a .txt, .md or .jsonl file, or a folder of them"
