@@ -9,19 +9,21 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import gradients, stream
+from . import gradients
 from .arch import Architecture, require_cuttable
 from .base.errors import Refused, UsageError
-from .kept import keep
 from .model import finite
 from .model.checkpoint import Checkpoint
-from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, Tap, angles, replace_module
+from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, angles
 from .sources.open_model import StrPath, opened
-from .spool import Spool
 from .store import step_files
 from .store.arrays import Arrays
 from .store.atomic import replace_file, sweep
 from .store.schema import dump_json
+from .stream import batches, memory, walk as stream
+from .stream.kept import keep
+from .stream.spool import Spool
+from .stream.taps import Tap, replace_module
 from .tensors.packed import matrix
 from .text.corpus import Extent, Rows
 
@@ -114,7 +116,7 @@ def calibrate(
     also ``{i}.ffn.removal`` [ffn] and ``{i}.attention.contribution`` [kv_head] (observers.Removal, HeadContribution);
     with "gradients" the arrays of gradients.measure. A directory with the blocks of an interrupted call is continued
     (gradients, which use few rows, from their beginning): same bytes in the end. ``kept``: a directory for the hidden
-    states at the end (kept.py).
+    states at the end (stream/kept.py).
     Raises Unsupported for a model that cannot be cut, Refused when the estimate of memory exceeds the cap, UsageError
     for an extra that is not known.
     """
@@ -124,12 +126,12 @@ def calibrate(
     extra = sorted(set(extra))
     check_memory(checkpoint, rows, memory_cap, extra)
     finite.require(checkpoint, finite.outside(checkpoint))  # the walk finds those of the layers
-    spooled = stream.must_spool(checkpoint, rows, memory_cap, _held(checkpoint, rows, extra))
+    spooled = memory.must_spool(checkpoint, rows, memory_cap, _held(checkpoint, rows, extra))
     directory.mkdir(parents=True, exist_ok=True)
     sweep(directory)
     _same_inputs(directory, {"model": checkpoint.identity(), "data": rows.digest(), "extra": ", ".join(extra)})
     if len(list(directory.glob("block-*.safetensors"))) < len(checkpoint.arch.layers):
-        rounds = len(stream.micro_batches(rows)) if "contributions" in extra else None
+        rounds = len(batches.micro_batches(rows)) if "contributions" in extra else None
         observer = Statistics(checkpoint.arch, directory, save_every_s, rounds)
         spool = directory if spooled else None
         streamed = stream.walk(model, rows, observer, _resume(directory, spooled), "calibrate: block", spool)
@@ -164,8 +166,8 @@ def calibrate_in_parts(
     all rows, by which the files are returned. Not resumable. Raises as ``calibrate``."""
     checkpoint = Checkpoint(model)
     require_cuttable(checkpoint.arch)
-    stream.check_memory(checkpoint, rows, memory_cap)
-    ends = [part.stop for part in stream.micro_batches(rows)]
+    memory.check_memory(checkpoint, rows, memory_cap)
+    ends = [part.stop for part in batches.micro_batches(rows)]
     stops = sorted({next(end for end in ends if end >= min(count, rows.count)) for count in (*counts, rows.count)})
     directories = {stop: directory / str(stop) for stop in stops}
     for each in directories.values():
@@ -179,8 +181,8 @@ def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, e
     if unknown := sorted({*extra} - {*EXTRA}):
         raise UsageError(f"unknown extra statistics {', '.join(unknown)}", f"choose of {', '.join(EXTRA)}")
     held = _held(checkpoint, rows, extra)
-    spooled = stream.must_spool(checkpoint, rows, cap, held)
-    needed = stream.required_bytes(checkpoint, rows, spooled) + held
+    spooled = memory.must_spool(checkpoint, rows, cap, held)
+    needed = memory.required_bytes(checkpoint, rows, spooled) + held
     return max(needed, gradients.check_memory(checkpoint, rows, cap)) if "gradients" in extra else needed
 
 
@@ -195,7 +197,7 @@ def contribution_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
     sizes, hidden = checkpoint.arch.layer_sizes(0), checkpoint.arch.sizes["hidden"]
     wide = sizes["group"] * sizes["head_dim"]
     attention = sizes["kv_head"] * wide
-    tokens = stream.micro_batch(rows) * rows.length
+    tokens = batches.micro_batch(rows) * rows.length
     matrices = (sizes["ffn"] + attention) * hidden + sizes["kv_head"] * wide**2
     return 4 * (matrices + tokens * (4 * sizes["ffn"] + 2 * attention + hidden))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import lm
 from .base.errors import UsageError
-from .head import Streamed
+from .stream.head import Streamed
 from .text.corpus import Rows
 
 TOKENS_AT_ONCE = 1024

@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from . import lm, stream
+from . import lm
 from .base.errors import PareError, UsageError
 from .divergence import measure
-from .kept import end_of
 from .model import finite
 from .model.checkpoint import Checkpoint
 from .model.hub_name import called
 from .sources.open_model import StrPath, opened
 from .store.arrays import MOST_NATS, Metrics
+from .stream import memory, walk as stream
+from .stream.kept import end_of
 from .text.corpus import Rows
 
 
@@ -42,8 +43,8 @@ def evaluate(
     checkpoint = Checkpoint(model)
     if teacher is not None:
         lm.require_same_tokens(model, teacher)
-    head = stream.head_bytes(Checkpoint(teacher)) if teacher is not None else 0
-    spooled = stream.must_spool(checkpoint, rows, memory_cap, head)
+    head = memory.head_bytes(Checkpoint(teacher)) if teacher is not None else 0
+    spooled = memory.must_spool(checkpoint, rows, memory_cap, head)
     rows.require_known(checkpoint.arch.sizes["vocab"])
     predicted = np.maximum(rows.lengths - 1, 0)
     if predicted.sum() < 2:

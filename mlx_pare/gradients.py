@@ -1,10 +1,10 @@
 """How the loss would move with every unit: exact gradients of a language model with one block in memory at a time.
 
-Forward as everywhere (stream.py), but the hidden states before every block are kept. The loss is the sum over the rows
-of the nats of their predicted tokens; its gradient at the last hidden states is computed in chunks of the vocabulary.
-Then backward, the last block first: each is loaded anew and differentiated (mx.vjp) once, with the inputs of down_proj
-and o_proj multiplied by masks of ones [rows, units]. What comes out for a mask is the slope of a row's loss with that
-unit; what comes out for the hidden states is the cotangent of the block before.
+Forward as everywhere (stream/walk.py), but the hidden states before every block are kept. The loss is the sum over the
+rows of the nats of their predicted tokens; its gradient at the last hidden states is computed in chunks of the
+vocabulary. Then backward, the last block first: each is loaded anew and differentiated (mx.vjp) once, with the inputs
+of down_proj and o_proj multiplied by masks of ones [rows, units]. What comes out for a mask is the slope of a row's
+loss with that unit; what comes out for the hidden states is the cotangent of the block before.
 
 Memory: hidden states x (layers + 3) of few rows (MOST_ROWS), and one block with the activations of a micro-batch and
 their gradients.
@@ -18,14 +18,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import lm, stream
+from . import lm
 from .arch import Architecture
 from .base.console import progress
 from .base.errors import PareError
 from .divergence import Running
 from .lm.cpu_math import MOST_KEPT
 from .model.checkpoint import Checkpoint
-from .observers import replace_module
+from .stream import batches, memory, walk as stream
+from .stream.taps import replace_module
 from .tensors.packed import dense_rows
 from .text.corpus import Extent, Rows
 
@@ -73,17 +74,17 @@ def measure(model: Path, rows: Rows) -> dict[str, mx.array]:
 def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None) -> int:
     """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
     few = used(rows)
-    return stream.check_memory(checkpoint, few, cap, held_bytes(checkpoint, few))
+    return memory.check_memory(checkpoint, few, cap, held_bytes(checkpoint, few))
 
 
 def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
     """What the gradients of these rows need beyond a plain walk: the states before every block, after the last, the
     cotangents before and after a block; what a micro-batch computes is kept until it is differentiated, and on the CPU
     backend the expanded matrices with it."""
-    arch, value = checkpoint.arch, stream.state_width(checkpoint)
+    arch, value = checkpoint.arch, memory.state_width(checkpoint)
     states = (len(arch.layers) + 3) * rows.count * rows.length * arch.sizes["hidden"] * value
     block = sum(t.size for t in arch.tensors() if t.layer == 0)
-    computed, kept = 2 * stream.activation_bytes(checkpoint, rows), _swift_kept(arch, rows)
+    computed, kept = 2 * memory.activation_bytes(checkpoint, rows), _swift_kept(arch, rows)
     if not lm.cpu_backend():
         return states + computed
     return states + 4 * block + (max(computed, kept) if kept <= MOST_KEPT else computed)
@@ -91,13 +92,13 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
 
 def _swift_kept(arch: Architecture, rows: Rows) -> int:
     """What a micro-batch keeps under backend.swift."""
-    return lm.swift_kept(arch, stream.micro_batches(rows)[0].stop * rows.length)
+    return lm.swift_kept(arch, batches.micro_batches(rows)[0].stop * rows.length)
 
 
 def _joined(rows: Rows, micro_batch: Callable[[slice], tuple[mx.array, ...]]) -> list[mx.array]:
     """What a function of the rows of a micro-batch gives, for all of them."""
     pieces = []
-    for part in stream.micro_batches(rows):
+    for part in batches.micro_batches(rows):
         pieces.append(micro_batch(part))
         mx.eval(pieces[-1])
     joined = [mx.concatenate(same) for same in zip(*pieces, strict=True)]
@@ -116,7 +117,7 @@ class _Kept(stream.Observer):
     def called(self, index: int, x: mx.array, args: tuple, kwargs: dict) -> None:
         mx.eval(x)
         for value in (*args, *kwargs.values()):
-            if stream.per_row(value, self.rows) and mx.issubdtype(value.dtype, mx.floating):
+            if batches.per_row(value, self.rows) and mx.issubdtype(value.dtype, mx.floating):
                 raise PareError("gradients cannot follow blocks that hand on more than hidden states")
         self.states.append(x)
         self.calls.append((args, kwargs))
@@ -189,7 +190,7 @@ class _Backward:
         what goes in [rows, length, hidden]."""
 
         def share(value: Any) -> Any:
-            return value[part] if stream.per_row(value, self.rows) else value
+            return value[part] if batches.per_row(value, self.rows) else value
 
         def run(x: mx.array, *masks: mx.array) -> mx.array:
             for site, mask in zip(self.sites, masks, strict=True):

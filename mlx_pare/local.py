@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import divergence, lm, stream
+from . import divergence, lm
 from .arch import Tensor
 from .base import console
 from .base.errors import PareError, Refused, UsageError
@@ -36,6 +36,7 @@ from .store import step_files
 from .store.arrays import Arrays, survivors
 from .store.atomic import created, is_ours, refuse_existing, replace_file
 from .store.schema import dump_json
+from .stream import batches, memory, walk as stream
 from .text.corpus import Extent, Rows
 
 FLOOR = 0.01  # of the mean energy of the channels: none weighs more than a hundred average ones
@@ -145,11 +146,11 @@ def check_memory(
     student: Checkpoint, teacher: Checkpoint, rows: Rows | Extent, options: Options, cap: int | None
 ) -> int:
     """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise."""
-    state = rows.count * rows.length * student.arch.sizes["hidden"] * stream.state_width(student)
+    state = rows.count * rows.length * student.arch.sizes["hidden"] * memory.state_width(student)
     training = training_bytes(student, rows, options)
     instead = f" and training a block {gb(training)}), or a smaller batch"
-    needed = stream.check_memory(student, rows, cap, state + training, instead)
-    return max(needed, stream.check_memory(teacher, rows, cap, state))
+    needed = memory.check_memory(student, rows, cap, state + training, instead)
+    return max(needed, memory.check_memory(teacher, rows, cap, state))
 
 
 # ---- on the disk ----
@@ -295,7 +296,7 @@ class _Healer(stream.Observer):
         return lm.for_backend(block)
 
     def _run(self, block: nn.Module, rows: Any) -> mx.array:
-        args, kwargs = stream.shares(self.rows, rows, self.args, self.kwargs)
+        args, kwargs = batches.shares(self.rows, rows, self.args, self.kwargs)
         after = block(self.x[rows], *args, **kwargs)
         return (after[0] if isinstance(after, tuple) else after).astype(mx.float32)
 
@@ -308,7 +309,7 @@ class _Healer(stream.Observer):
         training rows, with a floor, so that a few channels with large values do not decide everything; divided by the
         number of channels, so that a block that adds nothing misses about 1 per token."""
         sums = mx.zeros(self.x.shape[-1])
-        for part in stream.micro_batches(self.rows.first(self.count)):
+        for part in batches.micro_batches(self.rows.first(self.count)):
             sums = sums + (mx.square(self._missing(part)) * self.mask[part][..., None]).sum(axis=(0, 1))
             mx.eval(sums)
         energy = sums / self.mask[: self.count].sum()
@@ -326,7 +327,7 @@ class _Healer(stream.Observer):
     def _error(self, block: nn.Module) -> float:
         """The weighted share of what the block has to add that is missed, in squares, on the rows that judge."""
         missed = added = 0.0
-        for part in stream.micro_batches(self.rows, self.count):
+        for part in batches.micro_batches(self.rows, self.count):
             added += ((mx.square(self._missing(part)) * self.weights).sum(axis=-1) * self.mask[part]).sum().item()
             missed += (self._missed(block, part) * self.mask[part]).sum().item()
         return missed / max(added, 1e-30)

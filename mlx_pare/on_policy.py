@@ -19,11 +19,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import lm, stream, teacher
+from . import lm, teacher
 from .base.errors import UsageError
 from .lm import distributed
 from .model.checkpoint import Checkpoint
 from .options.values import SHARE, require
+from .stream import memory, walk as stream
 from .text.corpus import Extent, Rows
 
 ROUND = 25  # steps at most that are trained on samples of the same student
@@ -147,9 +148,9 @@ def judge_of(path: Path, places: teacher.Places | None) -> Callable[[Rows], Less
 def work_bytes(student: Checkpoint, original: Checkpoint, rows: Rows | Extent, at_once: int) -> int:
     """The most that sampling ``rows``, or the teacher's walk over them, takes beside the student and what is held of
     its training: one comes after the other. An estimate."""
-    arch, value = student.arch, stream.state_width(student)
+    arch, value = student.arch, memory.state_width(student)
     count, prompt = min(at_once, rows.count), prompt_length(rows.length)
     cached = 2 * arch.largest("kv_head") * arch.largest("head_dim") * len(arch.layers) * rows.length
     units = 3 * arch.largest("ffn") + 8 * arch.sizes["hidden"] + arch.largest("kv_head", "group") * prompt
     sampling = count * (2 * cached * value + prompt * units * value + 4 * arch.sizes["vocab"] * 4)
-    return max(sampling, stream.required_bytes(original, rows))
+    return max(sampling, memory.required_bytes(original, rows))

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import choose_sizes, contenders, kept, lm, recipes, schedule, steps
+from . import choose_sizes, contenders, lm, recipes, schedule, steps
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb, readable
@@ -39,6 +39,7 @@ from .store import step_files
 from .store.arrays import MOST_NATS, Metrics, Plan
 from .store.places import CONTENDERS, name_of
 from .store.rundir import Run
+from .stream import kept
 from .text import corpus
 from .text.splits import VALIDATION_ROWS, Texts
 from .verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict

@@ -27,18 +27,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import divergence, gptq, lm, stream
+from . import divergence, gptq, lm
 from .arch import Architecture
 from .base.errors import PareError, Refused
 from .base.units import gb
 from .layout import layout
 from .least_squares import Cost
 from .model.checkpoint import Checkpoint
-from .observers import replace_module
 from .site import Site, parts, solve_costs
 from .sources.open_model import StrPath, opened
 from .store.arrays import Arrays, LayerPlan, Plan
 from .store.places import repair_file
+from .stream import memory, walk as stream
+from .stream.taps import replace_module
 from .tensors.packed import MX_DTYPE, Packed, relative_error
 from .text.corpus import Extent, Rows
 
@@ -125,14 +126,14 @@ def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, p
     """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
     held = held_bytes(checkpoint, rows, plans)
     instead = f"; --no-reconstruct needs {gb(held)} less"
-    return stream.check_memory(checkpoint, rows, cap, held, instead)
+    return memory.check_memory(checkpoint, rows, cap, held, instead)
 
 
 def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent, plans: int = 1) -> int:
     """What pruned streams of so many plans need beyond a plain walk: more hidden states, the inputs of both matrices,
     and what the wider one takes to be solved, in the form that it will be. With more plans than one, what the dense
     block gave is there until the last of them has gone through it."""
-    arch, value = checkpoint.arch, stream.state_width(checkpoint)
+    arch, value = checkpoint.arch, memory.state_width(checkpoint)
     sizes = arch.layer_sizes(0)
     attention = sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
     states = (6 if behind_norm(arch, 0) else 3) + (2 * (plans - 1) if plans > 1 else 0)

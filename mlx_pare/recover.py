@@ -21,12 +21,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import divergence, lm, local, on_policy, stream, targets, teacher
+from . import divergence, lm, local, on_policy, targets, teacher
 from .base import console, machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
 from .base.untrusted import read_json
-from .kept import end_of
 from .lm import distributed
 from .model import replace_tensors
 from .model.checkpoint import Checkpoint
@@ -37,6 +36,8 @@ from .store import step_files
 from .store.arrays import survivors
 from .store.atomic import created, refuse_existing, remove, replace_file, working
 from .store.schema import dump_json
+from .stream import memory, walk as stream
+from .stream.kept import end_of
 from .student import merged, prepare, resident
 from .text.corpus import Rows
 from .text.domains import Domains, Sampler
@@ -56,8 +57,8 @@ def recover(
 ) -> dict[str, Any]:
     """Write the healed model to ``out``; returns validation KL before and after, the curve, whether it helped.
 
-    ``original``: the teacher, any model with the student's tokenizer. ``work``: a directory for what a killed call
-    goes on from; it is removed in the end. ``kept``: where hidden states of the original are kept (kept.py). Raises
+    ``original``: the teacher, any model with the student's tokenizer. ``work``: a directory for what a killed call goes
+    on from; it is removed in the end. ``kept``: where hidden states of the original are kept (stream/kept.py). Raises
     UsageError for options there are not, Refused when ``out`` exists, the tokenizers differ or the training does not
     fit in memory, Diverged when the loss is not a number any more.
     """
@@ -117,7 +118,7 @@ class _Job:
             needed = check_memory(*sizes, options, self.memory_cap, matched)
             self.swift = self._swift(*sizes, options, self.memory_cap or machine.available_bytes(), matched)
             console.say(f"recover: {options.method}, {options.objective.kind} divergence, takes about {gb(needed)}")
-        stream.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
+        memory.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
         if distributed.this()[0] == 0:  # who validates
             self.judge = teacher.Whole(self._end_of(self.validation.rows, "teacher, validation: block"))
         found = {
@@ -206,7 +207,7 @@ class _Job:
         if options.top is None or watched:
             matched = len(places.own) if places else 0
             held = teacher.held_bytes(Checkpoint(self.original), rows, matched, options.top is None)
-            stream.check_memory(Checkpoint(self.original), rows, self.memory_cap, held, "; or --targets 64")
+            memory.check_memory(Checkpoint(self.original), rows, self.memory_cap, held, "; or --targets 64")
             if watched:
                 streamed = stream.walk(self.original, rows, watched, what="teacher: block")
             else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import lm, on_policy, stream, targets, teacher
+from . import lm, on_policy, targets, teacher
 from .base import machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
@@ -19,6 +19,7 @@ from .options import option
 from .options.option import setting
 from .options.settings import GeneralOptions, RecoveryOptions, TrainingOptions
 from .options.values import COUNT, FROM_NONE, MOST, SEED, WEIGHT, above
+from .stream import memory
 from .student import trained_values
 from .text.corpus import Extent, Rows
 from .training import Course
@@ -100,7 +101,7 @@ def required_bytes(
     Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more,
     gradients that are accumulated another. ``swift``: when the steps compute under backend.swift.
     """
-    value = 4 if options.method == "full" else stream.state_width(student)
+    value = 4 if options.method == "full" else memory.state_width(student)
     arch = student.arch
     weights = sum(t.size for t in arch.tensors()) * value
     if options.method != "full" and not lm.cpu_backend():

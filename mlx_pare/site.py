@@ -11,11 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import stream
 from .base.errors import PareError
 from .least_squares import Cost, Dual, Problem, cost, damping_for
 from .model.checkpoint import Checkpoint
-from .observers import replace_module
+from .stream import walk as stream
+from .stream.taps import replace_module
 from .tensors.packed import dense_weight
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import lm, stream
+from . import lm
 from .arch import Architecture
 from .base.errors import UsageError
 from .calibrate import calibrate, calibrate_in_parts
@@ -37,6 +37,7 @@ from .steps import plan_of
 from .store.arrays import Arrays, Plan
 from .store.rundir import Run, fingerprint
 from .store.schema import dump_json
+from .stream import batches
 from .text import provenance
 from .text.corpus import Rows
 from .text.splits import Texts
@@ -232,7 +233,7 @@ def drawn(rows: Rows, samples: int, order: np.ndarray, draws: int = DRAWS) -> tu
     """All rows of a text, and the order drawn by lot (domains.lot) whose first are the calibration rows -> those, and
     so many draws that share none, as many rows each as there are samples, or as the text allows, in whole
     micro-batches. Raises UsageError for too short a text."""
-    step = stream.micro_batches(rows)[0].stop
+    step = batches.micro_batches(rows)[0].stop
     each = min(samples, rows.count // max(1, draws))
     each = each if each == samples else each // step * step
     if draws and not each:

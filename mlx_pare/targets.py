@@ -27,7 +27,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import head, stream
 from .base import machine
 from .base.console import progress
 from .base.errors import PareError, Refused, UsageError, shell
@@ -36,6 +35,7 @@ from .divergence import TOKENS_AT_ONCE
 from .model.checkpoint import Checkpoint
 from .store import step_files
 from .store.atomic import replace_file, sweep
+from .stream import batches, head, memory, walk as stream
 from .text.corpus import Rows
 
 SCHEMA = 1
@@ -321,7 +321,7 @@ def _begin(checkpoint: Checkpoint, rows: Rows, out: Path, k: int, temperature: f
         raise UsageError(
             f"the data holds {rows.total} tokens up to {rows.tokens.max(initial=0)}, the model knows {vocab}"
         )
-    step = stream.micro_batches(rows)[0].stop
+    step = batches.micro_batches(rows)[0].stop
     about = {"schema": SCHEMA, "model": checkpoint.identity(), "data": rows.digest(), "vocab": vocab, "k": k}
     about |= {"temperature": float(temperature), "rows_per_part": step * max(1, PART_TOKENS // (step * rows.length))}
     if out.exists() and not out.is_dir():
@@ -352,7 +352,7 @@ def _check_disk(targets: Targets, left: int, budget: int | None) -> None:
 
 def _check_memory(targets: Targets, checkpoint: Checkpoint, parts: list[int], cap: int | None) -> int:
     """The estimate for some parts in one turn: a walk, and logits of which the most likely are looked for."""
-    return stream.check_memory(checkpoint, _rows(targets, parts), cap, 2 * head.CHUNK_BYTES)
+    return memory.check_memory(checkpoint, _rows(targets, parts), cap, 2 * head.CHUNK_BYTES)
 
 
 def _at_once(targets: Targets, checkpoint: Checkpoint, missing: list[int], cap: int | None) -> list[int]:
@@ -360,7 +360,7 @@ def _at_once(targets: Targets, checkpoint: Checkpoint, missing: list[int], cap: 
     limit = cap or machine.available_bytes()
     for count in range(min(PARTS_AT_ONCE, len(missing)), 1, -1):
         rows = _rows(targets, missing[:count])
-        if stream.required_bytes(checkpoint, rows) + 2 * head.CHUNK_BYTES <= limit:
+        if memory.required_bytes(checkpoint, rows) + 2 * head.CHUNK_BYTES <= limit:
             return missing[:count]
     _check_memory(targets, checkpoint, missing[:1], cap)
     return missing[:1]

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from . import stream
 from .base.errors import PareError
 from .model.checkpoint import Checkpoint
+from .stream import memory, walk as stream
 from .text.corpus import Extent, Rows
 
 
@@ -77,5 +77,5 @@ def places(survivors: dict[str, Any], teacher: Checkpoint) -> Places:
 def held_bytes(teacher: Checkpoint, rows: Rows | Extent, matched: int, whole: bool = True) -> int:
     """What stays in memory of the teacher for ``rows``: hidden states at ``matched`` places and, where the ``whole``
     vocabulary is asked for, the final ones and its head."""
-    states = rows.count * rows.length * teacher.arch.sizes["hidden"] * stream.state_width(teacher) * (whole + matched)
-    return states + whole * stream.head_bytes(teacher)
+    states = rows.count * rows.length * teacher.arch.sizes["hidden"] * memory.state_width(teacher) * (whole + matched)
+    return states + whole * memory.head_bytes(teacher)

@@ -22,12 +22,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import divergence, lm, stream
+from . import divergence, lm
 from .arch import Architecture
 from .base.errors import Refused
 from .model.checkpoint import Checkpoint
-from .observers import replace_module
 from .site import Site, solve_costs
+from .stream import memory, walk as stream
+from .stream.taps import replace_module
 from .tensors.packed import pack, packed_so, stored_dtype
 from .tensors.packing import Packing
 from .text.corpus import Extent, Rows
@@ -171,14 +172,14 @@ def check_memory(
     checkpoint: Checkpoint, calibration: Rows | Extent, held: Rows | Extent, count: int, cap: int | None
 ) -> int:
     """The estimate of memory of so many candidates side by side, if it is under ``cap``. Raises Refused otherwise."""
-    value, sizes, rows = stream.state_width(checkpoint), checkpoint.arch.layer_sizes(0), calibration.joined(held)
+    value, sizes, rows = memory.state_width(checkpoint), checkpoint.arch.layer_sizes(0), calibration.joined(held)
     streams = (count + 1) * held.count * held.length * sizes["hidden"] * value
     inputs = rows.count * rows.length * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
     solved = max(each.nbytes for each in solve_costs(checkpoint, calibration.total)) if calibration.count else 0
     widths = min(count, sizes["kv_head"]) * sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
     widths += min(count, MOST_WIDTHS) * sizes["ffn"]  # each has a matrix of its own while its block is there
     solved += 4 * sizes["hidden"] * widths
-    return stream.check_memory(checkpoint, rows, cap, streams + inputs + solved, "; or leave out trials: --widths even")
+    return memory.check_memory(checkpoint, rows, cap, streams + inputs + solved, "; or leave out trials: --widths even")
 
 
 class _SideBySide(stream.Observer):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import kept, pipeline, unused
+from mlx_pare import pipeline, unused
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.export import export
@@ -16,6 +16,7 @@ from mlx_pare.options.settings import Settings
 from mlx_pare.sources import hub_cache
 from mlx_pare.store.arrays import Metrics
 from mlx_pare.store.rundir import Run
+from mlx_pare.stream import kept
 from mlx_pare.text import corpus
 from mlx_pare.verdict import verdict
 

@@ -15,12 +15,13 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import gradients, stream
+from mlx_pare import gradients
 from mlx_pare.base.errors import Refused, UsageError
 from mlx_pare.calibrate import EXTRA, SITES, Statistics, calibrate, check_memory
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.spool import Spool, Spooled
 from mlx_pare.store.arrays import Arrays
+from mlx_pare.stream import batches, memory
+from mlx_pare.stream.spool import Spool, Spooled
 from mlx_pare.text.corpus import Rows
 
 LAYERS = 4
@@ -67,7 +68,7 @@ def test_statistics(pico_models, tmp_path, family, packed, data):
 @pytest.mark.parametrize("micro_batch", [1, 32])
 def test_statistics_over_micro_batches(pico_models, tmp_path, monkeypatch, micro_batch):
     """The greatest value, and the mean of each row, do not lie in the last micro-batch only."""
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", micro_batch)
     check(pico_models("gemma3_text"), PADDED, tmp_path / "s")
 
 
@@ -339,8 +340,8 @@ def test_unknown_extra(pico_models, tmp_path):
 def test_spooled(pico_models, tmp_path, monkeypatch):
     """Under a cap that states do not fit: the same bytes, also when killed after any block; nothing is left behind."""
     model, data = pico_models("llama"), rows(64, 64)
-    cap = stream.required_bytes(Checkpoint(model), data, spooled=True)
-    assert cap < stream.required_bytes(Checkpoint(model), data)
+    cap = memory.required_bytes(Checkpoint(model), data, spooled=True)
+    assert cap < memory.required_bytes(Checkpoint(model), data)
     expected = calibrate(model, data, tmp_path / "whole").read_bytes()
     assert calibrate(model, data, tmp_path / "spooled", memory_cap=cap).read_bytes() == expected
     assert [f.name for f in (tmp_path / "spooled").iterdir()] == ["stats.safetensors"]

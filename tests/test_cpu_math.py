@@ -11,8 +11,9 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import lm, stream
+from mlx_pare import lm
 from mlx_pare.lm import blas, cpu_math
+from mlx_pare.stream import walk as stream
 from mlx_pare.text.corpus import Rows
 
 STOCK = {name: getattr(mx, name) for name in ("exp", "sigmoid", "tanh", "softmax", "logsumexp")}

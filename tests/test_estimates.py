@@ -6,11 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pare import gradients, lm, local, on_policy, recover_options, stream, teacher, trial
+from mlx_pare import gradients, lm, local, on_policy, recover_options, teacher, trial
 from mlx_pare.block_training import Options as BlockOptions
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.reconstruct import held_bytes as reconstruct_bytes
 from mlx_pare.recover_options import Options
+from mlx_pare.stream import memory
 from mlx_pare.text.corpus import Rows
 
 MANY = 1 << 50
@@ -21,7 +22,7 @@ def rows(count: int, length: int = 64) -> Rows:
 
 
 ESTIMATES = {
-    "a walk": lambda c, r: stream.required_bytes(c, r),
+    "a walk": lambda c, r: memory.required_bytes(c, r),
     "reconstruct": reconstruct_bytes,
     "gradients": gradients.held_bytes,
     "the teacher's states": lambda c, r: teacher.held_bytes(c, r, 0),
@@ -49,6 +50,6 @@ def test_house_15_the_head_is_counted_once_as_it_is_stored(pico_models, family, 
     checkpoint = Checkpoint(pico_models(family, packed))
     name = "model.embed_tokens" if checkpoint.arch.tied else "lm_head"
     stored = [e.nbytes for n, e in checkpoint.entries.items() if n.rpartition(".")[0] == name]
-    assert stored and stream.head_bytes(checkpoint) == sum(stored)
+    assert stored and memory.head_bytes(checkpoint) == sum(stored)
     none = teacher.held_bytes(checkpoint, rows(1), 0, whole=False)
-    assert teacher.held_bytes(checkpoint, rows(1), 0) - none - 64 * 64 * stream.state_width(checkpoint) == sum(stored)
+    assert teacher.held_bytes(checkpoint, rows(1), 0) - none - 64 * 64 * memory.state_width(checkpoint) == sum(stored)

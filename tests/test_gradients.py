@@ -12,9 +12,10 @@ import pytest
 import reference
 import reference_criteria
 
-from mlx_pare import gradients, head, lm, stream
+from mlx_pare import gradients, lm
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.stream import batches, head
 from mlx_pare.text.corpus import Rows
 
 DATA = Rows(
@@ -101,7 +102,7 @@ def whole_gradient(path: Path, data: Rows) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("family", ["llama", "llama-untied", "qwen2", "gemma3_text"])
 def test_whole_model(pico_models, monkeypatch, family, micro_batch):
     """Every unit of every layer, and the cotangents between the blocks."""
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", micro_batch)
     model = pico_models(family)
     found, expected = numpy(gradients.measure(model, DATA)), {}
     for name, slope in whole_gradient(model, DATA).items():

@@ -13,13 +13,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pare import contenders, kept, pipeline, recover_options, steps, stream
+from mlx_pare import contenders, pipeline, recover_options, steps
 from mlx_pare.base.errors import Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.reconstruct import check_memory, reconstruct, reconstruct_all
 from mlx_pare.status import expected
 from mlx_pare.store.arrays import Plan
+from mlx_pare.stream import kept, memory as stream_memory, walk as stream
 from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.default_rng(3).integers(0, 500, (7, 24)))
@@ -78,7 +79,7 @@ def test_the_original_is_walked_once_over_the_test_rows(pico_models, settings, t
 
 @pytest.mark.parametrize("spooled", [False, True])
 def test_kept_states_are_those_of_the_walk(pico_models, tmp_path, monkeypatch, walks, spooled):
-    monkeypatch.setattr(stream, "must_spool", lambda *_: spooled)
+    monkeypatch.setattr(stream_memory, "must_spool", lambda *_: spooled)
     model = pico_models("qwen3", (4, 32))
     wanted = stream.walk(model, ROWS)
     first, again = (kept.end_of(model, ROWS, tmp_path) for _ in range(2))

@@ -19,13 +19,14 @@ import test_uneven
 from mlx.utils import tree_flatten
 from test_recover import files, same_packing_and_shapes, stored
 
-from mlx_pare import block_training, head, stream
+from mlx_pare import block_training
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.block_training import METHODS, Matrix, Options
 from mlx_pare.local import block_ends, check_memory, local, training_bytes
 from mlx_pare.model import weights as quantized_weights
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.prune import prune
+from mlx_pare.stream import head, memory
 from mlx_pare.tensors import packed as quantized
 from mlx_pare.text.corpus import Rows
 
@@ -342,7 +343,7 @@ def test_the_estimate_holds(faulty, tmp_path, monkeypatch, method):
     active = mx.get_active_memory()
     local(student, teacher, rows, rows.first(8), tmp_path / "out", options)
     used = mx.get_peak_memory() - active
-    assert 0.4 * (estimate - stream.BASE_BYTES) < used < estimate - stream.BASE_BYTES
+    assert 0.4 * (estimate - memory.BASE_BYTES) < used < estimate - memory.BASE_BYTES
 
 
 def test_the_estimate_grows_with_method_batch_and_rows(faulty):

@@ -35,7 +35,7 @@ from test_prune import (
 )
 from test_recover import OPTIONS, RATES, cut, same_packing_and_shapes, stored, texts
 
-from mlx_pare import gptq, lm, pipeline, stream
+from mlx_pare import gptq, lm, pipeline
 from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.evaluate import evaluate
 from mlx_pare.export import export
@@ -50,6 +50,7 @@ from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS
 from mlx_pare.store.arrays import Plan
 from mlx_pare.store.places import repair_file
+from mlx_pare.stream import walk as stream
 from mlx_pare.tensors import minifloat, packed as quantized
 from mlx_pare.tensors.packed import Packed, pack, repacked, rounded_on
 from mlx_pare.tensors.packing import FLOAT_MODES, Packing

@@ -15,7 +15,7 @@ from test_export import GELU_TABLE, LONG, difference, needs_llama
 from test_prune import BROKEN, DENSE, PACKED, largest, logits, masked, plan_of, whole_groups
 from transformers import AutoConfig
 
-from mlx_pare import layout, lm, pipeline, stream
+from mlx_pare import layout, lm, pipeline
 from mlx_pare.arch import Keep, LayerKeep, can_keep, cut, describe, why_uniform
 from mlx_pare.arch.axes import dim, select
 from mlx_pare.base.errors import PareError
@@ -26,6 +26,7 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.prune import prune
 from mlx_pare.store.arrays import Plan
+from mlx_pare.stream import batches, walk as stream
 from mlx_pare.text.corpus import Rows
 
 HEADS = ("gemma2", "ministral3", "phi3", "smollm3")  # whose heads can be cut
@@ -198,7 +199,7 @@ def test_what_cannot_be_cut_says_why(pico_models, tmp_path, family, changes, fix
 @pytest.mark.parametrize("length", [20, 24])
 def test_a_factor_for_every_position_is_no_row(pico_models, monkeypatch, length):
     """ministral3 hands its blocks a column [length, 1], here as long as there are rows."""
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 100)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 100)
     rows = Rows.full(np.random.default_rng(0).integers(0, 500, (24, length)))
     source: Path = pico_models("ministral3")
     found = np.array(stream.walk(source, rows).all_logits(slice(None)))

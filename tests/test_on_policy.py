@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import lm, on_policy, stream
+from mlx_pare import lm, on_policy
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
 from mlx_pare.model.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from mlx_pare.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options, required_bytes, savings
 from mlx_pare.score import score
+from mlx_pare.stream import memory, walk as stream
 from mlx_pare.student import resident, trained_values
 from mlx_pare.teacher import Places
 from mlx_pare.text import corpus
@@ -239,9 +240,9 @@ def test_estimate_counts_the_teachers_walk_beside_the_student(cut, texts, pico_m
     batch_alone = needed(wide, on_policy=0.0)
     held = rows.count * LENGTH * 64 * 4
     resident_part = trained_values(student, "lora", 16) * 16 + sum(t.size for t in student.arch.tensors()) * 4
-    assert needed(wide) >= stream.required_bytes(wide, rows) + resident_part + held
+    assert needed(wide) >= memory.required_bytes(wide, rows) + resident_part + held
     assert needed(wide) > batch_alone
-    head = stream.head_bytes(
+    head = memory.head_bytes(
         original
     )  # of the walk over the text: it holds its embedding, as that over what was written
     assert needed(original, on_policy=0.5) - needed(original, on_policy=1.0) == (16 - 6) * LENGTH * 64 * 4 + head - (

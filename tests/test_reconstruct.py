@@ -18,7 +18,7 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import least_squares, lm, site, stream
+from mlx_pare import least_squares, lm, site
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.evaluate import evaluate
 from mlx_pare.least_squares import DAMPING, Cost
@@ -27,6 +27,7 @@ from mlx_pare.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.store.arrays import Arrays, LayerPlan, Plan, Size, Target
 from mlx_pare.store.places import repair_file
+from mlx_pare.stream import batches, memory, walk as stream
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows
 
@@ -55,7 +56,7 @@ NOTHING = dict.fromkeys(Size.model_fields, 0)
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Four rows at a time, and a rest of two."""
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 100)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 100)
     monkeypatch.setattr(least_squares, "DAMPING_OF_FEW", DAMPING)  # the references know one
 
 
@@ -506,7 +507,7 @@ def test_a_real_model_comes_nearer_on_other_text(demo):
 def test_target_without_the_error_of_the_stream_is_worse(demo, tmp_path, monkeypatch):
     """A planted fault: each matrix is asked for what the dense one gave, as behind a norm."""
     same_units = demo["plan"].model_copy(update={"criterion": "wanda"})
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 1024)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 1024)
     monkeypatch.setattr(module, "behind_norm", lambda arch, index: True)
     reconstruct(demo["path"], same_units, demo["data"], tmp_path / "repair")
     assert demo["divergence"](demo["repair"], "ours") < 0.9 * demo["divergence"](tmp_path / "repair", "fault")
@@ -541,7 +542,7 @@ def test_a_plan_that_does_not_suit(model, tmp_path):
 def test_too_little_memory_is_found_before_any_work(model, tmp_path, monkeypatch):
     path = model()
     monkeypatch.setattr(stream, "walk", lambda *_, **__: pytest.fail("began"))
-    plain = stream.required_bytes(Checkpoint(path), DATA)
+    plain = memory.required_bytes(Checkpoint(path), DATA)
     with pytest.raises(Refused, match="--memory-cap allows") as found:
         reconstruct(path, plan_of(path), DATA, tmp_path / "out", memory_cap=plain + 1)
     assert found.value.exit_code == 3 and "--no-reconstruct" in found.value.cure
@@ -554,7 +555,7 @@ def test_estimate_holds(pico_models, tmp_path, variant):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(site, "cost", lambda *_: Cost(False, 0, 0.0))
         path, data = pico_models(variant), Rows.full(RANDOM.integers(0, 500, (200, 64)))
-        estimate = stream.required_bytes(Checkpoint(path), data) + module.held_bytes(Checkpoint(path), data)
+        estimate = memory.required_bytes(Checkpoint(path), data) + module.held_bytes(Checkpoint(path), data)
     gc.collect()
     before = mx.get_active_memory()
     mx.reset_peak_memory()

@@ -10,7 +10,7 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import llama_cpp, lm, pipeline, stream
+from mlx_pare import llama_cpp, lm, pipeline
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.calibrate import Statistics, calibrate
 from mlx_pare.model.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.prune import prune
 from mlx_pare.store.arrays import Arrays, Plan
+from mlx_pare.stream import walk as stream
 from mlx_pare.tensors.packed import pack, relative_error
 from mlx_pare.tensors.packing import Packing
 from mlx_pare.text import corpus

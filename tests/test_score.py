@@ -17,7 +17,6 @@ import pytest
 import reference
 import reference_criteria
 
-from mlx_pare import stream
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.calibrate import EXTRA, calibrate
 from mlx_pare.model.checkpoint import Checkpoint
@@ -25,6 +24,7 @@ from mlx_pare.observers import sparsity
 from mlx_pare.options.settings import TABLE
 from mlx_pare.score import AXES, CRITERIA, criterion, depth, score, width
 from mlx_pare.store.arrays import Arrays
+from mlx_pare.stream import batches as stream_batches
 from mlx_pare.tensors import panels
 from mlx_pare.text.corpus import Rows
 
@@ -186,7 +186,7 @@ def test_taylor(pico_models, scored, tmp_path, family, packed, name, sums):
 @pytest.mark.parametrize("family", pico.FAMILIES)
 def test_iterative(pico_models, tmp_path, monkeypatch, family, packed, micro_batch):
     """After each micro-batch those channels went that were missed least, beside those that were gone already."""
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+    monkeypatch.setattr(stream_batches, "MICRO_BATCH_TOKENS", micro_batch)
     model = pico_models(family, packed)
     stats = calibrate(model, DATA, tmp_path / "s", extra=["contributions"])
     found = Arrays.load(score(model, stats, tmp_path / "scores.safetensors", "iterative"), "scores").arrays
@@ -218,7 +218,7 @@ def test_iterative_sees_what_is_gone(pico_models, tmp_path, monkeypatch):
     model = pico_models("llama")
     orders = []
     for micro_batch in (1, 1024):
-        monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+        monkeypatch.setattr(stream_batches, "MICRO_BATCH_TOKENS", micro_batch)
         stats = calibrate(model, DATA, tmp_path / str(micro_batch), extra=["contributions"])
         orders.append(Arrays.load(stats, "statistics").arrays["0.ffn.removal"])
     assert not np.array_equal(*orders)

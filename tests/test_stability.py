@@ -14,7 +14,7 @@ import pico
 import pytest
 import reference_criteria
 
-from mlx_pare import choose_sizes, lm, show, stability, steps, stream, tried
+from mlx_pare import choose_sizes, lm, show, stability, steps, tried
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate, calibrate_in_parts
 from mlx_pare.evaluate import evaluate
@@ -28,6 +28,7 @@ from mlx_pare.report import report
 from mlx_pare.score import score
 from mlx_pare.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
 from mlx_pare.store.arrays import Arrays, Plan
+from mlx_pare.stream import batches, walk as stream
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows
 from mlx_pare.text.splits import DEMO
@@ -41,7 +42,7 @@ ROWS = Rows(
 @pytest.fixture(autouse=True)
 def small_micro_batches(monkeypatch):
     """Two rows of 16 tokens at a time: parts end in the middle."""
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 32)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 32)
 
 
 def planned(model: Path, directory: Path, rows: Rows = ROWS, axes=("ffn", "kv_head"), keep: float = 0.6) -> Plan:

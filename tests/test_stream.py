@@ -12,14 +12,15 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import gradients, head, lm, local, on_policy, spool, stream, teacher, trial
-from mlx_pare.ahead import read_ahead
+from mlx_pare import gradients, lm, local, on_policy, teacher, trial
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.block_training import Options
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.reconstruct import held_bytes as pair_bytes
-from mlx_pare.spool import Spool
+from mlx_pare.stream import batches, head, memory, spool, walk as stream
+from mlx_pare.stream.prefetch import read_ahead
+from mlx_pare.stream.spool import Spool
 from mlx_pare.tensors import packed as quantized
 from mlx_pare.text.corpus import Rows
 
@@ -91,7 +92,7 @@ def test_llama_with_sliding_layers(pico_models, stored):
 @pytest.mark.parametrize("micro_batch", [24, 120, 10_000])
 def test_as_many_rows_as_tokens(pico_models, monkeypatch, family, micro_batch):
     """Then the mask [tokens, tokens] looks like a batch."""
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", micro_batch)
     changes = SLIDING if family == "llama" else {}
     check(pico_models(family, **changes), rows(24, 24))
 
@@ -102,7 +103,7 @@ def test_micro_batches(pico_models, monkeypatch, family, micro_batch):
     """One row at a time, and two with a rest."""
     model, data = pico_models(family), rows(5, 20)
     whole = streamed(model, data)
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", micro_batch)
     np.testing.assert_allclose(streamed(model, data), whole, rtol=0, atol=5e-5)  # of logits up to 60
 
 
@@ -195,18 +196,18 @@ def test_head_in_chunks(pico_models, monkeypatch, family, packed):
 def test_refuses_what_does_not_fit(pico_models):
     checkpoint, data = Checkpoint(pico_models("llama")), rows(100, 64)
     with pytest.raises(Refused, match="--memory-cap allows") as found:
-        stream.check_memory(checkpoint, data, 1000)
+        memory.check_memory(checkpoint, data, 1000)
     assert found.value.exit_code == 3 and "--samples" in found.value.cure
 
 
 def test_estimate_grows_with_the_rows_and_is_returned(pico_models):
     checkpoint, hidden = Checkpoint(pico_models("llama")), 64
     value = 4  # a float32 model, on any device
-    small, large = (stream.check_memory(checkpoint, rows(n, 64), 1 << 40) for n in (100, 200))
+    small, large = (memory.check_memory(checkpoint, rows(n, 64), 1 << 40) for n in (100, 200))
     assert large - small == 3 * 100 * 64 * hidden * value
-    stream.check_memory(checkpoint, rows(100, 64), small)
+    memory.check_memory(checkpoint, rows(100, 64), small)
     with pytest.raises(Refused):
-        stream.check_memory(checkpoint, rows(100, 64), small - 1)
+        memory.check_memory(checkpoint, rows(100, 64), small - 1)
 
 
 @pytest.mark.parametrize("dtype, width", [(mx.float32, 4), (mx.bfloat16, 2)])
@@ -215,12 +216,12 @@ def test_fault_4_states_are_as_wide_as_the_model_computes(pico_models, monkeypat
     monkeypatch.setattr(lm, "cpu_backend", lambda: False)
     checkpoint, few, many = Checkpoint(pico_models("llama", dtype=dtype)), rows(4, 256), rows(104, 256)
     states = 100 * 256 * 64 * width  # of the rows that are more; a micro-batch has four
-    assert stream.state_width(checkpoint) == width
+    assert memory.state_width(checkpoint) == width
 
     def grown(estimate) -> float:
         return (estimate(many) - estimate(few)) / states
 
-    assert grown(lambda data: stream.required_bytes(checkpoint, data)) == 3
+    assert grown(lambda data: memory.required_bytes(checkpoint, data)) == 3
     assert grown(lambda data: pair_bytes(checkpoint, data)) == 3 + (128 + 64) / 64
     assert grown(lambda data: gradients.held_bytes(checkpoint, data)) == 4 + 3
     assert grown(lambda data: local.check_memory(checkpoint, checkpoint, data, Options(batch=4), 1 << 40)) == 3 + 1
@@ -230,9 +231,9 @@ def test_fault_4_states_are_as_wide_as_the_model_computes(pico_models, monkeypat
 
 
 def test_free_memory_is_the_cap_when_none_is_given(pico_models, monkeypatch):
-    monkeypatch.setattr(stream.machine, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory.machine, "available_bytes", lambda: 1000)
     with pytest.raises(Refused, match="free are"):
-        stream.check_memory(Checkpoint(pico_models("llama")), rows(4, 8), None)
+        memory.check_memory(Checkpoint(pico_models("llama")), rows(4, 8), None)
 
 
 # ---- hidden states on disk ----
@@ -242,7 +243,7 @@ def test_free_memory_is_the_cap_when_none_is_given(pico_models, monkeypatch):
 @pytest.mark.parametrize("micro_batch", [40, 10_000])
 def test_spooled_is_the_same(pico_models, tmp_path, monkeypatch, family, micro_batch):
     """Bit for bit, and after every block there is one file."""
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", micro_batch)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", micro_batch)
     model, data, kept = pico_models(family, dtype=mx.bfloat16), rows(5, 20), []
     inside, ondisk = Watcher(), Watcher()
     whole = streamed(model, data, observer=inside)
@@ -287,15 +288,15 @@ def test_what_cannot_be_spooled_is_refused(pico_models, tmp_path, monkeypatch):
 def test_when_to_spool(pico_models, monkeypatch):
     """In memory where that fits, on disk where that does, refused where nothing does."""
     checkpoint, data = Checkpoint(pico_models("llama")), rows(200, 256)
-    inside, ondisk = (stream.required_bytes(checkpoint, data, spooled) for spooled in (False, True))
+    inside, ondisk = (memory.required_bytes(checkpoint, data, spooled) for spooled in (False, True))
     assert inside - ondisk == 3 * 196 * 256 * 64 * 4
-    assert not stream.must_spool(checkpoint, data, inside)
-    assert stream.must_spool(checkpoint, data, inside - 1) and stream.must_spool(checkpoint, data, inside, 1)
-    assert stream.must_spool(checkpoint, data, ondisk) and stream.must_spool(checkpoint, data, ondisk, 0, 10**9)
+    assert not memory.must_spool(checkpoint, data, inside)
+    assert memory.must_spool(checkpoint, data, inside - 1) and memory.must_spool(checkpoint, data, inside, 1)
+    assert memory.must_spool(checkpoint, data, ondisk) and memory.must_spool(checkpoint, data, ondisk, 0, 10**9)
     with pytest.raises(Refused, match="--memory-cap allows"):
-        stream.must_spool(checkpoint, data, ondisk, 1)
-    monkeypatch.setattr(stream.machine, "available_bytes", lambda: inside)
-    assert not stream.must_spool(checkpoint, data, None)
+        memory.must_spool(checkpoint, data, ondisk, 1)
+    monkeypatch.setattr(memory.machine, "available_bytes", lambda: inside)
+    assert not memory.must_spool(checkpoint, data, None)
 
 
 # ---- what is read ----

@@ -10,11 +10,12 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import lm, stream
+from mlx_pare import lm
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.footprint import parameters
 from mlx_pare.model.weights import read
 from mlx_pare.sources import catalogue
+from mlx_pare.stream import walk as stream
 from mlx_pare.tensors.packing import Packing
 from mlx_pare.text.corpus import Rows
 

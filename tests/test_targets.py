@@ -12,10 +12,11 @@ import pytest
 import reference
 import reference_targets
 
-from mlx_pare import head, lm, stream, targets
+from mlx_pare import lm, targets
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.divergence import between_top, kl
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.stream import batches, head, memory, walk as stream
 from mlx_pare.targets import Targets, collect, largest, pack, record, unpack
 from mlx_pare.text.corpus import Rows
 
@@ -32,7 +33,7 @@ def rows(count: int = 9, length: int = 12, seed: int = 0, padded: bool = True) -
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Nine rows are five parts, each a micro-batch of two rows, the last of one; heads see seven tokens at a time."""
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 24)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 24)
     monkeypatch.setattr(targets, "PART_TOKENS", 24)
     monkeypatch.setattr(targets, "TOKENS_AT_ONCE", 7)
 
@@ -209,11 +210,11 @@ def test_little_memory_takes_more_turns_and_gives_the_same_bytes(pico_models, tm
     collect(model, data, tmp_path / "whole", 16)
     for together, turns in ((1, [2, 2, 2, 2, 1]), (2, [4, 4, 1]), (4, [8, 1])):
         walked.clear()
-        cap = stream.required_bytes(checkpoint, data.first(2 * together)) + held
+        cap = memory.required_bytes(checkpoint, data.first(2 * together)) + held
         collect(model, data, tmp_path / str(together), 16, memory_cap=cap)
         assert walked == turns
         assert contents(tmp_path / str(together)) == contents(tmp_path / "whole")
-    cap = stream.required_bytes(checkpoint, data.first(2)) + held - 1
+    cap = memory.required_bytes(checkpoint, data.first(2)) + held - 1
     with pytest.raises(Refused, match="--memory-cap allows"):
         collect(model, data, tmp_path / "none", 16, memory_cap=cap)
     assert not (tmp_path / "none").exists()

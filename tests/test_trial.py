@@ -11,10 +11,11 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import head, least_squares, stream, trial
+from mlx_pare import least_squares, trial
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.least_squares import DAMPING
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.stream import batches, head, walk as stream
 from mlx_pare.text.corpus import Rows
 from mlx_pare.trial import Candidate, Tried, Width, try_out, whole
 
@@ -40,7 +41,7 @@ VARIANTS = {family: (family, {}) for family in (*pico.FAMILIES, "phi3", "olmo2")
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Four rows at a time, and a rest; calibration ends within a micro-batch."""
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 100)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 100)
     monkeypatch.setattr(least_squares, "DAMPING_OF_FEW", DAMPING)  # the references know one
 
 
@@ -203,7 +204,7 @@ def test_size_of_micro_batches_changes_no_more_than_rounding(model, monkeypatch,
     candidates = list(several(path).values())
     expected = try_out(path, candidates, DATA, HELD)
     for tokens in (24, 1000):
-        monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", tokens)
+        monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", tokens)
         found = try_out(path, candidates, DATA, HELD, expected.curves)
         assert found.kl == pytest.approx(expected.kl, rel=1e-3, abs=1e-6)
 
@@ -317,7 +318,7 @@ def test_what_does_not_fit_side_by_side_goes_one_after_the_other(model, monkeypa
 def test_stated_memory_is_enough(pico_models, monkeypatch):
     """Of MLX: nothing beside the states is as large as the inputs of the matrices, of all rows."""
     path = pico_models("llama", hidden_size=128, intermediate_size=1024, num_hidden_layers=2)
-    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 1024)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 1024)
     monkeypatch.setattr(head, "CHUNK_BYTES", 1 << 20)
     data, held = (Rows.full(RANDOM.integers(0, 500, (count, 128))) for count in (8, 120))
     made = [candidate(path, {1: {"ffn": 512}})]

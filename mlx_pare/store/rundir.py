@@ -4,7 +4,7 @@
     RUN/recipe.toml     exactly what was asked
     RUN/<step>/         the outputs of a step; RUN/<step>.partial/ while it works, renamed when it is done
     RUN/log.txt         what was said, and errors (base/log.py)
-    RUN/kept/           while a run works: what several steps need of the original (kept.py)
+    RUN/kept/           while a run works: what several steps need of the original (stream/kept.py)
 
 A step is skipped only when its parameters and the hashes of its inputs are the same and its outputs are whole. Big
 files are told apart by their size and some of their bytes, which is cheap; before the first work of a process all of
@@ -102,7 +102,7 @@ class Run:
         self._lock = self._acquire(locked)
         self._logged = ExitStack()
         self._locked = locked
-        self.kept: Path | None = None  # where several steps find what one of them made (kept.py); None: nowhere
+        self.kept: Path | None = None  # where several steps find what one of them made (stream/kept.py); None: nowhere
         self._sound = False  # whether the bytes of this run have been compared in this process
         try:
             self.manifest = self._open(model, identity, origin)

@@ -19,12 +19,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ... import stream
 from ...arch import Architecture
 from ...base.errors import PareError, UsageError
 from ...model.checkpoint import Checkpoint
-from ...observers import Tap, replace_module
 from ...store.atomic import replaced
+from ...stream import memory, walk as stream
+from ...stream.taps import Tap, replace_module
 from ...text.corpus import Rows
 from .. import header as gguf_header
 from ..architectures import target_of
@@ -180,7 +180,7 @@ def measure(
     checkpoint = Checkpoint(model)
     stored = table(checkpoint.arch, target_of(checkpoint), "f16")  # raises before anything is computed
     observer = Squares(checkpoint.arch)
-    spooled = stream.must_spool(checkpoint, rows, memory_cap)
+    spooled = memory.must_spool(checkpoint, rows, memory_cap)
     with TemporaryDirectory(dir=scratch) as directory:
         stream.walk(model, rows, observer, what="imatrix: block", spool=Path(directory) if spooled else None)
     sums = {r.name: observer.found[r.source.name] for r in stored if r.source and r.source.name in observer.found}

@@ -20,24 +20,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import head, lm
-from .ahead import read_ahead
-from .arch import Tensor
-from .base import machine
-from .base.console import progress
-from .base.errors import Refused
-from .base.units import gb
+from .. import lm
+from ..base.console import progress
+from ..model import finite
+from ..model.checkpoint import Checkpoint
+from ..model.weights import StoredEmbedding
+from ..tensors.packed import stored_dtype
+from ..text.corpus import Rows
+from . import head
+from .batches import micro_batches, shares
 from .head import Streamed
-from .model import finite
-from .model.checkpoint import Checkpoint
-from .model.weights import StoredEmbedding
+from .prefetch import read_ahead
 from .spool import InMemory, Spool, Spooled, placeholder
-from .tensors.packed import EXPANDED_BYTES, stored_dtype
-from .tensors.safetensors import DTYPE_BYTES
-from .text.corpus import Extent, Rows
-
-MICRO_BATCH_TOKENS = 1024
-BASE_BYTES = 250 << 20  # Python, MLX, the tokenizer and what else is loaded
 
 
 class Observer:
@@ -160,37 +154,6 @@ class _Walk:
         return block(x, *args, **kwargs)
 
 
-def micro_batch(rows: Rows | Extent) -> int:
-    """How many rows go through a block at a time."""
-    return min(rows.count, max(1, MICRO_BATCH_TOKENS // rows.length))
-
-
-def micro_batches(rows: Rows, first: int = 0) -> list[slice]:
-    """The rows, from ``first`` on, that go through a block at a time."""
-    step = max(1, micro_batch(rows))
-    return [slice(start, min(start + step, rows.count)) for start in range(first, rows.count, step)]
-
-
-def per_row(value: Any, rows: Rows) -> bool:
-    """Whether an argument of a block has a share for each row: an array whose first axis is the batch.
-
-    A boolean matrix is an attention mask [length, length] shared by all rows, also when there are as many rows; a
-    column is a factor for every position (ministral3).
-    """
-    if not isinstance(value, mx.array) or value.ndim < 2 or value.shape[0] != rows.count:
-        return False
-    return value.ndim > 2 or (value.dtype != mx.bool_ and value.shape[1] != 1)
-
-
-def shares(rows: Rows, part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a block for some of the rows (a slice or indices)."""
-
-    def share(value: Any) -> Any:
-        return value[part] if per_row(value, rows) else value
-
-    return tuple(map(share, args)), {k: share(v) for k, v in kwargs.items()}
-
-
 class _BlockProxy:
     """What the stock forward finds in place of a block."""
 
@@ -308,81 +271,3 @@ def advance(path: Path, rows: Rows, hidden: mx.array | None, start: int, stop: i
     except Enough:
         return until.hidden
     raise AssertionError(f"{path} has no block {stop - 1}")
-
-
-def required_bytes(checkpoint: Checkpoint, rows: Rows | Extent, spooled: bool = False) -> int:
-    """Estimate of the peak of a walk, the interpreter included (see the module's docstring)."""
-    arch, value = checkpoint.arch, state_width(checkpoint)
-    there = micro_batch(rows) if spooled else rows.count
-    states = 3 * there * rows.length * arch.sizes["hidden"] * value
-    block, expanded = [0] * len(arch.layers), [0] * len(arch.layers)
-    wide = 0
-    for tensor in arch.tensors():
-        if tensor.layer is not None:
-            block[tensor.layer] += _stored_bytes(checkpoint, tensor)
-            if 4 * tensor.size <= EXPANDED_BYTES:  # MLX may have these together, of wider ones a part at a time
-                expanded[tensor.layer] += 4 * tensor.size
-            else:
-                wide = 2 * EXPANDED_BYTES
-    more = max(expanded) + wide if lm.cpu_backend() else 0
-    running = max(block) + more + activation_bytes(checkpoint, rows)
-    return BASE_BYTES + states + max(running, head_bytes(checkpoint) + 4 * head.CHUNK_BYTES)
-
-
-def state_width(checkpoint: Checkpoint) -> int:
-    """Bytes of a number of the hidden states: of the dtype that the model computes in, float32 on the CPU backend."""
-    return 4 if lm.cpu_backend() else checkpoint.value_bytes
-
-
-def head_bytes(checkpoint: Checkpoint) -> int:
-    """What is in memory of a model once the walk is over: its head, as it is stored."""
-    outside = (t for t in checkpoint.arch.tensors() if t.layer is None)
-    role = "embed_tokens" if checkpoint.arch.tied else "lm_head"
-    return sum(_stored_bytes(checkpoint, tensor) for tensor in outside if tensor.spec.role == role)
-
-
-def _stored_bytes(checkpoint: Checkpoint, tensor: Tensor) -> int:
-    packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-    return packing.nbytes(*tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
-
-
-def activation_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
-    """What is computed inside a block for a micro-batch: an estimate."""
-    arch, hidden = checkpoint.arch, checkpoint.arch.sizes["hidden"]
-    heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
-    tokens = micro_batch(rows) * rows.length
-    units = 3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length
-    return tokens * units * state_width(checkpoint)
-
-
-def check_memory(
-    checkpoint: Checkpoint,
-    rows: Rows | Extent,
-    cap: int | None,
-    held: int = 0,
-    instead: str = "",
-    spooled: bool = False,
-) -> int:
-    """The estimate, with ``held`` bytes beside it, when it stays under ``cap`` (default: the memory that is free now).
-    Raises Refused otherwise; ``instead``: what else could be done about it."""
-    needed, limit = required_bytes(checkpoint, rows, spooled) + held, cap or machine.available_bytes()
-    if needed > limit:
-        states = 3 * rows.count * rows.length * checkpoint.arch.sizes["hidden"] * state_width(checkpoint)
-        aside = "lie on disk already" if spooled else f"take {gb(states)}"
-        raise Refused(
-            f"streaming {rows.count} x {rows.length} tokens through {checkpoint.path} needs about {gb(needed)}, "
-            f"{'--memory-cap allows' if cap else 'free are'} {gb(limit)}",
-            f"use fewer rows (--samples, in recovery --train-rows) or a shorter --length (hidden states {aside})"
-            f"{instead}",
-        )
-    return needed
-
-
-def must_spool(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, held: int = 0, beside: int = 0) -> bool:
-    """Whether hidden states have to lie on disk for a walk to stay under ``cap`` (default: the memory that is free
-    now), with ``held`` bytes in memory, and ``beside`` that would be spooled as well. Raises Refused when that would
-    not be enough."""
-    if required_bytes(checkpoint, rows) + held + beside <= (cap or machine.available_bytes()):
-        return False
-    check_memory(checkpoint, rows, cap, held, spooled=True)
-    return True

@@ -16,12 +16,12 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
-from . import stream
-from .base.errors import PareError
+from ..base.errors import PareError
+from ..model.checkpoint import Checkpoint
+from ..text.corpus import Rows
+from . import batches, memory, walk as stream
 from .head import Streamed
-from .model.checkpoint import Checkpoint
 from .spool import NAME, Spool
-from .text.corpus import Rows
 
 OURS = ("states-*", "repair-*", "walk.partial-*")
 
@@ -40,7 +40,7 @@ def end_of(
     if kept is None:
         return stream.walk(model, rows, what=what)
     if not has(model, rows, kept):
-        spooled = stream.must_spool(Checkpoint(model), rows, memory_cap)
+        spooled = memory.must_spool(Checkpoint(model), rows, memory_cap)
         kept.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=kept, prefix="walk.partial-") as scratch:
             keep(stream.walk(model, rows, what=what, spool=Path(scratch) if spooled else None), model, rows, kept)
@@ -62,7 +62,7 @@ def keep(streamed: Streamed, model: Path, rows: Rows, kept: Path) -> None:
     kept.mkdir(parents=True, exist_ok=True)
     file = _file(model, rows, kept)
     written = None
-    for part in stream.micro_batches(rows):
+    for part in batches.micro_batches(rows):
         states = streamed.hidden[part]
         if written is None:
             written = Spool.create(file.with_suffix(".tmp"), (rows.count, *states.shape[1:]), states.dtype)
@@ -72,7 +72,7 @@ def keep(streamed: Streamed, model: Path, rows: Rows, kept: Path) -> None:
 
 
 def _file(model: Path, rows: Rows, kept: Path) -> Path:
-    about = f"{Checkpoint(model).identity()} {rows.digest()} {stream.state_width(Checkpoint(model))}"
+    about = f"{Checkpoint(model).identity()} {rows.digest()} {memory.state_width(Checkpoint(model))}"
     return kept / f"states-{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
 
 

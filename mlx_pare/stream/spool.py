@@ -15,10 +15,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .base.errors import PareError
-from .tensors.packed import MX_DTYPE, raw_bytes
-from .tensors.safetensors import read_header
-from .tensors.shards import packed_header
+from ..base.errors import PareError
+from ..tensors.packed import MX_DTYPE, raw_bytes
+from ..tensors.safetensors import read_header
+from ..tensors.shards import packed_header
 
 NAME = "hidden"
 _NAMES = {dtype: name for name, dtype in MX_DTYPE.items()}

@@ -8,8 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..tensors.packed import dense_weight
 from .spool import Spool
-from .tensors.packed import dense_weight
 
 CHUNK_BYTES = 64 << 20
 

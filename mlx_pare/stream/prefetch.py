@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from .model.checkpoint import Checkpoint
+from ..model.checkpoint import Checkpoint
 
 AT_ONCE = 1 << 20
 
