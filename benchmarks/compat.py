@@ -33,8 +33,8 @@ from mlx_pare.base.errors import PareError  # noqa: E402
 from mlx_pare.check import check  # noqa: E402
 from mlx_pare.export import export, verify  # noqa: E402
 from mlx_pare.model.checkpoint import Checkpoint  # noqa: E402
-from mlx_pare.prune import prune  # noqa: E402
-from mlx_pare.store.arrays import LayerPlan, Plan, Size, Target  # noqa: E402
+from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target  # noqa: E402
+from mlx_pare.pruning.prune import prune  # noqa: E402
 
 TOKENS = 64
 CLOSE = 1e-4  # of logits, in float32
@@ -84,7 +84,7 @@ def plan_of(model: Path, shares: dict) -> Plan:
 
 def depth(arch, share: float) -> list[int]:
     """Layers that go on being of their kind; the largest such set below the share."""
-    from mlx_pare.fit.reach import best_layers
+    from mlx_pare.pruning.reach import best_layers
 
     for count in range(int(len(arch.layers) * share), 0, -1):
         if found := best_layers(arch, [float(-i) for i in range(len(arch.layers))], count, [0]):

@@ -24,7 +24,7 @@ from mlx_pare.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
-from mlx_pare.prune import prune
+from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS, Options as RecoverOptions
 from mlx_pare.score import CRITERIA, score

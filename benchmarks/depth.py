@@ -22,14 +22,15 @@ from mlx_pare.base import console
 from mlx_pare.calibrate import calibrate
 from mlx_pare.drops import layers_by_kl
 from mlx_pare.evaluate import evaluate
-from mlx_pare.fit.reach import protected_layers
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import allocate, plan
 from mlx_pare.plan.goal import Options
-from mlx_pare.prune import prune
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
+from mlx_pare.pruning.reach import protected_layers
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import score
-from mlx_pare.store.arrays import Arrays, Plan
+from mlx_pare.store.arrays import Arrays
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows
 

@@ -34,9 +34,10 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan, whole
 from mlx_pare.plan.goal import Options
-from mlx_pare.prune import prune
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
 from mlx_pare.reconstruct import reconstruct
-from mlx_pare.store.arrays import Metrics, Plan
+from mlx_pare.store.arrays import Metrics
 from mlx_pare.text import corpus
 from mlx_pare.text.domains import Domains
 from mlx_pare.text.splits import Texts

@@ -17,10 +17,10 @@ import synthetic
 import timing
 
 from mlx_pare.base.units import gb
-from mlx_pare.layout import layout
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
-from mlx_pare.store.arrays import LayerPlan, Plan, Size, Target
+from mlx_pare.pruning.layout import layout
+from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target
+from mlx_pare.pruning.prune import prune
 
 GROUP = synthetic.PACKING.group_size
 

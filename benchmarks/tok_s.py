@@ -24,7 +24,7 @@ from mlx_pare.export import export
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
-from mlx_pare.prune import prune
+from mlx_pare.pruning.prune import prune
 from mlx_pare.score import score
 from mlx_pare.text import corpus
 

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _VERBS = {
     "inspect": "inspect", "fit": "fit", "calibrate": "calibrate", "score": "score", "plan": "plan",
-    "reconstruct": "reconstruct", "prune": "prune", "recover": "recover", "evaluate": "evaluate", "export": "export",
+    "reconstruct": "reconstruct", "prune": "pruning.prune", "recover": "recover", "evaluate": "evaluate", "export": "export",
     "bench": "bench", "report": "report", "status": "status", "run": "pipeline",
 }  # fmt: skip
 __all__ = sorted(_VERBS)

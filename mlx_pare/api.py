@@ -12,14 +12,15 @@ from .base.errors import UsageError
 from .fit.form import Form
 from .fit.macs import Budget
 from .fit.memory import Use
-from .layout import size_of
 from .lm import tokenizer
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan.goal import Options as PlanOptions
+from .pruning.layout import size_of
+from .pruning.plan_file import Plan, Target
 from .recover_options import Options as RecoverOptions
 from .sources.open_model import StrPath, opened
-from .store.arrays import Arrays, Metrics, Plan, Target
+from .store.arrays import Arrays, Metrics
 from .text.corpus import Rows
 from .text.splits import Texts
 

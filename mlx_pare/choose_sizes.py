@@ -29,9 +29,10 @@ from .plan import plan, plan_widths
 from .plan.goal import Options, goal
 from .plan.levels import splits
 from .plan.widths import Losses, propose, spaces
+from .pruning.plan_file import Plan
 from .sensitivity import sensitivity
 from .steps import plan_options
-from .store.arrays import Arrays, Plan
+from .store.arrays import Arrays
 from .store.manifest import Manifest
 from .store.rundir import Run, fingerprint
 from .store.schema import dump_json

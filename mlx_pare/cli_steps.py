@@ -65,7 +65,7 @@ def adapters_command(
     out: Annotated[Path, typer.Option("-o", "--out", help="Adapter directory to write.", metavar="DIR")],
 ) -> dict[str, Any]:
     """Cut a LoRA adapter of the original to fit the pruned model."""
-    from .adapters import carry
+    from .pruning.adapters import carry
 
     found = carry(adapter, parent, model, out)
     gone = f", {len(found['left_out'])} tensors of layers that are gone left out" if found["left_out"] else ""
@@ -130,8 +130,8 @@ def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str
     from . import choose_sizes, pipeline, recipes, steps
     from .arch import cut
     from .gguf.architectures import runtimes_of
-    from .layout import size_of
     from .model.checkpoint import Checkpoint
+    from .pruning.layout import size_of
 
     s = settings_of(**asked)
     with steps.continue_run(run) as opened:

@@ -12,11 +12,11 @@ from typing import Any
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan import redraw
-from .prune import prune
+from .pruning.plan_file import Plan
+from .pruning.prune import prune
 from .reconstruct import reconstruct_all
 from .score import score
 from .steps import RECONSTRUCTION, measured, plan_of
-from .store.arrays import Plan
 from .store.places import name_of
 from .store.rundir import Run
 from .store.schema import dump_json

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from .arch import Architecture, can_keep, positions
 from .base.errors import Refused
-from .fit.reach import best_layers
 from .model.checkpoint import Checkpoint
+from .pruning.reach import best_layers
 from .text.corpus import Rows
 from .trial import Candidate, try_out, whole
 

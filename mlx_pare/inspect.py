@@ -9,11 +9,11 @@ from typing import Any
 from .arch import Architecture, uneven_types, why_uniform
 from .base.errors import PareError
 from .fit.form import Form
-from .fit.reach import AXES
 from .fit.subject import Subject, open_subject
 from .gguf import uneven_layers
 from .gguf.architectures import runtimes_of, target_of
 from .model.footprint import parameters, window_of
+from .pruning.reach import AXES
 
 
 def inspect(model: str | PathLike[str]) -> dict[str, Any]:

@@ -15,14 +15,15 @@ from .base import console
 from .base.errors import UsageError
 from .base.untrusted import read_json
 from .drops import layers_by_kl, trials
-from .fit.reach import Level, protected_layers
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan import plan
 from .plan.levels import shape, splits
+from .pruning.plan_file import Plan
+from .pruning.reach import Level, protected_layers
 from .score import criterion, score
 from .steps import plan_options
-from .store.arrays import Arrays, Plan
+from .store.arrays import Arrays
 from .store.rundir import Run
 from .store.schema import dump_json
 from .text.splits import Texts

@@ -32,8 +32,9 @@ from .block_training import METHODS, Options, result_at, train, trainable, unrou
 from .lm.cpu_math import MOST_KEPT
 from .model import replace_tensors
 from .model.checkpoint import Checkpoint
+from .pruning.survivors import survivors
 from .store import step_files
-from .store.arrays import Arrays, survivors
+from .store.arrays import Arrays
 from .store.atomic import created, is_ours, refuse_existing, replace_file
 from .store.schema import dump_json
 from .stream import batches, memory, walk as stream

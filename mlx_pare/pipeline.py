@@ -30,13 +30,14 @@ from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan import whole
 from .plan.levels import shape
+from .pruning.plan_file import Plan
 from .reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
 from .recover_options import METHODS, check_memory as check_recovery
 from .report import report
 from .score import criterion
 from .sources.open_model import StrPath, opened as model_of
 from .store import step_files
-from .store.arrays import MOST_NATS, Metrics, Plan
+from .store.arrays import MOST_NATS, Metrics
 from .store.places import CONTENDERS, name_of
 from .store.rundir import Run
 from .stream import kept

@@ -31,12 +31,13 @@ from . import divergence, gptq, lm
 from .arch import Architecture
 from .base.errors import PareError, Refused
 from .base.units import gb
-from .layout import layout
 from .least_squares import Cost
 from .model.checkpoint import Checkpoint
+from .pruning.layout import layout
+from .pruning.plan_file import LayerPlan, Plan
 from .site import Site, parts, solve_costs
 from .sources.open_model import StrPath, opened
-from .store.arrays import Arrays, LayerPlan, Plan
+from .store.arrays import Arrays
 from .store.places import repair_file
 from .stream import memory, walk as stream
 from .stream.taps import replace_module

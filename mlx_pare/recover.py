@@ -30,10 +30,10 @@ from .lm import distributed
 from .model import replace_tensors
 from .model.checkpoint import Checkpoint
 from .objective import Taps, loss_of
+from .pruning.survivors import survivors
 from .recover_options import GENTLE_BELOW, RATES, Options, check_memory, swift_fits
 from .sources.open_model import StrPath, opened
 from .store import step_files
-from .store.arrays import survivors
 from .store.atomic import created, refuse_existing, remove, replace_file, working
 from .store.schema import dump_json
 from .stream import memory, walk as stream

@@ -14,10 +14,10 @@ from .base.units import count, duration, gb, readable, span
 from .fit.bars import by_memory, verdict_of
 from .fit.macs import GIB
 from .fit.plot import draw, drawn
+from .pruning.plan_file import Plan
 from .show import stability_lines
 from .sources.open_model import StrPath
 from .store import edited, step_files
-from .store.arrays import Plan
 from .store.manifest import Manifest
 from .store.places import CONTENDERS
 from .verdict import Found, metrics, reconstructed, verdict

@@ -26,15 +26,16 @@ from .arch import Architecture
 from .base.errors import UsageError
 from .calibrate import calibrate, calibrate_in_parts
 from .evaluate import evaluate
-from .fit.reach import protected_layers
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan import allocate, redraw
-from .prune import prune
+from .pruning.plan_file import Plan
+from .pruning.prune import prune
+from .pruning.reach import protected_layers
 from .reconstruct import reconstruct
 from .score import criterion, score
 from .steps import plan_of
-from .store.arrays import Arrays, Plan
+from .store.arrays import Arrays
 from .store.rundir import Run, fingerprint
 from .store.schema import dump_json
 from .stream import batches

@@ -21,13 +21,14 @@ from .check import check
 from .evaluate import evaluate
 from .fit import macs, planner
 from .fit.memory import Needs, Use
-from .layout import size_of
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .lm import distributed
 from .model.checkpoint import Checkpoint
 from .options.settings import RecoveryOptions, Settings, TrainingOptions
 from .plan.goal import Options as PlanOptions
-from .prune import Lineage, prune
+from .pruning.layout import size_of
+from .pruning.plan_file import Plan
+from .pruning.prune import Lineage, prune
 from .reconstruct import reconstruct
 from .recover import recover
 from .recover_options import Options as RecoverOptions
@@ -35,7 +36,7 @@ from .resident import not_resident
 from .score import criterion, described, score
 from .sources import resolve
 from .sources.open_model import require
-from .store.arrays import Metrics, Plan
+from .store.arrays import Metrics
 from .store.atomic import replace_file
 from .store.manifest import read_manifest
 from .store.rundir import Run, fingerprint

@@ -12,9 +12,10 @@ from dataclasses import asdict
 from typing import Any
 
 from .options.settings import Settings
+from .pruning.plan_file import Plan
 from .reconstruct import reconstructed_kl
 from .store import step_files
-from .store.arrays import Arrays, Plan
+from .store.arrays import Arrays
 from .store.atomic import replace_file, scratch
 from .store.rundir import Run
 from .store.schema import dump_json

@@ -46,6 +46,7 @@ from mlx_pare.gguf.read.config import config_of
 from mlx_pare.gguf.write import tokenizer as gguf_tokenizer
 from mlx_pare.inspect import inspect
 from mlx_pare.model import checkpoint, footprint
+from mlx_pare.pruning import plan_file, survivors
 from mlx_pare.sources import hub_reader
 from mlx_pare.store import arrays, manifest
 from mlx_pare.text import corpus, domains
@@ -185,7 +186,7 @@ def read_hub(place: Place, raw: bytes) -> None:
 
 
 def read_plan(place: Place, raw: bytes) -> None:
-    plan = arrays.Plan.load(Memory(raw))
+    plan = plan_file.Plan.load(Memory(raw))
     if not plan.problems(place.arch):
         plan.keep(place.arch)
 
@@ -281,7 +282,7 @@ TARGETS: dict[str, Target] = {
     "plan": Target(read_plan, [PLAN], share=0.5),
     "manifest": Target(lambda p, raw: manifest.Manifest.read(Memory(raw), "run manifest") and None, [MANIFEST]),
     "metrics": Target(lambda p, raw: arrays.Metrics.read(Memory(raw), "metrics") and None, [METRICS]),
-    "survivors": Target(lambda p, raw: arrays.survivors(Memory(raw)) and None, [SURVIVORS]),
+    "survivors": Target(lambda p, raw: survivors.survivors(Memory(raw)) and None, [SURVIVORS]),
     "arrays": Target(read_arrays, [ARRAYS], text, 0.05),
     "tokenizer": Target(read_tokenizer, [*TOKENIZERS, SETTINGS], share=0.1, kinds=(0, 1)),
     "jsonl": Target(lambda p, raw: corpus.read(p.put(raw, ".jsonl"), Template()) and None, [LINES, *LINES], jsonl, 0.1),

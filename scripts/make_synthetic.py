@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from mlx_pare.arch import Tensor, describe
-from mlx_pare.layout import Piece
 from mlx_pare.model.checkpoint import TOKENIZER_FILES
 from mlx_pare.model.directory import write_config
+from mlx_pare.pruning.layout import Piece
 from mlx_pare.sources import catalogue
 from mlx_pare.store.atomic import created
 from mlx_pare.tensors.packing import BITS, GROUP_SIZES, Packing

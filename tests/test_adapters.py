@@ -14,10 +14,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_prune import TOKENS, largest
 from test_uneven import plan_of
 
-from mlx_pare import adapters
 from mlx_pare.base.errors import PareError, Refused, Unsupported
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
+from mlx_pare.pruning import adapters
+from mlx_pare.pruning.prune import prune
 
 LORA = {"rank": 4, "scale": 10.0, "dropout": 0.0}
 COUNTS = [(40, 1), (100, 2), (7, 1)]

@@ -22,7 +22,7 @@ from mlx_pare.app import app
 from mlx_pare.arch import describe
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import parse_amount
-from mlx_pare.fit import advice, macs, memory, planner, reach
+from mlx_pare.fit import advice, macs, memory, planner
 from mlx_pare.fit.advice import Case, changes, smallest_cut
 from mlx_pare.fit.form import Form
 from mlx_pare.fit.memory import Needs, Use
@@ -31,6 +31,7 @@ from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan.levels import shape
+from mlx_pare.pruning import reach
 from mlx_pare.sources import catalogue
 from mlx_pare.steps import plan_options
 from mlx_pare.tensors.packing import Packing

@@ -11,7 +11,8 @@ import mlx_pare
 from mlx_pare import api, lm
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.store.arrays import Arrays, survivors
+from mlx_pare.pruning.survivors import survivors
+from mlx_pare.store.arrays import Arrays
 from mlx_pare.text.splits import Texts
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlx_pare.arch import Keep, LayerKeep, can_keep, cut, describe, positions, supported_types
 from mlx_pare.arch.axes import AXES, dim, length, select
 from mlx_pare.base.errors import PareError
-from mlx_pare.fit import reach
+from mlx_pare.pruning import reach
 
 SIZES = {"hidden": 6, "vocab": 7, "ffn": 5, "kv_head": 3, "group": 2, "head_dim": 4, "expert": 3}
 DIMS = [

@@ -14,8 +14,8 @@ from test_prune import TOKENS, arrays_of, largest, logits, masked, opened, plan_
 
 from mlx_pare import lm
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
-from mlx_pare.store.arrays import Plan
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
 
 LAYERS = [{"attention_bits": 6}, {"ffn_bits": 3}, {"attention_bits": 8, "ffn_bits": 2}, {}]
 PARTS = {"self_attn": "attention_bits", "mlp": "ffn_bits"}

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from mlx_pare import card, cli, deploy, served
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
+from mlx_pare.pruning.prune import prune
 
 
 @pytest.fixture

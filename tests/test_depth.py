@@ -20,16 +20,17 @@ from mlx_pare.arch import can_keep
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate
 from mlx_pare.drops import layers_by_kl, trials
-from mlx_pare.fit import reach
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
 from mlx_pare.plan import allocate, plan
 from mlx_pare.plan.goal import Options
-from mlx_pare.prune import prune
+from mlx_pare.pruning import reach
+from mlx_pare.pruning.plan_file import LayerPlan, Plan
+from mlx_pare.pruning.prune import prune
 from mlx_pare.reconstruct import reconstructed_kl
 from mlx_pare.score import CRITERIA, score
 from mlx_pare.steps import plan_options
-from mlx_pare.store.arrays import Arrays, LayerPlan, Plan
+from mlx_pare.store.arrays import Arrays
 from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.default_rng(0).integers(0, 500, (6, 24)))

@@ -22,7 +22,7 @@ from mlx_pare.export import export, verify
 from mlx_pare.gguf import architectures as gguf_target, header as gguf_header
 from mlx_pare.gguf.quant_mixes import type_of
 from mlx_pare.gguf.write import encode as gguf_values, tensors as gguf_rows, tokenizer as gguf_tokenizer
-from mlx_pare.prune import prune
+from mlx_pare.pruning.prune import prune
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 500, 48)]  # six of gemma's pico windows
 

@@ -13,8 +13,8 @@ from mlx_pare import deploy
 from mlx_pare.base.errors import PareError
 from mlx_pare.model import finite
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
-from mlx_pare.store.arrays import Plan
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
 from mlx_pare.text.splits import DEMO
 
 FORMS = {"float32": (None, mx.float32), "float16": (None, mx.float16), "bfloat16": (None, mx.bfloat16),

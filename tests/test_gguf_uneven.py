@@ -13,7 +13,7 @@ from mlx_pare.export import export, verify
 from mlx_pare.gguf import uneven_layers
 from mlx_pare.gguf.write import imatrix_file, size as gguf_size, tensors as gguf_rows
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
+from mlx_pare.pruning.prune import prune
 
 pytestmark = [
     pytest.mark.llama,

@@ -25,7 +25,7 @@ from mlx_pare.block_training import METHODS, Matrix, Options
 from mlx_pare.local import block_ends, check_memory, local, training_bytes
 from mlx_pare.model import weights as quantized_weights
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
+from mlx_pare.pruning.prune import prune
 from mlx_pare.stream import head, memory
 from mlx_pare.tensors import packed as quantized
 from mlx_pare.text.corpus import Rows

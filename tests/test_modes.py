@@ -44,11 +44,11 @@ from mlx_pare.local import local
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.options.settings import Settings
-from mlx_pare.prune import prune
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS
-from mlx_pare.store.arrays import Plan
 from mlx_pare.store.places import repair_file
 from mlx_pare.stream import walk as stream
 from mlx_pare.tensors import minifloat, packed as quantized

@@ -15,17 +15,18 @@ from test_export import GELU_TABLE, LONG, difference, needs_llama
 from test_prune import BROKEN, DENSE, PACKED, largest, logits, masked, plan_of, whole_groups
 from transformers import AutoConfig
 
-from mlx_pare import layout, lm, pipeline
+from mlx_pare import lm, pipeline
 from mlx_pare.arch import Keep, LayerKeep, can_keep, cut, describe, why_uniform
 from mlx_pare.arch.axes import dim, select
 from mlx_pare.base.errors import PareError
 from mlx_pare.export import export
-from mlx_pare.fit.reach import best_layers, protected_layers, space
 from mlx_pare.inspect import inspect
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
-from mlx_pare.prune import prune
-from mlx_pare.store.arrays import Plan
+from mlx_pare.pruning import layout
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
+from mlx_pare.pruning.reach import best_layers, protected_layers, space
 from mlx_pare.stream import batches, walk as stream
 from mlx_pare.text.corpus import Rows
 

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from mlx_pare import cli, deploy, export as export_verb, served
 from mlx_pare.base.errors import Refused
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
+from mlx_pare.pruning.prune import prune
 from mlx_pare.store import rundir
 from mlx_pare.store.arrays import Arrays
 

@@ -26,10 +26,11 @@ from mlx_pare.base.units import count, gb
 from mlx_pare.check import check, repeats
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
-from mlx_pare.prune import prune
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import CRITERIA
-from mlx_pare.store.arrays import Arrays, Metrics, Plan
+from mlx_pare.store.arrays import Arrays, Metrics
 from mlx_pare.store.places import repair_file
 
 reporting = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function

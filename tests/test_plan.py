@@ -18,14 +18,15 @@ from mlx_pare import lm
 from mlx_pare.arch import Keep, LayerKeep, describe
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import gb, parse_amount
-from mlx_pare.fit import reach
-from mlx_pare.layout import total_bytes
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import allocate, plan, redraw, whole
 from mlx_pare.plan.goal import Options
 from mlx_pare.plan.levels import shape
-from mlx_pare.prune import prune
-from mlx_pare.store.arrays import Arrays, Plan
+from mlx_pare.pruning import reach
+from mlx_pare.pruning.layout import total_bytes
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
+from mlx_pare.store.arrays import Arrays
 
 ALL_AXES = ("ffn", "kv_head", "layer")
 

@@ -16,8 +16,8 @@ from mlx_pare import choose_sizes, cli, lm, pipeline, steps, tried
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
-from mlx_pare.prune import prune
-from mlx_pare.store.arrays import Plan
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
 from mlx_pare.text.corpus import Rows
 from mlx_pare.text.splits import Texts
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -21,8 +20,8 @@ import reference_packing as reference
 from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
-from mlx_pare.store.arrays import LayerPlan, Plan, Size, Target
+from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target
+from mlx_pare.pruning.prune import prune
 from mlx_pare.tensors.shards import ShardWriter
 
 DENSE, PACKED, BROKEN = 1e-5, 1e-4, 1e-2
@@ -485,7 +484,8 @@ def test_a_killed_write_leaves_nothing_under_the_name(small, tmp_path, monkeypat
 def test_a_result_in_several_shards_is_the_same(small, tmp_path, monkeypatch):
     source, plan = small
     prune(source, plan, tmp_path / "one")
-    module = importlib.import_module("mlx_pare.prune")  # mlx_pare.prune itself is the function
+    from mlx_pare.pruning import prune as module
+
     monkeypatch.setattr(module, "ShardWriter", functools.partial(ShardWriter, shard_bytes=60_000))
     prune(source, plan, tmp_path / "many")
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 3

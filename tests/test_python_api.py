@@ -19,8 +19,9 @@ from mlx_pare.fit.macs import Budget
 from mlx_pare.fit.memory import Use
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan.goal import Options as PlanOptions
+from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.recover_options import Options as RecoverOptions
-from mlx_pare.store.arrays import Metrics, Plan
+from mlx_pare.store.arrays import Metrics
 from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.default_rng(0).integers(0, 500, (4, 24)))

@@ -23,9 +23,10 @@ from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.evaluate import evaluate
 from mlx_pare.least_squares import DAMPING, Cost
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
+from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target
+from mlx_pare.pruning.prune import prune
 from mlx_pare.reconstruct import reconstruct
-from mlx_pare.store.arrays import Arrays, LayerPlan, Plan, Size, Target
+from mlx_pare.store.arrays import Arrays
 from mlx_pare.store.places import repair_file
 from mlx_pare.stream import batches, memory, walk as stream
 from mlx_pare.text import corpus

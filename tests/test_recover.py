@@ -21,7 +21,7 @@ from mlx_pare.calibrate import calibrate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options as PlanOptions
-from mlx_pare.prune import prune
+from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS, Options, required_bytes, savings
 from mlx_pare.score import score

@@ -17,8 +17,9 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
-from mlx_pare.prune import prune
-from mlx_pare.store.arrays import Arrays, Plan
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
+from mlx_pare.store.arrays import Arrays
 from mlx_pare.stream import walk as stream
 from mlx_pare.tensors.packed import pack, relative_error
 from mlx_pare.tensors.packing import Packing

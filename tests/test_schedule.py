@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from mlx_pare import cli, lm, pipeline, schedule, steps
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.layout import size_of
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings, settings_of
-from mlx_pare.prune import Lineage, prune
+from mlx_pare.pruning.layout import size_of
+from mlx_pare.pruning.plan_file import LayerPlan, Plan, Target
+from mlx_pare.pruning.prune import Lineage, prune
 from mlx_pare.report import report
-from mlx_pare.store.arrays import LayerPlan, Plan, Target
 
 SHARES = (0.8, 0.6, 0.45)
 DEEP = {"num_hidden_layers": 6}

@@ -12,8 +12,8 @@ from mlx_pare import resident
 from mlx_pare.base import machine, markdown
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.ollama import Modelfile
+from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.sources.catalogue import entries
-from mlx_pare.store.arrays import Plan
 from mlx_pare.text.splits import DEMO
 
 PYTHON = re.compile(r"\bNone\b|\bTrue\b|\bFalse\b|\[['\"]|['\"]\]|why_not|\{['\"]|why not:")

@@ -22,12 +22,13 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
-from mlx_pare.prune import prune
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.report import report
 from mlx_pare.score import score
 from mlx_pare.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
-from mlx_pare.store.arrays import Arrays, Plan
+from mlx_pare.store.arrays import Arrays
 from mlx_pare.stream import batches, walk as stream
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows

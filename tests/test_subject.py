@@ -33,9 +33,10 @@ from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
-from mlx_pare.prune import prune
+from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.pruning.prune import prune
 from mlx_pare.sources import catalogue
-from mlx_pare.store.arrays import Arrays, Plan
+from mlx_pare.store.arrays import Arrays
 from mlx_pare.tensors.safetensors import read_header
 
 FORMS = {"4": Form.named("4"), "mxfp4": Form.named("mxfp4"), "16": Form.named("16"), "gguf": Form.named(gguf="q4_k_m")}

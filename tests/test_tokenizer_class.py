@@ -18,7 +18,7 @@ from mlx_pare.check import check
 from mlx_pare.export import export
 from mlx_pare.lm import tokenizer_class
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.prune import prune
+from mlx_pare.pruning.prune import prune
 
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -18,7 +18,7 @@ from mlx_pare.export import verify
 from mlx_pare.gguf.write import quantizer
 from mlx_pare.gguf.write.quantizer import INSTALL
 from mlx_pare.options.settings import Settings
-from mlx_pare.prune import prune
+from mlx_pare.pruning.prune import prune
 
 CASED = (
     r"[^\r\n\p{L}\p{N}]?\p{Lu}*\p{Ll}+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

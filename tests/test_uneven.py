@@ -27,18 +27,18 @@ from mlx_pare.check import check
 from mlx_pare.evaluate import evaluate
 from mlx_pare.fit import fit
 from mlx_pare.inspect import inspect
-from mlx_pare.layout import size_of
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import redraw
 from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.plan.levels import shape
-from mlx_pare.prune import prune
+from mlx_pare.pruning.layout import size_of
+from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target
+from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options
 from mlx_pare.report import _shape
 from mlx_pare.score import score
 from mlx_pare.show import show_shape
-from mlx_pare.store.arrays import LayerPlan, Plan, Size, Target
 from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.RandomState(1).randint(1, 500, (6, 24)))

@@ -28,7 +28,7 @@ from mlx_pare.gguf.write.tokenizer import read as read_tokenizer
 from mlx_pare.model import tokenizer_files
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.directory import copy_tokenizer
-from mlx_pare.store.arrays import survivors
+from mlx_pare.pruning.survivors import survivors
 from mlx_pare.tensors.safetensors import read_header
 from mlx_pare.text import corpus
 

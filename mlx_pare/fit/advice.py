@@ -17,8 +17,9 @@ from ..base.errors import PareError
 from ..base.units import gb
 from ..model import footprint
 from ..options.settings import CutOptions
+from ..pruning import reach
 from ..tensors.packing import BITS, GROUP_SIZES, Packing
-from . import macs, planner, reach
+from . import macs, planner
 from .form import Form
 from .macs import Budget, Mac
 from .memory import Needs, Use, kv_bits_refused
@@ -260,7 +261,7 @@ def _cuts(case: Case, ways: Sequence | None = None) -> Iterator[Change]:
 def smallest_cut(case: Case, axes: Sequence[str] = CutOptions.axes) -> Change | None:
     """The largest size along ``axes`` that fits, exactly as `plan --for` finds it; None when there is none.
 
-    Source of the search: fit/reach.py, which plan uses as well.
+    Source of the search: pruning/reach.py, which plan uses as well.
     """
     arch, stored = case.needs.arch, case.subject.packing
     group = stored.group_size if stored else None
@@ -290,7 +291,7 @@ def _after(case: Case, keep: Keep, packed: bool) -> tuple[Architecture, int]:
     """What a cut leaves, and its bytes: as the surgeon will write them where there is a directory, else predicted."""
     subject = case.subject
     if subject.checkpoint and case.written:
-        from ..layout import smaller, total_bytes
+        from ..pruning.layout import smaller, total_bytes
 
         packing = subject.form.packing
         return smaller(subject.checkpoint, keep, packing), total_bytes(subject.checkpoint, keep, packing)

@@ -327,8 +327,8 @@ def _of_header(name: str, header: Header, form: Form) -> Subject:
 
 def _planned(path: Path, form: Form) -> Subject:
     """The model that a plan.json will leave, before it exists; the manifest beside it names the model it cuts."""
-    from ..layout import smaller, total_bytes
-    from ..store.arrays import Plan
+    from ..pruning.layout import smaller, total_bytes
+    from ..pruning.plan_file import Plan
 
     manifest = path.absolute().parent.parent / "manifest.json"
     if not manifest.exists():

@@ -7,12 +7,13 @@ from typing import Any
 
 from ..arch import Keep, LayerKeep
 from ..base.errors import PareError
-from ..fit import reach
-from ..fit.reach import Level
-from ..layout import size_of
 from ..model.checkpoint import Checkpoint
+from ..pruning import reach
+from ..pruning.layout import size_of
+from ..pruning.plan_file import Plan, Size
+from ..pruning.reach import Level
 from ..sources.open_model import StrPath, opened
-from ..store.arrays import Arrays, Plan, Size
+from ..store.arrays import Arrays
 from ..tensors.packing import BITS, Packing
 from ..trial import PARTS, Candidate
 from . import allocate

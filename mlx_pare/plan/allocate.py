@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..arch import Architecture, Keep, LayerKeep, can_keep, positions
-from ..fit.reach import Level, best_layers
+from ..pruning.reach import Level, best_layers
 
 
 def choose_units(arch: Architecture, level: Level, scores: Mapping[str, np.ndarray], protected: Sequence[int]) -> Keep:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from ..arch import Architecture, Keep, LayerKeep
 from ..base.errors import UsageError
 from ..base.units import count, gb
-from ..layout import smaller, total_bytes
 from ..model import footprint
 from ..model.checkpoint import Checkpoint
 from ..options import option
 from ..options.settings import CutOptions, ReachOptions
-from ..store.arrays import Target
+from ..pruning.layout import smaller, total_bytes
+from ..pruning.plan_file import Target
 from ..tensors.packing import BITS, GROUP_SIZES, Packing
 
 

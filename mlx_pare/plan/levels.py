@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from ..arch import Architecture, require_cuttable
 from ..base.errors import Refused
-from ..fit import reach
-from ..fit.reach import Level
-from ..layout import size_of
 from ..model.checkpoint import Checkpoint
-from ..store.arrays import Size, Target
+from ..pruning import reach
+from ..pruning.layout import size_of
+from ..pruning.plan_file import Size, Target
+from ..pruning.reach import Level
 from .goal import Goal, Options, goal, packing_of
 
 SAME = 0.01  # of the whole: levels that differ by less meet a target alike

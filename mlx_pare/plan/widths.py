@@ -19,8 +19,8 @@ from ..arch import Architecture, Keep, LayerKeep, Tensor, uneven_types, why_no_s
 from ..arch.axes import length
 from ..arch.uneven import UNIT
 from ..base.errors import PareError, Refused
-from ..fit import reach
 from ..model.checkpoint import Checkpoint
+from ..pruning import reach
 from ..tensors.packing import Packing
 from ..tensors.safetensors import DTYPE_BYTES
 from ..trial import PARTS, Candidate, Width

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from shutil import disk_usage
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from ..arch import Architecture, Keep, LayerKeep, cut
 from ..base import untrusted
-from ..base.errors import PareError, Refused, shell
+from ..base.errors import PareError, shell
 from ..base.units import gb
-from ..model.checkpoint import Checkpoint
-from ..tensors.packing import BITS, GROUP_SIZES, Packing
 from ..tensors.safetensors import read_header
 from .atomic import replaced
 from .schema import SCHEMA, Count, Strict
@@ -79,179 +74,6 @@ class Arrays:
         return cls(arrays, about)
 
 
-# ---- plan ----
-
-
-class Target(Strict):
-    """What was asked: kind "keep" (share of non-embedding parameters), "params" (total), "size" (bytes) or "for"."""
-
-    kind: str
-    value: float
-    asked: str
-
-
-class Size(Strict):
-    """Shape and size of a model, before or after. What differs between layers is a list with an entry for each."""
-
-    layers: Annotated[int, Field(ge=0, le=10**5)]
-    ffn: Count | list[Count]
-    kv_heads: Count | list[Count]
-    q_heads: Count | list[Count]
-    hidden: Count
-    parameters: Count
-    non_embedding: Count
-    bytes: Count
-
-
-class LayerPlan(Strict):
-    """One surviving layer: where it comes from and which units it keeps (indices in the original).
-
-    Layers may keep different numbers of units, and one of the lists may be empty: the layer then loses its feed-forward
-    or its attention. Where stock mlx-lm has no class for such layers, the plan does not suit the model.
-    ``attention_bits``, ``ffn_bits``: of the matrices of that part, in groups of the plan's ``group_size``; None: as the
-    plan's ``bits``, or else as in the source.
-    """
-
-    source: int
-    ffn: list[int]
-    kv_head: list[int]
-    attention_bits: int | None = None
-    ffn_bits: int | None = None
-
-
-class Plan(Strict):
-    """Which indices to keep on each axis. Made to be read and edited; ``problems`` checks it against a model.
-
-    ``bits``: of the result (None: as the source); ``embedding_bits``: of the embedding and the head alone.
-    """
-
-    schema_version: int = SCHEMA
-    source: str
-    criterion: str
-    axes: list[str]
-    target: Target
-    bits: int | None = None
-    group_size: int | None = None
-    embedding_bits: int | None = None
-    before: Size
-    after: Size
-    neighbours: list[str] = Field(default_factory=list)
-    hidden: list[int] | None = None
-    layers: list[LayerPlan]
-
-    @model_validator(mode="after")
-    def _known_schema(self) -> Plan:
-        if self.schema_version != SCHEMA:
-            raise ValueError(f"schema_version {self.schema_version}, this version reads {SCHEMA}")
-        return self
-
-    def keep(self, arch: Architecture) -> Keep:
-        """The plan as a cut; axes that keep everything are left out, so their tensors are copied untouched."""
-        layers = []
-        for layer in self.layers:
-            sizes = arch.layers[layer.source].sizes
-            kept = {"ffn": layer.ffn, "kv_head": layer.kv_head}
-            packings = self._packings(attention=layer.attention_bits, ffn=layer.ffn_bits)
-            layers.append(LayerKeep(layer.source, {a: k for a, k in kept.items() if len(k) != sizes[a]}, packings))
-        hidden = self.hidden if self.cuts_hidden(arch) else None
-        return Keep(tuple(layers), hidden, self._packings(embedding=self.embedding_bits))
-
-    def _packings(self, **bits: int | None) -> dict[str, Packing]:
-        return {part: Packing(n, self.group_size) for part, n in bits.items() if n is not None}
-
-    @property
-    def packing(self) -> Packing | None:
-        """What the result is packed as, but for parts with bits of their own; None: each tensor as in the source."""
-        return Packing(self.bits, self.group_size) if self.bits else None
-
-    def cuts_hidden(self, arch: Architecture) -> bool:
-        """Whether less of the hidden size is kept than there is."""
-        return self.hidden is not None and len(self.hidden) != arch.sizes["hidden"]
-
-    def problems(self, arch: Architecture) -> list[str]:
-        """Everything that is wrong with the plan for this model, not only the first thing."""
-        found = []
-        if not arch.cuttable:
-            return [f"{arch.family.name} is not cut again"]
-        if not self.layers:
-            return ["no layer is kept"]
-        parts = {layer.attention_bits for layer in self.layers} | {layer.ffn_bits for layer in self.layers}
-        for bits in sorted({self.bits, self.embedding_bits, *parts} - {None}):
-            if bits not in BITS or self.group_size not in GROUP_SIZES:
-                found.append(f"MLX cannot pack {bits} bits in groups of {self.group_size}")
-        sources = [layer.source for layer in self.layers]
-        found += _index_problems("layers", sources, len(arch.layers))
-        for layer in self.layers:
-            if not 0 <= layer.source < len(arch.layers):
-                continue
-            sizes, lists = arch.layers[layer.source].sizes, {"ffn": layer.ffn, "kv_head": layer.kv_head}
-            if not (layer.ffn or layer.kv_head):
-                found.append(f"layer {layer.source} keeps nothing: leave it out of the layers")
-            for axis, kept in lists.items():
-                found += _index_problems(f"layer {layer.source}: {axis}", kept, sizes[axis]) if kept else []
-        if self.hidden is not None:
-            found += _index_problems("hidden", self.hidden, arch.sizes["hidden"])
-            if self.cuts_hidden(arch) and (why := arch.why_fixed("hidden")):
-                found.append(f"the hidden size of {arch.family.name} cannot be cut: {why}")
-        if not found:
-            try:
-                cut(arch, self.keep(arch))
-            except PareError as error:
-                found.append(error.problem)
-        return found
-
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Raises Refused when the plan is of another model, PareError with every reason when it does not suit."""
-        if self.source != checkpoint.identity():
-            raise Refused(
-                f"the plan was made for another model than {checkpoint.path}, or its files changed since",
-                "make the plan again",
-            )
-        if problems := self.problems(checkpoint.arch):
-            raise PareError(
-                f"the plan does not suit {checkpoint.path}: {'; '.join(problems)}", "mend plan.json or make it again"
-            )
-
-    def dump(self) -> bytes:
-        """JSON with one line per list of indices, so that people can edit it."""
-        document = self.model_dump()
-        lists: list[str] = []
-
-        def fold(value: Any) -> Any:
-            if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
-                lists.append(json.dumps(value))
-                return f"\x00{len(lists) - 1}\x00"
-            if isinstance(value, dict):
-                return {k: fold(v) for k, v in value.items()}
-            return [fold(v) for v in value] if isinstance(value, list) else value
-
-        text = json.dumps(fold(document), indent=1)
-        for number, line in enumerate(lists):
-            text = text.replace(f'"\\u0000{number}\\u0000"', line)
-        return text.encode() + b"\n"
-
-    @classmethod
-    def load(cls, path: Path) -> Plan:
-        return cls.read(path, "plan", "mend it, or make it again with `mlx-pare plan`")
-
-    @classmethod
-    def of(cls, plan: Plan | str | os.PathLike[str]) -> Plan:
-        """The plan itself, or that of a plan.json. Raises PareError as ``load``."""
-        return plan if isinstance(plan, Plan) else cls.load(Path(plan))
-
-
-def _index_problems(where: str, indices: Sequence[int], size: int) -> list[str]:
-    if not indices:
-        return [f"{where} keeps nothing"]
-    found = []
-    outside = [i for i in indices if not 0 <= i < size]
-    if outside:
-        found.append(f"{where} keeps index {outside[0]}, there are {size}")
-    if any(a >= b for a, b in pairwise(indices)):
-        found.append(f"{where} is not in ascending order without repeats")
-    return found
-
-
 # ---- metrics ----
 
 
@@ -289,38 +111,3 @@ class Metrics(Strict):
     @classmethod
     def load(cls, path: Path) -> Metrics:
         return cls.read(path, "metrics", f"delete {shell(Path(path).parent)} to do the step again", "is damaged")
-
-
-# ---- survivors ----
-
-
-class SurvivingLayer(Strict):
-    """One layer of a pruned model and its units, all as indices of the original."""
-
-    layer: int
-    source: int = Field(ge=0)
-    ffn: list[int]
-    kv_head: list[int]
-    q_head: list[int]
-
-
-class Survivors(Strict):
-    """survivors.json of a pruned model: which unit of the original every unit is."""
-
-    schema_version: int = SCHEMA
-    source_identity: str
-    hidden: list[int]
-    layers: list[SurvivingLayer]
-    parent: dict[str, str] | None = None
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Survivors:
-        for units in (self.hidden, [layer.source for layer in self.layers]):
-            if not units or units[0] < 0 or any(a >= b for a, b in pairwise(units)):
-                raise ValueError("indices that do not ascend")
-        return self
-
-
-def survivors(path: Path) -> dict[str, Any]:
-    """The content of a survivors.json. Raises PareError when it is none: it comes with a model, which is anybody's."""
-    return Survivors.read(path, "survivors", "take the model as mlx-pare wrote it").model_dump(exclude_none=True)

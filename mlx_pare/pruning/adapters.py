@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arch import Architecture, Tensor
-from .arch.axes import length, select
-from .base.errors import PareError, Refused, Unsupported
-from .base.untrusted import check_links, read_json
-from .model.checkpoint import Checkpoint
-from .store.arrays import survivors
-from .store.atomic import created, refuse_existing
-from .store.schema import dump_json
-from .tensors.safetensors import read_header
+from ..arch import Architecture, Tensor
+from ..arch.axes import length, select
+from ..base.errors import PareError, Refused, Unsupported
+from ..base.untrusted import check_links, read_json
+from ..model.checkpoint import Checkpoint
+from ..store.atomic import created, refuse_existing
+from ..store.schema import dump_json
+from ..tensors.safetensors import read_header
+from .survivors import survivors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"  # as mlx-lm names them
 PART = re.compile(r"(.+)\.(lora_a|lora_b)")

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .arch import Architecture, Keep, Tensor, cut
-from .arch.spec import FUSED
-from .model.checkpoint import Checkpoint
-from .model.footprint import parameters
-from .store.arrays import Size
-from .tensors.packing import Packing
-from .tensors.safetensors import DTYPE_BYTES
-from .tensors.shards import Planned
+from ..arch import Architecture, Keep, Tensor, cut
+from ..arch.spec import FUSED
+from ..model.checkpoint import Checkpoint
+from ..model.footprint import parameters
+from ..tensors.packing import Packing
+from ..tensors.safetensors import DTYPE_BYTES
+from ..tensors.shards import Planned
+from .plan_file import Size
 
 Role = tuple[int | None, str]  # of a layer, or (None) of the model
 

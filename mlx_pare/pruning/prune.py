@@ -14,28 +14,30 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .arch.axes import select
-from .arch.spec import Tensor
-from .base import markdown
-from .base.console import progress
-from .base.errors import PareError
-from .base.units import span
+from ..arch.axes import select
+from ..arch.spec import Tensor
+from ..base import markdown
+from ..base.console import progress
+from ..base.errors import PareError
+from ..base.units import span
+from ..lm import tokenizer_class
+from ..model import finite
+from ..model.checkpoint import Checkpoint
+from ..model.directory import copy_tokenizer, write_config
+from ..model.hub_name import called
+from ..model.weights import read_panels
+from ..sources.open_model import StrPath, opened
+from ..store.arrays import Arrays
+from ..store.atomic import created, refuse_existing
+from ..store.places import repair_file
+from ..store.schema import dump_json
+from ..tensors.packed import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
+from ..tensors.packing import Packing
+from ..tensors.panels import PANEL_VALUES, sliced
+from ..tensors.shards import OUR_KEY, ShardWriter
 from .layout import Piece, layout, size_of, smaller
-from .lm import tokenizer_class
-from .model import finite
-from .model.checkpoint import Checkpoint
-from .model.directory import copy_tokenizer, write_config
-from .model.hub_name import called
-from .model.weights import read_panels
-from .sources.open_model import StrPath, opened
-from .store.arrays import Arrays, Plan, survivors
-from .store.atomic import created, refuse_existing
-from .store.places import repair_file
-from .store.schema import dump_json
-from .tensors.packed import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
-from .tensors.packing import Packing
-from .tensors.panels import PANEL_VALUES, sliced
-from .tensors.shards import OUR_KEY, ShardWriter
+from .plan_file import Plan
+from .survivors import survivors
 
 Stored = tuple[str, Iterable[memoryview]]  # a name of the new model, and the bytes under it in parts
 
