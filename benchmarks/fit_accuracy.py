@@ -17,10 +17,10 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mlx_pare.fit import macs, planner, speed
-from mlx_pare.fit.form import Form
-from mlx_pare.fit.memory import Needs, Use
-from mlx_pare.fit.subject import open_subject
+from mlx_pare.capacity import macs, planner, speed
+from mlx_pare.capacity.form import Form
+from mlx_pare.capacity.memory import Needs, Use
+from mlx_pare.capacity.subject import open_subject
 from mlx_pare.tensors.packing import Packing
 
 MEASURED = Path(__file__).with_name("measured")

@@ -20,9 +20,9 @@ import numpy as np
 
 from mlx_pare import lm
 from mlx_pare.base import console
+from mlx_pare.capacity.fit import fit
+from mlx_pare.capacity.form import Form
 from mlx_pare.export import export
-from mlx_pare.fit import fit
-from mlx_pare.fit.form import Form
 from mlx_pare.gguf.quant_mixes import NEEDS_MATRIX
 from mlx_pare.gguf.write import imatrix_file
 from mlx_pare.gguf.write.quantizer import PLAIN

@@ -15,7 +15,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = {
-    "inspect": "inspect", "fit": "fit", "calibrate": "calibrate", "score": "score", "plan": "plan",
+    "inspect": "capacity.inspect", "fit": "capacity.fit", "calibrate": "calibrate", "score": "score", "plan": "plan",
     "reconstruct": "reconstruct", "prune": "pruning.prune", "recover": "recover", "evaluate": "evaluate", "export": "export",
     "bench": "bench", "report": "report", "status": "status", "run": "pipeline",
 }  # fmt: skip

@@ -9,9 +9,9 @@ from typing import Any
 
 from .arch import require_cuttable
 from .base.errors import UsageError
-from .fit.form import Form
-from .fit.macs import Budget
-from .fit.memory import Use
+from .capacity.form import Form
+from .capacity.macs import Budget
+from .capacity.memory import Use
 from .lm import tokenizer
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings

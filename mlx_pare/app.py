@@ -59,7 +59,7 @@ def _main_options(
 
 def mac_names() -> list[str]:
     """The Macs that are known, for completion."""
-    from .fit.macs import every
+    from .capacity.macs import every
 
     return [mac.name for mac in every()]
 

@@ -15,7 +15,7 @@ from .base import machine
 from .base.console import progress
 from .base.errors import Refused, UsageError
 from .base.units import gb
-from .fit.memory import Needs, Use
+from .capacity.memory import Needs, Use
 from .model.checkpoint import Checkpoint
 from .options.values import COUNT, MOST, require, whole
 from .sources.open_model import StrPath, opened

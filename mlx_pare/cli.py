@@ -70,10 +70,10 @@ def fit_command(model: AnyModel, **asked: Any) -> dict[str, Any]:
     For every Mac it shows the memory, the longest context and an estimate of the speed. Only the config and the headers
     of the model are read.
     """
-    from .fit import fit
-    from .fit.form import Form
-    from .fit.macs import Budget, gib
-    from .fit.memory import TRAIN_BATCH, TRAIN_LENGTH, Use
+    from .capacity.fit import fit
+    from .capacity.form import Form
+    from .capacity.macs import Budget, gib
+    from .capacity.memory import TRAIN_BATCH, TRAIN_LENGTH, Use
 
     train, context, batch, plot = asked["train"], asked["context"], asked["batch"], asked["plot"]
     if plot:  # or the import would slow down every other call
@@ -196,7 +196,7 @@ def inspect_command(model: AnyModel) -> dict[str, Any]:
 
     It also shows what can be cut. Only the config and the headers of the model are read.
     """
-    from .inspect import inspect
+    from .capacity.inspect import inspect
 
     found = inspect(model)
     show.show_inspect(found)

@@ -82,7 +82,7 @@ def export_command(
         raise UsageError("export writes one thing", "name it: -o FILE, --ollama DIR, --mlx DIR or --hub-ready DIR")
     if mlx or hub_ready:
         return _directory(model, mlx, hub_ready, (asked["bits"], asked["group_size"], asked["mixed"]), no_verify)
-    from .fit import macs
+    from .capacity import macs
 
     mac, context = asked["mac"], asked["context"]
     checkpoint, kind, imatrix = _settled(model, asked["gguf"], asked["imatrix"])
@@ -226,8 +226,8 @@ def _directory(
 
 
 def _fits(checkpoint: Checkpoint, done: dict[str, Any], chosen: list, context: int) -> list[dict[str, Any]]:
-    from .fit import planner
-    from .fit.memory import Needs, Use
+    from .capacity import planner
+    from .capacity.memory import Needs, Use
 
     needs = Needs(checkpoint.arch, Use(context, runtime="llama.cpp"))
     return planner.fit(needs, planner.weights_of(checkpoint.arch, done["tensor_bytes"]), chosen)

@@ -8,10 +8,10 @@ from typing import Any
 from .base import console
 from .base.errors import PareError
 from .base.optional import attempt
+from .capacity import macs, planner
+from .capacity.memory import Needs, Use
 from .choose_sizes import wants_gguf
 from .export import export, why_not
-from .fit import macs, planner
-from .fit.memory import Needs, Use
 from .gguf.write import imatrix_file
 from .gguf.write.quantizer import direct, known
 from .llama_cpp import judged

@@ -19,9 +19,9 @@ from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb, readable
 from .calibrate import check_memory as check_calibration
+from .capacity import macs
 from .export import why_not
 from .export_step import export_step, required
-from .fit import macs
 from .gguf.architectures import RUNTIMES
 from .gguf.write import quantizer
 from .layering import layers_by_of

@@ -11,8 +11,8 @@ from . import schedule
 from .base import markdown
 from .base.errors import PareError
 from .base.units import count, duration, gb, readable, span
+from .capacity.macs import GIB
 from .fit.bars import by_memory, verdict_of
-from .fit.macs import GIB
 from .fit.plot import draw, drawn
 from .pruning.plan_file import Plan
 from .show import stability_lines

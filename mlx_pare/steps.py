@@ -17,10 +17,10 @@ from .base.plain_path import require_text
 from .base.units import parse_amount
 from .bench import bench
 from .calibrate import calibrate
+from .capacity import macs, planner
+from .capacity.memory import Needs, Use
 from .check import check
 from .evaluate import evaluate
-from .fit import macs, planner
-from .fit.memory import Needs, Use
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .lm import distributed
 from .model.checkpoint import Checkpoint

@@ -39,12 +39,12 @@ from fuzz_inputs import (
 from mlx_pare import arch
 from mlx_pare.base.errors import PareError
 from mlx_pare.base.units import parse_amount
-from mlx_pare.fit import quantization, subject
+from mlx_pare.capacity import storage, subject
+from mlx_pare.capacity.inspect import inspect
 from mlx_pare.gguf import header as gguf_header
 from mlx_pare.gguf.read import rebuild as gguf_model, tensors as gguf_stored, tokenizer as gguf_tokens
 from mlx_pare.gguf.read.config import config_of
 from mlx_pare.gguf.write import tokenizer as gguf_tokenizer
-from mlx_pare.inspect import inspect
 from mlx_pare.model import checkpoint, footprint
 from mlx_pare.pruning import plan_file, survivors
 from mlx_pare.sources import hub_reader
@@ -105,11 +105,11 @@ class Place:
 def read_config(place: Place, raw: bytes) -> None:
     config = checkpoint.read_json(Memory(raw), "model config")
     arch.both_rope_spellings(config)
-    quantization.stays_packed(config)
+    storage.stays_packed(config)
     found = arch.describe(config)
     footprint.parameters(found)
     footprint.cache_values(found)
-    quantization.described(config, quantization.value_bytes(config))
+    storage.described(config, storage.value_bytes(config))
     if found.cuttable:
         arch.uneven_types(found)
 

@@ -158,7 +158,7 @@ class Workshop:
         """The least context, in steps of 256 tokens, at which the model does not fit an m4-24gb any more."""
         if not self._tight:
             from mlx_pare import fit
-            from mlx_pare.api import Use
+            from mlx_pare.capacity.memory import Use
 
             low, high = 1, 1 << 20
             while low < high:

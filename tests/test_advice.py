@@ -22,11 +22,11 @@ from mlx_pare.app import app
 from mlx_pare.arch import describe
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import parse_amount
-from mlx_pare.fit import advice, macs, memory, planner
-from mlx_pare.fit.advice import Case, changes, smallest_cut
-from mlx_pare.fit.form import Form
-from mlx_pare.fit.memory import Needs, Use
-from mlx_pare.fit.subject import Subject, open_subject
+from mlx_pare.capacity import advice, macs, memory, planner
+from mlx_pare.capacity.advice import Case, changes, smallest_cut
+from mlx_pare.capacity.form import Form
+from mlx_pare.capacity.memory import Needs, Use
+from mlx_pare.capacity.subject import Subject, open_subject
 from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import random
 import re
@@ -319,7 +318,8 @@ def test_debug_shows_where_and_keeps_the_code(pare, tmp_path):
 
 
 def test_defect_of_ours_is_one_line_too(pare, model, monkeypatch):
-    module = importlib.import_module("mlx_pare.inspect")
+    from mlx_pare.capacity import inspect as module
+
     monkeypatch.setattr(module, "parameters", lambda _: {}["total"])
     done = pare("inspect", model, "--json")
     assert done.code == 1 and "internal error, KeyError" in done.line and "--debug" in done.document["error"]
@@ -340,7 +340,7 @@ def noisy(*_):
 
 
 def test_one_document_also_while_libraries_print(pare, model, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("mlx_pare.inspect"), "parameters", noisy)
+    monkeypatch.setattr("mlx_pare.capacity.inspect.parameters", noisy)
     done = pare("inspect", model, "--json")
     assert done.document["parameters"]["total"] == 1
     assert done.err == "a library talks\nand writes\n"

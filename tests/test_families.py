@@ -15,7 +15,7 @@ from mlx_pare.arch import describe, described_types
 from mlx_pare.arch.axes import length
 from mlx_pare.arch.describe import FAMILIES
 from mlx_pare.base.errors import PareError
-from mlx_pare.fit.memory import Needs
+from mlx_pare.capacity.memory import Needs
 from mlx_pare.model import footprint
 from mlx_pare.sources import catalogue
 from mlx_pare.tensors.packing import Packing

@@ -17,8 +17,8 @@ from mlx_pare import lm
 from mlx_pare.arch import describe
 from mlx_pare.base import machine
 from mlx_pare.base.errors import UsageError
-from mlx_pare.fit import macs, memory, planner, speed
-from mlx_pare.fit.memory import Needs, Use
+from mlx_pare.capacity import form, macs, memory, planner, speed
+from mlx_pare.capacity.memory import Needs, Use
 from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.tensors.packing import Packing
@@ -134,9 +134,9 @@ def test_gguf_bytes():
     arch = describe({**pico.config_of("qwen2"), "vocab_size": 96})
     vectors = sum(t.size for t in arch.tensors() if not t.matrix)
     matrices = sum(t.size for t in arch.tensors() if t.matrix)
-    assert footprint.weight_bytes(arch, footprint.gguf(arch, "f32")) == 4 * (vectors + matrices)
-    assert footprint.weight_bytes(arch, footprint.gguf(arch, "f16")) == 4 * vectors + 2 * matrices
-    assert footprint.weight_bytes(arch, footprint.gguf(arch, "q8_0")) == 4 * vectors + matrices // 32 * 34
+    assert footprint.weight_bytes(arch, form.gguf(arch, "f32")) == 4 * (vectors + matrices)
+    assert footprint.weight_bytes(arch, form.gguf(arch, "f16")) == 4 * vectors + 2 * matrices
+    assert footprint.weight_bytes(arch, form.gguf(arch, "q8_0")) == 4 * vectors + matrices // 32 * 34
 
 
 # ---- caches ----
@@ -419,8 +419,8 @@ def test_planning_imports_nothing_heavy():
 import sys, time
 from mlx_pare.arch import describe
 from mlx_pare.model import footprint
-from mlx_pare.fit import macs, memory, planner, speed
-from mlx_pare.fit.memory import Needs, Use
+from mlx_pare.capacity import macs, memory, planner, speed
+from mlx_pare.capacity.memory import Needs, Use
 from mlx_pare.tensors.packing import Packing
 arch = describe({QWEN25_32B!r})
 for bits in (4, 8):

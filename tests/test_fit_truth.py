@@ -10,11 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import fit_accuracy as truth
 
-from mlx_pare.fit import macs, planner, speed
-from mlx_pare.fit.form import Form
-from mlx_pare.fit.macs import Budget
-from mlx_pare.fit.memory import Needs, Use
-from mlx_pare.fit.subject import open_subject
+from mlx_pare.capacity import macs, planner, speed
+from mlx_pare.capacity.form import Form
+from mlx_pare.capacity.macs import Budget
+from mlx_pare.capacity.memory import Needs, Use
+from mlx_pare.capacity.subject import open_subject
 from mlx_pare.tensors.packing import Packing
 
 GIB = 2**30

@@ -15,8 +15,8 @@ import pytest
 
 from mlx_pare import fit, inspect
 from mlx_pare.base.errors import Unsupported
-from mlx_pare.fit.form import Form
-from mlx_pare.fit.subject import open_subject
+from mlx_pare.capacity.form import Form
+from mlx_pare.capacity.subject import open_subject
 from mlx_pare.model import foreign_formats
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weight_files import read_headers

@@ -20,10 +20,10 @@ from test_imatrix import WIDE, needs_llama, rows_of
 from mlx_pare import llama_cpp
 from mlx_pare.arch import rope
 from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.capacity.fit import fit
+from mlx_pare.capacity.form import Form
 from mlx_pare.export import export, verify
 from mlx_pare.export_step import export_step
-from mlx_pare.fit import fit
-from mlx_pare.fit.form import Form
 from mlx_pare.gguf import header as gguf_header
 from mlx_pare.gguf.quant_mixes import type_of
 from mlx_pare.gguf.write import encode as gguf_values, imatrix_file, quantizer, size as gguf_size

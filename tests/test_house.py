@@ -127,7 +127,9 @@ sys.exit(", ".join(sorted({{"mlx", "numpy", "mlx_lm"}} & set(sys.modules))) or 0
     assert done.returncode == 0, f"mlx_pare.{module} imports {done.stderr}"
 
 
-@pytest.mark.parametrize("preload", ["", "import mlx_pare.steps, mlx_pare.cli, mlx_pare.inspect, mlx_pare.report;"])
+@pytest.mark.parametrize(
+    "preload", ["", "import mlx_pare.steps, mlx_pare.cli, mlx_pare.capacity.inspect, mlx_pare.report;"]
+)
 def test_every_verb_is_a_function_of_the_package(preload):
     """Also after submodules of the same names were imported, which would otherwise take their place."""
     code = f"""{preload}
@@ -145,7 +147,7 @@ from mlx_pare import export
 from mlx_pare import bench
 from mlx_pare import report
 from mlx_pare import run
-import mlx_pare.fit.planner, mlx_pare.plan.allocate
+import mlx_pare.capacity.planner, mlx_pare.plan.allocate
 for name in mlx_pare.__all__:
     value = getattr(mlx_pare, name)
     assert callable(value) and not isinstance(value, types.ModuleType), name

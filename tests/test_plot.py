@@ -16,7 +16,8 @@ import pytest
 from matplotlib.artist import Artist
 
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.fit import macs, plot
+from mlx_pare.capacity import macs
+from mlx_pare.fit import plot
 from mlx_pare.fit.bars import bars_of, by_memory, describe, heading
 from mlx_pare.store import atomic, edited
 
@@ -415,7 +416,7 @@ def test_settings_of_the_user_neither_matter_nor_change(three, tmp_path, request
 def test_matplotlib_is_imported_only_to_draw(tmp_path):
     code = """
 import sys
-from mlx_pare.fit import fit
+from mlx_pare.capacity.fit import fit
 import mlx_pare.fit.plot, mlx_pare.report
 fit("qwen2.5-32b", ["m4-24gb"])
 sys.exit(", ".join(sorted({"matplotlib", "numpy", "mlx"} & set(sys.modules))) or 0)

@@ -90,7 +90,7 @@ def test_f30_the_context_belongs_to_a_plan_for_a_mac(pico_models, two_texts, tmp
     settings = Settings(**two_texts, **{**SMALL, "keep": None, "mac": "m4-24gb"})
     model = pico_models("llama")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("mlx_pare.fit.planner"), "max_weight_bytes", lambda *_, **__: 500_000)
+        patch.setattr("mlx_pare.capacity.planner.max_weight_bytes", lambda *_, **__: 500_000)
         pipeline.run(model, tmp_path / "run", settings)
         with pytest.raises(Refused, match=r"plan step.*context was 300, now it is 400"):
             pipeline.run(model, tmp_path / "run", replace(settings, context=400))

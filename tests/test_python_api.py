@@ -14,9 +14,9 @@ import pytest
 import mlx_pare
 from mlx_pare import lm
 from mlx_pare.base.errors import UsageError
+from mlx_pare.capacity.macs import Budget
+from mlx_pare.capacity.memory import Use
 from mlx_pare.export import export as write_gguf
-from mlx_pare.fit.macs import Budget
-from mlx_pare.fit.memory import Use
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.pruning.plan_file import Plan

@@ -24,11 +24,12 @@ from mlx_pare import cli, steps
 from mlx_pare.arch import describe
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
+from mlx_pare.capacity import macs
+from mlx_pare.capacity.fit import fit
+from mlx_pare.capacity.form import Form
+from mlx_pare.capacity.memory import Use
+from mlx_pare.capacity.subject import open_subject
 from mlx_pare.export import export
-from mlx_pare.fit import fit, macs
-from mlx_pare.fit.form import Form
-from mlx_pare.fit.memory import Use
-from mlx_pare.fit.subject import open_subject
 from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
@@ -701,7 +702,7 @@ def test_help_has_examples(pare):
 
 LIGHT = """
 import sys, time
-from mlx_pare.fit import fit
+from mlx_pare.capacity.fit import fit
 fit(sys.argv[1])
 heavy = {"mlx", "mlx.core", "numpy", "gguf", "transformers", "pydantic", "huggingface_hub", "mlx_lm"} & set(sys.modules)
 assert not heavy, heavy

@@ -23,10 +23,10 @@ from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
+from mlx_pare.capacity.fit import fit
+from mlx_pare.capacity.inspect import inspect
 from mlx_pare.check import check
 from mlx_pare.evaluate import evaluate
-from mlx_pare.fit import fit
-from mlx_pare.inspect import inspect
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import redraw
 from mlx_pare.plan.goal import Options as PlanOptions

@@ -23,7 +23,7 @@ from mlx_pare import arch, lm, teacher
 from mlx_pare.base import console, markdown, untrusted
 from mlx_pare.base.errors import PareError, plain
 from mlx_pare.base.untrusted import read_json
-from mlx_pare.fit import subject
+from mlx_pare.capacity import subject
 from mlx_pare.gguf.write.tokenizer import read as read_tokenizer
 from mlx_pare.model import tokenizer_files
 from mlx_pare.model.checkpoint import Checkpoint
@@ -417,7 +417,7 @@ def test_markdown_of_a_report_means_nothing_but_itself():
 
 
 def test_a_picture_holds_names_as_text(tmp_path):
-    from mlx_pare.fit import fit
+    from mlx_pare.capacity.fit import fit
     from mlx_pare.fit.plot import draw
 
     found = fit("qwen3-0.6b", ["m4-24gb"]) | {"model": f"{HOSTILE}<script>alert(1)</script>&\"'$x^2$"}

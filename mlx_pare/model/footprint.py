@@ -81,16 +81,6 @@ def like(checkpoint: Checkpoint) -> Storage:
     return stored
 
 
-def gguf(arch: Architecture, kind: str) -> Storage:
-    """As a GGUF file of ``kind`` ("f16", "q8_0", "q4_k_m") holds them. Tensor data only: no header, no padding.
-
-    Raises UsageError for an unknown kind.
-    """
-    from ..gguf.quant_mixes import storage
-
-    return storage(arch, kind)
-
-
 def weight_bytes(arch: Architecture, storage: Storage) -> int:
     """Bytes of all tensors of a model."""
     return sum(storage(tensor) for tensor in arch.tensors())

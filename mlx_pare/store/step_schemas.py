@@ -221,7 +221,7 @@ class Exported(Checked):
 
 
 class Row(Checked):
-    """A Mac and what it takes (fit/planner.py)."""
+    """A Mac and what it takes (capacity/planner.py)."""
 
     mac: str
     chip: str

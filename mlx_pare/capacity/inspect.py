@@ -6,14 +6,14 @@ from math import prod
 from os import PathLike
 from typing import Any
 
-from .arch import Architecture, uneven_types, why_uniform
-from .base.errors import PareError
-from .fit.form import Form
-from .fit.subject import Subject, open_subject
-from .gguf import uneven_layers
-from .gguf.architectures import runtimes_of, target_of
-from .model.footprint import parameters, window_of
-from .pruning.reach import AXES
+from ..arch import Architecture, uneven_types, why_uniform
+from ..base.errors import PareError
+from ..gguf import uneven_layers
+from ..gguf.architectures import runtimes_of, target_of
+from ..model.footprint import parameters, window_of
+from ..pruning.reach import AXES
+from .form import Form
+from .subject import Subject, open_subject
 
 
 def inspect(model: str | PathLike[str]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     weights + KV cache and states + activations <= what macOS lets the GPU keep resident
 
-The bytes are memory.py's and model/footprint.py's, the budgets macs.py's, the speeds speed.py's.
+The bytes are capacity/memory.py's and model/footprint.py's, the budgets capacity/macs.py's, the speeds
+capacity/speed.py's.
 """
 
 from __future__ import annotations

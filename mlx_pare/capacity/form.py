@@ -47,7 +47,7 @@ class Form:
     def storage(self, arch: Architecture, width: int = 2) -> Storage | None:
         """How any tensor is stored in this form, beside floats of ``width`` bytes; None: as it is."""
         if self.gguf:
-            return footprint.gguf(arch, self.gguf)
+            return gguf(arch, self.gguf)
         if self.floats:
             return footprint.dense(self.floats)
         return footprint.packed(replace(self.packing, scale_bytes=width), width) if self.packing else None
@@ -67,3 +67,13 @@ class Form:
         if self.floats:
             return "16-bit floats" if self.floats == 2 else "32-bit floats"
         return f"GGUF {self.gguf}" if self.gguf else str(self.packing or "as stored")
+
+
+def gguf(arch: Architecture, kind: str) -> Storage:
+    """As a GGUF file of ``kind`` ("f16", "q8_0", "q4_k_m") holds them. Tensor data only: no header, no padding.
+
+    Raises UsageError for an unknown kind.
+    """
+    from ..gguf.quant_mixes import storage
+
+    return storage(arch, kind)

@@ -27,7 +27,7 @@ from ..sources import catalogue
 from ..sources.open_model import ggufs_in, require
 from ..tensors.packing import Packing
 from ..tensors.safetensors import DTYPE_BYTES, FLOATS, Entry
-from . import planner, quantization
+from . import planner, storage as quantization
 from .form import Form
 from .planner import Weights
 
