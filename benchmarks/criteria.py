@@ -20,7 +20,7 @@ from mlx_pare import lm
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError
 from mlx_pare.calibrate import calibrate
-from mlx_pare.evaluate import evaluate
+from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options

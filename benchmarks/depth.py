@@ -21,7 +21,7 @@ from mlx_pare import lm
 from mlx_pare.base import console
 from mlx_pare.calibrate import calibrate
 from mlx_pare.drops import layers_by_kl
-from mlx_pare.evaluate import evaluate
+from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import allocate, plan
 from mlx_pare.plan.goal import Options

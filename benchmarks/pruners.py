@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_pare.divergence import measure
+from mlx_pare.evaluation.divergence import measure
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.site import Site
 from mlx_pare.stream import walk as stream

@@ -29,7 +29,8 @@ from criteria import DEMO, show
 from mlx_pare import choose_sizes, lm, steps
 from mlx_pare.base import console
 from mlx_pare.base.errors import Refused
-from mlx_pare.evaluate import evaluate
+from mlx_pare.evaluation.evaluate import evaluate
+from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan, whole
@@ -37,7 +38,6 @@ from mlx_pare.plan.goal import Options
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.reconstruct import reconstruct
-from mlx_pare.store.arrays import Metrics
 from mlx_pare.text import corpus
 from mlx_pare.text.domains import Domains
 from mlx_pare.text.splits import Texts

@@ -27,9 +27,10 @@ import top_k_losses
 from criteria import DEMO, show
 from quality import HERE, WINDOW, Bench, Subject, _ids, _rows, subjects
 
-from mlx_pare import divergence, lm, targets
+from mlx_pare import lm, targets
 from mlx_pare.base import console
-from mlx_pare.evaluate import evaluate
+from mlx_pare.evaluation import divergence
+from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.objective import Objective, loss_of
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options

@@ -18,8 +18,8 @@ import synthetic
 import timing
 
 from mlx_pare.base.units import gb
-from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
+from mlx_pare.evaluation.bench import bench
 from mlx_pare.export import export
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan

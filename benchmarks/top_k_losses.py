@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_pare.divergence import LEAST, kl
+from mlx_pare.evaluation.divergence import LEAST, kl
 
 
 def both(ids: mx.array, log_p: mx.array, log_tail: mx.array, student: mx.array, temperature: float = 1.0) -> mx.array:

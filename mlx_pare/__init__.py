@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 
 _VERBS = {
     "inspect": "capacity.inspect", "fit": "capacity.fit", "calibrate": "calibrate", "score": "score", "plan": "plan",
-    "reconstruct": "reconstruct", "prune": "pruning.prune", "recover": "recover", "evaluate": "evaluate", "export": "export",
-    "bench": "bench", "report": "report", "status": "status", "run": "pipeline",
+    "reconstruct": "reconstruct", "prune": "pruning.prune", "recover": "recover", "evaluate": "evaluation.evaluate", "export": "export",
+    "bench": "evaluation.bench", "report": "report", "status": "status", "run": "pipeline",
 }  # fmt: skip
 __all__ = sorted(_VERBS)
 

@@ -12,6 +12,7 @@ from .base.errors import UsageError
 from .capacity.form import Form
 from .capacity.macs import Budget
 from .capacity.memory import Use
+from .evaluation.metrics import Metrics
 from .lm import tokenizer
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
@@ -20,7 +21,7 @@ from .pruning.layout import size_of
 from .pruning.plan_file import Plan, Target
 from .recover_options import Options as RecoverOptions
 from .sources.open_model import StrPath, opened
-from .store.arrays import Arrays, Metrics
+from .store.arrays import Arrays
 from .text.corpus import Rows
 from .text.splits import Texts
 

@@ -153,7 +153,7 @@ def evaluate_command(
     With --teacher it also measures the KL divergence, and how often the most likely tokens agree.
     """
     from . import lm
-    from .evaluate import evaluate
+    from .evaluation.evaluate import evaluate
     from .model.hub_name import called
     from .text import corpus
 
@@ -180,7 +180,7 @@ def bench_command(
     It measures how many tokens per second each model reads and writes. The models take turns. The table shows
     the median, the spread, and the ratio to the first model.
     """
-    from .bench import bench
+    from .evaluation.bench import bench
 
     found = bench(models, trials, prompt, new, memory(memory_cap))
     show.show_bench(found)

@@ -166,8 +166,8 @@ def _require_fit(done: dict[str, Any], mac: str | None, context: int) -> None:
 
 def _asked(checkpoint: Checkpoint, ask: Any) -> dict[str, Any]:
     """What a stock server answers, where the memory holds the model."""
+    from .evaluation.resident import not_resident
     from .model.tokenizer_files import has_chat_template
-    from .resident import not_resident
 
     if too_large := not_resident(checkpoint.path, None):
         return {"served": False, "reason": too_large}

@@ -22,7 +22,7 @@ from . import lm
 from .arch import Architecture
 from .base.console import progress
 from .base.errors import PareError
-from .divergence import Running
+from .evaluation.divergence import Running
 from .lm.cpu_math import MOST_KEPT
 from .model.checkpoint import Checkpoint
 from .stream import batches, memory, walk as stream

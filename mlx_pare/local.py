@@ -23,12 +23,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import divergence, lm
+from . import lm
 from .arch import Tensor
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb
 from .block_training import METHODS, Options, result_at, train, trainable, unrounded
+from .evaluation import divergence
 from .lm.cpu_math import MOST_KEPT
 from .model import replace_tensors
 from .model.checkpoint import Checkpoint

@@ -16,8 +16,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import divergence, lm
+from . import lm
 from .base.errors import UsageError
+from .evaluation import divergence
 from .options.values import SHARE, TEMPERATURE, WEIGHT, require
 
 MATCHES = ("auto", "none", "cosine", "mse")

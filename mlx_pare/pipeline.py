@@ -20,6 +20,7 @@ from .base.errors import PareError, Refused, UsageError
 from .base.units import gb, readable
 from .calibrate import check_memory as check_calibration
 from .capacity import macs
+from .evaluation.metrics import Metrics
 from .export import why_not
 from .export_step import export_step, required
 from .gguf.architectures import RUNTIMES
@@ -37,7 +38,7 @@ from .report import report
 from .score import criterion
 from .sources.open_model import StrPath, opened as model_of
 from .store import step_files
-from .store.arrays import MOST_NATS, Metrics
+from .store.arrays import MOST_NATS
 from .store.places import CONTENDERS, name_of
 from .store.rundir import Run
 from .stream import kept

@@ -27,10 +27,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import divergence, gptq, lm
+from . import gptq, lm
 from .arch import Architecture
 from .base.errors import PareError, Refused
 from .base.units import gb
+from .evaluation import divergence
 from .least_squares import Cost
 from .model.checkpoint import Checkpoint
 from .pruning.layout import layout

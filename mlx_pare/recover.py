@@ -21,11 +21,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import divergence, lm, local, on_policy, targets, teacher
+from . import lm, local, on_policy, targets, teacher
 from .base import console, machine
 from .base.errors import Refused, UsageError
 from .base.units import gb
 from .base.untrusted import read_json
+from .evaluation import divergence
 from .lm import distributed
 from .model import replace_tensors
 from .model.checkpoint import Checkpoint

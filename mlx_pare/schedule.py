@@ -18,13 +18,13 @@ from typing import Any
 
 from .base.errors import Refused, UsageError
 from .base.units import count, duration, readable
+from .evaluation.metrics import Metrics
 from .model.checkpoint import Checkpoint
 from .model.footprint import parameters
 from .options.settings import STAGES, Settings
 from .pruning.plan_file import Plan, Target
 from .pruning.survivors import survivors
 from .store import step_files
-from .store.arrays import Metrics
 from .store.manifest import Manifest
 from .store.places import name_of
 from .store.rundir import Run

@@ -25,7 +25,7 @@ from . import lm
 from .arch import Architecture
 from .base.errors import UsageError
 from .calibrate import calibrate, calibrate_in_parts
-from .evaluate import evaluate
+from .evaluation.evaluate import evaluate
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .plan import allocate, redraw

@@ -15,12 +15,14 @@ from .base.errors import Refused, UsageError, shell
 from .base.optional import attempt
 from .base.plain_path import require_text
 from .base.units import parse_amount
-from .bench import bench
 from .calibrate import calibrate
 from .capacity import macs, planner
 from .capacity.memory import Needs, Use
-from .check import check
-from .evaluate import evaluate
+from .evaluation.bench import bench
+from .evaluation.evaluate import evaluate
+from .evaluation.metrics import Metrics
+from .evaluation.resident import not_resident
+from .evaluation.sanity import check
 from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .lm import distributed
 from .model.checkpoint import Checkpoint
@@ -32,11 +34,9 @@ from .pruning.prune import Lineage, prune
 from .reconstruct import reconstruct
 from .recover import recover
 from .recover_options import Options as RecoverOptions
-from .resident import not_resident
 from .score import criterion, described, score
 from .sources import resolve
 from .sources.open_model import require
-from .store.arrays import Metrics
 from .store.atomic import replace_file
 from .store.manifest import read_manifest
 from .store.rundir import Run, fingerprint

@@ -31,7 +31,7 @@ from .base import machine
 from .base.console import progress
 from .base.errors import PareError, Refused, UsageError, shell
 from .base.units import gb
-from .divergence import TOKENS_AT_ONCE
+from .evaluation.divergence import TOKENS_AT_ONCE
 from .model.checkpoint import Checkpoint
 from .store import step_files
 from .store.atomic import replace_file, sweep

@@ -22,9 +22,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import divergence, lm
+from . import lm
 from .arch import Architecture
 from .base.errors import Refused
+from .evaluation import divergence
 from .model.checkpoint import Checkpoint
 from .site import Site, solve_costs
 from .stream import memory, walk as stream

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from .base.units import gb, readable
+from .evaluation.metrics import Metrics
 from .store import step_files
-from .store.arrays import Metrics
 from .store.manifest import Manifest
 from .store.places import CONTENDERS
 

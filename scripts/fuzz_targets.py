@@ -41,6 +41,7 @@ from mlx_pare.base.errors import PareError
 from mlx_pare.base.units import parse_amount
 from mlx_pare.capacity import storage, subject
 from mlx_pare.capacity.inspect import inspect
+from mlx_pare.evaluation import metrics
 from mlx_pare.gguf import header as gguf_header
 from mlx_pare.gguf.read import rebuild as gguf_model, tensors as gguf_stored, tokenizer as gguf_tokens
 from mlx_pare.gguf.read.config import config_of
@@ -281,7 +282,7 @@ TARGETS: dict[str, Target] = {
     "hub": Target(read_hub, [LISTING, LLAMA, HEADER], share=0.1, kinds=(0, 1, 2, 128, 129, 130)),
     "plan": Target(read_plan, [PLAN], share=0.5),
     "manifest": Target(lambda p, raw: manifest.Manifest.read(Memory(raw), "run manifest") and None, [MANIFEST]),
-    "metrics": Target(lambda p, raw: arrays.Metrics.read(Memory(raw), "metrics") and None, [METRICS]),
+    "metrics": Target(lambda p, raw: metrics.Metrics.read(Memory(raw), "metrics") and None, [METRICS]),
     "survivors": Target(lambda p, raw: survivors.survivors(Memory(raw)) and None, [SURVIVORS]),
     "arrays": Target(read_arrays, [ARRAYS], text, 0.05),
     "tokenizer": Target(read_tokenizer, [*TOKENIZERS, SETTINGS], share=0.1, kinds=(0, 1)),

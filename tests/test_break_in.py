@@ -10,11 +10,11 @@ import pytest
 from mlx_pare import pipeline, unused
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
+from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.export import export
 from mlx_pare.options import recipe_file
 from mlx_pare.options.settings import Settings
 from mlx_pare.sources import hub_cache
-from mlx_pare.store.arrays import Metrics
 from mlx_pare.store.rundir import Run
 from mlx_pare.stream import kept
 from mlx_pare.text import corpus

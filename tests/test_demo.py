@@ -9,7 +9,7 @@ import pytest
 
 from mlx_pare import cli, lm, pipeline, steps
 from mlx_pare.base.errors import PareError
-from mlx_pare.evaluate import evaluate
+from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.text import corpus, overlap
 from mlx_pare.text.splits import DEMO

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import reference_targets as reference
 
-from mlx_pare import divergence
 from mlx_pare.base.errors import UsageError
-from mlx_pare.divergence import KINDS, between, between_top
+from mlx_pare.evaluation import divergence
+from mlx_pare.evaluation.divergence import KINDS, between, between_top
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import top_k_losses

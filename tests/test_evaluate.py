@@ -15,13 +15,14 @@ import pytest
 import reference
 from mlx.utils import tree_flatten
 
-from mlx_pare import divergence, lm, stability
+from mlx_pare import lm, stability
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.evaluate import evaluate
+from mlx_pare.evaluation import divergence
+from mlx_pare.evaluation.evaluate import evaluate
+from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options
-from mlx_pare.store.arrays import Metrics
 from mlx_pare.store.schema import dump_json
 from mlx_pare.stream import head
 from mlx_pare.text import corpus

@@ -15,8 +15,9 @@ import pytest
 import typer
 from test_cli import EVERYDAY, IMPORTS, OTHERS
 
-from mlx_pare import __version__, choose_sizes, divergence, layering, objective, on_policy, recover_options, unused
+from mlx_pare import __version__, choose_sizes, layering, objective, on_policy, recover_options, unused
 from mlx_pare.app import app
+from mlx_pare.evaluation import divergence
 from mlx_pare.gguf.architectures import RUNTIMES
 from mlx_pare.help_page import COMMANDS
 from mlx_pare.options.settings import RATES, TABLE, TARGETS, Settings

@@ -38,7 +38,7 @@ from test_recover import OPTIONS, RATES, cut, same_packing_and_shapes, stored, t
 from mlx_pare import gptq, lm, pipeline
 from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.capacity.inspect import inspect
-from mlx_pare.evaluate import evaluate
+from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.export import export
 from mlx_pare.local import local
 from mlx_pare.model.checkpoint import Checkpoint

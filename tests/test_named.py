@@ -193,7 +193,7 @@ def test_nothing_asks_the_hub_once_the_models_are_there(pare, server, model, tex
         seen.append((os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE))
         raise PareError("seen")
 
-    monkeypatch.setattr(sys.modules["mlx_pare.bench"], "bench", online)
+    monkeypatch.setattr(sys.modules["mlx_pare.evaluation.bench"], "bench", online)
     assert "seen" in pare("bench", NAME).line and seen == [("1", True)]
     assert not constants.HF_HUB_OFFLINE, "the next command may ask again"
 

@@ -23,14 +23,15 @@ from mlx_pare import choose_sizes, contenders, lm, pipeline, steps, tried, verdi
 from mlx_pare.base import machine
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import count, gb
-from mlx_pare.check import check, repeats
+from mlx_pare.evaluation.metrics import Metrics
+from mlx_pare.evaluation.sanity import check, repeats
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.score import CRITERIA
-from mlx_pare.store.arrays import Arrays, Metrics
+from mlx_pare.store.arrays import Arrays
 from mlx_pare.store.places import repair_file
 
 reporting = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function
@@ -361,7 +362,8 @@ WRITES = [
 
 @pytest.mark.parametrize("ours, theirs, expected", WRITES)
 def test_strange_text_is_a_warning(finished, monkeypatch, ours, theirs, expected):
-    checking = importlib.import_module("mlx_pare.check")
+    from mlx_pare.evaluation import sanity as checking
+
     model = Path(finished["summary"]["model"])
     monkeypatch.setattr(checking, "_text", lambda path: ours if path == model else theirs)
     found = check(model, finished["model"])
@@ -370,7 +372,8 @@ def test_strange_text_is_a_warning(finished, monkeypatch, ours, theirs, expected
 
 def test_what_memory_does_not_hold_is_not_made_to_write(finished, monkeypatch):
     """Neither under a cap nor where too little is free."""
-    checking = importlib.import_module("mlx_pare.check")
+    from mlx_pare.evaluation import sanity as checking
+
     model = Path(finished["summary"]["model"])
     monkeypatch.setattr(checking, "_text", lambda path: pytest.fail("it was loaded"))
     (found,) = check(model, finished["model"], memory_cap=10_000)

@@ -16,12 +16,12 @@ from mlx_pare import lm
 from mlx_pare.base.errors import UsageError
 from mlx_pare.capacity.macs import Budget
 from mlx_pare.capacity.memory import Use
+from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.export import export as write_gguf
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.recover_options import Options as RecoverOptions
-from mlx_pare.store.arrays import Metrics
 from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.default_rng(0).integers(0, 500, (4, 24)))

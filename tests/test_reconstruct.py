@@ -20,7 +20,7 @@ import reference
 
 from mlx_pare import least_squares, lm, site
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.evaluate import evaluate
+from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.least_squares import DAMPING, Cost
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from mlx_pare import resident
 from mlx_pare.base import machine, markdown
+from mlx_pare.evaluation import resident
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.ollama import Modelfile
 from mlx_pare.pruning.plan_file import Plan

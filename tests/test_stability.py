@@ -17,7 +17,7 @@ import reference_criteria
 from mlx_pare import choose_sizes, lm, show, stability, steps, tried
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.calibrate import calibrate, calibrate_in_parts
-from mlx_pare.evaluate import evaluate
+from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan

@@ -14,7 +14,7 @@ import reference_targets
 
 from mlx_pare import lm, targets
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.divergence import between_top, kl
+from mlx_pare.evaluation.divergence import between_top, kl
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.stream import batches, head, memory, walk as stream
 from mlx_pare.targets import Targets, collect, largest, pack, record, unpack

@@ -14,7 +14,7 @@ from test_prune import plan_of
 
 from mlx_pare import llama_cpp, lm
 from mlx_pare.base.errors import PareError
-from mlx_pare.check import check
+from mlx_pare.evaluation.sanity import check
 from mlx_pare.export import export
 from mlx_pare.lm import tokenizer_class
 from mlx_pare.model.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from test_prune import plan_of
 
 from mlx_pare import export_step, llama_cpp, lm, pipeline, steps
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.check import check
+from mlx_pare.evaluation.sanity import check
 from mlx_pare.export import verify
 from mlx_pare.gguf.write import quantizer
 from mlx_pare.gguf.write.quantizer import INSTALL
@@ -168,7 +168,7 @@ def test_f36_every_place_that_lacks_llama_cpp_says_so(tmp_path, monkeypatch):
 
 def opened_by_transformers(monkeypatch, closed: tuple[Path, ...]) -> None:
     """transformers cannot open these directories."""
-    checking = sys.modules["mlx_pare.check"]
+    checking = sys.modules["mlx_pare.evaluation.sanity"]
 
     def opens(path: Path) -> None:
         if path in closed:

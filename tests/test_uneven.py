@@ -21,12 +21,12 @@ from mlx_pare.arch import Keep, LayerKeep, cut, describe, uneven_types, why_no_s
 from mlx_pare.arch.uneven import divisible, nas_config, nas_multiplier, nas_width
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, Unsupported
-from mlx_pare.bench import bench
 from mlx_pare.calibrate import calibrate
 from mlx_pare.capacity.fit import fit
 from mlx_pare.capacity.inspect import inspect
-from mlx_pare.check import check
-from mlx_pare.evaluate import evaluate
+from mlx_pare.evaluation.bench import bench
+from mlx_pare.evaluation.evaluate import evaluate
+from mlx_pare.evaluation.sanity import check
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import redraw
 from mlx_pare.plan.goal import Options as PlanOptions

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import lm
-from .arch import RESULT_TYPES
-from .base.errors import PareError
-from .base.optional import attempt
-from .base.plain_path import plain, warning
-from .base.untrusted import read_json
-from .lm.tokenizer_class import SETTINGS
-from .model.checkpoint import Checkpoint
+from .. import lm
+from ..arch import RESULT_TYPES
+from ..base.errors import PareError
+from ..base.optional import attempt
+from ..base.plain_path import plain, warning
+from ..base.untrusted import read_json
+from ..lm.tokenizer_class import SETTINGS
+from ..model.checkpoint import Checkpoint
 from .resident import not_resident
 
 PROMPT = "The"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import lm
-from .base import machine
-from .base.errors import Refused
-from .base.units import gb
-from .model.checkpoint import Checkpoint
+from .. import lm
+from ..base import machine
+from ..base.errors import Refused
+from ..base.units import gb
+from ..model.checkpoint import Checkpoint
 
 
 def needed_bytes(model: Path) -> int:

@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from . import lm
-from .base.errors import PareError, UsageError
+from .. import lm
+from ..base.errors import PareError, UsageError
+from ..model import finite
+from ..model.checkpoint import Checkpoint
+from ..model.hub_name import called
+from ..sources.open_model import StrPath, opened
+from ..store.arrays import MOST_NATS
+from ..stream import memory, walk as stream
+from ..stream.kept import end_of
+from ..text.corpus import Rows
 from .divergence import measure
-from .model import finite
-from .model.checkpoint import Checkpoint
-from .model.hub_name import called
-from .sources.open_model import StrPath, opened
-from .store.arrays import MOST_NATS, Metrics
-from .stream import memory, walk as stream
-from .stream.kept import end_of
-from .text.corpus import Rows
+from .metrics import Metrics
 
 
 def evaluate(

@@ -10,15 +10,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import lm, resident
-from .base import machine
-from .base.console import progress
-from .base.errors import Refused, UsageError
-from .base.units import gb
-from .capacity.memory import Needs, Use
-from .model.checkpoint import Checkpoint
-from .options.values import COUNT, MOST, require, whole
-from .sources.open_model import StrPath, opened
+from .. import lm
+from ..base import machine
+from ..base.console import progress
+from ..base.errors import Refused, UsageError
+from ..base.units import gb
+from ..capacity.memory import Needs, Use
+from ..model.checkpoint import Checkpoint
+from ..options.values import COUNT, MOST, require, whole
+from ..sources.open_model import StrPath, opened
+from . import resident
 
 PROMPT, NEW = whole(1, MOST // 2), whole(2, MOST // 2)
 TOKEN_BYTES = 40  # of a token of the prompt, as a number in a list of Python

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 import mlx.core as mx
 import numpy as np
 
-from . import lm
-from .base.errors import UsageError
-from .stream.head import Streamed
-from .text.corpus import Rows
+from .. import lm
+from ..base.errors import UsageError
+from ..stream.head import Streamed
+from ..text.corpus import Rows
 
 TOKENS_AT_ONCE = 1024
 BETA = 0.5  # of the mixture between teacher and student in "js"
