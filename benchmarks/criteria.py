@@ -19,7 +19,6 @@ import numpy as np
 from mlx_pare import lm
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError
-from mlx_pare.calibrate import calibrate
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
@@ -27,7 +26,8 @@ from mlx_pare.plan.goal import Options
 from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS, Options as RecoverOptions
-from mlx_pare.score import CRITERIA, score
+from mlx_pare.scoring.calibrate import calibrate
+from mlx_pare.scoring.score import CRITERIA, score
 from mlx_pare.text import corpus
 
 DEMO = Path(corpus.__file__).parent / "demo"

@@ -19,7 +19,6 @@ from criteria import DEMO, rows_of, show
 
 from mlx_pare import lm
 from mlx_pare.base import console
-from mlx_pare.calibrate import calibrate
 from mlx_pare.drops import layers_by_kl
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
@@ -29,7 +28,8 @@ from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.pruning.reach import protected_layers
 from mlx_pare.reconstruct import reconstruct
-from mlx_pare.score import score
+from mlx_pare.scoring.calibrate import calibrate
+from mlx_pare.scoring.score import score
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows

@@ -312,8 +312,8 @@ def _narrow(bench: Bench, budget: int) -> tuple[int, float, str] | None:
 
 def costs(bench: Bench) -> Iterator[str]:
     """Seconds of the steps of one cut, beside a plain calibration pass, in one run."""
-    from mlx_pare.calibrate import calibrate
-    from mlx_pare.score import score
+    from mlx_pare.scoring.calibrate import calibrate
+    from mlx_pare.scoring.score import score
 
     subject = bench.subject
     yield f"\n{subject.name}, seconds relative to a calibration pass over the same {subject.calibration.total} tokens\n"

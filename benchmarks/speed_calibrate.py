@@ -13,8 +13,8 @@ import numpy as np
 import synthetic
 import timing
 
-from mlx_pare.calibrate import calibrate
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.stream import walk as stream
 from mlx_pare.text import corpus
 

@@ -18,14 +18,14 @@ import synthetic
 import timing
 
 from mlx_pare.base.units import gb
-from mlx_pare.calibrate import calibrate
 from mlx_pare.evaluation.bench import bench
 from mlx_pare.export import export
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.pruning.prune import prune
-from mlx_pare.score import score
+from mlx_pare.scoring.calibrate import calibrate
+from mlx_pare.scoring.score import score
 from mlx_pare.text import corpus
 
 NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s")

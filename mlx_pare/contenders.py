@@ -15,7 +15,7 @@ from .plan import redraw
 from .pruning.plan_file import Plan
 from .pruning.prune import prune
 from .reconstruct import reconstruct_all
-from .score import score
+from .scoring.score import score
 from .steps import RECONSTRUCTION, measured, plan_of
 from .store.places import name_of
 from .store.rundir import Run

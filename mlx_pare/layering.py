@@ -21,7 +21,7 @@ from .plan import plan
 from .plan.levels import shape, splits
 from .pruning.plan_file import Plan
 from .pruning.reach import Level, protected_layers
-from .score import criterion, score
+from .scoring.score import criterion, score
 from .steps import plan_options
 from .store.arrays import Arrays
 from .store.rundir import Run

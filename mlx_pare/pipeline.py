@@ -18,7 +18,6 @@ from . import choose_sizes, contenders, lm, recipes, schedule, steps
 from .base import console
 from .base.errors import PareError, Refused, UsageError
 from .base.units import gb, readable
-from .calibrate import check_memory as check_calibration
 from .capacity import macs
 from .evaluation.metrics import Metrics
 from .export import why_not
@@ -35,7 +34,8 @@ from .pruning.plan_file import Plan
 from .reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
 from .recover_options import METHODS, check_memory as check_recovery
 from .report import report
-from .score import criterion
+from .scoring.calibrate import check_memory as check_calibration
+from .scoring.score import criterion
 from .sources.open_model import StrPath, opened as model_of
 from .store import step_files
 from .store.arrays import MOST_NATS

@@ -24,7 +24,6 @@ import numpy as np
 from . import lm
 from .arch import Architecture
 from .base.errors import UsageError
-from .calibrate import calibrate, calibrate_in_parts
 from .evaluation.evaluate import evaluate
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
@@ -33,7 +32,8 @@ from .pruning.plan_file import Plan
 from .pruning.prune import prune
 from .pruning.reach import protected_layers
 from .reconstruct import reconstruct
-from .score import criterion, score
+from .scoring.calibrate import calibrate, calibrate_in_parts
+from .scoring.score import criterion, score
 from .steps import plan_of
 from .store.arrays import Arrays
 from .store.rundir import Run, fingerprint

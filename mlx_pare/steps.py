@@ -15,7 +15,6 @@ from .base.errors import Refused, UsageError, shell
 from .base.optional import attempt
 from .base.plain_path import require_text
 from .base.units import parse_amount
-from .calibrate import calibrate
 from .capacity import macs, planner
 from .capacity.memory import Needs, Use
 from .evaluation.bench import bench
@@ -34,7 +33,8 @@ from .pruning.prune import Lineage, prune
 from .reconstruct import reconstruct
 from .recover import recover
 from .recover_options import Options as RecoverOptions
-from .score import criterion, described, score
+from .scoring.calibrate import calibrate
+from .scoring.score import criterion, described, score
 from .sources import resolve
 from .sources.open_model import require
 from .store.atomic import replace_file

@@ -89,7 +89,7 @@ def pico_stats(tmp_path_factory) -> Callable[[Path], Path]:
 
     def stats(model: Path) -> Path:
         if model not in made:
-            from mlx_pare.calibrate import calibrate
+            from mlx_pare.scoring.calibrate import calibrate
             from mlx_pare.text.corpus import Rows
 
             made[model] = tmp_path_factory.mktemp("stats")

@@ -15,10 +15,10 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import gradients
 from mlx_pare.base.errors import Refused, UsageError
-from mlx_pare.calibrate import EXTRA, SITES, Statistics, calibrate, check_memory
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.scoring import gradients
+from mlx_pare.scoring.calibrate import EXTRA, SITES, Statistics, calibrate, check_memory
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.stream import batches, memory
 from mlx_pare.stream.spool import Spool, Spooled
@@ -187,7 +187,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
-from mlx_pare.calibrate import Statistics, calibrate
+from mlx_pare.scoring.calibrate import Statistics, calibrate
 import test_calibrate
 leave = Statistics.leave
 def then_die(self, index, hidden):

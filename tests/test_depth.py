@@ -18,7 +18,6 @@ import reference
 from mlx_pare import choose_sizes, layering, steps, trial, tried
 from mlx_pare.arch import can_keep
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.calibrate import calibrate
 from mlx_pare.drops import layers_by_kl, trials
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
@@ -28,7 +27,8 @@ from mlx_pare.pruning import reach
 from mlx_pare.pruning.plan_file import LayerPlan, Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.reconstruct import reconstructed_kl
-from mlx_pare.score import CRITERIA, score
+from mlx_pare.scoring.calibrate import calibrate
+from mlx_pare.scoring.score import CRITERIA, score
 from mlx_pare.steps import plan_options
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.text.corpus import Rows

@@ -12,9 +12,10 @@ import pytest
 import reference
 import reference_criteria
 
-from mlx_pare import gradients, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.scoring import gradients
 from mlx_pare.stream import batches, head
 from mlx_pare.text.corpus import Rows
 

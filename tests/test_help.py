@@ -22,7 +22,7 @@ from mlx_pare.gguf.architectures import RUNTIMES
 from mlx_pare.help_page import COMMANDS
 from mlx_pare.options.settings import RATES, TABLE, TARGETS, Settings
 from mlx_pare.recover_options import METHODS, Options
-from mlx_pare.score import CRITERIA
+from mlx_pare.scoring.score import CRITERIA
 from mlx_pare.store.rundir import Run
 from mlx_pare.training import SCHEDULES
 

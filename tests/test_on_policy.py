@@ -12,7 +12,6 @@ import reference
 
 from mlx_pare import lm, on_policy
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.calibrate import calibrate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.on_policy import Lesson, Writer, judge_of, prompt_length
 from mlx_pare.plan import plan
@@ -20,7 +19,8 @@ from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options, required_bytes, savings
-from mlx_pare.score import score
+from mlx_pare.scoring.calibrate import calibrate
+from mlx_pare.scoring.score import score
 from mlx_pare.stream import memory, walk as stream
 from mlx_pare.student import resident, trained_values
 from mlx_pare.teacher import Places

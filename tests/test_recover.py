@@ -17,14 +17,14 @@ import reference
 
 from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.calibrate import calibrate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS, Options, required_bytes, savings
-from mlx_pare.score import score
+from mlx_pare.scoring.calibrate import calibrate
+from mlx_pare.scoring.score import score
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows
 

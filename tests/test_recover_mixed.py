@@ -18,7 +18,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_pare import choose_sizes, cli, lm, pipeline, rescaled, steps
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.calibrate import calibrate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
@@ -26,7 +25,8 @@ from mlx_pare.plan.goal import Options as PlanOptions
 from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import DRAW_BYTES, Options, required_bytes, savings
-from mlx_pare.score import score
+from mlx_pare.scoring.calibrate import calibrate
+from mlx_pare.scoring.score import score
 from mlx_pare.student import merged, prepare, resident
 from mlx_pare.teacher import held_bytes
 from mlx_pare.text import corpus

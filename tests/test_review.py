@@ -12,13 +12,13 @@ import pytest
 
 from mlx_pare import llama_cpp, lm, pipeline
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.calibrate import Statistics, calibrate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
+from mlx_pare.scoring.calibrate import Statistics, calibrate
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.stream import walk as stream
 from mlx_pare.tensors.packed import pack, relative_error

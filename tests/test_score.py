@@ -18,11 +18,12 @@ import reference
 import reference_criteria
 
 from mlx_pare.base.errors import PareError, UsageError
-from mlx_pare.calibrate import EXTRA, calibrate
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.observers import sparsity
 from mlx_pare.options.settings import TABLE
-from mlx_pare.score import AXES, CRITERIA, criterion, depth, score, width
+from mlx_pare.scoring import depth, width
+from mlx_pare.scoring.accumulators import sparsity
+from mlx_pare.scoring.calibrate import EXTRA, calibrate
+from mlx_pare.scoring.score import AXES, CRITERIA, criterion, score
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.stream import batches as stream_batches
 from mlx_pare.tensors import panels

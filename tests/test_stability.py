@@ -16,7 +16,6 @@ import reference_criteria
 
 from mlx_pare import choose_sizes, lm, show, stability, steps, tried
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.calibrate import calibrate, calibrate_in_parts
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
@@ -26,7 +25,8 @@ from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.reconstruct import reconstruct
 from mlx_pare.report import report
-from mlx_pare.score import score
+from mlx_pare.scoring.calibrate import calibrate, calibrate_in_parts
+from mlx_pare.scoring.score import score
 from mlx_pare.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.stream import batches, walk as stream

@@ -12,12 +12,13 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import gradients, lm, local, on_policy, teacher, trial
+from mlx_pare import lm, local, on_policy, teacher, trial
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.block_training import Options
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.reconstruct import held_bytes as pair_bytes
+from mlx_pare.scoring import gradients
 from mlx_pare.stream import batches, head, memory, spool, walk as stream
 from mlx_pare.stream.prefetch import read_ahead
 from mlx_pare.stream.spool import Spool

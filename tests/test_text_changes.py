@@ -20,7 +20,7 @@ from prose import paragraphs
 from mlx_pare import cli, recipes, steps
 from mlx_pare.base import console
 from mlx_pare.base.errors import UsageError
-from mlx_pare.calibrate import calibrate
+from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.store.rundir import Run
 from mlx_pare.text import corpus, domains
 from mlx_pare.text.corpus import Rows

@@ -21,7 +21,6 @@ from mlx_pare.arch import Keep, LayerKeep, cut, describe, uneven_types, why_no_s
 from mlx_pare.arch.uneven import divisible, nas_config, nas_multiplier, nas_width
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, Unsupported
-from mlx_pare.calibrate import calibrate
 from mlx_pare.capacity.fit import fit
 from mlx_pare.capacity.inspect import inspect
 from mlx_pare.evaluation.bench import bench
@@ -37,7 +36,8 @@ from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import Options
 from mlx_pare.report import _shape
-from mlx_pare.score import score
+from mlx_pare.scoring.calibrate import calibrate
+from mlx_pare.scoring.score import score
 from mlx_pare.show import show_shape
 from mlx_pare.text.corpus import Rows
 

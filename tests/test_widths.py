@@ -16,7 +16,7 @@ from mlx_pare.plan.levels import splits
 from mlx_pare.plan.widths import LEVELS, Losses, Space, keep_of, propose, spaces
 from mlx_pare.pruning.layout import size_of, total_bytes
 from mlx_pare.pruning.plan_file import Plan
-from mlx_pare.score import score
+from mlx_pare.scoring.score import score
 from mlx_pare.trial import PARTS, Candidate, Width
 
 BITS = (3, 4, 8)

@@ -9,23 +9,23 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..arch import Architecture, require_cuttable
+from ..base.errors import Refused, UsageError
+from ..model import finite
+from ..model.checkpoint import Checkpoint
+from ..sources.open_model import StrPath, opened
+from ..store import step_files
+from ..store.arrays import Arrays
+from ..store.atomic import replace_file, sweep
+from ..store.schema import dump_json
+from ..stream import batches, memory, walk as stream
+from ..stream.kept import keep
+from ..stream.spool import Spool
+from ..stream.taps import Tap, replace_module
+from ..tensors.packed import matrix
+from ..text.corpus import Extent, Rows
 from . import gradients
-from .arch import Architecture, require_cuttable
-from .base.errors import Refused, UsageError
-from .model import finite
-from .model.checkpoint import Checkpoint
-from .observers import BlockCosine, HeadContribution, LastToken, Moments, Removal, angles
-from .sources.open_model import StrPath, opened
-from .store import step_files
-from .store.arrays import Arrays
-from .store.atomic import replace_file, sweep
-from .store.schema import dump_json
-from .stream import batches, memory, walk as stream
-from .stream.kept import keep
-from .stream.spool import Spool
-from .stream.taps import Tap, replace_module
-from .tensors.packed import matrix
-from .text.corpus import Extent, Rows
+from .accumulators import BlockCosine, HeadContribution, LastToken, Moments, Removal, angles
 
 # site -> (role of the module in the family's table, which side of it)
 SITES = {
@@ -111,14 +111,13 @@ def calibrate(
 
     Arrays, per layer i: ``{i}.{site}.{name}`` for the sites ffn [ffn] and attention [q_head*head_dim] (inputs of
     down_proj and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms, or what is read where there are none),
-    with the names of observers.Moments; and ``{i}.block.cosine`` []; and ``angles`` [layers + 1, layers + 1] between
-    the inputs of all blocks, the output of the last one behind them (observers.angles). With ``extra`` "contributions"
-    also ``{i}.ffn.removal`` [ffn] and ``{i}.attention.contribution`` [kv_head] (observers.Removal, HeadContribution);
-    with "gradients" the arrays of gradients.measure. A directory with the blocks of an interrupted call is continued
-    (gradients, which use few rows, from their beginning): same bytes in the end. ``kept``: a directory for the hidden
-    states at the end (stream/kept.py).
-    Raises Unsupported for a model that cannot be cut, Refused when the estimate of memory exceeds the cap, UsageError
-    for an extra that is not known.
+    with the names of accumulators.Moments; and ``{i}.block.cosine`` []; and ``angles`` [layers + 1, layers + 1] between
+    the inputs of all blocks, the output of the last one behind them (accumulators.angles). With ``extra``
+    "contributions" also ``{i}.ffn.removal`` [ffn] and ``{i}.attention.contribution`` [kv_head] (accumulators.Removal,
+    HeadContribution); with "gradients" the arrays of gradients.measure. A directory with the blocks of an interrupted
+    call is continued (gradients, which use few rows, from their beginning): same bytes in the end. ``kept``: a
+    directory for the hidden states at the end (stream/kept.py). Raises Unsupported for a model that cannot be cut,
+    Refused when the estimate of memory exceeds the cap, UsageError for an extra that is not known.
     """
     model, directory = opened(model), Path(directory)
     checkpoint = Checkpoint(model)

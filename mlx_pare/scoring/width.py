@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from ..observers import sparsity
+from .accumulators import sparsity
 from .source import Source
 
 # The part whose matrices read the output of each norm, and the one that writes back to the residual stream after them.
@@ -155,7 +155,7 @@ def composite_hidden(source: Source, layer: int, norm: str) -> mx.array:
     return composite({"magnitude": magnitude, "variance": variance(source, layer, norm), "activity": activity})
 
 
-# ---- taylor, taylor2: what the loss would do; gradients.py has the formulas ----
+# ---- taylor, taylor2: what the loss would do; scoring/gradients.py has the formulas ----
 
 
 def taylor_ffn(source: Source, layer: int) -> mx.array:
@@ -178,7 +178,7 @@ def taylor2_heads(source: Source, layer: int) -> mx.array:
     return source.shared(layer, source.stat(layer, "attention", "gradient_sq"))
 
 
-# ---- iterative: what would be missing from the output; observers.py has the formulas ----
+# ---- iterative: what would be missing from the output; scoring/accumulators.py has the formulas ----
 
 
 def iterative_ffn(source: Source, layer: int) -> mx.array:

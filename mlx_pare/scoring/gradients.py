@@ -18,17 +18,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import lm
-from .arch import Architecture
-from .base.console import progress
-from .base.errors import PareError
-from .evaluation.divergence import Running
-from .lm.cpu_math import MOST_KEPT
-from .model.checkpoint import Checkpoint
-from .stream import batches, memory, walk as stream
-from .stream.taps import replace_module
-from .tensors.packed import dense_rows
-from .text.corpus import Extent, Rows
+from .. import lm
+from ..arch import Architecture
+from ..base.console import progress
+from ..base.errors import PareError
+from ..evaluation.divergence import Running
+from ..lm.cpu_math import MOST_KEPT
+from ..model.checkpoint import Checkpoint
+from ..stream import batches, memory, walk as stream
+from ..stream.taps import replace_module
+from ..tensors.packed import dense_rows
+from ..text.corpus import Extent, Rows
 
 MOST_ROWS = 32  # the first ones (LLM-Pruner's Taylor criterion takes 10 rows of 64 tokens)
 SITES = {"ffn": ("down_proj", "ffn"), "attention": ("o_proj", "kv_head")}  # site -> (role of the matrix, axis)

@@ -17,9 +17,9 @@ AXES = ("ffn", "kv_head", "hidden", "layer")
 class Criterion:
     """One way to tell what matters.
 
-    ``ffn``, ``kv_head``, ``hidden``: prefix of the functions in width.py; ``layer``: function in depth.py. ``own``: the
-    axes that the source has a formula for; on the others the named one stands in. ``needs``: what it looks at;
-    ``extra``: what calibrate measures for it only when asked (calibrate.EXTRA).
+    ``ffn``, ``kv_head``, ``hidden``: prefix of the functions in scoring/width.py; ``layer``: function in
+    scoring/depth.py. ``own``: the axes that the source has a formula for; on the others the named one stands in.
+    ``needs``: what it looks at; ``extra``: what calibrate measures for it only when asked (calibrate.EXTRA).
     """
 
     name: str
@@ -107,12 +107,11 @@ def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed:
     """
     import mlx.core as mx
 
-    from .. import observers
     from ..arch import require_cuttable
     from ..base.console import progress
     from ..model.checkpoint import Checkpoint
     from ..store.arrays import Arrays
-    from . import depth, width
+    from . import accumulators, depth, width
     from .source import Source
 
     model, stats, out = opened(model), Path(stats), Path(out)
@@ -137,7 +136,7 @@ def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed:
             per_layer["attention"].append(unit("heads")(source, layer))
             per_layer["layer"].append(getattr(depth, chosen.layer)(source, layer))
             sums = source.stat(layer, "ffn", "abs_sum"), source.stat(layer, "ffn", "sq_sum")
-            per_layer["sparsity"].append(observers.sparsity(*sums, source.tokens))
+            per_layer["sparsity"].append(accumulators.sparsity(*sums, source.tokens))
             hidden = {norm: total + unit("hidden")(source, layer, norm) for norm, total in hidden.items()}
             mx.eval(hidden, [values[-1] for values in per_layer.values()])
             bar.advance()
