@@ -27,7 +27,7 @@ from mlx_pare.plan.goal import Options
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.pruning.reach import protected_layers
-from mlx_pare.reconstruct import reconstruct
+from mlx_pare.repair.reconstruct import reconstruct
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import score
 from mlx_pare.store.arrays import Arrays

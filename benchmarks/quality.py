@@ -37,7 +37,7 @@ from mlx_pare.plan import plan, whole
 from mlx_pare.plan.goal import Options
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
-from mlx_pare.reconstruct import reconstruct
+from mlx_pare.repair.reconstruct import reconstruct
 from mlx_pare.text import corpus
 from mlx_pare.text.domains import Domains
 from mlx_pare.text.splits import Texts
@@ -332,7 +332,7 @@ def blocks() -> Iterator[str]:
     """One down_proj of a wide model: seconds and bytes of choosing half of its inputs and solving the rest."""
     import tracemalloc
 
-    from mlx_pare.least_squares import Dual, cost
+    from mlx_pare.repair.least_squares import Dual, cost
 
     yield "\n| hidden / ffn | tokens | choose | solve | peak | stated beforehand |\n|---|---|---|---|---|---|"
     for hidden, ffn in ((4096, 12288), (5120, 27648)):

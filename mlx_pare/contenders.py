@@ -14,7 +14,7 @@ from .options.settings import Settings
 from .plan import redraw
 from .pruning.plan_file import Plan
 from .pruning.prune import prune
-from .reconstruct import reconstruct_all
+from .repair.reconstruct import reconstruct_all
 from .scoring.score import score
 from .steps import RECONSTRUCTION, measured, plan_of
 from .store.places import name_of

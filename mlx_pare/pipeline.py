@@ -31,8 +31,8 @@ from .options.settings import Settings
 from .plan import whole
 from .plan.levels import shape
 from .pruning.plan_file import Plan
-from .reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
 from .recover_options import METHODS, check_memory as check_recovery
+from .repair.reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
 from .report import report
 from .scoring.calibrate import check_memory as check_calibration
 from .scoring.score import criterion

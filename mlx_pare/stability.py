@@ -31,7 +31,7 @@ from .plan import allocate, redraw
 from .pruning.plan_file import Plan
 from .pruning.prune import prune
 from .pruning.reach import protected_layers
-from .reconstruct import reconstruct
+from .repair.reconstruct import reconstruct
 from .scoring.calibrate import calibrate, calibrate_in_parts
 from .scoring.score import criterion, score
 from .steps import plan_of

@@ -22,7 +22,6 @@ from .evaluation.evaluate import evaluate
 from .evaluation.metrics import Metrics
 from .evaluation.resident import not_resident
 from .evaluation.sanity import check
-from .least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .lm import distributed
 from .model.checkpoint import Checkpoint
 from .options.settings import RecoveryOptions, Settings, TrainingOptions
@@ -30,9 +29,10 @@ from .plan.goal import Options as PlanOptions
 from .pruning.layout import size_of
 from .pruning.plan_file import Plan
 from .pruning.prune import Lineage, prune
-from .reconstruct import reconstruct
 from .recover import recover
 from .recover_options import Options as RecoverOptions
+from .repair.least_squares import DAMPING, DAMPING_OF_FEW, FEW
+from .repair.reconstruct import reconstruct
 from .scoring.calibrate import calibrate
 from .scoring.score import criterion, described, score
 from .sources import resolve

@@ -3,9 +3,9 @@
 Beside the dense stream, which carries calibration and held-out rows, every candidate has a stream of its own over the
 held-out rows. Where a candidate narrows a part of a block (attention, ffn), the units that go are the first in greedy
 OBS order on the calibration rows, and the matrix behind them is solved again so that it gives what the dense one gave
-(least_squares.py): a candidate is as repaired as it can be without knowing what it lost in earlier blocks. Candidates
-that keep as much share that work; each weight is read once for all of them. A stream whose error has become as large as
-the dense stream itself is given up at once.
+(repair/least_squares.py): a candidate is as repaired as it can be without knowing what it lost in earlier blocks.
+Candidates that keep as much share that work; each weight is read once for all of them. A stream whose error has become
+as large as the dense stream itself is given up at once.
 
 The difference to reconstruct: that makes up for the errors of earlier blocks as well, one plan at a time.
 """
@@ -27,7 +27,7 @@ from .arch import Architecture
 from .base.errors import Refused
 from .evaluation import divergence
 from .model.checkpoint import Checkpoint
-from .site import Site, solve_costs
+from .repair.output_projection import Site, solve_costs
 from .stream import memory, walk as stream
 from .stream.taps import replace_module
 from .tensors.packed import pack, packed_so, stored_dtype

@@ -13,7 +13,7 @@ from typing import Any
 
 from .options.settings import Settings
 from .pruning.plan_file import Plan
-from .reconstruct import reconstructed_kl
+from .repair.reconstruct import reconstructed_kl
 from .store import step_files
 from .store.arrays import Arrays
 from .store.atomic import replace_file, scratch

@@ -26,7 +26,7 @@ from mlx_pare.plan.goal import Options
 from mlx_pare.pruning import reach
 from mlx_pare.pruning.plan_file import LayerPlan, Plan
 from mlx_pare.pruning.prune import prune
-from mlx_pare.reconstruct import reconstructed_kl
+from mlx_pare.repair.reconstruct import reconstructed_kl
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import CRITERIA, score
 from mlx_pare.steps import plan_options

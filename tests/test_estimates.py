@@ -9,8 +9,8 @@ import pytest
 from mlx_pare import lm, local, on_policy, recover_options, teacher, trial
 from mlx_pare.block_training import Options as BlockOptions
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.reconstruct import held_bytes as reconstruct_bytes
 from mlx_pare.recover_options import Options
+from mlx_pare.repair.reconstruct import held_bytes as reconstruct_bytes
 from mlx_pare.scoring import gradients
 from mlx_pare.stream import memory
 from mlx_pare.text.corpus import Rows

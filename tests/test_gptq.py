@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import reference_packing as reference
 
-from mlx_pare import gptq
-from mlx_pare.least_squares import Dual, Problem
+from mlx_pare.repair import gptq
+from mlx_pare.repair.least_squares import Dual, Problem
 from mlx_pare.tensors.packed import pack, pack_codes
 from mlx_pare.tensors.packing import BITS, Packing
 

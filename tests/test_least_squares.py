@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import elimination, gptq
-from mlx_pare.least_squares import DAMPING, DAMPING_OF_FEW, Dual, Problem, cost, damping_for
+from mlx_pare.repair import elimination, gptq
+from mlx_pare.repair.least_squares import DAMPING, DAMPING_OF_FEW, Dual, Problem, cost, damping_for
 from mlx_pare.tensors.packing import Packing
 
 

@@ -35,7 +35,7 @@ from test_prune import (
 )
 from test_recover import OPTIONS, RATES, cut, same_packing_and_shapes, stored, texts
 
-from mlx_pare import gptq, lm, pipeline
+from mlx_pare import lm, pipeline
 from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.capacity.inspect import inspect
 from mlx_pare.evaluation.evaluate import evaluate
@@ -46,9 +46,10 @@ from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.options.settings import Settings
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
-from mlx_pare.reconstruct import reconstruct
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS
+from mlx_pare.repair import gptq
+from mlx_pare.repair.reconstruct import reconstruct
 from mlx_pare.store.places import repair_file
 from mlx_pare.stream import walk as stream
 from mlx_pare.tensors import minifloat, packed as quantized

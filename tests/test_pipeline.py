@@ -29,7 +29,7 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
-from mlx_pare.reconstruct import reconstruct
+from mlx_pare.repair.reconstruct import reconstruct
 from mlx_pare.scoring.score import CRITERIA
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.store.places import repair_file

@@ -6,7 +6,6 @@ Solved matrices are compared by their distance in the Frobenius norm relative to
 from __future__ import annotations
 
 import gc
-import importlib
 import shutil
 import weakref
 from dataclasses import replace
@@ -18,21 +17,21 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import least_squares, lm, site
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.evaluation.evaluate import evaluate
-from mlx_pare.least_squares import DAMPING, Cost
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target
 from mlx_pare.pruning.prune import prune
-from mlx_pare.reconstruct import reconstruct
+from mlx_pare.repair import least_squares, output_projection, reconstruct as module
+from mlx_pare.repair.least_squares import DAMPING, Cost
+from mlx_pare.repair.reconstruct import reconstruct
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.store.places import repair_file
 from mlx_pare.stream import batches, memory, walk as stream
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows
 
-module = importlib.import_module("mlx_pare.reconstruct")  # mlx_pare.reconstruct itself is the function
 DEMO = Path(module.__file__).parent / "demo"
 
 RANDOM = np.random.default_rng(0)
@@ -359,9 +358,9 @@ def test_fewer_tokens_than_inputs(model, tmp_path, monkeypatch, variant):
     chosen = {}
     for name in ("Dual", "Problem"):
         with monkeypatch.context() as patch:
-            patch.setattr(site, "Problem" if name == "Dual" else "Dual", None)
+            patch.setattr(output_projection, "Problem" if name == "Dual" else "Dual", None)
             if name == "Problem":
-                patch.setattr(site, "cost", lambda *_: Cost(False, 0, 0.0))
+                patch.setattr(output_projection, "cost", lambda *_: Cost(False, 0, 0.0))
             chosen[name], arrays, errors = repaired(path, given, tmp_path / name, SHORT)
         assert all(0 <= pair[1] <= pair[0] for pair in errors.values())
         wanted = expected(path, chosen[name], SHORT)
@@ -554,7 +553,7 @@ def test_too_little_memory_is_found_before_any_work(model, tmp_path, monkeypatch
 def test_estimate_holds(pico_models, tmp_path, variant):
     """Against what MLX had at its peak; numpy's matrices, which are small here, are left out on both sides."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(site, "cost", lambda *_: Cost(False, 0, 0.0))
+        patch.setattr(output_projection, "cost", lambda *_: Cost(False, 0, 0.0))
         path, data = pico_models(variant), Rows.full(RANDOM.integers(0, 500, (200, 64)))
         estimate = memory.required_bytes(Checkpoint(path), data) + module.held_bytes(Checkpoint(path), data)
     gc.collect()

@@ -9,8 +9,8 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import least_squares
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.repair import least_squares
 from mlx_pare.sensitivity import expected, rank_correlations, sensitivity
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.text.corpus import Rows

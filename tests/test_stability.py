@@ -23,7 +23,7 @@ from mlx_pare.plan import plan
 from mlx_pare.plan.goal import Options
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
-from mlx_pare.reconstruct import reconstruct
+from mlx_pare.repair.reconstruct import reconstruct
 from mlx_pare.report import report
 from mlx_pare.scoring.calibrate import calibrate, calibrate_in_parts
 from mlx_pare.scoring.score import score

@@ -17,7 +17,7 @@ from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.block_training import Options
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import StoredEmbedding
-from mlx_pare.reconstruct import held_bytes as pair_bytes
+from mlx_pare.repair.reconstruct import held_bytes as pair_bytes
 from mlx_pare.scoring import gradients
 from mlx_pare.stream import batches, head, memory, spool, walk as stream
 from mlx_pare.stream.prefetch import read_ahead

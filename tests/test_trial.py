@@ -11,10 +11,11 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import least_squares, trial
+from mlx_pare import trial
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.least_squares import DAMPING
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.repair import least_squares
+from mlx_pare.repair.least_squares import DAMPING
 from mlx_pare.stream import batches, head, walk as stream
 from mlx_pare.text.corpus import Rows
 from mlx_pare.trial import Candidate, Tried, Width, try_out, whole

@@ -1,5 +1,5 @@
 """Families that can be cut, with a norm behind attention and feed-forward, as data: gemma2 with one before them too,
-olmo2 and olmo3 without. The stream is out of reach of a linear solve there (see reconstruct.py)."""
+olmo2 and olmo3 without. The stream is out of reach of a linear solve there (see repair/reconstruct.py)."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .base.errors import PareError
+from ..base.errors import PareError
+from ..model.checkpoint import Checkpoint
+from ..stream import walk as stream
+from ..stream.taps import replace_module
+from ..tensors.packed import dense_weight
 from .least_squares import Cost, Dual, Problem, cost, damping_for
-from .model.checkpoint import Checkpoint
-from .stream import walk as stream
-from .stream.taps import replace_module
-from .tensors.packed import dense_weight
 
 
 class Site:

@@ -1,15 +1,15 @@
 """reconstruct: model + plan + calibration rows -> the plan's units chosen again, and weights that make up for the cut.
 
-A second pass, two streams at once: the dense one, as it is, and the pruned one, which carries the errors of all
-earlier blocks. Several plans of one model have a pruned stream each, beside one dense one. In every block the matrices
-that write to the residual stream, o_proj and then down_proj, are solved anew so that the pruned stream comes back to
-the dense one: their target is what the dense stream has after them, minus what the pruned stream carries past them. The
+A second pass, two streams at once: the dense one, as it is, and the pruned one, which carries the errors of all earlier
+blocks. Several plans of one model have a pruned stream each, beside one dense one. In every block the matrices that
+write to the residual stream, o_proj and then down_proj, are solved anew so that the pruned stream comes back to the
+dense one: their target is what the dense stream has after them, minus what the pruned stream carries past them. The
 block runs in full, with the cut units left out at the input of those two matrices, which is the same as cut (the axes
-are exact). Up to the first cut the streams are one, and nothing is solved.
-A bias behind such a matrix is solved with it. A matrix that will be stored packed is packed here, with error feedback
-(gptq.py), and where the plan asks for other bits than the source has, the pruned stream goes through the other matrices
-as they will be packed: what comes later makes up for that as well.
-Memory: hidden states of both streams, one block and its inputs of the two matrices, what least squares take (``cost``).
+are exact). Up to the first cut the streams are one, and nothing is solved. A bias behind such a matrix is solved with
+it. A matrix that will be stored packed is packed here, with error feedback (repair/gptq.py), and where the plan asks
+for other bits than the source has, the pruned stream goes through the other matrices as they will be packed: what comes
+later makes up for that as well. Memory: hidden states of both streams, one block and its inputs of the two matrices,
+what least squares take (``cost``).
 
 Where a norm stands behind those matrices (Gemma) the residual is out of reach of a linear solve; there the target is
 what the dense matrix itself gave.
@@ -27,23 +27,24 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import gptq, lm
-from .arch import Architecture
-from .base.errors import PareError, Refused
-from .base.units import gb
-from .evaluation import divergence
+from .. import lm
+from ..arch import Architecture
+from ..base.errors import PareError, Refused
+from ..base.units import gb
+from ..evaluation import divergence
+from ..model.checkpoint import Checkpoint
+from ..pruning.layout import layout
+from ..pruning.plan_file import LayerPlan, Plan
+from ..sources.open_model import StrPath, opened
+from ..store.arrays import Arrays
+from ..store.places import repair_file
+from ..stream import memory, walk as stream
+from ..stream.taps import replace_module
+from ..tensors.packed import MX_DTYPE, Packed, relative_error
+from ..text.corpus import Extent, Rows
+from . import gptq
 from .least_squares import Cost
-from .model.checkpoint import Checkpoint
-from .pruning.layout import layout
-from .pruning.plan_file import LayerPlan, Plan
-from .site import Site, parts, solve_costs
-from .sources.open_model import StrPath, opened
-from .store.arrays import Arrays
-from .store.places import repair_file
-from .stream import memory, walk as stream
-from .stream.taps import replace_module
-from .tensors.packed import MX_DTYPE, Packed, relative_error
-from .text.corpus import Extent, Rows
+from .output_projection import Site, parts, solve_costs
 
 CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are
 SOLVED = ("o_proj", "down_proj")

@@ -13,10 +13,10 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from ..tensors import minifloat
+from ..tensors.packed import Packed, pack, pack_codes
+from ..tensors.packing import Packing
 from .elimination import Feedback
-from .tensors import minifloat
-from .tensors.packed import Packed, pack, pack_codes
-from .tensors.packing import Packing
 
 
 def quantize(weight: np.ndarray, packing: Packing, dtype: mx.Dtype, feedback: Feedback) -> tuple[Packed, np.ndarray]:
