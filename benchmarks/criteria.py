@@ -21,8 +21,8 @@ from mlx_pare.base import console
 from mlx_pare.base.errors import PareError
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.plan import plan
-from mlx_pare.plan.goal import Options
+from mlx_pare.planning.goal import Options
+from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS, Options as RecoverOptions

@@ -19,11 +19,12 @@ from criteria import DEMO, rows_of, show
 
 from mlx_pare import lm
 from mlx_pare.base import console
-from mlx_pare.drops import layers_by_kl
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.plan import allocate, plan
-from mlx_pare.plan.goal import Options
+from mlx_pare.planning import choose_units
+from mlx_pare.planning.drop_layers import layers_by_kl
+from mlx_pare.planning.goal import Options
+from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.pruning.reach import protected_layers
@@ -101,7 +102,7 @@ def main() -> None:
                 kept = [i for i in range(total) if i not in gone]
                 if by != "kl":
                     arrays = Arrays.load(files[by], "scores").arrays
-                    kept = allocate.layers_of(arch, arrays, total - count, protected)
+                    kept = choose_units.layers_of(arch, arrays, total - count, protected)
                     gone = sorted({*range(total)} - {*kept})
                 if tuple(kept) not in known:
                     known[tuple(kept)] = cells(

@@ -17,10 +17,10 @@ import numpy as np
 
 from mlx_pare.evaluation.divergence import measure
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.planning.candidate import PARTS
 from mlx_pare.repair.output_projection import Site
 from mlx_pare.stream import walk as stream
 from mlx_pare.text.corpus import Rows
-from mlx_pare.trial import PARTS
 
 Cut = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]  # kept units, what is added to the output [out]
 

@@ -33,8 +33,8 @@ from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
-from mlx_pare.plan import plan, whole
-from mlx_pare.plan.goal import Options
+from mlx_pare.planning.goal import Options
+from mlx_pare.planning.plan import plan, whole
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.repair.reconstruct import reconstruct

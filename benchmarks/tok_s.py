@@ -21,8 +21,8 @@ from mlx_pare.base.units import gb
 from mlx_pare.evaluation.bench import bench
 from mlx_pare.export import export
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.plan import plan
-from mlx_pare.plan.goal import Options
+from mlx_pare.planning.goal import Options
+from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import score

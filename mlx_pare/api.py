@@ -16,7 +16,7 @@ from .evaluation.metrics import Metrics
 from .lm import tokenizer
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
-from .plan.goal import Options as PlanOptions
+from .planning.goal import Options as PlanOptions
 from .pruning.layout import size_of
 from .pruning.plan_file import Plan, Target
 from .recover_options import Options as RecoverOptions

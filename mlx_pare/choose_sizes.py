@@ -1,7 +1,7 @@
 """The plan step of a run: how its sizes are chosen, before `plan` fills them with units.
 
   even       every axis is cut by the same share, nothing is tried
-  uniform    all layers alike; every way to divide the cut between the axes is tried (trial.py)
+  uniform    all layers alike; every way to divide the cut between the axes is tried (planning/try_candidates.py)
   per-layer  every layer has widths of its own: sensitivities, an integer programme for many variations of them, all
              tried on held-out text; the best few are reconstructed for real, and the best of those is the plan
 
@@ -16,7 +16,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import trial
 from .arch import why_uniform
 from .base import console
 from .base.errors import PareError, Refused, UsageError
@@ -25,12 +24,14 @@ from .gguf.special_cases import BY_PLACE
 from .layering import best_repaired, layers_by_of, with_layers
 from .model.checkpoint import Checkpoint
 from .options.settings import CutOptions, Settings
-from .plan import plan, plan_widths
-from .plan.goal import Options, goal
-from .plan.levels import splits
-from .plan.widths import Losses, propose, spaces
+from .planning import try_candidates
+from .planning.candidate import Candidate, Width
+from .planning.goal import Options, goal
+from .planning.per_layer import Losses, propose, spaces
+from .planning.plan import plan, plan_widths
+from .planning.sensitivity import sensitivity
+from .planning.uniform import splits
 from .pruning.plan_file import Plan
-from .sensitivity import sensitivity
 from .steps import plan_options
 from .store.arrays import Arrays
 from .store.manifest import Manifest
@@ -39,7 +40,6 @@ from .store.schema import dump_json
 from .text import provenance
 from .text.corpus import Extent
 from .text.splits import Texts
-from .trial import Candidate, Width
 from .tried import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
 
 WIDTHS = ("even", "uniform", "per-layer")
@@ -175,7 +175,7 @@ def _check_memory(checkpoint: Checkpoint, s: Settings) -> None:
     if s.widths == "even":
         return
     rows, held = (Extent(n, s.length) for n in (s.samples, math.ceil(HELD_TOKENS / s.length)))
-    trial.check_memory(checkpoint, rows, held, 1, s.memory_cap)  # more of them take more walks
+    try_candidates.check_memory(checkpoint, rows, held, 1, s.memory_cap)  # more of them take more walks
 
 
 def tries(s: Settings) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
-from .plan import redraw
+from .planning.plan import redraw
 from .pruning.plan_file import Plan
 from .pruning.prune import prune
 from .repair.reconstruct import reconstruct_all

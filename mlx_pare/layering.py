@@ -1,5 +1,5 @@
-"""How the layers that go are chosen in the plan step of a run: by trials one after the other (drops.py), or by the
-scores of a criterion. The units of what is left come from the scores all the same.
+"""How the layers that go are chosen in the plan step of a run: by trials one after the other (planning/drop_layers.py),
+or by the scores of a criterion. The units of what is left come from the scores all the same.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 from .base import console
 from .base.errors import UsageError
 from .base.untrusted import read_json
-from .drops import layers_by_kl, trials
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
-from .plan import plan
-from .plan.levels import shape, splits
+from .planning.drop_layers import layers_by_kl, trials
+from .planning.plan import plan
+from .planning.uniform import shape, splits
 from .pruning.plan_file import Plan
 from .pruning.reach import Level, protected_layers
 from .scoring.score import criterion, score

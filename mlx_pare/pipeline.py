@@ -28,8 +28,8 @@ from .layering import layers_by_of
 from .local import check_memory as check_local
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
-from .plan import whole
-from .plan.levels import shape
+from .planning.plan import whole
+from .planning.uniform import shape
 from .pruning.plan_file import Plan
 from .recover_options import METHODS, check_memory as check_recovery
 from .repair.reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs

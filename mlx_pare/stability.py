@@ -27,7 +27,8 @@ from .base.errors import UsageError
 from .evaluation.evaluate import evaluate
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
-from .plan import allocate, redraw
+from .planning import choose_units
+from .planning.plan import redraw
 from .pruning.plan_file import Plan
 from .pruning.prune import prune
 from .pruning.reach import protected_layers
@@ -136,13 +137,13 @@ def kept(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> Ke
     """The units that scores would keep at the sizes of a plan, where it cuts; widths in the plan's own layers."""
     found: Kept = {}
     for layer in plan.layers:
-        units = allocate.units_of(arch, layer.source, scores, len(layer.ffn), len(layer.kv_head))
+        units = choose_units.units_of(arch, layer.source, scores, len(layer.ffn), len(layer.kv_head))
         found |= {(axis, layer.source): set(chosen) for axis, chosen in units.items()}
     planned = {layer.source for layer in plan.layers}
     protected = [i for i in protected_layers(arch) if i in planned]
-    found["layer", -1] = set(allocate.layers_of(arch, scores, len(planned), protected) or ())
+    found["layer", -1] = set(choose_units.layers_of(arch, scores, len(planned), protected) or ())
     if plan.cuts_hidden(arch):
-        found["hidden", -1] = set(allocate.hidden_of(scores, len(plan.hidden)))
+        found["hidden", -1] = set(choose_units.hidden_of(scores, len(plan.hidden)))
     return {place: found[place] for place in orders(arch, scores, plan)}
 
 

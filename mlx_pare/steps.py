@@ -25,7 +25,7 @@ from .evaluation.sanity import check
 from .lm import distributed
 from .model.checkpoint import Checkpoint
 from .options.settings import RecoveryOptions, Settings, TrainingOptions
-from .plan.goal import Options as PlanOptions
+from .planning.goal import Options as PlanOptions
 from .pruning.layout import size_of
 from .pruning.plan_file import Plan
 from .pruning.prune import Lineage, prune

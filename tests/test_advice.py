@@ -30,7 +30,7 @@ from mlx_pare.capacity.subject import Subject, open_subject
 from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
-from mlx_pare.plan.levels import shape
+from mlx_pare.planning.uniform import shape
 from mlx_pare.pruning import reach
 from mlx_pare.sources import catalogue
 from mlx_pare.steps import plan_options

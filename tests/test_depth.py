@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import choose_sizes, layering, steps, trial, tried
+from mlx_pare import choose_sizes, layering, steps, tried
 from mlx_pare.arch import can_keep
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.drops import layers_by_kl, trials
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
-from mlx_pare.plan import allocate, plan
-from mlx_pare.plan.goal import Options
+from mlx_pare.planning import candidate as trial_candidate, choose_units
+from mlx_pare.planning.drop_layers import layers_by_kl, trials
+from mlx_pare.planning.goal import Options
+from mlx_pare.planning.plan import plan
 from mlx_pare.pruning import reach
 from mlx_pare.pruning.plan_file import LayerPlan, Plan
 from mlx_pare.pruning.prune import prune
@@ -48,8 +49,8 @@ def changed(model: Path, directory: Path, change: Callable[[dict[str, np.ndarray
     return directory
 
 
-def without(model: Path, *gone: int) -> trial.Candidate:
-    full = trial.whole(Checkpoint(model).arch)
+def without(model: Path, *gone: int) -> trial_candidate.Candidate:
+    full = trial_candidate.whole(Checkpoint(model).arch)
     return tuple(None if i in gone else width for i, width in enumerate(full))
 
 
@@ -213,7 +214,7 @@ def test_the_block_with_the_smallest_angle(pico_models, family, protected, seed)
         sets = [k for k in itertools.combinations(range(6), count) if {*protected} <= {*k} and can_keep(arch, k)]
         blocks = {k: runs({*range(6)} - {*k}) for k in sets}
         best = min(sets, key=lambda k: (len(blocks[k]), sum(angles[b] for b in blocks[k])), default=None)
-        chosen = allocate.around_blocks(arch, angles, count, protected)
+        chosen = choose_units.around_blocks(arch, angles, count, protected)
         assert chosen == (None if best is None else list(best))
         found += best is not None
     assert found >= 2

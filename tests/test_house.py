@@ -34,7 +34,7 @@ MAX_LINES, MAX_FUNCTION = 400, 60
 
 
 def name_of(file: Path) -> str:
-    """mlx_pare/plan/__init__.py -> mlx_pare.plan"""
+    """mlx_pare/planning/plan.py -> mlx_pare.plan"""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -147,7 +147,7 @@ from mlx_pare import export
 from mlx_pare import bench
 from mlx_pare import report
 from mlx_pare import run
-import mlx_pare.capacity.planner, mlx_pare.plan.allocate
+import mlx_pare.capacity.planner, mlx_pare.planning.choose_units
 for name in mlx_pare.__all__:
     value = getattr(mlx_pare, name)
     assert callable(value) and not isinstance(value, types.ModuleType), name
@@ -270,9 +270,9 @@ def test_reading_of_imports():
     source = "import a.b\nfrom . import lm\nfrom ..arch import Keep\ndef f():\n    from .prune import cut\n"
     file = PACKAGE / "plan" / "allocate.py"
     assert imports(file, at_import(ast.parse(source))) == {
-        "a.b", "mlx_pare.plan", "mlx_pare.plan.lm", "mlx_pare.arch.describe", "mlx_pare.arch.Keep",
+        "a.b", "mlx_pare.planning.plan", "mlx_pare.planning.plan.lm", "mlx_pare.arch.describe", "mlx_pare.arch.Keep",
     }  # fmt: skip
-    assert "mlx_pare.plan.prune.cut" in imports(file, ast.walk(ast.parse(source)))
-    assert own_modules({"mlx_pare", "mlx_pare.plan", "mlx_pare.plan.allocate", "mlx_pare.plan.Level"}) == {
-        "mlx_pare.plan.allocate"
-    }
+    assert "mlx_pare.planning.plan.prune.cut" in imports(file, ast.walk(ast.parse(source)))
+    assert own_modules(
+        {"mlx_pare", "mlx_pare.planning.plan", "mlx_pare.planning.choose_units", "mlx_pare.planning.plan.Level"}
+    ) == {"mlx_pare.planning.choose_units"}

@@ -44,6 +44,8 @@ from mlx_pare.local import local
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.options.settings import Settings
+from mlx_pare.planning.candidate import Width, whole
+from mlx_pare.planning.try_candidates import try_out
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
@@ -56,7 +58,6 @@ from mlx_pare.tensors import minifloat, packed as quantized
 from mlx_pare.tensors.packed import Packed, pack, repacked, rounded_on
 from mlx_pare.tensors.packing import FLOAT_MODES, Packing
 from mlx_pare.text.corpus import Rows
-from mlx_pare.trial import Width, try_out, whole
 
 FIXTURES = cut, faulty, texts
 MODES = list(FLOAT_MODES)

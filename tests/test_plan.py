@@ -19,9 +19,10 @@ from mlx_pare.arch import Keep, LayerKeep, describe
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import gb, parse_amount
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.plan import allocate, plan, redraw, whole
-from mlx_pare.plan.goal import Options
-from mlx_pare.plan.levels import shape
+from mlx_pare.planning import choose_units
+from mlx_pare.planning.goal import Options
+from mlx_pare.planning.plan import plan, redraw, whole
+from mlx_pare.planning.uniform import shape
 from mlx_pare.pruning import reach
 from mlx_pare.pruning.layout import total_bytes
 from mlx_pare.pruning.plan_file import Plan
@@ -236,12 +237,12 @@ def test_a_kv_head_counts_with_all_its_query_heads(planned):
     arch = Checkpoint(model).arch
     scores = {"mlp": np.zeros((4, 128)), "layer": np.zeros(4), "attn_ln": np.zeros(64), "ffn_ln": np.zeros(64)}
     scores["attention"] = np.tile([5.0, 0.0, 3.0, 3.0], (4, 1))
-    keep = allocate.choose_units(arch, reach.Level(128, 1, 4, 64), scores, [])
+    keep = choose_units.choose_units(arch, reach.Level(128, 1, 4, 64), scores, [])
     assert [layer.keep["kv_head"] for layer in keep.layers] == [[1]] * 4
 
 
 def test_ties_go_to_the_lower_index():
-    assert allocate.top(np.array([1.0, 2.0, 1.0, 1.0]), 2) == [0, 1]
+    assert choose_units.top(np.array([1.0, 2.0, 1.0, 1.0]), 2) == [0, 1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

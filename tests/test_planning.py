@@ -213,7 +213,7 @@ def test_other_settings_are_refused(copied, change, words):
 
 def test_what_was_given_up_is_written_and_remembered(scored, tmp_path, calls, monkeypatch):
     """Infinity is no JSON."""
-    monkeypatch.setattr("mlx_pare.trial.LOST", 0.35)
+    monkeypatch.setattr("mlx_pare.planning.try_candidates.LOST", 0.35)
     for how in ("uniform", "per-layer"):
         out = Path(shutil.copytree(scored, tmp_path / how))
         s = replace(SMALL, widths=how, tries=10)
@@ -345,7 +345,7 @@ def test_without_memory_for_trials_it_goes_on_without(model, monkeypatch, capsys
     def refuse(*_):
         raise Refused("too much")
 
-    monkeypatch.setattr("mlx_pare.trial.check_memory", refuse)
+    monkeypatch.setattr("mlx_pare.planning.try_candidates.check_memory", refuse)
     assert choose_sizes.settled(model, SMALL).widths == "even"
     assert "going on without trials" in capsys.readouterr().err
     assert choose_sizes.settled(model, replace(SMALL, widths="even")).widths == "even"
@@ -452,7 +452,7 @@ def test_what_was_begun_goes_on_whatever_is_free_now(made, model, monkeypatch, f
         raise Refused("too much")
 
     if not free:
-        monkeypatch.setattr("mlx_pare.trial.check_memory", refuse)
+        monkeypatch.setattr("mlx_pare.planning.try_candidates.check_memory", refuse)
     if how == "uniform":
         assert choose_sizes.settled(model, SMALL, choose_sizes.begun(out)).widths == "uniform"
     if how == "even" and not free:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_pare.base.errors import Refused
-from mlx_pare.plan.programme import Choice, Menu, Variant, cost_of, loss_of, solve
+from mlx_pare.planning.knapsack import Choice, Menu, Variant, cost_of, loss_of, solve
 
 
 def menus(random: np.random.Generator, layers: int, tied: bool = False) -> list[Menu]:

@@ -19,7 +19,7 @@ from mlx_pare.capacity.memory import Use
 from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.export import export as write_gguf
 from mlx_pare.options.settings import Settings
-from mlx_pare.plan.goal import Options as PlanOptions
+from mlx_pare.planning.goal import Options as PlanOptions
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.recover_options import Options as RecoverOptions
 from mlx_pare.text.corpus import Rows

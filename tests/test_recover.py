@@ -18,8 +18,8 @@ import reference
 from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.plan import plan
-from mlx_pare.plan.goal import Options as PlanOptions
+from mlx_pare.planning.goal import Options as PlanOptions
+from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import METHODS, Options, required_bytes, savings

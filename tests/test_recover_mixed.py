@@ -20,8 +20,8 @@ from mlx_pare import choose_sizes, cli, lm, pipeline, rescaled, steps
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
-from mlx_pare.plan import plan
-from mlx_pare.plan.goal import Options as PlanOptions
+from mlx_pare.planning.goal import Options as PlanOptions
+from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.recover import recover
 from mlx_pare.recover_options import DRAW_BYTES, Options, required_bytes, savings

@@ -10,11 +10,12 @@ import pico
 import pytest
 
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.planning.candidate import Curve, Width, whole
+from mlx_pare.planning.sensitivity import expected, rank_correlations, sensitivity
+from mlx_pare.planning.try_candidates import try_out
 from mlx_pare.repair import least_squares
-from mlx_pare.sensitivity import expected, rank_correlations, sensitivity
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.text.corpus import Rows
-from mlx_pare.trial import Curve, Width, try_out, whole
 
 RANDOM = np.random.default_rng(0)
 DATA, HELD = (Rows.full(RANDOM.integers(0, 500, (count, 24))) for count in (24, 6))
@@ -95,7 +96,7 @@ def test_parts_that_cannot_go_are_not_tried_without(pico_models, tmp_path, monke
         tried.extend(candidates)
         return try_out(model, candidates, *rest)
 
-    monkeypatch.setattr("mlx_pare.sensitivity.try_out", count)
+    monkeypatch.setattr("mlx_pare.planning.sensitivity.try_out", count)
     sensitivity(pico_models("gemma3_text"), DATA, HELD, tmp_path / "s.safetensors")
     assert all(width.ffn and width.kv_head for made in tried for width in made if width is not None)
     assert len(tried) == len(set(tried)) == 6 * 4  # without the layer, one head, two widths

@@ -32,8 +32,8 @@ from mlx_pare.capacity.subject import open_subject
 from mlx_pare.export import export
 from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.plan import plan
-from mlx_pare.plan.goal import Options
+from mlx_pare.planning.goal import Options
+from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.sources import catalogue

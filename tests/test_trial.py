@@ -11,14 +11,15 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import trial
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.planning import try_candidates
+from mlx_pare.planning.candidate import Candidate, Width, whole
+from mlx_pare.planning.try_candidates import Tried, try_out
 from mlx_pare.repair import least_squares
 from mlx_pare.repair.least_squares import DAMPING
 from mlx_pare.stream import batches, head, walk as stream
 from mlx_pare.text.corpus import Rows
-from mlx_pare.trial import Candidate, Tried, Width, try_out, whole
 
 RANDOM = np.random.default_rng(0)
 
@@ -293,11 +294,11 @@ def test_memory_is_stated_and_refused(model, monkeypatch):
     path = model("qwen2")
     candidates = list(several(path).values())
     checkpoint = Checkpoint(path)
-    stated = trial.check_memory(checkpoint, DATA, HELD, len(candidates), 10**12)
-    more = trial.check_memory(checkpoint, DATA, HELD, 1000 + len(candidates), 10**12)
+    stated = try_candidates.check_memory(checkpoint, DATA, HELD, len(candidates), 10**12)
+    more = try_candidates.check_memory(checkpoint, DATA, HELD, 1000 + len(candidates), 10**12)
     grown = 1000 * 7 * 24 * 64 * 4  # a stream each, and a matrix for every width
-    assert more - stated == grown + 4 * 64 * 128 * (trial.MOST_WIDTHS - len(candidates))
-    one = trial.check_memory(checkpoint, DATA, HELD, 1, 10**12)
+    assert more - stated == grown + 4 * 64 * 128 * (try_candidates.MOST_WIDTHS - len(candidates))
+    one = try_candidates.check_memory(checkpoint, DATA, HELD, 1, 10**12)
     with pytest.raises(Refused, match=r"--memory-cap allows.*--widths even"):
         try_out(path, candidates, DATA, HELD, memory_cap=one - 1)
 
@@ -309,7 +310,7 @@ def test_what_does_not_fit_side_by_side_goes_one_after_the_other(model, monkeypa
     monkeypatch.setattr(stream, "walk", lambda *a, **k: walks.append(a[2]) or walk(*a, **k))
     together = try_out(path, candidates, DATA, HELD)
     assert len(walks) == 1
-    cap = trial.check_memory(Checkpoint(path), DATA, HELD, 2, 10**12)
+    cap = try_candidates.check_memory(Checkpoint(path), DATA, HELD, 2, 10**12)
     apart = try_out(path, candidates, DATA, HELD, memory_cap=cap)
     assert len(walks) > 2 and not any(each.every for each in walks[2:])
     assert apart.kl == pytest.approx(together.kl, rel=1e-6) and set(apart.curves) == set(together.curves)
@@ -323,7 +324,7 @@ def test_stated_memory_is_enough(pico_models, monkeypatch):
     monkeypatch.setattr(head, "CHUNK_BYTES", 1 << 20)
     data, held = (Rows.full(RANDOM.integers(0, 500, (count, 128))) for count in (8, 120))
     made = [candidate(path, {1: {"ffn": 512}})]
-    stated = trial.check_memory(Checkpoint(path), data, held, len(made), 10**12)
+    stated = try_candidates.check_memory(Checkpoint(path), data, held, len(made), 10**12)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()

@@ -27,9 +27,9 @@ from mlx_pare.evaluation.bench import bench
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.evaluation.sanity import check
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.plan import redraw
-from mlx_pare.plan.goal import Options as PlanOptions
-from mlx_pare.plan.levels import shape
+from mlx_pare.planning.goal import Options as PlanOptions
+from mlx_pare.planning.plan import redraw
+from mlx_pare.planning.uniform import shape
 from mlx_pare.pruning.layout import size_of
 from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target
 from mlx_pare.pruning.prune import prune

@@ -10,14 +10,14 @@ import pytest
 from mlx_pare.arch import Architecture
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.plan import plan_widths
-from mlx_pare.plan.goal import Options, goal, packing_of
-from mlx_pare.plan.levels import splits
-from mlx_pare.plan.widths import LEVELS, Losses, Space, keep_of, propose, spaces
+from mlx_pare.planning.candidate import PARTS, Candidate, Width
+from mlx_pare.planning.goal import Options, goal, packing_of
+from mlx_pare.planning.per_layer import LEVELS, Losses, Space, keep_of, propose, spaces
+from mlx_pare.planning.plan import plan_widths
+from mlx_pare.planning.uniform import splits
 from mlx_pare.pruning.layout import size_of, total_bytes
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.scoring.score import score
-from mlx_pare.trial import PARTS, Candidate, Width
 
 BITS = (3, 4, 8)
 

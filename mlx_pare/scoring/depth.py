@@ -14,7 +14,7 @@ def block_influence(source: Source, layer: int) -> mx.array:
 
 def angular(source: Source, layer: int) -> mx.array:
     """The angle between the layer's input and output at the last token of a row, mean over rows. Of more layers at once
-    the angle is another than the sum: `plan` chooses by the matrix of them all (plan/allocate.py)."""
+    the angle is another than the sum: `plan` chooses by the matrix of them all (planning/choose_units.py)."""
     return source.angles()[layer, layer + 1]
 
 

@@ -6,7 +6,7 @@
 
 A multiple-choice knapsack, solved by HiGHS (scipy.optimize.milp). That the losses of single changes add up is an
 approximation (as in Puzzle, Bercovich et al. 2024, arXiv 2411.19146), which gets worse the more is cut: so the caller
-solves it for several sets of losses and tries what comes out (trial.py).
+solves it for several sets of losses and tries what comes out (planning/try_candidates.py).
 """
 
 from __future__ import annotations

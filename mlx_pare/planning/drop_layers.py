@@ -1,9 +1,9 @@
 """Which whole layers go: one after the other, each time the one without which predictions change least.
 
-All layers that are left are tried beside each other in one walk (trial.py), the one with the least KL divergence to the
-original on held-out text goes, and the rest are tried again with it gone. Scores of single layers (block influence) or
-of blocks of neighbours (angular distance) do not know what is gone already: the best single layers are often a bad set.
-Leave-one-out KL as IST-DASLab/EvoPress drop_scoring.py has it, which scores once.
+All layers that are left are tried beside each other in one walk (planning/try_candidates.py), the one with the least KL
+divergence to the original on held-out text goes, and the rest are tried again with it gone. Scores of single layers
+(block influence) or of blocks of neighbours (angular distance) do not know what is gone already: the best single layers
+are often a bad set. Leave-one-out KL as IST-DASLab/EvoPress drop_scoring.py has it, which scores once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arch import Architecture, can_keep, positions
-from .base.errors import Refused
-from .model.checkpoint import Checkpoint
-from .pruning.reach import best_layers
-from .text.corpus import Rows
-from .trial import Candidate, try_out, whole
+from ..arch import Architecture, can_keep, positions
+from ..base.errors import Refused
+from ..model.checkpoint import Checkpoint
+from ..pruning.reach import best_layers
+from ..text.corpus import Rows
+from .candidate import Candidate, whole
+from .try_candidates import try_out
 
 Trials = Callable[[Sequence[Candidate]], Sequence[float]]
 

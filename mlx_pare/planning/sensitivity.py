@@ -1,10 +1,11 @@
 """How much every part of every layer matters: the KL divergence to expect of each width, and of each number of bits.
 
-The curve of a part, by how much of its output is missed at every width, comes from one greedy removal (trial.py). It is
-proportional to the KL divergence, but with another factor for every part: so a few widths of each are really tried, one
-at a time, and the factor is taken from them. That a local error stands for the loss of the whole model is how Puzzle
-(Bercovich et al. 2024, arXiv 2411.19146) and EvoPress (Sieberling et al. 2024, arXiv 2410.14649) rank single changes,
-too; how well it does so here is measured and said: the rank correlation of local errors with measured KL.
+The curve of a part, by how much of its output is missed at every width, comes from one greedy removal
+(planning/try_candidates.py). It is proportional to the KL divergence, but with another factor for every part: so a few
+widths of each are really tried, one at a time, and the factor is taken from them. That a local error stands for the
+loss of the whole model is how Puzzle (Bercovich et al. 2024, arXiv 2411.19146) and EvoPress (Sieberling et al. 2024,
+arXiv 2410.14649) rank single changes, too; how well it does so here is measured and said: the rank correlation of local
+errors with measured KL.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .arch import why_no_sublayer_drops
-from .model.checkpoint import Checkpoint
-from .store.arrays import Arrays
-from .text.corpus import Rows
-from .trial import PARTS, Candidate, Curve, Curves, Width, try_out, whole
+from ..arch import why_no_sublayer_drops
+from ..model.checkpoint import Checkpoint
+from ..store.arrays import Arrays
+from ..text.corpus import Rows
+from .candidate import PARTS, Candidate, Curve, Curves, Width, whole
+from .try_candidates import try_out
 
 SHARES = (0.5, 0.875)  # of a part's units: the widths that are really tried; between them the factor is interpolated
 TINY = 1e-12

@@ -15,17 +15,16 @@ from ..pruning.reach import Level
 from ..sources.open_model import StrPath, opened
 from ..store.arrays import Arrays
 from ..tensors.packing import BITS, Packing
-from ..trial import PARTS, Candidate
-from . import allocate
+from . import choose_units
+from .candidate import PARTS, Candidate
 from .goal import Options, goal
-from .levels import Shape, shape, splits
-from .widths import Losses, propose, spaces
+from .per_layer import Losses, propose, spaces
+from .uniform import Shape, shape, splits
 
 __all__ = [
     "Losses",
     "Options",
     "Shape",
-    "allocate",
     "plan",
     "plan_widths",
     "propose",
@@ -43,7 +42,7 @@ def plan(model: StrPath, scores: StrPath, options: Options, level: Level | None 
     checkpoint = Checkpoint(opened(model))
     found = _scores_of(checkpoint, Path(scores))
     made = shape(checkpoint, options, level)
-    keep = allocate.choose_units(checkpoint.arch, made.level, found.arrays, made.protected)
+    keep = choose_units.choose_units(checkpoint.arch, made.level, found.arrays, made.protected)
     return Plan(
         source=checkpoint.identity(),
         criterion=found.about["criterion"],
@@ -69,7 +68,7 @@ def plan_widths(model: Path, scores: Path, candidate: Candidate, losses: Losses,
             continue
         units = {of.axis: losses.kept(source, part, width.units(part)) for part, of in PARTS.items()}
         if found.about["criterion"] != "obs":
-            units = allocate.units_of(arch, source, found.arrays, width.ffn, width.kv_head)
+            units = choose_units.units_of(arch, source, found.arrays, width.ffn, width.kv_head)
         bits = {f"{part}_bits": width.bits(part) for part in PARTS}
         layers.append({"source": source, **units, **bits})
     grouped = options.bits or any(layer["attention_bits"] or layer["ffn_bits"] for layer in layers)
@@ -94,14 +93,14 @@ def redraw(model: Path, scores: Path, like: Plan) -> Plan:
     arch, found = checkpoint.arch, _scores_of(checkpoint, scores)
     kept = {layer.source for layer in like.layers}
     protected = [i for i in reach.protected_layers(arch) if i in kept]  # --no-protect may have cut them
-    sources = allocate.layers_of(arch, found.arrays, len(like.layers), protected)
+    sources = choose_units.layers_of(arch, found.arrays, len(like.layers), protected)
     layers = []
     for source, layer in zip(sources, like.layers, strict=True):
-        units = allocate.units_of(arch, source, found.arrays, len(layer.ffn), len(layer.kv_head))
+        units = choose_units.units_of(arch, source, found.arrays, len(layer.ffn), len(layer.kv_head))
         layers.append({**layer.model_dump(), "source": source, **units})
     changes = {"criterion": found.about["criterion"], "layers": layers}
     if like.hidden:
-        changes["hidden"] = allocate.hidden_of(found.arrays, len(like.hidden))
+        changes["hidden"] = choose_units.hidden_of(found.arrays, len(like.hidden))
     return Plan.model_validate({**like.model_dump(), **changes})
 
 

@@ -3,7 +3,7 @@
 That single losses add up holds for small cuts only: with larger ones, damage in many places at once weighs more than
 its sum. So the programme is solved for several powers of the losses (a higher power spreads a cut over more places),
 for widths that all layers share as well as for widths of their own, and for losses that are disturbed at random. Which
-of the candidates is best, trial.py finds out.
+of the candidates is best, planning/try_candidates.py finds out.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ..model.checkpoint import Checkpoint
 from ..pruning import reach
 from ..tensors.packing import Packing
 from ..tensors.safetensors import DTYPE_BYTES
-from ..trial import PARTS, Candidate, Width
-from . import programme
+from . import knapsack
+from .candidate import PARTS, Candidate, Width
 from .goal import Goal, Options, packing_of
-from .levels import step_of
-from .programme import Menu, Variant
+from .knapsack import Menu, Variant
+from .uniform import step_of
 
 POWERS = (1.0, 1.25, 1.5, 2.0, 0.75)  # of the losses
 NOISE = 0.2  # standard deviation of the logarithm of disturbed losses
@@ -166,16 +166,16 @@ def _solve(
     judged = _disturbed(menus, power, random, space.tied)
     largest = [tuple(len(part) - 1 for part in menu.parts) for menu in menus]
     largest_size = goal.measure(keep_of(_candidate(menus, largest), losses, options))
-    budget = goal.value - largest_size + programme.cost_of(menus, largest)
-    near = NEAR * programme.cost_of(menus, largest)
+    budget = goal.value - largest_size + knapsack.cost_of(menus, largest)
+    near = NEAR * knapsack.cost_of(menus, largest)
     met: tuple[Candidate, float] | None = None
     low, high = -inf, inf  # budgets that do, and that do not
     for _ in range(REPAIRS):
-        chosen = programme.solve(judged, budget, space.tied)
+        chosen = knapsack.solve(judged, budget, space.tied)
         made = _candidate(menus, chosen)
         missed = goal.measure(keep_of(made, losses, options)) - goal.value
         if missed <= 0:
-            met, low = (made, programme.loss_of(menus, chosen)), budget
+            met, low = (made, knapsack.loss_of(menus, chosen)), budget
         else:
             high = budget
         if met and (high == inf or high - low < near):
@@ -223,7 +223,7 @@ def _disturbed(menus: Sequence[Menu], power: float, random: np.random.Generator 
     return found
 
 
-def _candidate(menus: Sequence[Menu], chosen: Sequence[programme.Choice]) -> Candidate:
+def _candidate(menus: Sequence[Menu], chosen: Sequence[knapsack.Choice]) -> Candidate:
     found: list[Width | None] = []
     for menu, choice in zip(menus, chosen, strict=True):
         if choice is None:
