@@ -24,8 +24,8 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.planning.goal import Options
 from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.prune import prune
-from mlx_pare.recover import recover
-from mlx_pare.recover_options import METHODS, Options as RecoverOptions
+from mlx_pare.recovery.options import METHODS, Options as RecoverOptions
+from mlx_pare.recovery.recover import recover
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import CRITERIA, score
 from mlx_pare.text import corpus

@@ -27,16 +27,17 @@ import top_k_losses
 from criteria import DEMO, show
 from quality import HERE, WINDOW, Bench, Subject, _ids, _rows, subjects
 
-from mlx_pare import lm, targets
+from mlx_pare import lm
 from mlx_pare.base import console
 from mlx_pare.evaluation import divergence
 from mlx_pare.evaluation.evaluate import evaluate
-from mlx_pare.objective import Objective, loss_of
-from mlx_pare.recover import recover
-from mlx_pare.recover_options import Options
+from mlx_pare.recovery import topk_targets
+from mlx_pare.recovery.objective import Objective, loss_of
+from mlx_pare.recovery.options import Options
+from mlx_pare.recovery.recover import recover
+from mlx_pare.recovery.student import prepare, resident
+from mlx_pare.recovery.teacher import Whole
 from mlx_pare.stream import walk as stream
-from mlx_pare.student import prepare, resident
-from mlx_pare.teacher import Whole
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows
 
@@ -201,7 +202,7 @@ def speed(clinic: Clinic, rounds: int = 7, steps: int = 4) -> Iterator[str]:
     options = Options(batch=BATCH)
     seen = stream.walk(subject.model, learnt.train)
     with tempfile.TemporaryDirectory() as scratch:
-        stored = targets.collect(subject.model, learnt.train, Path(scratch), 64)
+        stored = topk_targets.collect(subject.model, learnt.train, Path(scratch), 64)
         ways = {
             "mlx-lm's LoRA step, cross-entropy": (Objective(cross_entropy=1.0), None),
             "distillation, whole vocabulary": (Objective(), Whole(seen)),
@@ -228,7 +229,7 @@ def _rate(model: Path, rows: Rows, objective: Objective, guide, options: Options
     """Tokens per second of LoRA steps, the making of the targets included; the first step does not count."""
     import mlx.core as mx
 
-    from mlx_pare.training import ClippedAdamW
+    from mlx_pare.recovery.trainer import ClippedAdamW
 
     student = resident(model, "lora")
     prepare(student, "lora", options.rank, options.scale)
@@ -252,7 +253,7 @@ def _pass(model: Path, rows: Rows) -> float:
         begun = time.perf_counter()
         divergence.measure(rows, stream.walk(model, rows))
         plain, begun = time.perf_counter() - begun, time.perf_counter()
-        targets.collect(model, rows, Path(scratch), 64)
+        topk_targets.collect(model, rows, Path(scratch), 64)
         return plain / (time.perf_counter() - begun)
 
 

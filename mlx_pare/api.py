@@ -19,7 +19,7 @@ from .options.settings import Settings
 from .planning.goal import Options as PlanOptions
 from .pruning.layout import size_of
 from .pruning.plan_file import Plan, Target
-from .recover_options import Options as RecoverOptions
+from .recovery.options import Options as RecoverOptions
 from .sources.open_model import StrPath, opened
 from .store.arrays import Arrays
 from .text.corpus import Rows

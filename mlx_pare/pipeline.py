@@ -25,13 +25,13 @@ from .export_step import export_step, required
 from .gguf.architectures import RUNTIMES
 from .gguf.write import quantizer
 from .layering import layers_by_of
-from .local import check_memory as check_local
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .planning.plan import whole
 from .planning.uniform import shape
 from .pruning.plan_file import Plan
-from .recover_options import METHODS, check_memory as check_recovery
+from .recovery.blockwise import check_memory as check_local
+from .recovery.options import METHODS, check_memory as check_recovery
 from .repair.reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
 from .report import report
 from .scoring.calibrate import check_memory as check_calibration

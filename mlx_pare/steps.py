@@ -29,8 +29,9 @@ from .planning.goal import Options as PlanOptions
 from .pruning.layout import size_of
 from .pruning.plan_file import Plan
 from .pruning.prune import Lineage, prune
-from .recover import recover
-from .recover_options import Options as RecoverOptions
+from .recovery.options import Options as RecoverOptions
+from .recovery.recover import recover
+from .recovery.trainer import Diverged
 from .repair.least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from .repair.reconstruct import reconstruct
 from .scoring.calibrate import calibrate
@@ -43,7 +44,6 @@ from .store.rundir import Run, fingerprint
 from .store.schema import dump_json
 from .text import provenance
 from .text.splits import Texts
-from .training import Diverged
 
 RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what its result depends on besides model, plan and text
 

@@ -15,7 +15,7 @@ from .options.settings import TABLE
 
 Given = Mapping[str, Any]
 Rule = tuple[Iterable[str], Callable[[Given], Any], str]  # parameters, whether they have an effect, what that takes
-VALIDATIONS, ROUND = 6, 25  # recover_options.Options.reports, on_policy.ROUND: held together by a test
+VALIDATIONS, ROUND = 6, 25  # options.Options.reports, on_policy.ROUND: held together by a test
 
 FIELDED = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv")  # endings of files with fields
 

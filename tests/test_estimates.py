@@ -6,11 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pare import lm, local, on_policy, recover_options, teacher
-from mlx_pare.block_training import Options as BlockOptions
+from mlx_pare import lm
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.planning import try_candidates
-from mlx_pare.recover_options import Options
+from mlx_pare.recovery import blockwise, on_policy, options as recover_options, teacher
+from mlx_pare.recovery.block_trainer import Options as BlockOptions
+from mlx_pare.recovery.options import Options
 from mlx_pare.repair.reconstruct import held_bytes as reconstruct_bytes
 from mlx_pare.scoring import gradients
 from mlx_pare.stream import memory
@@ -28,7 +29,7 @@ ESTIMATES = {
     "reconstruct": reconstruct_bytes,
     "gradients": gradients.held_bytes,
     "the teacher's states": lambda c, r: teacher.held_bytes(c, r, 0),
-    "block by block": lambda c, r: local.check_memory(c, c, r, BlockOptions("lora", 1, 1), MANY),
+    "block by block": lambda c, r: blockwise.check_memory(c, c, r, BlockOptions("lora", 1, 1), MANY),
     "trials": lambda c, r: try_candidates.check_memory(c, r, rows(1), 1, MANY),
     "candidates side by side": lambda c, r: try_candidates.check_memory(c, rows(1), r, 4, MANY),
     "sampling": lambda c, r: on_policy.work_bytes(c, c, r, r.count),

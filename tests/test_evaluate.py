@@ -21,8 +21,8 @@ from mlx_pare.evaluation import divergence
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.recover import recover
-from mlx_pare.recover_options import Options
+from mlx_pare.recovery.options import Options
+from mlx_pare.recovery.recover import recover
 from mlx_pare.store.schema import dump_json
 from mlx_pare.stream import head
 from mlx_pare.text import corpus

@@ -15,16 +15,17 @@ import pytest
 import typer
 from test_cli import EVERYDAY, IMPORTS, OTHERS
 
-from mlx_pare import __version__, choose_sizes, layering, objective, on_policy, recover_options, unused
+from mlx_pare import __version__, choose_sizes, layering, unused
 from mlx_pare.app import app
 from mlx_pare.evaluation import divergence
 from mlx_pare.gguf.architectures import RUNTIMES
 from mlx_pare.help_page import COMMANDS
 from mlx_pare.options.settings import RATES, TABLE, TARGETS, Settings
-from mlx_pare.recover_options import METHODS, Options
+from mlx_pare.recovery import objective, on_policy, options as recover_options
+from mlx_pare.recovery.options import METHODS, Options
+from mlx_pare.recovery.trainer import SCHEDULES
 from mlx_pare.scoring.score import CRITERIA
 from mlx_pare.store.rundir import Run
-from mlx_pare.training import SCHEDULES
 
 PANELS = ["Most used", "What to reach", "What may be cut", "Text", "Search", "Recovery", "Output", "General"]
 MODULE = [sys.executable, "-m", "mlx_pare"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -19,18 +18,17 @@ import test_uneven
 from mlx.utils import tree_flatten
 from test_recover import files, same_packing_and_shapes, stored
 
-from mlx_pare import block_training
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.block_training import METHODS, Matrix, Options
-from mlx_pare.local import block_ends, check_memory, local, training_bytes
 from mlx_pare.model import weights as quantized_weights
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.prune import prune
+from mlx_pare.recovery import block_trainer, blockwise as healing
+from mlx_pare.recovery.block_trainer import METHODS, Matrix, Options
+from mlx_pare.recovery.blockwise import block_ends, check_memory, local, training_bytes
 from mlx_pare.stream import head, memory
 from mlx_pare.tensors import packed as quantized
 from mlx_pare.text.corpus import Rows
 
-healing = importlib.import_module("mlx_pare.local")
 DRAW = np.random.default_rng(5)
 ROWS, HELD = (Rows.full(DRAW.integers(0, 500, (count, 16))) for count in (48, 12))
 OPTIONS = Options(steps=30, batch=12, rank=8)
@@ -316,10 +314,10 @@ def test_same_seed_same_bytes(faulty, tmp_path):
 
 
 def test_every_row_once_before_any_comes_again():
-    draw = block_training.batches(10, Options(batch=5), np.random.RandomState(0))
+    draw = block_trainer.batches(10, Options(batch=5), np.random.RandomState(0))
     first, second, third = next(draw), next(draw), next(draw)
     assert sorted([*first, *second]) == list(range(10)) and len(third) == 5
-    assert len(next(block_training.batches(3, Options(batch=5), np.random.RandomState(0)))) == 3
+    assert len(next(block_trainer.batches(3, Options(batch=5), np.random.RandomState(0)))) == 3
 
 
 # ---- what is refused ----

@@ -40,7 +40,6 @@ from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.capacity.inspect import inspect
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.export import export
-from mlx_pare.local import local
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.options.settings import Settings
@@ -48,8 +47,9 @@ from mlx_pare.planning.candidate import Width, whole
 from mlx_pare.planning.try_candidates import try_out
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
-from mlx_pare.recover import recover
-from mlx_pare.recover_options import METHODS
+from mlx_pare.recovery.blockwise import local
+from mlx_pare.recovery.options import METHODS
+from mlx_pare.recovery.recover import recover
 from mlx_pare.repair import gptq
 from mlx_pare.repair.reconstruct import reconstruct
 from mlx_pare.store.places import repair_file

@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pare import lm, teacher
+from mlx_pare import lm
 from mlx_pare.base.errors import Refused, UsageError
-from mlx_pare.objective import Objective, Taps, distance, loss_of
+from mlx_pare.recovery import teacher
+from mlx_pare.recovery.objective import Objective, Taps, distance, loss_of
 from mlx_pare.text.corpus import Rows
 
 TOKENS = np.array([[1, 5, 9, 2, 7], [3, 3, 8, 1, 4]], np.int32)

@@ -10,20 +10,21 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import lm, on_policy
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.on_policy import Lesson, Writer, judge_of, prompt_length
 from mlx_pare.planning.goal import Options as PlanOptions
 from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.prune import prune
-from mlx_pare.recover import recover
-from mlx_pare.recover_options import Options, required_bytes, savings
+from mlx_pare.recovery import on_policy
+from mlx_pare.recovery.on_policy import Lesson, Writer, judge_of, prompt_length
+from mlx_pare.recovery.options import Options, required_bytes, savings
+from mlx_pare.recovery.recover import recover
+from mlx_pare.recovery.student import resident, trained_values
+from mlx_pare.recovery.teacher import Places
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import score
 from mlx_pare.stream import memory, walk as stream
-from mlx_pare.student import resident, trained_values
-from mlx_pare.teacher import Places
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows
 

@@ -109,8 +109,8 @@ def test_f05_steps_of_the_python_interface_delete_nothing_beside_their_output(pl
 
 @pytest.mark.parametrize("name", ["out.work", "out.blocks"])
 def test_f05_directories_to_continue_from_are_ours_or_refused(place, tmp_path, name):
-    from mlx_pare.block_training import Options
-    from mlx_pare.local import local
+    from mlx_pare.recovery.block_trainer import Options
+    from mlx_pare.recovery.blockwise import local
     from mlx_pare.store.atomic import working
     from mlx_pare.text.corpus import Rows
 

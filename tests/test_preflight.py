@@ -13,7 +13,7 @@ import pytest
 from mlx_pare import export_step, pipeline
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.options.settings import Settings
-from mlx_pare.recover_options import Options
+from mlx_pare.recovery.options import Options
 from mlx_pare.store.rundir import Run
 
 SMALL = dict(

@@ -21,7 +21,7 @@ from mlx_pare.export import export as write_gguf
 from mlx_pare.options.settings import Settings
 from mlx_pare.planning.goal import Options as PlanOptions
 from mlx_pare.pruning.plan_file import Plan
-from mlx_pare.recover_options import Options as RecoverOptions
+from mlx_pare.recovery.options import Options as RecoverOptions
 from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.default_rng(0).integers(0, 500, (4, 24)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 from collections.abc import Callable
@@ -21,14 +20,14 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.planning.goal import Options as PlanOptions
 from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.prune import prune
-from mlx_pare.recover import recover
-from mlx_pare.recover_options import METHODS, Options, required_bytes, savings
+from mlx_pare.recovery import recover as recovering
+from mlx_pare.recovery.options import METHODS, Options, required_bytes, savings
+from mlx_pare.recovery.recover import recover
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import score
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows
 
-recovering = importlib.import_module("mlx_pare.recover")  # mlx_pare.recover itself is the function
 DEMO = Path(corpus.__file__).parent / "demo"
 OPTIONS = Options(steps=9, batch=4, reports=3, learning_rate=1e-3)
 RATES = {"lora": 4e-3, "dora": 4e-3, "full": 1.2e-3, "norms": 2e-3}  # the usual ones are for more than a dozen steps
@@ -268,7 +267,7 @@ def test_usual_rates(cut, texts, tmp_path, monkeypatch):
         found = recover(*cut(), *texts, tmp_path / method, asked)
         assert found["options"]["learning_rate"] == pytest.approx(rate)
         assert found["rate"] == found["options"]["learning_rate"]  # this one is far away
-    monkeypatch.setattr(sys.modules["mlx_pare.recover"], "GENTLE_BELOW", 400 * found["curve"][0]["loss"])
+    monkeypatch.setattr(sys.modules["mlx_pare.recovery.recover"], "GENTLE_BELOW", 400 * found["curve"][0]["loss"])
     found = recover(*cut(), *texts, tmp_path / "near", replace(OPTIONS, steps=1, learning_rate=None))
     assert found["rate"] == pytest.approx(0.02 / hidden**0.5 / 20)
     found = recover(*cut(), *texts, tmp_path / "asked", replace(OPTIONS, steps=1, learning_rate=1e-3))

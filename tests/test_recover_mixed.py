@@ -3,7 +3,6 @@ precision with what is trained."""
 
 from __future__ import annotations
 
-import importlib
 import io
 import shutil
 from collections.abc import Callable
@@ -16,26 +15,25 @@ import pytest
 import typer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_pare import choose_sizes, cli, lm, pipeline, rescaled, steps
+from mlx_pare import choose_sizes, cli, lm, pipeline, steps
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.planning.goal import Options as PlanOptions
 from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.prune import prune
-from mlx_pare.recover import recover
-from mlx_pare.recover_options import DRAW_BYTES, Options, required_bytes, savings
+from mlx_pare.recovery import recover as recovering, scale_tuning, student as student_module
+from mlx_pare.recovery.options import DRAW_BYTES, Options, required_bytes, savings
+from mlx_pare.recovery.recover import recover
+from mlx_pare.recovery.student import merged, prepare, resident
+from mlx_pare.recovery.teacher import held_bytes
+from mlx_pare.recovery.trainer import ClippedAdamW
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import score
-from mlx_pare.student import merged, prepare, resident
-from mlx_pare.teacher import held_bytes
 from mlx_pare.text import corpus
 from mlx_pare.text.corpus import Rows
 from mlx_pare.text.splits import Texts
-from mlx_pare.training import ClippedAdamW
 
-recovering = importlib.import_module("mlx_pare.recover")  # mlx_pare.recover itself is the function
-student_module = importlib.import_module("mlx_pare.student")
 DEMO = Path(corpus.__file__).parent / "demo"
 OPTIONS = Options(steps=2, batch=4, reports=1, learning_rate=1e-4)
 
@@ -239,9 +237,9 @@ def test_every_command_has_the_options_that_a_refusal_names():
 
 def test_what_is_no_parameter_is_read_at_once(pico_models, monkeypatch):
     """As on Metal, where the packed matrix itself is used: a compiled step makes what is not there yet every time."""
-    monkeypatch.setattr(rescaled.lm, "cpu_backend", lambda: False)
+    monkeypatch.setattr(scale_tuning.lm, "cpu_backend", lambda: False)
     block = lm.blocks(lm.load(pico_models("llama", (4, 32))))[0]
-    layer = rescaled.Rescaled(block.mlp.up_proj)
+    layer = scale_tuning.Rescaled(block.mlp.up_proj)
     for array in (layer._packed.words, layer._packed.scales, layer._packed.biases):
         drawn = io.StringIO()
         mx.export_to_dot(drawn, array)

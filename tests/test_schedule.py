@@ -272,7 +272,7 @@ def test_killed_in_a_stage_it_ends_in_the_same_bytes(finished, settings, tmp_pat
         validated.append(1)
         return len(validated) == 2
 
-    dies(importlib.import_module("mlx_pare.recover"), "by_domain", in_training)
+    dies(importlib.import_module("mlx_pare.recovery.recover"), "by_domain", in_training)
     assert (out / second / "recover.partial" / "work").exists()
     dies(steps, "evaluate", lambda model, *_: f"{second}/recover" in str(model))
     assert (out / second / "recover").exists() and not (out / "stage-3").exists()

@@ -12,12 +12,13 @@ import pico
 import pytest
 import reference
 
-from mlx_pare import lm, local, on_policy, teacher
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused
-from mlx_pare.block_training import Options
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.planning import try_candidates
+from mlx_pare.recovery import blockwise, on_policy, teacher
+from mlx_pare.recovery.block_trainer import Options
 from mlx_pare.repair.reconstruct import held_bytes as pair_bytes
 from mlx_pare.scoring import gradients
 from mlx_pare.stream import batches, head, memory, spool, walk as stream
@@ -226,7 +227,7 @@ def test_fault_4_states_are_as_wide_as_the_model_computes(pico_models, monkeypat
     assert grown(lambda data: memory.required_bytes(checkpoint, data)) == 3
     assert grown(lambda data: pair_bytes(checkpoint, data)) == 3 + (128 + 64) / 64
     assert grown(lambda data: gradients.held_bytes(checkpoint, data)) == 4 + 3
-    assert grown(lambda data: local.check_memory(checkpoint, checkpoint, data, Options(batch=4), 1 << 40)) == 3 + 1
+    assert grown(lambda data: blockwise.check_memory(checkpoint, checkpoint, data, Options(batch=4), 1 << 40)) == 3 + 1
     assert grown(lambda data: teacher.held_bytes(checkpoint, data, 1)) == 2
     assert grown(lambda data: try_candidates.check_memory(checkpoint, data, few, 1, 1 << 40)) == 3 + (128 + 64) / 64
     assert grown(lambda data: on_policy.work_bytes(checkpoint, checkpoint, data, 1)) == 3

@@ -12,12 +12,13 @@ import pytest
 import reference
 import reference_targets
 
-from mlx_pare import lm, targets
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.evaluation.divergence import between_top, kl
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.recovery import topk_targets
+from mlx_pare.recovery.topk_targets import Targets, collect, largest, pack, record, unpack
 from mlx_pare.stream import batches, head, memory, walk as stream
-from mlx_pare.targets import Targets, collect, largest, pack, record, unpack
 from mlx_pare.text.corpus import Rows
 
 EXACT = 2e-4 if lm.cpu_backend() else 0.1  # of log-probabilities, before they are rounded
@@ -34,8 +35,8 @@ def rows(count: int = 9, length: int = 12, seed: int = 0, padded: bool = True) -
 def small_parts(monkeypatch):
     """Nine rows are five parts, each a micro-batch of two rows, the last of one; heads see seven tokens at a time."""
     monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 24)
-    monkeypatch.setattr(targets, "PART_TOKENS", 24)
-    monkeypatch.setattr(targets, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(topk_targets, "PART_TOKENS", 24)
+    monkeypatch.setattr(topk_targets, "TOKENS_AT_ONCE", 7)
 
 
 def exact(model: Path, data: Rows, temperature: float = 1.0) -> np.ndarray:
@@ -128,7 +129,7 @@ def test_bytes_and_values_at_any_vocabulary(vocab, most):
     high = np.stack([np.random.default_rng(i).permutation(vocab)[: k - 2] for i in range(tokens)])
     np.put_along_axis(logits, high, np.linspace(50, 60, k - 2, dtype=np.float32)[None], axis=-1)
     logits[:, [vocab - 1, vocab - 2]] = 55.5
-    top = targets.Top(k)
+    top = topk_targets.Top(k)
     for start in range(0, vocab, 50_000):
         top.update(start, mx.array(logits[:, start : start + 50_000]))
     ids, log_p, log_tail = top.found()
@@ -153,7 +154,7 @@ def test_ids_of_odd_number(k):
 
 def test_tokens_that_cannot_be_said():
     """A head may answer -inf for ids that are only padding."""
-    top = targets.Top(4)
+    top = topk_targets.Top(4)
     top.update(0, mx.array([[0.0, -np.inf, 1.0, -np.inf, -np.inf, -np.inf]]))
     ids, log_p, log_tail = unpack(pack(*top.found(), 6))
     assert ids[0, :2].tolist() == [2, 0] and np.exp(log_p).sum() == pytest.approx(1) and np.isneginf(log_tail).all()
@@ -221,7 +222,7 @@ def test_little_memory_takes_more_turns_and_gives_the_same_bytes(pico_models, tm
 
 
 def test_no_more_parts_at_once_than_may_be_lost(pico_models, tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "PARTS_AT_ONCE", 3)
+    monkeypatch.setattr(topk_targets, "PARTS_AT_ONCE", 3)
     walked = []
     monkeypatch.setattr(
         stream, "walk", lambda path, some, walk=stream.walk, **o: walked.append(some.count) or walk(path, some, **o)

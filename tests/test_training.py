@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_pare import lm, training
+from mlx_pare import lm
 from mlx_pare.base.errors import Refused, UsageError
+from mlx_pare.recovery import trainer as training
+from mlx_pare.recovery.trainer import ClippedAdamW, Course, Diverged, Trainer
 from mlx_pare.text.domains import Sampler
-from mlx_pare.training import ClippedAdamW, Course, Diverged, Trainer
 
 COURSE = Course(steps=10, rate=1e-2, validations=5)
 ROWS = 12

@@ -33,8 +33,8 @@ from mlx_pare.planning.uniform import shape
 from mlx_pare.pruning.layout import size_of
 from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target
 from mlx_pare.pruning.prune import prune
-from mlx_pare.recover import recover
-from mlx_pare.recover_options import Options
+from mlx_pare.recovery.options import Options
+from mlx_pare.recovery.recover import recover
 from mlx_pare.report import _shape
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import score

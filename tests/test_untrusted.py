@@ -19,7 +19,7 @@ from pathlib import Path
 import pico
 import pytest
 
-from mlx_pare import arch, lm, teacher
+from mlx_pare import arch, lm
 from mlx_pare.base import console, markdown, untrusted
 from mlx_pare.base.errors import PareError, plain
 from mlx_pare.base.untrusted import read_json
@@ -29,6 +29,7 @@ from mlx_pare.model import tokenizer_files
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.directory import copy_tokenizer
 from mlx_pare.pruning.survivors import survivors
+from mlx_pare.recovery import teacher
 from mlx_pare.tensors.safetensors import read_header
 from mlx_pare.text import corpus
 

@@ -15,7 +15,7 @@ from mlx_pare import bench, cli, pipeline
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.options.settings import TABLE, Settings, settings_of
-from mlx_pare.recover_options import Options
+from mlx_pare.recovery.options import Options
 
 HUGE = 10**12
 NUMBERS = {  # settings that hold a number -> values that mean nothing

@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from . import lm
-from .tensors.packed import Packed, packed
+from .. import lm
+from ..tensors.packed import Packed, packed
 
 
 class Rescaled(nn.Module):

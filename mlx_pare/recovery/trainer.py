@@ -23,13 +23,13 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import lm
-from .base import console
-from .base.errors import PareError, Refused, UsageError
-from .base.units import gb
-from .lm import distributed
-from .store.arrays import Arrays
-from .text.domains import Sampler
+from .. import lm
+from ..base import console
+from ..base.errors import PareError, Refused, UsageError
+from ..base.units import gb
+from ..lm import distributed
+from ..store.arrays import Arrays
+from ..text.domains import Sampler
 
 SCHEDULES = ("cosine", "linear", "constant")
 WARMUP, LAST_RATE = 0.05, 0.05  # share of the steps until the full rate is reached; what is left of it in the end

@@ -7,22 +7,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import lm, on_policy, targets, teacher
-from .base import machine
-from .base.errors import Refused, UsageError
-from .base.units import gb
-from .block_training import Options as BlockOptions
-from .lm import cpu_math
-from .model.checkpoint import Checkpoint
+from .. import lm
+from ..base import machine
+from ..base.errors import Refused, UsageError
+from ..base.units import gb
+from ..lm import cpu_math
+from ..model.checkpoint import Checkpoint
+from ..options import option
+from ..options.option import setting
+from ..options.settings import GeneralOptions, RecoveryOptions, TrainingOptions
+from ..options.values import COUNT, FROM_NONE, MOST, SEED, WEIGHT, above
+from ..stream import memory
+from ..text.corpus import Extent, Rows
+from . import on_policy, teacher, topk_targets
+from .block_trainer import Options as BlockOptions
 from .objective import Objective
-from .options import option
-from .options.option import setting
-from .options.settings import GeneralOptions, RecoveryOptions, TrainingOptions
-from .options.values import COUNT, FROM_NONE, MOST, SEED, WEIGHT, above
-from .stream import memory
 from .student import trained_values
-from .text.corpus import Extent, Rows
-from .training import Course
+from .trainer import Course
 
 # What is trained: the learning rate, as a function of the hidden size. One step of Adam changes what a matrix gives in
 # proportion to its width (Yang et al., arXiv:2203.03466). Of an adapter one factor is as wide, one is not: an exponent
@@ -77,7 +78,7 @@ class Options(TrainingOptions):
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", f"choose one of {', '.join(METHODS)}")
         if vocab is not None and self.top is not None:
-            targets.check(self.top, vocab)
+            topk_targets.check(self.top, vocab)
         on_policy.check(self.on_policy, self.top, self.cross_entropy)
         self.objective.check()
         self.course.learning_rate()

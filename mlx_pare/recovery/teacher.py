@@ -1,8 +1,9 @@
 """teacher: what the original says of some rows, so that it need not be in memory while the student trains.
 
 It is streamed once. Either its final hidden states and its head stay (``Whole``: the logits made of them are exact,
-over the whole vocabulary, at hidden x 2 to 4 bytes a token), or its likeliest tokens go to disk (targets.py, less than
-300 bytes a token). Hidden states behind some layers, where they are to be matched, stay in memory beside either.
+over the whole vocabulary, at hidden x 2 to 4 bytes a token), or its likeliest tokens go to disk
+(recovery/topk_targets.py, less than 300 bytes a token). Hidden states behind some layers, where they are to be matched,
+stay in memory beside either.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from .base.errors import PareError
-from .model.checkpoint import Checkpoint
-from .stream import memory, walk as stream
-from .text.corpus import Extent, Rows
+from ..base.errors import PareError
+from ..model.checkpoint import Checkpoint
+from ..stream import memory, walk as stream
+from ..text.corpus import Extent, Rows
 
 
 class Guide(Protocol):

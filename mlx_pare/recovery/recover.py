@@ -1,11 +1,11 @@
 """recover: heal a pruned model by distilling the original into it, on mlx-lm's trainer; killed, it goes on.
 
-First, if asked, block by block (local.py), then all of it at once: the student's logits are led to the teacher's, and
-its hidden states where whole layers were cut (objective.py). The teacher is streamed once over the rows (teacher.py);
-where the student writes rows itself (on_policy.py), over those before every segment. What is trained: LoRA or DoRA
-adapters, all weights of the blocks, or norms and the scales of packed matrices alone. The best state by validation KL
-is merged, packed as the pruned model was, and measured again from what was written: when that is not better than the
-pruned model, the pruned model is returned and the result says so.
+First, if asked, block by block (recovery/blockwise.py), then all of it at once: the student's logits are led to the
+teacher's, and its hidden states where whole layers were cut (recovery/objective.py). The teacher is streamed once over
+the rows (recovery/teacher.py); where the student writes rows itself (recovery/on_policy.py), over those before every
+segment. What is trained: LoRA or DoRA adapters, all weights of the blocks, or norms and the scales of packed matrices
+alone. The best state by validation KL is merged, packed as the pruned model was, and measured again from what was
+written: when that is not better than the pruned model, the pruned model is returned and the result says so.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import lm, local, on_policy, targets, teacher
-from .base import console, machine
-from .base.errors import Refused, UsageError
-from .base.units import gb
-from .base.untrusted import read_json
-from .evaluation import divergence
-from .lm import distributed
-from .model import replace_tensors
-from .model.checkpoint import Checkpoint
+from .. import lm
+from ..base import console, machine
+from ..base.errors import Refused, UsageError
+from ..base.units import gb
+from ..base.untrusted import read_json
+from ..evaluation import divergence
+from ..lm import distributed
+from ..model import replace_tensors
+from ..model.checkpoint import Checkpoint
+from ..pruning.survivors import survivors
+from ..sources.open_model import StrPath, opened
+from ..store import step_files
+from ..store.atomic import created, refuse_existing, remove, replace_file, working
+from ..store.schema import dump_json
+from ..stream import memory, walk as stream
+from ..stream.kept import end_of
+from ..text.corpus import Rows
+from ..text.domains import Domains, Sampler
+from . import blockwise, on_policy, teacher, topk_targets
 from .objective import Taps, loss_of
-from .pruning.survivors import survivors
-from .recover_options import GENTLE_BELOW, RATES, Options, check_memory, swift_fits
-from .sources.open_model import StrPath, opened
-from .store import step_files
-from .store.atomic import created, refuse_existing, remove, replace_file, working
-from .store.schema import dump_json
-from .stream import memory, walk as stream
-from .stream.kept import end_of
+from .options import GENTLE_BELOW, RATES, Options, check_memory, swift_fits
 from .student import merged, prepare, resident
-from .text.corpus import Rows
-from .text.domains import Domains, Sampler
-from .training import Course, Diverged, Trainer
+from .trainer import Course, Diverged, Trainer
 
 
 def recover(
@@ -174,7 +175,7 @@ class _Job:
         if not (place.exists() and note.exists()):
             shutil.rmtree(place, ignore_errors=True)
             rows = self.train.rows, self.validation.rows
-            done = local.local(self.student, self.original, *rows, place, options.blocks, self.memory_cap)
+            done = blockwise.local(self.student, self.original, *rows, place, options.blocks, self.memory_cap)
             replace_file(note, dump_json({"of": of, "done": done}))
         self.candidates["local"] = place
         return step_files.read(note)["done"]
@@ -218,7 +219,9 @@ class _Job:
             return teacher.Whole(streamed), states
         where = self.work / "targets"
         return (
-            targets.collect(self.original, rows, where, options.top, options.temperature, memory_cap=self.memory_cap),
+            topk_targets.collect(
+                self.original, rows, where, options.top, options.temperature, memory_cap=self.memory_cap
+            ),
             states,
         )
 

@@ -27,16 +27,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .base import machine
-from .base.console import progress
-from .base.errors import PareError, Refused, UsageError, shell
-from .base.units import gb
-from .evaluation.divergence import TOKENS_AT_ONCE
-from .model.checkpoint import Checkpoint
-from .store import step_files
-from .store.atomic import replace_file, sweep
-from .stream import batches, head, memory, walk as stream
-from .text.corpus import Rows
+from ..base import machine
+from ..base.console import progress
+from ..base.errors import PareError, Refused, UsageError, shell
+from ..base.units import gb
+from ..evaluation.divergence import TOKENS_AT_ONCE
+from ..model.checkpoint import Checkpoint
+from ..store import step_files
+from ..store.atomic import replace_file, sweep
+from ..stream import batches, head, memory, walk as stream
+from ..text.corpus import Rows
 
 SCHEMA = 1
 PART_TOKENS = 16384  # what a killed head loses at most; small enough for any memory, large enough for few files

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import lm
-from .lm import distributed
-from .model.checkpoint import Checkpoint
-from .rescaled import Rescaled, rescale
-from .tensors.packed import Packed
+from .. import lm
+from ..lm import distributed
+from ..model.checkpoint import Checkpoint
+from ..tensors.packed import Packed
+from .scale_tuning import Rescaled, rescale
 
 
 def resident(path: Path, method: str) -> nn.Module:

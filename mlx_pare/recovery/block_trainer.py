@@ -18,9 +18,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from . import lm
-from .tensors.packed import Packed, dense_weight, is_packed, packed, repacked, rounded_on
-from .training import ClippedAdamW, Course
+from .. import lm
+from ..tensors.packed import Packed, dense_weight, is_packed, packed, repacked, rounded_on
+from .trainer import ClippedAdamW, Course
 
 METHODS = ("lora", "full")
 

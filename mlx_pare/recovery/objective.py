@@ -2,9 +2,9 @@
 and the distance of hidden states where the cut was deep.
 
 A batch is (tokens [b, length], the teacher's targets, hidden states of the teacher if they are matched). The targets
-are full logits [b, length, vocab], or the three arrays of targets.Targets. Hidden states are compared at the places of
-teacher.places (Minitron, arXiv:2407.14679: logits alone suffice unless depth is cut much). Where the hidden size was
-cut, the kept coordinates are compared: the selection is the projection.
+are full logits [b, length, vocab], or the three arrays of topk_targets.Targets. Hidden states are compared at the
+places of teacher.places (Minitron, arXiv:2407.14679: logits alone suffice unless depth is cut much). Where the hidden
+size was cut, the kept coordinates are compared: the selection is the projection.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import lm
-from .base.errors import UsageError
-from .evaluation import divergence
-from .options.values import SHARE, TEMPERATURE, WEIGHT, require
+from .. import lm
+from ..base.errors import UsageError
+from ..evaluation import divergence
+from ..options.values import SHARE, TEMPERATURE, WEIGHT, require
 
 MATCHES = ("auto", "none", "cosine", "mse")
 

@@ -19,13 +19,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import lm, teacher
-from .base.errors import UsageError
-from .lm import distributed
-from .model.checkpoint import Checkpoint
-from .options.values import SHARE, require
-from .stream import memory, walk as stream
-from .text.corpus import Extent, Rows
+from .. import lm
+from ..base.errors import UsageError
+from ..lm import distributed
+from ..model.checkpoint import Checkpoint
+from ..options.values import SHARE, require
+from ..stream import memory, walk as stream
+from ..text.corpus import Extent, Rows
+from . import teacher
 
 ROUND = 25  # steps at most that are trained on samples of the same student
 PROMPT = 4  # a row's part that is given: one of so many

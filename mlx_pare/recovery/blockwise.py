@@ -23,23 +23,23 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import lm
-from .arch import Tensor
-from .base import console
-from .base.errors import PareError, Refused, UsageError
-from .base.units import gb
-from .block_training import METHODS, Options, result_at, train, trainable, unrounded
-from .evaluation import divergence
-from .lm.cpu_math import MOST_KEPT
-from .model import replace_tensors
-from .model.checkpoint import Checkpoint
-from .pruning.survivors import survivors
-from .store import step_files
-from .store.arrays import Arrays
-from .store.atomic import created, is_ours, refuse_existing, replace_file
-from .store.schema import dump_json
-from .stream import batches, memory, walk as stream
-from .text.corpus import Extent, Rows
+from .. import lm
+from ..arch import Tensor
+from ..base import console
+from ..base.errors import PareError, Refused, UsageError
+from ..base.units import gb
+from ..evaluation import divergence
+from ..lm.cpu_math import MOST_KEPT
+from ..model import replace_tensors
+from ..model.checkpoint import Checkpoint
+from ..pruning.survivors import survivors
+from ..store import step_files
+from ..store.arrays import Arrays
+from ..store.atomic import created, is_ours, refuse_existing, replace_file
+from ..store.schema import dump_json
+from ..stream import batches, memory, walk as stream
+from ..text.corpus import Extent, Rows
+from .block_trainer import METHODS, Options, result_at, train, trainable, unrounded
 
 FLOOR = 0.01  # of the mean energy of the channels: none weighs more than a hundred average ones
 NOTHING = 1e-9  # an error that is rounding: both streams are one up to here
