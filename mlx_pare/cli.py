@@ -77,7 +77,7 @@ def fit_command(model: AnyModel, **asked: Any) -> dict[str, Any]:
 
     train, context, batch, plot = asked["train"], asked["context"], asked["batch"], asked["plot"]
     if plot:  # or the import would slow down every other call
-        from .fit.plot import draw, preflight
+        from .reporting.fit_plot import draw, preflight
 
         preflight(plot)
     form = Form.named(asked["bits"], asked["group_size"], asked["gguf"])

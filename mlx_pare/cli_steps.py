@@ -277,7 +277,7 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
 @command("report", "mlx-pare report RUN")
 def report_command(run: RunDir) -> dict[str, Any]:
     """Write RUN/report.md from the files of a run."""
-    from .report import report
+    from .reporting.report import report
     from .store.rundir import Run
 
     with Run(run) as opened:

@@ -10,13 +10,13 @@ from typing import Any
 from .arch import Architecture
 from .base import console
 from .base.errors import PareError
-from .card import card, run_of
 from .gguf.quant_mixes import GROUP_OF
 from .model import finite
 from .model.checkpoint import Checkpoint
 from .model.directory import copy_tokenizer
 from .model.licence import licence_file
 from .options.values import GROUPS, PACKED_BITS, require
+from .reporting.card import card, run_of
 from .store.atomic import created, refuse_existing, require_room
 from .store.clone import clone
 from .store.manifest import Manifest

@@ -33,7 +33,9 @@ from .pruning.plan_file import Plan
 from .recovery.blockwise import check_memory as check_local
 from .recovery.options import METHODS, check_memory as check_recovery
 from .repair.reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
-from .report import report
+from .reporting import stage_table
+from .reporting.report import report
+from .reporting.verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict
 from .scoring.calibrate import check_memory as check_calibration
 from .scoring.score import criterion
 from .sources.open_model import StrPath, opened as model_of
@@ -44,7 +46,6 @@ from .store.rundir import Run
 from .stream import kept
 from .text import corpus
 from .text.splits import VALIDATION_ROWS, Texts
-from .verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict
 
 # Operations to choose and solve one matrix: an ffn of 16384 that is solved by its Gram matrix, minutes on two cores.
 AFFORDABLE = 1.5e13
@@ -263,7 +264,7 @@ def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: 
         "after": of("recovered" if "recovered" in found else "pruned"),
         "contenders": {name: of(name) for name in found},
         "fits": step_files.read(run.directory("export") / "fits.json"),
-        **({"stages": told} if (told := schedule.story(run.path)) else {}),
+        **({"stages": told} if (told := stage_table.story(run.path)) else {}),
         "bench": step_files.find(run.directory("bench") / "bench.json"),
     }
 

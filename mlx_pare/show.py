@@ -7,6 +7,7 @@ from typing import Any
 from .base import console, units
 from .base.units import duration, readable, span
 from .model.hub_name import shown
+from .reporting.stability_text import stability_lines
 
 FIT_COLUMNS = (
     "<mac", "budget", "weights", "KV", "work", "total", "<verdict", "headroom", "(GiB)", "max context", "decode tok/s",
@@ -128,7 +129,7 @@ def show_summary(summary: dict[str, Any]) -> None:
             )
     console.table("Contenders", ["<model", "parameters", "weights", "perplexity", "KL"], rows)
     if summary.get("stages"):
-        from .schedule import HEAD, cells
+        from .reporting.stage_table import HEAD, cells
 
         console.table("Stages", HEAD, cells(summary["stages"]))
     if summary["bench"]:
@@ -169,29 +170,6 @@ def show_stability(found: dict[str, Any]) -> None:
         console.table(f"{name}, against all {found['tokens']:,} tokens", names, rows, note)
     for line in stability_lines(found):
         console.say(line)
-
-
-def stability_lines(found: dict[str, Any]) -> list[str]:
-    """The answers in a sentence each."""
-    lines = []
-    for name, of in found["criteria"].items():
-        lines.append(
-            f"{name}: {of['enough']:,} tokens would have been enough (rank correlation > 0.99, or the same units)"
-            if of["enough"]
-            else f"{name}: half of the {found['tokens']:,} tokens would not have been enough; more may choose otherwise"
-        )
-        if "float" in of:
-            same = ", ".join(f"{of_axis['same']:.1%} of {axis}" for axis, of_axis in of["float"]["axes"].items())
-            lines.append(f"{name}: the quantized model keeps the same units as the float one: {same}")
-    if cost := found["cost"]:
-        ppl, kl, draws = cost["perplexity"], cost["kl_divergence"], found["draw_tokens"]
-        how = "reconstructed" if cost["reconstructed"] else "not reconstructed"
-        lines.append(
-            f"{len(draws)} draws of {draws[0]:,} tokens, {cost['criterion']}, {how}: perplexity "
-            f"{readable(ppl['mean'], 3, ppl['stdev'])}, KL {kl['mean']:.4f} ± {kl['stdev']:.4f} "
-            "(standard deviation between draws)"
-        )
-    return lines
 
 
 # ---- one model ----

@@ -14,11 +14,11 @@ from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.export import export
 from mlx_pare.options import recipe_file
 from mlx_pare.options.settings import Settings
+from mlx_pare.reporting.verdict import verdict
 from mlx_pare.sources import hub_cache
 from mlx_pare.store.rundir import Run
 from mlx_pare.stream import kept
 from mlx_pare.text import corpus
-from mlx_pare.verdict import verdict
 
 
 @pytest.fixture

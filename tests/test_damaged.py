@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from mlx_pare import pipeline, tried
 from mlx_pare.base.errors import PareError
 from mlx_pare.options.settings import Settings
-from mlx_pare.report import report
+from mlx_pare.reporting.report import report
 from mlx_pare.store import step_files
 from mlx_pare.store.rundir import Run
 
@@ -102,7 +101,7 @@ STRANGE = ["x", None, -1, 0, [], {}, True, 10**400, float("nan"), float("inf"), 
 def test_f27_no_edit_of_a_file_is_an_internal_error(out, name, monkeypatch):
     """Every value in turn replaced by strange ones, or taken out: a report is made, or the file is named."""
     if name != "export/fits.json":
-        monkeypatch.setattr(import_module("mlx_pare.report"), "_picture", lambda *_: "")
+        monkeypatch.setattr("mlx_pare.reporting.report._picture", lambda *_: "")
     whole, tries, refused = json.loads((out / name).read_text()), 0, 0
     for place in places(whole):
         for strange in [*STRANGE, ...]:

@@ -15,10 +15,11 @@ from test_adapters import adapter_of
 from test_uneven import COUNTS, model, plan_of  # noqa: F401 (model is a fixture)
 from typer.testing import CliRunner
 
-from mlx_pare import card, cli, deploy, served
+from mlx_pare import cli, deploy, served
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.prune import prune
+from mlx_pare.reporting import card
 
 
 @pytest.fixture

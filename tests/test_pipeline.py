@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import choose_sizes, contenders, lm, pipeline, steps, tried, verdict
+from mlx_pare import choose_sizes, contenders, lm, pipeline, steps, tried
 from mlx_pare.base import machine
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import count, gb
@@ -30,11 +29,10 @@ from mlx_pare.options.settings import TABLE, Settings
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.repair.reconstruct import reconstruct
+from mlx_pare.reporting import report as reporting, verdict
 from mlx_pare.scoring.score import CRITERIA
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.store.places import repair_file
-
-reporting = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function
 
 STEPS = ["calibrate", "score", "plan", "reconstruct", "prune", "evaluate-original", "evaluate-pruned", "recover",
          "evaluate-recovered", "evaluate-random", "evaluate-fewer-bits", "export", "bench"]  # fmt: skip

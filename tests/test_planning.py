@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shutil
@@ -418,7 +417,8 @@ def test_it_is_said_once_and_a_second_run_does_nothing(finished, pico_models, ca
 
 
 def test_report_of_even_and_of_given_up_candidates(made, tmp_path):
-    report = importlib.import_module("mlx_pare.report")  # mlx_pare.report itself is the function
+    from mlx_pare.reporting import report
+
     how, out, _plan = made
     text = report._tried(out)
     assert (text == "") == (how == "even")

@@ -17,8 +17,8 @@ from matplotlib.artist import Artist
 
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.capacity import macs
-from mlx_pare.fit import plot
-from mlx_pare.fit.bars import bars_of, by_memory, describe, heading
+from mlx_pare.reporting import fit_plot
+from mlx_pare.reporting.fit_bars import bars_of, by_memory, describe, heading
 from mlx_pare.store import atomic, edited
 
 GB = 10**9
@@ -72,7 +72,7 @@ def unknown() -> dict[str, Any]:
 
 def artists(found: dict[str, Any], start: str) -> dict[str, Artist]:
     """What was drawn under ids that begin so."""
-    drawn = plot.figure(found).findobj(lambda a: (a.get_gid() or "").startswith(start))
+    drawn = fit_plot.figure(found).findobj(lambda a: (a.get_gid() or "").startswith(start))
     ids = [a.get_gid() for a in drawn]
     assert len(set(ids)) == len(ids)
     return {a.get_gid().removeprefix(start): a for a in drawn}
@@ -92,7 +92,7 @@ PARTS = {"weights": 18, "kv-cache-and-states": 2, "attention-scores": 1, "other-
 
 
 def test_every_mac_is_named_and_has_a_budget(three, tmp_path):
-    path = plot.draw(three, tmp_path / "fit.svg")
+    path = fit_plot.draw(three, tmp_path / "fit.svg")
     assert set(MAC_SIZES) <= set(words(path))
     assert ids(path, "budget-") == [f"budget-{mac}" for mac in MAC_SIZES]
     assert {"over", "fits", "-3.00", "18.00", "34.00", "19.00", "40.00", "56.00"} <= set(words(path))
@@ -131,7 +131,7 @@ def test_budgets_far_off_are_arrows_at_the_edge():
 
 @pytest.mark.parametrize("budget, verdict", [(30, "fits"), (23, "tight"), (21, "over")])
 def test_verdict_is_a_word(budget, verdict, tmp_path):
-    path = plot.draw(found_of([row("m4-10c-24gb", 24, budget)]), tmp_path / "one.svg")
+    path = fit_plot.draw(found_of([row("m4-10c-24gb", 24, budget)]), tmp_path / "one.svg")
     assert words(path).count(verdict) == 1
     assert bool(ids(path, "over-")) == (verdict == "over")
 
@@ -139,7 +139,7 @@ def test_verdict_is_a_word(budget, verdict, tmp_path):
 def test_many_macs_become_a_bar_per_memory_size(tmp_path):
     found = every()
     sizes = sorted({m.memory_gb for m in macs.every()})
-    path = plot.draw(found, tmp_path / "all.svg")
+    path = fit_plot.draw(found, tmp_path / "all.svg")
     counted = {size: sum(m.memory_gb == size for m in macs.every()) for size in sizes}
     assert [bar.name for bar in bars_of(found)] == [f"{size} GB, {n} Macs" for size, n in counted.items()]
     assert len(ids(path, "budget-")) == len(sizes) <= 25 and len(found["rows"]) > 90
@@ -188,14 +188,14 @@ def test_training_is_named_so(three, tmp_path):
         r.update(kv_bytes=0, scores_bytes=0, activation_bytes=4 * GB)
     for point in three["curve"]:
         point.update(kv_bytes=0, activation_bytes=point["activation_bytes"] + point["kv_bytes"])
-    path = plot.draw(three | {"train": "lora", "context": 2048}, tmp_path / "train.svg")
+    path = fit_plot.draw(three | {"train": "lora", "context": 2048}, tmp_path / "train.svg")
     said = words(path)
     assert "training" in said and "tokens per row (k = 1,024)" in said and "KV cache and states" not in said
     assert artists(three | {"train": "lora"}, "bar-")["m4-10c-24gb-training"].get_width() == pytest.approx(4)
 
 
 def test_unknown_model_has_its_weights_alone(unknown, tmp_path):
-    path = plot.draw(unknown, tmp_path / "unknown.svg")
+    path = fit_plot.draw(unknown, tmp_path / "unknown.svg")
     assert {gid.removeprefix("bar-") for gid in ids(path, "bar-")} == {
         f"{mac}-weights" for mac in [*MAC_SIZES, "m4-10c-16gb"]
     }
@@ -227,7 +227,7 @@ def test_what_is_straight_over_the_context_is_drawn_so(three):
 
 def test_training_between_the_counted_contexts_is_a_parabola():
     points = [{"context": c, "total_bytes": 5 + c * c} for c in (1024, 2048, 4096)]
-    drawn = plot._between(points, bent=True)
+    drawn = fit_plot._between(points, bent=True)
     assert all(point["total_bytes"] == pytest.approx(5 + point["context"] ** 2) for point in drawn)
     assert all(a["context"] < b["context"] for a, b in pairwise(drawn))
 
@@ -241,26 +241,26 @@ def test_budgets_run_across_with_the_longest_context_on_each(three):
 
 def test_budgets_too_small_for_the_weights_are_told_once(tmp_path):
     rows = [row(f"m4-10c-{size}gb", size, size - 4) for size in (8, 16, 18, 24, 32)]
-    path = plot.draw(found_of(rows), tmp_path / "small.svg")
+    path = fit_plot.draw(found_of(rows), tmp_path / "small.svg")
     assert ids(path, "limit-") == ["limit-m4-10c-18gb", "limit-m4-10c-24gb", "limit-m4-10c-32gb"]
     assert "2 smaller budgets" in words(path)
 
 
 def test_a_context_beyond_the_model_is_marked(three, tmp_path):
-    path = plot.draw(three | {"context": 131072}, tmp_path / "long.svg")
+    path = fit_plot.draw(three | {"context": 131072}, tmp_path / "long.svg")
     assert {"asked: 131,072", "made for 32,768 tokens", "128k"} <= set(words(path))
 
 
 @pytest.mark.parametrize("points", [[], curve()[:1]])
 def test_without_a_curve_there_is_one_panel(three, points):
-    assert len(plot.figure(three | {"curve": points}).axes) == 1
-    assert len(plot.figure(three).axes) == 2
+    assert len(fit_plot.figure(three | {"curve": points}).axes) == 1
+    assert len(fit_plot.figure(three).axes) == 2
 
 
 def test_labels_keep_apart():
-    placed = plot._spread([1, 1.1, 1.2, 5, 9.9, 10], 0.5, 1, 10)
+    placed = fit_plot._spread([1, 1.1, 1.2, 5, 9.9, 10], 0.5, 1, 10)
     assert all(b - a >= 1 - 1e-9 for a, b in pairwise(placed)) and placed[0] >= 0.5 and placed[-1] <= 10
-    assert plot._spread([2, 5], 0.5, 1, 10) == [2, 5]
+    assert fit_plot._spread([2, 5], 0.5, 1, 10) == [2, 5]
 
 
 # ---- original and result ----
@@ -274,7 +274,7 @@ def pruned() -> dict[str, Any]:
 
 
 def test_original_and_result_stand_side_by_side(pruned, tmp_path):
-    path = plot.draw(pruned, tmp_path / "report.svg")
+    path = fit_plot.draw(pruned, tmp_path / "report.svg")
     assert [bar.name for bar in bars_of(pruned)] == [
         f"{size} GB, {which}" for size in (8, 16, 24, 32) for which in ("original", "result")
     ]  # both fit 32 GB, and so they do everything above
@@ -288,7 +288,7 @@ def test_original_and_result_stand_side_by_side(pruned, tmp_path):
 
 def test_legend_names_only_what_is_there(pruned, tmp_path):
     short = pruned | {"curve": curve(10)[:1], "original_curve": curve(18)[:1]}
-    said = [words(plot.draw(found, tmp_path / f"{name}.svg")) for name, found in (("a", pruned), ("b", short))]
+    said = [words(fit_plot.draw(found, tmp_path / f"{name}.svg")) for name, found in (("a", pruned), ("b", short))]
     assert ["original" in line for line in said] == [True, False]
     assert "too much" in said[0] and "training" not in said[0]
 
@@ -305,7 +305,7 @@ SIGNATURES = {".svg": b"<?xml", ".png": b"\x89PNG\r\n\x1a\n", ".pdf": b"%PDF"}
 
 @pytest.mark.parametrize("suffix", [*SIGNATURES, ".SVG"])
 def test_suffix_decides_and_the_same_input_makes_the_same_bytes(three, tmp_path, suffix):
-    first, second = (plot.draw(three, tmp_path / f"{name}{suffix}").read_bytes() for name in "ab")
+    first, second = (fit_plot.draw(three, tmp_path / f"{name}{suffix}").read_bytes() for name in "ab")
     assert first == second and first.startswith(SIGNATURES[suffix.lower()])
     assert sorted(f.name for f in tmp_path.iterdir()) == [f"a{suffix}", f"b{suffix}"]
 
@@ -329,7 +329,7 @@ def test_another_process_makes_the_same_bytes(tmp_path):
 
 
 def test_the_picture_is_told_in_words(three, tmp_path):
-    root = ET.parse(plot.draw(three, tmp_path / "fit.svg")).getroot()
+    root = ET.parse(fit_plot.draw(three, tmp_path / "fit.svg")).getroot()
     assert root.get("role") == "img"
     assert root.findtext(f"{SVG}title") == "novelist-32b takes 22.00 GB at 8,192 tokens of context"
     told = root.findtext(f"{SVG}desc")
@@ -338,29 +338,29 @@ def test_the_picture_is_told_in_words(three, tmp_path):
 
 
 def test_a_picture_knows_what_it_is_of(three, tmp_path):
-    path = plot.draw(three | {"model": "a & b"}, tmp_path / "fit.svg")
-    assert plot.drawn(three | {"model": "a & b"}, path)
-    assert not plot.drawn(three, path) and not plot.drawn(three, tmp_path / "none.svg")
+    path = fit_plot.draw(three | {"model": "a & b"}, tmp_path / "fit.svg")
+    assert fit_plot.drawn(three | {"model": "a & b"}, path)
+    assert not fit_plot.drawn(three, path) and not fit_plot.drawn(three, tmp_path / "none.svg")
 
 
 @pytest.mark.parametrize("name", ["a$b$ & <script>]]>", "x\ny\0z", "模型", "n" * 300])
 def test_any_name_of_a_model_makes_a_picture(three, tmp_path, name):
-    path = plot.draw(three | {"model": name}, tmp_path / "name.svg")
+    path = fit_plot.draw(three | {"model": name}, tmp_path / "name.svg")
     title = next(said for said in words(path) if "takes" in said)
     assert len(title) < 90 and title.startswith(name[:1])
-    assert plot.draw(three | {"model": name}, tmp_path / "name.png").stat().st_size > 10_000
+    assert fit_plot.draw(three | {"model": name}, tmp_path / "name.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["fit", "fit.jpg", "fit.svg.gz", ".svg"])
 def test_another_suffix_is_refused_with_the_cure(three, tmp_path, name):
     with pytest.raises(UsageError, match=r"\.svg, \.png or \.pdf"):
-        plot.draw(three, tmp_path / name)
+        fit_plot.draw(three, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 def test_missing_directory_is_one_line(three, tmp_path):
     with pytest.raises(PareError, match="no directory") as error:
-        plot.draw(three, tmp_path / "nowhere" / "fit.svg")
+        fit_plot.draw(three, tmp_path / "nowhere" / "fit.svg")
     assert "\n" not in str(error.value) and not (tmp_path / "nowhere").exists()
 
 
@@ -371,7 +371,7 @@ def test_nothing_half_written_is_left(three, tmp_path, monkeypatch, write):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(PareError, match="No space left on device"):
-        plot.draw(three, tmp_path / "fit.svg", write)
+        fit_plot.draw(three, tmp_path / "fit.svg", write)
     assert not list(tmp_path.iterdir())
 
 
@@ -379,21 +379,21 @@ def test_f07_a_picture_replaces_nothing(three, tmp_path):
     path = tmp_path / "fit.svg"
     path.write_text("mine")
     with pytest.raises(Refused, match="exists already"):
-        plot.draw(three, path)
+        fit_plot.draw(three, path)
     assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_picture_that_cannot_be_drawn_writes_nothing(three, tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "_bars", lambda *_: 1 / 0)
+    monkeypatch.setattr(fit_plot, "_bars", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        plot.draw(three, tmp_path / "fit.svg")
+        fit_plot.draw(three, tmp_path / "fit.svg")
     assert not list(tmp_path.iterdir())
 
 
 def test_without_matplotlib_the_cure_is_named(three, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PareError, match=r"without matplotlib.*: pip install matplotlib"):
-        plot.draw(three, tmp_path / "fit.svg")
+        fit_plot.draw(three, tmp_path / "fit.svg")
 
 
 # ---- what it leaves alone ----
@@ -406,10 +406,10 @@ def own_settings() -> Iterator[None]:
 
 
 def test_settings_of_the_user_neither_matter_nor_change(three, tmp_path, request):
-    plain = plot.draw(three, tmp_path / "a.svg").read_bytes()
+    plain = fit_plot.draw(three, tmp_path / "a.svg").read_bytes()
     request.getfixturevalue("own_settings")
     before = dict(matplotlib.rcParams)
-    assert plot.draw(three, tmp_path / "b.svg").read_bytes() == plain
+    assert fit_plot.draw(three, tmp_path / "b.svg").read_bytes() == plain
     assert dict(matplotlib.rcParams) == before
 
 
@@ -417,7 +417,7 @@ def test_matplotlib_is_imported_only_to_draw(tmp_path):
     code = """
 import sys
 from mlx_pare.capacity.fit import fit
-import mlx_pare.fit.plot, mlx_pare.report
+import mlx_pare.reporting.fit_plot, mlx_pare.reporting.report
 fit("qwen2.5-32b", ["m4-24gb"])
 sys.exit(", ".join(sorted({"matplotlib", "numpy", "mlx"} & set(sys.modules))) or 0)
 """

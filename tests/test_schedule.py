@@ -21,7 +21,7 @@ from mlx_pare.options.settings import Settings, settings_of
 from mlx_pare.pruning.layout import size_of
 from mlx_pare.pruning.plan_file import LayerPlan, Plan, Target
 from mlx_pare.pruning.prune import Lineage, prune
-from mlx_pare.report import report
+from mlx_pare.reporting.report import report
 
 SHARES = (0.8, 0.6, 0.45)
 DEEP = {"num_hidden_layers": 6}

@@ -14,7 +14,7 @@ import pico
 import pytest
 import reference_criteria
 
-from mlx_pare import choose_sizes, lm, show, stability, steps, tried
+from mlx_pare import choose_sizes, lm, stability, steps, tried
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
@@ -24,7 +24,8 @@ from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.repair.reconstruct import reconstruct
-from mlx_pare.report import report
+from mlx_pare.reporting import stability_text
+from mlx_pare.reporting.report import report
 from mlx_pare.scoring.calibrate import calibrate, calibrate_in_parts
 from mlx_pare.scoring.score import score
 from mlx_pare.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
@@ -362,7 +363,7 @@ def test_a_step_of_a_run(run):
     text = report(opened.path).read_text()
     assert "## Stability of the choice" in text
     told = text.replace("\\", "")
-    assert [line for line in show.stability_lines(found) if line.split(":")[-1] not in told] == []
+    assert [line for line in stability_text.stability_lines(found) if line.split(":")[-1] not in told] == []
     assert f"{found['cost']['perplexity']['mean']:.3f} ± {found['cost']['perplexity']['stdev']:.3f}" in text
 
 

@@ -35,7 +35,7 @@ from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target
 from mlx_pare.pruning.prune import prune
 from mlx_pare.recovery.options import Options
 from mlx_pare.recovery.recover import recover
-from mlx_pare.report import _shape
+from mlx_pare.reporting.report import _shape
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import score
 from mlx_pare.show import show_shape

@@ -419,7 +419,7 @@ def test_markdown_of_a_report_means_nothing_but_itself():
 
 def test_a_picture_holds_names_as_text(tmp_path):
     from mlx_pare.capacity.fit import fit
-    from mlx_pare.fit.plot import draw
+    from mlx_pare.reporting.fit_plot import draw
 
     found = fit("qwen3-0.6b", ["m4-24gb"]) | {"model": f"{HOSTILE}<script>alert(1)</script>&\"'$x^2$"}
     raw = draw(found, tmp_path / "fit.svg").read_bytes()

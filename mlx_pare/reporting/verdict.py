@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from .base.units import gb, readable
-from .evaluation.metrics import Metrics
-from .store import step_files
-from .store.manifest import Manifest
-from .store.places import CONTENDERS
+from ..base.units import gb, readable
+from ..evaluation.metrics import Metrics
+from ..store import step_files
+from ..store.manifest import Manifest
+from ..store.places import CONTENDERS
 
 
 def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Metrics, int]]:

@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import schedule
-from .base import markdown
-from .base.errors import PareError
-from .base.units import count, duration, gb, readable, span
-from .capacity.macs import GIB
-from .fit.bars import by_memory, verdict_of
-from .fit.plot import draw, drawn
-from .pruning.plan_file import Plan
-from .show import stability_lines
-from .sources.open_model import StrPath
-from .store import edited, step_files
-from .store.manifest import Manifest
-from .store.places import CONTENDERS
+from ..base import markdown
+from ..base.errors import PareError
+from ..base.units import count, duration, gb, readable, span
+from ..capacity.macs import GIB
+from ..pruning.plan_file import Plan
+from ..sources.open_model import StrPath
+from ..store import edited, step_files
+from ..store.manifest import Manifest
+from ..store.places import CONTENDERS
+from . import stage_table
+from .fit_bars import by_memory, verdict_of
+from .fit_plot import draw, drawn
+from .stability_text import stability_lines
 from .verdict import Found, metrics, reconstructed, verdict
 
 BEST = 5  # candidates that are shown
@@ -81,9 +81,9 @@ def _contenders(found: Found) -> str:
 
 def _stages(run: Path) -> str:
     """What the stages of a schedule came to."""
-    rows = [markdown.row(*row) for row in schedule.cells(schedule.story(run))]
-    table = markdown.table([name.lstrip("<") for name in schedule.HEAD], rows)
-    return f"## Stages\n\n{table}\n\n{schedule.NOTE}" if rows else ""
+    rows = [markdown.row(*row) for row in stage_table.cells(stage_table.story(run))]
+    table = markdown.table([name.lstrip("<") for name in stage_table.HEAD], rows)
+    return f"## Stages\n\n{table}\n\n{stage_table.NOTE}" if rows else ""
 
 
 def _number(value: float | None, digits: int) -> str | None:

@@ -20,7 +20,7 @@ from xml.sax.saxutils import escape
 from ..base.errors import PareError, UsageError
 from ..capacity.planner import TIGHT
 from ..store.atomic import create_file, refuse_existing
-from .bars import COLUMNS, Bar, bars_of, describe, finding, heading, parts_of, slug, use
+from .fit_bars import COLUMNS, Bar, bars_of, describe, finding, heading, parts_of, slug, use
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

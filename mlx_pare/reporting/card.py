@@ -6,14 +6,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .base import markdown
-from .base.errors import plain
-from .base.units import gb, readable
-from .model.checkpoint import Checkpoint
-from .model.licence import licence_name
-from .store.manifest import Manifest, read_recipe
-from .store.places import CONTENDERS
+from .. import __version__
+from ..base import markdown
+from ..base.errors import plain
+from ..base.units import gb, readable
+from ..model.checkpoint import Checkpoint
+from ..model.licence import licence_name
+from ..store.manifest import Manifest, read_recipe
+from ..store.places import CONTENDERS
 from .verdict import metrics, reconstructed, verdict
 
 MADE = {"recovered": "recover", "pruned": "prune"}  # contender -> step whose model it is
