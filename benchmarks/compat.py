@@ -26,12 +26,14 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 import pico  # noqa: E402
 
-from mlx_pare import llama_cpp, lm  # noqa: E402
+from mlx_pare import lm  # noqa: E402
 from mlx_pare.arch import cut  # noqa: E402
 from mlx_pare.base import console  # noqa: E402
 from mlx_pare.base.errors import PareError  # noqa: E402
 from mlx_pare.evaluation.sanity import check  # noqa: E402
-from mlx_pare.export import export, verify  # noqa: E402
+from mlx_pare.exporting import llama_cpp  # noqa: E402
+from mlx_pare.exporting.export import export  # noqa: E402
+from mlx_pare.exporting.llama_cpp import verify  # noqa: E402
 from mlx_pare.model.checkpoint import Checkpoint  # noqa: E402
 from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target  # noqa: E402
 from mlx_pare.pruning.prune import prune  # noqa: E402

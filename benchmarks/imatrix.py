@@ -22,7 +22,8 @@ from mlx_pare import lm
 from mlx_pare.base import console
 from mlx_pare.capacity.fit import fit
 from mlx_pare.capacity.form import Form
-from mlx_pare.export import export
+from mlx_pare.exporting import importance_matrix
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf.quant_mixes import NEEDS_MATRIX
 from mlx_pare.gguf.write import imatrix_file
 from mlx_pare.gguf.write.quantizer import PLAIN
@@ -99,7 +100,7 @@ def main() -> None:
         for text, count in ((asked.data, asked.rows), (asked.test, asked.windows))
     )
     start = time.perf_counter()
-    ours = replace(imatrix_file.measure(asked.model, rows, "text"), name="imatrix.gguf")
+    ours = replace(importance_matrix.measure(asked.model, rows, "text"), name="imatrix.gguf")
     spent = time.perf_counter() - start
     collected = theirs(asked.model, rows, asked.work)
     matrices = {"none": None, "ours": ours, "llama.cpp's": collected}

@@ -20,7 +20,7 @@ import synthetic
 import timing
 
 from mlx_pare.base.units import gb
-from mlx_pare.export import export
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf.architectures import target_of
 from mlx_pare.gguf.write.encode import convert
 from mlx_pare.gguf.write.tensors import Row, table

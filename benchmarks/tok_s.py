@@ -19,7 +19,7 @@ import timing
 
 from mlx_pare.base.units import gb
 from mlx_pare.evaluation.bench import bench
-from mlx_pare.export import export
+from mlx_pare.exporting.export import export
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.planning.goal import Options
 from mlx_pare.planning.plan import plan

@@ -130,9 +130,9 @@ def _gguf(
 ) -> dict[str, Any]:
     """Write the file, have it judged, show what it is. ``matrix``: which one, and the texts it may be made of; ``fit``:
     Macs, and tokens of context."""
-    from . import served
-    from .export import export, preflight
-    from .llama_cpp import judged
+    from .exporting import server_check
+    from .exporting.export import export, preflight
+    from .exporting.llama_cpp import judged
 
     preflight(out, kind, matrix[0] != "none")
     made = _matrix(checkpoint.path, *matrix)
@@ -142,7 +142,7 @@ def _gguf(
     done["verify"] = unasked if no_verify else judged(checkpoint.path, out, done["kind"], keep=False)
     done["served"] = {"served": False, "reason": "not asked"}
     if not no_verify:
-        done["served"] = _asked(checkpoint, lambda chat: served.llama_cpp(out, chat))
+        done["served"] = _asked(checkpoint, lambda chat: server_check.llama_cpp(out, chat))
     done["fits"] = _fits(checkpoint, done, *fit)
     show.fit_table(out.name, done["fits"])
     checked = done["verify"]
@@ -183,7 +183,7 @@ def _for_ollama(
     no_verify: bool,
 ) -> dict[str, Any]:
     """A directory with a GGUF file and its Modelfile, whose context the Mac that was named can hold."""
-    from .ollama import modelfile
+    from .exporting.ollama import modelfile
 
     (macs, mac, context), name = fit, f"model-{kind}.gguf"
     with created(out) as place, _set_aside(place, out):
@@ -206,17 +206,17 @@ def _directory(
     model: Path, mlx: Path | None, hub: Path | None, packing: tuple[int, int, bool], no_verify: bool
 ) -> dict[str, Any]:
     """A model directory: packed, or for the hub; asked through mlx-lm's server."""
-    from . import deploy, served
     from .base import plain_path
+    from .exporting import mlx_directory, server_check
     from .model.checkpoint import Checkpoint
 
     out = mlx or hub
     with created(out) as place, _set_aside(place, out):
-        done = deploy.packed(model, place, *packing) if mlx else deploy.hub_ready(model, place)
+        done = mlx_directory.packed(model, place, *packing) if mlx else mlx_directory.hub_ready(model, place)
         checkpoint = Checkpoint(place)
         done["served"] = {"served": False, "reason": "not asked"}
         if not no_verify:
-            done["served"] = _asked(checkpoint, lambda chat: served.mlx_lm(checkpoint.path, chat))
+            done["served"] = _asked(checkpoint, lambda chat: server_check.mlx_lm(checkpoint.path, chat))
     done["out"] = str(out)
     console.say(f"{done['out']}: {gb(done['bytes'])}")
     console.say(show.answered(done["served"]))
@@ -246,6 +246,7 @@ def _predicted(checkpoint: Checkpoint, kind: str, asked: str) -> dict[str, Any]:
 
 def _matrix(model: Path, asked: str, settings: Any) -> Importance | None:
     """The importance matrix that was asked for: none, read, or made by a pass over text."""
+    from .exporting import importance_matrix
     from .gguf.write import imatrix_file
     from .text.splits import Texts
 
@@ -254,4 +255,4 @@ def _matrix(model: Path, asked: str, settings: Any) -> Importance | None:
     if asked != "auto":
         return imatrix_file.load(Path(asked))
     texts = Texts(model, settings)
-    return imatrix_file.measure(model, texts.calibration, texts.label("calibration"))
+    return importance_matrix.measure(model, texts.calibration, texts.label("calibration"))

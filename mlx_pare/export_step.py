@@ -11,10 +11,10 @@ from .base.optional import attempt
 from .capacity import macs, planner
 from .capacity.memory import Needs, Use
 from .choose_sizes import wants_gguf
-from .export import export, why_not
-from .gguf.write import imatrix_file
+from .exporting import importance_matrix
+from .exporting.export import export, why_not
+from .exporting.llama_cpp import judged
 from .gguf.write.quantizer import direct, known
-from .llama_cpp import judged
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .store import step_files
@@ -81,7 +81,9 @@ def _written(run: Run, model: Path, directory: Path, kind: str, texts: Texts | N
     """Write and judge the file; returns what export.json says of it. ``texts``: for an importance matrix, if any."""
     file, matrix = directory / f"model-{kind}.gguf", None
     if texts:
-        matrix = imatrix_file.measure(model, texts.calibration, texts.label("calibration"), s.memory_cap, directory)
+        matrix = importance_matrix.measure(
+            model, texts.calibration, texts.label("calibration"), s.memory_cap, directory
+        )
         matrix.save(directory / matrix.name)
     done = export(model, file, kind, matrix, judged)
     done["verify"] = judged(model, file, kind)

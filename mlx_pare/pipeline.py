@@ -20,8 +20,8 @@ from .base.errors import PareError, Refused, UsageError
 from .base.units import gb, readable
 from .capacity import macs
 from .evaluation.metrics import Metrics
-from .export import why_not
 from .export_step import export_step, required
+from .exporting.export import why_not
 from .gguf.architectures import RUNTIMES
 from .gguf.write import quantizer
 from .layering import layers_by_of

@@ -111,7 +111,8 @@ def run(job: dict) -> None:
     log = os.open(job["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-    from mlx_pare import cli, llama_cpp
+    from mlx_pare import cli
+    from mlx_pare.exporting import llama_cpp
 
     # its threads wait for each other by spinning: beside other work a pico model takes it minutes; test_cli has it
     llama_cpp.available = lambda: False

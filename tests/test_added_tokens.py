@@ -10,8 +10,8 @@ import pytest
 from test_export import needs_llama
 from test_more_tokens import TOKEN
 
-from mlx_pare import llama_cpp
-from mlx_pare.export import export
+from mlx_pare.exporting import llama_cpp
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf import added_tokens, header as gguf_header
 from mlx_pare.lm import tokenizer_class
 

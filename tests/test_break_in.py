@@ -11,7 +11,7 @@ from mlx_pare import pipeline, unused
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.evaluation.metrics import Metrics
-from mlx_pare.export import export
+from mlx_pare.exporting.export import export
 from mlx_pare.options import recipe_file
 from mlx_pare.options.settings import Settings
 from mlx_pare.reporting.verdict import verdict

@@ -31,12 +31,12 @@ class Deaf(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Deaf).serve_forever()
 """
 STARTS = {  # what a process does that ends only with its child
-    "server": f"from mlx_pare import served; served.ask('server', [sys.executable, '-c', {SERVER!r}], False)",
+    "server": f"from mlx_pare.exporting import server_check as served; served.ask('server', [sys.executable, '-c', {SERVER!r}], False)",
     "chat": "from mlx_pare.model.tokenizer_files import Chats; import mlx_pare.model.tokenizer_files as t; t.CHAT_SECONDS = 300; "
     "Chats(Path(sys.argv[1]))([{'role': 'user', 'content': 'x'}])",
     "quantizer": "from mlx_pare.gguf.write import quantizer as gguf_quantize; "
     "gguf_quantize.quantize(Path('a.gguf'), Path('b.gguf'), 'q4_k_m', 1)",
-    "judge": "from mlx_pare import llama_cpp; llama_cpp.tokenize(Path('a.gguf'), ['x'])",
+    "judge": "from mlx_pare.exporting import llama_cpp; llama_cpp.tokenize(Path('a.gguf'), ['x'])",
 }
 
 

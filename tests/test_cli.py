@@ -20,8 +20,9 @@ import pico
 import pytest
 from commands import Done
 
-from mlx_pare import cli, llama_cpp
+from mlx_pare import cli
 from mlx_pare.app import app
+from mlx_pare.exporting import llama_cpp
 from mlx_pare.gguf import header as gguf_header
 
 EVERYDAY = ["fit", "run", "evaluate", "export", "bench"]

@@ -15,8 +15,9 @@ from test_adapters import adapter_of
 from test_uneven import COUNTS, model, plan_of  # noqa: F401 (model is a fixture)
 from typer.testing import CliRunner
 
-from mlx_pare import cli, deploy, served
+from mlx_pare import cli
 from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.exporting import mlx_directory, server_check
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.prune import prune
 from mlx_pare.reporting import card
@@ -36,7 +37,7 @@ def pruned(model, tmp_path):  # noqa: F811
 def test_packed_by_mlx_lm(model, tmp_path, mix, counts):  # noqa: F811
     source, out = model("llama-untied"), tmp_path / "packed"
     prune(source, plan_of(source, [(64, 4)] * 4 if counts == "alike" else COUNTS["ffn"]), tmp_path / "cut")
-    done = deploy.packed(tmp_path / "cut", out, 4, 32, mix)
+    done = mlx_directory.packed(tmp_path / "cut", out, 4, 32, mix)
     checkpoint, config = Checkpoint(out), json.loads((out / "config.json").read_text())
     assert done["bytes"] == checkpoint.nbytes() < Checkpoint(tmp_path / "cut").nbytes() / 3
     rich = {name for name, value in config["quantization"].items() if isinstance(value, dict) and value["bits"] == 6}
@@ -50,11 +51,11 @@ def test_packed_by_mlx_lm(model, tmp_path, mix, counts):  # noqa: F811
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert (out / "survivors.json").exists() and "4 bits in groups of 32" in (out / "README.md").read_text()
     with pytest.raises(PareError, match="packed already"):
-        deploy.packed(out, tmp_path / "again", 4)
+        mlx_directory.packed(out, tmp_path / "again", 4)
     with pytest.raises(Refused, match="exists already"):
-        deploy.packed(tmp_path / "cut", out, 4)
+        mlx_directory.packed(tmp_path / "cut", out, 4)
     with pytest.raises(UsageError, match="--bits 7 is not allowed"):
-        deploy.packed(tmp_path / "cut", tmp_path / "seven", 7)
+        mlx_directory.packed(tmp_path / "cut", tmp_path / "seven", 7)
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -65,7 +66,7 @@ def front(text: str) -> dict:
 def test_ready_for_the_hub(pruned, tmp_path):
     (pruned / "LICENSE").write_text("MIT")
     (pruned / "stray.py").write_text("print('run me')")
-    done = deploy.hub_ready(pruned, tmp_path / "hub")
+    done = mlx_directory.hub_ready(pruned, tmp_path / "hub")
     assert {"config.json", "model.safetensors", "tokenizer.json", "survivors.json", "LICENSE"} <= set(done["files"])
     assert (
         "stray.py" not in done["files"] and front((tmp_path / "hub" / "README.md").read_text())["library_name"] == "mlx"
@@ -75,7 +76,7 @@ def test_ready_for_the_hub(pruned, tmp_path):
     (tmp_path / "hub" / "config.json").write_text("{}")  # what is edited there is not edited here
     assert Checkpoint(pruned).arch
     with pytest.raises(Refused, match="exists already"):
-        deploy.hub_ready(pruned, tmp_path / "hub")
+        mlx_directory.hub_ready(pruned, tmp_path / "hub")
 
 
 def test_the_licence_and_the_base_come_from_the_original(pruned, tmp_path, monkeypatch):
@@ -96,7 +97,7 @@ def test_the_licence_and_the_base_come_from_the_original(pruned, tmp_path, monke
     }
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "recipe.toml").write_text('keep = 0.75\ndata = "/home/me/secret.txt"\nseed = 0\n')
-    done = deploy.hub_ready(run / "prune" / "model", tmp_path / "hub")
+    done = mlx_directory.hub_ready(run / "prune" / "model", tmp_path / "hub")
     text = (tmp_path / "hub" / "README.md").read_text()
     assert front(text)["license"] == "apache-2.0" and front(text)["base_model"] == "owner/Name-7B"
     assert "keep = 0.75" in text and "secret" not in text and "0" * 64 in text
@@ -116,21 +117,21 @@ def test_mlx_lm_serves_it(pruned, kind):
     if kind == "chat":
         settings["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
     file.write_text(json.dumps(settings))
-    found = served.mlx_lm(pruned, kind == "chat")
+    found = server_check.mlx_lm(pruned, kind == "chat")
     assert found["served"] and found["server"] == "mlx_lm.server" and found["text"].strip()
 
 
 def test_a_server_that_ends_is_told_at_once():
     begun = time.monotonic()
     with pytest.raises(PareError, match="broken does not start: no such thing"):
-        served.ask("broken", [sys.executable, "-c", "print('no such thing'); raise SystemExit(1)"], False)
-    assert time.monotonic() - begun < served.START_SECONDS / 2
+        server_check.ask("broken", [sys.executable, "-c", "print('no such thing'); raise SystemExit(1)"], False)
+    assert time.monotonic() - begun < server_check.START_SECONDS / 2
 
 
 def test_a_server_that_never_answers_is_told(monkeypatch):
-    monkeypatch.setattr(served, "START_SECONDS", 2.0)
+    monkeypatch.setattr(server_check, "START_SECONDS", 2.0)
     with pytest.raises(PareError, match="deaf does not start: nothing"):
-        served.ask("deaf", [sys.executable, "-c", "import time; time.sleep(60)"], False)
+        server_check.ask("deaf", [sys.executable, "-c", "import time; time.sleep(60)"], False)
 
 
 def test_somebody_elses_manifest_is_no_run(pruned, tmp_path):
@@ -159,13 +160,13 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 )
 def test_a_wrong_answer_is_no_answer(answer, why):
     with pytest.raises(PareError, match=why):
-        served.ask("server", [sys.executable, "-c", ANSWERS % repr(answer)], False)
+        server_check.ask("server", [sys.executable, "-c", ANSWERS % repr(answer)], False)
 
 
 def test_without_a_server_of_llama_cpp_it_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(served, "LLAMA_SERVER", ("no_such_module",))
+    monkeypatch.setattr(server_check, "LLAMA_SERVER", ("no_such_module",))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    assert served.llama_cpp(tmp_path / "m.gguf", False)["served"] is False
+    assert server_check.llama_cpp(tmp_path / "m.gguf", False)["served"] is False
 
 
 # ---- the command line ----

@@ -15,10 +15,12 @@ import strings
 from mlx.utils import tree_flatten
 from test_prune import plan_of
 
-from mlx_pare import llama_cpp, lm
+from mlx_pare import lm
 from mlx_pare.arch import describe
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.export import export, verify
+from mlx_pare.exporting import llama_cpp
+from mlx_pare.exporting.export import export
+from mlx_pare.exporting.llama_cpp import verify
 from mlx_pare.gguf import architectures as gguf_target, header as gguf_header
 from mlx_pare.gguf.quant_mixes import type_of
 from mlx_pare.gguf.write import encode as gguf_values, tensors as gguf_rows, tokenizer as gguf_tokenizer

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pare import deploy
 from mlx_pare.base.errors import PareError
+from mlx_pare.exporting import mlx_directory
 from mlx_pare.model import finite
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.plan_file import Plan
@@ -74,7 +74,10 @@ def test_f33_directories_to_hand_on_are_not_made_of_a_broken_model(pare, pico_mo
     for option in ("--hub-ready", "--mlx"):
         done = pare("export", bad, option, tmp_path / "out")
         assert done.code == 1 and LAYER in done.line and not (tmp_path / "out").exists()
-    for write in (lambda: deploy.hub_ready(bad, tmp_path / "out"), lambda: deploy.packed(bad, tmp_path / "out", 4, 32)):
+    for write in (
+        lambda: mlx_directory.hub_ready(bad, tmp_path / "out"),
+        lambda: mlx_directory.packed(bad, tmp_path / "out", 4, 32),
+    ):
         with pytest.raises(PareError, match="holds NaN"):
             write()
 

@@ -130,7 +130,7 @@ def test_a_matrix_no_group_divides_is_counted_dense():
 
 
 def test_gguf_bytes():
-    pytest.importorskip("mlx_pare.export")
+    pytest.importorskip("mlx_pare.exporting.export")
     arch = describe({**pico.config_of("qwen2"), "vocab_size": 96})
     vectors = sum(t.size for t in arch.tensors() if not t.matrix)
     matrices = sum(t.size for t in arch.tensors() if t.matrix)

@@ -11,7 +11,7 @@ import pico
 import pytest
 
 from mlx_pare.base.errors import PareError
-from mlx_pare.export import export
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf.header import read, read_parts
 from mlx_pare.gguf.read import rebuild as gguf_model
 from mlx_pare.model.checkpoint import Checkpoint

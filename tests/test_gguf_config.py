@@ -15,7 +15,7 @@ from gguf_conversion import GENERIC, metadata, named, parts
 
 from mlx_pare.arch import Architecture, describe
 from mlx_pare.base.errors import PareError
-from mlx_pare.export import export
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf.header import Header, Skipped, TensorInfo, read
 from mlx_pare.gguf.read import config as gguf_config
 from mlx_pare.gguf.read.config import config_of

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_pare.base.errors import PareError
-from mlx_pare.export import export
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf.header import MAX_ARRAY, Header, Skipped, read, read_all
 from mlx_pare.gguf.types import TYPES, nbytes
 

@@ -14,9 +14,10 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import llama_cpp, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, Unsupported
-from mlx_pare.export import export
+from mlx_pare.exporting import llama_cpp
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf.architectures import Target
 from mlx_pare.gguf.read import (
     blocks as gguf_blocks,

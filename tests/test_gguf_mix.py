@@ -10,11 +10,11 @@ import llama_quantize
 import pytest
 from gguf_conversion import STEMS, metadata, named, parts
 
-from mlx_pare import llama_cpp
 from mlx_pare.arch import Architecture, describe
 from mlx_pare.arch.spec import Family, Layer, tensor
 from mlx_pare.base.errors import UsageError
-from mlx_pare.export import export
+from mlx_pare.exporting import llama_cpp
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf import header as gguf_header, quant_mixes
 from mlx_pare.gguf.architectures import FILE_TYPES
 from mlx_pare.gguf.quant_mixes import kinds, storage, type_of

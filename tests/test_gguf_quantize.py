@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from test_imatrix import WIDE, needs_llama, rows_of
 
-from mlx_pare import llama_cpp
 from mlx_pare.arch import rope
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.capacity.fit import fit
 from mlx_pare.capacity.form import Form
-from mlx_pare.export import export, verify
 from mlx_pare.export_step import export_step
+from mlx_pare.exporting import importance_matrix, llama_cpp
+from mlx_pare.exporting.export import export
+from mlx_pare.exporting.llama_cpp import verify
 from mlx_pare.gguf import header as gguf_header
 from mlx_pare.gguf.quant_mixes import type_of
 from mlx_pare.gguf.write import encode as gguf_values, imatrix_file, quantizer, size as gguf_size
@@ -69,7 +70,7 @@ def test_what_is_predicted_is_on_the_disk_to_the_byte(tmp_path, pico_models, kin
 @pytest.mark.parametrize("kind", ["q4_0", "q6_k", "q4_k_m", "iq4_xs", "q2_k_s"])
 def test_with_an_importance_matrix_too(tmp_path, pico_models, kind):
     model = pico_models("llama", **WIDE)
-    done = agreed(model, tmp_path / "m.gguf", kind, imatrix_file.measure(model, rows_of()))
+    done = agreed(model, tmp_path / "m.gguf", kind, importance_matrix.measure(model, rows_of()))
     ours = type_of(Checkpoint(model).arch, kind, True)
     assert sorted(done["types"]) == sorted({ours(t) for t in Checkpoint(model).arch.tensors()})
     assert left(tmp_path) == ["m.gguf"]
@@ -133,7 +134,7 @@ done = subprocess.run([sys.executable, "-m", "mlx_pare.gguf.write.quantizer"], i
 sys.exit(done.returncode)""",
     )
     model = pico_models("llama", **WIDE)
-    matrix = imatrix_file.measure(model, rows_of())
+    matrix = importance_matrix.measure(model, rows_of())
     export(model, tmp_path / "extra.gguf", "q4_k_m", matrix)
     monkeypatch.setenv("PATH", str(tmp_path / "bin") + os.pathsep + os.environ["PATH"])
     export(model, tmp_path / "program.gguf", "q4_k_m", matrix)
@@ -191,7 +192,10 @@ def test_a_matrix_that_would_change_nothing_is_refused(tmp_path, pico_models):
     for kind in quantizer.PLAIN:
         with pytest.raises(UsageError, match=f"{kind} is written without an importance matrix"):
             export(
-                pico_models("llama"), tmp_path / "m.gguf", kind, imatrix_file.measure(pico_models("llama"), rows_of(2))
+                pico_models("llama"),
+                tmp_path / "m.gguf",
+                kind,
+                importance_matrix.measure(pico_models("llama"), rows_of(2)),
             )
 
 

@@ -13,9 +13,10 @@ import pytest
 import strings
 from test_export import FORMS, model_of
 
-from mlx_pare import llama_cpp, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError
-from mlx_pare.export import export
+from mlx_pare.exporting import llama_cpp
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf.header import vocabulary
 from mlx_pare.gguf.read import tokenizer as gguf_tokens
 from mlx_pare.gguf.read.rebuild import rebuild

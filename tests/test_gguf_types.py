@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from mlx_pare import llama_cpp
+from mlx_pare.exporting import llama_cpp
 from mlx_pare.gguf.types import NAMES, TYPES, fits, nbytes
 
 WRITABLE = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4"]

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from test_uneven import COUNTS, FUSED, NAS, ROWS, WIDE, model, plan_of  # noqa: F401 (model is a fixture)
 
-from mlx_pare import llama_cpp
 from mlx_pare.base.errors import PareError
-from mlx_pare.export import export, verify
+from mlx_pare.exporting import importance_matrix, llama_cpp
+from mlx_pare.exporting.export import export
+from mlx_pare.exporting.llama_cpp import verify
 from mlx_pare.gguf import uneven_layers
-from mlx_pare.gguf.write import imatrix_file, size as gguf_size, tensors as gguf_rows
+from mlx_pare.gguf.write import size as gguf_size, tensors as gguf_rows
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.prune import prune
 
@@ -70,7 +71,7 @@ def test_quantized_by_llama_cpp(model, tmp_path, name):  # noqa: F811
     source = model(name, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
     counts = [(256, 4), (512, 2), (256, 3), (512, 4)]
     prune(source, plan_of(source, counts), tmp_path / "out")
-    matrix = imatrix_file.measure(tmp_path / "out", ROWS)
+    matrix = importance_matrix.measure(tmp_path / "out", ROWS)
     for kind, of in (("q4_k_m", None), ("q4_k_m", matrix), ("q3_k_m", matrix)):
         file = tmp_path / f"{kind}-{of is not None}.gguf"
         expected = gguf_size.measured(Checkpoint(tmp_path / "out"), kind, of)

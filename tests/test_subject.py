@@ -29,7 +29,7 @@ from mlx_pare.capacity.fit import fit
 from mlx_pare.capacity.form import Form
 from mlx_pare.capacity.memory import Use
 from mlx_pare.capacity.subject import open_subject
-from mlx_pare.export import export
+from mlx_pare.exporting.export import export
 from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.planning.goal import Options

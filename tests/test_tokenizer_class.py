@@ -12,10 +12,11 @@ import pytest
 from test_export import needs_llama
 from test_prune import plan_of
 
-from mlx_pare import llama_cpp, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError
 from mlx_pare.evaluation.sanity import check
-from mlx_pare.export import export
+from mlx_pare.exporting import llama_cpp
+from mlx_pare.exporting.export import export
 from mlx_pare.lm import tokenizer_class
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.prune import prune

@@ -11,10 +11,11 @@ import pico
 import pytest
 from test_prune import plan_of
 
-from mlx_pare import export_step, llama_cpp, lm, pipeline, steps
+from mlx_pare import export_step, lm, pipeline, steps
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.evaluation.sanity import check
-from mlx_pare.export import verify
+from mlx_pare.exporting import llama_cpp
+from mlx_pare.exporting.llama_cpp import verify
 from mlx_pare.gguf.write import quantizer
 from mlx_pare.gguf.write.quantizer import INSTALL
 from mlx_pare.options.settings import Settings

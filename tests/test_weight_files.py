@@ -11,9 +11,10 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import deploy, fit, inspect, lm, pipeline
+from mlx_pare import fit, inspect, lm, pipeline
 from mlx_pare.base.errors import PareError
-from mlx_pare.export import export
+from mlx_pare.exporting import mlx_directory
+from mlx_pare.exporting.export import export
 from mlx_pare.model import weight_files
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
@@ -85,10 +86,10 @@ def test_case_14_what_is_cut_is_what_is_computed(two_sets, two_texts, tmp_path):
 def test_case_14_other_ways_out_read_the_same_weights(two_sets, tmp_path):
     alone = two_sets.parent / "alone"
     for model in (two_sets, alone):
-        deploy.packed(model, tmp_path / f"{model.name}-4bit", 4, 32)
+        mlx_directory.packed(model, tmp_path / f"{model.name}-4bit", 4, 32)
         export(model, tmp_path / f"{model.name}.gguf", "f32")
     assert np.array_equal(logits(tmp_path / "model-4bit"), logits(tmp_path / "alone-4bit"))
-    deploy.hub_ready(two_sets, tmp_path / "hub")
+    mlx_directory.hub_ready(two_sets, tmp_path / "hub")
     assert sorted(f.name for f in (tmp_path / "hub").glob("*.safetensors")) == [
         f"model-{k:05}-of-00003.safetensors" for k in (1, 2, 3)
     ]
@@ -147,6 +148,6 @@ def test_case_14_in_a_folder_whose_name_is_a_pattern(two_sets, tmp_path):
     """Both links at once: without the leftovers, and with a plain name."""
     model = two_sets.rename(tmp_path / "model [v1]")
     assert np.array_equal(logits(model), logits(tmp_path / "alone"))
-    deploy.packed(model, tmp_path / "packed", 4, 32)
-    deploy.packed(tmp_path / "alone", tmp_path / "expected", 4, 32)
+    mlx_directory.packed(model, tmp_path / "packed", 4, 32)
+    mlx_directory.packed(tmp_path / "alone", tmp_path / "expected", 4, 32)
     assert np.array_equal(logits(tmp_path / "packed"), logits(tmp_path / "expected"))

@@ -1,4 +1,5 @@
-"""A GGUF file, or all parts of one, rebuilt as an MLX model directory: what export.py does, undone, tensor by tensor.
+"""A GGUF file, or all parts of one, rebuilt as an MLX model directory: what exporting/export.py does, undone, tensor by
+tensor.
 
 Names and shapes come from the family's table, as they do on the way out; the header is read by our own bounded reader,
 the data a few rows at a time. Codes of quantized tensors are kept where MLX has a packing for them

@@ -10,22 +10,16 @@ and k are stored in another order than ours, their columns are not.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-from ...arch import Architecture
 from ...base.errors import PareError, UsageError
 from ...model.checkpoint import Checkpoint
 from ...store.atomic import replaced
-from ...stream import memory, walk as stream
-from ...stream.taps import Tap, replace_module
-from ...text.corpus import Rows
 from .. import header as gguf_header
 from ..architectures import target_of
 from .tensors import table
@@ -131,60 +125,3 @@ def check(of: Importance, checkpoint: Checkpoint) -> None:
                 f"{of.name} has {what} of {row.name}, the model {row.shape[-1]}",
                 "it was made of another model; --imatrix auto makes one of this",
             )
-
-
-# ---- from a pass over text ----
-
-
-class _Sum:
-    """Sum over tokens of the square of every input, float32 [columns]."""
-
-    def __init__(self) -> None:
-        self.sum = mx.array(0.0)
-
-    def update(self, x: mx.array, mask: mx.array) -> None:
-        """Add activations [rows, tokens, columns]; ``mask`` [rows, tokens] is 1 where there is text."""
-        self.sum = self.sum + mx.square(x.astype(mx.float32) * mask[..., None]).sum(axis=(0, 1))
-
-
-class Squares(stream.Observer):
-    """Sums the squares of what goes into every matrix of every block; ``found`` by the name of our tensor."""
-
-    def __init__(self, arch: Architecture):
-        self.arch, self.found, self.sums = arch, {}, {}
-
-    def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
-        """Put taps on the block."""
-        self.sums = {t.name: _Sum() for t in self.arch.tensors() if t.layer == index and t.matrix}
-        roles = {t.name: t.spec.role for t in self.arch.tensors() if t.name in self.sums}
-        for name, total in self.sums.items():
-            path = self.arch.path(index, roles[name])
-            replace_module(block, path, lambda module, total=total: Tap(module, total, mask, "input"))
-
-    def pending(self) -> list[mx.array]:
-        """The sums so far."""
-        return [total.sum for total in self.sums.values()]
-
-    def leave(self, index: int, hidden: Any) -> None:
-        """Keep the sums, let the block go."""
-        self.found |= {name: np.array(total.sum) for name, total in self.sums.items()}
-        self.sums = {}
-
-
-def measure(
-    model: Path, rows: Rows, dataset: str = "text", memory_cap: int | None = None, scratch: Path | None = None
-) -> Importance:
-    """Stream ``rows`` through ``model`` and sum up; ``dataset``: what the text is called; ``scratch``: a directory for
-    hidden states where they do not fit in memory. Raises PareError for a model that cannot be GGUF, Refused when it
-    would take more memory than ``memory_cap`` (default: what is free)."""
-    checkpoint = Checkpoint(model)
-    stored = table(checkpoint.arch, target_of(checkpoint), "f16")  # raises before anything is computed
-    observer = Squares(checkpoint.arch)
-    spooled = memory.must_spool(checkpoint, rows, memory_cap)
-    with TemporaryDirectory(dir=scratch) as directory:
-        stream.walk(model, rows, observer, what="imatrix: block", spool=Path(directory) if spooled else None)
-    sums = {r.name: observer.found[r.source.name] for r in stored if r.source and r.source.name in observer.found}
-    for name, total in sums.items():
-        if not np.isfinite(total).all():
-            raise PareError(f"what goes into {name} is not finite", "the model is broken, or overflows on this text")
-    return Importance(sums, dict.fromkeys(sums, float(rows.total)), (dataset,), rows.count, rows.length)

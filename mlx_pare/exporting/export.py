@@ -13,18 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import console
-from .base.errors import PareError, UsageError
-from .gguf.architectures import target_of
-from .gguf.quant_mixes import NEEDS_MATRIX
-from .gguf.write import quantizer, size as gguf_size, tokenizer as gguf_tokenizer
-from .gguf.write.size import Prediction, padded
-from .model.checkpoint import Checkpoint
-from .sources.open_model import StrPath, opened
-from .store.atomic import created, refuse_existing, require_room, scratch
+from ..base import console
+from ..base.errors import PareError, UsageError
+from ..gguf.architectures import target_of
+from ..gguf.quant_mixes import NEEDS_MATRIX
+from ..gguf.write import quantizer, size as gguf_size, tokenizer as gguf_tokenizer
+from ..gguf.write.size import Prediction, padded
+from ..model.checkpoint import Checkpoint
+from ..sources.open_model import StrPath, opened
+from ..store.atomic import created, refuse_existing, require_room, scratch
 
 if TYPE_CHECKING:
-    from .gguf.write.imatrix_file import Importance
+    from ..gguf.write.imatrix_file import Importance
 
 
 def export(
@@ -35,9 +35,9 @@ def export(
     judge: Callable[..., Any] | None = None,
 ) -> dict:
     """Write ``model`` (a directory) as the GGUF file ``out``; ``kind`` is one of architectures.FILE_TYPES, such as f16,
-    q8_0 or q4_k_m. ``matrix``: an importance matrix of this model (imatrix_file.measure, imatrix_file.load). ``judge``
-    is called with the model, a file of floats that llama.cpp is to quantize, and its kind (llama_cpp.judged). Memory: a
-    few rows.
+    q8_0 or q4_k_m. ``matrix``: an importance matrix of this model (importance_matrix.measure, imatrix_file.load).
+    ``judge`` is called with the model, a file of floats that llama.cpp is to quantize, and its kind (llama_cpp.judged).
+    Memory: a few rows.
 
     Vectors stay F32; matrices whose rows are no whole blocks of their type get another ("fallbacks"). Returns path,
     bytes, what size.Prediction.about says, what is known of the matrix (imatrix), and notes on what llama.cpp does
@@ -45,8 +45,8 @@ def export(
     Raises Refused when ``out`` exists, PareError when llama.cpp could not compute what the model does, or when there is
     no quantizer for the kind, UsageError for a kind that is not known or a matrix of another model; no file is left.
     """
+    from ..lm import tokenizer_class
     from . import llama_cpp
-    from .lm import tokenizer_class
 
     out, kind = Path(out), quantizer.known(kind)
     direct = quantizer.direct(kind, matrix is not None)
@@ -62,7 +62,7 @@ def export(
             "export it as q8_0, f16 or another type that is written directly",
         )
     if matrix:
-        from .gguf.write import imatrix_file
+        from ..gguf.write import imatrix_file
 
         imatrix_file.check(matrix, checkpoint)
     _check_room(out, predicted, floats)
@@ -137,7 +137,7 @@ def _quantize(
 
 
 def _write(checkpoint: Checkpoint, of: Prediction, path: Path, matrix: Importance | None = None) -> list[str]:
-    from .gguf.write.encode import encoded
+    from ..gguf.write.encode import encoded
 
     writer, notes = gguf_size.begun(path, checkpoint, of, matrix)
     try:
@@ -154,18 +154,3 @@ def _write(checkpoint: Checkpoint, of: Prediction, path: Path, matrix: Importanc
     finally:
         writer.close()
     return notes
-
-
-def verify(model: Path, gguf: Path) -> dict:
-    """Ask llama.cpp itself: its logits on 64 tokens against stock MLX's, and its tokens of a few strings.
-
-    Both compute in float32 on the CPU from the weights as stored, so an F32 file differs by rounding only (gemma3 by up
-    to about 0.01: llama.cpp tabulates GELU in float16). Returns checked, tokens, max_abs_difference, same_argmax
-    (a fraction), strings, different (those tokenized differently); or checked False and the reason.
-    ``relative_difference``: mean difference over the standard deviation of the logits.
-    """
-    from . import llama_cpp
-
-    if not llama_cpp.available():
-        return {"checked": False, "reason": f"llama-cpp-python is not installed ({quantizer.INSTALL})"}
-    return {"checked": True, **llama_cpp.compare(Path(model), Path(gguf))}

@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arch import Architecture
-from .base import console
-from .base.errors import PareError
-from .gguf.quant_mixes import GROUP_OF
-from .model import finite
-from .model.checkpoint import Checkpoint
-from .model.directory import copy_tokenizer
-from .model.licence import licence_file
-from .options.values import GROUPS, PACKED_BITS, require
-from .reporting.card import card, run_of
-from .store.atomic import created, refuse_existing, require_room
-from .store.clone import clone
-from .store.manifest import Manifest
-from .tensors.packing import Packing
+from ..arch import Architecture
+from ..base import console
+from ..base.errors import PareError
+from ..gguf.quant_mixes import GROUP_OF
+from ..model import finite
+from ..model.checkpoint import Checkpoint
+from ..model.directory import copy_tokenizer
+from ..model.licence import licence_file
+from ..options.values import GROUPS, PACKED_BITS, require
+from ..reporting.card import card, run_of
+from ..store.atomic import created, refuse_existing, require_room
+from ..store.clone import clone
+from ..store.manifest import Manifest
+from ..tensors.packing import Packing
 
 MORE_BITS = {2: 6, 3: 6, 4: 6, 5: 8, 6: 8}  # of --mixed, as mlx-lm's own recipes go on
 OURS = ("survivors.json", "plan.json")
@@ -50,7 +50,7 @@ def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = 
     Raises Refused when ``out`` exists, UsageError for bits or a group size that MLX has not, PareError for a model that
     is packed.
     """
-    from . import lm
+    from .. import lm
 
     checkpoint = Checkpoint(model)
     require("--bits", bits, PACKED_BITS)

@@ -17,18 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from .base import children, machine
-from .base.errors import PareError
-from .base.units import gb
-from .export import verify
-from .gguf import header as gguf_header
-from .gguf.types import TYPES
-from .gguf.write import tokenizer as gguf_tokenizer
-from .gguf.write.encode import finite
-from .gguf.write.quantizer import INSTALL
-from .gguf.write.size import padded
-from .gguf.write.tensors import Row
-from .model.checkpoint import Checkpoint
+from ..base import children, machine
+from ..base.errors import PareError
+from ..base.units import gb
+from ..gguf import header as gguf_header
+from ..gguf.types import TYPES
+from ..gguf.write import quantizer, tokenizer as gguf_tokenizer
+from ..gguf.write.encode import finite
+from ..gguf.write.quantizer import INSTALL
+from ..gguf.write.size import padded
+from ..gguf.write.tensors import Row
+from ..model.checkpoint import Checkpoint
 
 SMALL = 64 << 20  # bytes of a file for which one thread is enough
 
@@ -70,7 +69,7 @@ def greedy(gguf: Path, tokens: Sequence[int], count: int) -> list[int]:
 def _ask(request: dict[str, Any]) -> None:
     if not available():
         raise PareError("llama-cpp-python is not installed", INSTALL)
-    done = children.run(children.module("llama_cpp"), json.dumps(request))
+    done = children.run(children.module("exporting.llama_cpp"), json.dumps(request))
     if done.returncode or not Path(request["answer"]).exists():
         raise PareError(f"llama.cpp cannot use {request['gguf']}: {_reason(done)}")
 
@@ -95,8 +94,8 @@ PROBES = (
 
 
 def compare(model: Path, gguf: Path) -> dict:
-    """The numbers of export.verify. The tokens are those of tokenizer.json, which the file was made from."""
-    from .lm.tokenizer_class import by_file
+    """The numbers of llama_cpp.verify. The tokens are those of tokenizer.json, which the file was made from."""
+    from ..lm.tokenizer_class import by_file
 
     arch, config = Checkpoint(model).arch, Checkpoint(model).config
     known = gguf_tokenizer.check(model, arch.sizes["vocab"], config)
@@ -119,7 +118,7 @@ def mlx_logits(model: Path, tokens: Sequence[int]) -> Any:
     """float32 logits (len(tokens), vocab) of the stock mlx-lm model, computed in float32 on the CPU."""
     import mlx.core as mx
 
-    from . import lm
+    from .. import lm
 
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
@@ -147,9 +146,9 @@ def largest_difference(kind: str) -> float:
 
 
 def judged(model: Path, gguf: Path, kind: str, keep: bool = True) -> dict:
-    """export.verify, with consequences: of a file that llama.cpp refuses, tokenizes or computes differently a PareError
-    says why, and it is set aside as ``*.rejected`` (not ``keep``: it stays where it is). Without room for both models
-    the check is left out, and said so.
+    """llama_cpp.verify, with consequences: of a file that llama.cpp refuses, tokenizes or computes differently a
+    PareError says why, and it is set aside as ``*.rejected`` (not ``keep``: it stays where it is). Without room for
+    both models the check is left out, and said so.
     """
     size = 4 * sum(t.size for t in Checkpoint(model).arch.tensors()) + gguf.stat().st_size
     if size > machine.available_bytes():
@@ -259,3 +258,17 @@ def _answer(request: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     _answer(json.load(sys.stdin))
+
+
+def verify(model: Path, gguf: Path) -> dict:
+    """Ask llama.cpp itself: its logits on 64 tokens against stock MLX's, and its tokens of a few strings.
+
+    Both compute in float32 on the CPU from the weights as stored, so an F32 file differs by rounding only (gemma3 by up
+    to about 0.01: llama.cpp tabulates GELU in float16). Returns checked, tokens, max_abs_difference, same_argmax
+    (a fraction), strings, different (those tokenized differently); or checked False and the reason.
+    ``relative_difference``: mean difference over the standard deviation of the logits.
+    """
+
+    if not available():
+        return {"checked": False, "reason": f"llama-cpp-python is not installed ({quantizer.INSTALL})"}
+    return {"checked": True, **compare(Path(model), Path(gguf))}

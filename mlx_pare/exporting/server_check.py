@@ -18,9 +18,9 @@ from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import Any
 
-from .base import children
-from .base.errors import PareError
-from .base.plain_path import plain
+from ..base import children
+from ..base.errors import PareError
+from ..base.plain_path import plain
 
 START_SECONDS, ANSWER_SECONDS, END_SECONDS = 120.0, 120.0, 10.0
 HOST = "127.0.0.1"

@@ -13,12 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .base.errors import PareError, plain
-from .base.untrusted import check_links, contents, read_json
-from .chat_template import SYSTEM, USER, Texts, go_template, read, trims
-from .gguf.write.tokenizer import first_token
-from .model.licence import licence_file
-from .model.tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats, has_chat_template
+from ..base.errors import PareError, plain
+from ..base.untrusted import check_links, contents, read_json
+from ..gguf.write.tokenizer import first_token
+from ..model.licence import licence_file
+from ..model.tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats, has_chat_template
+from .go_template import SYSTEM, USER, Texts, go_template, read, trims
 
 QUOTES = '"""'
 # generation_config.json -> PARAMETER, and what it must be (api/types.go of Ollama)

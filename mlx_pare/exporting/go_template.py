@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .base.errors import PareError
+from ..base.errors import PareError
 
 Messages = Sequence[tuple[str, str]]  # (role, content)
 Write = Callable[[Messages], str]  # a conversation as the template writes it, ready for the model's answer
