@@ -26,13 +26,14 @@ import numpy as np
 import pruners
 from criteria import DEMO, show
 
-from mlx_pare import choose_sizes, lm, steps
+from mlx_pare import lm
 from mlx_pare.base import console
 from mlx_pare.base.errors import Refused
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import choose_sizes, measure_steps, steps
 from mlx_pare.planning.goal import Options
 from mlx_pare.planning.plan import plan, whole
 from mlx_pare.pruning.plan_file import Plan
@@ -134,7 +135,7 @@ class Bench:
             steps.score_step(run, s)
             if sensed:
                 choose_sizes.sensitivity_step(run, texts, s)
-            steps.evaluate_step(run, "original", run.model, texts, s)
+            measure_steps.evaluate_step(run, "original", run.model, texts, s)
 
     def cut(self, name: str, s: Settings) -> tuple[Metrics, Plan]:
         """Plan, reconstruct, prune and measure one cut."""
@@ -147,7 +148,7 @@ class Bench:
             if s.reconstruct:
                 steps.reconstruct_step(run, texts, s)
             model = steps.prune_step(run, s.reconstruct)
-            found = steps.evaluate_step(run, "pruned", model, texts, s)
+            found = measure_steps.evaluate_step(run, "pruned", model, texts, s)
             return found, Plan.load(model / "plan.json")
 
     @property

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _VERBS = {
     "inspect": "capacity.inspect", "fit": "capacity.fit", "calibrate": "scoring.calibrate", "score": "scoring.score", "plan": "planning.plan",
     "reconstruct": "repair.reconstruct", "prune": "pruning.prune", "recover": "recovery.recover", "evaluate": "evaluation.evaluate", "export": "exporting.export",
-    "bench": "evaluation.bench", "report": "reporting.report", "status": "status", "run": "pipeline",
+    "bench": "evaluation.bench", "report": "reporting.report", "status": "pipeline.status", "run": "pipeline.run",
 }  # fmt: skip
 __all__ = sorted(_VERBS)
 

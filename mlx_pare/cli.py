@@ -119,7 +119,7 @@ def run_command(model: Model, out: Out, dry_run: DryRun = False, **asked: Any) -
 
 
 def _run(model: Path, out: Path, settings: Any, dry_run: bool = False) -> dict[str, Any]:
-    from . import pipeline
+    from .pipeline import run as pipeline
 
     if dry_run:
         return show.show_shape(pipeline.dry_run(model, settings))

@@ -86,8 +86,8 @@ def calibrate_command(model: Model, out: Out, **asked: Any) -> dict[str, Any]:
     An interrupted calibration continues after the last finished block. The criterion only decides whether more is
     measured: taylor and taylor2 need gradients, iterative needs contributions.
     """
-    from . import recipes, steps
     from .model.checkpoint import Checkpoint
+    from .pipeline import recipes, steps
 
     s = settings_of(**asked)
     steps.criterion(s.criterion)  # a wrong name must not leave a run directory behind
@@ -107,7 +107,7 @@ def calibrate_command(model: Model, out: Out, **asked: Any) -> dict[str, Any]:
 @command("score", "mlx-pare score RUN --criterion wanda", options=("criterion", "seed"), recipe=True)
 def score_command(run: RunDir, **asked: Any) -> dict[str, Any]:
     """Rank every channel, head and layer by a criterion."""
-    from . import steps
+    from .pipeline import steps
 
     with steps.continue_run(run) as opened:
         scores = steps.score_step(opened, settings_of(**asked))
@@ -127,10 +127,10 @@ def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str
 
     The plan is RUN/plan/plan.json. You may edit it before `prune`.
     """
-    from . import choose_sizes, pipeline, recipes, steps
     from .arch import cut
     from .gguf.architectures import runtimes_of
     from .model.checkpoint import Checkpoint
+    from .pipeline import choose_sizes, recipes, run as pipeline, steps
     from .pruning.layout import size_of
 
     s = settings_of(**asked)
@@ -184,7 +184,7 @@ def stability_command(
     It answers three questions: would fewer tokens be enough, do other draws of text choose the same units, and does the
     quantized model choose as the float model does. Draws share no rows. The test text is only used to measure.
     """
-    from . import recipes, stability, steps
+    from .pipeline import recipes, stability, steps
     from .store import step_files
     from .store.arrays import Arrays
 
@@ -206,7 +206,7 @@ def reconstruct_command(run: RunDir, *, memory_cap: str | None) -> dict[str, Any
     The new matrices compensate for the cut. This step streams the calibration text of the run once more, and `prune`
     uses the result. With the criterion obs it also chooses the units.
     """
-    from . import recipes, steps
+    from .pipeline import recipes, steps
 
     with steps.continue_run(run) as opened:
         s = settings_of(**recipes.of_calibration(opened), memory_cap=memory_cap)
@@ -222,7 +222,7 @@ def prune_command(run: RunDir, *, reconstruct: bool, memory_cap: str | None) -> 
     The original is not changed. If `reconstruct` was done for the same plan, its matrices are used. If the memory holds
     both models, each writes some text as a check.
     """
-    from . import steps
+    from .pipeline import steps
 
     with steps.continue_run(run) as opened:
         original = steps.original_of_stage(opened)
@@ -246,8 +246,8 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
     text of the run, unless --data names another. After a kill the same command continues. Under mlx.launch, processes
     share every batch.
     """
-    from . import recipes, steps
     from .lm import distributed
+    from .pipeline import recipes, steps
     from .sources.open_model import opened as opened_model
     from .text import provenance
 
@@ -292,7 +292,7 @@ def status_command(run: RunDir) -> dict[str, Any]:
 
     It shows the finished steps, the progress, what comes next, and the last error. It changes nothing.
     """
-    from .status import status
+    from .pipeline.status import status
 
     found = status(run)
     show.show_status(found)

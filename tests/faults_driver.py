@@ -128,7 +128,8 @@ def serve() -> None:
     import scipy.optimize
     import transformers
 
-    from mlx_pare import cli, pipeline
+    from mlx_pare import cli
+    from mlx_pare.pipeline import run as pipeline
 
     assert matplotlib and mlx_lm and scipy and transformers and cli and pipeline
     for line in sys.stdin:

@@ -17,7 +17,7 @@ import pico
 import pytest
 import typer
 
-from mlx_pare import app as shared, export_step
+from mlx_pare import app as shared
 from mlx_pare.app import app
 from mlx_pare.arch import describe
 from mlx_pare.base.errors import PareError, Refused, UsageError
@@ -30,10 +30,11 @@ from mlx_pare.capacity.subject import Subject, open_subject
 from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import export_step
+from mlx_pare.pipeline.steps import plan_options
 from mlx_pare.planning.uniform import shape
 from mlx_pare.pruning import reach
 from mlx_pare.sources import catalogue
-from mlx_pare.steps import plan_options
 from mlx_pare.tensors.packing import Packing
 
 GIB = 2**30

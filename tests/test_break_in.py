@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import pipeline, unused
+from mlx_pare import unused
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.exporting.export import export
 from mlx_pare.options import recipe_file
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import run as pipeline
 from mlx_pare.reporting.verdict import verdict
 from mlx_pare.sources import hub_cache
 from mlx_pare.store.rundir import Run

@@ -14,12 +14,13 @@ import pico
 import pytest
 from prose import chats, jsonl
 
-from mlx_pare import lm, recipes
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.model import tokenizer_files
 from mlx_pare.options.settings import Settings
-from mlx_pare.pipeline import run
-from mlx_pare.steps import calibrate_step, open_run
+from mlx_pare.pipeline import recipes
+from mlx_pare.pipeline.run import run
+from mlx_pare.pipeline.steps import calibrate_step, open_run
 from mlx_pare.store.rundir import Run
 from mlx_pare.text import provenance
 from mlx_pare.text.splits import Texts

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from mlx_pare import pipeline, tried
 from mlx_pare.base.errors import PareError
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import run as pipeline, trial_cache
 from mlx_pare.reporting.report import report
 from mlx_pare.store import step_files
 from mlx_pare.store.rundir import Run
@@ -130,10 +130,10 @@ def test_f27_trials(out, damage):
     (out / "trials.json").write_bytes(DAMAGES[damage])
     with Run(out) as run:
         if damage == "nothing in it":
-            assert tried.Known(run).found == {}
+            assert trial_cache.Known(run).found == {}
         else:
             with pytest.raises(PareError, match=r"trials.json.*Delete it"):
-                tried.Known(run)
+                trial_cache.Known(run)
 
 
 def test_f27_run_names_the_damaged_file(out, pico_models, two_texts):

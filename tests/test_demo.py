@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import cli, lm, pipeline, steps
+from mlx_pare import cli, lm
 from mlx_pare.base.errors import PareError
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.pipeline import run as pipeline, steps
 from mlx_pare.text import corpus, overlap
 from mlx_pare.text.splits import DEMO
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import choose_sizes, layering, steps, tried
 from mlx_pare.arch import can_keep
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
+from mlx_pare.pipeline import choose_layers, choose_sizes, steps, trial_cache
+from mlx_pare.pipeline.steps import plan_options
 from mlx_pare.planning import candidate as trial_candidate, choose_units
 from mlx_pare.planning.drop_layers import layers_by_kl, trials
 from mlx_pare.planning.goal import Options
@@ -30,7 +31,6 @@ from mlx_pare.pruning.prune import prune
 from mlx_pare.repair.reconstruct import reconstructed_kl
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import CRITERIA, score
-from mlx_pare.steps import plan_options
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.text.corpus import Rows
 
@@ -271,7 +271,7 @@ def settings(**changes) -> Settings:
 def test_a_run_drops_layers_by_kl(begun):
     """As the function says on rows of the validation text; what it cost is noted, and no trial is made twice."""
     run, texts = begun
-    held = tried.held_rows(texts)
+    held = trial_cache.held_rows(texts)
     made = Plan.load(choose_sizes.plan_step(run, texts, ASKED))
     expected = layers_by_kl(run.model, len(made.layers), held)
     assert len(made.layers) < 5 and {la.source for la in made.layers} == {*range(5)} - {d.layer for d in expected}
@@ -285,7 +285,7 @@ def test_trials_of_drops_are_kept(begun, monkeypatch):
     run, texts = begun
     choose_sizes.plan_step(run, texts, ASKED)
     shutil.rmtree(run.directory("plan"))
-    monkeypatch.setattr(layering, "trials", lambda *_: lambda candidates: 1 / 0)
+    monkeypatch.setattr(choose_layers, "trials", lambda *_: lambda candidates: 1 / 0)
     choose_sizes.plan_step(run, texts, ASKED)
     with pytest.raises(Refused, match=r"layers_by was 'kl', now it is 'angular'"):
         choose_sizes.plan_step(run, texts, settings(layers_by="angular"))
@@ -326,7 +326,7 @@ def test_what_is_best_once_it_is_reconstructed(pico_models, tmp_path, monkeypatc
     def misled(candidates):
         return [float(sum(i for i, width in enumerate(each) if width is None)) for each in candidates]
 
-    monkeypatch.setattr(layering, "trials", lambda *_: misled)
+    monkeypatch.setattr(choose_layers, "trials", lambda *_: misled)
     asked = settings(widths="uniform", layers_by=None, tries=1, reconstruct=repaired)
     run, texts = begin(pico_models("llama", num_hidden_layers=6), tmp_path)
     with run:
@@ -340,7 +340,7 @@ def test_what_is_best_once_it_is_reconstructed(pico_models, tmp_path, monkeypatc
     for name in ("block-influence", "angular"):
         scores = score(run.model, stats, tmp_path / f"{name}.safetensors", name)
         sets[name] = plan(run.model, scores, plan_options(asked)).layers
-    held, kl = tried.held_rows(texts), {}
+    held, kl = trial_cache.held_rows(texts), {}
     for name in noted["reconstructed_kl"]:
         each = made.model_copy(update={"layers": sets[name]})
         kl[name] = reconstructed_kl(run.model, each, texts.calibration, held, tmp_path / "scratch")
@@ -370,12 +370,12 @@ def plan_without(model: Path, gone: list[int]) -> list[LayerPlan]:
     ],
 )
 def test_who_chooses_layers(how, axes, criterion, by, expected):
-    assert layering.layers_by_of(Settings(axes=axes, layers_by=by, widths=how), criterion) == expected
+    assert choose_layers.layers_by_of(Settings(axes=axes, layers_by=by, widths=how), criterion) == expected
 
 
 def test_widths_per_layer_choose_the_layers_too():
     with pytest.raises(UsageError, match="Leave out --layers-by"):
-        layering.layers_by_of(Settings(axes=("layer",), layers_by="kl", widths="per-layer"), "obs")
+        choose_layers.layers_by_of(Settings(axes=("layer",), layers_by="kl", widths="per-layer"), "obs")
 
 
 def test_mistakes(begun):
@@ -392,8 +392,8 @@ def test_mistakes(begun):
 def test_ways_are_named(pico_models):
     """In the help, and those that are criteria are criteria for layers."""
     told = re.split(r"[ .,;:]+", TABLE["layers_by"].help)
-    assert {*layering.LAYERS_BY} <= {*told}
-    assert all("layer" in CRITERIA[name].own for name in layering.LAYERS_BY if name != "kl")
+    assert {*choose_layers.LAYERS_BY} <= {*told}
+    assert all("layer" in CRITERIA[name].own for name in choose_layers.LAYERS_BY if name != "kl")
 
 
 def test_memory_is_asked_for_first(pico_models):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import choose_sizes, cli, recipes, steps
+from mlx_pare import cli
 from mlx_pare.base import console
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import choose_sizes, recipes, steps
 from mlx_pare.reporting.report import report
 
 SMALL = dict(samples=4, length=32, keep=0.75, widths="even", criterion="minitron")

@@ -66,7 +66,7 @@ def pare(capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def pruned(pico_models, two_texts, tmp_path_factory) -> Path:
     """A run up to prune, made by single steps."""
-    from mlx_pare import choose_sizes, recipes, steps
+    from mlx_pare.pipeline import choose_sizes, recipes, steps
 
     out, model = tmp_path_factory.mktemp("edited") / "run", pico_models("llama")
     s = Settings(**two_texts, samples=4, length=32, keep=0.75, widths="even")

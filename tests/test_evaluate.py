@@ -15,12 +15,13 @@ import pytest
 import reference
 from mlx.utils import tree_flatten
 
-from mlx_pare import lm, stability
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.evaluation import divergence
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.pipeline import stability
 from mlx_pare.recovery.options import Options
 from mlx_pare.recovery.recover import recover
 from mlx_pare.store.schema import dump_json

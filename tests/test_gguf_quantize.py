@@ -21,7 +21,6 @@ from mlx_pare.arch import rope
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.capacity.fit import fit
 from mlx_pare.capacity.form import Form
-from mlx_pare.export_step import export_step
 from mlx_pare.exporting import importance_matrix, llama_cpp
 from mlx_pare.exporting.export import export
 from mlx_pare.exporting.llama_cpp import verify
@@ -30,7 +29,8 @@ from mlx_pare.gguf.quant_mixes import type_of
 from mlx_pare.gguf.write import encode as gguf_values, imatrix_file, quantizer, size as gguf_size
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
-from mlx_pare.steps import open_run
+from mlx_pare.pipeline.export_step import export_step
+from mlx_pare.pipeline.steps import open_run
 from mlx_pare.text.splits import Texts
 
 THROUGH_LLAMA = ["q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "iq4_nl", "iq3_s"]

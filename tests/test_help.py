@@ -15,12 +15,13 @@ import pytest
 import typer
 from test_cli import EVERYDAY, IMPORTS, OTHERS
 
-from mlx_pare import __version__, choose_sizes, layering, unused
+from mlx_pare import __version__, unused
 from mlx_pare.app import app
 from mlx_pare.evaluation import divergence
 from mlx_pare.gguf.architectures import RUNTIMES
 from mlx_pare.help_page import COMMANDS
 from mlx_pare.options.settings import RATES, TABLE, TARGETS, Settings
+from mlx_pare.pipeline import choose_layers, choose_sizes
 from mlx_pare.recovery import objective, on_policy, options as recover_options
 from mlx_pare.recovery.options import METHODS, Options
 from mlx_pare.recovery.trainer import SCHEDULES
@@ -134,7 +135,7 @@ def test_help_names_the_learning_rates_of_the_code():
 
 def test_names_in_the_help_are_those_of_the_code():
     known = {
-        "criterion": tuple(CRITERIA), "method": METHODS, "widths": choose_sizes.WIDTHS, "layers_by": layering.LAYERS_BY,
+        "criterion": tuple(CRITERIA), "method": METHODS, "widths": choose_sizes.WIDTHS, "layers_by": choose_layers.LAYERS_BY,
         "schedule": SCHEDULES, "kind": tuple(divergence.KINDS), "match": objective.MATCHES, "runtimes": RUNTIMES,
     }  # fmt: skip
     for field, names in known.items():

@@ -13,14 +13,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pare import contenders, pipeline, steps
 from mlx_pare.base.errors import Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import contenders, run as pipeline, steps
+from mlx_pare.pipeline.status import expected
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.recovery import options as recover_options
 from mlx_pare.repair.reconstruct import check_memory, reconstruct, reconstruct_all
-from mlx_pare.status import expected
 from mlx_pare.stream import kept, memory as stream_memory, walk as stream
 from mlx_pare.text.corpus import Rows
 

@@ -20,8 +20,8 @@ from mlx_pare.base import console, log, machine
 from mlx_pare.base.errors import PareError
 from mlx_pare.base.units import duration
 from mlx_pare.options.settings import Settings
-from mlx_pare.pipeline import run as run_all
-from mlx_pare.status import expected, status
+from mlx_pare.pipeline.run import run as run_all
+from mlx_pare.pipeline.status import expected, status
 from mlx_pare.store import rundir
 from mlx_pare.text.splits import DEMO
 
@@ -221,7 +221,7 @@ def test_status_of_a_run_that_is_done(whole):
 
 
 def test_status_knows_the_steps_of_a_run(whole):
-    """The order of pipeline.py, told from what was asked."""
+    """The order of pipeline/run.py, told from what was asked."""
     run = rundir.Run(whole, locked=False)
     assert expected(run.recipe()) == list(run.manifest.steps)
     run.close()

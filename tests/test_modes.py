@@ -35,7 +35,7 @@ from test_prune import (
 )
 from test_recover import OPTIONS, RATES, cut, same_packing_and_shapes, stored, texts
 
-from mlx_pare import lm, pipeline
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.capacity.inspect import inspect
 from mlx_pare.evaluation.evaluate import evaluate
@@ -43,6 +43,7 @@ from mlx_pare.exporting.export import export
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.model.weights import StoredEmbedding
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import run as pipeline
 from mlx_pare.planning.candidate import Width, whole
 from mlx_pare.planning.try_candidates import try_out
 from mlx_pare.pruning.plan_file import Plan

@@ -15,7 +15,7 @@ from test_export import GELU_TABLE, LONG, difference, needs_llama
 from test_prune import BROKEN, DENSE, PACKED, largest, logits, masked, plan_of, whole_groups
 from transformers import AutoConfig
 
-from mlx_pare import lm, pipeline
+from mlx_pare import lm
 from mlx_pare.arch import Keep, LayerKeep, can_keep, cut, describe, why_uniform
 from mlx_pare.arch.axes import dim, select
 from mlx_pare.base.errors import PareError
@@ -23,6 +23,7 @@ from mlx_pare.capacity.inspect import inspect
 from mlx_pare.exporting.export import export
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import run as pipeline
 from mlx_pare.pruning import layout
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune

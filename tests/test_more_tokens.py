@@ -10,12 +10,12 @@ import pico
 import pytest
 from test_export import needs_llama
 
-from mlx_pare import pipeline
 from mlx_pare.base.errors import PareError
 from mlx_pare.exporting import llama_cpp
 from mlx_pare.exporting.export import export
 from mlx_pare.gguf.write import tokenizer as gguf_tokenizer
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import run as pipeline
 
 TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 

@@ -441,4 +441,4 @@ def test_the_python_api_resolves_names(server, model, text, tmp_path):
         mlx_pare.run("qwen3-8", tmp_path / "other", settings)
     with pytest.raises(HubError, match="no model org/nothing"):
         mlx_pare.export("org/nothing", tmp_path / "x.gguf", "f16")
-    assert mlx_pare.run.__module__ == "mlx_pare.pipeline" and mlx_pare.bench.__doc__.startswith("Time")
+    assert mlx_pare.run.__module__ == "mlx_pare.pipeline.run" and mlx_pare.bench.__doc__.startswith("Time")

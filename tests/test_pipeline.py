@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare import choose_sizes, contenders, lm, pipeline, steps, tried
+from mlx_pare import lm
 from mlx_pare.base import machine
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import count, gb
@@ -26,6 +26,7 @@ from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.evaluation.sanity import check, repeats
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
+from mlx_pare.pipeline import choose_sizes, contenders, measure_steps, run as pipeline, steps, trial_cache
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.repair.reconstruct import reconstruct
@@ -146,14 +147,14 @@ def test_nothing_temporary_is_left(finished):
 
 def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypatch):
     before = hashes(finished["out"])
-    monkeypatch.setattr("mlx_pare.export_step.export", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr("mlx_pare.pipeline.export_step.export", lambda *_: pytest.fail("done again"))
     for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate", "bench"):
         monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
     for module, verb in (
         (choose_sizes, "plan"),
         (choose_sizes, "sensitivity"),
-        (tried, "try_out"),
-        (tried, "reconstructed_kl"),
+        (trial_cache, "try_out"),
+        (trial_cache, "reconstructed_kl"),
     ):
         monkeypatch.setattr(module, verb, lambda *_, **__: pytest.fail("done again"))
     assert pipeline.run(finished["model"], finished["out"], settings) == finished["summary"]
@@ -254,7 +255,7 @@ def contender(pico_models, settings, tmp_path, monkeypatch) -> Callable[..., tup
     """Of a run: the contender that was measured (model, plan), and the model it was made from."""
 
     def make(name: str, stored: dict, **changes) -> tuple[Path, Plan, Path]:
-        real, model = steps.measured, pico_models("llama", **stored)
+        real, model = measure_steps.measured, pico_models("llama", **stored)
 
         def measure(directory: Path, path: Path, *more) -> None:
             assert not (path.parent / "repair").exists(), "the matrices lie there twice"

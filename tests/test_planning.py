@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mlx_pare import choose_sizes, cli, lm, pipeline, steps, tried
+from mlx_pare import cli, lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import choose_sizes, run as pipeline, steps, trial_cache
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.text.corpus import Rows
@@ -30,7 +31,7 @@ HOW = ("even", "uniform", "per-layer")
 def few_rows():
     """Of validation text, so that it takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tried, "HELD_TOKENS", 8 * 32)
+        patch.setattr(trial_cache, "HELD_TOKENS", 8 * 32)
         yield
 
 
@@ -72,7 +73,7 @@ def copied(made, tmp_path) -> tuple[str, Path]:
 def calls(monkeypatch) -> dict[str, list]:
     """What is tried and what is reconstructed from now on."""
     seen: dict[str, list] = {"tried": [], "reconstructed": []}
-    try_out, reconstructed_kl = tried.try_out, tried.reconstructed_kl
+    try_out, reconstructed_kl = trial_cache.try_out, trial_cache.reconstructed_kl
 
     def counted(model, candidates, *rest):
         seen["tried"].extend(candidates)
@@ -82,8 +83,8 @@ def calls(monkeypatch) -> dict[str, list]:
         seen["reconstructed"].append(plan)
         return reconstructed_kl(model, plan, *rest)
 
-    monkeypatch.setattr(tried, "try_out", counted)
-    monkeypatch.setattr(tried, "reconstructed_kl", reconstructed)
+    monkeypatch.setattr(trial_cache, "try_out", counted)
+    monkeypatch.setattr(trial_cache, "reconstructed_kl", reconstructed)
     return seen
 
 
@@ -240,7 +241,7 @@ def test_texts_are_disjoint_and_used_for_what_they_are(model, scored, tmp_path, 
     """Solved on calibration rows, measured on validation rows, never on the test text."""
     out = Path(shutil.copytree(scored, tmp_path / "run"))
     seen = []
-    for module, name in ((tried, "try_out"), (tried, "reconstructed_kl"), (choose_sizes, "sensitivity")):
+    for module, name in ((trial_cache, "try_out"), (trial_cache, "reconstructed_kl"), (choose_sizes, "sensitivity")):
         monkeypatch.setattr(module, name, seen_by(seen, getattr(module, name)))
     s = replace(SMALL, widths="per-layer", tries=4)
     planned(out, s)
@@ -366,7 +367,7 @@ def command(*words: str | Path) -> dict:
 def test_plan_command_takes_the_rows_of_its_run(scored, tmp_path, monkeypatch, how):
     out = Path(shutil.copytree(scored, tmp_path / "run"))
     seen: list = []
-    monkeypatch.setattr(tried, "try_out", seen_by(seen, tried.try_out))
+    monkeypatch.setattr(trial_cache, "try_out", seen_by(seen, trial_cache.try_out))
     found = command("plan", out, "--keep", "0.75", "--widths", how, "--try", "5", "--axes", "ffn,kv_head")
     assert found["after"]["non_embedding"] < found["before"]["non_embedding"]
     assert all((a.count, a.length, b.count, b.length) == (16, 32, 8, 32) for a, b in seen)
@@ -463,5 +464,5 @@ def test_orders_of_another_text_are_not_taken(made, model):
     how, out, _ = made
     with steps.continue_run(out) as run:
         rows = Texts(model, SMALL).calibration
-        assert bool(tried._curves(run, rows)) == (how == "per-layer")
-        assert tried._curves(run, rows.first(3)) == {}
+        assert bool(trial_cache._curves(run, rows)) == (how == "per-layer")
+        assert trial_cache._curves(run, rows.first(3)) == {}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from mlx_pare import export_step, pipeline
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import export_step, run as pipeline
 from mlx_pare.recovery.options import Options
 from mlx_pare.store.rundir import Run
 
@@ -78,7 +77,7 @@ def noted(out: Path, **parameters: object) -> None:
 def test_f30_the_context_of_a_stopped_run_can_be_mended(pico_models, settings, out, monkeypatch, earlier):
     if earlier:
         noted(out, context=300)
-    monkeypatch.setattr(import_module("mlx_pare.steps"), "prune", lambda *_, **__: pytest.fail("cut again"))
+    monkeypatch.setattr("mlx_pare.pipeline.steps.prune", lambda *_, **__: pytest.fail("cut again"))
     summary = pipeline.run(pico_models("llama"), out, replace(settings, context=400))
     assert summary["fits"]["context"] == 400
     with pytest.raises(Refused, match=r"export step.*context was 400, now it is 500"):

@@ -17,8 +17,8 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import choose_sizes, steps
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import choose_sizes, steps
 
 LIMIT = 240  # where nothing else runs a call takes ten: seconds after which a call hangs, which is an error
 LAUNCH = Path(sys.executable).with_name("mlx.launch")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import choose_sizes, steps
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import choose_sizes, steps
 from mlx_pare.text.splits import Texts
 
 KILLS = int(os.environ.get("PARE_KILLS", "1"))

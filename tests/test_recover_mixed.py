@@ -15,10 +15,11 @@ import pytest
 import typer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_pare import choose_sizes, cli, lm, pipeline, steps
+from mlx_pare import cli, lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import choose_sizes, run as pipeline, steps
 from mlx_pare.planning.goal import Options as PlanOptions
 from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.prune import prune

@@ -10,11 +10,12 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import lm, pipeline
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.exporting import llama_cpp
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import run as pipeline
 from mlx_pare.planning.goal import Options
 from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.plan_file import Plan

@@ -14,10 +14,11 @@ import pytest
 import reference
 from typer.testing import CliRunner
 
-from mlx_pare import cli, lm, pipeline, schedule, steps
+from mlx_pare import cli, lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings, settings_of
+from mlx_pare.pipeline import measure_steps, run as pipeline, stages, steps
 from mlx_pare.pruning.layout import size_of
 from mlx_pare.pruning.plan_file import LayerPlan, Plan, Target
 from mlx_pare.pruning.prune import Lineage, prune
@@ -205,7 +206,7 @@ def test_units_of_a_model_cut_twice_are_those_of_the_original(pico_models, tmp_p
     prune(model, drawn(model, rng, 3, hidden and 48), places[0])
     again = drawn(places[0], rng, 2, hidden)
     prune(places[0], again, places[1], lineage=Lineage(model, "stage-1"))
-    made = schedule.composed(tmp_path, (0.5, 0.25))
+    made = stages.composed(tmp_path, (0.5, 0.25))
     prune(model, made, tmp_path / "once")
     one, two = (reference.tensors(path / "model.safetensors") for path in (places[1], tmp_path / "once"))
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
@@ -274,7 +275,7 @@ def test_killed_in_a_stage_it_ends_in_the_same_bytes(finished, settings, tmp_pat
 
     dies(importlib.import_module("mlx_pare.recovery.recover"), "by_domain", in_training)
     assert (out / second / "recover.partial" / "work").exists()
-    dies(steps, "evaluate", lambda model, *_: f"{second}/recover" in str(model))
+    dies(measure_steps, "evaluate", lambda model, *_: f"{second}/recover" in str(model))
     assert (out / second / "recover").exists() and not (out / "stage-3").exists()
     pipeline.run(finished["model"], out, settings)
     one, two = results(finished["out"]), results(out)
@@ -283,7 +284,7 @@ def test_killed_in_a_stage_it_ends_in_the_same_bytes(finished, settings, tmp_pat
 
 
 def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypatch):
-    monkeypatch.setattr("mlx_pare.export_step.export", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr("mlx_pare.pipeline.export_step.export", lambda *_: pytest.fail("done again"))
     for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate"):
         monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
     assert pipeline.run(finished["model"], finished["out"], settings) == finished["summary"]
@@ -370,7 +371,7 @@ def test_only_the_result_is_packed(pico_models, settings):
     """The stages before have widths that suit its groups."""
     model = pico_models("llama")
     s = replace(settings, bits=4, group_size=32)
-    asked = [stage.settings(s, model, model) for stage in schedule.stages(s)]
+    asked = [stage.settings(s, model, model) for stage in stages.stages(s)]
     assert [(a.bits, a.step) for a in asked] == [(None, 32), (None, 32), (4, None)]
     assert [a.keep for a in asked] == list(SHARES) and {a.stages for a in asked} == {None}
 
@@ -378,7 +379,7 @@ def test_only_the_result_is_packed(pico_models, settings):
 def test_a_stage_that_cut_too_much_leaves_nothing_to_the_next(pico_models, settings, tmp_path):
     model, rng = pico_models("llama"), np.random.default_rng(1)
     prune(model, drawn(model, rng, 2), tmp_path / "cut")
-    stage = next(schedule.stages(settings))
+    stage = next(stages.stages(settings))
     assert stage.settings(settings, model, tmp_path / "cut").keep == 1.0
     whole, left = (size_of(Checkpoint(path), None, None).non_embedding for path in (model, tmp_path / "cut"))
     share = replace(stage, share=0.5 * left / whole).settings(settings, model, tmp_path / "cut").keep

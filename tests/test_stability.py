@@ -14,11 +14,13 @@ import pico
 import pytest
 import reference_criteria
 
-from mlx_pare import choose_sizes, lm, stability, steps, tried
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import choose_sizes, stability, steps, trial_cache
+from mlx_pare.pipeline.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
 from mlx_pare.planning.goal import Options
 from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.plan_file import Plan
@@ -28,7 +30,6 @@ from mlx_pare.reporting import stability_text
 from mlx_pare.reporting.report import report
 from mlx_pare.scoring.calibrate import calibrate, calibrate_in_parts
 from mlx_pare.scoring.score import score
-from mlx_pare.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.stream import batches, walk as stream
 from mlx_pare.text import corpus
@@ -384,7 +385,7 @@ def test_draws_without_spread(run, draws, measure):
 def test_selection_never_sees_calibration_or_test_text(pico_models):
     """Held-out rows come from the validation text, whose paragraphs no other part has."""
     texts = steps.Texts(pico_models("llama"), ASKED)
-    held = tried.held_rows(texts)
+    held = trial_cache.held_rows(texts)
     own = corpus.windows(lm.tokenizer(texts.model), texts.documents["validation"]["calibration"], 32)
     assert held.tokens.tolist() == own.first(held.count).tokens.tolist()
     units = {

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 from test_gguf_header import build, row, s, u32
 
-from mlx_pare import cli, steps
+from mlx_pare import cli
 from mlx_pare.arch import describe
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
@@ -32,6 +32,7 @@ from mlx_pare.capacity.subject import open_subject
 from mlx_pare.exporting.export import export
 from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
+from mlx_pare.pipeline import steps
 from mlx_pare.planning.goal import Options
 from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.plan_file import Plan

@@ -11,10 +11,11 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import fit, inspect, lm, pipeline
+from mlx_pare import fit, inspect, lm
 from mlx_pare.base.errors import PareError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import run as pipeline
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 

@@ -11,7 +11,7 @@ import pico
 import pytest
 from test_prune import plan_of
 
-from mlx_pare import export_step, lm, pipeline, steps
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.evaluation.sanity import check
 from mlx_pare.exporting import llama_cpp
@@ -19,6 +19,7 @@ from mlx_pare.exporting.llama_cpp import verify
 from mlx_pare.gguf.write import quantizer
 from mlx_pare.gguf.write.quantizer import INSTALL
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import export_step, measure_steps, run as pipeline, steps
 from mlx_pare.pruning.prune import prune
 
 CASED = (
@@ -132,7 +133,7 @@ def test_case_02_a_bench_that_fails_ends_nothing(pico_models, tmp_path, quick, c
     def fails(*args, **kwargs):
         raise RuntimeError("the GPU is gone")
 
-    monkeypatch.setattr(steps, "bench", fails)
+    monkeypatch.setattr(measure_steps, "bench", fails)
     summary = pipeline.run(pico_models("llama"), tmp_path / "run", steps.replace(quick, trials=1))
     assert summary["bench"] is None and Path(summary["report"]).exists()
     assert "speed was not measured" in (said := capsys.readouterr().err) and "the GPU is gone" in said

@@ -131,8 +131,8 @@ def test_no_cure_has_a_bare_path():
 
 @pytest.fixture(scope="module")
 def staged(pico_models, tmp_path_factory) -> Path:
-    from mlx_pare import pipeline
     from mlx_pare.options.settings import Settings
+    from mlx_pare.pipeline import run as pipeline
 
     out = tmp_path_factory.mktemp("staged") / "run"
     settings = Settings(stages=(0.8, 0.6), length=32, samples=4, recover_steps=2, trials=0, train_rows=8, widths="even",

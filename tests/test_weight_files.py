@@ -11,13 +11,14 @@ import numpy as np
 import pico
 import pytest
 
-from mlx_pare import fit, inspect, lm, pipeline
+from mlx_pare import fit, inspect, lm
 from mlx_pare.base.errors import PareError
 from mlx_pare.exporting import mlx_directory
 from mlx_pare.exporting.export import export
 from mlx_pare.model import weight_files
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline import run as pipeline
 
 TOKENS = [[1, 2, 3, 4]]
 

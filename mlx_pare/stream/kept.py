@@ -2,7 +2,7 @@
 
 The final hidden states of a model on some rows lie in a file that is named after both: contenders are compared with
 them, recovery learns from them, and a process that goes on after a kill finds them. Beside them lie the matrices of
-contenders that were reconstructed together (contenders.py). Every name appears when its content is complete.
+contenders that were reconstructed together (pipeline/contenders.py). Every name appears when its content is complete.
 """
 
 from __future__ import annotations

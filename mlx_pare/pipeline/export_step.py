@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .base import console
-from .base.errors import PareError
-from .base.optional import attempt
-from .capacity import macs, planner
-from .capacity.memory import Needs, Use
+from ..base import console
+from ..base.errors import PareError
+from ..base.optional import attempt
+from ..capacity import macs, planner
+from ..capacity.memory import Needs, Use
+from ..exporting import importance_matrix
+from ..exporting.export import export, why_not
+from ..exporting.llama_cpp import judged
+from ..gguf.write.quantizer import direct, known
+from ..model.checkpoint import Checkpoint
+from ..options.settings import Settings
+from ..store import step_files
+from ..store.rundir import Run
+from ..store.schema import dump_json
+from ..text.splits import Texts
 from .choose_sizes import wants_gguf
-from .exporting import importance_matrix
-from .exporting.export import export, why_not
-from .exporting.llama_cpp import judged
-from .gguf.write.quantizer import direct, known
-from .model.checkpoint import Checkpoint
-from .options.settings import Settings
-from .store import step_files
-from .store.rundir import Run
-from .store.schema import dump_json
-from .text.splits import Texts
 
 
 def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None:

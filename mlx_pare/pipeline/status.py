@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .base import log
-from .sources.open_model import StrPath
-from .store.manifest import read_manifest, read_recipe
-from .store.places import name_of
-from .store.rundir import is_locked
+from ..base import log
+from ..sources.open_model import StrPath
+from ..store.manifest import read_manifest, read_recipe
+from ..store.places import name_of
+from ..store.rundir import is_locked
 
 
 def expected(recipe: Mapping[str, Any]) -> list[str]:
-    """The steps of a run in their order (pipeline.py), as far as what was asked tells; those of a stage with its name
-    before them. Some may turn out not to be needed."""
+    """The steps of a run in their order (pipeline/run.py), as far as what was asked tells; those of a stage with its
+    name before them. Some may turn out not to be needed."""
     cut = ["calibrate", "score", *(["sensitivity"] if recipe.get("widths") == "per-layer" else []), "plan"]
     cut += [*(["reconstruct"] if recipe.get("reconstruct", True) else []), "prune"]
     stages = recipe.get("stages") or []

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from .base.errors import Refused, UsageError
-from .model.checkpoint import Checkpoint
-from .model.footprint import parameters
-from .options.settings import STAGES, Settings
-from .pruning.plan_file import Plan, Target
-from .pruning.survivors import survivors
-from .store.places import name_of
-from .store.rundir import Run
+from ..base.errors import Refused, UsageError
+from ..model.checkpoint import Checkpoint
+from ..model.footprint import parameters
+from ..options.settings import STAGES, Settings
+from ..pruning.plan_file import Plan, Target
+from ..pruning.survivors import survivors
+from ..store.places import name_of
+from ..store.rundir import Run
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""The story of a run. Read this file first: the steps are a few lines each in steps.py, the verbs files of their own.
+"""The story of a run. Read this file first: the steps are a few lines each in pipeline/steps.py, the verbs files of
+their own.
 
 calibrate -> score -> plan -> reconstruct -> prune -> recover -> evaluate (original, pruned, recovered, random, fewer
 bits) -> export -> bench -> report
 
-With a schedule the steps up to recover are done once for every stage, each in a run directory of its own (schedule.py).
+With a schedule the steps up to recover are done once for every stage, each in a run directory of its own
+(pipeline/stages.py).
 """
 
 from __future__ import annotations
@@ -14,38 +16,39 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import choose_sizes, contenders, lm, recipes, schedule, steps
-from .base import console
-from .base.errors import PareError, Refused, UsageError
-from .base.units import gb, readable
-from .capacity import macs
-from .evaluation.metrics import Metrics
+from .. import lm
+from ..base import console
+from ..base.errors import PareError, Refused, UsageError
+from ..base.units import gb, readable
+from ..capacity import macs
+from ..evaluation.metrics import Metrics
+from ..exporting.export import why_not
+from ..gguf.architectures import RUNTIMES
+from ..gguf.write import quantizer
+from ..model.checkpoint import Checkpoint
+from ..options.settings import Settings
+from ..planning.plan import whole
+from ..planning.uniform import shape
+from ..pruning.plan_file import Plan
+from ..recovery.blockwise import check_memory as check_local
+from ..recovery.options import METHODS, check_memory as check_recovery
+from ..repair.reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
+from ..reporting import stage_table
+from ..reporting.report import report
+from ..reporting.verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict
+from ..scoring.calibrate import check_memory as check_calibration
+from ..scoring.score import criterion
+from ..sources.open_model import StrPath, opened as model_of
+from ..store import step_files
+from ..store.arrays import MOST_NATS
+from ..store.places import CONTENDERS, name_of
+from ..store.rundir import Run
+from ..stream import kept
+from ..text import corpus
+from ..text.splits import VALIDATION_ROWS, Texts
+from . import choose_sizes, contenders, measure_steps, recipes, stages, steps
+from .choose_layers import layers_by_of
 from .export_step import export_step, required
-from .exporting.export import why_not
-from .gguf.architectures import RUNTIMES
-from .gguf.write import quantizer
-from .layering import layers_by_of
-from .model.checkpoint import Checkpoint
-from .options.settings import Settings
-from .planning.plan import whole
-from .planning.uniform import shape
-from .pruning.plan_file import Plan
-from .recovery.blockwise import check_memory as check_local
-from .recovery.options import METHODS, check_memory as check_recovery
-from .repair.reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
-from .reporting import stage_table
-from .reporting.report import report
-from .reporting.verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict
-from .scoring.calibrate import check_memory as check_calibration
-from .scoring.score import criterion
-from .sources.open_model import StrPath, opened as model_of
-from .store import step_files
-from .store.arrays import MOST_NATS
-from .store.places import CONTENDERS, name_of
-from .store.rundir import Run
-from .stream import kept
-from .text import corpus
-from .text.splits import VALIDATION_ROWS, Texts
 
 # Operations to choose and solve one matrix: an ffn of 16384 that is solved by its Gram matrix, minutes on two cores.
 AFFORDABLE = 1.5e13
@@ -65,7 +68,7 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
     asked = recipes.recipe_of(model, s)
     with steps.open_run(model, out) as opened:
-        schedule.agree(opened, s)
+        stages.agree(opened, s)
         opened.write_recipe(asked, replace=False)
         opened.kept = opened.path / "kept"
         if s.quick:
@@ -76,7 +79,7 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
         kept.clear(opened.kept)
         gguf = export_step(opened, result, texts, s)
         if s.trials > 0:
-            steps.bench_step(opened, result, s)
+            measure_steps.bench_step(opened, result, s)
         named = {"original", "pruned", *others, *(["recovered"] if s.recovers else [])}
         measured = [n for n, _ in CONTENDERS if n in named or n.startswith("stage-")]
         written = report(opened.path, measured)
@@ -107,7 +110,7 @@ def hurried(s: Settings) -> Settings:
 def _others(run: Run, result: Path, s: Settings) -> dict[str, Plan]:
     """What the result is compared with: a random cut, the original with fewer bits, if that can be as small; of a
     schedule also the units of its last stage, cut out of the original at once."""
-    plans = {"pruned": schedule.plan_step(run, s)} if s.stages else {}
+    plans = {"pruned": stages.plan_step(run, s)} if s.stages else {}
     plans["random"] = contenders.random_plan(run, s)
     narrow = whole(run.model, steps.plan_of(run), Checkpoint(result).nbytes())
     return plans if narrow is None else {**plans, "fewer-bits": narrow}
@@ -126,12 +129,12 @@ def _cut(run: Run, texts: Texts, s: Settings, original: Path | None = None) -> P
 def _at_once(run: Run, texts: Texts, s: Settings) -> Path:
     """One cut, one recovery, both measured, and the original."""
     result = _cut(run, texts, s)
-    steps.evaluate_step(run, "original", run.model, texts, s)
-    steps.evaluate_step(run, "pruned", result, texts, s)
+    measure_steps.evaluate_step(run, "original", run.model, texts, s)
+    measure_steps.evaluate_step(run, "pruned", result, texts, s)
     console.say(first_result(metrics(run.path, ["original", "pruned"])))
     if s.recovers:
         result = steps.recover_step(run, texts, s)
-        steps.evaluate_step(run, "recovered", result, texts, s)
+        measure_steps.evaluate_step(run, "recovered", result, texts, s)
     return result
 
 
@@ -140,9 +143,9 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
 
     "pruned" is then measured among the other contenders.
     """
-    steps.evaluate_step(run, "original", run.model, texts, s)
+    measure_steps.evaluate_step(run, "original", run.model, texts, s)
     result = run.model
-    for stage in schedule.stages(s):
+    for stage in stages.stages(s):
         place = run.path / stage.name
         console.say(f"{stage.name} of {len(s.stages)}: to {stage.share:g} of the original, {stage.steps} steps")
         asked = choose_sizes.settled(result, stage.settings(s, run.model, result), choose_sizes.begun(place))
@@ -150,10 +153,10 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
             opened.kept = run.kept
             opened.write_recipe(recipes.recipe_of(result, asked), replace=False)
             pruned = _cut(opened, texts, asked, None if result == run.model else run.model)
-            steps.evaluate_step(run, f"{stage.name}-pruned", pruned, texts, s)
+            measure_steps.evaluate_step(run, f"{stage.name}-pruned", pruned, texts, s)
             drawn = (s.seed + stage.number - 1) % 2**32  # or every stage would train on the same rows
             result = steps.recover_step(opened, texts, replace(asked, seed=drawn))
-        steps.evaluate_step(run, stage.recovered, result, texts, s)
+        measure_steps.evaluate_step(run, stage.recovered, result, texts, s)
     return result
 
 
@@ -178,7 +181,7 @@ def shape_of(model: Path, s: Settings) -> dict[str, Any]:
         after = [shape(Checkpoint(model), replace(options, keep=share)).after for share in s.stages]
         found["stages"] = [
             {"stage": stage.name, "share": stage.share, "steps": stage.steps, **size.model_dump()}
-            for stage, size in zip(schedule.stages(s), after, strict=True)
+            for stage, size in zip(stages.stages(s), after, strict=True)
         ]
     return found
 
@@ -186,7 +189,7 @@ def shape_of(model: Path, s: Settings) -> dict[str, Any]:
 def preflight(model: Path, s: Settings) -> None:
     """Find what cannot work before any work: wrong names, a target out of reach, a recovery that cannot fit in memory
     (the uncut model bounds the cut one)."""
-    schedule.check(s)
+    stages.check(s)
     criterion(s.criterion)
     one_of("recovery method", s.method, METHODS)
     layers_by_of(s, s.criterion)

@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .options.settings import Settings
-from .planning.candidate import Candidate, Curve, Curves
-from .planning.try_candidates import try_out
-from .pruning.plan_file import Plan
-from .repair.reconstruct import reconstructed_kl
-from .store import step_files
-from .store.arrays import Arrays
-from .store.atomic import replace_file, scratch
-from .store.rundir import Run
-from .store.schema import dump_json
-from .text.corpus import Rows
-from .text.splits import Texts
+from ..options.settings import Settings
+from ..planning.candidate import Candidate, Curve, Curves
+from ..planning.try_candidates import try_out
+from ..pruning.plan_file import Plan
+from ..repair.reconstruct import reconstructed_kl
+from ..store import step_files
+from ..store.arrays import Arrays
+from ..store.atomic import replace_file, scratch
+from ..store.rundir import Run
+from ..store.schema import dump_json
+from ..text.corpus import Rows
+from ..text.splits import Texts
 
 HELD_TOKENS = 4096  # on which candidates are tried, at least: of the validation text, never of calibration or test
 

@@ -9,18 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .model.checkpoint import Checkpoint
-from .options.settings import Settings
-from .planning.plan import redraw
-from .pruning.plan_file import Plan
-from .pruning.prune import prune
-from .repair.reconstruct import reconstruct_all
-from .scoring.score import score
-from .steps import RECONSTRUCTION, measured, plan_of
-from .store.places import name_of
-from .store.rundir import Run
-from .store.schema import dump_json
-from .text.splits import Texts
+from ..model.checkpoint import Checkpoint
+from ..options.settings import Settings
+from ..planning.plan import redraw
+from ..pruning.plan_file import Plan
+from ..pruning.prune import prune
+from ..repair.reconstruct import reconstruct_all
+from ..scoring.score import score
+from ..store.places import name_of
+from ..store.rundir import Run
+from ..store.schema import dump_json
+from ..text.splits import Texts
+from .measure_steps import measured
+from .steps import RECONSTRUCTION, plan_of
 
 
 def contender_steps(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settings) -> None:

@@ -11,23 +11,23 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .base import console
-from .base.errors import UsageError
-from .base.untrusted import read_json
-from .model.checkpoint import Checkpoint
-from .options.settings import Settings
-from .planning.drop_layers import layers_by_kl, trials
-from .planning.plan import plan
-from .planning.uniform import shape, splits
-from .pruning.plan_file import Plan
-from .pruning.reach import Level, protected_layers
-from .scoring.score import criterion, score
+from ..base import console
+from ..base.errors import UsageError
+from ..base.untrusted import read_json
+from ..model.checkpoint import Checkpoint
+from ..options.settings import Settings
+from ..planning.drop_layers import layers_by_kl, trials
+from ..planning.plan import plan
+from ..planning.uniform import shape, splits
+from ..pruning.plan_file import Plan
+from ..pruning.reach import Level, protected_layers
+from ..scoring.score import criterion, score
+from ..store.arrays import Arrays
+from ..store.rundir import Run
+from ..store.schema import dump_json
+from ..text.splits import Texts
 from .steps import plan_options
-from .store.arrays import Arrays
-from .store.rundir import Run
-from .store.schema import dump_json
-from .text.splits import Texts
-from .tried import Known, finite, held_rows, once, plan_kl
+from .trial_cache import Known, finite, held_rows, once, plan_kl
 
 LAYERS_BY = ("block-influence", "angular", "kl")
 

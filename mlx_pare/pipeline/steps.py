@@ -9,41 +9,34 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import lm
-from .base import console
-from .base.errors import Refused, UsageError, shell
-from .base.optional import attempt
-from .base.plain_path import require_text
-from .base.units import parse_amount
-from .capacity import macs, planner
-from .capacity.memory import Needs, Use
-from .evaluation.bench import bench
-from .evaluation.evaluate import evaluate
-from .evaluation.metrics import Metrics
-from .evaluation.resident import not_resident
-from .evaluation.sanity import check
-from .lm import distributed
-from .model.checkpoint import Checkpoint
-from .options.settings import RecoveryOptions, Settings, TrainingOptions
-from .planning.goal import Options as PlanOptions
-from .pruning.layout import size_of
-from .pruning.plan_file import Plan
-from .pruning.prune import Lineage, prune
-from .recovery.options import Options as RecoverOptions
-from .recovery.recover import recover
-from .recovery.trainer import Diverged
-from .repair.least_squares import DAMPING, DAMPING_OF_FEW, FEW
-from .repair.reconstruct import reconstruct
-from .scoring.calibrate import calibrate
-from .scoring.score import criterion, described, score
-from .sources import resolve
-from .sources.open_model import require
-from .store.atomic import replace_file
-from .store.manifest import read_manifest
-from .store.rundir import Run, fingerprint
-from .store.schema import dump_json
-from .text import provenance
-from .text.splits import Texts
+from ..base import console
+from ..base.errors import Refused, UsageError, shell
+from ..base.plain_path import require_text
+from ..base.units import parse_amount
+from ..capacity import macs, planner
+from ..capacity.memory import Needs, Use
+from ..evaluation.sanity import check
+from ..lm import distributed
+from ..model.checkpoint import Checkpoint
+from ..options.settings import RecoveryOptions, Settings, TrainingOptions
+from ..planning.goal import Options as PlanOptions
+from ..pruning.plan_file import Plan
+from ..pruning.prune import Lineage, prune
+from ..recovery.options import Options as RecoverOptions
+from ..recovery.recover import recover
+from ..recovery.trainer import Diverged
+from ..repair.least_squares import DAMPING, DAMPING_OF_FEW, FEW
+from ..repair.reconstruct import reconstruct
+from ..scoring.calibrate import calibrate
+from ..scoring.score import criterion, described, score
+from ..sources import resolve
+from ..sources.open_model import require
+from ..store.atomic import replace_file
+from ..store.manifest import read_manifest
+from ..store.rundir import Run, fingerprint
+from ..store.schema import dump_json
+from ..text import provenance
+from ..text.splits import Texts
 
 RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what its result depends on besides model, plan and text
 
@@ -104,7 +97,8 @@ def continue_run(out: Path, locked: bool = True) -> Run:
 
 
 def original_of_stage(run: Run) -> Path | None:
-    """The original, for a stage that cuts what another stage of the same run left (see schedule.py); else None."""
+    """The original, for a stage that cuts what another stage of the same run left (see pipeline/stages.py); else
+    None."""
     parent = run.path.resolve().parent
     if not run.model.is_relative_to(parent) or not (parent / "manifest.json").is_file():
         return None
@@ -259,51 +253,3 @@ def _gate(model: Path, original: Path, directory: Path, memory_cap: int | None) 
     for warning in warnings:
         console.warn(warning)
     (directory / "check.json").write_bytes(dump_json({"warnings": warnings}))
-
-
-def evaluate_step(run: Run, name: str, model: Path, texts: Texts, s: Settings) -> Metrics:
-    """Metrics of one contender against the original, on the test rows all contenders share."""
-    teacher = None if name == "original" else run.model
-    run.step(
-        f"evaluate-{name}",
-        {"length": texts.test.length},
-        {"model": Checkpoint(model).identity(), "original": run.manifest.source, "data": texts.test.digest()},
-        lambda directory: measured(directory, model, texts, teacher, s, run.kept),
-    )
-    return Metrics.load(run.output(f"evaluate-{name}", "metrics.json"))
-
-
-def measured(
-    directory: Path, model: Path, texts: Texts, teacher: Path | None, s: Settings, kept: Path | None = None
-) -> None:
-    """Write to a directory what there is to say of a contender on the test rows: its metrics and its size."""
-    found = evaluate(model, texts.test, texts.tokenizer, teacher, texts.name("test"), s.memory_cap, kept)
-    (directory / "metrics.json").write_bytes(dump_json(found))
-    checkpoint = Checkpoint(model)
-    (directory / "size.json").write_bytes(
-        dump_json({"bytes": checkpoint.nbytes(), "parameters": size_of(checkpoint, None, None).parameters})
-    )
-
-
-def bench_step(run: Run, model: Path, s: Settings) -> None:
-    """Speed of the original and the result in turn, if the memory holds them."""
-    if too_large := not_resident(run.model, s.memory_cap):
-        console.warn(f"speed was not measured: {too_large}")
-        return
-
-    def work(directory: Path) -> None:
-        prompt, new = (64, 32) if lm.cpu_backend() else (512, 128)
-        found, failed = attempt(lambda: bench([run.model, model], s.trials, prompt, new))
-        if failed:
-            raise _Unmeasured(failed.problem)
-        (directory / "bench.json").write_bytes(dump_json(found))
-
-    inputs = {"model": Checkpoint(model).identity(), "original": run.manifest.source}
-    try:
-        run.step("bench", {"trials": s.trials}, inputs, work)
-    except _Unmeasured as error:
-        console.warn(f"speed was not measured: {error}")
-
-
-class _Unmeasured(Exception):
-    """The bench failed: the step counts as not done, and the run goes on."""

@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .options import recipe_file
-from .options.settings import Settings
-from .sources import resolve
-from .store.manifest import read_recipe
-from .store.rundir import Run
-from .text import domains, provenance
-from .text.splits import Texts
+from ..options import recipe_file
+from ..options.settings import Settings
+from ..sources import resolve
+from ..store.manifest import read_recipe
+from ..store.rundir import Run
+from ..text import domains, provenance
+from ..text.splits import Texts
 
 OF_TEXT = ("data", "test_data", "field", "date", "samples", "length", "seed")  # settings that say on what text
 

@@ -21,28 +21,28 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import lm
-from .arch import Architecture
-from .base.errors import UsageError
-from .evaluation.evaluate import evaluate
-from .model.checkpoint import Checkpoint
-from .options.settings import Settings
-from .planning import choose_units
-from .planning.plan import redraw
-from .pruning.plan_file import Plan
-from .pruning.prune import prune
-from .pruning.reach import protected_layers
-from .repair.reconstruct import reconstruct
-from .scoring.calibrate import calibrate, calibrate_in_parts
-from .scoring.score import criterion, score
+from .. import lm
+from ..arch import Architecture
+from ..base.errors import UsageError
+from ..evaluation.evaluate import evaluate
+from ..model.checkpoint import Checkpoint
+from ..options.settings import Settings
+from ..planning import choose_units
+from ..planning.plan import redraw
+from ..pruning.plan_file import Plan
+from ..pruning.prune import prune
+from ..pruning.reach import protected_layers
+from ..repair.reconstruct import reconstruct
+from ..scoring.calibrate import calibrate, calibrate_in_parts
+from ..scoring.score import criterion, score
+from ..store.arrays import Arrays
+from ..store.rundir import Run, fingerprint
+from ..store.schema import dump_json
+from ..stream import batches
+from ..text import provenance
+from ..text.corpus import Rows
+from ..text.splits import Texts
 from .steps import plan_of
-from .store.arrays import Arrays
-from .store.rundir import Run, fingerprint
-from .store.schema import dump_json
-from .stream import batches
-from .text import provenance
-from .text.corpus import Rows
-from .text.splits import Texts
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the calibration rows
 DRAWS = 3

@@ -5,7 +5,7 @@
   per-layer  every layer has widths of its own: sensitivities, an integer programme for many variations of them, all
              tried on held-out text; the best few are reconstructed for real, and the best of those is the plan
 
-Where layers may go, layering.py tells which. What was tried is not tried again (tried.py).
+Where layers may go, pipeline/choose_layers.py tells which. What was tried is not tried again (pipeline/trial_cache.py).
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .arch import why_uniform
-from .base import console
-from .base.errors import PareError, Refused, UsageError
-from .gguf import uneven_layers
-from .gguf.special_cases import BY_PLACE
-from .layering import best_repaired, layers_by_of, with_layers
-from .model.checkpoint import Checkpoint
-from .options.settings import CutOptions, Settings
-from .planning import try_candidates
-from .planning.candidate import Candidate, Width
-from .planning.goal import Options, goal
-from .planning.per_layer import Losses, propose, spaces
-from .planning.plan import plan, plan_widths
-from .planning.sensitivity import sensitivity
-from .planning.uniform import splits
-from .pruning.plan_file import Plan
+from ..arch import why_uniform
+from ..base import console
+from ..base.errors import PareError, Refused, UsageError
+from ..gguf import uneven_layers
+from ..gguf.special_cases import BY_PLACE
+from ..model.checkpoint import Checkpoint
+from ..options.settings import CutOptions, Settings
+from ..planning import try_candidates
+from ..planning.candidate import Candidate, Width
+from ..planning.goal import Options, goal
+from ..planning.per_layer import Losses, propose, spaces
+from ..planning.plan import plan, plan_widths
+from ..planning.sensitivity import sensitivity
+from ..planning.uniform import splits
+from ..pruning.plan_file import Plan
+from ..store.arrays import Arrays
+from ..store.manifest import Manifest
+from ..store.rundir import Run, fingerprint
+from ..store.schema import dump_json
+from ..text import provenance
+from ..text.corpus import Extent
+from ..text.splits import Texts
+from .choose_layers import best_repaired, layers_by_of, with_layers
 from .steps import plan_options
-from .store.arrays import Arrays
-from .store.manifest import Manifest
-from .store.rundir import Run, fingerprint
-from .store.schema import dump_json
-from .text import provenance
-from .text.corpus import Extent
-from .text.splits import Texts
-from .tried import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
+from .trial_cache import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
 
 WIDTHS = ("even", "uniform", "per-layer")
 TRIES = {"uniform": 12, "per-layer": 50}  # candidates, when nobody says how many
