@@ -1,5 +1,5 @@
 """python -m mlx_pare"""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from mlx_pare import cli
 from mlx_pare.base import console
+from mlx_pare.cli import main as cli
 
 
 @dataclass

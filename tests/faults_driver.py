@@ -111,7 +111,7 @@ def run(job: dict) -> None:
     log = os.open(job["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-    from mlx_pare import cli
+    from mlx_pare.cli import main as cli
     from mlx_pare.exporting import llama_cpp
 
     # its threads wait for each other by spinning: beside other work a pico model takes it minutes; test_cli has it
@@ -128,7 +128,7 @@ def serve() -> None:
     import scipy.optimize
     import transformers
 
-    from mlx_pare import cli
+    from mlx_pare.cli import main as cli
     from mlx_pare.pipeline import run as pipeline
 
     assert matplotlib and mlx_lm and scipy and transformers and cli and pipeline

@@ -17,8 +17,6 @@ import pico
 import pytest
 import typer
 
-from mlx_pare import app as shared
-from mlx_pare.app import app
 from mlx_pare.arch import describe
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import parse_amount
@@ -27,6 +25,8 @@ from mlx_pare.capacity.advice import Case, changes, smallest_cut
 from mlx_pare.capacity.form import Form
 from mlx_pare.capacity.memory import Needs, Use
 from mlx_pare.capacity.subject import Subject, open_subject
+from mlx_pare.cli import app as shared
+from mlx_pare.cli.app import app
 from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings

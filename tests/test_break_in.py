@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import unused
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
+from mlx_pare.cli import unused
 from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.exporting.export import export
 from mlx_pare.options import recipe_file

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_pare import interrupts
 from mlx_pare.base import children
+from mlx_pare.cli import interrupts
 from mlx_pare.model import tokenizer_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def place(pico_models, tmp_path_factory) -> Path:
 
 def started(place: Path, code: str, way: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
     """A process that runs ``code`` as the command line would, and its child once that is at work."""
-    head = "import sys; from pathlib import Path; from mlx_pare.base import children; from mlx_pare import interrupts; interrupts.listen(); "
+    head = "import sys; from pathlib import Path; from mlx_pare.base import children; from mlx_pare.cli import interrupts; interrupts.listen(); "
     head += f"children.WAY = {way!r}; "
     path = os.pathsep.join([str(ROOT), str(place), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"}
@@ -100,9 +100,9 @@ def test_f14_no_child_is_left(place, name, sent, way):
 def test_f14_hangup_is_told_in_one_line_and_a_second_one_does_not_stop_the_clean_up():
     code = """
 import time
-from mlx_pare import cli
+from mlx_pare.cli import main as cli
 from mlx_pare.base import errors
-from mlx_pare import interrupts
+from mlx_pare.cli import interrupts
 interrupts.listen()
 try:
     try:
@@ -125,9 +125,7 @@ except KeyboardInterrupt as error:
 
 
 def test_f14_nohup_is_respected():
-    code = (
-        "from mlx_pare import interrupts; import os, signal; interrupts.listen(); os.kill(os.getpid(), signal.SIGHUP)"
-    )
+    code = "from mlx_pare.cli import interrupts; import os, signal; interrupts.listen(); os.kill(os.getpid(), signal.SIGHUP)"
 
     def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -139,7 +137,7 @@ def test_an_interrupt_inside_of_generated_code_ends_with_the_exit_code():
     """CPython ends by SIGINT, whatever the exit code, when a bare KeyboardInterrupt went through exec() of a text."""
     code = """
 import os, signal, sys
-from mlx_pare import interrupts
+from mlx_pare.cli import interrupts
 interrupts.listen()
 try:
     exec("os.kill(os.getpid(), signal.SIGINT)\\nfor i in range(10**9): pass")

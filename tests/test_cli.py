@@ -20,8 +20,8 @@ import pico
 import pytest
 from commands import Done
 
-from mlx_pare import cli
-from mlx_pare.app import app
+from mlx_pare.cli import main as cli
+from mlx_pare.cli.app import app
 from mlx_pare.exporting import llama_cpp
 from mlx_pare.gguf import header as gguf_header
 
@@ -130,7 +130,7 @@ def test_costly_commands_can_be_asked_what_they_would_do(pare, command):
 
 IMPORTS = """
 import sys
-from mlx_pare import cli
+from mlx_pare.cli import main as cli
 sys.argv = ["mlx-pare", *sys.argv[2:]]
 try:
     cli.main()

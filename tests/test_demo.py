@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import cli, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError
+from mlx_pare.cli import main as cli
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pipeline import run as pipeline, steps

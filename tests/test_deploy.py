@@ -15,8 +15,8 @@ from test_adapters import adapter_of
 from test_uneven import COUNTS, model, plan_of  # noqa: F401 (model is a fixture)
 from typer.testing import CliRunner
 
-from mlx_pare import cli
 from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.cli import main as cli
 from mlx_pare.exporting import mlx_directory, server_check
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.prune import prune

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import run_docs_commands as commands
 import write_cli_docs
 
-from mlx_pare.app import app
+from mlx_pare.cli.app import app
 
 ROOT = commands.ROOT
 PAGES = commands.pages()

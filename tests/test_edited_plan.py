@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import cli
 from mlx_pare.base import console
+from mlx_pare.cli import main as cli
 from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import choose_sizes, recipes, steps
 from mlx_pare.reporting.report import report

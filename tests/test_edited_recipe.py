@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import cli
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError
+from mlx_pare.cli import main as cli
 from mlx_pare.options.settings import TABLE, Settings, settings_of
 from mlx_pare.store.manifest import read_recipe
 

@@ -15,11 +15,12 @@ import pytest
 import typer
 from test_cli import EVERYDAY, IMPORTS, OTHERS
 
-from mlx_pare import __version__, unused
-from mlx_pare.app import app
+from mlx_pare import __version__
+from mlx_pare.cli import unused
+from mlx_pare.cli.app import app
+from mlx_pare.cli.help_page import COMMANDS
 from mlx_pare.evaluation import divergence
 from mlx_pare.gguf.architectures import RUNTIMES
-from mlx_pare.help_page import COMMANDS
 from mlx_pare.options.settings import RATES, TABLE, TARGETS, Settings
 from mlx_pare.pipeline import choose_layers, choose_sizes
 from mlx_pare.recovery import objective, on_policy, options as recover_options

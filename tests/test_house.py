@@ -129,7 +129,10 @@ sys.exit(", ".join(sorted({{"mlx", "numpy", "mlx_lm"}} & set(sys.modules))) or 0
 
 @pytest.mark.parametrize(
     "preload",
-    ["", "import mlx_pare.pipeline.steps, mlx_pare.cli, mlx_pare.capacity.inspect, mlx_pare.reporting.report;"],
+    [
+        "",
+        "import mlx_pare.pipeline.steps, mlx_pare.cli.main.main, mlx_pare.capacity.inspect, mlx_pare.reporting.report;",
+    ],
 )
 def test_every_verb_is_a_function_of_the_package(preload):
     """Also after submodules of the same names were imported, which would otherwise take their place."""

@@ -17,10 +17,10 @@ from hub_server import SHA, Repo
 from huggingface_hub import constants
 
 import mlx_pare
-from mlx_pare import cli
 from mlx_pare.arch import describe
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
+from mlx_pare.cli import main as cli
 from mlx_pare.exporting.export import export
 from mlx_pare.gguf.header import read
 from mlx_pare.model.hub_name import called

@@ -22,8 +22,9 @@ from test_adapters import adapter_of
 from test_uneven import plan_of
 from typer.testing import CliRunner
 
-from mlx_pare import cli, export as export_verb
+from mlx_pare import export as export_verb
 from mlx_pare.base.errors import Refused
+from mlx_pare.cli import main as cli
 from mlx_pare.exporting import mlx_directory, server_check
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.prune import prune
@@ -306,7 +307,7 @@ def test_f17_what_fails_a_check_is_kept_under_another_name(writing, name, monkey
 
 DYING = """
 import os, shutil, sys
-from mlx_pare import cli, {module}
+from mlx_pare.cli import main as cli, {module}
 first, *later = {signals}
 real = shutil.rmtree
 def removing(*given, **named):

@@ -14,8 +14,8 @@ import pico
 import pytest
 from typer.testing import CliRunner
 
-from mlx_pare import cli
 from mlx_pare.base import log
+from mlx_pare.cli import main as cli
 from mlx_pare.store import rundir
 
 SECONDS = 60  # far more than any of it takes

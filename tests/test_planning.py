@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mlx_pare import cli, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.cli import main as cli
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import choose_sizes, run as pipeline, steps, trial_cache

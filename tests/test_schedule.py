@@ -14,8 +14,9 @@ import pytest
 import reference
 from typer.testing import CliRunner
 
-from mlx_pare import cli, lm
+from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.cli import main as cli
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings, settings_of
 from mlx_pare.pipeline import measure_steps, run as pipeline, stages, steps

@@ -20,7 +20,6 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 from test_gguf_header import build, row, s, u32
 
-from mlx_pare import cli
 from mlx_pare.arch import describe
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
@@ -29,6 +28,7 @@ from mlx_pare.capacity.fit import fit
 from mlx_pare.capacity.form import Form
 from mlx_pare.capacity.memory import Use
 from mlx_pare.capacity.subject import open_subject
+from mlx_pare.cli import main as cli
 from mlx_pare.exporting.export import export
 from mlx_pare.model import footprint
 from mlx_pare.model.checkpoint import Checkpoint

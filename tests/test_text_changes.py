@@ -17,9 +17,9 @@ import pico
 import pytest
 from prose import paragraphs
 
-from mlx_pare import cli
 from mlx_pare.base import console
 from mlx_pare.base.errors import UsageError
+from mlx_pare.cli import main as cli
 from mlx_pare.pipeline import recipes, steps
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.store.rundir import Run

@@ -23,6 +23,7 @@ from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, Unsupported
 from mlx_pare.capacity.fit import fit
 from mlx_pare.capacity.inspect import inspect
+from mlx_pare.cli.tables import show_shape
 from mlx_pare.evaluation.bench import bench
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.evaluation.sanity import check
@@ -38,7 +39,6 @@ from mlx_pare.recovery.recover import recover
 from mlx_pare.reporting.report import _shape
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import score
-from mlx_pare.show import show_shape
 from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.RandomState(1).randint(1, 500, (6, 24)))

@@ -13,11 +13,11 @@ import click
 import pytest
 import typer
 
-from mlx_pare.app import app
 from mlx_pare.base.errors import shell
+from mlx_pare.cli.app import app
+from mlx_pare.cli.unused import RULES, lines
 from mlx_pare.options.settings import TABLE
 from mlx_pare.text.splits import DEMO
-from mlx_pare.unused import RULES, lines
 
 RUN = ["run", "MODEL", "--out", "NEW", "--keep", "0.75", "--length", "32", "--samples", "4", "--dry-run"]
 VAIN = {

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_pare import bench, cli
+from mlx_pare import bench
 from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.cli import main as cli
 from mlx_pare.options.settings import TABLE, Settings, settings_of
 from mlx_pare.pipeline import run as pipeline
 from mlx_pare.recovery.options import Options

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from . import show
+from ..base import console
+from ..base.errors import shell
+from ..base.units import gb
+from ..options.settings import CUT, REACH, RECOVERY, TABLE, memory, settings_of
+from . import tables
 from .app import DryRun, Model, Out, RunDir, command
-from .base import console
-from .base.errors import shell
-from .base.units import gb
-from .options.settings import CUT, REACH, RECOVERY, TABLE, memory, settings_of
 
 PLAN = (
     *(f for f, option in TABLE.items() if option.panel in (REACH, CUT) and f not in ("stages", "min_quality")),
@@ -45,8 +45,8 @@ def import_command(
 
     Other commands that get a GGUF file convert it by themselves, into a cache.
     """
-    from .gguf.read.rebuild import rebuild
-    from .sources.open_model import gguf_of, told
+    from ..gguf.read.rebuild import rebuild
+    from ..sources.open_model import gguf_of, told
 
     found = rebuild(gguf_of(file) or file, out, dense)
     told(found)
@@ -65,7 +65,7 @@ def adapters_command(
     out: Annotated[Path, typer.Option("-o", "--out", help="Adapter directory to write.", metavar="DIR")],
 ) -> dict[str, Any]:
     """Cut a LoRA adapter of the original to fit the pruned model."""
-    from .pruning.adapters import carry
+    from ..pruning.adapters import carry
 
     found = carry(adapter, parent, model, out)
     gone = f", {len(found['left_out'])} tensors of layers that are gone left out" if found["left_out"] else ""
@@ -86,8 +86,8 @@ def calibrate_command(model: Model, out: Out, **asked: Any) -> dict[str, Any]:
     An interrupted calibration continues after the last finished block. The criterion only decides whether more is
     measured: taylor and taylor2 need gradients, iterative needs contributions.
     """
-    from .model.checkpoint import Checkpoint
-    from .pipeline import recipes, steps
+    from ..model.checkpoint import Checkpoint
+    from ..pipeline import recipes, steps
 
     s = settings_of(**asked)
     steps.criterion(s.criterion)  # a wrong name must not leave a run directory behind
@@ -107,7 +107,7 @@ def calibrate_command(model: Model, out: Out, **asked: Any) -> dict[str, Any]:
 @command("score", "mlx-pare score RUN --criterion wanda", options=("criterion", "seed"), recipe=True)
 def score_command(run: RunDir, **asked: Any) -> dict[str, Any]:
     """Rank every channel, head and layer by a criterion."""
-    from .pipeline import steps
+    from ..pipeline import steps
 
     with steps.continue_run(run) as opened:
         scores = steps.score_step(opened, settings_of(**asked))
@@ -127,16 +127,16 @@ def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str
 
     The plan is RUN/plan/plan.json. You may edit it before `prune`.
     """
-    from .arch import cut
-    from .gguf.architectures import runtimes_of
-    from .model.checkpoint import Checkpoint
-    from .pipeline import choose_sizes, recipes, run as pipeline, steps
-    from .pruning.layout import size_of
+    from ..arch import cut
+    from ..gguf.architectures import runtimes_of
+    from ..model.checkpoint import Checkpoint
+    from ..pipeline import choose_sizes, recipes, run as pipeline, steps
+    from ..pruning.layout import size_of
 
     s = settings_of(**asked)
     with steps.continue_run(run) as opened:
         if dry_run:
-            return show.show_shape(pipeline.shape_of(opened.model, choose_sizes.with_possible_axes(opened.model, s)))
+            return tables.show_shape(pipeline.shape_of(opened.model, choose_sizes.with_possible_axes(opened.model, s)))
         s = choose_sizes.settled(opened.model, replace(s, **recipes.of_calibration(opened), memory_cap=s.memory_cap))
         path = choose_sizes.plan_step(opened, recipes.texts_of(opened, s), s)
         plan, checkpoint = steps.plan_of(opened), Checkpoint(opened.model)
@@ -144,11 +144,11 @@ def plan_command(run: RunDir, dry_run: DryRun = False, **asked: Any) -> dict[str
     found = runtimes_of(cut(checkpoint.arch, kept))
     sizes = {"before": size_of(checkpoint, None, None), "after": size_of(checkpoint, kept, plan.packing)}
     console.say(f"plan: {path}")
-    console.say(show.runtimes(found))
+    console.say(tables.runtimes(found))
     return {
         "plan": str(path),
         "runtimes": found,
-        **show.show_shape(
+        **tables.show_shape(
             {name: size.model_dump() for name, size in sizes.items()}
             | {"neighbours": plan.neighbours, "asked": plan.target.asked}
         ),
@@ -184,9 +184,9 @@ def stability_command(
     It answers three questions: would fewer tokens be enough, do other draws of text choose the same units, and does the
     quantized model choose as the float model does. Draws share no rows. The test text is only used to measure.
     """
-    from .pipeline import recipes, stability, steps
-    from .store import step_files
-    from .store.arrays import Arrays
+    from ..pipeline import recipes, stability, steps
+    from ..store import step_files
+    from ..store.arrays import Arrays
 
     with steps.continue_run(run) as opened:
         s = settings_of(**recipes.of_calibration(opened), memory_cap=memory_cap, reconstruct=reconstruct)
@@ -195,7 +195,7 @@ def stability_command(
         texts = recipes.texts_of(opened, s)
         path = stability.stability_step(opened, texts, s, names, draws, against, measure)
     found = step_files.read(path)
-    show.show_stability(found)
+    tables.show_stability(found)
     return found
 
 
@@ -206,7 +206,7 @@ def reconstruct_command(run: RunDir, *, memory_cap: str | None) -> dict[str, Any
     The new matrices compensate for the cut. This step streams the calibration text of the run once more, and `prune`
     uses the result. With the criterion obs it also chooses the units.
     """
-    from .pipeline import recipes, steps
+    from ..pipeline import recipes, steps
 
     with steps.continue_run(run) as opened:
         s = settings_of(**recipes.of_calibration(opened), memory_cap=memory_cap)
@@ -222,7 +222,7 @@ def prune_command(run: RunDir, *, reconstruct: bool, memory_cap: str | None) -> 
     The original is not changed. If `reconstruct` was done for the same plan, its matrices are used. If the memory holds
     both models, each writes some text as a check.
     """
-    from .pipeline import steps
+    from ..pipeline import steps
 
     with steps.continue_run(run) as opened:
         original = steps.original_of_stage(opened)
@@ -246,10 +246,10 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
     text of the run, unless --data names another. After a kill the same command continues. Under mlx.launch, processes
     share every batch.
     """
-    from .lm import distributed
-    from .pipeline import recipes, steps
-    from .sources.open_model import opened as opened_model
-    from .text import provenance
+    from ..lm import distributed
+    from ..pipeline import recipes, steps
+    from ..sources.open_model import opened as opened_model
+    from ..text import provenance
 
     first = distributed.this()[0] == 0
     if not first:
@@ -277,8 +277,8 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
 @command("report", "mlx-pare report RUN")
 def report_command(run: RunDir) -> dict[str, Any]:
     """Write RUN/report.md from the files of a run."""
-    from .reporting.report import report
-    from .store.rundir import Run
+    from ..reporting.report import report
+    from ..store.rundir import Run
 
     with Run(run) as opened:
         path = report(opened.path)
@@ -292,8 +292,8 @@ def status_command(run: RunDir) -> dict[str, Any]:
 
     It shows the finished steps, the progress, what comes next, and the last error. It changes nothing.
     """
-    from .pipeline.status import status
+    from ..pipeline.status import status
 
     found = status(run)
-    show.show_status(found)
+    tables.show_status(found)
     return found

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..base import console
+from ..base.units import count
 from .app import command
-from .base import console
-from .base.units import count
 
 
 @command("models", "mlx-pare models | mlx-pare models qwen3 | mlx-pare models --json")
@@ -22,8 +22,8 @@ def models_command(
     The list shows how large they are, what can be cut, and which repository they are in. Commands that need weights
     download them from that repository. These are float originals, except if the catalogue names weights packed by MLX.
     """
-    from .base.errors import UsageError
-    from .sources import catalogue
+    from ..base.errors import UsageError
+    from ..sources import catalogue
 
     text = (part or "").lower()
     found = [row for row in catalogue.rows() if any(text in name.lower() for name in _names(row))]

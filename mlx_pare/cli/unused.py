@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .options.settings import TABLE
+from ..options.settings import TABLE
 
 Given = Mapping[str, Any]
 Rule = tuple[Iterable[str], Callable[[Given], Any], str]  # parameters, whether they have an effect, what that takes
@@ -47,7 +47,7 @@ def _validations(given: Given) -> int:
 
 
 def _makes_matrix(given: Given) -> bool:
-    from .gguf.quant_mixes import NEEDS_MATRIX
+    from ..gguf.quant_mixes import NEEDS_MATRIX
 
     asked = given["imatrix"] or ("auto" if (given["gguf"] or "").lower() in NEEDS_MATRIX else "none")
     return asked == "auto"

@@ -14,15 +14,16 @@ import click
 import typer
 from click.core import ParameterSource
 
-from . import __version__, unused
-from .base import console
-from .base.errors import told
+from .. import __version__
+from ..base import console
+from ..base.errors import told
+from ..options import recipe_file
+from ..options.option import Option
+from ..options.settings import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS
+from ..sources import resolve
+from ..sources.open_model import opened
+from . import unused
 from .help_page import CommandPage, MainPage
-from .options import recipe_file
-from .options.option import Option
-from .options.settings import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS
-from .sources import resolve
-from .sources.open_model import opened
 
 MODELS = ("model", "models", "teacher", "against", "parent")  # parameters of commands that name models
 
@@ -59,14 +60,14 @@ def _main_options(
 
 def mac_names() -> list[str]:
     """The Macs that are known, for completion."""
-    from .capacity.macs import every
+    from ..capacity.macs import every
 
     return [mac.name for mac in every()]
 
 
 def model_names() -> list[str]:
     """The models of the catalogue, for completion."""
-    from .sources.catalogue import entries
+    from ..sources.catalogue import entries
 
     return [entry.name for entry in entries()]
 

@@ -1,6 +1,6 @@
 """The command line: parse, call one verb or the pipeline, show the result. Heavy imports happen inside the commands.
 
-The single steps of a run are in cli_steps.py, the options they share and the handling of errors in app.py.
+The single steps of a run are in cli/step_commands.py, the options they share and the handling of errors in cli/app.py.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Annotated, Any
 import click
 import typer
 
-from . import cli_export, cli_models, cli_steps, interrupts, show
+from ..base import console
+from ..base.errors import PareError, told
+from ..base.units import gb
+from ..options.option import Option
+from ..options.settings import OUTPUT, TABLE, memory, settings_of
+from ..options.values import whole
+from . import export_command, interrupts, models_command, step_commands, tables
 from .app import AnyModel, DryRun, Model, Out, app, command, failed, mac_names
-from .base import console
-from .base.errors import PareError, told
-from .base.units import gb
-from .options.option import Option
-from .options.settings import OUTPUT, TABLE, memory, settings_of
-from .options.values import whole
 
-__all__ = ["cli_export", "cli_models", "cli_steps", "main"]  # the first three register their commands
+__all__ = ["export_command", "main", "models_command", "step_commands"]  # the others register their commands
 
 MACS, STORED, USE = "Macs", "How the model is stored", "How it is used"  # panels of `fit`
 INTERRUPTED = 130  # what typer returns for Ctrl-C before a command has begun
@@ -70,14 +70,14 @@ def fit_command(model: AnyModel, **asked: Any) -> dict[str, Any]:
     For every Mac it shows the memory, the longest context and an estimate of the speed. Only the config and the headers
     of the model are read.
     """
-    from .capacity.fit import fit
-    from .capacity.form import Form
-    from .capacity.macs import Budget, gib
-    from .capacity.memory import TRAIN_BATCH, TRAIN_LENGTH, Use
+    from ..capacity.fit import fit
+    from ..capacity.form import Form
+    from ..capacity.macs import Budget, gib
+    from ..capacity.memory import TRAIN_BATCH, TRAIN_LENGTH, Use
 
     train, context, batch, plot = asked["train"], asked["context"], asked["batch"], asked["plot"]
     if plot:  # or the import would slow down every other call
-        from .reporting.fit_plot import draw, preflight
+        from ..reporting.fit_plot import draw, preflight
 
         preflight(plot)
     form = Form.named(asked["bits"], asked["group_size"], asked["gguf"])
@@ -91,7 +91,7 @@ def fit_command(model: AnyModel, **asked: Any) -> dict[str, Any]:
     budget = Budget(asked["macos"], memory(limit and limit + megabytes), memory(asked["reserve"]) or 0)
     macs = [*(asked["mac"] or []), *(f"{gib(size):g}gb" for size in asked["memory_size"] or [])]
     found = fit(model, macs, use, form, budget)
-    show.show_fit(found)
+    tables.show_fit(found)
     if plot:
         found["plot"] = str(draw(found, plot))
         console.say(f"drawn: {plot}")
@@ -119,12 +119,12 @@ def run_command(model: Model, out: Out, dry_run: DryRun = False, **asked: Any) -
 
 
 def _run(model: Path, out: Path, settings: Any, dry_run: bool = False) -> dict[str, Any]:
-    from .pipeline import run as pipeline
+    from ..pipeline import run as pipeline
 
     if dry_run:
-        return show.show_shape(pipeline.dry_run(model, settings))
+        return tables.show_shape(pipeline.dry_run(model, settings))
     summary = pipeline.run(model, out, settings)
-    show.show_summary(summary)
+    tables.show_summary(summary)
     return summary
 
 
@@ -152,15 +152,15 @@ def evaluate_command(
 
     With --teacher it also measures the KL divergence, and how often the most likely tokens agree.
     """
-    from . import lm
-    from .evaluation.evaluate import evaluate
-    from .model.hub_name import called
-    from .text import corpus
+    from .. import lm
+    from ..evaluation.evaluate import evaluate
+    from ..model.hub_name import called
+    from ..text import corpus
 
     tokenizer = lm.tokenizer(model)
     rows = corpus.windows(tokenizer, corpus.read(Path(data), tokenizer, field), length, samples)
     found = evaluate(model, rows, tokenizer, teacher, data, memory(memory_cap)).model_dump()
-    show.show_metrics(found | {"model": called(model)})
+    tables.show_metrics(found | {"model": called(model)})
     return found
 
 
@@ -180,10 +180,10 @@ def bench_command(
     It measures how many tokens per second each model reads and writes. The models take turns. The table shows
     the median, the spread, and the ratio to the first model.
     """
-    from .evaluation.bench import bench
+    from ..evaluation.bench import bench
 
     found = bench(models, trials, prompt, new, memory(memory_cap))
-    show.show_bench(found)
+    tables.show_bench(found)
     return found
 
 
@@ -196,10 +196,10 @@ def inspect_command(model: AnyModel) -> dict[str, Any]:
 
     It also shows what can be cut. Only the config and the headers of the model are read.
     """
-    from .capacity.inspect import inspect
+    from ..capacity.inspect import inspect
 
     found = inspect(model)
-    show.show_inspect(found)
+    tables.show_inspect(found)
     return found
 
 
@@ -210,7 +210,7 @@ def demo_command(
     quick: bool,
 ) -> dict[str, Any]:
     """Prune the small model that comes with mlx-pare."""
-    from .text.splits import DEMO
+    from ..text.splits import DEMO
 
     return _run(DEMO / "model", out, settings_of(keep=0.75, length=256, recover_steps=60, context=512, quick=quick))
 
@@ -218,7 +218,7 @@ def demo_command(
 @command("doctor", "mlx-pare doctor")
 def doctor_command() -> dict[str, Any]:
     """Show this computer and the installed versions."""
-    from .base.machine import available_bytes, this_machine, versions
+    from ..base.machine import available_bytes, this_machine, versions
 
     machine = this_machine()
     found = {"machine": machine.as_dict(), "available_bytes": available_bytes(), "versions": versions()}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import console, units
-from .base.units import duration, readable, span
-from .model.hub_name import shown
-from .reporting.stability_text import stability_lines
+from ..base import console, units
+from ..base.units import duration, readable, span
+from ..model.hub_name import shown
+from ..reporting.stability_text import stability_lines
 
 FIT_COLUMNS = (
     "<mac", "budget", "weights", "KV", "work", "total", "<verdict", "headroom", "(GiB)", "max context", "decode tok/s",
@@ -112,7 +112,7 @@ def loss(share: float | None) -> str:
 
 def show_summary(summary: dict[str, Any]) -> None:
     """What a run has made: contenders, speed, Macs, paths, verdict."""
-    from .store.places import CONTENDERS  # pydantic: not for commands that only print a table
+    from ..store.places import CONTENDERS  # pydantic: not for commands that only print a table
 
     rows = []
     for name, title in CONTENDERS:
@@ -129,7 +129,7 @@ def show_summary(summary: dict[str, Any]) -> None:
             )
     console.table("Contenders", ["<model", "parameters", "weights", "perplexity", "KL"], rows)
     if summary.get("stages"):
-        from .reporting.stage_table import HEAD, cells
+        from ..reporting.stage_table import HEAD, cells
 
         console.table("Stages", HEAD, cells(summary["stages"]))
     if summary["bench"]:

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import show
+from ..base import console
+from ..base.errors import PareError, Refused, UsageError, shell
+from ..base.units import gb
+from ..options.option import Option
+from ..options.settings import OUTPUT, REACH, settings_of
+from ..store.atomic import created
+from . import tables
 from .app import DryRun, Model, command, mac_names
-from .base import console
-from .base.errors import PareError, Refused, UsageError, shell
-from .base.units import gb
-from .options.option import Option
-from .options.settings import OUTPUT, REACH, settings_of
-from .store.atomic import created
 
 if TYPE_CHECKING:
-    from .gguf.write.imatrix_file import Importance
-    from .model.checkpoint import Checkpoint
+    from ..gguf.write.imatrix_file import Importance
+    from ..model.checkpoint import Checkpoint
 
 PACKED = "Packed by mlx-lm"  # a panel of the help
 TEXTS = ("data", "field", "samples", "length")
@@ -82,7 +82,7 @@ def export_command(
         raise UsageError("export writes one thing", "name it: -o FILE, --ollama DIR, --mlx DIR or --hub-ready DIR")
     if mlx or hub_ready:
         return _directory(model, mlx, hub_ready, (asked["bits"], asked["group_size"], asked["mixed"]), no_verify)
-    from .capacity import macs
+    from ..capacity import macs
 
     mac, context = asked["mac"], asked["context"]
     checkpoint, kind, imatrix = _settled(model, asked["gguf"], asked["imatrix"])
@@ -116,9 +116,9 @@ def _set_aside(made: Path, out: Path) -> Iterator[None]:
 
 def _settled(model: Path, gguf: str | None, imatrix: str | None) -> tuple[Checkpoint, str, str]:
     """The model, and type and matrix where they were left out."""
-    from .gguf.quant_mixes import NEEDS_MATRIX
-    from .gguf.write.quantizer import known
-    from .model.checkpoint import Checkpoint
+    from ..gguf.quant_mixes import NEEDS_MATRIX
+    from ..gguf.write.quantizer import known
+    from ..model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(model)
     kind = known(gguf or ("q8_0" if checkpoint.quantized else "f16"))
@@ -130,28 +130,28 @@ def _gguf(
 ) -> dict[str, Any]:
     """Write the file, have it judged, show what it is. ``matrix``: which one, and the texts it may be made of; ``fit``:
     Macs, and tokens of context."""
-    from .exporting import server_check
-    from .exporting.export import export, preflight
-    from .exporting.llama_cpp import judged
+    from ..exporting import server_check
+    from ..exporting.export import export, preflight
+    from ..exporting.llama_cpp import judged
 
     preflight(out, kind, matrix[0] != "none")
     made = _matrix(checkpoint.path, *matrix)
     done = export(checkpoint.path, out, kind, made, None if no_verify else judged)
-    show.show_gguf(out.name, done)
+    tables.show_gguf(out.name, done)
     unasked = {"checked": False, "reason": "not asked"}
     done["verify"] = unasked if no_verify else judged(checkpoint.path, out, done["kind"], keep=False)
     done["served"] = {"served": False, "reason": "not asked"}
     if not no_verify:
         done["served"] = _asked(checkpoint, lambda chat: server_check.llama_cpp(out, chat))
     done["fits"] = _fits(checkpoint, done, *fit)
-    show.fit_table(out.name, done["fits"])
+    tables.fit_table(out.name, done["fits"])
     checked = done["verify"]
     console.say(
         f"llama.cpp against MLX: largest logit difference {checked['max_abs_difference']:.2g}"
         if checked["checked"]
         else f"not compared in llama.cpp: {checked['reason']}"
     )
-    console.say(show.answered(done["served"]))
+    console.say(tables.answered(done["served"]))
     return done
 
 
@@ -166,8 +166,8 @@ def _require_fit(done: dict[str, Any], mac: str | None, context: int) -> None:
 
 def _asked(checkpoint: Checkpoint, ask: Any) -> dict[str, Any]:
     """What a stock server answers, where the memory holds the model."""
-    from .evaluation.resident import not_resident
-    from .model.tokenizer_files import has_chat_template
+    from ..evaluation.resident import not_resident
+    from ..model.tokenizer_files import has_chat_template
 
     if too_large := not_resident(checkpoint.path, None):
         return {"served": False, "reason": too_large}
@@ -183,7 +183,7 @@ def _for_ollama(
     no_verify: bool,
 ) -> dict[str, Any]:
     """A directory with a GGUF file and its Modelfile, whose context the Mac that was named can hold."""
-    from .exporting.ollama import modelfile
+    from ..exporting.ollama import modelfile
 
     (macs, mac, context), name = fit, f"model-{kind}.gguf"
     with created(out) as place, _set_aside(place, out):
@@ -206,9 +206,9 @@ def _directory(
     model: Path, mlx: Path | None, hub: Path | None, packing: tuple[int, int, bool], no_verify: bool
 ) -> dict[str, Any]:
     """A model directory: packed, or for the hub; asked through mlx-lm's server."""
-    from .base import plain_path
-    from .exporting import mlx_directory, server_check
-    from .model.checkpoint import Checkpoint
+    from ..base import plain_path
+    from ..exporting import mlx_directory, server_check
+    from ..model.checkpoint import Checkpoint
 
     out = mlx or hub
     with created(out) as place, _set_aside(place, out):
@@ -219,15 +219,15 @@ def _directory(
             done["served"] = _asked(checkpoint, lambda chat: server_check.mlx_lm(checkpoint.path, chat))
     done["out"] = str(out)
     console.say(f"{done['out']}: {gb(done['bytes'])}")
-    console.say(show.answered(done["served"]))
+    console.say(tables.answered(done["served"]))
     if told := plain_path.warning(checkpoint.path):
         console.warn(told)
     return done
 
 
 def _fits(checkpoint: Checkpoint, done: dict[str, Any], chosen: list, context: int) -> list[dict[str, Any]]:
-    from .capacity import planner
-    from .capacity.memory import Needs, Use
+    from ..capacity import planner
+    from ..capacity.memory import Needs, Use
 
     needs = Needs(checkpoint.arch, Use(context, runtime="llama.cpp"))
     return planner.fit(needs, planner.weights_of(checkpoint.arch, done["tensor_bytes"]), chosen)
@@ -235,20 +235,20 @@ def _fits(checkpoint: Checkpoint, done: dict[str, Any], chosen: list, context: i
 
 def _predicted(checkpoint: Checkpoint, kind: str, asked: str) -> dict[str, Any]:
     """What the file would be; nothing is written."""
-    from .gguf.write import imatrix_file, size as gguf_size
+    from ..gguf.write import imatrix_file, size as gguf_size
 
     matrix = imatrix_file.load(Path(asked)) if asked not in ("none", "auto") else None
     found = gguf_size.measured(checkpoint, kind, matrix, asked == "auto")
     told = {"path": None, "bytes": found.nbytes, "header_bytes": found.header_bytes, **found.about()}
-    show.show_gguf(f"{checkpoint.path} as {kind}", told)
+    tables.show_gguf(f"{checkpoint.path} as {kind}", told)
     return told
 
 
 def _matrix(model: Path, asked: str, settings: Any) -> Importance | None:
     """The importance matrix that was asked for: none, read, or made by a pass over text."""
-    from .exporting import importance_matrix
-    from .gguf.write import imatrix_file
-    from .text.splits import Texts
+    from ..exporting import importance_matrix
+    from ..gguf.write import imatrix_file
+    from ..text.splits import Texts
 
     if asked == "none":
         return None

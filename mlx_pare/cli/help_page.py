@@ -9,7 +9,7 @@ from types import MappingProxyType
 import click
 from typer.core import TyperCommand, TyperGroup
 
-from .options.settings import CUT, GENERAL, OUTPUT, REACH, RECOVERY, SEARCH, TEXT
+from ..options.settings import CUT, GENERAL, OUTPUT, REACH, RECOVERY, SEARCH, TEXT
 
 # The panels of `mlx-pare --help`, in this order; the commands of each in this order.
 COMMANDS: Mapping[str, tuple[str, ...]] = {
