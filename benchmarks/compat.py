@@ -1,6 +1,6 @@
 """What loads a cut model, and computes the same: every cell of the table in docs/families.md.
 
-    python benchmarks/compat.py              all families of tests/pico.py that can be cut (minutes)
+    python benchmarks/compat.py              all families of tests/support/pico.py that can be cut (minutes)
     python benchmarks/compat.py --families llama qwen3 --models DIR
 
 A tiny model of each family, made by mlx-lm's own class from a seed, is cut along every axis, all layers alike and each
@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent / "tests" / "support"))
 
 import pico  # noqa: E402
 

@@ -30,7 +30,7 @@ from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.scoring.score import CRITERIA, score
 from mlx_pare.text import corpus
 
-DEMO = Path(corpus.__file__).parent / "demo"
+DEMO = Path(corpus.__file__).parents[1] / "demo"
 AXES = (("ffn",), ("kv_head",), ("ffn", "kv_head"), ("layer",), ("hidden",))
 
 

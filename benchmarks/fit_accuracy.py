@@ -3,7 +3,7 @@
     python benchmarks/fit_accuracy.py
 
 Prints every case, and fits the two constants of decoding on one half of the models of an M4 Pro to judge them on the
-other half. tests/test_fit_truth.py holds the bounds.
+other half. tests/capacity/test_fit_truth.py holds the bounds.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ TYPES = {"integer": "a whole number", "integer range": "a whole number", "float"
          "path": "a path", "boolean": "", "text": "text"}  # fmt: skip
 NOT_RUN = {  # examples of the help that neither tests nor scripts/run_docs_commands.py run
     "mlx-pare fit Qwen/Qwen3-14B --bits 4 --train lora": "needs the network",
-    "mlx.launch -n 2 -- mlx-pare recover RUN": "starts two processes; tests/test_ranks.py does",
+    "mlx.launch -n 2 -- mlx-pare recover RUN": "starts two processes; tests/lm/test_ranks.py does",
     "mlx-pare import model-00001-of-00003.gguf -o DIR --dense": "needs a file in three parts",
 }
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import typer
-from test_export import needs_llama
+
+from tests.exporting.test_export import needs_llama
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import run_docs_commands as commands

@@ -89,8 +89,8 @@ _CONV = dim("conv_tail*linear_k_head*linear_k_dim + conv_tail*linear_k_head*line
 
 _SCAN = dim("linear_v_head*linear_v_dim*linear_k_dim")
 
-# Source of each: the make_cache and __call__ of the mlx_lm/models file named; tests/test_families.py holds them to real
-# caches. Where keys and values differ in width MLX has no fused kernel.
+# Source of each: the make_cache and __call__ of the mlx_lm/models file named; tests/arch/test_families.py holds them to
+# real caches. Where keys and values differ in width MLX has no fused kernel.
 MIXERS = {
     "full_attention": Mixer(cache=_KV),
     "sliding_attention": Mixer(cache=_KV, windowed=True),

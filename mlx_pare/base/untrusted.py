@@ -22,7 +22,7 @@ SHARED = ".huggingface-shared-blobs"  # marks the blobs that the models of Huggi
 BUDGET = 160 << 20  # bytes that parsed JSON may take
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja: transformers 4.52 and later
 MAX_DEPTH = 64  # of nested lists and objects; beyond some hundreds even printing them fails
-# What parsing costs by mark, in bytes: measured on the worst inputs of CPython 3.11 (tests/test_untrusted.py)
+# What parsing costs by mark, in bytes: measured on the worst inputs of CPython 3.11 (tests/base/test_untrusted.py)
 COSTS = {"{": 130, "[": 72, '"': 32, ",": 32, ":": 40}
 
 

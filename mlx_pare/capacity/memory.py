@@ -3,7 +3,7 @@
     peak = weights + KV cache and states + activations (attention scores among them)
 
 Cache and states are exact (model/footprint.py); the rest are estimates on the constants below, each of which says where
-it comes from. Bytes everywhere. Tested against published measurements (tests/test_fit_truth.py).
+it comes from. Bytes everywhere. Tested against published measurements (tests/capacity/test_fit_truth.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A kind is a base type and exceptions: more bits for the values of attention and for ffn_down in some layers, for the
 head, and for what a model shares widely (grouped queries, eight experts). Learned from src/llama-quant.cpp of llama.cpp
-(commit 007dbbf); tests/test_gguf_mix.py holds it to the installed llama.cpp, tensor by tensor, and to published sizes.
+(commit 007dbbf); tests/gguf/test_gguf_mix.py holds it to the installed llama.cpp, tensor by tensor, and to published
+sizes.
 
 Kinds that cannot be made without an importance matrix (NEEDS_MATRIX) are taken to have one, the others to have none
 unless it is said: with one, q4_0 and q5_0 get one more scale in the first eighth of ffn_down, and iq4_xs and iq4_nl

@@ -1,7 +1,7 @@
 """The types a GGUF tensor can have: number, values per block, bytes per block. The one table of them; no arrays.
 
 Source: enum ggml_type in ggml.h and the block structs of ggml-common.h, as the installed llama.cpp reports them
-(ggml_blck_size, ggml_type_size; tests/test_gguf_types.py).
+(ggml_blck_size, ggml_type_size; tests/gguf/test_gguf_types.py).
 """
 
 from __future__ import annotations

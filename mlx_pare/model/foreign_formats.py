@@ -2,7 +2,7 @@
 
 mlx-pare reads floats and MLX's own packings. A foreign format helps if `mlx_lm.convert` makes one of these of it; for
 any other one the float original is needed. Source: load_model and _transform_awq_weights in mlx_lm/utils.py, and the
-sanitize methods in mlx_lm/models; held against mlx-lm itself by tests/test_foreign_formats.py.
+sanitize methods in mlx_lm/models; held against mlx-lm itself by tests/model/test_foreign_formats.py.
 """
 
 from __future__ import annotations
