@@ -12,109 +12,171 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from house_numbers import arrows, at_import, between_rooms, circles, imports, modules, room, running_back  # noqa: E402
+
 PACKAGE = ROOT / "mlx_pare"
-FILES = sorted(f for f in PACKAGE.rglob("*.py") if "__pycache__" not in f.parts)
+MODULES = modules(ROOT)
+FILES = list(MODULES.values())
 TREES = {f: ast.parse(f.read_text("utf-8")) for f in FILES}
-VERBS = {
-    "calibrate",
-    "score",
-    "plan",
-    "reconstruct",
-    "prune",
-    "recover",
-    "evaluate",
-    "export",
-    "bench",
-    "report",
-    "inspect",
-    "status",
-    "check",
-}
-MAX_LINES, MAX_FUNCTION = 400, 60
-
-
-def name_of(file: Path) -> str:
-    """mlx_pare/planning/plan.py -> mlx_pare.plan"""
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {name_of(f): f for f in FILES}
+ARROWS = arrows(ROOT)
+MAX_LINES, MAX_FUNCTION, MAX_FILES = 400, 60, 12
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
-
-def at_import(tree: ast.AST) -> Iterator[ast.AST]:
-    """What runs when a module is imported: everything outside functions."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        yield node
-        yield from at_import(node)
-
-
-def imports(file: Path, nodes: Iterator[ast.AST]) -> set[str]:
-    """Absolute dotted names that import statements mention: modules, and what is taken from them."""
-    found = set()
-    package = name_of(file).split(".") if file.name == "__init__.py" else name_of(file).split(".")[:-1]
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            module = ".".join(filter(None, [base, node.module]))
-            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-    return found
-
-
-def own_modules(names: set[str]) -> set[str]:
-    """The modules of this package among them, each without the package that an import of it passes through."""
-    mine = {n for n in names if n in MODULES and n != "mlx_pare"}
-    return {n for n in mine if not any(other.startswith(n + ".") for other in mine)}
-
-
-def verb_of(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in VERBS else None
-
-
-# ---- imports ----
-
-
-def test_no_import_cycle_at_module_level():
-    graph = {name: own_modules(imports(file, at_import(TREES[file]))) for name, file in MODULES.items()}
-    done: set[str] = set()
-
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, "import cycle: " + " -> ".join([*path[path.index(name) :], name])
-        if name not in done:
-            for other in sorted(graph[name]):
-                visit(other, (*path, name))
-            done.add(name)
-
-    for name in graph:
-        visit(name, ())
+# Wing: the wings it may import, from the ground to the roof. The folders in arch and gguf have lines of their own.
+MAY_IMPORT = {
+    "base": "",
+    "tensors": "base",
+    "options": "base tensors",
+    "arch": "base tensors",
+    "model": "base tensors arch",
+    "store": "base tensors options model",
+    "gguf": "base tensors arch model store",
+    "sources": "base tensors arch model store gguf",
+    "lm": "base tensors arch model sources",
+    "text": "base options model store lm",
+    "stream": "base tensors arch model lm text",
+    "pruning": "base tensors arch model store sources lm",
+    "capacity": "base tensors options arch model gguf sources pruning",
+    "evaluation": "base options arch model store sources lm text stream capacity",
+    "scoring": "base tensors arch model store sources lm text stream evaluation",
+    "repair": "base tensors arch model store sources lm text stream pruning evaluation",
+    "planning": "base tensors options arch model store sources lm text stream pruning evaluation repair",
+    "recovery": "base tensors options arch model store sources lm text stream pruning evaluation",
+    "reporting": "base model store sources pruning capacity evaluation",
+    "exporting": "base tensors options arch model store gguf sources lm text stream reporting",
+    "pipeline": "base options arch model store gguf sources lm text "
+    "stream pruning capacity evaluation scoring repair planning recovery reporting exporting",
+    "cli": "base options arch model store gguf sources "
+    "lm text pruning capacity evaluation reporting exporting pipeline",
+}
+FOLDERS = {  # folder in a wing: the folders of the same wing that it may import
+    "arch": "arch.families",
+    "arch.families": "arch",
+    "gguf": "",
+    "gguf.read": "gguf",
+    "gguf.write": "gguf",
+}
+FACES = {"arch", "lm"}  # wings whose __init__.py hands names on; the others are empty
+VERBS = {
+    "inspect", "fit", "calibrate", "score", "plan", "reconstruct", "prune", "recover", "evaluate", "export", "bench",
+    "report", "status", "run",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if verb_of(n)])
-def test_no_verb_imports_another_verb(name):
-    file = MODULES[name]
-    others = {verb_of(m) for m in own_modules(imports(file, ast.walk(TREES[file])))} - {None, verb_of(name)}
-    assert not others, f"{name} imports {', '.join(sorted(others))}"
+def wing_files(wing: str) -> list[str]:
+    """The modules of a wing, those of its folders as well."""
+    return [name for name in MODULES if room(name) == wing]
 
 
-def test_every_verb_has_a_file_of_its_name():
-    assert {verb_of(n) for n in MODULES} - {None} == VERBS
+def folder_of(module: str) -> str:
+    """mlx_pare.gguf.read.config -> gguf.read; a face belongs to its folder."""
+    parts = module.split(".")[1:]
+    return ".".join(parts if MODULES[module].name == "__init__.py" else parts[:-1])
+
+
+# ---- who imports whom ----
+
+
+def test_the_top_folder_holds_wings_and_nothing_else():
+    there = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert there == {*MAY_IMPORT, "demo", "__init__.py", "__main__.py"}
+
+
+@pytest.mark.parametrize("wing", MAY_IMPORT)
+def test_a_wing_imports_only_what_it_may(wing):
+    """All imports count, those inside functions as well: they are there for the start-up time, not for circles."""
+    allowed = {wing, *MAY_IMPORT[wing].split()}
+    wrong = [
+        f"{name} imports {other}" for name in wing_files(wing) for other in ARROWS[name] if room(other) not in allowed
+    ]
+    assert not wrong
+    used = {room(other) for name in wing_files(wing) for other in ARROWS[name]} - {wing}
+    assert used == allowed - {wing}, "a wing that is allowed and not used"
+
+
+def test_wings_import_downwards():
+    order = list(MAY_IMPORT)
+    for wing, allowed in MAY_IMPORT.items():
+        assert all(order.index(other) < order.index(wing) for other in allowed.split()), wing
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_of_one_wing_import_only_what_they_may(folder):
+    wing, allowed = folder.split(".")[0], {folder, *FOLDERS[folder].split()}
+    mine = [name for name in wing_files(wing) if folder_of(name) == folder]
+    wrong = {(name, other) for name in mine for other in ARROWS[name] if room(other) == wing} - {
+        (name, other) for name in mine for other in ARROWS[name] if folder_of(other) in allowed
+    }
+    assert mine and not wrong
+
+
+def test_no_circles():
+    assert not circles(ARROWS)
+    rooms = between_rooms(ARROWS)
+    assert not circles(rooms) and not running_back(rooms)
+
+
+def test_families_are_registered_in_one_place():
+    """A family's file knows the vocabulary alone, and only describe.py and what leaves uneven layers know families."""
+    for name, others in ARROWS.items():
+        if any(other.startswith("mlx_pare.arch.families.") for other in others):
+            assert name == "mlx_pare.arch.describe" or folder_of(name) == "arch.families", name
+        if folder_of(name) == "arch.families":
+            known = {f"mlx_pare.arch.{part}" for part in ("axes", "spec", "rows", "rope")} | {"mlx_pare.base.errors"}
+            assert others <= known | {n for n in MODULES if folder_of(n) == "arch.families"}, name
+
+
+def registered() -> set[str]:
+    """The names by which families are registered, as config.json has them."""
+    from mlx_pare.arch import described_types
+
+    return set(described_types())
+
+
+FAMILIES_ARE_NAMED_IN = ("arch", "arch.families", "gguf", "gguf.read", "gguf.write")
+FORMATS = "mlx_pare.model.foreign_formats"  # names those whose weights mlx-lm itself unpacks from other formats
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_no_family_is_named_outside_of_its_tables(file):
+    name = next(n for n, f in MODULES.items() if f == file)
+    if folder_of(name) in FAMILIES_ARE_NAMED_IN or name == FORMATS:
+        return
+    named = {
+        node.value for node in ast.walk(TREES[file]) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert not named & registered()
 
 
 def test_mlx_lm_has_one_door():
-    doors = {f.name for f in FILES if any(n.split(".")[0] == "mlx_lm" for n in imports(f, ast.walk(TREES[f])))}
-    assert doors == {"lm.py"}
+    doors = {
+        room(name)
+        for name, file in MODULES.items()
+        if any(n.split(".")[0] == "mlx_lm" for n in imports(name, file.name == "__init__.py", ast.walk(TREES[file])))
+    }
+    assert doors == {"lm"}
 
 
-LIGHT = ["cli", "cli_steps", "options", "show", "console", "errors", "machine", "inspect", "fit", "fit.planner"]
-
-
-LIGHT += ["fit.footprint", "checkpoint", "arch", "packing", "report", "rundir", "status", "log"]
+LIGHT = [
+    "arch", "arch.axes", "arch.cut", "arch.describe", "arch.families", "arch.families.dense", "arch.families.gemma",
+    "arch.families.hybrid", "arch.families.latent", "arch.families.mamba", "arch.families.moe",
+    "arch.families.other_dense", "arch.families.post_norm", "arch.keep", "arch.rope", "arch.rows", "arch.spec",
+    "arch.uneven", "base", "base.children", "base.console", "base.errors", "base.frozen_clock", "base.log",
+    "base.machine", "base.markdown", "base.optional", "base.plain_path", "base.units", "base.untrusted", "capacity",
+    "capacity.advice", "capacity.fit", "capacity.form", "capacity.inspect", "capacity.macs", "capacity.memory",
+    "capacity.planner", "capacity.speed", "capacity.storage", "capacity.subject", "cli", "cli.app",
+    "cli.export_command", "cli.help_page", "cli.interrupts", "cli.main", "cli.models_command", "cli.step_commands",
+    "cli.tables", "cli.unused", "gguf", "gguf.added_tokens", "gguf.architectures", "gguf.header", "gguf.quant_mixes",
+    "gguf.read", "gguf.read.config", "gguf.special_cases", "gguf.tokenizers", "gguf.types", "gguf.uneven_layers",
+    "gguf.write", "model.checkpoint", "model.directory", "model.footprint", "model.hub_name", "model.tokenizer_files",
+    "options", "options.option", "options.recipe_file", "options.settings", "options.values", "pipeline.status",
+    "pruning.layout", "pruning.plan_file", "pruning.reach", "pruning.survivors", "reporting.card", "reporting.report",
+    "reporting.verdict", "sources", "sources.catalogue", "sources.download", "sources.hub_cache", "sources.hub_fetch",
+    "sources.hub_files", "sources.hub_gguf", "sources.hub_reader", "sources.open_model", "sources.resolve",
+    "store.manifest", "store.rundir", "store.schema", "store.step_files", "tensors.packing", "tensors.safetensors",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -127,41 +189,29 @@ sys.exit(", ".join(sorted({{"mlx", "numpy", "mlx_lm"}} & set(sys.modules))) or 0
     assert done.returncode == 0, f"mlx_pare.{module} imports {done.stderr}"
 
 
-@pytest.mark.parametrize(
-    "preload",
-    [
-        "",
-        "import mlx_pare.pipeline.steps, mlx_pare.cli.main.main, mlx_pare.capacity.inspect, mlx_pare.reporting.report;",
-    ],
-)
-def test_every_verb_is_a_function_of_the_package(preload):
-    """Also after submodules of the same names were imported, which would otherwise take their place."""
-    code = f"""{preload}
+def test_every_verb_is_a_function_of_the_package():
+    """No folder has the name of a verb, so the name never means a module."""
+    assert not VERBS & {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    code = f"""
 import types, mlx_pare
-from mlx_pare import inspect
-from mlx_pare import fit
-from mlx_pare import calibrate
-from mlx_pare import score
-from mlx_pare import plan
-from mlx_pare import reconstruct
-from mlx_pare import prune
-from mlx_pare import recover
-from mlx_pare import evaluate
-from mlx_pare import export
-from mlx_pare import bench
-from mlx_pare import report
-from mlx_pare import run
-import mlx_pare.capacity.planner, mlx_pare.planning.choose_units
+from mlx_pare import {", ".join(sorted(VERBS))}
+import mlx_pare.capacity.planner, mlx_pare.planning.plan, mlx_pare.cli.main
+assert mlx_pare.__all__ == {sorted(VERBS)}
 for name in mlx_pare.__all__:
     value = getattr(mlx_pare, name)
     assert callable(value) and not isinstance(value, types.ModuleType), name
-    assert value.__doc__, name
-    assert name in dir(mlx_pare)
-assert fit is mlx_pare.fit and prune.__module__ == "mlx_pare.prune"
-assert set(mlx_pare.__all__) == {VERBS - {"check"} | {"fit", "run"}}
+    assert value.__doc__ and value.__name__ == name and name in dir(mlx_pare), name
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_faces_only_hand_names_on():
+    for name, file in MODULES.items():
+        if file.name == "__init__.py" and name != "mlx_pare":
+            kinds = {type(node) for node in TREES[file].body}
+            allowed = {ast.Expr, ast.ImportFrom, ast.Assign} if name.split(".")[1] in FACES else set()
+            assert kinds <= allowed, name
 
 
 # ---- who may do what, and how long it may be ----
@@ -169,18 +219,24 @@ assert set(mlx_pare.__all__) == {VERBS - {"check"} | {"fit", "run"}}
 
 def test_only_console_prints():
     printing = {
-        f.name
-        for f in FILES
-        for node in ast.walk(TREES[f])
+        name
+        for name, file in MODULES.items()
+        for node in ast.walk(TREES[file])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert printing == {"console.py"}
+    assert printing == {"mlx_pare.base.console"}
 
 
 def test_no_file_for_leftovers():
     assert not [
         f.name for f in PACKAGE.rglob("*") if f.stem.strip("_") in ("utils", "util", "common", "helpers", "misc")
     ]
+
+
+def test_folders_can_be_taken_in_at_a_glance():
+    folders = {file.parent for file in FILES} - {PACKAGE}
+    counts = {str(f.relative_to(PACKAGE)): len([x for x in f.glob("*.py") if x.name != "__init__.py"]) for f in folders}
+    assert max(counts.values()) <= MAX_FILES, counts
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
@@ -208,6 +264,11 @@ def test_public_names_say_what_they_are(file):
     assert not [node.name for node in public(file) if not ast.get_docstring(node)], "without docstring"
 
 
+@pytest.mark.parametrize("wing", MAY_IMPORT)
+def test_tests_mirror_the_wings(wing):
+    assert list((ROOT / "tests" / wing).glob("test_*.py"))
+
+
 # ---- the text around the code ----
 
 ENDINGS = {".py", ".md", ".toml", ".txt", ".csv", ".json", ".jsonl", ".sh", ".yml", ".yaml", ".cfg", ".ini", ""}
@@ -222,13 +283,11 @@ def tracked() -> list[Path]:
     return sorted(f for f in files if f.is_file() and f.suffix in ENDINGS and f != Path(__file__).resolve())
 
 
-def test_readme_names_every_file():
-    """The map is true in both directions, as far as a reader can check it: every file is there, once at least."""
+@pytest.mark.parametrize("wing", [*MAY_IMPORT, "demo"])
+def test_the_readme_says_what_every_wing_is(wing):
+    """One line each in the map of the house."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    folders = {f.parent.name for f in FILES} - {"mlx_pare"}
-    wanted = {f.name for f in FILES if f.name != "__init__.py"} | {f"{folder}/" for folder in folders}
-    missing = sorted(n for n in wanted if not re.search(rf"(?<![\w-]){re.escape(n)}", readme))
-    assert not missing, f"README.md does not name {', '.join(missing)}"
+    assert len(re.findall(rf"^- `{wing}/`: \w", readme, re.MULTILINE)) == 1
 
 
 CALLED = re.compile(r"\b(?:benchmarks|scripts|tests)/[\w/-]+\.(?:py|sh)\b")
@@ -272,11 +331,16 @@ def test_the_search_for_foreign_names_finds_them(line):
 
 def test_reading_of_imports():
     source = "import a.b\nfrom . import lm\nfrom ..arch import Keep\ndef f():\n    from .prune import cut\n"
-    file = PACKAGE / "plan" / "allocate.py"
-    assert imports(file, at_import(ast.parse(source))) == {
-        "a.b", "mlx_pare.planning.plan", "mlx_pare.planning.plan.lm", "mlx_pare.arch.describe", "mlx_pare.arch.Keep",
+    module = "mlx_pare.planning.goal"
+    assert imports(module, False, at_import(ast.parse(source))) == {
+        "a.b", "mlx_pare.planning", "mlx_pare.planning.lm", "mlx_pare.arch", "mlx_pare.arch.Keep",
     }  # fmt: skip
-    assert "mlx_pare.planning.plan.prune.cut" in imports(file, ast.walk(ast.parse(source)))
-    assert own_modules(
-        {"mlx_pare", "mlx_pare.planning.plan", "mlx_pare.planning.choose_units", "mlx_pare.planning.plan.Level"}
-    ) == {"mlx_pare.planning.choose_units"}
+    assert "mlx_pare.planning.prune.cut" in imports(module, False, ast.walk(ast.parse(source)))
+
+
+def test_circles_and_arrows_that_run_back_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "c"}}
+    assert circles(graph) == [["b", "c"]]
+    assert running_back(graph) in ([("b", "c")], [("c", "b")])
+    assert not circles({"a": {"b"}, "b": set()}) and not running_back({"a": {"b"}, "b": set()})
+    assert {room("mlx_pare.gguf.read.config"), room("mlx_pare.cli.main")} == {"gguf", "cli"}

@@ -326,6 +326,11 @@ def uneven_types(arch: Architecture) -> list[str]:
     return [e.family.name for e, why in zip(EXITS, _whole_objections(arch), strict=True) if why is None]
 
 
+def width_multiple(arch: Architecture) -> int | None:
+    """What widths of feed-forwards are multiples of where layers may lose whole parts; None: no class holds that."""
+    return UNIT if NEMOTRON_NAS.name in uneven_types(arch) else None
+
+
 def why_uniform(arch: Architecture, axis: str | None = None) -> str | None:
     """Why layers of this model must keep as many units as each other on ``axis`` ("ffn", "kv_head"; None: on both);
     None when they need not."""

@@ -15,9 +15,9 @@ from math import inf, prod
 
 import numpy as np
 
-from ..arch import Architecture, Keep, LayerKeep, Tensor, uneven_types, why_no_sublayer_drops, why_uniform
+from ..arch import Architecture, Keep, LayerKeep, Tensor, why_no_sublayer_drops, why_uniform
 from ..arch.axes import length
-from ..arch.uneven import UNIT
+from ..arch.uneven import width_multiple
 from ..base.errors import PareError, Refused
 from ..model.checkpoint import Checkpoint
 from ..pruning import reach
@@ -69,8 +69,8 @@ def spaces(checkpoint: Checkpoint, options: Options, per_layer: bool, bits: Sequ
     found = [shared]
     if per_layer and why_uniform(arch) is None:
         found.append(replace(shared, ffn=_with_none(arch, options, shared.ffn), tied=False))
-    if per_layer and "nemotron-nas" in uneven_types(arch):
-        unit = [n for n in counts["ffn"] if n % UNIT == 0]
+    if per_layer and (multiple := width_multiple(arch)):
+        unit = [n for n in counts["ffn"] if n % multiple == 0]
         heads = [0, counts["kv_head"][-1]] if len(counts["kv_head"]) > 1 else counts["kv_head"]
         if unit and unit[-1] == counts["ffn"][-1] and why_no_sublayer_drops(arch) is None:
             found.append(replace(shared, ffn=_with_none(arch, options, unit), kv_head=heads, tied=False))

@@ -9,8 +9,7 @@ At k = 64 that is 260 bytes, or 292. Most likely token first.
 
 float16 rounds a probability by up to 0.4 % (of the likely ones less), so k rounded ones and the exact rest do not sum
 to one. On reading all k + 1 classes are divided by their sum. Then they are a distribution: the divergence of a student
-that equals it is 0 and never below, which would not be so had only the rest, or nothing, been adjusted; the rest, which
-is known to seven digits, moves by less than what the k were rounded by.
+that equals it is 0 and never below. The rest, which is known to seven digits, moves by less than the k were rounded by.
 """
 
 from __future__ import annotations
