@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..base.errors import PareError
 from .axes import Dim, dim, length
@@ -217,8 +217,7 @@ def layer_types(config: Mapping[str, Any], count: int) -> list[str]:
     return list(kinds)
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):  # a search for a size makes hundreds of thousands, and a tuple takes a third of the time
     """One concrete tensor: ``shape`` logical, ``layer`` None outside the blocks."""
 
     name: str
