@@ -82,7 +82,7 @@ def _order(tensor: Tensor, name: str, take: range, target: Target, head_dim: int
 
 def _head(embedding: Row, types_of: Callable, ideals_of: Callable) -> Row:
     """The embedding once more, as the head that some architectures want."""
-    head = replace(embedding.source, spec=replace(embedding.source.spec, role="lm_head"))
+    head = embedding.source._replace(spec=replace(embedding.source.spec, role="lm_head"))
     return replace(embedding, name="output.weight", type=types_of(head)[0], ideal=ideals_of(head)[0])
 
 
