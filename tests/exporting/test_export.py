@@ -382,7 +382,7 @@ REFUSED = [
     ("llama", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 8}, "sliding"),
     ("llama", {"rope_traditional": True}, "rope_traditional"),
     ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0, "long_factor": [1.0]}}, "ignores"),
-    ("smollm3", {"no_rope_layers": [1, 1, 0, 1] * 2}, "by place"),
+    ("smollm3", {"no_rope_layers": [1, 1, 0, 1] * 2}, "by position"),
     ("smollm3", {"layer_types": ["sliding_attention"] * 4 + ["full_attention"] * 4, "sliding_window": 8}, "sliding"),
     ("gemma2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
     ("ministral3", {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}, "sliding"),
