@@ -1,4 +1,4 @@
-"""Streaming accumulators: what is remembered of activations. All sums in float32, padding excluded."""
+"""Streaming accumulators of activations. All sums are float32, and padding is excluded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 
 class Moments:
-    """Per-unit sums over the last axis of activations [rows, tokens, units].
+    """Sums over activations [rows, tokens, units], one for each unit.
 
-    ``row_sq``  sum over rows of (mean over tokens of |x|)^2: its root is Minitron's importance (batch=L2, seq=mean of
-                the absolute value), Model-Optimizer modelopt/torch/prune/plugins/mcore_minitron.py.
-    ``sum``, ``abs_sum``, ``sq_sum``, ``max``  of x, |x|, x^2, |x| over all valid tokens.
+    ``row_sq``: sum over rows of (mean over tokens of |x|)^2. Its root is Minitron's importance (batch=L2, seq=mean of
+    the absolute value), Model-Optimizer modelopt/torch/prune/plugins/mcore_minitron.py.
+    ``sum``, ``abs_sum``, ``sq_sum``: sums of x, |x| and x^2 over all valid tokens. ``max``: the largest |x| of them.
     """
 
     NAMES = ("row_sq", "sum", "abs_sum", "sq_sum", "max")
@@ -22,7 +22,12 @@ class Moments:
         self._sums: dict[str, mx.array] = {}
 
     def update(self, x: mx.array, mask: mx.array) -> None:
-        """Add activations [rows, tokens, units]; ``mask`` [rows, tokens] is 1 where there is text."""
+        """Add the activations of a micro-batch.
+
+        Args:
+            x: activations [rows, tokens, units], any float dtype.
+            mask: 1 or True where there is text [rows, tokens].
+        """
         x = x.astype(mx.float32) * mask[..., None]
         absolute = mx.abs(x)
         per_row = absolute.sum(axis=1) / mx.maximum(mask.sum(axis=1), 1)[:, None]
@@ -41,6 +46,11 @@ class Moments:
             self._sums[name] = join(self._sums[name], value)
 
     def arrays(self) -> dict[str, mx.array]:
+        """Return the sums so far.
+
+        Returns:
+            float32 [units] by each of ``NAMES``; empty before the first ``update``.
+        """
         return self._sums
 
 
@@ -51,38 +61,71 @@ class BlockCosine:
         self._sums: dict[str, mx.array] = {}
 
     def update(self, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        """Add the hidden states of a micro-batch.
+
+        Args:
+            before: states that go into the block [rows, tokens, hidden].
+            after: states that come out of it [rows, tokens, hidden].
+            mask: 1 or True where there is text [rows, tokens].
+        """
         a, b = before.astype(mx.float32), after.astype(mx.float32)
         norms = mx.sqrt(mx.square(a).sum(-1) * mx.square(b).sum(-1))
         cosine = ((a * b).sum(-1) / mx.maximum(norms, 1e-12) * mask).sum()
         self._sums = {"cosine": self._sums.get("cosine", mx.array(0.0)) + cosine}
 
     def arrays(self) -> dict[str, mx.array]:
+        """Return the sum so far.
+
+        Returns:
+            ``cosine``, float32 []; empty before the first ``update``.
+        """
         return self._sums
 
 
 class LastToken:
-    """Hidden states at the last valid token of every row, float32 [rows, hidden]: ``after`` a block, and ``before`` it
-    where it is the first. What ``angles`` need."""
+    """Hidden states at the last valid token of every row, from which ``angles`` are computed.
+
+    ``after``: states that leave a block. ``before``: states that enter it, kept for the first block only.
+    """
 
     def __init__(self, first: bool) -> None:
         self.first = first
         self._states: dict[str, mx.array] = {}
 
     def update(self, before: mx.array, after: mx.array, mask: mx.array) -> None:
-        """Add the rows of a micro-batch."""
+        """Add the rows of a micro-batch.
+
+        Args:
+            before: states that go into the block [rows, tokens, hidden].
+            after: states that come out of it [rows, tokens, hidden].
+            mask: 1 or True where there is text [rows, tokens]; a row without text counts with its first token.
+        """
         last = mx.maximum(mask.astype(mx.int32).sum(axis=1) - 1, 0)[:, None, None]
         for name, states in (("before", before), ("after", after))[0 if self.first else 1 :]:
             found = mx.take_along_axis(states, last, axis=1)[:, 0].astype(mx.float32)
             self._states[name] = mx.concatenate([self._states[name], found]) if name in self._states else found
 
     def arrays(self) -> dict[str, mx.array]:
+        """Return the states of all rows so far.
+
+        Returns:
+            ``after``, and for the first block ``before``, float32 [rows, hidden]; empty before the first ``update``.
+        """
         return self._states
 
 
 def angles(states: Sequence[mx.array]) -> mx.array:
-    """Angular distance [n, n] between n states [rows, hidden] of the same rows: arccos(cos(a, b)) / pi, mean over rows.
-    Gromov et al. 2024, arXiv 2403.17887, there between the inputs of blocks, as arcee-ai/PruneMe
-    compute_block_similarity/utils.py, which leaves out the first block. In float64: arccos is steep near 1."""
+    """Measure the angular distance arccos(cos(a, b)) / pi between every two states, mean over rows.
+
+    Gromov et al. 2024, arXiv 2403.17887, take it between the inputs of blocks. So does arcee-ai/PruneMe
+    compute_block_similarity/utils.py, which leaves out the first block. It is computed in float64, because arccos is
+    steep near 1.
+
+    Args:
+        states: n arrays [rows, hidden] of the same rows.
+    Returns:
+        Distances from 0 (same direction) to 1 (opposite), symmetric, float32 [n, n].
+    """
 
     def unit(state: mx.array) -> np.ndarray:
         x = np.asarray(state).astype(np.float64)
@@ -98,24 +141,37 @@ def angles(states: Sequence[mx.array]) -> mx.array:
 
 
 class Removal:
-    """The order in which channels would be removed one after the other, the least missed first; ``removal`` [units]: 0
-    for the first. NVIDIA Model-Optimizer modelopt/torch/prune/importance_hooks/base_hooks.py,
-    IterativeChannelContributionHook, without its scale_by_magnitude.
+    """The order in which channels would be removed one after the other; the least missed go first.
 
-    The contribution of channel i is what would be missing in the output without it and without those removed already:
-    sum over tokens of || s + a_i w_i || = sqrt(|s|^2 + 2 a_i (s . w_i) + a_i^2 |w_i|^2 + 1e-8), s what they gave. It is
-    summed over a micro-batch, after which a share of the channels goes, the greater shares first, and the sums start
-    anew: so ``rounds`` must be the number of micro-batches. Memory: [tokens, units] a few times.
+    NVIDIA Model-Optimizer modelopt/torch/prune/importance_hooks/base_hooks.py, IterativeChannelContributionHook,
+    without its scale_by_magnitude.
+
+    The contribution of channel i is what the output would lack without it and without the channels removed already:
+    sum over tokens of || s + a_i w_i || = sqrt(|s|^2 + 2 a_i (s . w_i) + a_i^2 |w_i|^2 + 1e-8). Here s is what the
+    removed channels gave. Contributions are summed over one micro-batch. Then a share of the channels is removed
+    (larger shares first), and the sums start again from zero. So ``rounds`` must be the number of micro-batches.
+    Memory: a few arrays [tokens, units].
     """
 
     def __init__(self, weight: mx.array, rounds: int):
+        """Begin with all channels.
+
+        Args:
+            weight: the matrix that reads the channels, float32 [out, units].
+            rounds: number of calls of ``update``, after which every channel has its place.
+        """
         units = weight.shape[1]
         self.weight, self.norms = weight, mx.square(weight).sum(axis=0)
         self.schedule = [units // rounds + (r < units % rounds) for r in range(rounds)]
         self.removed, self.order = 0, mx.full((units,), mx.inf)
 
     def update(self, x: mx.array, mask: mx.array) -> None:
-        """Add activations [rows, tokens, units]; ``mask`` [rows, tokens] is 1 where there is text."""
+        """Add a micro-batch and remove the channels whose turn it is.
+
+        Args:
+            x: activations at the input of the matrix [rows, tokens, units].
+            mask: 1 or True where there is text [rows, tokens].
+        """
         count = self.schedule.pop(0)
         if not count:
             return
@@ -130,36 +186,64 @@ class Removal:
         self.removed += count
 
     def arrays(self) -> dict[str, mx.array]:
+        """Return the order so far.
+
+        Returns:
+            ``removal``, float32 [units]: 0 for the channel removed first, infinity for those still there.
+        """
         return {"removal": self.order}
 
 
 class HeadContribution:
-    """Sum over valid tokens of || A_g W_g^T ||_2, what each kv head with its query heads adds to the output of o_proj;
-    ``contribution`` [kv_head]. Same file, IndependentKvHeadContributionHook.
+    """Sum over valid tokens of || A_g W_g^T ||_2: what each kv head with its query heads adds to the output of o_proj.
 
-    Through the Gram matrices W_g^T W_g, so that [kv_head, tokens, hidden] is never made.
+    NVIDIA Model-Optimizer modelopt/torch/prune/importance_hooks/base_hooks.py, IndependentKvHeadContributionHook. It is
+    computed from the Gram matrices W_g^T W_g, so an array [kv_head, tokens, hidden] never exists.
     """
 
     def __init__(self, weight: mx.array, kv_heads: int):
+        """Compute the Gram matrices.
+
+        Args:
+            weight: the matrix of o_proj, float32 [hidden, q_head*head_dim].
+            kv_heads: number of kv heads; the query heads of one are adjacent.
+        """
         columns = weight.T.reshape(kv_heads, -1, weight.shape[0])
         self.grams = columns @ columns.swapaxes(1, 2)
         self.sums = mx.zeros((kv_heads,))
 
     def update(self, x: mx.array, mask: mx.array) -> None:
-        """Add activations [rows, tokens, q_head*head_dim]; ``mask`` [rows, tokens] is 1 where there is text."""
+        """Add the activations of a micro-batch.
+
+        Args:
+            x: activations at the input of o_proj [rows, tokens, q_head*head_dim].
+            mask: 1 or True where there is text [rows, tokens].
+        """
         heads = x.astype(mx.float32).reshape(mask.size, len(self.grams), -1).swapaxes(0, 1)
         energy = ((heads @ self.grams) * heads).sum(axis=-1)
         self.sums = self.sums + (mx.sqrt(mx.maximum(energy, 0)) * mask.reshape(1, -1)).sum(axis=1)
 
     def arrays(self) -> dict[str, mx.array]:
+        """Return the sums so far.
+
+        Returns:
+            ``contribution``, float32 [kv_head].
+        """
         return {"contribution": self.sums}
 
 
 def sparsity(abs_sum: mx.array, sq_sum: mx.array, tokens: int) -> mx.array:
-    """Hoyer's sparsity of each unit over its tokens: 0 always equally active, 1 active on a single token.
+    """Measure Hoyer's sparsity of each unit over its tokens: 0 always equally active, 1 active on a single token.
 
-    (sqrt(n) - L1/L2) / (sqrt(n) - 1), Hoyer 2004 (JMLR 5): relative to the unit's own scale, so that no threshold is
-    needed, and exact from two sums. Dead units count as 1.
+    (sqrt(n) - L1/L2) / (sqrt(n) - 1), Hoyer 2004 (JMLR 5). It is relative to the unit's own scale, so it needs no
+    threshold, and two sums give it exactly. Dead units count as 1.
+
+    Args:
+        abs_sum: sum over tokens of |x| [units].
+        sq_sum: sum over tokens of x^2 [units].
+        tokens: number n of valid tokens in both sums.
+    Returns:
+        Sparsity, float32 [units].
     """
     root = tokens**0.5
     ratio = abs_sum / mx.sqrt(mx.maximum(sq_sum, 1e-30))

@@ -1,4 +1,7 @@
-"""calibrate: the blocks of a model through the observers -> Stats. Resumable after every block."""
+"""calibrate: the observers watch the blocks of a model and write Stats.
+
+A call continues an interrupted one from the last hidden states that were saved.
+"""
 
 from __future__ import annotations
 
@@ -27,32 +30,46 @@ from ..text.corpus import Extent, Rows
 from . import gradients
 from .accumulators import BlockCosine, HeadContribution, LastToken, Moments, Removal, angles
 
-# site -> (role of the module in the family's table, which side of it)
+# site -> (role of the module in the family's table, side of the module that is watched)
 SITES = {
     "ffn": ("down_proj", "input"),
     "attention": ("o_proj", "input"),
     "attn_ln": ("attn_norm", "output"),
     "ffn_ln": ("ffn_norm", "output"),
 }
-# Where there is no such norm, what is read is the stream itself.
+# If a layer has no such norm, its matrices read the stream itself, which is watched instead.
 INSTEAD = {"attn_ln": ("q_proj", "input"), "ffn_ln": ("up_proj", "input")}
-# What is measured only when asked for, because it costs more; what a criterion wants of it its table says.
+# Measured only on request, because it costs more. Criterion.extra names what a criterion needs.
 EXTRA = ("contributions", "gradients")
 SAVE_EVERY_S = 30.0
-LAST = "last"  # in the file of a block: states that become angles in the end
+LAST = "last"  # in the file of a block: states from which _merge computes the angles
 
 
 class Statistics(stream.Observer):
-    """The observer of calibration. After each block its sums go to ``directory``; hidden states from time to time."""
+    """The observer of calibration: it writes the sums of each block, and from time to time hidden states."""
 
     def __init__(self, arch: Architecture, directory: Path, save_every_s: float, rounds: int | None = None):
-        """``rounds``: number of micro-batches, when contributions are asked for."""
+        """Prepare for a walk.
+
+        Args:
+            arch: the architecture of the model.
+            directory: where the sums and the hidden states go; it exists.
+            save_every_s: seconds between two saves of hidden states that are in memory.
+            rounds: number of micro-batches. If None, contributions are not measured.
+        """
         self.arch, self.directory, self.save_every_s, self.rounds = arch, directory, save_every_s, rounds
         self.sums: list[tuple[str, Any]] = []
         self.cosine, self.last = BlockCosine(), LastToken(True)
         self._last_save = time.monotonic()
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
+        """Put taps around the watched modules of a block, each with a fresh accumulator.
+
+        Args:
+            index: number of the layer.
+            block: the block; some of its submodules are replaced.
+            mask: returns the mask of the current micro-batch, True where there is text, bool [rows, tokens].
+        """
         self.cosine, self.last = BlockCosine(), LastToken(index == 0)
         self.sums = [("block", self.cosine), (LAST, self.last)]
 
@@ -73,20 +90,41 @@ class Statistics(stream.Observer):
             watch(site, lambda m: Moments())
 
     def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
+        """Add the input and output of the block for a micro-batch.
+
+        Args:
+            index: number of the layer.
+            before: states that go into the block [rows, tokens, hidden].
+            after: states that come out of it [rows, tokens, hidden].
+            mask: True where there is text, bool [rows, tokens].
+        """
         self.cosine.update(before, after, mask)
         self.last.update(before, after, mask)
 
     def pending(self) -> list[mx.array]:
+        """Return the sums that are evaluated with the micro-batch.
+
+        Returns:
+            All arrays of the accumulators of this block.
+        """
         return [a for _, m in self.sums for a in m.arrays().values()]
 
     def leave(self, index: int, hidden: mx.array | Spool) -> None:
+        """Write the sums of the block, and the hidden states if they are in memory and a save is due.
+
+        Args:
+            index: number of the layer.
+            hidden: states of all rows after the block [rows, tokens, hidden]; a Spool is in ``directory`` already.
+        Raises:
+            PareError: the disk is full or cannot be written.
+        """
         self.save(index, self.directory)
         due = time.monotonic() - self._last_save >= self.save_every_s
-        if due and not isinstance(hidden, Spool):  # a spool lies in the directory
+        if due and not isinstance(hidden, Spool):  # a spool is in the directory already
             self._save_hidden(index + 1, hidden)
 
     def save(self, index: int, directory: Path) -> None:
-        """Write what has been summed up of a block so far."""
+        """Write the sums of a block so far to ``directory``/block-INDEX.safetensors."""
         arrays = {f"{site}.{name}": a for site, m in self.sums for name, a in m.arrays().items()}
         Arrays(arrays, {}).save(directory / f"block-{index:04d}.safetensors")
 
@@ -107,24 +145,44 @@ def calibrate(
     extra: Sequence[str] = (),
     kept: Path | None = None,
 ) -> Path:
-    """Stream ``rows`` through ``model`` and write ``directory``/stats.safetensors; returns its path.
+    """Stream ``rows`` through ``model`` and write ``directory``/stats.safetensors.
 
-    Arrays, per layer i: ``{i}.{site}.{name}`` for the sites ffn [ffn] and attention [q_head*head_dim] (inputs of
-    down_proj and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms, or what is read where there are none),
-    with the names of accumulators.Moments; and ``{i}.block.cosine`` []; and ``angles`` [layers + 1, layers + 1] between
-    the inputs of all blocks, the output of the last one behind them (accumulators.angles). With ``extra``
-    "contributions" also ``{i}.ffn.removal`` [ffn] and ``{i}.attention.contribution`` [kv_head] (accumulators.Removal,
-    HeadContribution); with "gradients" the arrays of gradients.measure. A directory with the blocks of an interrupted
-    call is continued (gradients, which use few rows, from their beginning): same bytes in the end. ``kept``: a
-    directory for the hidden states at the end (stream/kept.py). Raises Unsupported for a model that cannot be cut,
-    Refused when the estimate of memory exceeds the cap, UsageError for an extra that is not known.
+    The file holds these arrays, float32, for each layer i:
+    ``{i}.{site}.{name}``: the sums that accumulators.Moments names. Sites are ffn [ffn] and attention [q_head*head_dim]
+    (inputs of down_proj and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms, or the stream itself if a layer
+    has no such norm).
+    ``{i}.block.cosine`` []: accumulators.BlockCosine.
+    With "contributions": ``{i}.ffn.removal`` [ffn] (accumulators.Removal), ``{i}.attention.contribution`` [kv_head]
+    (HeadContribution). With "gradients": the arrays of gradients.measure.
+    Once for the model: ``angles`` [layers + 1, layers + 1] between the inputs of all blocks, with the output of the
+    last block at the end (accumulators.angles).
+
+    If ``directory`` holds blocks of an interrupted call, this call continues it and writes the same bytes in the end.
+    Gradients, which use few rows, start again.
+
+    Args:
+        model: model directory, GGUF file, or name of a model that can be downloaded.
+        rows: the text, tokens [rows, length].
+        directory: where the file and everything unfinished go; it is created if needed.
+        memory_cap: bytes of memory to stay under; if None, what is free now. States that do not fit are spooled.
+        save_every_s: seconds between two saves of hidden states that are in memory.
+        extra: names out of EXTRA to measure as well.
+        kept: directory for the hidden states at the end (stream/kept.py); unused if every block was already done.
+    Returns:
+        Path of stats.safetensors.
+    Raises:
+        Unsupported: the model cannot be cut.
+        UsageError: an extra or the name of the model is unknown, or the model does not know a token.
+        Refused: not even spooled states fit under the cap, or ``directory`` holds a calibration of other inputs.
+        PareError: the model cannot be opened or spooled, holds or computes NaN or infinite numbers, or the disk is
+            full; for gradients also as in gradients.measure.
     """
     model, directory = opened(model), Path(directory)
     checkpoint = Checkpoint(model)
     require_cuttable(checkpoint.arch)
     extra = sorted(set(extra))
     check_memory(checkpoint, rows, memory_cap, extra)
-    finite.require(checkpoint, finite.outside(checkpoint))  # the walk finds those of the layers
+    finite.require(checkpoint, finite.outside(checkpoint))  # the walk checks the layers
     spooled = memory.must_spool(checkpoint, rows, memory_cap, _held(checkpoint, rows, extra))
     directory.mkdir(parents=True, exist_ok=True)
     sweep(directory)
@@ -141,7 +199,10 @@ def calibrate(
 
 
 class _Cumulative(Statistics):
-    """Saves the sums of every block also after some of the rows: ``directories`` by the number of rows."""
+    """Saves the sums of every block also after some of the rows.
+
+    ``directories``: where to, by the number of rows; the largest number is that of all rows.
+    """
 
     def __init__(self, arch: Architecture, directories: dict[int, Path]):
         super().__init__(arch, next(iter(directories.values())), SAVE_EVERY_S)
@@ -154,15 +215,31 @@ class _Cumulative(Statistics):
             self.save(index, self.directories[self.done])
 
     def leave(self, index: int, hidden: mx.array) -> None:
-        pass  # the sums of all rows were saved with the last of them
+        pass  # ``seen`` saved the sums of all rows
 
 
 def calibrate_in_parts(
     model: Path, rows: Rows, counts: Sequence[int], directory: Path, memory_cap: int | None = None
 ) -> dict[int, Path]:
-    """The statistics of the first so many rows, for several counts, by one walk: ``directory``/COUNT/stats.safetensors
-    as ``calibrate`` writes them, without extras. Counts are moved to the next end of a micro-batch, the last one being
-    all rows, by which the files are returned. Not resumable. Raises as ``calibrate``."""
+    """Write the statistics of the first rows, for several counts, by one walk.
+
+    They go to ``directory``/COUNT/stats.safetensors as ``calibrate`` writes them, without extras. An interrupted call
+    cannot be continued. Hidden states stay in memory; unlike ``calibrate``, it never spools them.
+
+    Args:
+        model: model directory.
+        rows: the text, tokens [rows, length].
+        counts: numbers of rows; each is raised to the next end of a micro-batch, at most to all rows.
+        directory: where the folders go; it is created if needed.
+        memory_cap: bytes of memory to stay under; if None, what is free now.
+    Returns:
+        Path of the file by the number of rows it was written for; all rows are always among them.
+    Raises:
+        Unsupported: the model cannot be cut.
+        Refused: the estimate of memory exceeds the cap.
+        UsageError: the model does not know a token.
+        PareError: the model cannot be read, computes NaN or infinite numbers, or the disk is full.
+    """
     checkpoint = Checkpoint(model)
     require_cuttable(checkpoint.arch)
     memory.check_memory(checkpoint, rows, memory_cap)
@@ -176,7 +253,19 @@ def calibrate_in_parts(
 
 
 def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, extra: Sequence[str] = ()) -> int:
-    """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
+    """Estimate the memory of ``calibrate`` and check that it stays under a cap.
+
+    Args:
+        checkpoint: the model.
+        rows: the text, tokens [rows, length], or its extent.
+        cap: bytes; if None, what is free now.
+        extra: names out of EXTRA that are measured as well.
+    Returns:
+        Estimate of the peak in bytes; with spooled states if they do not fit otherwise.
+    Raises:
+        UsageError: an extra is unknown.
+        Refused: not even spooled states fit under the cap, or the gradients do not.
+    """
     if unknown := sorted({*extra} - {*EXTRA}):
         raise UsageError(f"unknown extra statistics {', '.join(unknown)}", f"choose of {', '.join(EXTRA)}")
     held = _held(checkpoint, rows, extra)
@@ -186,13 +275,22 @@ def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, e
 
 
 def _held(checkpoint: Checkpoint, rows: Rows | Extent, extra: Sequence[str]) -> int:
-    """What the observer of calibration has in memory beside the walk."""
+    """Return the bytes that the observer of calibration holds in addition to the walk."""
     return contribution_bytes(checkpoint, rows) if "contributions" in extra else 0
 
 
 def contribution_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
-    """What contributions need beyond a plain walk: both matrices and the Gram matrices of the heads in float32, and a
-    few arrays [tokens, ffn] and [tokens, hidden] of a micro-batch."""
+    """Estimate what contributions need in addition to a plain walk.
+
+    These are both matrices and the Gram matrices of the heads in float32, and a few arrays [tokens, ffn],
+    [tokens, q_head*head_dim] and [tokens, hidden] of a micro-batch.
+
+    Args:
+        checkpoint: the model; the first layer stands for all.
+        rows: the text, tokens [rows, length], or its extent.
+    Returns:
+        Bytes.
+    """
     sizes, hidden = checkpoint.arch.layer_sizes(0), checkpoint.arch.sizes["hidden"]
     wide = sizes["group"] * sizes["head_dim"]
     attention = sizes["kv_head"] * wide
@@ -202,7 +300,7 @@ def contribution_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
 
 
 def _same_inputs(directory: Path, inputs: dict[str, str]) -> None:
-    """Blocks of another model or other rows must not be mixed in. Raises Refused when they lie there."""
+    """Note the inputs in ``directory``. Raises Refused if a calibration of other inputs was begun there."""
     note = directory / "inputs.json"
     if note.exists() and step_files.note(note) != inputs:
         raise Refused(f"{directory} holds statistics begun with another model, other text or extras", "remove it first")
@@ -210,7 +308,7 @@ def _same_inputs(directory: Path, inputs: dict[str, str]) -> None:
 
 
 def _resume(directory: Path, spooled: bool) -> stream.Resume | None:
-    """Where an interrupted walk goes on: at the last hidden states, if all blocks before them are there."""
+    """Return the last saved hidden states whose earlier blocks are all there; None if there are none."""
     for file in sorted(directory.glob("hidden-*.safetensors"), reverse=True):
         start = int(file.stem.split("-")[1])
         if all((directory / f"block-{i:04d}.safetensors").exists() for i in range(start)):
@@ -221,6 +319,7 @@ def _resume(directory: Path, spooled: bool) -> stream.Resume | None:
 def _merge(
     checkpoint: Checkpoint, rows: Rows, directory: Path, more: dict[str, mx.array], extra: Sequence[str]
 ) -> Path:
+    """Write stats.safetensors from the files of the blocks and ``more``, remove these files, and return its path."""
     arrays = dict(more)
     blocks = [directory / f"block-{i:04d}.safetensors" for i in range(len(checkpoint.arch.layers))]
     states: list[mx.array] = []

@@ -1,10 +1,12 @@
-"""How the loss would move with every unit: exact gradients of a language model with one block in memory at a time.
+"""How the loss would change with every unit: exact gradients of a language model with one block in memory at a time.
 
-Forward as everywhere (stream/walk.py), but the hidden states before every block are kept. The loss is the sum over the
-rows of the nats of their predicted tokens; its gradient at the last hidden states is computed in chunks of the
-vocabulary. Then backward, the last block first: each is loaded anew and differentiated (mx.vjp) once, with the inputs
-of down_proj and o_proj multiplied by masks of ones [rows, units]. What comes out for a mask is the slope of a row's
-loss with that unit; what comes out for the hidden states is the cotangent of the block before.
+The forward pass is the usual one (stream/walk.py), but the hidden states before every block are kept. The loss is the
+sum over the rows of the nats of their predicted tokens. Its gradient at the last hidden states is computed in chunks
+of the vocabulary.
+
+The backward pass begins with the last block. Each block is loaded again and differentiated (mx.vjp) once, with the
+inputs of down_proj and o_proj multiplied by masks of ones [rows, units]. The gradient of a mask is the slope of a row's
+loss with that unit. The gradient of the hidden states is the cotangent of the block before.
 
 Memory: hidden states x (layers + 3) of few rows (MOST_ROWS), and one block with the activations of a micro-batch and
 their gradients.
@@ -30,26 +32,41 @@ from ..stream.taps import replace_module
 from ..tensors.packed import dense_rows
 from ..text.corpus import Extent, Rows
 
-MOST_ROWS = 32  # the first ones (LLM-Pruner's Taylor criterion takes 10 rows of 64 tokens)
+MOST_ROWS = 32  # the first ones are used (LLM-Pruner's Taylor criterion takes 10 rows of 64 tokens)
 SITES = {"ffn": ("down_proj", "ffn"), "attention": ("o_proj", "kv_head")}  # site -> (role of the matrix, axis)
 
 
 def used(rows: Rows | Extent) -> Rows | Extent:
-    """The rows that gradients are computed on; of an Extent, how many these are."""
+    """Return the rows on which gradients are computed: the first MOST_ROWS.
+
+    Args:
+        rows: token rows [rows, length], or their extent.
+    Returns:
+        The same kind, with at most MOST_ROWS rows.
+    """
     return rows.first(MOST_ROWS)
 
 
 def measure(model: Path, rows: Rows) -> dict[str, mx.array]:
-    """Statistics of the gradients on ``used(rows)``, float32, per layer i.
+    """Measure statistics of the gradients on ``used(rows)``.
 
-    ``{i}.ffn.gradient_abs``, ``gradient_sq`` [ffn], ``{i}.attention...`` [kv_head], ``{i}.block...`` []: mean over rows
-    of |s| and of s^2, where s = sum over tokens of a * dL/da is the slope of the row's loss with a factor on the unit's
-    input of down_proj (on a kv head's input of o_proj; on all that the block adds to the stream).
-    |s|: Molchanov et al. 2017, arXiv 1611.06440, row by row: over all text slopes cancel, since training has brought
-    their sum near zero, and what is left of it chooses badly (benchmarks/LOG.md).
+    They rest on s = sum over tokens of a * dL/da: the slope of the row's loss with a factor on the unit's input of
+    down_proj (for attention on a kv head's input of o_proj, for block on all that the block adds to the stream).
+    |s|: Molchanov et al. 2017, arXiv 1611.06440, row by row. Summed over all text, slopes cancel, since training has
+    brought their sum near zero. What is left chooses badly (benchmarks/LOG.md).
     s^2: Molchanov et al. 2019, arXiv 1906.10771, the diagonal of the empirical Fisher matrix of those factors.
-    ``{i}.block.cotangent_sq`` []: mean over the tokens of |dL/dh|^2, h the hidden states after the block.
-    Raises PareError for rows in which nothing is predicted, and for blocks that hand on more than hidden states.
+
+    Args:
+        model: model directory.
+        rows: token rows [rows, length].
+    Returns:
+        float32 arrays for each layer i. ``{i}.ffn.gradient_abs``, ``{i}.ffn.gradient_sq`` [ffn]: mean over rows of |s|
+        in nats, and of s^2. ``{i}.attention.*`` [kv_head] and ``{i}.block.*`` []: the same.
+        ``{i}.block.cotangent_sq`` []: mean over the valid tokens of |dL/dh|^2, h the states after the block.
+    Raises:
+        PareError: no row has two tokens, the blocks hand on more than hidden states, or the model computes NaN or
+            infinite numbers.
+        UsageError: the model does not know a token.
     """
     rows = used(rows)
     if rows.lengths.max() < 2:
@@ -72,15 +89,33 @@ def measure(model: Path, rows: Rows) -> dict[str, mx.array]:
 
 
 def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None) -> int:
-    """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
+    """Estimate the memory of ``measure`` and check that it stays under a cap.
+
+    Args:
+        checkpoint: the model.
+        rows: token rows [rows, length], or their extent.
+        cap: bytes; if None, what is free now.
+    Returns:
+        Estimate of the peak in bytes.
+    Raises:
+        Refused: the estimate exceeds the cap.
+    """
     few = used(rows)
     return memory.check_memory(checkpoint, few, cap, held_bytes(checkpoint, few))
 
 
 def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
-    """What the gradients of these rows need beyond a plain walk: the states before every block, after the last, the
-    cotangents before and after a block; what a micro-batch computes is kept until it is differentiated, and on the CPU
-    backend the expanded matrices with it."""
+    """Estimate what the gradients of these rows need in addition to a plain walk.
+
+    These are the states before every block and after the last, and the cotangents before and after a block. What a
+    micro-batch computes is kept until it is differentiated; on the CPU backend the expanded matrices are, too.
+
+    Args:
+        checkpoint: the model.
+        rows: what ``used`` returned.
+    Returns:
+        Bytes.
+    """
     arch, value = checkpoint.arch, memory.state_width(checkpoint)
     states = (len(arch.layers) + 3) * rows.count * rows.length * arch.sizes["hidden"] * value
     block = sum(t.size for t in arch.tensors() if t.layer == 0)
@@ -91,12 +126,12 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
 
 
 def _swift_kept(arch: Architecture, rows: Rows) -> int:
-    """What a micro-batch keeps under backend.swift."""
+    """Return the bytes that a micro-batch keeps under backend.swift."""
     return lm.swift_kept(arch, batches.micro_batches(rows)[0].stop * rows.length)
 
 
 def _joined(rows: Rows, micro_batch: Callable[[slice], tuple[mx.array, ...]]) -> list[mx.array]:
-    """What a function of the rows of a micro-batch gives, for all of them."""
+    """Call a function with the rows of each micro-batch, and join what it returns for all rows."""
     pieces = []
     for part in batches.micro_batches(rows):
         pieces.append(micro_batch(part))
@@ -107,7 +142,7 @@ def _joined(rows: Rows, micro_batch: Callable[[slice], tuple[mx.array, ...]]) ->
 
 
 class _Kept(stream.Observer):
-    """The observer of the forward walk: what goes into every block, as it went in, and what comes out of the last."""
+    """The observer of the forward walk: it keeps the inputs of every block, and the output of the last one."""
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -127,8 +162,11 @@ class _Kept(stream.Observer):
 
 
 def _of_head(end: stream.Streamed, norm: Any, hidden: mx.array, rows: Rows, part: slice) -> tuple[mx.array]:
-    """dL/dh [rows, length, hidden] at the states before the final norm: softmax minus what was to be predicted, times
-    the head; two passes over its chunks, the first for the denominators."""
+    """Compute dL/dh [rows, length, hidden] at the states before the final norm.
+
+    It is softmax minus the true token, times the head, taken back through the norm. Two passes over the chunks of the
+    head are needed: the first one computes the denominators.
+    """
     x = end.hidden[part].astype(mx.float32)
     inner = x[:, :-1].reshape(-1, x.shape[-1])
     targets = mx.array(rows.tokens[part, 1:].reshape(-1))
@@ -161,11 +199,11 @@ class _Mask:
 
     def __call__(self, x: mx.array) -> mx.array:
         wide = mx.repeat(self.mask, x.shape[-1] // self.mask.shape[-1], axis=-1)[:, None]
-        return self.module((x.astype(mx.float32) * wide).astype(x.dtype))  # float32: so are the sums over the tokens
+        return self.module((x.astype(mx.float32) * wide).astype(x.dtype))  # float32: so are the sums over tokens
 
 
 class _Backward:
-    """One block of the backward walk, from the cotangent of what comes out to the one of what goes in."""
+    """One block of the backward walk, from the cotangent of its output to the cotangent of its input."""
 
     def __init__(
         self, block: Any, arch: Architecture, index: int, call: tuple, before: mx.array, after: mx.array, rows: Rows
@@ -176,7 +214,13 @@ class _Backward:
         self.cotangent: mx.array | None = None
 
     def statistics(self, cotangent: mx.array) -> dict[str, mx.array]:
-        """The statistics of this block, named as in ``measure`` without the layer; sets ``cotangent``."""
+        """Compute the statistics of this block, named as in ``measure`` without the layer, and set ``cotangent``.
+
+        Args:
+            cotangent: dL/dh after the block [rows, length, hidden].
+        Returns:
+            float32 arrays [units] or [].
+        """
         whole, spread, *slopes, self.cotangent = _joined(self.rows, lambda part: self._rows(cotangent[part], part))
         found = {"block.cotangent_sq": spread.sum() / self.rows.total}
         for site, slope in zip(("block", *SITES), (whole, *slopes), strict=True):
@@ -186,8 +230,8 @@ class _Backward:
         return found
 
     def _rows(self, cotangent: mx.array, part: slice) -> tuple[mx.array, ...]:
-        """For some rows: slope with the block [rows], |dL/dh|^2 [rows], slopes with its units [rows, units], dL/dh of
-        what goes in [rows, length, hidden]."""
+        """Compute for some rows: slope with the block [rows], |dL/dh|^2 [rows], slopes with its units [rows, units],
+        dL/dh before the block [rows, length, hidden]."""
 
         def share(value: Any) -> Any:
             return value[part] if batches.per_row(value, self.rows) else value

@@ -1,4 +1,4 @@
-"""score: Stats (and weights) -> Scores, by one of the criteria in the table below."""
+"""score: compute Scores from Stats (and weights), by one of the criteria in the table below."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ AXES = ("ffn", "kv_head", "hidden", "layer")
 class Criterion:
     """One way to tell what matters.
 
-    ``ffn``, ``kv_head``, ``hidden``: prefix of the functions in scoring/width.py; ``layer``: function in
-    scoring/depth.py. ``own``: the axes that the source has a formula for; on the others the named one stands in.
-    ``needs``: what it looks at; ``extra``: what calibrate measures for it only when asked (calibrate.EXTRA).
+    ``ffn``, ``kv_head``, ``hidden``: prefix of the functions in scoring/width.py.
+    ``layer``: function in scoring/depth.py.
+    ``own``: axes for which ``source`` has a formula; on the other axes the named function stands in.
+    ``needs``: what it looks at. ``source``: paper or file it is taken from.
+    ``extra``: what calibrate measures for it only on request (calibrate.EXTRA).
     """
 
     name: str
@@ -77,15 +79,17 @@ CRITERIA = {
 
 
 def criterion(name: str) -> Criterion:
-    """A criterion by name. Raises UsageError, listing the names, when there is none."""
+    """Return a criterion by name. Raises UsageError, listing the names, if the name is unknown."""
     if name not in CRITERIA:
         raise UsageError(f"unknown criterion {name!r}", f"choose one of {', '.join(CRITERIA)}")
     return CRITERIA[name]
 
 
 def described(stats: Path, name: str) -> dict[str, Any]:
-    """What statistics say of themselves, when they hold what a criterion needs; raises PareError otherwise, UsageError
-    for an unknown criterion."""
+    """Return the description of statistics, if they hold what a criterion needs.
+
+    Raises PareError if they hold too little or cannot be read, UsageError if the criterion is unknown.
+    """
     from ..store.arrays import Arrays
 
     chosen, about = criterion(name), Arrays.described(stats, "statistics")
@@ -98,12 +102,25 @@ def described(stats: Path, name: str) -> dict[str, Any]:
 
 
 def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed: int = 0) -> Path:
-    """Write the scores of one criterion to ``out``: mlp [layers, ffn], attention [layers, q_head], attn_ln [hidden],
-    ffn_ln [hidden] (summed over layers), layer [layers], of criterion angular also angles [layers + 1, layers + 1]; and
-    sparsity [layers, ffn], for reading.
+    """Write the scores of one criterion to ``out``; higher scores mean keep.
 
-    Raises UsageError for an unknown criterion, PareError when the statistics are of another model or hold too little
-    for it.
+    The arrays are float32: mlp [layers, ffn], attention [layers, q_head], attn_ln [hidden] and ffn_ln [hidden] (both
+    summed over the layers), layer [layers]. The criterion angular adds angles [layers + 1, layers + 1]. For reading
+    only, the file also holds sparsity [layers, ffn].
+
+    Args:
+        model: model directory, GGUF file, or name of a model that can be downloaded.
+        stats: stats.safetensors that calibrate wrote for this model.
+        out: file to write; an earlier file of this name is replaced.
+        name: the criterion, a key of CRITERIA.
+        seed: seed of the criterion random; every file records it.
+    Returns:
+        ``out``.
+    Raises:
+        UsageError: the criterion or the name of the model is unknown.
+        Unsupported: the model cannot be cut.
+        PareError: the statistics cannot be read, are of another model, or hold too little for the criterion; the model
+            cannot be opened; ``out`` cannot be written.
     """
     import mlx.core as mx
 

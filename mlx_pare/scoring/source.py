@@ -17,9 +17,17 @@ from ..tensors.packed import Packed
 
 
 class Source:
-    """Statistics [units], and sums over weights by role, of one model. Weights are read when asked for."""
+    """Statistics of one model, and sums over its weights by role. Weights are read on request."""
 
     def __init__(self, checkpoint: Checkpoint, stats: Mapping[str, mx.array], seed: int, about: Mapping[str, Any]):
+        """Keep what scores are computed from.
+
+        Args:
+            checkpoint: the model.
+            stats: arrays as calibrate.calibrate writes them, by name.
+            seed: seed of the criterion random.
+            about: description of the statistics; "tokens" is the number of valid tokens.
+        """
         self.checkpoint, self.arch = checkpoint, checkpoint.arch
         self.stats, self.seed = stats, seed
         self.tokens = about["tokens"]
@@ -29,19 +37,45 @@ class Source:
         return {(t.layer, t.spec.role): t for t in self.arch.tensors()}
 
     def stat(self, layer: int, site: str, name: str) -> mx.array:
+        """Return one array of the statistics.
+
+        Args:
+            layer: number of the layer.
+            site: "ffn", "attention", "attn_ln", "ffn_ln" or "block".
+            name: name of the sum, e.g. "sq_sum".
+        Returns:
+            float32 [units] of the site, for "block" [].
+        """
         return self.stats[f"{layer}.{site}.{name}"]
 
     def angles(self) -> mx.array:
-        """[layers + 1, layers + 1] between the inputs of all blocks, the output of the last one behind them. Raises
-        PareError for statistics of an earlier version."""
+        """Return the angles between the inputs of all blocks, with the output of the last block at the end.
+
+        Returns:
+            float32 [layers + 1, layers + 1], from 0 to 1 (accumulators.angles).
+        Raises:
+            PareError: an earlier version wrote the statistics, without angles.
+        """
         if "angles" not in self.stats:
             raise PareError("the statistics hold no angles between layers", "calibrate again, into another --out")
         return self.stats["angles"]
 
     def sums(self, layer: int, role: str, of: Callable[[mx.array], mx.array], axis: int) -> mx.array:
-        """Sums along an axis of a matrix [out, in] in float32 of which ``of`` was taken, element by element: [in] for
-        axis 0, [out] for axis 1. The matrix is expanded a part of its rows at a time; where it is stored as one with
-        others, its own rows alone are read."""
+        """Sum a function of a layer's matrix [out, in] along one axis.
+
+        The matrix is expanded to float32 a part of its rows at a time. If it is stored as one with others, only its own
+        rows are read.
+
+        Args:
+            layer: number of the layer.
+            role: role of the matrix, e.g. "down_proj".
+            of: applied to the float32 weights, element by element.
+            axis: 0 to sum over outputs, 1 to sum over inputs.
+        Returns:
+            float32 [in] for axis 0, [out] for axis 1.
+        Raises:
+            KeyError: the layer has no such role.
+        """
         found, (spec, segment) = [], self.arch.row(layer, role)
         rows = None if segment is None else select(spec.dims[0], self.arch.layer_sizes(layer), {}, segment)
         for panel in read_panels(self.checkpoint, self._tensors[layer, spec.role], rows):
@@ -50,20 +84,41 @@ class Source:
         return sum(found[1:], found[0]) if axis == 0 else mx.concatenate(found)
 
     def key(self, layer: int, axis: str) -> mx.array:
-        """A random key that depends on seed, layer and axis alone."""
+        """Return a random key that depends on seed, layer and axis alone.
+
+        Args:
+            layer: number of the layer.
+            axis: name of what is drawn, e.g. "ffn".
+        Returns:
+            Key for mx.random, uint32 [2].
+        """
         return mx.random.key(self.seed * 1_000_003 + layer * 101 + sum(map(ord, axis)))
 
     def heads(self, layer: int) -> tuple[int, int, int]:
-        """(q heads, kv heads, head_dim)."""
+        """(q heads, kv heads, head_dim) of a layer."""
         sizes = self.arch.layer_sizes(layer)
         return sizes["kv_head"] * sizes["group"], sizes["kv_head"], sizes["head_dim"]
 
     def per_head(self, layer: int, channels: mx.array) -> mx.array:
-        """Channels of the input of o_proj as [q_head, head_dim]."""
+        """Divide the channels at the input of o_proj among the query heads.
+
+        Args:
+            layer: number of the layer.
+            channels: values of the channels [q_head*head_dim].
+        Returns:
+            The same values [q_head, head_dim].
+        """
         q_heads, _, head_dim = self.heads(layer)
         return channels.reshape(q_heads, head_dim)
 
     def shared(self, layer: int, kv_heads: mx.array) -> mx.array:
-        """Scores of kv heads [kv_head] in equal parts for their query heads [q_head]: plan adds them up again."""
+        """Divide the score of each kv head equally among its query heads; `plan` adds the parts up again.
+
+        Args:
+            layer: number of the layer.
+            kv_heads: scores [kv_head].
+        Returns:
+            Scores [q_head].
+        """
         q_heads, count, _ = self.heads(layer)
         return mx.repeat(kv_heads / (q_heads // count), q_heads // count)

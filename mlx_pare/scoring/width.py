@@ -10,18 +10,18 @@ import numpy as np
 from .accumulators import sparsity
 from .source import Source
 
-# The part whose matrices read the output of each norm, and the one that writes back to the residual stream after them.
+# For each norm: the part whose matrices read its output, and the matrix that writes back to the stream after them.
 READING = {"attn_ln": "attention", "ffn_ln": "ffn"}
 WRITER = {"attn_ln": "o_proj", "ffn_ln": "down_proj"}
 
 
 def _columns(source: Source, layer: int, norm: str, of: Callable[[mx.array], mx.array]) -> mx.array:
-    """Sums [hidden] over the matrices that read a norm's output."""
+    """Sum ``of`` the weights over the matrices that read a norm's output: [hidden]."""
     return sum(source.sums(layer, role, of, 0) for role in source.arch.readers(layer, READING[norm]))
 
 
 def _norm(source: Source, layer: int, site: str) -> mx.array:
-    """||x_j||_2 over all calibration tokens."""
+    """Compute ||x_j||_2 over all calibration tokens."""
     return mx.sqrt(source.stat(layer, site, "sq_sum"))
 
 
@@ -29,32 +29,68 @@ def _norm(source: Source, layer: int, site: str) -> mx.array:
 
 
 def minitron_ffn(source: Source, layer: int) -> mx.array:
-    """sqrt(sum over rows of (mean over tokens of |x|)^2) at the input of down_proj."""
+    """Score FFN channels by sqrt(sum over rows of (mean over tokens of |x|)^2) at the input of down_proj.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+    Returns:
+        float32 [ffn].
+    """
     return mx.sqrt(source.stat(layer, "ffn", "row_sq"))
 
 
 def minitron_heads(source: Source, layer: int) -> mx.array:
-    """L2 over each head's channels at the input of o_proj."""
+    """Score query heads by the L2 norm of ``minitron_ffn``'s formula over their channels at the input of o_proj.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+    Returns:
+        float32 [q_head].
+    """
     q_heads, _, head_dim = source.heads(layer)
     return mx.sqrt(source.stat(layer, "attention", "row_sq").reshape(q_heads, head_dim).sum(axis=1))
 
 
 def minitron_hidden(source: Source, layer: int, norm: str) -> mx.array:
-    """The same at the output of a norm; score() sums it over the layers."""
+    """Score hidden channels by ``minitron_ffn``'s formula at the output of a norm; score() sums over the layers.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+        norm: "attn_ln" or "ffn_ln".
+    Returns:
+        float32 [hidden].
+    """
     return mx.sqrt(source.stat(layer, norm, "row_sq"))
 
 
-# ---- magnitude: weights only ----
+# ---- magnitude: weights only, without biases ----
 
 
 def magnitude_ffn(source: Source, layer: int) -> mx.array:
-    """L2 norm of all weights that leave with a channel: its rows of gate and up, its column of down."""
+    """Score FFN channels by the L2 norm of the weights that leave with them: rows of gate and up, column of down.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+    Returns:
+        float32 [ffn].
+    """
     rows = sum(source.sums(layer, role, mx.square, 1) for role in ("gate_proj", "up_proj"))
     return mx.sqrt(rows + source.sums(layer, "down_proj", mx.square, 0))
 
 
 def magnitude_heads(source: Source, layer: int) -> mx.array:
-    """L2 norm of a head's rows of q and columns of o, and of its share of the k and v rows that its group uses."""
+    """Score query heads by the L2 norm of their rows of q, columns of o, and share of the group's k and v rows.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+    Returns:
+        float32 [q_head].
+    """
     q_heads, kv_heads, head_dim = source.heads(layer)
     own = source.sums(layer, "q_proj", mx.square, 1) + source.sums(layer, "o_proj", mx.square, 0)
     shared = sum(source.sums(layer, role, mx.square, 1) for role in ("k_proj", "v_proj"))
@@ -64,7 +100,15 @@ def magnitude_heads(source: Source, layer: int) -> mx.array:
 
 
 def magnitude_hidden(source: Source, layer: int, norm: str) -> mx.array:
-    """L2 norm of a hidden channel's columns in the matrices that read it and rows in the one that writes it."""
+    """Score hidden channels by the L2 norm of their columns in the readers of a norm and rows in the writer.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+        norm: "attn_ln" or "ffn_ln".
+    Returns:
+        float32 [hidden].
+    """
     columns = _columns(source, layer, norm, mx.square)
     return mx.sqrt(columns + source.sums(layer, WRITER[norm], mx.square, 1))
 
@@ -73,38 +117,82 @@ def magnitude_hidden(source: Source, layer: int, norm: str) -> mx.array:
 
 
 def wanda_ffn(source: Source, layer: int) -> mx.array:
-    """sum_i |W_ij| * ||x_j||_2 over the outputs i of down_proj."""
+    """Score FFN channels by sum_i |W_ij| * ||x_j||_2 over the outputs i of down_proj.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+    Returns:
+        float32 [ffn].
+    """
     return source.sums(layer, "down_proj", mx.abs, 0) * _norm(source, layer, "ffn")
 
 
 def wanda_heads(source: Source, layer: int) -> mx.array:
-    """The same for o_proj, summed over the channels of a head."""
+    """Score query heads by ``wanda_ffn``'s formula for o_proj, summed over the channels of a head.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+    Returns:
+        float32 [q_head].
+    """
     q_heads, _, head_dim = source.heads(layer)
     columns = source.sums(layer, "o_proj", mx.abs, 0) * _norm(source, layer, "attention")
     return columns.reshape(q_heads, head_dim).sum(axis=1)
 
 
 def wanda_hidden(source: Source, layer: int, norm: str) -> mx.array:
-    """The same for all matrices that read a norm's output."""
+    """Score hidden channels by ``wanda_ffn``'s formula for all matrices that read a norm's output.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+        norm: "attn_ln" or "ffn_ln".
+    Returns:
+        float32 [hidden].
+    """
     return _columns(source, layer, norm, mx.abs) * _norm(source, layer, norm)
 
 
-# ---- flap: how much a unit's output fluctuates around its mean, which a bias could stand for ----
+# ---- flap: how much a unit's output fluctuates around its mean, which a bias could replace ----
 
 
 def variance(source: Source, layer: int, site: str) -> mx.array:
-    """Variance of each channel over all calibration tokens."""
+    """Compute the variance of each channel over all calibration tokens.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+        site: "ffn", "attention", "attn_ln" or "ffn_ln".
+    Returns:
+        float32 [units] of the site.
+    """
     mean = source.stat(layer, site, "sum") / source.tokens
     return mx.maximum(source.stat(layer, site, "sq_sum") / source.tokens - mx.square(mean), 0)
 
 
 def flap_ffn(source: Source, layer: int) -> mx.array:
-    """WIFV: var_j * sum_i W_ij^2 over the outputs i of down_proj."""
+    """Score FFN channels by WIFV: var_j * sum_i W_ij^2 over the outputs i of down_proj.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+    Returns:
+        float32 [ffn].
+    """
     return variance(source, layer, "ffn") * source.sums(layer, "down_proj", mx.square, 0)
 
 
 def flap_heads(source: Source, layer: int) -> mx.array:
-    """The same for o_proj, summed over the channels of a head (FLAP squares it first, for its z-scores)."""
+    """Score query heads by WIFV for o_proj, summed over their channels (FLAP squares these first, for its z-scores).
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+    Returns:
+        float32 [q_head].
+    """
     columns = variance(source, layer, "attention") * source.sums(layer, "o_proj", mx.square, 0)
     return source.per_head(layer, columns).sum(axis=1)
 
@@ -115,9 +203,14 @@ COMPOSITE = {"magnitude": 1 / 3, "variance": 1 / 3, "activity": 1 / 3}  # activi
 
 
 def rank(values: mx.array) -> mx.array:
-    """Ranks from 0 (lowest) to 1 (highest); equal values share their mean rank.
+    """Rank values from 0 (lowest) to 1 (highest); equal values share their mean rank.
 
-    Ranks, not z-scores: of the three some have a few values a thousand times the rest, which would decide alone.
+    Ranks, not z-scores, because some views have a few values a thousand times the rest. These would decide alone.
+
+    Args:
+        values: float32 [units].
+    Returns:
+        Ranks, float32 [units].
     """
     found = np.array(values)
     ordered = np.sort(found)
@@ -126,68 +219,138 @@ def rank(values: mx.array) -> mx.array:
 
 
 def composite(views: dict[str, mx.array]) -> mx.array:
-    """The weighted sum of the ranks of the views that COMPOSITE names, each [units]."""
+    """Add the ranks of the views that COMPOSITE names, weighted.
+
+    Args:
+        views: values by the name of the view, each float32 [units].
+    Returns:
+        Scores, float32 [units].
+    """
     return sum(weight * rank(views[name]) for name, weight in COMPOSITE.items())
 
 
 def _activity(source: Source, layer: int, site: str) -> mx.array:
-    """1 - Hoyer's sparsity of each channel over the tokens."""
+    """Compute 1 - Hoyer's sparsity of each channel over the tokens."""
     return 1 - sparsity(source.stat(layer, site, "abs_sum"), source.stat(layer, site, "sq_sum"), source.tokens)
 
 
 def composite_ffn(source: Source, layer: int) -> mx.array:
-    """magnitude as ``magnitude_ffn``; variance and activity at the input of down_proj."""
+    """Score FFN channels by ranks of ``magnitude_ffn``, and of variance and activity at the input of down_proj.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+    Returns:
+        float32 [ffn].
+    """
     activity = _activity(source, layer, "ffn")
     magnitude = magnitude_ffn(source, layer)
     return composite({"magnitude": magnitude, "variance": variance(source, layer, "ffn"), "activity": activity})
 
 
 def composite_heads(source: Source, layer: int) -> mx.array:
-    """The same at the input of o_proj: variances summed, activities averaged over the channels of a head."""
+    """Score query heads by ranks of ``magnitude_heads``, and at o_proj of summed variances and mean activities.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+    Returns:
+        float32 [q_head].
+    """
     spread = source.per_head(layer, variance(source, layer, "attention")).sum(axis=1)
     activity = source.per_head(layer, _activity(source, layer, "attention")).mean(axis=1)
     return composite({"magnitude": magnitude_heads(source, layer), "variance": spread, "activity": activity})
 
 
 def composite_hidden(source: Source, layer: int, norm: str) -> mx.array:
-    """The same at the output of a norm."""
+    """Score hidden channels by ranks of ``magnitude_hidden``, and of variance and activity at the output of a norm.
+
+    Args:
+        source: statistics and weights of the model.
+        layer: number of the layer.
+        norm: "attn_ln" or "ffn_ln".
+    Returns:
+        float32 [hidden].
+    """
     magnitude, activity = magnitude_hidden(source, layer, norm), _activity(source, layer, norm)
     return composite({"magnitude": magnitude, "variance": variance(source, layer, norm), "activity": activity})
 
 
-# ---- taylor, taylor2: what the loss would do; scoring/gradients.py has the formulas ----
+# ---- taylor, taylor2: how the loss would change; scoring/gradients.py has the formulas ----
 
 
 def taylor_ffn(source: Source, layer: int) -> mx.array:
-    """Mean over rows of |sum over tokens of a * dL/da| at the input of down_proj."""
+    """Score FFN channels by the mean over rows of |sum over tokens of a * dL/da| at the input of down_proj.
+
+    Args:
+        source: statistics and weights of the model; gradients are among them.
+        layer: number of the layer.
+    Returns:
+        float32 [ffn], in nats.
+    """
     return source.stat(layer, "ffn", "gradient_abs")
 
 
 def taylor_heads(source: Source, layer: int) -> mx.array:
-    """The same for a kv head with all that its query heads give to o_proj, in equal parts for these."""
+    """Score kv heads by ``taylor_ffn``'s formula at the input of o_proj, in equal parts for their query heads.
+
+    Args:
+        source: statistics and weights of the model; gradients are among them.
+        layer: number of the layer.
+    Returns:
+        float32 [q_head], in nats.
+    """
     return source.shared(layer, source.stat(layer, "attention", "gradient_abs"))
 
 
 def taylor2_ffn(source: Source, layer: int) -> mx.array:
-    """Mean over rows of (sum over tokens of a * dL/da)^2 at the input of down_proj."""
+    """Score FFN channels by the mean over rows of (sum over tokens of a * dL/da)^2 at the input of down_proj.
+
+    Args:
+        source: statistics and weights of the model; gradients are among them.
+        layer: number of the layer.
+    Returns:
+        float32 [ffn], in nats^2.
+    """
     return source.stat(layer, "ffn", "gradient_sq")
 
 
 def taylor2_heads(source: Source, layer: int) -> mx.array:
-    """The same for a kv head with all that its query heads give to o_proj, in equal parts for these."""
+    """Score kv heads by ``taylor2_ffn``'s formula at the input of o_proj, in equal parts for their query heads.
+
+    Args:
+        source: statistics and weights of the model; gradients are among them.
+        layer: number of the layer.
+    Returns:
+        float32 [q_head], in nats^2.
+    """
     return source.shared(layer, source.stat(layer, "attention", "gradient_sq"))
 
 
-# ---- iterative: what would be missing from the output; scoring/accumulators.py has the formulas ----
+# ---- iterative: what the output would lack; scoring/accumulators.py has the formulas ----
 
 
 def iterative_ffn(source: Source, layer: int) -> mx.array:
-    """When a channel would be removed: 0 first, ffn - 1 last."""
+    """Score FFN channels by the place at which they would be removed: 0 first, ffn - 1 last.
+
+    Args:
+        source: statistics and weights of the model; contributions are among them.
+        layer: number of the layer.
+    Returns:
+        float32 [ffn].
+    """
     return source.stat(layer, "ffn", "removal")
 
 
 def iterative_heads(source: Source, layer: int) -> mx.array:
-    """Mean over tokens of ||A_g W_g^T||_2 of a kv head, in equal parts for its query heads."""
+    """Score kv heads by the mean over tokens of ||A_g W_g^T||_2, in equal parts for their query heads.
+
+    Args:
+        source: statistics and weights of the model; contributions are among them.
+        layer: number of the layer.
+    Returns:
+        float32 [q_head].
+    """
     return source.shared(layer, source.stat(layer, "attention", "contribution") / source.tokens)
 
 
@@ -195,15 +358,37 @@ def iterative_heads(source: Source, layer: int) -> mx.array:
 
 
 def random_ffn(source: Source, layer: int) -> mx.array:
-    """Drawn by lot, uniform in [0, 1)."""
+    """Draw the scores of FFN channels by lot, uniform in [0, 1).
+
+    Args:
+        source: gives the seed and the sizes.
+        layer: number of the layer.
+    Returns:
+        float32 [ffn].
+    """
     return mx.random.uniform(shape=(source.arch.layer_sizes(layer)["ffn"],), key=source.key(layer, "ffn"))
 
 
 def random_heads(source: Source, layer: int) -> mx.array:
-    """Drawn by lot, uniform in [0, 1)."""
+    """Draw the scores of query heads by lot, uniform in [0, 1).
+
+    Args:
+        source: gives the seed and the sizes.
+        layer: number of the layer.
+    Returns:
+        float32 [q_head].
+    """
     return mx.random.uniform(shape=(source.heads(layer)[0],), key=source.key(layer, "heads"))
 
 
 def random_hidden(source: Source, layer: int, norm: str) -> mx.array:
-    """Drawn by lot, uniform in [0, 1); the same draw in every layer."""
+    """Draw the scores of hidden channels by lot, uniform in [0, 1); the same draw in every layer.
+
+    Args:
+        source: gives the seed and the sizes.
+        layer: number of the layer.
+        norm: "attn_ln" or "ffn_ln".
+    Returns:
+        float32 [hidden].
+    """
     return mx.random.uniform(shape=(source.arch.sizes["hidden"],), key=source.key(0, norm))
