@@ -1,8 +1,8 @@
 """LoRA adapters of the original, carried over to a model that was cut from it.
 
-An adapter adds scale * (x @ lora_a) @ lora_b to what a matrix makes of x. Of a matrix that lost rows and columns, what
-is left of that sum is the same sum with those rows of lora_a and those columns of lora_b that survived: exact, as the
-cut itself is, where the matrix was cut and not solved anew.
+An adapter adds scale * (x @ lora_a) @ lora_b to the output of a matrix for x. If the matrix lost rows and columns, what
+is left of that sum has only those rows of lora_a and those columns of lora_b that survived. This is exact, as the cut
+itself is, if the matrix was cut and not solved again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,22 @@ PART = re.compile(r"(.+)\.(lora_a|lora_b)")
 
 
 def carry(adapter: Path, parent: Path, model: Path, out: Path) -> dict[str, Any]:
-    """Write to ``out`` the adapter directory of mlx-lm that does for ``model`` what ``adapter`` does for ``parent``.
+    """Write the adapter directory of mlx-lm that does for a cut model what an adapter does for its parent.
 
-    ``model`` was cut from ``parent`` (its survivors.json says so). Returns out, tensors, layers (of the new model that
-    have an adapter) and left_out (tensors of layers that are gone). Raises Refused when ``out`` exists or the models do
-    not belong together, Unsupported for adapters that cannot be cut, with the reason, PareError for what is damaged.
+    Args:
+        adapter: directory of the adapter.
+        parent: directory of the model that the adapter belongs to.
+        model: directory of the model that was cut from it, with its survivors.json.
+        out: directory to write; it must not exist.
+
+    Returns:
+        "out"; "tensors": how many were written; "layers": numbers of the layers of the new model that have an adapter;
+        "left_out": names of the tensors whose layers are gone.
+
+    Raises:
+        Refused: ``out`` exists, or ``model`` was not cut from ``parent``.
+        Unsupported: the adapter cannot be cut, with the reason.
+        PareError: files are missing, damaged or contradict each other.
     """
     refuse_existing(out)
     settings = _settings(adapter)
@@ -57,7 +68,7 @@ def carry(adapter: Path, parent: Path, model: Path, out: Path) -> dict[str, Any]
 
 
 def _settings(adapter: Path) -> dict[str, Any]:
-    """The adapter's configuration. Raises Unsupported for kinds that cannot be cut."""
+    """Read the adapter's configuration. Raises Unsupported for kinds that cannot be cut, PareError for wrong values."""
     check_links(adapter)
     if not (adapter / CONFIG).is_file() or not (adapter / WEIGHTS).is_file():
         raise PareError(f"{adapter} is no adapter directory of mlx-lm: it lacks {CONFIG} or {WEIGHTS}")
@@ -93,15 +104,15 @@ def _settings(adapter: Path) -> dict[str, Any]:
 
 
 def _check_pairs(file: Path, arrays: Mapping[str, Any], rank: int) -> None:
-    """What mlx-lm could not load, or would load and compute nonsense with.
+    """Refuse arrays that mlx-lm cannot load, or would load and compute nonsense with.
 
     Args:
         file: where the arrays are from.
         arrays: by name: lora_a [columns, rank] and lora_b [rank, rows] of every matrix.
-        rank: what the config says.
+        rank: the rank in the config.
 
     Raises:
-        PareError: for one of a pair alone, another rank, or values that are no finite floats.
+        PareError: one of a pair is missing, the rank is another, or values are no finite floats.
     """
     import mlx.core as mx
 
@@ -120,7 +131,7 @@ def _check_pairs(file: Path, arrays: Mapping[str, Any], rank: int) -> None:
 
 
 class _Cut:
-    """The way from the parent's tensors to those of a model that was cut from it."""
+    """Maps the parent's tensors to those of a model that was cut from it."""
 
     def __init__(self, old: Architecture, new: Architecture, kept: Mapping[str, Any]):
         self.old, self.kept = old, kept
@@ -129,7 +140,7 @@ class _Cut:
         self.place = {layer["source"]: index for index, layer in enumerate(kept["layers"])}
 
     def arrays(self, file: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """(what is left of every tensor of the adapter, by its new name; names of those of layers that are gone)."""
+        """Return what is left of the adapter's tensors, by new name, and the names of those whose layers are gone."""
         import mlx.core as mx
 
         read_header(file)  # bounded, checked
@@ -155,12 +166,12 @@ class _Cut:
         return found, left_out
 
     def first(self, settings: Mapping[str, Any]) -> int:
-        """The first layer of the parent that mlx-lm gives adapters to: they are the last num_layers, or all for 0."""
+        """The first layer of the parent to which mlx-lm gives adapters: the last num_layers get them; if 0, all."""
         number = settings["num_layers"]
         return max(0, len(self.old.layers) - number) if number > 0 else 0
 
     def check_place(self, name: str, tensor: Tensor, settings: Mapping[str, Any]) -> None:
-        """Raises PareError for a matrix that mlx-lm gives no adapter by these settings: it refuses such a file."""
+        """Raise PareError if mlx-lm gives this matrix no adapter by these settings: it would refuse the file."""
         keys, module = settings["lora_parameters"].get("keys"), tensor.module
         if keys and module in keys:  # named in full
             return
@@ -169,13 +180,13 @@ class _Cut:
             raise PareError(f"{name} has no place by num_layers and keys of {CONFIG}", "take both files of one adapter")
 
     def keys(self, keys: Sequence[str]) -> list[str]:
-        """The keys of the new model: those that name one module in full move with its layer, or go with it."""
+        """The keys for the new model. A key that names one module in full moves with its layer, or goes with it."""
         tensors = {key: self.tensors.get(key) for key in keys}
         gone = {key for key, t in tensors.items() if t and t.layer is not None and t.layer not in self.place}
         return [self.renamed(t) if (t := tensors[key]) else key for key in keys if key not in gone]
 
     def renamed(self, tensor: Tensor) -> str:
-        """The module in the new model. Raises Unsupported where it has no such one."""
+        """The name of the module in the new model. Raises Unsupported if the new model has no such module."""
         module = tensor.module
         if tensor.layer is not None:
             stem = self.old.family.prefix
@@ -189,7 +200,7 @@ class _Cut:
         return module
 
     def check_shape(self, name: str, which: str, tensor: Tensor, array: Any) -> None:
-        """Raises PareError for an array that is not of the parent's matrix."""
+        """Raise PareError if the shape of an array does not suit the parent's matrix."""
         rows, columns = tensor.spec.dims
         dimension, axis = (columns, 0) if which == "lora_a" else (rows, 1)
         expected = length(dimension, self.old.layer_sizes(tensor.layer))
@@ -197,7 +208,7 @@ class _Cut:
             raise PareError(f"{name} has shape {list(array.shape)}, the parent means {expected} along axis {axis}")
 
     def part(self, which: str, tensor: Tensor, array: Any) -> Any:
-        """lora_a [columns, rank] by the columns that are left, lora_b [rank, rows] by the rows."""
+        """Take what the kept columns leave of lora_a [columns, rank], or the kept rows of lora_b [rank, rows]."""
         import mlx.core as mx
 
         rows, columns = tensor.spec.dims
@@ -206,7 +217,7 @@ class _Cut:
         return array if index is None else mx.take(array, mx.array(index), axis=axis)
 
     def units(self, layer: int | None) -> dict[str, list[int]]:
-        """What survived on every axis, in indices of the parent."""
+        """The units that survived on every axis, as indices of the parent."""
         found = {"hidden": self.kept["hidden"]}
         if layer is not None:
             there = self.kept["layers"][self.place[layer]]

@@ -1,6 +1,6 @@
 """What a cut model will store: each new tensor, where it comes from, and how it is packed. Arithmetic only.
 
-plan counts bytes with it, prune writes by it, so predicted bytes and bytes on disk are one thing.
+plan counts bytes with it, and prune writes by it. So predicted bytes and bytes on disk are the same.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from ..tensors.safetensors import DTYPE_BYTES
 from ..tensors.shards import Planned
 from .plan_file import Size
 
-Role = tuple[int | None, str]  # of a layer, or (None) of the model
+Role = tuple[int | None, str]  # the layer, or None for the model; the role of a tensor
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the cut model. ``origins``: the tensors it is cut from, joined along their rows; none: it is zero.
+    """One tensor of the cut model.
 
-    ``dtype``: of its values, or of what it is packed in, which affine scales and biases have too. ``segment``: which
-    segment of the rows of its one origin it is, where that holds others too.
+    ``origins``: the tensors it is cut from, joined along their rows; none: it is zero. ``packing``: None if it is
+    dense. ``dtype``: of its values, or, if it is packed, the one it is packed in, which affine scales and biases have
+    too. ``segment``: which segment of the rows of its one origin it is, if that origin holds other tensors as well.
     """
 
     tensor: Tensor
@@ -35,7 +36,7 @@ class Piece:
     segment: int | None = None
 
     def stored(self) -> list[Planned]:
-        """The one to three safetensors entries it becomes, in the order they are written."""
+        """The one to three safetensors entries that the tensor becomes, in the order in which they are written."""
         if self.packing is None:
             return [Planned(self.tensor.name, self.dtype, self.tensor.shape)]
         rows, columns = self.tensor.shape
@@ -50,22 +51,52 @@ class Piece:
 
 
 def embedding_packed(checkpoint: Checkpoint, keep: Keep, packing: Packing | None) -> bool:
-    """Whether the result's embedding will be quantized, which decides how some families may leave."""
+    """Decide whether the result's embedding will be quantized: this limits the model types some families may become.
+
+    Args:
+        checkpoint: the source.
+        keep: the cut.
+        packing: packing of the result; None: as in the source.
+
+    Returns:
+        Whether it will be.
+    """
     asked = keep.packing(None, "embedding") or packing
     return asked is not None or checkpoint.packing("model.embed_tokens") is not None
 
 
 def smaller(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Architecture:
-    """The architecture that a cut of this checkpoint leaves."""
+    """Return the architecture that a cut of a checkpoint leaves.
+
+    Args:
+        checkpoint: the source.
+        keep: the cut.
+        packing: packing of the result; None: as in the source.
+
+    Returns:
+        The architecture of the result.
+
+    Raises:
+        PareError: no class of stock mlx-lm can hold the result, or a layer would change its kind.
+    """
     return cut(checkpoint.arch, keep, embedding_packed(checkpoint, keep, packing))
 
 
 def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Iterator[Piece]:
-    """The pieces of the cut model in the order of the new model.
+    """Yield the pieces of the cut model in the order of the new model.
 
-    ``packing``: quantize the result so (None: each tensor as it is in the source), but for the parts for which ``keep``
-    asks otherwise. A matrix whose columns no group size divides stays dense: the caller can see it, nothing happens
-    silently.
+    A matrix whose columns no group size divides stays dense: its piece has no packing, so the caller sees it.
+
+    Args:
+        checkpoint: the source.
+        keep: the cut; its packings of single parts come first.
+        packing: how to quantize the rest of the result; None: each tensor as it is in the source.
+
+    Returns:
+        One piece for each tensor.
+
+    Raises:
+        PareError: as ``smaller``.
     """
     new = smaller(checkpoint, keep, packing)
     old = {(t.layer, t.spec.role): t for t in checkpoint.arch.tensors()}
@@ -87,8 +118,8 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
 def _origins(
     tensor: Tensor, layer: int | None, old: Mapping[Role, Tensor], tied: bool
 ) -> tuple[tuple[Tensor, ...], int | None]:
-    """The tensors of the source that a new one is made of, and which segment of the rows of one that is, if it is not
-    all of it. No tensors for a bias that its family wants and ours has not."""
+    """The tensors of the source that a new one is made of, and which segment of the rows of its one origin it is (None:
+    all). There are no tensors for a bias that the new family has and the source lacks."""
     role = tensor.spec.role
     if role == "lm_head" and tied:
         role = "embed_tokens"  # a head that is untied by the cut starts as the embedding
@@ -103,26 +134,50 @@ def _origins(
 
 
 def _emptied(tensor: Tensor, keep: Keep) -> bool:
-    """Whether it lies on an axis of which its layer keeps nothing: the family had to leave something in its place."""
+    """Whether the tensor lies on an axis of which its layer keeps nothing: the family needs something in its place."""
     kept = keep.of(tensor.layer)
     axes = {axis for dim in tensor.spec.dims for segment in dim for axis in segment}
     return any(axis in axes and not len(index) for axis, index in kept.items())
 
 
 def _common(packings: Sequence[Packing | None]) -> Packing | None:
-    """What matrices become that are joined: dense when one is dense, else packed as the one with most bits."""
+    """The packing of joined matrices: dense if one is dense, else that of the one with the most bits."""
     if not packings or None in packings:
         return None
     return max(packings, key=lambda p: (p.bits, -p.group_size))
 
 
 def total_bytes(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> int:
-    """Bytes of all tensors of a cut of this checkpoint, as they will be written."""
+    """Count the bytes of a cut model, as its tensors will be written.
+
+    Args:
+        checkpoint: the source.
+        keep: the cut.
+        packing: packing of the result; None: as in the source.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        PareError: as ``smaller``.
+    """
     return sum(piece.nbytes for piece in layout(checkpoint, keep, packing))
 
 
 def size_of(checkpoint: Checkpoint, keep: Keep | None, packing: Packing | None) -> Size:
-    """Shape, parameters and bytes of the source (``keep`` None) or of a cut of it."""
+    """Measure the source or a cut of it.
+
+    Args:
+        checkpoint: the source.
+        keep: the cut; None: the source itself.
+        packing: packing of the result; None: as in the source.
+
+    Returns:
+        Shape, parameters and bytes.
+
+    Raises:
+        PareError: as ``smaller``.
+    """
     arch = checkpoint.arch if keep is None else smaller(checkpoint, keep, packing)
     counted = parameters(arch)
     return Size(

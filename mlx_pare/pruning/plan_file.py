@@ -1,4 +1,4 @@
-"""The plan: which indices of every axis stay. plan.json is made to be read and edited."""
+"""The plan: which indices of every axis stay. People may read and edit plan.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from ..tensors.packing import BITS, GROUP_SIZES, Packing
 
 
 class Target(Strict):
-    """What was asked: kind "keep" (share of non-embedding parameters), "params" (total), "size" (bytes) or "for"."""
+    """What the user asked for. ``kind``: "keep" (share of non-embedding parameters), "params" (total), "size" (bytes)
+    or "for"."""
 
     kind: str
     value: float
@@ -27,7 +28,7 @@ class Target(Strict):
 
 
 class Size(Strict):
-    """Shape and size of a model, before or after. What differs between layers is a list with an entry for each."""
+    """Shape and size of a model, before or after. A count that differs between layers is a list, one entry a layer."""
 
     layers: Annotated[int, Field(ge=0, le=10**5)]
     ffn: Count | list[Count]
@@ -43,9 +44,9 @@ class LayerPlan(Strict):
     """One surviving layer: where it comes from and which units it keeps (indices in the original).
 
     Layers may keep different numbers of units, and one of the lists may be empty: the layer then loses its feed-forward
-    or its attention. Where stock mlx-lm has no class for such layers, the plan does not suit the model.
-    ``attention_bits``, ``ffn_bits``: of the matrices of that part, in groups of the plan's ``group_size``; None: as the
-    plan's ``bits``, or else as in the source.
+    or its attention. If stock mlx-lm has no class for such layers, the plan does not suit the model.
+    ``attention_bits``, ``ffn_bits``: bits of the matrices of that part, in groups of the plan's ``group_size``. None:
+    the plan's ``bits``, or, without them, as in the source.
     """
 
     source: int
@@ -56,9 +57,10 @@ class LayerPlan(Strict):
 
 
 class Plan(Strict):
-    """Which indices to keep on each axis. Made to be read and edited; ``problems`` checks it against a model.
+    """Which indices to keep on each axis. People may edit it; ``problems`` checks it against a model.
 
-    ``bits``: of the result (None: as the source); ``embedding_bits``: of the embedding and the head alone.
+    ``source``: identity of the model. ``bits``: of the result (None: as the source). ``embedding_bits``: of the
+    embedding and the head alone.
     """
 
     schema_version: int = SCHEMA
@@ -82,7 +84,7 @@ class Plan(Strict):
         return self
 
     def keep(self, arch: Architecture) -> Keep:
-        """The plan as a cut; axes that keep everything are left out, so their tensors are copied untouched."""
+        """Return the plan as a cut. Axes that keep everything are left out, so their tensors are copied untouched."""
         layers = []
         for layer in self.layers:
             sizes = arch.layers[layer.source].sizes
@@ -97,15 +99,18 @@ class Plan(Strict):
 
     @property
     def packing(self) -> Packing | None:
-        """What the result is packed as, but for parts with bits of their own; None: each tensor as in the source."""
+        """The packing of the result, except for parts with their own bits. None: each tensor as in the source."""
         return Packing(self.bits, self.group_size) if self.bits else None
 
     def cuts_hidden(self, arch: Architecture) -> bool:
-        """Whether less of the hidden size is kept than there is."""
+        """Whether the plan keeps less than the whole hidden size."""
         return self.hidden is not None and len(self.hidden) != arch.sizes["hidden"]
 
     def problems(self, arch: Architecture) -> list[str]:
-        """Everything that is wrong with the plan for this model, not only the first thing."""
+        """List everything that is wrong with the plan for this model, not only the first thing.
+
+        What ``cut`` refuses is found only if nothing else is wrong.
+        """
         found = []
         if not arch.cuttable:
             return [f"{arch.family.name} is not cut again"]
@@ -137,7 +142,7 @@ class Plan(Strict):
         return found
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises Refused when the plan is of another model, PareError with every reason when it does not suit."""
+        """Check the plan. Raises Refused if it is of another model, PareError with all reasons if it does not suit."""
         if self.source != checkpoint.identity():
             raise Refused(
                 f"the plan was made for another model than {checkpoint.path}, or its files changed since",
@@ -149,7 +154,7 @@ class Plan(Strict):
             )
 
     def dump(self) -> bytes:
-        """JSON with one line per list of indices, so that people can edit it."""
+        """Return the plan as JSON with one line per list of indices, so that people can edit it."""
         document = self.model_dump()
         lists: list[str] = []
 
@@ -172,7 +177,7 @@ class Plan(Strict):
 
     @classmethod
     def of(cls, plan: Plan | str | os.PathLike[str]) -> Plan:
-        """The plan itself, or that of a plan.json. Raises PareError as ``load``."""
+        """Return the plan itself, or read it from the path of a plan.json. Raises PareError as ``load``."""
         return plan if isinstance(plan, Plan) else cls.load(Path(plan))
 
 

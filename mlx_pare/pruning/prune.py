@@ -1,7 +1,7 @@
 """prune: a model directory and a plan -> a smaller model directory, tensor by tensor. The source is never modified.
 
-Rows and whole groups of columns keep their codes bit for bit. A matrix cut inside its quantization groups, or
-solved anew by reconstruct, is quantized again; each one is listed with its error. Memory is one packed tensor.
+Rows and whole groups of columns keep their codes bit for bit. A matrix that is cut inside its quantization groups, or
+solved again by reconstruct, is quantized again, and is listed with its error. Memory is one packed tensor.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ from .layout import Piece, layout, size_of, smaller
 from .plan_file import Plan
 from .survivors import survivors
 
-Stored = tuple[str, Iterable[memoryview]]  # a name of the new model, and the bytes under it in parts
+Stored = tuple[str, Iterable[memoryview]]  # a tensor name of the new model, and its bytes in parts
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """Of a model that was cut before: the model it was first cut from, by its survivors.json, whose units are to be
-    named in the result; and what the model itself, the parent of the result, is called."""
+    """Where a model comes from that was cut before.
+
+    ``original``: the model it was first cut from, as its survivors.json says; the result names the units of this one.
+    ``parent``: the name of the model itself, which is the parent of the result.
+    """
 
     original: Path
     parent: str
@@ -59,12 +62,25 @@ def prune(
     repair: StrPath | None = None,
     lineage: Lineage | None = None,
 ) -> dict[str, Any]:
-    """Write the pruned model to ``out`` (which must not exist); returns what was done to each requantized tensor.
+    """Write the pruned model to a new directory.
 
-    ``requantize`` False leaves a matrix that is cut inside its groups dense instead. ``repair``: what reconstruct wrote
-    for this plan; its matrices take the place of the cut ones. ``lineage``: units are named after an earlier original.
-    Raises PareError for a plan that does not suit the model (all reasons at once), a lineage that is not the model's or
-    weights that are NaN or infinite, Refused when ``out`` exists.
+    Args:
+        model: what ``opened`` takes, such as a model directory or a GGUF file.
+        plan: the plan, or the path of its plan.json.
+        out: directory to write; it must not exist.
+        requantize: quantize matrices again whose codes cannot be kept. If False, they stay dense: those that are cut
+            inside their groups, are solved again, or get another packing.
+        repair: directory that reconstruct wrote for this plan; its matrices replace the cut ones. None: there is none.
+        lineage: names the units after an earlier original; None: after ``model``.
+
+    Returns:
+        "requantized": by module, the relative error (Frobenius norm) of each matrix that was quantized for this result.
+        "dense": the modules that were packed in the source and are dense now.
+
+    Raises:
+        PareError: the plan does not suit the model (all reasons at once), ``repair`` was made for another model or
+            plan, the lineage is not that of the model, or weights are NaN or infinite.
+        Refused: ``out`` exists, or the plan was made for another model.
     """
     checkpoint, out, repair = Checkpoint(opened(model)), Path(out), repair and Path(repair)
     plan = Plan.of(plan)
@@ -80,13 +96,13 @@ def prune(
 
 @dataclass(frozen=True)
 class _Repair:
-    """What reconstruct wrote for a layer; ``packed``: how it packed which roles."""
+    """What reconstruct wrote for a layer. ``packed``: by role, how it packed the matrix."""
 
     file: Path
     packed: Mapping[str, Mapping[str, Any]]
 
     def of(self, role: str) -> Packed | mx.array | None:
-        """Its tensor for this role, unread; most have none."""
+        """The tensor for this role, not read yet; None for most roles."""
         arrays = mx.load(str(self.file))
         if role not in self.packed:
             return arrays.get(role)
@@ -95,7 +111,7 @@ class _Repair:
 
 
 def _repairs(repair: Path | None, checkpoint: Checkpoint, plan: Plan) -> list[_Repair]:
-    """What reconstruct wrote, a file per layer, after a look at what each was made for; none without it."""
+    """Open what reconstruct wrote, a file per layer, and check what each was made for. Empty if ``repair`` is None."""
     if repair is None:
         return []
     repairs = []
@@ -133,7 +149,7 @@ class _Surgeon:
         packing = plan.packing
         self.keep = plan.keep(checkpoint.arch)
         sizes = {"before": size_of(checkpoint, None, None), "after": size_of(checkpoint, self.keep, packing)}
-        # people edit plans: what is written down about the result is counted, not believed
+        # people edit plans: sizes of the result are counted, not copied from the plan
         self.plan = plan.model_copy(update={**sizes, "neighbours": []})
         self.arch = smaller(checkpoint, self.keep, packing)
         self.pieces = [self._as_asked(p, requantize) for p in layout(checkpoint, self.keep, packing)]
@@ -164,15 +180,15 @@ class _Surgeon:
     # ---- one tensor ----
 
     def _kept(self, piece: Piece, origin: Tensor) -> list[list[int] | None]:
-        """Kept indices along each dimension of an original tensor, None where all are."""
+        """Kept indices along each dimension of an original tensor; None for a dimension that keeps all."""
         sizes = self.checkpoint.arch.layer_sizes(origin.layer)
         keep = self.keep.of(piece.tensor.layer)
         only = (piece.segment,)  # of the rows
         return [select(d, sizes, keep, *only[n:]) for n, d in enumerate(origin.spec.dims)]
 
     def _exact(self, piece: Piece) -> tuple[list[int] | None, int] | None:
-        """Kept columns, and of how many, in the unit in which bytes can be moved without a look at them: whole groups
-        where packed, else single values. None for the columns: all. None: they must be computed."""
+        """The kept columns (None: all), and of how many, in the unit in which bytes can be copied as they are: whole
+        groups if packed, else single values. None if the tensor must be computed."""
         for origin in piece.origins:
             source = self.checkpoint.packing(origin.module) if origin.matrix else None
             if (source and source.as_config()) != (piece.packing and piece.packing.as_config()):
@@ -187,7 +203,7 @@ class _Surgeon:
         return columns, origin.shape[-1] // group
 
     def _cut(self, piece: Piece) -> list[Stored]:
-        """The entries of one tensor, as they are written."""
+        """The entries of one tensor, in the order in which they are written."""
         listed = any(self.checkpoint.packing(origin.module) for origin in piece.origins if piece.tensor.matrix)
         solved = self._solved(piece)
         if solved is not None:
@@ -206,7 +222,7 @@ class _Surgeon:
             yield from sliced(self.checkpoint.entries[name], self._kept(piece, origin)[0], columns, width)
 
     def _dense(self, piece: Piece) -> Iterator[mx.array]:
-        """The kept rows and columns of a tensor, expanded, a few rows at a time."""
+        """Yield the kept rows and columns of a tensor, expanded, a few rows [some, columns] at a time."""
         for origin in piece.origins:
             rows, *columns = self._kept(piece, origin)
             index = None if columns in ([], [None]) else mx.array(columns[0])
@@ -215,13 +231,13 @@ class _Surgeon:
                 yield dense if index is None else mx.take(dense, index, axis=1)
 
     def _solved(self, piece: Piece) -> Packed | mx.array | None:
-        """What reconstruct made for this tensor, unread; most have none."""
+        """What reconstruct made for this tensor, not read yet; None for most tensors."""
         if not self.repairs or piece.tensor.layer is None:
             return None
         return self.repairs[piece.tensor.layer].of(piece.tensor.spec.role)
 
     def _repaired(self, piece: Piece, solved: Packed | mx.array, listed: bool) -> list[Stored]:
-        """What reconstruct made: its very codes where they are packed as the layout wants them."""
+        """The entries of a tensor that reconstruct made: its own codes if they are packed as the layout wants them."""
         if isinstance(solved, Packed):
             if piece.packing is not None and solved.packing.as_config() == piece.packing.as_config():
                 about = self.repairs[piece.tensor.layer].packed[piece.tensor.spec.role]
@@ -232,7 +248,8 @@ class _Surgeon:
         return self._store(piece, (solved[i : i + step] for i in range(0, len(solved), step)), listed)
 
     def _store(self, piece: Piece, panels: Iterator[mx.array], listed: bool) -> list[Stored]:
-        """A dense tensor as the layout wants it stored; ``listed``: it was packed before, so say what happened."""
+        """The entries of a dense tensor as the layout wants it. ``listed``: it was packed in the source, so its name is
+        listed if it stays dense."""
         dtype = MX_DTYPE[piece.dtype]
         if piece.packing is None:
             if listed:
@@ -245,7 +262,7 @@ class _Surgeon:
         self.requantized[piece.tensor.module] = float(np.sqrt(energy[0] / energy[1])) if energy[1] else 0.0
         return _entries(piece, packed)
 
-    # ---- what goes beside the weights ----
+    # ---- what lies next to the weights ----
 
     def _config(self) -> dict[str, Any]:
         config = dict(self.arch.config)
@@ -254,7 +271,7 @@ class _Surgeon:
         packings = {p.tensor.module: p.packing for p in self.pieces if p.tensor.matrix}
         used = [p for p in packings.values() if p]
         if used:
-            usual = self.packing or self.checkpoint.quantization  # of neither when only parts are packed
+            usual = self.packing or self.checkpoint.quantization  # None if only parts are packed
             default = max(used, key=lambda p: (usual is not None and p.as_config() == usual.as_config(), used.count(p)))
             overrides = {
                 module: p.as_config() if p else False
@@ -307,7 +324,7 @@ class _Surgeon:
 
 
 def _ancestry(checkpoint: Checkpoint, lineage: Lineage | None) -> dict[str, Any] | None:
-    """What survived in the model of the original it was cut from; None where no lineage is asked."""
+    """The survivors of a model that was cut before, as units of its original; None without a lineage."""
     if lineage is None:
         return None
     found = survivors(checkpoint.path / "survivors.json")
@@ -317,8 +334,7 @@ def _ancestry(checkpoint: Checkpoint, lineage: Lineage | None) -> dict[str, Any]
 
 
 def _descended(survivors: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """Survivors whose indices are a model's, with those of the original that the model was cut from, by its own
-    survivors ``before``."""
+    """Translate survivors from indices of a model to those of its original. ``before``: the survivors of the model."""
     layers = []
     for layer in survivors["layers"]:
         old = before["layers"][layer["source"]]
@@ -329,7 +345,7 @@ def _descended(survivors: dict[str, Any], before: dict[str, Any]) -> dict[str, A
 
 
 def _zeros(piece: Piece) -> list[Stored]:
-    """The entries of a tensor that is zero, whichever way it is stored."""
+    """The entries of a tensor that is zero, dense or packed."""
     zeros = mx.zeros(piece.tensor.shape, MX_DTYPE[piece.dtype])
     if piece.packing is None:
         return [(piece.tensor.name, [raw_bytes(zeros)])]
@@ -337,6 +353,6 @@ def _zeros(piece: Piece) -> list[Stored]:
 
 
 def _entries(piece: Piece, panels: Sequence[Packed]) -> list[Stored]:
-    """What is stored of a packed matrix, given in panels of rows."""
+    """The entries of a packed matrix that comes in panels of rows."""
     parts = ([raw_bytes(p.arrays[part]) for p in panels] for part in piece.packing.parts)
     return [(planned.name, each) for planned, each in zip(piece.stored(), parts, strict=True)]

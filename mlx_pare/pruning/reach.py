@@ -1,8 +1,8 @@
 """Which sizes a cut can reach, and which of them meets a target: arithmetic on counts, before any unit is chosen.
 
-All axes are cut by the same fraction as far as their steps allow; the finest axis makes up the difference. Per-layer
-allocation is another allocator's business: the Plan holds indices per layer already. plan fills these sizes with units,
-the fit planner answers with them what would fit.
+All axes are cut by the same fraction as far as their steps allow, and the finest axis makes up the difference. Another
+allocator gives layers different widths (planning/per_layer.py); the Plan holds indices per layer in any case. plan
+fills these sizes with units, and the fit planner uses them to say what would fit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..arch import Architecture, Keep, LayerKeep, can_keep, positions
 from ..base.errors import Refused, UsageError
 
 AXES = ("ffn", "kv_head", "layer", "hidden")
-WIDE_FFN = 4096  # from here on the step is 256: MLX's fast kernels and llama.cpp's K-quants want it
+WIDE_FFN = 4096  # from here on the step is 256, for MLX's fast kernels and llama.cpp's K-quants
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Space:
-    """The reachable counts of each axis, ascending; an axis that is not cut has one."""
+    """The reachable counts of each axis in ascending order. An axis that is not cut has a single one."""
 
     choices: Mapping[str, Sequence[int]]
 
     def at(self, fraction: float) -> Level:
-        """Every axis at the reachable count nearest to ``fraction`` of the whole."""
+        """Return the level at which every axis has the reachable count nearest to ``fraction`` of the whole."""
         return Level(**{a: min(c, key=lambda n: (abs(n - fraction * c[-1]), n)) for a, c in self.choices.items()})
 
     def smallest(self) -> Level:
@@ -49,7 +49,21 @@ class Space:
 
 
 def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequence[int]) -> Space:
-    """What can be reached with these axes. ``step``: unit of ffn and hidden. Raises UsageError for a wrong axis."""
+    """Find the counts that can be reached with some axes.
+
+    Args:
+        arch: the model.
+        axes: the axes to cut, of AXES.
+        step: unit of ffn and hidden.
+        protected: layers that a cut must keep.
+
+    Returns:
+        The reachable counts of every axis.
+
+    Raises:
+        UsageError: an axis is unknown, or the model cannot be cut along it.
+        PareError: layers differ in ffn or kv_head.
+    """
     for axis in axes:
         if axis not in AXES:
             raise UsageError(f"unknown axis {axis!r}", f"choose from {', '.join(AXES)}")
@@ -78,14 +92,22 @@ def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequenc
 
 
 def unit(arch: Architecture, group_size: int | None) -> int:
-    """Unit of ffn (and hidden): 1 for dense results, a whole group for quantized ones, 256 for wide models."""
+    """Return the unit of ffn (and hidden): 1 for dense results, a group for quantized ones, 256 for wide models."""
     return 256 if arch.uniform("ffn") >= WIDE_FFN else group_size or 1
 
 
 def growing(reach: Space, group_size: int, measure: Callable[[Level], float]) -> Space:
-    """Without the counts that take no fewer bytes than a larger one.
+    """Leave out counts that take no fewer bytes than a larger count of the same axis.
 
-    A width that no group divides is stored dense; another number of heads may untie the embedding (see Exit).
+    A width that no group divides is stored dense. Another number of heads may untie the embedding (see Exit).
+
+    Args:
+        reach: the reachable counts.
+        group_size: columns of a quantization group.
+        measure: the measure of a level, such as its bytes.
+
+    Returns:
+        The counts along which the measure grows. Layers, and an ffn of whole groups only, are taken as they are.
     """
     whole, choices = reach.at(1.0), dict(reach.choices)
     for axis, counts in reach.choices.items():
@@ -103,21 +125,30 @@ def growing(reach: Space, group_size: int, measure: Callable[[Level], float]) ->
 
 def _realisable(arch: Architecture, count: int, protected: Sequence[int]) -> bool:
     if not any(positions(arch, count)) and arch.family.needed <= {arch.layers[i].kind for i in protected}:
-        return count >= len(protected)  # any others will do
+        return count >= len(protected)  # the other layers may be any
     return best_layers(arch, [0.0] * len(arch.layers), count, protected) is not None
 
 
 def protected_layers(arch: Architecture) -> list[int]:
-    """First, last, and the last layer of every kind that mlx-lm needs, full attention for one: cutting them hurts most
-    (every depth paper keeps the ends)."""
+    """The first layer, the last, and the last of every kind that mlx-lm needs, such as full attention. Cutting them
+    costs most (every depth paper keeps the ends)."""
     last = {layer.kind: i for i, layer in enumerate(arch.layers)}
     return sorted({0, len(arch.layers) - 1, *(last[kind] for kind in arch.family.needed if kind in last)})
 
 
 def best_layers(arch: Architecture, scores: Sequence[float], count: int, protected: Sequence[int]) -> list[int] | None:
-    """The ``count`` layers with the largest sum of scores that keep their kinds and contain the protected; or None.
+    """Choose the layers with the largest sum of scores that keep their kinds and include the protected ones.
 
     Dynamic programme over (layers seen, layers kept): layer i may become layer j only if position j has i's kind.
+
+    Args:
+        arch: the model.
+        scores: one for each layer.
+        count: number of layers to keep.
+        protected: layers that must be kept.
+
+    Returns:
+        Their indices in ascending order; None if no set of that many layers does this.
     """
     total = len(arch.layers)
     if count == total:
@@ -144,7 +175,16 @@ def best_layers(arch: Architecture, scores: Sequence[float], count: int, protect
 
 
 def skeleton(arch: Architecture, level: Level, protected: Sequence[int]) -> Keep:
-    """Any cut of that shape: enough to count parameters and bytes."""
+    """Return any cut of a shape: enough to count parameters and bytes.
+
+    Args:
+        arch: the model.
+        level: the shape, which must be reachable.
+        protected: layers that must be kept.
+
+    Returns:
+        A cut that keeps the first units of every axis.
+    """
     layers = best_layers(arch, [0.0] * len(arch.layers), level.layer, protected)
     keep = {}
     if level.ffn != arch.uniform("ffn"):
@@ -163,10 +203,24 @@ def solve(
     asked: str,
     show: Callable[[float], str],
 ) -> Level:
-    """The reachable level whose measure is nearest to ``goal`` (``at_most``: not above it).
+    """Find the reachable level whose measure is nearest to a goal.
 
-    ``measure`` grows with every axis. First one fraction for all axes is bisected, then the finest axis is moved to
-    the nearest step. Raises Refused when even the smallest level is above the goal.
+    First one fraction for all axes is bisected, then the finest axis is moved to the nearest step.
+
+    Args:
+        reach: the reachable counts.
+        measure: the measure of a level; it grows with every axis.
+        goal: the wanted measure.
+        at_most: whether the measure must not exceed the goal.
+        asked: the goal in words, for the message.
+        show: writes a measure in words.
+
+    Returns:
+        The level.
+
+    Raises:
+        Refused: even the smallest level is above the goal, or, without ``at_most``, above it by more than 0.01 of the
+            measure of the whole model.
     """
     smallest, largest = reach.smallest(), reach.at(1.0)
     tolerance = 0.01 * measure(largest)
@@ -190,9 +244,21 @@ def largest_within(
     asked: str,
     show: Callable[[float], str],
 ) -> tuple[Space, Level]:
-    """The smallest cut: the largest reachable level whose measure is not above ``goal``, and the space it lies in.
+    """Find the smallest cut: the largest reachable level whose measure is not above a goal.
 
-    ``group_size``: of the packing of the result; None when it is dense. Raises Refused as ``solve``.
+    Args:
+        reach: the reachable counts.
+        group_size: of the packing of the result; None if it is dense.
+        measure: the measure of a level.
+        goal: the largest measure allowed.
+        asked: the goal in words, for the message.
+        show: writes a measure in words.
+
+    Returns:
+        The counts that were searched (see ``growing``), and the level.
+
+    Raises:
+        Refused: even the smallest level is above the goal.
     """
     if group_size:
         reach = growing(reach, group_size, measure)
@@ -200,7 +266,7 @@ def largest_within(
 
 
 def _refine(reach: Space, start: Level, measure: Callable[[Level], float], goal: float, at_most: bool) -> Level:
-    """Move the finest axis so that the goal is met best, the other axes as they are."""
+    """Move the finest axis so that the goal is met best. The other axes stay as they are."""
     axis = reach.finest
     counts = reach.choices[axis]
 
@@ -218,7 +284,17 @@ def _refine(reach: Space, start: Level, measure: Callable[[Level], float], goal:
 def neighbours(
     reach: Space, level: Level, measure: Callable[[Level], float], describe: Callable[[float], str]
 ) -> list[str]:
-    """One step down and up on each axis that is cut, in words."""
+    """Describe one step down and one step up on each axis that is cut.
+
+    Args:
+        reach: the reachable counts.
+        level: where to start.
+        measure: the measure of a level.
+        describe: writes a measure in words.
+
+    Returns:
+        A line for each step.
+    """
     found = []
     for axis, counts in reach.choices.items():
         at = list(counts).index(getattr(level, axis))

@@ -1,4 +1,4 @@
-"""survivors.json: which unit of the original every unit of a pruned model is."""
+"""survivors.json: it maps every unit of a pruned model to its index in the original."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SurvivingLayer(Strict):
 
 
 class Survivors(Strict):
-    """survivors.json of a pruned model: which unit of the original every unit is."""
+    """The content of survivors.json: which unit of the original every unit of a pruned model is."""
 
     schema_version: int = SCHEMA
     source_identity: str
@@ -39,5 +39,5 @@ class Survivors(Strict):
 
 
 def survivors(path: Path) -> dict[str, Any]:
-    """The content of a survivors.json. Raises PareError when it is none: it comes with a model, which is anybody's."""
+    """Read a survivors.json. Raises PareError if it is not valid: it comes with a model that anybody may have made."""
     return Survivors.read(path, "survivors", "take the model as mlx-pare wrote it").model_dump(exclude_none=True)

@@ -1,9 +1,9 @@
-"""Codes of a quantized matrix chosen with error feedback, for what a layer is to compute instead of for its weights.
+"""Quantization with error feedback: codes are chosen for the output of a layer instead of for its weights.
 
-Columns are rounded in their order, and those that are not reached yet make up for each error as the inputs allow: GPTQ,
-Frantar et al. 2022 (arXiv 2210.17323). Scale and bias of a group are MLX's own for what its weights have become when it
-is reached, in the dtype in which they are stored, and its codes are chosen for those. In the float modes only the
-values that a weight can take are others (tensors/minifloat.py).
+Columns are rounded in their order. Columns that are not reached yet compensate each error as far as the inputs allow:
+GPTQ, Frantar et al. 2022 (arXiv 2210.17323). MLX chooses scale and bias of a group for the weights that the group has
+when it is reached, in the dtype in which both are stored. The codes are then chosen for this scale and bias. The float
+modes differ only in the values that a weight can take (tensors/minifloat.py).
 """
 
 from __future__ import annotations
@@ -20,10 +20,17 @@ from .elimination import Feedback
 
 
 def quantize(weight: np.ndarray, packing: Packing, dtype: mx.Dtype, feedback: Feedback) -> tuple[Packed, np.ndarray]:
-    """The matrix and what its packing made of the other columns. ``weight`` [out, n + fixed]: the first n, whole
-    groups, are packed; those behind them (of fixed inputs, such as a bias) only make up for errors.
+    """Quantize a matrix with error feedback; all rows are worked on at once.
 
-    ``feedback``: of the inputs of all these columns, in their order. All rows are worked on at once.
+    Args:
+        weight: float64 [out, n + fixed]; not changed. The first n columns, all that form whole groups, are packed. The
+            columns after them (of fixed inputs, such as a bias) only compensate errors.
+        packing: bits, group size and mode.
+        dtype: dtype of affine scales and biases.
+        feedback: from the inputs of all these columns, in their order.
+
+    Returns:
+        The packed matrix [out, n], and the columns after it with what they compensate, float64 [out, fixed].
     """
     groups: list[Packed] = []
     whole = weight.shape[1] // packing.group_size * packing.group_size
@@ -46,7 +53,10 @@ def quantize(weight: np.ndarray, packing: Packing, dtype: mx.Dtype, feedback: Fe
 def _round(
     own: np.ndarray, scale: np.ndarray, bias: np.ndarray, upper: np.ndarray, packing: Packing
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [n, out] of the columns ``own`` [n, out] of a group, and their errors over the diagonal of ``upper``."""
+    """Return the codes [n, out] of the columns of a group, and their errors [n, out] over the diagonal of ``upper``.
+
+    ``own`` [n, out] is changed in place; ``scale`` and ``bias`` [out]; ``upper`` [n, n].
+    """
     codes, errors = np.empty(own.shape, np.uint8), np.empty(own.shape)
     step = np.where(scale == 0, 1, scale)
     for i, column in enumerate(own):

@@ -1,17 +1,17 @@
-"""Which inputs of a linear layer to keep, and the weights with which those do best: least squares in float64.
+"""Which inputs of a linear layer to keep, and the best weights for the kept inputs: least squares in float64.
 
 A layer y = W x is judged on calibration data alone: inputs x, targets t. Everything here minimises
-sum |W x - t|^2 + lambda |W - W0|^2, with lambda a small share of the mean square sum of an input. Two forms of it:
-``Problem`` knows the sums G = sum of x x^T and C = sum of x t^T and works on H = G + lambda [inputs, inputs]; ``Dual``
-knows the tokens themselves, X [tokens, inputs], and works on K = X X^T + lambda [tokens, tokens], much less for a wide
-layer and few tokens: with A = K^-1 and R = t - X W0^T the weights are W0^T + X^T A R and H^-1 = (1 - X^T A X) / lambda
-(Sherman-Morrison-Woodbury).
+sum |W x - t|^2 + lambda |W - W0|^2. lambda is a small share of the mean square sum of an input. There are two forms.
+``Problem`` holds the sums G = sum of x x^T and C = sum of x t^T, and works on H = G + lambda [inputs, inputs].
+``Dual`` holds the tokens themselves, X [tokens, inputs], and works on K = X X^T + lambda [tokens, tokens]. For a wide
+layer and few tokens K is much smaller. With A = K^-1 and R = t - X W0^T, the weights are W0^T + X^T A R and
+H^-1 = (1 - X^T A X) / lambda (Sherman-Morrison-Woodbury).
 
-The last ``fixed`` inputs are no candidates: a constant one, whose weight is the change of a bias, which so makes up for
-the mean of what is cut (FLAP, An et al. 2024, arXiv 2312.11983, by least squares).
+The last ``fixed`` inputs are no candidates. Such an input is constantly one, and its weight is the change of a bias. So
+the bias compensates the mean of what is cut (FLAP, An et al. 2024, arXiv 2312.11983, by least squares).
 
-Sources: optimal brain surgeon, Hassibi & Stork 1993, for layers as in Frantar et al. 2022 (Optimal Brain Compression,
-arXiv 2208.11580), here with removed units of several inputs; the ridge towards the old weights is ours.
+Sources: optimal brain surgeon, Hassibi & Stork 1993; for layers, Frantar et al. 2022 (Optimal Brain Compression, arXiv
+2208.11580). Units of several inputs and the ridge towards the old weights are additions of mlx-pare.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import numpy as np
 
 from . import elimination as by
 
-# Share of the mean diagonal that lambda is (benchmarks/LOG.md): with few tokens to an input the old weights know more.
+# lambda as a share of the mean diagonal (benchmarks/LOG.md). With few tokens per input the old weights are worth more.
 DAMPING, DAMPING_OF_FEW = 1e-4, 0.1
-FEW = 16  # tokens to an input
+FEW = 16  # tokens per input; fewer are few
 
 Indices = Sequence[int] | np.ndarray
 
@@ -43,22 +43,26 @@ class _Layer:
         return self.weight.shape[1] - self.fixed
 
     def with_fixed(self, chosen: Indices) -> np.ndarray:
-        """The inputs that are left when these candidates are."""
+        """The numbers of the inputs that are left if these candidates are kept: they and the fixed ones."""
         return np.concatenate([np.asarray(chosen, int), np.arange(self.width, self.width + self.fixed)])
 
     def choose(self, size: int, count: int) -> list[int]:
-        """The ``count`` units that are left at the end of ``path``; ascending."""
+        """Return the ``count`` units of ``size`` inputs that are left at the end of ``path``, in ascending order."""
         gone = set(self.path(size, count)[0])
         return [unit for unit in range(self.width // size) if unit not in gone]
 
     def old(self, chosen: Indices) -> np.ndarray:
-        """The weights [out, chosen + fixed] as they were."""
+        """The weights [out, chosen + fixed] as they were, in their dtype."""
         return self.weight[:, self.with_fixed(chosen)]
 
 
 @dataclass(frozen=True)
 class Problem(_Layer):
-    """``gram`` [n, n], ``cross`` [n, out], ``weight`` [out, n] (what the layer has now): float64; n with the fixed."""
+    """Least squares from sums over tokens: H is [n, n]. n counts the fixed inputs.
+
+    ``gram``: float64 [n, n]. ``cross``: float64 [n, out]. ``weight``: what the layer has now, [out, n], float32 will
+    do. ``damping``: lambda as a share of the mean of the diagonal of ``gram``, without the fixed inputs.
+    """
 
     gram: np.ndarray
     cross: np.ndarray
@@ -72,7 +76,17 @@ class Problem(_Layer):
         return self.damping * max(float(np.diag(self.gram)[: self.width].mean()), by.TINY)
 
     def solve(self, chosen: Indices) -> np.ndarray:
-        """The best weights [out, chosen + fixed] when only these inputs are left."""
+        """Compute the best weights if only some inputs are left.
+
+        Args:
+            chosen: numbers of the candidates that are left, int [chosen].
+
+        Returns:
+            Weights of these and of the fixed inputs, float64 [out, chosen + fixed].
+
+        Raises:
+            LinAlgError: as ``elimination.factor``.
+        """
         from scipy.linalg import lapack
 
         kept = self.with_fixed(chosen)
@@ -80,7 +94,16 @@ class Problem(_Layer):
         return lapack.dpotrs(by.factor(self._damped(kept)), right, lower=1)[0].T
 
     def error(self, weight: np.ndarray, chosen: Indices, energy: float) -> float:
-        """sum |W x - t|^2 / sum |t|^2 of weights as ``solve`` gives them, without the ridge; ``energy``: sum |t|^2."""
+        """Compute the share of the target that weights miss: sum |W x - t|^2 / sum |t|^2, without the ridge.
+
+        Args:
+            weight: weights as ``solve`` returns them, [out, chosen + fixed].
+            chosen: numbers of the candidates that are left, int [chosen].
+            energy: sum |t|^2.
+
+        Returns:
+            The share, at least 0.
+        """
         kept, square = self.with_fixed(chosen), energy
         for part in by.panels(len(kept), by.PANEL):
             some = kept[part]
@@ -88,19 +111,21 @@ class Problem(_Layer):
         return max(0.0, float(square / max(energy, by.TINY)))  # rounding may leave a little less than nothing
 
     def path(self, size: int, count: int = 0) -> tuple[list[int], list[float]]:
-        """The order in which units, of ``size`` neighbouring inputs each, go until ``count`` are left, and by how much
-        each adds to the sum that is minimised.
+        """Remove units of ``size`` neighbouring inputs until ``count`` are left.
 
-        Greedy: always the unit that costs least goes, given that the weights of all others are solved again, which its
-        removal changes: cost = tr(B_u^T (H^-1_uu)^-1 B_u) for weights B and H = G + lambda. Where there are more than
-        by.ROUNDS units, several go before costs are looked at again.
+        Greedy: the unit that costs least goes, given that the weights of all others are solved again after its removal:
+        cost = tr(B_u^T (H^-1_uu)^-1 B_u) for weights B and H = G + lambda. If there are at least 2 * by.ROUNDS units,
+        several go before the costs are computed again.
+
+        Returns:
+            The removed units in their order, and for each the increase of the sum that is minimised.
         """
         whole = by.inverse(self._damped(np.arange(len(self.gram))))
         weights = whole @ (self.cross + self.ridge * self.weight.T)
         return by.greedy(by.Inverse(whole), weights, self.width, size, count)
 
     def feedback(self, chosen: Indices) -> by.Feedback:
-        """For the columns of ``solve(chosen)`` in their order."""
+        """The feedback for the columns of ``solve(chosen)`` in their order."""
         from scipy.linalg import lapack
 
         kept = self.with_fixed(chosen)[::-1]  # H = R R^T with an upper R is the usual factor of H backwards
@@ -115,9 +140,11 @@ class Problem(_Layer):
 
 @dataclass(frozen=True)
 class Dual(_Layer):
-    """``inputs`` [tokens, n], ``target`` [tokens, out], ``weight`` [out, n]: float32 will do, n with the fixed.
+    """Least squares from the tokens, for more inputs than tokens: nothing here is [n, n]. n counts the fixed inputs.
 
-    The same functions as a Problem has, for more inputs than tokens: nothing is [n, n] here."""
+    It has the functions of a Problem. ``inputs`` [tokens, n], ``target`` [tokens, out] and ``weight`` [out, n] may be
+    float32. ``damping``: lambda as a share of the mean square sum of an input, without the fixed ones.
+    """
 
     inputs: np.ndarray
     target: np.ndarray
@@ -132,7 +159,17 @@ class Dual(_Layer):
         return self.damping * max(float(square) / self.width, by.TINY)
 
     def solve(self, chosen: Indices) -> np.ndarray:
-        """The best weights [out, chosen + fixed] when only these inputs are left."""
+        """Compute the best weights if only some inputs are left.
+
+        Args:
+            chosen: numbers of the candidates that are left, int [chosen].
+
+        Returns:
+            Weights of these and of the fixed inputs, float64 [out, chosen + fixed].
+
+        Raises:
+            LinAlgError: as ``elimination.factor``.
+        """
         from scipy.linalg import lapack
 
         kept = self.with_fixed(chosen)
@@ -143,13 +180,22 @@ class Dual(_Layer):
         return solved
 
     def error(self, weight: np.ndarray, chosen: Indices, energy: float) -> float:
-        """sum |W x - t|^2 / sum |t|^2 of weights as ``solve`` gives them, without the ridge; ``energy``: sum |t|^2."""
+        """Compute the share of the target that weights miss: sum |W x - t|^2 / sum |t|^2, without the ridge.
+
+        Args:
+            weight: weights as ``solve`` returns them, [out, chosen + fixed].
+            chosen: numbers of the candidates that are left, int [chosen].
+            energy: sum |t|^2.
+
+        Returns:
+            The share.
+        """
         kept = self.with_fixed(chosen)
         left = self._residual(weight, kept, np.arange(len(kept)))
         return float(np.vdot(left, left) / max(energy, by.TINY))
 
     def path(self, size: int, count: int = 0) -> tuple[list[int], list[float]]:
-        """As ``Problem.path``."""
+        """Remove units as ``Problem.path`` does."""
         every = np.arange(self.inputs.shape[1])
         within = by.inverse(self._gram(every))
         short = within @ self._residual(self.weight, every)
@@ -160,13 +206,13 @@ class Dual(_Layer):
         return by.greedy(by.Tokens(self.inputs, within, self.ridge), weights, self.width, size, count)
 
     def feedback(self, chosen: Indices) -> by.Feedback:
-        """For the columns of ``solve(chosen)`` in their order."""
+        """The feedback for the columns of ``solve(chosen)`` in their order."""
         kept = self.with_fixed(chosen)
-        inputs = self.inputs if len(kept) == self.inputs.shape[1] else self.inputs[:, kept]  # all of them are no copy
+        inputs = self.inputs if len(kept) == self.inputs.shape[1] else self.inputs[:, kept]  # no copy if all are kept
         return by.Ahead(by.Tokens(inputs, by.inverse(self._gram(kept)), self.ridge), len(self.weight))
 
     def _gram(self, kept: np.ndarray) -> np.ndarray:
-        """K of these inputs."""
+        """K [tokens, tokens] of these inputs, float64."""
         gram = np.zeros((len(self.inputs), len(self.inputs)))
         for _, x in by.columns(self.inputs, kept):
             gram += x @ x.T
@@ -174,7 +220,10 @@ class Dual(_Layer):
         return gram
 
     def _residual(self, weight: np.ndarray, kept: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
-        """target - X W^T over these inputs, float64; ``own``: which columns of ``weight`` are theirs, if others."""
+        """target - X W^T over these inputs, float64 [tokens, out].
+
+        ``own``: which columns of ``weight`` belong to these inputs; None: those of the same numbers.
+        """
         left = self.target.astype(np.float64)
         own = kept if own is None else own
         for part, x in by.columns(self.inputs, kept):
@@ -183,7 +232,7 @@ class Dual(_Layer):
 
 
 def damping_for(tokens: int, inputs: int) -> float:
-    """The damping that served best with so many tokens and inputs."""
+    """The damping that worked best for this number of tokens and of inputs."""
     return DAMPING if tokens >= FEW * inputs else DAMPING_OF_FEW
 
 
@@ -192,7 +241,10 @@ def damping_for(tokens: int, inputs: int) -> float:
 
 @dataclass(frozen=True)
 class Cost:
-    """What choosing and solving one matrix takes, half of its inputs removed: which form, bytes, operations."""
+    """What it takes to choose the inputs of one matrix and solve it if half of the inputs are removed.
+
+    ``dual``: whether in the form Dual. ``nbytes``: bytes of memory. ``flops``: operations.
+    """
 
     dual: bool
     nbytes: int
@@ -200,7 +252,16 @@ class Cost:
 
 
 def cost(tokens: int, inputs: int, outputs: int) -> Cost:
-    """Of the form that is taken: by tokens where those are fewer than inputs."""
+    """Estimate what a matrix takes, in the form that is used: Dual if there are fewer tokens than inputs, else Problem.
+
+    Args:
+        tokens: number of tokens.
+        inputs: number of inputs, without the fixed ones.
+        outputs: number of outputs.
+
+    Returns:
+        Which form, bytes and operations.
+    """
     through = inputs * outputs
     if tokens >= inputs:  # Gram matrix and inverse; cross terms, weights and new ones
         nbytes = 16 * inputs**2 + 28 * through + 24 * by.LAZY * inputs

@@ -1,4 +1,4 @@
-"""A matrix that writes to the residual stream (o_proj, down_proj): seen at work, solved anew, replaced."""
+"""A matrix that writes to the residual stream (o_proj, down_proj): it is watched, solved again and replaced."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .least_squares import Cost, Dual, Problem, cost, damping_for
 
 
 class Site:
-    """Stands in for the matrix in its block: passes through, remembers, stops the block there, or is replaced."""
+    """Stands in for the matrix in its block: passes inputs on, remembers them, stops the block, or replaces it."""
 
     def __init__(self, module: Any):
         self.module = module
-        self.remembering = False  # its inputs are remembered,
-        self.listening = False  # ... and nothing behind it is computed
-        self.inputs: list[mx.array] = []  # what was remembered, one array per micro-batch
-        self.outputs: list[mx.array] | None = None  # what it gave, where somebody wants to know
+        self.remembering = False  # whether its inputs are remembered
+        self.listening = False  # whether its inputs are remembered and the block stops there
+        self.inputs: list[mx.array] = []  # remembered inputs [rows, length, in], one array per micro-batch
+        self.outputs: list[mx.array] | None = None  # its outputs [rows, length, out]; None: they are not remembered
         self.new: tuple[mx.array, mx.array] | None = None  # weight [out, in], zero at what is cut; bias
-        self.gone = False  # nothing feeds it any more: it gives zero, without its bias
+        self.gone = False  # nothing feeds it any more: it returns zero, without its bias
         self.replay: Iterator[mx.array] | None = None  # inputs that are known already
 
     @classmethod
     def put(cls, block: Any, path: str) -> Site:
-        """A site in the place of the module with this path in a block."""
+        """Put a site in the place of the module with this path in a block, and return the site."""
         return replace_module(block, path, cls)
 
     def __getattr__(self, name: str) -> Any:
@@ -55,42 +55,61 @@ class Site:
         return mx.zeros_like(y) if self.gone else y
 
     def shorten(self, part: nn.Module) -> None:
-        """While the inputs of this matrix are known, nothing else of the part of the block that ends in it is
-        computed."""
-        part.ends_in = self  # not in the class, which is garbage only when somebody collects it
+        """Make a part of the block that ends in this matrix compute the matrix alone while its inputs are known."""
+        part.ends_in = self  # not in the class, which outlives the block
         part.__class__ = _shortened(type(part))
 
     def _replaced(self, x: mx.array) -> mx.array:
-        """What the new matrix gives for its inputs: multiplying by zeros is faster than gathering the kept ones."""
+        """The output of the new matrix. Multiplying by zeros is faster than gathering the kept inputs."""
         weight, bias = self.new
         return (x.astype(mx.float32) @ weight.T + bias).astype(x.dtype)
 
     @property
     def inner(self) -> Any:
-        """The stock layer itself."""
+        """The stock layer itself, without what is around it on the CPU backend."""
         return getattr(self.module, "inner", self.module)
 
     @property
     def biased(self) -> bool:
-        """Whether it has a bias."""
+        """Whether the matrix has a bias."""
         return "bias" in self.inner
 
     @property
     def bias(self) -> mx.array:
-        """Its bias, zero where it has none, float32."""
+        """Return the bias of the matrix.
+
+        Returns:
+            float32 [out]; a single zero [1] if it has none.
+        """
         return self.inner.bias.astype(mx.float32) if self.biased else mx.zeros((1,))
 
     def own(self) -> mx.array:
-        """Its own weight [out, in], float32."""
+        """Return the weight of the matrix in the original.
+
+        Returns:
+            float32 [out, in].
+        """
         return dense_weight(self.inner)
 
     def weight(self) -> np.ndarray:
-        """The same for a problem: with a bias a column of zeros behind it, for how much that changes."""
+        """Return the same weight as a problem needs it: a bias adds a column of zeros, which stands for its change.
+
+        Returns:
+            float32 [out, in + 1] if there is a bias, else [out, in].
+        """
         own = np.array(self.own())
         return np.pad(own, ((0, 0), (0, 1))) if self.biased else own
 
     def made_of(self, solved: np.ndarray, columns: np.ndarray) -> tuple[mx.array, mx.array]:
-        """Weight [out, in], zero but for these columns, and bias, of what a problem's ``solve`` gave for them."""
+        """Turn solved columns into a whole matrix.
+
+        Args:
+            solved: what ``solve`` of a problem returned, float64 [out, kept + fixed].
+            columns: numbers of the kept inputs, int [kept].
+
+        Returns:
+            Weight, float32 [out, in], zero outside of these columns, and bias, float32 [out] or a single zero [1].
+        """
         weight, bias = np.zeros(self.own().shape, np.float32), self.bias
         weight[:, columns] = solved[:, : len(columns)]
         if self.biased:
@@ -100,9 +119,20 @@ class Site:
     def problem(
         self, target: Iterable[mx.array] | None, mask: np.ndarray, damping: float | None = None
     ) -> tuple[Problem | Dual, float]:
-        """The least squares of the remembered inputs with ``target`` (one array per micro-batch; None: what the matrix
-        gives for them), in the form that takes less, and the sum of squares of the target. ``mask`` [rows, length]:
-        what counts; ``damping`` None: by how many tokens there are. Raises PareError for inputs that are not finite."""
+        """Set up the least squares of the remembered inputs, in the form that ``cost`` prefers.
+
+        Args:
+            target: what the matrix should give, bias included, one array [rows, length, out] per micro-batch. None:
+                what it gives itself for these inputs.
+            mask: which tokens count, bool [all rows, length].
+            damping: see least_squares; None: by the number of tokens and inputs.
+
+        Returns:
+            The problem, and the sum of squares of the target without the bias.
+
+        Raises:
+            PareError: inputs or targets are not finite.
+        """
         weight, fixed = self.weight(), int(self.biased)
         tokens, width = int(mask.sum()), weight.shape[1] - fixed
         damping = damping_for(tokens, width) if damping is None else damping
@@ -124,7 +154,7 @@ class Site:
 
 @cache
 def _shortened(cls: type) -> type:
-    """The class of a part of a block that may leave out all but its last matrix."""
+    """Make the class of a part of a block that may compute its last matrix alone."""
 
     def call(part: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
         site = part.ends_in
@@ -136,14 +166,22 @@ def _shortened(cls: type) -> type:
 
 
 def solve_costs(checkpoint: Checkpoint, tokens: int) -> list[Cost]:
-    """What solving o_proj and down_proj of the first layer takes, for so many tokens."""
+    """Estimate what solving o_proj and down_proj of the first layer takes for this number of tokens."""
     sizes = checkpoint.arch.layer_sizes(0)
     widths = sizes["kv_head"] * sizes["group"] * sizes["head_dim"], sizes["ffn"]
     return [cost(tokens, width, sizes["hidden"]) for width in widths]
 
 
 def parts(joined: Any, like: Sequence[mx.array]) -> Iterator[Any]:
-    """The rows of each micro-batch of ``like``."""
+    """Split rows into micro-batches of the same sizes as others.
+
+    Args:
+        joined: anything with slices of rows, such as an array [all rows, ...] or a Spool.
+        like: one array per micro-batch, [rows, ...].
+
+    Returns:
+        The rows of each micro-batch in turn.
+    """
     for start, stop in pairwise(np.cumsum([0, *(x.shape[0] for x in like)]).tolist()):
         yield joined[start:stop]
 
@@ -155,8 +193,10 @@ def _text(
     bias: mx.array,
     fixed: int,
 ) -> Iterator[tuple[mx.array, mx.array | None]]:
-    """Inputs [tokens, n + fixed], ones behind the others, and targets without the bias [tokens, out] of a micro-batch:
-    the text alone, float32."""
+    """Yield inputs [tokens, n + fixed] and targets without the bias [tokens, out] of every micro-batch, float32.
+
+    Padding is left out. The fixed input, a column of ones, comes last.
+    """
     targets = [None] * len(inputs) if target is None else target
     for x, t, m in zip(inputs, targets, mask, strict=True):
         if not m.any():
@@ -172,8 +212,10 @@ def _chosen(array: mx.array, text: mx.array | None) -> mx.array:
 
 
 def _sums(pieces: Iterable[tuple[mx.array, mx.array | None]]) -> tuple[np.ndarray, np.ndarray | None, float]:
-    """Gram matrix [n, n], cross terms [n, out] and sum of squares of the target; products of a micro-batch in float32,
-    their sums in float64."""
+    """Return the Gram matrix [n, n], the cross terms [n, out] and the sum of squares of the target.
+
+    Products of a micro-batch are float32, their sums float64. Without a target there are no cross terms (None).
+    """
     totals: list[np.ndarray] = []
     energy = 0.0
     for x, t in pieces:
@@ -181,7 +223,7 @@ def _sums(pieces: Iterable[tuple[mx.array, mx.array | None]]) -> tuple[np.ndarra
         square = mx.square(t).sum() if t is not None else mx.zeros(())
         mx.eval(products, square)
         totals = totals or [np.zeros(product.shape) for product in products]
-        with np.errstate(all="ignore"):  # what is not finite is told at the end
+        with np.errstate(all="ignore"):  # ``_check_finite`` reports infinite numbers at the end
             for total, product in zip(totals, products, strict=True):
                 total += np.asarray(product)
         energy += square.item()
@@ -189,6 +231,6 @@ def _sums(pieces: Iterable[tuple[mx.array, mx.array | None]]) -> tuple[np.ndarra
 
 
 def _check_finite(total: float) -> None:
-    """Raises PareError unless it is a number."""
+    """Raise PareError unless it is finite."""
     if not np.isfinite(total):
         raise PareError("the model computes infinite numbers on this text", "use other text, or --no-reconstruct")

@@ -1,18 +1,16 @@
-"""reconstruct: model + plan + calibration rows -> the plan's units chosen again, and weights that make up for the cut.
+"""reconstruct: model + plan + calibration rows -> the plan's units chosen again, and weights that compensate the cut.
 
-A second pass, two streams at once: the dense one, as it is, and the pruned one, which carries the errors of all earlier
-blocks. Several plans of one model have a pruned stream each, beside one dense one. In every block the matrices that
-write to the residual stream, o_proj and then down_proj, are solved anew so that the pruned stream comes back to the
-dense one: their target is what the dense stream has after them, minus what the pruned stream carries past them. The
-block runs in full, with the cut units left out at the input of those two matrices, which is the same as cut (the axes
-are exact). Up to the first cut the streams are one, and nothing is solved. A bias behind such a matrix is solved with
-it. A matrix that will be stored packed is packed here, with error feedback (repair/gptq.py), and where the plan asks
-for other bits than the source has, the pruned stream goes through the other matrices as they will be packed: what comes
-later makes up for that as well. Memory: hidden states of both streams, one block and its inputs of the two matrices,
-what least squares take (``cost``).
-
-Where a norm stands behind those matrices (Gemma) the residual is out of reach of a linear solve; there the target is
-what the dense matrix itself gave.
+A second pass runs two streams at once: the dense one, and the pruned one, which carries the errors of all earlier
+blocks. Several plans of one model have a pruned stream each, next to one dense stream. In every block the matrices that
+write to the residual stream, o_proj and then down_proj, are solved again, so that the pruned stream returns to the
+dense one. Their target is what the dense stream has after them, minus what the pruned stream carries past them. If a
+norm stands behind them (Gemma), a linear solve cannot reach the residual: the target is then what the dense matrix
+itself gave. The block runs in full, and cut units are left out at the input of the two matrices. That is the same as a
+cut, because the axes are exact. Up to the first cut both streams are one, and nothing is solved. A bias of such a
+matrix is solved with it. A matrix that will be stored packed is packed here, with error feedback (repair/gptq.py). If
+the plan asks for other bits than the source has, the pruned stream goes through the other matrices as they will be
+packed, and what comes later compensates that as well. Memory: hidden states of both streams, one block, its inputs of
+the two matrices, the new matrices, and what least squares take (``costs``).
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ from . import gptq
 from .least_squares import Cost
 from .output_projection import Site, parts, solve_costs
 
-CHOOSES = "obs"  # the criterion whose units are chosen here; those of any other are kept as they are
+CHOOSES = "obs"  # the criterion whose units are chosen here; the units of any other stay as they are
 SOLVED = ("o_proj", "down_proj")
 
 
@@ -58,17 +56,24 @@ def reconstruct(
     damping: float | None = None,
     memory_cap: int | None = None,
 ) -> Plan:
-    """Write the new matrices of every kept layer to the directory ``out``; returns the plan they belong to.
+    """Solve the last matrices of every kept layer again, and write them to a directory.
 
-    ``out``: a safetensors file per layer of the pruned model, with "o_proj" and "down_proj", float32 [hidden, kept
-    inputs], as far as they were solved, or, where they will be stored packed, "o_proj.weight", "o_proj.scales" and, if
-    affine, "o_proj.biases"; "o_proj_bias", float32 [hidden], where there is one. Its description names the units and
-    the error (the share of the target that is missed, in squares) of each matrix before and after, and packed, where it
-    is. An earlier reconstruction there is replaced.
-    The plan is the given one, its ffn channels and kv heads chosen again, as many per layer, when its criterion is
-    "obs". ``damping``: of every solve (None: least_squares.damping_for). A layer that loses its attention or
-    feed-forward has no such matrix. Raises PareError for a plan that cuts the hidden size (what is cut there cannot be
-    made up for so) or does not suit the model, Refused when the estimate of memory exceeds the cap.
+    Args:
+        model: what ``opened`` takes, such as a model directory or a GGUF file.
+        plan: the plan, or the path of its plan.json.
+        rows: calibration rows, tokens int32 [rows, length].
+        out: directory for a safetensors file per layer of the pruned model; an earlier reconstruction is replaced. As
+            far as they were solved, it holds "o_proj" and "down_proj", float32 [hidden, kept inputs]; if stored packed
+            "o_proj.weight", "o_proj.scales" and, if affine, "o_proj.biases"; if there is a bias "o_proj_bias", float32
+            [hidden]; and as description the units, and each matrix's errors (share of the target that is missed, in
+            squares) before, after and, if packed, packed. A part that a layer loses has no such matrix.
+        damping: of every solve; None: least_squares.damping_for.
+        memory_cap: bytes; None: the memory that is free now.
+    Returns:
+        The plan of the new matrices: if its criterion is "obs", as many ffn channels and kv heads, chosen again.
+    Raises:
+        PareError: the plan does not suit the model or cuts the hidden size, or numbers become infinite.
+        Refused: the plan is of another model, or the estimate of memory exceeds the cap. UsageError: unknown tokens.
     """
     model, out = opened(model), Path(out)
     return reconstruct_all(model, [Plan.of(plan)], rows, [out], damping, memory_cap)[0]
@@ -82,8 +87,10 @@ def reconstruct_all(
     damping: float | None = None,
     memory_cap: int | None = None,
 ) -> list[Plan]:
-    """Several plans of one model, as ``reconstruct`` does each, to a directory each. The original is streamed once for
-    all of them; where the memory does not hold so many pruned streams, once for each. Raises as ``reconstruct``."""
+    """Reconstruct several plans of one model, in one walk, or in one each if memory does not hold all pruned streams.
+
+    Args: as ``reconstruct``; ``outs``: a directory for each of ``plans``. Returns: the plans of the new matrices, in
+    their order. Raises: as ``reconstruct``."""
     checkpoint = Checkpoint(model)
     try:
         check_memory(checkpoint, rows, memory_cap, len(plans))
@@ -97,8 +104,10 @@ def reconstruct_all(
 def reconstructed_kl(
     model: Path, plan: Plan, rows: Rows, held: Rows, scratch: Path, memory_cap: int | None = None
 ) -> float:
-    """The KL divergence, nats per token, that a plan reaches on ``held`` rows (of the same length) when it is
-    reconstructed on ``rows``: nothing is cut for that. Raises as ``reconstruct``, which would write to ``scratch``."""
+    """Measure how far a reconstructed plan is from the original, without cutting a model.
+
+    Args: as ``reconstruct``; ``held``: rows of the same length to measure on; ``scratch``: directory of the matrices.
+    Returns: KL divergence in nats per token of ``held``. Raises: as ``reconstruct``, PareError also for the length."""
     (pair,), dense = _lead(model, [(plan, scratch)], rows.joined(held), rows.count, None, memory_cap)
     if pair.pruned is None:
         return 0.0
@@ -109,8 +118,7 @@ def reconstructed_kl(
 def _lead(
     model: Path, plans: Sequence[tuple[Plan, Path]], rows: Rows, count: int, damping: float | None, cap: int | None
 ) -> tuple[list[_Pair], stream.Streamed]:
-    """The dense stream and those of all plans through the model; only the first ``count`` rows count when something is
-    solved."""
+    """Lead the dense stream and those of all plans through the model; the first ``count`` rows serve to solve."""
     checkpoint = Checkpoint(model)
     for plan, _ in plans:
         plan.check(checkpoint)
@@ -126,16 +134,17 @@ def _lead(
 
 
 def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, plans: int = 1) -> int:
-    """The estimate of memory, when it stays under ``cap`` (default: what is free now). Raises Refused otherwise."""
+    """Check that memory suffices. Args: as ``held_bytes``; ``cap``: bytes, None: what is free now. Returns: the
+    estimate, bytes. Raises: Refused if it exceeds the cap."""
     held = held_bytes(checkpoint, rows, plans)
     instead = f"; --no-reconstruct needs {gb(held)} less"
     return memory.check_memory(checkpoint, rows, cap, held, instead)
 
 
 def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent, plans: int = 1) -> int:
-    """What pruned streams of so many plans need beyond a plain walk: more hidden states, the inputs of both matrices,
-    and what the wider one takes to be solved, in the form that it will be. With more plans than one, what the dense
-    block gave is there until the last of them has gone through it."""
+    """Estimate what pruned streams need beyond a plain walk: more hidden states, inputs and new weights of the two
+    matrices, and what the more expensive one takes to be solved. With several plans the output of the dense block is
+    there until the last has gone through. Args: ``rows``: all, or their extent; ``plans``: number. Returns: bytes."""
     arch, value = checkpoint.arch, memory.state_width(checkpoint)
     sizes = arch.layer_sizes(0)
     attention = sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
@@ -147,17 +156,17 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent, plans: int = 1) -> i
 
 
 def costs(checkpoint: Checkpoint, rows: Rows | Extent) -> list[Cost]:
-    """What solving o_proj and down_proj of the first layer takes."""
+    """Estimate what solving o_proj and down_proj of the first layer takes. Args: ``rows``: all, or their extent."""
     return solve_costs(checkpoint, rows.total)
 
 
 def behind_norm(arch: Architecture, index: int) -> bool:
-    """Whether what the two matrices of a block give goes through a norm before it joins the residual stream."""
+    """Whether the output of the two matrices of a block goes through a norm before it joins the residual stream."""
     return "attn_post_norm" in {spec.role for spec in arch.family.blocks[arch.layers[index].kind]}
 
 
 class _Before:
-    """A norm whose input, the residual stream in the middle of a block, is remembered."""
+    """Stands in for a norm and remembers its input, the residual stream in the middle of a block."""
 
     def __init__(self, module: Any):
         self.module = module
@@ -171,15 +180,15 @@ class _Before:
         return self.module(x)
 
     def taken(self) -> list[mx.array]:
-        """What was seen since the last time, one array per micro-batch."""
+        """What was seen since the last call, one array [rows, length, hidden] per micro-batch."""
         seen, self.seen = self.seen, []
         return seen
 
 
 @dataclass
 class _Block:
-    """A block of the dense model with what is watched in it, and what the dense stream had there: behind the block,
-    before its second norm, and, where a norm stands behind them, of the two matrices."""
+    """A block of the dense model, what is watched in it, and what the dense stream had there: ``after`` the block,
+    before its second norm (``between``), and, if a norm stands behind the two matrices, their ``outputs``."""
 
     module: Any
     attention: Site
@@ -191,28 +200,28 @@ class _Block:
 
     @property
     def sites(self) -> dict[str, Site]:
-        """By the roles of their matrices."""
+        """The sites by the roles of their matrices."""
         return dict(zip(SOLVED, (self.attention, self.ffn), strict=True))
 
     def seen(self, after: mx.array) -> None:
-        """The dense stream has gone through."""
+        """Note what the dense stream had, once it has gone through the block."""
         self.after, self.between = after, self.middle.taken()
         for role, site in self.sites.items():
             self.outputs[role], site.outputs = site.outputs, None
 
     def begin(self) -> None:
-        """Before another run through the block."""
+        """Prepare for another run through the block."""
         self.middle.seen = []
         for site in self.sites.values():
             site.replay = iter(site.inputs)
 
     def renew(self) -> None:
-        """Before the stream of another plan."""
+        """Prepare for the stream of another plan."""
         for site in self.sites.values():
             site.new, site.gone, site.inputs, site.replay = None, False, [], None
 
     def listen(self, site: Site, run: Callable, hidden: mx.array) -> None:
-        """Remember the inputs of a matrix when these hidden states go through the block."""
+        """Send hidden states into the block, and remember the inputs of a matrix."""
         self.begin()
         site.listening = True
         run(hidden)
@@ -220,8 +229,7 @@ class _Block:
 
 
 class _SideBySide(stream.Observer):
-    """The observer of a walk of the dense model that leads the pruned streams along, one after the other through every
-    block."""
+    """The observer of a walk of the dense model that leads the pruned streams through every block, one by one."""
 
     def __init__(self, arch: Architecture, pairs: Sequence[_Pair]):
         self.arch, self.pairs = arch, pairs
@@ -243,7 +251,7 @@ class _SideBySide(stream.Observer):
         del self.block
 
     def again(self, index: int, before: mx.array, after: mx.array, run: Callable) -> None:
-        """Solve the block ``index`` for every pruned stream and send it through that."""
+        """Solve the block ``index`` for every pruned stream, and send each through its result."""
         self.block.seen(after)
         for pair in self.pairs:
             pair.through(index, self.block, before, run)
@@ -251,7 +259,7 @@ class _SideBySide(stream.Observer):
 
 
 class _Pair:
-    """The dense stream and that of a plan."""
+    """The dense stream and the pruned stream of one plan."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, rows: Rows, count: int, damping: float | None, out: Path):
         self.checkpoint, self.arch, self.plan, self.damping, self.out = checkpoint, checkpoint.arch, plan, damping, out
@@ -272,9 +280,9 @@ class _Pair:
         return self.plan.model_copy(update={"layers": self.layers})
 
     def through(self, index: int, block: _Block, before: mx.array, run: Callable) -> None:
-        """Solve the block ``index`` for the pruned stream and send that through it."""
+        """Solve the block ``index`` for the pruned stream, and send the stream through the result."""
         planned = self.planned.get(index)
-        if planned is None:  # a layer that is cut: the pruned stream walks past it
+        if planned is None:  # the layer is cut: the pruned stream skips it
             self.pruned = before if self.pruned is None else self.pruned
             return
         with self._repacked(index, block) as repacked:
@@ -283,7 +291,7 @@ class _Pair:
     def _solve(
         self, index: int, block: _Block, before: mx.array, run: Callable, planned: LayerPlan, apart: bool
     ) -> None:
-        """``apart``: the streams are two, or the block is another one."""
+        """The work of ``through``. ``apart``: the streams already differ, or other matrices of the block change."""
         pruned, middle = before if self.pruned is None else self.pruned, block.between
         sizes, self.made_of = self.arch.layers[index].sizes, {}
         heads, channels = planned.kv_head, planned.ffn
@@ -305,8 +313,8 @@ class _Pair:
         self._save(planned.model_copy(update={"ffn": channels, "kv_head": heads}))
 
     def _missing(self, there: Iterable[mx.array], carried: Iterable[mx.array]) -> Iterator[mx.array]:
-        """What a matrix has to give for one stream to become another, float32: two streams in 16 bits are much larger
-        than what it adds to them. Where the model scales what its blocks add (granite), before that."""
+        """What a matrix has to add to turn one stream into another, before the model scales it (granite). Float32,
+        because two streams in 16 bits are much larger than what it adds to them."""
         factor = 1 / self.arch.residual
         for x, y in zip(there, carried, strict=True):
             missing = x.astype(mx.float32) - y.astype(mx.float32)
@@ -314,8 +322,8 @@ class _Pair:
 
     @contextmanager
     def _repacked(self, index: int, block: _Block) -> Iterator[bool]:
-        """The matrices that are not solved stand in the block as they will be packed, where that is not how they are in
-        the source; whether any matrix of the block changes so."""
+        """Pack the matrices that are not solved as they will be stored, if they are not so in the source; yields
+        whether any matrix of the block changes so."""
         changed, before = False, []
         others = [role for part in ("attention", "ffn") for role in self.arch.readers(index, part)]
         for role in (*others, *SOLVED):
@@ -335,8 +343,8 @@ class _Pair:
                 replace_module(block.module, path, lambda _, module=module: module)
 
     def _fit(self, role: str, site: Site, target: Iterable[mx.array], size: int, planned: Sequence[int]) -> list[int]:
-        """Choose the units of a matrix, or take the plan's; solve what is left, pack it if it will be stored so;
-        replace the matrix by that. Returns the units."""
+        """Choose the units of a matrix, or take the plan's; solve what is left; pack it if it will be stored so.
+        Replace the matrix by the result, and return the units."""
         problem, energy = site.problem(target, self.mask, self.damping)
         chosen = list(planned)
         if self.plan.criterion == CHOOSES and len(chosen) * size < problem.width:
@@ -348,7 +356,7 @@ class _Pair:
         piece, rest = self.pieces[len(self.layers), role][0], new[:, count:].copy()
         if piece.packing is not None:
             made.packed, rest = gptq.quantize(new, piece.packing, MX_DTYPE[piece.dtype], problem.feedback(kept))
-            del new  # the errors of the packed matrix take as much again
+            del new  # the errors of the packed matrix take the same memory
             made.rounding = relative_error(made.weight, made.packed)
             made.weight = made.packed.dense()
             packed = np.concatenate([np.array(made.weight), rest.astype(np.float32)], axis=1)
@@ -380,12 +388,12 @@ class _Made:
     bias: mx.array | None = None
 
     def arrays(self, role: str) -> dict[str, mx.array]:
-        """What the repair file holds of it."""
+        """What the repair file holds of this matrix, by name."""
         found = {role: self.weight}
         if self.packed:
             found = {f"{role}.{name}": array for name, array in self.packed.arrays.items()}
         return found if self.bias is None else {**found, f"{role}_bias": self.bias}
 
     def about(self) -> dict[str, Any]:
-        """How it is packed, and the relative error of that, as prune gives it."""
+        """How the matrix is packed, and the relative error of the packing as prune computes it."""
         return {**self.packed.packing.as_config(), "error": self.rounding}

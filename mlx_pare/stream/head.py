@@ -1,4 +1,4 @@
-"""The end of a walk: hidden states, and the head that reads them, in chunks of the vocabulary."""
+"""The end of a walk: hidden states, and the head, which is applied to them in chunks of the vocabulary."""
 
 from __future__ import annotations
 
@@ -16,31 +16,44 @@ CHUNK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Shape:
-    """What some models do with the product of hidden states and head before it counts as logits: it is multiplied by
-    ``factor`` (granite), and held within ``cap`` by cap * tanh(x / cap) (gemma2); None: it is not held."""
+    """What some models do with the product of hidden states and head to get logits.
+
+    They multiply it by ``factor`` (granite), and keep it within ``cap`` by cap * tanh(x / cap) (gemma2). None: no cap.
+    """
 
     factor: float = 1.0
     cap: float | None = None
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is done with it."""
+        """Whether the product is the logits."""
         return self.factor == 1.0 and self.cap is None
 
     def __call__(self, product: mx.array) -> mx.array:
-        """Logits."""
+        """The logits of a product of any shape."""
         scaled = product if self.factor == 1.0 else product * self.factor
         return scaled if self.cap is None else self.cap * mx.tanh(scaled / self.cap)
 
     def slope(self, logits: mx.array) -> mx.array:
-        """The derivative of logits by the product."""
+        """Compute the derivative of logits with respect to the product.
+
+        Args:
+            logits: logits of any shape.
+
+        Returns:
+            The derivative, of the same shape and dtype.
+        """
         steep = mx.ones_like(logits) if self.cap is None else 1 - mx.square(logits / self.cap)
         return self.factor * steep
 
 
 @dataclass
 class Streamed:
-    """The end of a walk: ``hidden`` [rows, length, hidden] after the final norm, and the head to read it with."""
+    """The end of a walk: the hidden states and the head that makes logits of them.
+
+    ``hidden`` [rows, length, hidden]: states after the final norm. ``head``: the layer whose weight [vocab, hidden]
+    makes logits. ``vocab``: number of token ids. ``norm``: the final norm. ``shape``: what follows the product.
+    """
 
     hidden: mx.array | Spool
     head: Any
@@ -49,26 +62,63 @@ class Streamed:
     shape: Shape = Shape()
 
     def of(self, hidden: mx.array) -> Streamed:
-        """The same head for other hidden states, after the final norm."""
+        """Return the same head for other hidden states.
+
+        Args:
+            hidden: states after the final norm [rows, length, hidden].
+
+        Returns:
+            The end of a walk with these states.
+        """
         return replace(self, hidden=hidden)
 
     def ended(self, hidden: mx.array) -> Streamed:
-        """The same head for hidden states as the last block gives them."""
+        """Return the same head for hidden states of the last block.
+
+        Args:
+            hidden: states before the final norm [rows, length, hidden].
+
+        Returns:
+            The end of a walk with these states after the final norm.
+        """
         return self.of(self.norm(hidden))
 
     def chunks(self, hidden: mx.array) -> Iterator[tuple[int, mx.array]]:
-        """(first token id, float32 weight [chunk, hidden]) over the vocabulary; the logits of some hidden states in a
-        chunk take no more memory than it does, or CHUNK_BYTES."""
+        """Yield the head in chunks of the vocabulary.
+
+        Neither the weight of a chunk nor the logits of these hidden states in it take more than CHUNK_BYTES, unless a
+        single token takes more.
+
+        Args:
+            hidden: the states whose logits are wanted [..., hidden].
+
+        Returns:
+            Pairs: first token id of the chunk, and its weight, float32 [chunk, hidden].
+        """
         width = max(1, CHUNK_BYTES // (4 * max(hidden.shape[-1], hidden.size // hidden.shape[-1])))
         for start in range(0, self.vocab, width):
             yield start, dense_weight(self.head, start, min(start + width, self.vocab))
 
     def logits(self, hidden: mx.array) -> Iterator[tuple[int, mx.array]]:
-        """(first token id, float32 logits [..., chunk]) over the vocabulary, for some of the hidden states."""
+        """Yield the logits of some hidden states in chunks of the vocabulary.
+
+        Args:
+            hidden: states after the final norm [..., hidden].
+
+        Returns:
+            Pairs: first token id of the chunk, and the logits, float32 [..., chunk].
+        """
         x = hidden.astype(mx.float32)
         for start, weight in self.chunks(hidden):
             yield start, self.shape(x @ weight.T)
 
     def all_logits(self, rows: Any) -> mx.array:
-        """Float32 logits [rows, length, vocab] of a few rows (indices or a slice)."""
+        """Compute all logits of a few rows.
+
+        Args:
+            rows: which rows of ``hidden``, indices or a slice.
+
+        Returns:
+            float32 [rows, length, vocab].
+        """
         return mx.concatenate([logits for _, logits in self.logits(self.hidden[rows])], axis=-1)

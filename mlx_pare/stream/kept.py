@@ -1,7 +1,7 @@
-"""What several steps of a run need of the original, made once and kept on disk until the run is done.
+"""Results on the original that several steps of a run need, computed once and kept on disk until the run is done.
 
-The final hidden states of a model on some rows lie in a file that is named after both: contenders are compared with
-them, recovery learns from them, and a process that goes on after a kill finds them. Beside them lie the matrices of
+The final hidden states of a model on some rows lie in a file that is named after both. Contenders are compared with
+them, recovery learns from them, and a process that continues after a kill finds them. Next to them lie the matrices of
 contenders that were reconstructed together (pipeline/contenders.py). Every name appears when its content is complete.
 """
 
@@ -34,8 +34,22 @@ def end_of(
     what: str = "forward",
     whole: bool = False,
 ) -> Streamed:
-    """The end of a walk of ``model`` over ``rows``; with a directory ``kept`` from there, or by a walk that is kept
-    there. ``whole``: hidden states in memory; otherwise they are read from the file. Raises Refused for want of memory.
+    """Return the end of a walk: from the directory of kept states, or by a walk whose states are then kept there.
+
+    Args:
+        model: model directory.
+        rows: the rows to walk over.
+        kept: the directory. None: walk, and keep the states in memory only; nothing checks the memory then.
+        memory_cap: bytes; None: the memory that is free now.
+        what: how the progress of the walk is called.
+        whole: load kept states into memory; otherwise they are read from the file when they are needed.
+
+    Returns:
+        Hidden states [rows, length, hidden] after the final norm, and the head.
+
+    Raises:
+        Refused: ``kept`` is given, the states are not there, and a walk needs more memory than ``memory_cap``.
+        UsageError, PareError: as ``walk``.
     """
     if kept is None:
         return stream.walk(model, rows, what=what)
@@ -49,16 +63,32 @@ def end_of(
 
 
 def has(model: Path, rows: Rows, kept: Path) -> bool:
-    """Whether the states are there, as a whole."""
+    """Check whether the states are kept, as a whole.
+
+    Args:
+        model: model directory.
+        rows: the rows of the walk.
+        kept: the directory of kept states.
+
+    Returns:
+        Whether there is a file for this model and these rows, and it is not cut off.
+    """
     file = _file(model, rows, kept)
     try:
         return file.exists() and bool(Spool(file).shape)
-    except PareError:  # of a disk that lost some of it
+    except PareError:  # the disk lost some of it
         return False
 
 
 def keep(streamed: Streamed, model: Path, rows: Rows, kept: Path) -> None:
-    """Keep the states at the end of a walk."""
+    """Keep the states at the end of a walk.
+
+    Args:
+        streamed: the end of the walk.
+        model: model directory of the walk.
+        rows: the rows of the walk.
+        kept: the directory for it, which is created if it is not there.
+    """
     kept.mkdir(parents=True, exist_ok=True)
     file = _file(model, rows, kept)
     written = None
@@ -77,9 +107,9 @@ def _file(model: Path, rows: Rows, kept: Path) -> Path:
 
 
 def clear(kept: Path) -> None:
-    """Nobody needs it any more. What mlx-pare did not write stays."""
+    """Delete what is kept there, when no step needs it any more. Files that mlx-pare did not write stay."""
     for pattern in OURS:
         for place in kept.glob(pattern):
             shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
-    with suppress(OSError):  # it is not empty, or not there
+    with suppress(OSError):  # the directory is not empty, or not there
         kept.rmdir()

@@ -1,4 +1,4 @@
-"""What a walk needs of the memory, and when hidden states have to lie on disk."""
+"""How much memory a walk (stream/walk.py) needs, and when its hidden states have to lie on disk."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ from ..text.corpus import Extent, Rows
 from . import head
 from .batches import micro_batch
 
-BASE_BYTES = 250 << 20  # Python, MLX, the tokenizer and what else is loaded
+BASE_BYTES = 250 << 20  # Python, MLX, the tokenizer and everything else that is loaded
 
 
 def required_bytes(checkpoint: Checkpoint, rows: Rows | Extent, spooled: bool = False) -> int:
-    """Estimate of the peak of a walk, the interpreter included (see the module's docstring)."""
+    """Estimate the peak of memory of a walk, the interpreter included (see the docstring of stream/walk.py).
+
+    Args:
+        checkpoint: the model.
+        rows: the rows, or how many and how long.
+        spooled: whether hidden states lie on disk, so that those of a micro-batch alone are in memory.
+
+    Returns:
+        Bytes.
+    """
     arch, value = checkpoint.arch, state_width(checkpoint)
     there = micro_batch(rows) if spooled else rows.count
     states = 3 * there * rows.length * arch.sizes["hidden"] * value
@@ -27,7 +36,7 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows | Extent, spooled: bool = 
     for tensor in arch.tensors():
         if tensor.layer is not None:
             block[tensor.layer] += _stored_bytes(checkpoint, tensor)
-            if 4 * tensor.size <= EXPANDED_BYTES:  # MLX may have these together, of wider ones a part at a time
+            if 4 * tensor.size <= EXPANDED_BYTES:  # MLX may expand these together, and larger ones a part at a time
                 expanded[tensor.layer] += 4 * tensor.size
             else:
                 wide = 2 * EXPANDED_BYTES
@@ -37,12 +46,12 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows | Extent, spooled: bool = 
 
 
 def state_width(checkpoint: Checkpoint) -> int:
-    """Bytes of a number of the hidden states: of the dtype that the model computes in, float32 on the CPU backend."""
+    """Bytes per value of the hidden states: those of the model's dtype, or 4 on the CPU backend (float32)."""
     return 4 if lm.cpu_backend() else checkpoint.value_bytes
 
 
 def head_bytes(checkpoint: Checkpoint) -> int:
-    """What is in memory of a model once the walk is over: its head, as it is stored."""
+    """Bytes of a model that are in memory once the walk is over: those of its head, as it is stored."""
     outside = (t for t in checkpoint.arch.tensors() if t.layer is None)
     role = "embed_tokens" if checkpoint.arch.tied else "lm_head"
     return sum(_stored_bytes(checkpoint, tensor) for tensor in outside if tensor.spec.role == role)
@@ -54,7 +63,15 @@ def _stored_bytes(checkpoint: Checkpoint, tensor: Tensor) -> int:
 
 
 def activation_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
-    """What is computed inside a block for a micro-batch: an estimate."""
+    """Estimate what a block computes for a micro-batch.
+
+    Args:
+        checkpoint: the model.
+        rows: the rows, or how many and how long.
+
+    Returns:
+        Bytes.
+    """
     arch, hidden = checkpoint.arch, checkpoint.arch.sizes["hidden"]
     heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
     tokens = micro_batch(rows) * rows.length
@@ -70,8 +87,22 @@ def check_memory(
     instead: str = "",
     spooled: bool = False,
 ) -> int:
-    """The estimate, with ``held`` bytes beside it, when it stays under ``cap`` (default: the memory that is free now).
-    Raises Refused otherwise; ``instead``: what else could be done about it."""
+    """Check that a walk fits in memory.
+
+    Args:
+        checkpoint: the model.
+        rows: the rows, or how many and how long.
+        cap: bytes that may be used; None: the memory that is free now.
+        held: bytes that are in memory in addition to the walk.
+        instead: what else a user can do, for the message.
+        spooled: whether hidden states lie on disk.
+
+    Returns:
+        The estimate with ``held``, bytes.
+
+    Raises:
+        Refused: the estimate exceeds ``cap``.
+    """
     needed, limit = required_bytes(checkpoint, rows, spooled) + held, cap or machine.available_bytes()
     if needed > limit:
         states = 3 * rows.count * rows.length * checkpoint.arch.sizes["hidden"] * state_width(checkpoint)
@@ -86,9 +117,21 @@ def check_memory(
 
 
 def must_spool(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, held: int = 0, beside: int = 0) -> bool:
-    """Whether hidden states have to lie on disk for a walk to stay under ``cap`` (default: the memory that is free
-    now), with ``held`` bytes in memory, and ``beside`` that would be spooled as well. Raises Refused when that would
-    not be enough."""
+    """Decide whether hidden states have to lie on disk for a walk to fit in memory.
+
+    Args:
+        checkpoint: the model.
+        rows: the rows, or how many and how long.
+        cap: bytes that may be used; None: the memory that is free now.
+        held: bytes that are in memory in addition to the walk, in any case.
+        beside: bytes in addition to these that would be spooled as well.
+
+    Returns:
+        Whether they have to.
+
+    Raises:
+        Refused: the walk does not fit even then.
+    """
     if required_bytes(checkpoint, rows) + held + beside <= (cap or machine.available_bytes()):
         return False
     check_memory(checkpoint, rows, cap, held, spooled=True)

@@ -1,8 +1,8 @@
-"""Reading ahead: while a block computes, the file of the next one comes into the page cache.
+"""Reading ahead: while a block computes, a thread brings the file of the next one into the page cache.
 
-A thread that reads and throws away, because every operating system does that: advice differs between them, and a mapped
-file would count as this process's memory. What it reads takes no memory of ours, and is dropped first when memory is
-short.
+The thread reads the file and throws the bytes away. That works on every operating system. Advice to the system differs
+between them, and a mapped file would count as memory of this process. Pages in the cache do not count, and the system
+drops them first when memory is short.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AT_ONCE = 1 << 20
 
 @contextmanager
 def read_ahead(checkpoint: Checkpoint) -> Iterator[Callable[[int], None]]:
-    """A function that has the tensors of a block read in the background; an error there is none here."""
+    """Yield a function that has the tensors of a block read in the background. Errors of the reading are ignored."""
     of: dict[int, list] = {}
     for name, entry in checkpoint.entries.items():
         if found := re.search(r"\blayers\.(\d+)\.", name):

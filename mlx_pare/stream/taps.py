@@ -1,4 +1,4 @@
-"""Taps and stand-ins: modules put in the place of others while a block runs."""
+"""Taps and stand-ins: modules that take the place of others while a block runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Tap:
-    """Stands in for a module and shows an accumulator what goes in (or comes out); otherwise it is the module."""
+    """Stands in for a module and shows an accumulator its input or output. In all else it behaves as the module."""
 
     def __init__(self, module, accumulator: Any, mask, side: str):
         self.module, self.accumulator, self.mask, self.side = module, accumulator, mask, side
@@ -22,7 +22,16 @@ class Tap:
 
 
 def replace_module(block: Any, path: str, make: Callable[[Any], Any]) -> Any:
-    """Put ``make(module)`` in the place of a submodule of a block, named by its path such as "mlp.down_proj"."""
+    """Put another module in the place of a submodule of a block.
+
+    Args:
+        block: the block, changed in place.
+        path: path of the submodule in it, such as "mlp.down_proj".
+        make: makes the new module from the one that is there.
+
+    Returns:
+        The new module.
+    """
     parent_path, _, leaf = path.rpartition(".")
     parent = block
     for part in filter(None, parent_path.split(".")):

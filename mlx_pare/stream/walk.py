@@ -1,14 +1,14 @@
-"""The engine: the stock mlx-lm forward run once over all rows, with one block in memory at a time.
+"""The engine: it runs the stock mlx-lm forward once over all rows, with one block in memory at a time.
 
-Every block is replaced by a proxy. Called by the stock forward with the hidden states of all rows, the proxy evaluates
-the block's lazy weights, loops over micro-batches, shows them to the observer, drops the block and puts the rows
-together again. Masks, rope and whatever else surrounds the blocks stay mlx-lm's business, so no family code is needed.
-The head is not applied: ``Streamed`` applies it in chunks of the vocabulary, because logits of all rows never fit.
+A proxy replaces every block. The stock forward calls it with the hidden states of all rows. The proxy evaluates the
+lazy weights of the block, loops over micro-batches, shows them to the observer, drops the block and joins the rows.
+mlx-lm keeps masks, rope and everything else around the blocks, so no family needs code here. The head is not applied:
+``Streamed`` applies it in chunks of the vocabulary, because logits of all rows never fit.
 
-Peak memory = one block + three times the hidden states (in, out, joined) + activations of a micro-batch; in the end
-the head. Where the states do not fit they are spooled: they lie on disk, the forward is handed a placeholder between
-blocks, and the peak has those of a micro-batch only. While a block computes, a thread reads the file of the next one,
-so that the operating system has it at hand.
+Peak memory is one block + three times the hidden states (in, out, joined) + activations of a micro-batch; at the end,
+the head. If the states do not fit they are spooled: they lie on disk, the forward gets a placeholder between blocks,
+and the peak includes the states of a micro-batch only. While a block computes, a thread reads the file of the next one
+into the page cache of the operating system.
 """
 
 from __future__ import annotations
@@ -35,30 +35,57 @@ from .spool import InMemory, Spool, Spooled, placeholder
 
 
 class Observer:
-    """Watches one walk. ``enter`` is called before a block runs and may replace its submodules by taps, ``seen`` after
-    each micro-batch, ``leave`` with the joined result; ``pending`` are arrays to evaluate with each micro-batch.
+    """Watches one walk. An observer may have two more methods.
 
-    An observer may also have ``again(index, before, after, run)``, called before ``leave`` while the block is still
-    there: ``run`` sends other hidden states of all rows through it, in the same micro-batches; and
-    ``called(index, x, args, kwargs)``, called before ``enter`` with what the stock forward gives to the block.
-    ``enter`` may return another block, to run in the place of this one.
+    ``called(index, x, args, kwargs)`` is called before ``enter`` with what the stock forward gives to the block.
+    ``again(index, before, after, run)`` is called before ``leave``, while the block is still there. ``run(states)``
+    sends other hidden states of all rows through it, in the same micro-batches, and ``run(states, start)`` those of the
+    rows from ``start`` on.
     """
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> Any:
+        """Prepare for a block before it runs; may replace its submodules by taps.
+
+        Args:
+            index: number of the block.
+            block: the block, with weights that are not read yet.
+            mask: returns which tokens of the current micro-batch are text, bool [rows, length].
+
+        Returns:
+            None, or another block that runs in the place of this one.
+        """
         return None
 
     def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
-        pass
+        """Look at a micro-batch that went through a block; ``after`` is not evaluated yet.
+
+        Args:
+            index: number of the block.
+            before: states that go into the block [rows, length, hidden].
+            after: states that come out of it [rows, length, hidden].
+            mask: which tokens are text, bool [rows, length].
+        """
 
     def pending(self) -> list[mx.array]:
+        """Name what is evaluated together with a micro-batch.
+
+        Returns:
+            Arrays of any shape, such as the sums of the observer.
+        """
         return []
 
     def leave(self, index: int, hidden: mx.array) -> None:
-        pass
+        """Look at the result of a block, which has been dropped.
+
+        Args:
+            index: number of the block.
+            hidden: states of all rows that come out of it [rows, length, hidden]; a Spool in a walk that is spooled.
+        """
 
 
 class Enough(Exception):
-    """Raised by a tap that has what it came for: the rest of the block is not computed for this micro-batch."""
+    """Raised by a tap that has what it needs while ``run`` of ``again`` sends states through a block: the rest of the
+    block is not computed for this micro-batch. Raised anywhere else, it ends the walk and reaches its caller."""
 
 
 @dataclass
@@ -71,14 +98,14 @@ class Resume:
 
 @dataclass
 class _Walk:
-    """What the proxies share: the rows, the observer, where to begin."""
+    """What the proxies share: the rows, the observer, and where to begin."""
 
     rows: Rows
     blocks: list
     observer: Observer | None
     resume: Resume | None
     store: Any  # where the hidden states of all rows are: InMemory or Spooled
-    ahead: Callable[[int], None]  # has the file of a block read
+    ahead: Callable[[int], None]  # has the tensors of a block read into the page cache
     bar: Any
     path: Path
 
@@ -111,12 +138,12 @@ class _Walk:
         self.blocks[index] = block = again = None
         if self.observer:
             self.observer.leave(index, joined[0] if isinstance(joined, tuple) else joined)
-        mx.clear_cache()  # or a GPU's allocator would keep the block that was dropped
+        mx.clear_cache()  # otherwise the allocator of a GPU would keep the block that was dropped
         self.bar.advance()
         return self.store.leaving(joined)
 
     def _each(self, micro_batch: Callable[[], Any], parts: list[slice] | None = None) -> Iterator[tuple[slice, Any]]:
-        """The rows of every micro-batch, and what became of them."""
+        """Yield the rows of every micro-batch and their result."""
         for part in parts or self.parts:
             self.part = part
             yield part, micro_batch()
@@ -136,7 +163,7 @@ class _Walk:
         return after
 
     def _apart(self, block: Any, x: mx.array, start: int, args: tuple, kwargs: dict) -> mx.array | None:
-        """Other hidden states of the rows from ``start`` on through the same block."""
+        """Send other hidden states of the rows from ``start`` on through the same block."""
         parts = micro_batches(self.rows, start) if start else None
         return InMemory().collect(0, self._each(lambda: self._unwatched(block, x, start, args, kwargs), parts))
 
@@ -155,7 +182,7 @@ class _Walk:
 
 
 class _BlockProxy:
-    """What the stock forward finds in place of a block."""
+    """What the stock forward finds in the place of a block."""
 
     def __init__(self, walk: _Walk, index: int):
         self._walk, self._index = walk, index
@@ -186,12 +213,26 @@ def walk(
     what: str | None = "forward",
     spool: Path | None = None,
 ) -> Streamed:
-    """Run the model in ``path`` over ``rows``; the observer sees every block from ``resume.start`` on. ``what`` its
-    progress is called; None: it is not shown. ``spool``: a directory for hidden states, which are then never in memory
-    as a whole; observers get a Spool where they would get the states of all rows, and must not ask to run them
-    ``again``. The result's are read from there. Raises UsageError for tokens that the model does not have, PareError
-    for a model that cannot be spooled, and for one that computes infinite numbers, naming the layer or the broken
-    weight."""
+    """Run a model over rows, block by block.
+
+    Args:
+        path: model directory.
+        rows: the rows, tokens int32 [rows, length].
+        observer: sees every block from ``resume.start`` on.
+        resume: states and number of the block to begin with; None: the walk begins with the tokens.
+        what: how the progress is called; None: it is not shown.
+        spool: directory for hidden states, which are then never in memory as a whole. Observers get a Spool instead of
+            the states of all rows, and must not run states ``again``. The states of the result are read from there.
+            None: they are in memory.
+
+    Returns:
+        Hidden states [rows, length, hidden] after the final norm, and the head.
+
+    Raises:
+        UsageError: the rows hold tokens that the model does not have.
+        PareError: the model is damaged, cannot be spooled, or computes infinite numbers; the message names the layer or
+            the broken weight.
+    """
     checkpoint = Checkpoint(path)
     rows.require_known(checkpoint.arch.sizes["vocab"])
     model = lm.load(path)
@@ -221,20 +262,29 @@ def walk(
 
 
 def ended(path: Path, hidden: mx.array | Spool) -> Streamed:
-    """The end of a walk of the model in ``path`` whose hidden states, after the final norm, are known."""
+    """Return the end of a walk whose hidden states are known.
+
+    Args:
+        path: model directory.
+        hidden: states after the final norm [rows, length, hidden], in memory or spooled.
+
+    Returns:
+        These states and the head of the model.
+    """
     model = lm.load(path)
     end = _ending(model)
     return end(hidden, lm.for_backend(lm.body(model).norm))
 
 
 def _ending(model: Any) -> Callable[[Any, Any], Streamed]:
-    """What makes the end of a walk of hidden states and the final norm; to be asked before the model is changed."""
+    """Return a function that makes the end of a walk from hidden states and the final norm. Call it before the model is
+    changed."""
     vocab, readout, shape = lm.embedding(model).weight.shape[0], lm.head(model), head.Shape(*lm.logit_shape(model))
     return lambda hidden, norm: Streamed(hidden, readout, vocab, norm, shape)
 
 
 def _into_the_first(body: Any, blocks: list, tokens: mx.array) -> mx.array:
-    """What the stock forward hands to its first block, some of which scale embeddings on the way."""
+    """What the stock forward gives to its first block: embeddings, which some models scale before."""
     found, first = [], blocks[0]
 
     def caught(x: mx.array, *args: Any, **kwargs: Any) -> None:
@@ -263,8 +313,21 @@ class _Until(Observer):
 
 
 def advance(path: Path, rows: Rows, hidden: mx.array | None, start: int, stop: int) -> mx.array:
-    """Hidden states [rows, length, hidden] that go into block ``start`` (None: there is nothing before it) through the
-    blocks up to ``stop``, which is not run: a walk in pieces, for who leads two models side by side."""
+    """Send hidden states through some blocks: a walk in pieces, for callers that lead two models side by side.
+
+    Args:
+        path: model directory.
+        rows: the rows of the walk.
+        hidden: states [rows, length, hidden] that go into block ``start``; None: begin with the tokens at block 0.
+        start: number of the first block.
+        stop: number of the block after the last.
+
+    Returns:
+        States that come out of block ``stop`` - 1, [rows, length, hidden].
+
+    Raises:
+        UsageError, PareError: as ``walk``.
+    """
     until = _Until(stop - 1)
     try:
         walk(path, rows, until, None if hidden is None else Resume(start, hidden), what=None)
