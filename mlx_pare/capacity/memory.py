@@ -36,7 +36,7 @@ FUSED_HEADS = (64, 72, 80, 96, 128)  # read in mlx scaled_dot_product_attention.
 # array as mask, which excludes layers with a sliding window.
 FUSED_SINCE_M5, FUSED_CHUNK = (256,), 1024
 SCORE_BYTES = 2  # one live buffer of half floats: measured on the 8k to 192k ladder of mlx-lm issue 1480, within 0.3 %
-TWO_BUFFERS = 2  # scores and their softmax: assumed where mlx-lm itself computes them (quantized cache, softcap)
+TWO_BUFFERS = 2  # scores and their softmax: assumed if mlx-lm itself computes them (quantized cache, softcap)
 
 QUANTIZED_FROM = 5000  # tokens; mlx_lm/generate.py quantized_kv_start: shorter caches stay floats
 KV_BITS = (2, 3, 4, 8)  # QuantizedKVCache in mlx_lm/models/cache.py lays out other widths wrongly and fails

@@ -128,7 +128,7 @@ def prefill(needs: Needs, mac: Mac, k_quants: int = 0) -> float | None:
 
 
 def prompt_flops(needs: Needs) -> float:
-    """Return the operations per prompt token, averaged over a prompt. The head works on the last token only: left out."""
+    """Return the FLOPs per prompt token, averaged over a prompt. The head works on the last only: not counted."""
     arch, context = needs.arch, needs.use.context
     window, attention = footprint.window_of(arch, context), 0.0
     for layer in arch.layers:

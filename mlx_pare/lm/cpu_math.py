@@ -165,8 +165,8 @@ def attention(
 ) -> mx.array:
     """Compute attention as mx.fast.scaled_dot_product_attention does, with numpy for large float32 arrays.
 
-    MLX computes if there are sinks, other arguments or fewer than SMALL scores, or if the mask differs between rows or
-    heads or hides all keys from a query.
+    MLX computes if there are sinks, other arguments or fewer than SMALL scores. It also does if the mask differs
+    between rows or heads, or hides all keys from a query.
 
     Args:
         q: [b, heads, queries, dim].

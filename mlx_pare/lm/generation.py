@@ -50,7 +50,7 @@ def continued(model: nn.Module, tokens: mx.array, length: int, key: mx.array) ->
     cache, pieces, now = make_prompt_cache(model), [tokens], tokens[:, -1:]
     if tokens.shape[1] > 1:
         model(tokens[:, :-1], cache=cache)
-        mx.eval([layer.state for layer in cache if layer is not None])  # not the logits, which nobody needs
+        mx.eval([layer.state for layer in cache if layer is not None])  # not the logits, which are not needed
     for draw in mx.random.split(key, length - tokens.shape[1]):
         logits = model(now, cache=cache)[:, -1].astype(mx.float32)
         now = mx.random.categorical(logits, key=draw)[:, None].astype(tokens.dtype)

@@ -67,7 +67,7 @@ def keep(original: Path, result: Path) -> None:
     """
     try:
         before = lm.tokenizer(original)
-    except PareError:  # nobody reads text with it
+    except PareError:  # no tokenizer to compare with
         return
     file, expected = result / SETTINGS, _reading(before)
     settings = read_json(file, "tokenizer config") if file.exists() else {}

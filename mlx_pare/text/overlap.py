@@ -66,8 +66,8 @@ def _frequent(texts: Mapping[str, Sequence[str]], lines: Collection[str]) -> set
     """Return the lines that occur in many documents, or in many paragraphs between blank lines. Copies count once."""
     found: set[str] = set()
     for units in (lambda document: [document], lambda document: document.split("\n\n")):
-        within: Counter[str] = Counter()  # line -> units that hold it
-        beside: Counter[str] = Counter()  # line -> units of all texts that hold it
+        within: Counter[str] = Counter()  # line -> number of units that hold it
+        beside: Counter[str] = Counter()  # line -> number of units in the texts that hold it
         known: set[str] = set()
         for documents in texts.values():
             every = {unit.strip() for document in documents for unit in units(document)}
