@@ -12,7 +12,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = {  # verb -> where the function of that name is
+_VERBS = {  # verb -> module with the function of that name
     "inspect": "capacity.inspect",
     "fit": "capacity.fit",
     "calibrate": "scoring.calibrate",

@@ -1,4 +1,4 @@
-"""What the Python API takes besides paths: the classes of options, rows of text, and cuts that somebody names."""
+"""What the Python API takes besides paths: the classes of options, rows of text, and cuts given by number."""
 
 from __future__ import annotations
 
@@ -32,22 +32,33 @@ __all__ = [
 
 
 def rows(model: StrPath, data: StrPath | None = None, samples: int = 128, length: int = 512) -> Rows:
-    """The calibration rows that `run` takes of a text, by the tokenizer of ``model``. None: mlx-pare's own text."""
+    """Take the calibration rows that `run` takes of a text.
+
+    Args:
+        model: path or name of a model, whose tokenizer reads the text.
+        data: file or folder, also [NAME=]PATH[:WEIGHT]; None: mlx-pare's own text.
+        samples: rows at most.
+        length: tokens per row.
+    Returns:
+        int32 [at most samples, length].
+    Raises:
+        UsageError: an argument is out of range, or the text holds a token that the model does not have.
+        PareError: model or text cannot be read, or the text is too short.
+    """
     return Texts(opened(model), Settings(data=data and str(data), samples=samples, length=length)).calibration
 
 
 def candidates(scores: StrPath, ratio: float) -> dict[str, Any]:
-    """The units with the lowest scores. Reads the file of ``score`` alone, not the model.
+    """Name the units with the lowest scores. Reads only the file of ``score``, not the model.
 
     Args:
-        scores: what ``score`` wrote; the strategy is the criterion it was written with.
+        scores: file that ``score`` wrote, with its criterion.
         ratio: share of the ffn channels of every layer, and of the layers, from 0 to less than 1.
-
     Returns:
-        "criterion"; "ffn": layer -> its channels, ascending; "layers": whole layers, ascending.
-
+        "criterion"; "ffn": layer -> numbers of its channels, ascending; "layers": numbers of layers, ascending.
     Raises:
-        UsageError: ``ratio`` is out of range. PareError: the file cannot be read.
+        UsageError: ``ratio`` is out of range.
+        PareError: the file cannot be read.
     """
     if not 0 <= ratio < 1:
         raise UsageError(f"the ratio {ratio!r} is not between 0 and 1", "give the share to remove, e.g. 0.25")
@@ -66,14 +77,17 @@ def without(
     ffn: Mapping[int, Iterable[int]] | None = None,
     kv_head: Mapping[int, Iterable[int]] | None = None,
 ) -> Plan:
-    """The plan that removes exactly what is named, for ``prune`` and ``reconstruct``.
+    """Plan to remove exactly what is named, for ``prune`` and ``reconstruct``.
 
     Args:
-        layers: numbers of layers that go.
-        ffn, kv_head: layer -> numbers of the channels, or of the key-value heads, that go.
-
+        model: path or name of a model.
+        layers: numbers of the layers to remove.
+        ffn, kv_head: layer -> numbers of the channels, or of the key-value heads, to remove; None: none.
+    Returns:
+        A plan with criterion "none".
     Raises:
-        UsageError: a number that the model does not have. PareError: no class of stock mlx-lm holds the result.
+        UsageError: the model does not have one of the numbers.
+        PareError: the model cannot be read or cut, or no class of stock mlx-lm holds the result.
     """
     checkpoint = Checkpoint(opened(model))
     arch, named = checkpoint.arch, {"ffn": ffn or {}, "kv_head": kv_head or {}}
@@ -101,7 +115,7 @@ def without(
 
 
 def _numbers(what: str, given: Iterable[int], count: int) -> set[int]:
-    """Numbers from 0 to less than ``count``. Raises UsageError for anything else, such as the name of a module."""
+    """Check numbers from 0 to less than ``count``. Raises UsageError for anything else, such as a module's name."""
     given = list(given)
     for number in given:
         if not isinstance(number, Integral) or not 0 <= number < count:

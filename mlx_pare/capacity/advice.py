@@ -1,7 +1,7 @@
-"""What would make it fit: every single change that brings a model under a Mac's budget, the one expected to cost least
-first, the smallest cut among them.
+"""Find what makes a model fit: every single change that brings it under a Mac's budget, the smallest cut among them.
 
-Losses are relative increases of perplexity, an order of magnitude to sort by and no promise: `mlx-pare run` measures.
+The change with the least expected loss comes first. Losses are relative increases of perplexity. They are orders of
+magnitude to sort by, no promise: `mlx-pare run` measures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from .subject import Subject
 
 # What fewer bits cost. GGUF: Llama-3-8B without importance matrix (llama.cpp's perplexity README, pull request 6936).
 # MLX, rounded to nearest: 4 bits in groups of 64 cost 0.18 to 0.26 on three small models (mlx-lm pull request 202) and
-# 0.014 on novelist-9m, where 3 bits cost five times that (benchmarks/LOG.md); larger models lose less. Taken between.
+# 0.014 on novelist-9m, where 3 bits cost five times that (benchmarks/LOG.md); larger models lose less. The values here
+# lie between.
 BITS_LOSS = {8: 0.0, 6: 0.005, 5: 0.02, 4: 0.10, 3: 0.40, 2: 2.5}
 GGUF_LOSS = {8: 0.0, 6: 0.005, 5: 0.009, 4: 0.028, 3: 0.10, 2: 0.57}
 KV_LOSS = {8: 0.0005, 4: 0.02}  # q8_0: 0.00035 on Llama-3-8B (llama.cpp pull request 7412); 4 bits assumed
@@ -35,16 +36,16 @@ GGUF_BITS = {8: "q8_0", 6: "q6_k", 5: "q5_k_m", 4: "q4_k_m", 3: "q3_k_m", 2: "q2
 # What a cut costs grows with its square: the best published pruner without training, FLAP, has 0.16, 0.40 and 1.52 for
 # 20, 30 and 50 % of LLaMA-7B; ours are in benchmarks/LOG.md.
 CUT_LOSS = 5.0
-STEPS = (1024, 512, 256)  # of prefill: smaller ones begin to cost speed
-FRUGAL_STEP, FRUGAL_BITS = 512, 8  # what is tried together with fewer bits and with cuts
+STEPS = (1024, 512, 256)  # tokens per prefill step: smaller ones begin to cost speed
+FRUGAL_STEP, FRUGAL_BITS = 512, 8  # tried together with fewer bits and with cuts
 CUTS = (CutOptions.axes, ("layer",), ("ffn",))
 
 
 @dataclass(frozen=True)
 class Change:
-    """One way to make it fit. ``loss``: expected relative increase of perplexity; 0: none, None: nobody knows.
+    """One way to make a model fit. ``loss``: expected relative increase of perplexity; 0: none, None: unknown.
 
-    ``how``: what to do. ``row``: the row of the planner afterwards.
+    ``how``: what to do. ``row``: the planner's row afterwards.
     """
 
     kind: str
@@ -69,7 +70,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a use and a Mac for which it is too much."""
+    """A model, a use, and a Mac that is too small for them."""
 
     subject: Subject
     needs: Needs
@@ -77,13 +78,13 @@ class Case:
     budget: Budget
 
     def row(self, **changed: Any) -> dict[str, Any]:
-        """The planner's row with another ``needs``, ``weights`` or ``budget``."""
+        """Return the planner's row with another ``needs``, ``weights`` or ``budget``."""
         given = {"needs": self.needs, "weights": self.subject.weights, "budget": self.budget} | changed
         return planner.assess(given["needs"], given["weights"], self.mac, given["budget"])
 
     @property
     def axes(self) -> Sequence:
-        """Along what it may be cut: sets of axes, or single ones where a cut can only be counted."""
+        """Axes to cut along: sets of them, or single ones if mlx-pare can only count the cut."""
         arch = self.needs.arch
         if arch.cuttable:
             return CUTS
@@ -91,7 +92,7 @@ class Case:
 
     @property
     def usual(self) -> bool:
-        """Whether `plan --for` would be asked the same: its use and its budget, and a Mac that it knows by name."""
+        """Whether `plan --for` computes the same: use and budget are its defaults, and it knows the Mac by name."""
         use = Use(self.needs.use.context, runtime="mlx")
         known = self.mac in macs.every() or self.mac == macs.of_memory(self.mac.memory_gb)
         return known and self.budget == Budget() and self.needs.use == use
@@ -103,7 +104,7 @@ class Case:
 
     @property
     def written(self) -> bool:
-        """Whether the surgeon writes the form that was asked for; otherwise a cut is followed by another tool."""
+        """Whether pruning itself writes the form that was asked for; otherwise another tool must follow the cut."""
         form = self.subject.form
         return not form.given or bool(form.packing and form.packing.mode == "affine")
 
@@ -112,13 +113,16 @@ class Case:
 
 
 def changes(case: Case) -> list[Change]:
-    """What makes it fit, the least expected loss first, then the largest headroom: every single change, and fewer bits
-    and the smallest cut also beside a smaller prefill step and a quantized cache."""
+    """List the changes that make a model fit, by least expected loss, then by largest headroom.
+
+    These are single changes. Fewer bits and the smallest cut are also combined with a smaller prefill step, and with
+    that step and a quantized cache.
+    """
     found = [c for way in (_limit, _prefill, _kv_bits, _context, _train, _bits, _cuts) for c in way(case)]
     known = {change.what for change in found}
     for label, loss, frugal in _frugal(case):
         if frugal.row()["fits"]:
-            continue  # that alone is enough, and was found above
+            continue  # this use alone is enough, and was found above
         for change in (c for c in (*_bits(frugal), *_cuts(frugal, frugal.axes[:1])) if c.what not in known):
             known.add(change.what)
             found.append(replace(change, what=f"{change.what}; {label}", loss=(change.loss or 0) + loss))
@@ -129,7 +133,7 @@ def changes(case: Case) -> list[Change]:
 
 
 def _frugal(case: Case) -> Iterator[tuple[str, float, Case]]:
-    """The same case in uses that cost almost nothing, in words, with their expected loss."""
+    """Yield (words, expected loss, case) for uses of the same model that cost almost nothing."""
     use = case.needs.use
     if use.train or case.needs.llama or use.prefill_step <= FRUGAL_STEP:
         return
@@ -144,7 +148,7 @@ def _frugal(case: Case) -> Iterator[tuple[str, float, Case]]:
 
 
 def _limit(case: Case) -> Iterator[Change]:
-    """A higher wired limit, as far as macOS can live beside it."""
+    """Yield a higher wired limit, if that leaves enough for macOS."""
     reserve = case.budget.reserve_bytes
     needed, most = case.row()["total_bytes"] + reserve, case.budget.most(case.mac) + reserve
     if case.budget.limit_bytes or needed > most:
@@ -177,7 +181,7 @@ def _prefill(case: Case) -> Iterator[Change]:
 
 
 def _kv_bits(case: Case) -> Iterator[Change]:
-    """In mlx-lm attention on a quantized cache is not fused: the peak gets smaller with a small prefill step only."""
+    """Yield a quantized KV cache. mlx-lm does not fuse attention on it, so the peak may need a smaller prefill step."""
     needs = case.needs
     if needs.use.kv_bits or needs.use.train or (not needs.llama and kv_bits_refused(needs.arch, needs.use.kv_group)):
         return
@@ -197,7 +201,7 @@ def _kv_bits(case: Case) -> Iterator[Change]:
 
 
 def _context(case: Case) -> Iterator[Change]:
-    """No perplexity is lost, but what the model was asked to do: behind the changes that lose almost nothing."""
+    """Yield a shorter context. It loses no perplexity but the context asked for; 0.002 puts it after cheap changes."""
     longest, use = case.row()["max_context"], case.needs.use
     if 0 < longest < use.context:
         row = case.row(needs=case.using(context=longest))
@@ -207,7 +211,7 @@ def _context(case: Case) -> Iterator[Change]:
 
 
 def _train(case: Case) -> Iterator[Change]:
-    """The largest batch that fits, and the same with gradient checkpointing: slower, nothing else."""
+    """Yield the largest batch that fits, and the largest with gradient checkpointing: slower, but without loss."""
     use = case.needs.use
     batches = [use.batch, *(b for b in (2, 1) if b < use.batch)] if use.train else []
     for kind in ("batch", "grad_checkpoint"):
@@ -226,7 +230,7 @@ def _train(case: Case) -> Iterator[Change]:
 
 
 def _bits(case: Case) -> Iterator[Change]:
-    """The most bits that fit, below those it has now. Packed weights cannot be trained in full."""
+    """Yield the most bits that fit, fewer than now. Packed weights cannot be trained in full."""
     subject, arch, use = case.subject, case.needs.arch, case.needs.use
     if use.train == "full":
         return
@@ -252,16 +256,16 @@ def _bits(case: Case) -> Iterator[Change]:
 
 
 def _cuts(case: Case, ways: Sequence | None = None) -> Iterator[Change]:
-    """The smallest cut along each of these sets of axes; of families that cannot be cut yet, along single axes."""
+    """Yield the smallest cut along each set of axes, or along single axes if mlx-pare cannot cut the family yet."""
     if case.subject.storage is not None or case.subject.checkpoint is not None:
         search = smallest_cut if case.needs.arch.cuttable else _shrunk
         yield from filter(None, (search(case, way) for way in (ways or case.axes)))
 
 
 def smallest_cut(case: Case, axes: Sequence[str] = CutOptions.axes) -> Change | None:
-    """The largest size along ``axes`` that fits, exactly as `plan --for` finds it; None when there is none.
+    """Find the largest size along ``axes`` that fits, as `plan --for` does; None if there is none.
 
-    Source of the search: pruning/reach.py, which plan uses as well.
+    Both use the search of pruning/reach.py.
     """
     arch, stored = case.needs.arch, case.subject.packing
     group = stored.group_size if stored else None
@@ -278,7 +282,7 @@ def smallest_cut(case: Case, axes: Sequence[str] = CutOptions.axes) -> Change | 
     try:
         space = reach.space(arch, axes, reach.unit(arch, group), protected)
         _, level = reach.largest_within(space, group, over, 0.0, case.mac.name, gb)
-    except PareError:  # nothing is small enough, or it cannot be cut along these
+    except PareError:  # no size is small enough, or the model cannot be cut along these axes
         return None
     smaller, nbytes, whole = *left(level), space.at(1.0)
     if level == whole:
@@ -288,7 +292,7 @@ def smallest_cut(case: Case, axes: Sequence[str] = CutOptions.axes) -> Change | 
 
 
 def _after(case: Case, keep: Keep, packed: bool) -> tuple[Architecture, int]:
-    """What a cut leaves, and its bytes: as the surgeon will write them where there is a directory, else predicted."""
+    """Return what a cut leaves, and its bytes: as pruning will write them if there is a directory, else predicted."""
     subject = case.subject
     if subject.checkpoint and case.written:
         from ..pruning.layout import smaller, total_bytes
@@ -300,7 +304,7 @@ def _after(case: Case, keep: Keep, packed: bool) -> tuple[Architecture, int]:
 
 
 def _command(case: Case, axes: Sequence[str], smaller: Architecture, nbytes: int) -> str:
-    """What makes this cut. Only the usual use can be left to `--for`, which knows no other."""
+    """Return the command for this cut. `--for` is only used for the usual case, since it knows no other."""
     form = case.subject.form
     if not case.written:
         quantize = f"mlx_lm.convert -q --q-mode {form.packing.mode}" if form.packing else "mlx_lm.convert"
@@ -315,7 +319,7 @@ def _command(case: Case, axes: Sequence[str], smaller: Architecture, nbytes: int
 
 
 def _predicted(case: Case, arch: Architecture) -> int:
-    """Bytes of a smaller architecture, stored as the subject is."""
+    """Predict the bytes of a smaller architecture, stored as the subject is."""
     subject = case.subject
     return footprint.weight_bytes(arch, subject.form.storage(arch, subject.value_bytes) or subject.storage)
 
@@ -329,7 +333,7 @@ def _cut(case: Case, shape: str, smaller: Architecture, nbytes: int, how: str) -
 
 
 def _shrunk(case: Case, axis: str) -> Change | None:
-    """The smallest cut of one axis of a family that mlx-pare cannot cut yet: arithmetic only."""
+    """Count the smallest cut of one axis of a family that mlx-pare cannot cut yet; None if there is none."""
     arch = case.needs.arch
     counts = _counts(arch, axis)
     low, high, best = 0, len(counts) - 1, None
@@ -352,7 +356,7 @@ def _whole(arch: Architecture, axis: str) -> int:
 
 
 def _counts(arch: Architecture, axis: str) -> list[int]:
-    """Reachable counts of an axis, ascending: at least as many experts as are active, widths in steps of 64 or 256."""
+    """List the possible counts of an axis, ascending: at least the active experts, widths in steps of 64 or 256."""
     whole = _whole(arch, axis)
     if axis == "expert":
         return list(range(max((m.sizes.get("active", 1) for m in arch.layers), default=1), whole + 1))
@@ -361,9 +365,9 @@ def _counts(arch: Architecture, axis: str) -> list[int]:
 
 
 def _resized(arch: Architecture, axis: str, size: int) -> Architecture:
-    """The architecture with ``size`` of an axis; of layers, evenly spread ones, so that every kind keeps its share.
+    """Resize one axis. Layers that stay are evenly spread, so that every kind keeps its share.
 
-    Of other axes that which the smaller config means, because sizes may depend on one another.
+    If one config key holds the size of the axis, the smaller config is read again: other sizes may depend on it.
     """
     total = len(arch.layers)
     if axis == "layer":

@@ -1,4 +1,4 @@
-"""fit: which bytes does a Mac allow, does a model fit into them, and what would make it fit?"""
+"""fit: how many bytes does a Mac allow, does a model fit into them, and what would make it fit?"""
 
 from __future__ import annotations
 
@@ -26,17 +26,23 @@ def fit(
     form: Form | None = None,
     budget: Budget | None = None,
 ) -> dict[str, Any]:
-    """A model on Macs: one row each, and for those that were named and are too small, what would make it fit.
+    """Assess a model on Macs, and find what makes it fit on those that were asked about and are too small.
 
-    ``model``: a directory, a config.json, a GGUF file, a run directory or plan.json, a hub id, or a name of the
-    catalogue. ``macs``: names such as "m4-24gb", or "24gb" when only the memory is known; none: this Mac first, then
-    all. ``use``, ``form``, ``budget``: memory.Use, subject.Form, macs.Budget.
-
-    Keys: model, origin, form, parameters, context, batch, runtime, train, macos, weights_bytes, here, rows
-    (planner.assess), file_bytes (of the GGUF file that `export` would write, where that is known), alternatives (by
-    Mac: advice.Change), curve (planner.curve on the first of the Macs), notes, note.
-    A model type that nobody described has rows with weights alone; what cannot be known is None. Raises UsageError for
-    a Mac nobody makes, PareError for a model that cannot be read.
+    Args:
+        model: a directory, a config.json, a GGUF file, a run directory or plan.json, a hub id, or a name of the
+            catalogue.
+        macs: names such as "m4-24gb", or "24gb" if only the memory is known; none: this Mac first, then all.
+        use: context, batch, runtime and training; None: the defaults of Use.
+        form: how the weights are stored; None: as they are.
+        budget: how the GPU's share of memory is set; None: the defaults of Budget.
+    Returns:
+        model, origin, form, parameters, context, batch, runtime, train, macos, weights_bytes, here, rows (one per Mac:
+        planner.assess), file_bytes (of the GGUF file that `export` would write, None if unknown), alternatives (Mac ->
+        advice.Change.as_dict), curve (planner.curve on the first Mac), notes, note. For an unknown model type the rows
+        hold only the weights. What cannot be known is None.
+    Raises:
+        UsageError: there is no such Mac or model, or the arguments do not go together.
+        PareError: the model cannot be read.
     """
     from ..base.errors import UsageError
     from ..model import footprint
@@ -73,8 +79,10 @@ def fit(
 
 
 def _file(subject: Subject) -> int | None:
-    """Bytes of the GGUF file that would be written of a model directory; None where there is none. Of other models the
-    vocabulary, which is in that file too, is not at hand."""
+    """Return the bytes of the GGUF file that would be written of a model directory; None if there is none.
+
+    The vocabulary is in that file too, and for other models it is not at hand.
+    """
     kind = subject.form.gguf
     if kind is None or subject.checkpoint is None:
         return None
@@ -89,7 +97,7 @@ def _file(subject: Subject) -> int | None:
 
 
 def _answer(subject: Subject, use: Use, budget: Budget, chosen: Sequence[Mac], asked: Sequence[Mac]) -> dict[str, Any]:
-    """Rows for the chosen Macs, alternatives for those asked about that are too small, and the curve of the first."""
+    """Return rows for the chosen Macs, alternatives for those asked about that are too small, and the first's curve."""
     from . import planner
     from .advice import Case, changes
     from .memory import Needs
@@ -105,7 +113,7 @@ def _answer(subject: Subject, use: Use, budget: Budget, chosen: Sequence[Mac], a
 
 
 def _here(mac: Mac | None, budget: Budget) -> dict[str, Any] | None:
-    """What is known of the Mac this runs on, read from it and not from the table; None elsewhere."""
+    """Return facts of the Mac this runs on, read from it and not from the table; None elsewhere."""
     if mac is None:
         return None
     from ..base.machine import available_bytes

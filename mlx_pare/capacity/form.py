@@ -1,4 +1,4 @@
-"""How weights are to be stored: as they are, packed by MLX, as a type of GGUF, or as floats."""
+"""The form that weights are stored in: as they are, packed by MLX, as a type of GGUF, or as floats."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from .planner import Weights
 
 @dataclass(frozen=True)
 class Form:
-    """How the weights are to be stored: packed by MLX, as GGUF of a kind like "q4_k_m", or as floats of 2 or 4 bytes;
-    none of them: as they are."""
+    """How to store the weights: packed by MLX, as GGUF of a kind like "q4_k_m", or as floats of 2 or 4 bytes.
+
+    If none of them is given, weights stay as they are.
+    """
 
     packing: Packing | None = None
     gguf: str | None = None
@@ -24,7 +26,15 @@ class Form:
 
     @classmethod
     def named(cls, bits: str | None = None, group_size: int = 64, gguf: str | None = None) -> Form:
-        """From what the command line gives: "4" or "mxfp4", "q4_k_m". Raises UsageError."""
+        """Read the form from the values of command-line options.
+
+        Args:
+            bits: "2" to "8", "16", "32", or a mode such as "mxfp4"; None: not given.
+            group_size: values per group of a packing with "2" to "8" bits.
+            gguf: kind of GGUF such as "q4_k_m"; None: not given.
+        Raises:
+            UsageError: both are given, or one is unknown.
+        """
         if bits and gguf:
             raise UsageError("--bits and --gguf are two forms", "give one of them")
         if gguf:
@@ -45,7 +55,7 @@ class Form:
         return cls(Packing(int(bits), group_size))
 
     def storage(self, arch: Architecture, width: int = 2) -> Storage | None:
-        """How any tensor is stored in this form, beside floats of ``width`` bytes; None: as it is."""
+        """Return how a tensor is stored in this form, if other floats have ``width`` bytes; None: as it is."""
         if self.gguf:
             return gguf(arch, self.gguf)
         if self.floats:
@@ -53,7 +63,7 @@ class Form:
         return footprint.packed(replace(self.packing, scale_bytes=width), width) if self.packing else None
 
     def weights(self, arch: Architecture, storage: Storage) -> Weights:
-        """What is known of weights stored so."""
+        """Count weights stored in this form."""
         found = planner.stored(arch, storage)
         k_quants = footprint.read_bytes(arch, footprint.dense(1)) if self.gguf and "_k" in self.gguf else 0
         return replace(found, k_quants=k_quants)
@@ -70,9 +80,9 @@ class Form:
 
 
 def gguf(arch: Architecture, kind: str) -> Storage:
-    """As a GGUF file of ``kind`` ("f16", "q8_0", "q4_k_m") holds them. Tensor data only: no header, no padding.
+    """Return how a GGUF file of ``kind`` ("f16", "q8_0", "q4_k_m") stores tensors. Data only: no header, no padding.
 
-    Raises UsageError for an unknown kind.
+    Raises UsageError if the kind is unknown.
     """
     from ..gguf.quant_mixes import storage
 

@@ -1,4 +1,4 @@
-"""inspect: what is in a model, what can be cut, which runtimes would load it. Reads headers only."""
+"""inspect: what a model contains, what can be cut, which runtimes load it. Reads headers only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .subject import Subject, open_subject
 
 
 def inspect(model: str | PathLike[str]) -> dict[str, Any]:
-    """Facts of a model, counted from its tensors; ``model`` is whatever `fit` takes.
+    """Collect facts of a model, counted from its tensors; ``model`` is anything that `fit` takes.
 
-    A size that differs between layers is a list, one that a model does not have is None. Of a model type that nobody
-    described only model, origin and bytes are known. Raises PareError when it is not what its config says.
+    A size that differs between layers is a list; a size that the model lacks is None. For an unknown model type only
+    model, origin, stored, notes and bytes are given. Raises PareError if the model is not what its config says.
     """
     subject = open_subject(str(model), Form())
     arch = subject.arch
@@ -66,7 +66,7 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
 
 
 def _per_layer(arch: Architecture) -> dict[str, Any]:
-    """What would load the model when its layers are cut to widths of their own, and why not all of them."""
+    """Return what loads the model if its layers are cut to different widths, and why a runtime does not."""
     types = uneven_types(arch)
     why = why_uniform(arch) if not types else uneven_layers.why_not(arch)
     there = uneven_layers.architecture(arch) if types and not uneven_layers.why_not(arch) else None
@@ -84,7 +84,7 @@ GROUP_SIZES = {"q_heads": ("kv_head", "group"), "kv_heads": ("kv_head",), "head_
 
 
 def _group(arch: Architecture, kind: str) -> dict[str, Any]:
-    """What the layers of one kind have: a number, a list of sizes where they differ, None for what they lack."""
+    """Return the sizes of the layers of one kind: a number, a list if they differ, None if they lack it."""
     layers, used = [layer for layer in arch.layers if layer.kind == kind], arch.axes(kind)
     found: dict[str, Any] = {"kind": kind, "layers": len(layers)}
     for name, axes in GROUP_SIZES.items():
@@ -97,7 +97,7 @@ def _group(arch: Architecture, kind: str) -> dict[str, Any]:
 
 
 def _reasons(arch: Architecture, subject: Subject) -> dict[str, str]:
-    """Why a runtime does not load the model, by its name; the weights' directory may tell more than the config."""
+    """Return runtime -> why it does not load the model; a directory of weights may say more than the config."""
     there, kind = runtimes_of(arch), arch.config["model_type"]
     lacks = f"it has no architecture for {kind}"
     if arch.family.result:
@@ -112,7 +112,7 @@ def _reasons(arch: Architecture, subject: Subject) -> dict[str, str]:
 
 
 def _size(arch: Architecture, *axes: str) -> int | list[int] | None:
-    """The size of a layer axis, or of a product of some; all sizes where layers differ, None where no layer has it."""
+    """Return the size of an axis, or the product of several: a list if layers differ, None if no layer has it."""
     if not all(arch.uses(axis) for axis in axes):
         return None
     there = (layer.sizes for layer in arch.layers if all(axis in layer.sizes for axis in axes))

@@ -1,7 +1,7 @@
 """Every Mac, and how many bytes macOS lets its GPU keep resident.
 
-Memory sizes of Macs are GiB, as Apple counts them; everything else is bytes. The table is macs.csv, with a source and a
-flag for how well every cell is known.
+Memory sizes of Macs are in GiB, as Apple counts them; everything else is in bytes. The table macs.csv has a source for
+every row, and flags for how well its cells are known.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..options import option
 
 GIB = 2**30
 
-# Share of memory that Metal's recommendedMaxWorkingSetSize is on macOS 26, by memory up to this many GiB, and how well
-# that is known: V read in the logs of Macs (llama.cpp's, mlx's device_info, Ollama's, LM Studio's), A assumed.
+# Metal's recommendedMaxWorkingSetSize on macOS 26: (memory up to this many GiB, share of memory, how well it is known).
+# V: read in the logs of Macs (llama.cpp's, mlx's device_info, Ollama's, LM Studio's). A: assumed.
 WORKING_SET_26 = (
     (8, 2 / 3, "V"),  # 5726.63 MB
     (24, 0.74, "V"),  # 12713.12, 14302.25 and 19069.67 MB of 16, 18 and 24 GiB
@@ -36,19 +36,19 @@ WORKING_SET_26 = (
 WORKING_SET_OLDER = ((32, 2 / 3, "V"), (128, 0.75, "V"), (192, 0.75, "A"), (256, 0.8125, "V"), (512, 0.90625, "V"))
 NEW_WORKING_SET = 16  # macOS 26 calls itself 16 to programs built before it; 16 to 25 do not exist
 
-# What is left for macOS and everything else when the wired limit is raised by hand: 92000 MB of 96 GiB were wired on
-# a Mac Studio without trouble (ds4 46); a limit close to all memory freezes the machine (exo PR 1672). Assumed between.
+# Left for macOS and everything else if the wired limit is raised by hand: 92000 MB of 96 GiB were wired on a Mac Studio
+# without trouble (ds4 46); a limit close to all memory freezes the machine (exo PR 1672). A value between is assumed.
 LEFT_TO_MACOS = 6 * GIB
 LEFT_TO_MACOS_SHARE = 0.06
 
 
 @dataclass(frozen=True)
 class Mac:
-    """One Mac configuration. ``memory_gb`` is GiB; None stands for unknown.
+    """One Mac configuration. ``memory_gb`` is in GiB; None means unknown.
 
-    ``flags``: how well bandwidth/memory/TFLOPS are known, V read in a source, R recalled, D derived, U unknown.
-    ``wired_limit_bytes`` (iogpu.wired_limit_mb), ``working_set_bytes`` (what Metal says) and ``macos`` (major version)
-    are known of the Mac this runs on only.
+    ``flags``: how well bandwidth/memory/TFLOPS are known: V read in a source, R recalled, D derived, U unknown.
+    ``wired_limit_bytes`` (iogpu.wired_limit_mb), ``working_set_bytes`` (from Metal) and ``macos`` (major version) are
+    known only for the Mac this runs on.
     """
 
     name: str
@@ -65,24 +65,30 @@ class Mac:
 
     @property
     def generation(self) -> int:
-        """4 of "M4 Pro"; 0 when the chip is not one of these."""
+        """The number in the chip's name, 4 for "M4 Pro"; 0 if it is no M chip."""
         number = self.chip.partition(" ")[0].removeprefix("M")
         return int(number) if number.isdigit() else 0
 
     def unsure(self, cell: str) -> bool:
-        """Whether ``cell`` ("bandwidth", "memory", "tflops") was neither verified in a source nor derived from one."""
+        """Tell whether ``cell`` ("bandwidth", "memory", "tflops") is recalled or unknown, or its sources disagree."""
         flag = self.flags.split("/")[("bandwidth", "memory", "tflops").index(cell)]
         return flag[0] not in "VD" or "R" in flag or "disagree" in flag
 
 
 def mac_name(chip: str, gpu_cores: int | None, memory_gb: int) -> str:
-    """The canonical name, "m4-pro-20c-24gb"; without the cores the short one, "m4-pro-24gb"."""
+    """Make the name of a configuration: "m4-pro-20c-24gb", or "m4-pro-24gb" without cores.
+
+    Args:
+        chip: as in "M4 Pro".
+        gpu_cores: number of GPU cores; None: left out.
+        memory_gb: memory in GiB.
+    """
     cores = f"-{gpu_cores}c" if gpu_cores else ""
     return f"{chip.lower().replace(' ', '-')}{cores}-{memory_gb}gb"
 
 
 def every() -> list[Mac]:
-    """Every configuration in macs.csv, oldest first."""
+    """List every configuration in macs.csv, oldest first."""
     return list(_table())
 
 
@@ -101,9 +107,9 @@ def _mac(row: dict[str, str]) -> Mac:
 
 
 def find(name: str) -> Mac:
-    """The Mac of a name like "m4-24gb" (the largest bin with this memory) or "m4-pro-20c-24gb"; "24gb" is any.
+    """Find a Mac by a name like "m4-pro-20c-24gb", or "m4-24gb" (the one with most GPU cores); "24gb" is any Mac.
 
-    Raises UsageError with the nearest names when there is no such Mac.
+    Raises UsageError with the nearest names if there is no such Mac.
     """
     known = {mac_name(m.chip, None, m.memory_gb): m for m in sorted(every(), key=lambda m: m.gpu_cores or 0)}
     known |= {m.name: m for m in every()}
@@ -118,9 +124,9 @@ def find(name: str) -> Mac:
 
 
 def here() -> Mac | None:
-    """The Mac this runs on, with its own wired limit and macOS version; None elsewhere.
+    """Return the Mac this runs on, with its own wired limit and macOS version; None elsewhere.
 
-    A configuration the table lacks gets the speeds of its chip with as many cores, or unknown ones.
+    A configuration that the table lacks gets the speeds of its chip with the same cores, or unknown speeds.
     """
     if sys.platform != "darwin":
         return None
@@ -145,7 +151,7 @@ def here() -> Mac | None:
 
 
 def gib(text: str) -> float:
-    """GiB of "24GB", as Apple writes it and as it is meant, of "24GiB" or of "24". Raises UsageError."""
+    """Read GiB from "24GB" (as Apple writes it), "24GiB" or "24". Raises UsageError if it is none, or not 1 to 4096."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:g|gb|gib)?\s*", text.lower())
     if not found or not 1 <= float(found[1]) <= 4096:
         raise UsageError(f"cannot read {text!r} as the memory of a Mac", 'write "24GB"')
@@ -153,16 +159,16 @@ def gib(text: str) -> float:
 
 
 def of_memory(memory_gib: float) -> Mac:
-    """Some Mac with that much memory, of which nothing else is known: it has a budget, but no speeds."""
+    """Return a Mac of which only the memory is known: it has a budget, but no speeds."""
     size = int(memory_gib) if memory_gib == int(memory_gib) else memory_gib
     return Mac(f"{size}gb", "unknown", None, size, None, None, "U/U/U")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How the GPU's share of memory is set. ``macos``: major version of the Macs nobody can ask: all but this one.
+    """How the GPU's share of memory is set. ``macos``: major version assumed for every Mac except this one.
 
-    ``limit_bytes``: iogpu.wired_limit_mb as it would be set. ``reserve_bytes``: kept free for other programs.
+    ``limit_bytes``: iogpu.wired_limit_mb as it would be set, in bytes. ``reserve_bytes``: kept free for other programs.
     """
 
     macos: int = 26
@@ -173,12 +179,12 @@ class Budget:
         option.check(self)
 
     def of(self, mac: Mac) -> int:
-        """Bytes a model may take on this Mac: a set limit, else what Metal says, else its known share of memory."""
+        """Return the bytes a model may take: a limit that is set, else Metal's value, else a share of memory."""
         set_to = self.limit_bytes or mac.wired_limit_bytes or mac.working_set_bytes
         return max((set_to or int(mac.memory_gb * GIB * self._share(mac)[0])) - self.reserve_bytes, 0)
 
     def unsure(self, mac: Mac) -> bool:
-        """Whether the budget rests on a share of memory that nobody has measured."""
+        """Tell whether the budget relies on a share of memory that was never measured."""
         asked = self.limit_bytes or mac.wired_limit_bytes or mac.working_set_bytes
         return not asked and self._share(mac)[1] != "V"
 
@@ -187,6 +193,6 @@ class Budget:
         return next(((share, flag) for limit, share, flag in table if mac.memory_gb <= limit), table[-1][1:])
 
     def most(self, mac: Mac) -> int:
-        """The largest wired limit that leaves macOS something to live on."""
+        """Return the largest wired limit that leaves macOS enough memory, less the reserve; in bytes."""
         memory = mac.memory_gb * GIB
         return int(memory - max(LEFT_TO_MACOS, LEFT_TO_MACOS_SHARE * memory)) - self.reserve_bytes

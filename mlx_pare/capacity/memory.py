@@ -1,9 +1,9 @@
-"""What a model asks of a Mac besides its weights: KV cache and states, and what works while a prompt is read.
+"""What a model needs besides its weights: KV cache and states, and activations while a prompt is read.
 
-    peak = weights + KV cache and states + activations (attention scores among them)
+    peak = weights + KV cache and states + activations (attention scores included)
 
-Cache and states are exact (model/footprint.py); the rest are estimates on the constants below, each of which says where
-it comes from. Bytes everywhere. Tested against published measurements (tests/capacity/test_fit_truth.py).
+Cache and states are exact (model/footprint.py). The rest are estimates from the constants below, each with its source.
+Everything is in bytes. Published measurements test it (tests/capacity/test_fit_truth.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..options.option import setting
 from ..options.settings import ReachOptions
 from ..options.values import COUNT
 
-# Activations while mlx-lm reads chunks of PREFILL_STEP tokens: what published peaks leave after weights, cache and
-# scores, with the width (hidden + ffn that is active) of the model they were measured on. That they grow with the width
-# of the model and with the length of the chunk is assumed.
+# Activations while mlx-lm reads chunks of PREFILL_STEP tokens: (bytes, width). The bytes are published peaks less
+# weights, cache and scores. The width is hidden + active ffn of the measured model. Assumption: activations grow with
+# the width of the model and the length of the chunk.
 PREFILL_STEP = 2048  # tokens; mlx_lm/generate.py prefill_step_size
 ACTIVATIONS = {
     "dense": (0.70e9, 2560 + 9728),  # Qwen3-4B, seven packings: 0.64 to 0.75 (mlx-lm BENCHMARKS.md)
@@ -32,11 +32,11 @@ ACTIVATIONS = {
 }
 
 FUSED_HEADS = (64, 72, 80, 96, 128)  # read in mlx scaled_dot_product_attention.cpp use_fallback
-# Read there at 846d176 (August 2026): on M5 and later with macOS 26.2, for chunks of at least 1024 and without an array
-# as mask, which rules out the layers with a sliding window.
+# Read there at 846d176 (August 2026): on M5 and later with macOS 26.2, for chunks of at least 1024 tokens without an
+# array as mask, which excludes layers with a sliding window.
 FUSED_SINCE_M5, FUSED_CHUNK = (256,), 1024
 SCORE_BYTES = 2  # one live buffer of half floats: measured on the 8k to 192k ladder of mlx-lm issue 1480, within 0.3 %
-TWO_BUFFERS = 2  # scores and their softmax: assumed where mlx-lm itself computes them (quantized cache, softcap)
+TWO_BUFFERS = 2  # scores and their softmax: assumed if mlx-lm itself computes them (quantized cache, softcap)
 
 QUANTIZED_FROM = 5000  # tokens; mlx_lm/generate.py quantized_kv_start: shorter caches stay floats
 KV_BITS = (2, 3, 4, 8)  # QuantizedKVCache in mlx_lm/models/cache.py lays out other widths wrongly and fails
@@ -52,11 +52,11 @@ LOGIT_BYTES = 8  # per token and word of the vocabulary: measured on the CPU bac
 
 @dataclass(frozen=True)
 class Use:
-    """How a model is to be used. ``context``: tokens of prompt and answer together; in training, tokens per row.
+    """How a model is used. ``context``: tokens of prompt and answer together; in training, tokens per row.
 
-    ``kv_bits``: of a quantized KV cache, None for floats. ``runtime``: "mlx" or "llama.cpp"; None: whichever the form
-    of the weights is for. ``train``: None, "lora" or "full". ``flash``: llama.cpp's flash attention, which
-    it uses by itself today. Raises UsageError for what means nothing.
+    ``kv_bits``: bits of a quantized KV cache; None: floats. ``runtime``: "mlx" or "llama.cpp"; None: the one that the
+    form of the weights is for. ``train``: None, "lora" or "full". ``flash``: llama.cpp's flash attention, its default
+    today. Raises UsageError if a value is unknown or the values do not go together.
     """
 
     context: int = setting(ReachOptions.context, values=COUNT)
@@ -84,7 +84,7 @@ class Use:
 
 
 def kv_bits_refused(arch: Architecture, group: int = 64) -> str | None:
-    """Why mlx-lm cannot quantize this model's KV cache; None when it can. Source: mlx_lm/models/cache.py, base.py."""
+    """Say why mlx-lm cannot quantize this model's KV cache; None if it can. Source: mlx_lm/models/cache.py, base.py."""
     mixers = [layer.mixer for layer in arch.layers if layer.mixer.attends]
     if any(mixer.windowed and mixer.cache for mixer in mixers):
         return "mlx-lm cannot quantize the cache of sliding-window layers (RotatingKVCache)"
@@ -99,11 +99,10 @@ def kv_bits_refused(arch: Architecture, group: int = 64) -> str | None:
 
 @dataclass(frozen=True)
 class Needs:
-    """What one architecture asks for in one use; counted once, then used for every Mac and every context.
+    """What one architecture needs in one use; counted once, then used for every Mac and every context.
 
     ``value_bytes``: width of the dtype the model computes in, and so of its cache. ``grad_checkpoint``: training keeps
-    only the input of each layer and computes the rest twice. Raises UsageError for a quantized
-    cache that the runtime cannot make.
+    only the input of each layer and computes the rest twice. Raises UsageError if mlx-lm cannot quantize the cache.
     """
 
     arch: Architecture
@@ -127,12 +126,12 @@ class Needs:
 
     @property
     def floats(self) -> int:
-        """Width of a cached float: llama.cpp's cache is f16, whatever the model is."""
+        """Bytes of a cached float: llama.cpp's cache is f16 for every model."""
         return 2 if self.llama else self.value_bytes
 
     @cached_property
     def active(self) -> int:
-        """Parameters that a token is multiplied with."""
+        """Number of parameters that a token is multiplied with."""
         return footprint.active_parameters(self.arch)
 
     @cached_property
@@ -142,11 +141,11 @@ class Needs:
     # ---- what stays ----
 
     def quantized(self, context: int) -> bool:
-        """Whether the cache is quantized by the time ``context`` tokens are in it."""
+        """Tell whether the cache is quantized once it holds ``context`` tokens."""
         return bool(self.use.kv_bits) and (self.llama or context >= QUANTIZED_FROM)
 
     def _value(self, context: int) -> float:
-        """Bytes of one value of a growing cache."""
+        """Return the bytes of one value of a growing cache."""
         if not self.quantized(context):
             return self.floats
         if self.llama:
@@ -154,7 +153,10 @@ class Needs:
         return self.use.kv_bits / 8 + 2 * self.value_bytes / self.use.kv_group
 
     def kv(self, context: int) -> int:
-        """KV cache of all sequences. llama.cpp allocates it for the whole context at once, windows with one ubatch."""
+        """Return the KV cache of all sequences, in bytes.
+
+        llama.cpp allocates it for the whole context at once, and for a window one ubatch more.
+        """
         window = footprint.window_of(self.arch, context)
         reach = footprint.kv_positions(min(context, window + UBATCH)) if self.llama else min(context, window)
         width = self._value(context)
@@ -162,7 +164,7 @@ class Needs:
         return int(self.use.batch * (grown + (width if self.llama else self.value_bytes) * self.cache.windowed * reach))
 
     def kv_read(self, context: int) -> float:
-        """What a decoding step reads of it: the positions that are filled, of what is allocated."""
+        """Return the bytes of the cache that a decoding step reads: its filled positions only."""
         window = footprint.window_of(self.arch, context)
         wide = self._value(context)
         narrow = wide if self.llama else self.value_bytes
@@ -172,17 +174,17 @@ class Needs:
 
     @cached_property
     def state(self) -> int:
-        """What linear attention and short convolutions remember, of all sequences, whatever the context."""
+        """Bytes of the states of linear attention and short convolutions, for all sequences and any context."""
         width = 4 if self.llama else self.value_bytes
         return self.use.batch * (width * self.cache.state + 4 * self.cache.state_f32)
 
-    # ---- what works while a prompt is read ----
+    # ---- activations while a prompt is read ----
 
     def scores(self, context: int, generation: int) -> int:
-        """The largest matrix of attention scores that is ever in memory: heads x chunk x positions, where not fused.
+        """Return the bytes of the largest matrix of attention scores: heads x chunk x positions, if not fused.
 
         Source: mlx scaled_dot_product_attention.cpp use_fallback; mlx_lm/models/base.py for a quantized cache.
-        llama.cpp has none with flash attention, without it float32 scores of one ubatch.
+        llama.cpp has no such matrix with flash attention, otherwise float32 scores of one ubatch.
         """
         if self.llama and self.use.flash:
             return 0
@@ -192,7 +194,7 @@ class Needs:
 
     @cached_property
     def _attending(self) -> list[Layer]:
-        """One layer of each kind that attends, the one with most heads."""
+        """One attending layer per kind and number of heads."""
         found: dict[tuple, Layer] = {}
         for layer in self.arch.layers:
             if layer.mixer.attends:
@@ -205,7 +207,7 @@ class Needs:
         matrix = footprint.query_heads(layer) * chunk * reach * SCORE_BYTES
         if (self.quantized(context) and mixer.cache) or self.arch.config.get("attn_logit_softcapping"):
             return TWO_BUFFERS * matrix
-        if not mixer.fused:  # latent attention: an additive mask, and keys and values of all heads of one layer
+        if not mixer.fused:  # latent attention: additive mask, plus keys and values of all heads of one layer
             nope, v = layer.sizes["nope_dim"], layer.sizes["v_dim"]
             own = 0 if nope == v and nope in FUSED_HEADS else matrix
             return matrix + own + footprint.query_heads(layer) * reach * (nope + v) * SCORE_BYTES
@@ -215,29 +217,29 @@ class Needs:
         return 0 if head in FUSED_HEADS or (head in FUSED_SINCE_M5 and late) else matrix
 
     def _reach(self, context: int) -> int:
-        """Positions a sliding layer's cache holds while chunks of a prompt are read: window - 1 + chunk."""
+        """Return the positions in a sliding layer's cache while chunks of a prompt are read: window - 1 + chunk."""
         return min(context, footprint.window_of(self.arch, context) - 1 + self.use.prefill_step)
 
     def activations(self, context: int, generation: int) -> int:
-        """Everything that comes on top while a prompt of ``context`` tokens is read in chunks, scores included.
+        """Return the bytes on top of weights and cache while ``context`` tokens are read in chunks, scores included.
 
-        mlx-lm: a measured constant, scaled with the width of the model and the length of a chunk (not down for short
-        prompts, to err on the safe side), or the scores where they are more: a plain transformer does not hold both at
-        once (four peaks of gemma-4-31b, claude-code-local issue 44), a hybrid does (eight of Qwen3.6-35B-A3B). And the
-        rows by which a sliding window's cache exceeds its window. llama.cpp: logits and hidden states of one ubatch,
-        which is what it logs (258.50 MiB for Llama 3 8B), or the scores it needs without flash attention.
+        mlx-lm: a measured constant, scaled with the width of the model and the length of a chunk (not reduced for short
+        prompts, to be safe), or the scores if they are larger. A plain transformer does not hold both at once (four
+        peaks of gemma-4-31b, claude-code-local issue 44), a hybrid does (eight of Qwen3.6-35B-A3B). The positions by
+        which a sliding window's cache exceeds its window are added. llama.cpp: logits and hidden states of one ubatch,
+        as it logs them (258.50 MiB for Llama 3 8B), or the scores without flash attention if they are larger.
         """
         sizes = self.arch.sizes
         if self.llama:
             return max(4 * UBATCH * (sizes["vocab"] + sizes["hidden"]), self.scores(context, generation))
-        if self.quantized(context):  # on the way there the cache was floats, and the peak may have been then
+        if self.quantized(context):  # before that the cache was floats, and the peak may lie there
             before = QUANTIZED_FROM - 1
             earlier = self.kv(before) + self.activations(before, generation) - self.kv(context)
             return max(earlier, self._working(context, generation))
         return self._working(context, generation)
 
     def _working(self, context: int, generation: int) -> int:
-        """The same of mlx-lm once the cache is as it will be at ``context``."""
+        """Return the activations of mlx-lm once the cache is as at ``context``, in bytes."""
         batch = self.use.batch
         constant, width = ACTIVATIONS[self._sort]
         work = constant * self._width / width * self.use.prefill_step / PREFILL_STEP
@@ -257,7 +259,7 @@ class Needs:
         return self.arch.sizes["hidden"] + max(self._active_ffn(layer) for layer in self.arch.layers)
 
     def _active_ffn(self, layer: Layer) -> int:
-        """Channels a token goes through: of the dense ffn, of the active experts and of the shared ones."""
+        """Count the channels a token goes through: dense ffn, active experts and shared experts."""
         sizes, axes = layer.sizes, self._axes[layer.kind]
         width = sum(sizes[axis] for axis in ("ffn", "shared_ffn") if axis in axes)
         return width + (sizes.get("active", 0) * sizes["expert_ffn"] if "expert_ffn" in axes else 0)
@@ -269,22 +271,22 @@ class Needs:
     # ---- all of it ----
 
     def peak(self, context: int, generation: int) -> int:
-        """Bytes on top of the weights at the peak."""
+        """Return the bytes on top of the weights at the peak."""
         if self.use.train:
             return self.training(context)
         return self.kv(context) + self.state + self.activations(context, generation)
 
     def checkpointed(self) -> Needs:
-        """The same with gradient checkpointing."""
+        """Return the same with gradient checkpointing."""
         return replace(self, grad_checkpoint=True)
 
     def training(self, length_: int) -> int:
-        """Bytes on top of the weights while training rows of ``length_`` tokens with Adam, mlx-lm's defaults otherwise.
+        """Return the bytes on top of the weights while training rows of ``length_`` tokens with Adam.
 
-        Adapters or weights with gradient and moments; logits; what the trained layers keep for the way back: about 6
-        values per ffn channel and 8 per hidden entry and token, and the softmax, because attention is never fused in
-        training; with gradient checkpointing only the input of each layer. Measured on the CPU backend only: treat it
-        as plus or minus a quarter.
+        Everything else is mlx-lm's default. The sum: adapters or weights with gradient and moments; logits; what the
+        trained layers keep for the gradient. That is per token about 6 values per ffn channel and 8 per hidden entry,
+        and the softmax, because attention is never fused in training. With gradient checkpointing it is the input of
+        each layer, and one layer in full. Measured on the CPU backend only: plus or minus a quarter.
         """
         count = len(self.arch.layers)
         layers = self.arch.layers[-min(LORA_LAYERS, count) :] if self.use.train == "lora" else self.arch.layers
@@ -300,7 +302,7 @@ class Needs:
 
     @cached_property
     def _optimizer(self) -> int:
-        """Weights of its own, gradients and moments, whatever the length."""
+        """Bytes of adapters, gradients and moments, for any length."""
         if self.use.train == "full":
             return ADAM_BYTES_FULL * sum(t.size for t in self.arch.tensors())
         first = len(self.arch.layers) - LORA_LAYERS

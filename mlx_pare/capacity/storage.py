@@ -1,4 +1,4 @@
-"""How a config.json says that weights are stored. Source: mlx_lm/utils.py load_model, which reads it the same way."""
+"""Read from a config.json how weights are stored, as mlx_lm/utils.py load_model does."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ..tensors.packing import BITS, FLOAT_MODES, GROUP_SIZES, Packing
 
 
 def value_bytes(config: Mapping[str, Any]) -> int:
-    """Width of the dtype a config names: 4 for float32, 2 for all others, and when it names none."""
+    """Return the bytes per value of the dtype in a config: 4 for float32, 2 for others and if there is none."""
     inner = _inner(config)
     dtype = config.get("torch_dtype") or config.get("dtype") or inner.get("torch_dtype") or inner.get("dtype")
     return 4 if dtype == "float32" else 2
 
 
 def stays_packed(config: Mapping[str, Any]) -> bool:
-    """Whether a config describes weights that mlx-lm keeps packed, rather than floats or what it unpacks."""
+    """Tell whether mlx-lm keeps the weights of a config packed; otherwise they are floats, or it unpacks them."""
     return bool(_ours(config)) or _method(config).get("quant_method") in ("mxfp4", "awq", "gptq")
 
 
 def described(config: Mapping[str, Any], width: int) -> tuple[Storage, str, Packing | None]:
-    """How any tensor is stored, the same in words, and the packing of most matrices; ``width``: of floats.
+    """Return how a tensor is stored, the same in words, and the packing of most matrices; ``width``: bytes of floats.
 
-    ``quantization`` with its overrides per module; Hugging Face's mxfp4, where only the experts are packed; AWQ and
-    GPTQ, where embeddings and head are not. Any other ``quantization_config`` is unpacked on loading.
-    Raises PareError for a packing that MLX does not have.
+    The config may have ``quantization`` with overrides per module, Hugging Face's mxfp4 (only experts are packed), or
+    AWQ or GPTQ (embeddings and head are not packed). Any other ``quantization_config`` is unpacked on loading.
+    Raises PareError if MLX does not have the packing.
     """
     dense = footprint.dense(width)
     if (ours := _ours(config)) is not None:
@@ -54,7 +54,7 @@ def _inner(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _ours(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """MLX's own block; None when there is none. Raises PareError for one that is no block."""
+    """Return MLX's own block; None if there is none. Raises PareError if it is no object."""
     found = config.get("quantization")
     found = _inner(config).get("quantization") if found is None else found
     if found is not None and not isinstance(found, dict):
@@ -68,7 +68,7 @@ def _method(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _packing(spec: Mapping[str, Any], width: int) -> Packing:
-    """Of a block with bits, group_size and mode; the float modes have one size each."""
+    """Read a block with bits, group_size and mode. Each float mode has one group size."""
     mode, bits, group = (spec.get(key) for key in ("mode", "bits", "group_size"))
     if isinstance(mode, str) and mode in FLOAT_MODES:
         return Packing.named(mode, width)
@@ -83,7 +83,7 @@ def _packing(spec: Mapping[str, Any], width: int) -> Packing:
 
 
 def _overridden(spec: Mapping[str, Any], default: Packing, width: int) -> Storage:
-    """The default but for modules that are named: ``false`` leaves one dense; a block without a mode means affine."""
+    """Return the default with overrides per module: ``false`` leaves it dense; a block without a mode means affine."""
     usual, dense = footprint.packed(default, width), footprint.dense(width)
     own = {
         name: _packing({"bits": 4, "group_size": 64, **given}, width)

@@ -1,7 +1,7 @@
-"""What fit is asked about: a directory, a config.json, a GGUF file, a run, a model on the hub, a name of the catalogue.
+"""Open what fit takes: a directory, a config.json, a GGUF file, a run, a model on the hub, a name of the catalogue.
 
-Whatever it is, a Subject comes out: an architecture, and bytes that are counted where tensors are listed and predicted
-where only a config is known. Headers are read, weights never.
+Each becomes a Subject: an architecture and bytes. Bytes are counted if tensors are listed, and predicted if only a
+config is known. Headers are read, weights never.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from ..model.hub_name import HubName
     from ..sources.hub_cache import RemoteTensor
 
-    Listed = Mapping[str, Entry | RemoteTensor]  # tensors by name: of a directory, or of the hub
+    Listed = Mapping[str, Entry | RemoteTensor]  # name -> tensor, of a directory or of the hub
 
-USUAL = Packing(4, 64)  # what most people run, and what mlx_lm.convert -q makes
+USUAL = Packing(4, 64)  # what most people run, and the default of mlx_lm.convert -q
 # No model is as large as this.
 LIMITS = {r".*(size|heads|experts|_dim)(_per_.*)?": 10**7}
 # Parts of a checkpoint that mlx-lm drops when it loads a language model (the sanitize methods in mlx_lm/models).
@@ -48,11 +48,11 @@ DROPPED = ("vision_tower", "visual.", "vision_model", "multi_modal_projector", "
 
 @dataclass(frozen=True)
 class Subject:
-    """One model in one form. ``arch`` is None for a type nobody described: then only ``weights`` is known.
+    """One model in one form. ``arch`` is None for an unknown model type: then only ``weights`` is known.
 
-    ``storage``: how any tensor of this architecture, or of a smaller one, is stored; None where only the sum is known.
-    ``packing``: of most of its matrices, None for floats and GGUF. ``value_bytes``: width of what it computes in.
-    ``checkpoint``: a directory that could be cut. ``notes``: what is not known, or was assumed.
+    ``storage``: how a tensor of this architecture, or of a smaller one, is stored; None if only the sum is known.
+    ``packing``: that of most matrices; None for floats and GGUF. ``value_bytes``: width of the dtype it computes in.
+    ``checkpoint``: a directory that could be cut. ``notes``: what is unknown or assumed.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Subject:
 
     @property
     def llama(self) -> bool:
-        """Whether it is, or is to be, a GGUF file."""
+        """Whether it is, or will be, a GGUF file."""
         return bool(self.form.gguf) or (self.origin == "gguf" and not self.form.given)
 
 
 def open_subject(asked: str, form: Form) -> Subject:
-    """The model that somebody means. Raises PareError for what cannot be read, UsageError for what is nothing."""
+    """Open a model by path or name. Raises PareError if it cannot be read, UsageError if there is none."""
     path = Path(asked)
     if asked and os.path.isdir(path):  # pathlib raises for a name that is too long
         planned = path / "plan" / "plan.json"
@@ -122,7 +122,7 @@ def _configured(name: str, origin: str, config: Mapping[str, Any], form: Form) -
 
 
 def _described(config: Mapping[str, Any], untied: bool | None = None) -> Architecture:
-    """The architecture, unless it is beyond reason: a config is somebody else's."""
+    """Describe the architecture of a config. Raises PareError if a size is beyond reason: the config is not ours."""
     inner = config.get("text_config")
     for key, value in [*config.items(), *(inner.items() if isinstance(inner, dict) else ())]:
         most = next((most for pattern, most in LIMITS.items() if re.fullmatch(pattern, key)), None)
@@ -134,7 +134,7 @@ def _described(config: Mapping[str, Any], untied: bool | None = None) -> Archite
 def _predicted(
     name: str, origin: str, config: Mapping[str, Any], arch: Architecture, form: Form, width: int
 ) -> Subject:
-    """A subject of which no byte is counted: stored in the form that was asked for, else as the config says."""
+    """Predict a subject, without counting bytes: in the form that was asked for, else as the config says."""
     own, described, packing = quantization.described(config, width)
     if form.given:
         described, packing = str(form), form.packing
@@ -147,7 +147,7 @@ def _predicted(
 
 
 def _directory(path: Path, form: Form) -> Subject:
-    """A model directory: bytes as they are there. One that could be cut is opened as the surgeon would."""
+    """Open a model directory and count its bytes. If it could be cut, it is opened as for pruning."""
     check_links(path)
     if ggufs := ggufs_in(path):
         return _first_of(ggufs, form)
@@ -163,7 +163,7 @@ def _directory(path: Path, form: Form) -> Subject:
         checkpoint = Checkpoint(path)
         arch = checkpoint.arch
     except Unsupported:
-        return found  # can be planned for, not cut
+        return found  # mlx-pare can plan for it, but not cut it
     if checkpoint.leftovers:
         found = replace(found, notes=(*found.notes, told(checkpoint.leftovers)))
     if form.given:
@@ -176,7 +176,7 @@ def _directory(path: Path, form: Form) -> Subject:
 
 
 def _first_of(files: list[Path], form: Form) -> Subject:
-    """Of several GGUF files the first."""
+    """Open the first of several GGUF files."""
     found = _gguf(files[0], form)
     if len(files) == 1:
         return found
@@ -185,14 +185,14 @@ def _first_of(files: list[Path], form: Form) -> Subject:
 
 
 def _remote(name: HubName, form: Form) -> Subject:
-    """A model on the hub: its config and headers. Where the hub cannot be reached, the catalogue if it knows it."""
+    """Open a model on the hub by its config and headers. If the hub does not give it, the catalogue may."""
     from ..sources import hub_reader
 
     if name.file or name.tag:
         return _remote_gguf(name, form)
     try:
         found = hub_reader.remote(str(name), console.say)
-    except hub_reader.HubError as error:  # also one that asks for a licence first
+    except hub_reader.HubError as error:  # also if a licence must be accepted first
         if entry := catalogue.find(name.repo):
             known = _catalogued(entry, form)
             return replace(known, notes=(f"{error.problem}: answered from the catalogue", *known.notes))
@@ -203,7 +203,7 @@ def _remote(name: HubName, form: Form) -> Subject:
 
 
 def _remote_gguf(name: HubName, form: Form) -> Subject:
-    """A GGUF file on the hub: the one that the name means."""
+    """Open the GGUF file on the hub that the name means."""
     from ..sources.hub_gguf import gguf_header
 
     file, header = gguf_header(name, console.say)
@@ -212,7 +212,7 @@ def _remote_gguf(name: HubName, form: Form) -> Subject:
 
 
 def _listed(name: str, origin: str, config: Mapping[str, Any], listed: Listed, form: Form) -> Subject:
-    """A subject from its config and its tensors, which may have names of the hub or of mlx-lm."""
+    """Make a subject from config and tensors, which may have names of the hub or of mlx-lm."""
     try:
         arch = _described(config, untied=any(n.endswith("lm_head.weight") for n in listed))
     except Unsupported as error:
@@ -233,7 +233,7 @@ def _listed(name: str, origin: str, config: Mapping[str, Any], listed: Listed, f
 
 
 def _width(loaded: Listed, config: Mapping[str, Any]) -> int:
-    """Width of the floats that take most of the bytes, which it computes in."""
+    """Return the width of the floats that take most bytes: the model computes in them."""
     taken: dict[str, int] = {}
     for entry in loaded.values():
         if entry.dtype in FLOATS:
@@ -242,7 +242,7 @@ def _width(loaded: Listed, config: Mapping[str, Any]) -> int:
 
 
 def _check_present(name: str, arch: Architecture, listed: Listed) -> None:
-    """A tensor that one layer has under its own name and another lacks was lost; other names are the hub's."""
+    """Raises PareError if one layer has a tensor by mlx-pare's name and another lacks it; other names are the hub's."""
     tensors = list(arch.tensors())
     there = {tensor.spec.name for tensor in tensors if tensor.name in listed}
     lost = [t.name for t in tensors if t.name not in listed and t.spec.name in there]
@@ -252,7 +252,7 @@ def _check_present(name: str, arch: Architecture, listed: Listed) -> None:
 
 
 def _doubts(arch: Architecture, loaded: Listed) -> tuple[str, ...]:
-    """Whether plain floats are as many as the config means."""
+    """Return a note if the files hold more or fewer plain floats than the config means."""
     counted, expected = sum(_elements(e.shape) for e in loaded.values()), footprint.parameters(arch)["total"]
     if any(e.dtype not in FLOATS for e in loaded.values()) or abs(counted - expected) <= 0.01 * expected:
         return ()
@@ -272,7 +272,7 @@ def _total(listed: Listed) -> int:
 
 
 def _loaded(listed: Listed, arch: Architecture | None) -> Listed:
-    """The tensors that mlx-lm loads."""
+    """Return the tensors that mlx-lm loads."""
     kept = {name: entry for name, entry in listed.items() if not any(part in name for part in DROPPED)}
     if arch is None:
         return kept
@@ -281,7 +281,7 @@ def _loaded(listed: Listed, arch: Architecture | None) -> Listed:
 
 
 def _beyond(name: str, layers: int) -> bool:
-    """Whether a tensor lies in a block behind the last one: DeepSeek stores what predicts further tokens there."""
+    """Tell whether a tensor lies in a block after the last: DeepSeek keeps layers there that predict further tokens."""
     _, found, rest = name.partition("layers.")
     index = rest.partition(".")[0]
     return bool(found) and index.isdigit() and int(index) >= layers
@@ -298,7 +298,7 @@ def _unknown(name: str, origin: str, nbytes: int, why: str, form: Form) -> Subje
 
 
 def _gguf(path: Path, form: Form) -> Subject:
-    """A GGUF file, or all parts of one: the header says types and bytes of every tensor."""
+    """Open a GGUF file, or all parts of one; its header gives type and bytes of every tensor."""
     from ..gguf.header import read_all
 
     return _of_header(str(path), read_all(path), form)
@@ -326,7 +326,7 @@ def _of_header(name: str, header: Header, form: Form) -> Subject:
 
 
 def _planned(path: Path, form: Form) -> Subject:
-    """The model that a plan.json will leave, before it exists; the manifest beside it names the model it cuts."""
+    """Open the model that a plan.json will leave, before it exists; the manifest of the run names the model it cuts."""
     from ..pruning.layout import smaller, total_bytes
     from ..pruning.plan_file import Plan
 

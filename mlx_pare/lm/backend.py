@@ -1,9 +1,9 @@
 """Device differences. On Metal (and CUDA) models compute in their own dtype with the stock layers.
 
-On the CPU backend every matrix is expanded to float32 for the length of one call (see tensors/packed.py), and
-mx.compile, which shells out to a C++ compiler there, is off. Products of float32 matrices are really computed in
-float32: by default MLX rounds their factors to ten bits on CUDA and on Macs from the M5 on, which would end up in every
-Gram matrix. The Metal side has never been run so far.
+On the CPU backend every matrix is expanded to float32 during one call (see tensors/packed.py). There mx.compile is off,
+because it calls a C++ compiler. Products of float32 matrices are computed in full float32: by default MLX rounds their
+factors to ten bits on CUDA and on Macs from the M5 on, and every Gram matrix would contain that error. The Metal side
+has not been run yet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import cpu_math
 
 
 def cpu_backend() -> bool:
-    """Whether MLX computes on the CPU here, as on Linux without CUDA."""
+    """Tell whether MLX computes on the CPU here, as on Linux without CUDA."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 
@@ -31,18 +31,28 @@ if cpu_backend():
 
 
 def swift(kept: int = 0) -> AbstractContextManager[None]:
-    """For walks, measurements and training: on the CPU backend numpy computes exponentials and attention, unless that
-    would keep too much. ``kept``: bytes, as ``swift_kept`` says, where gradients are taken."""
+    """Let numpy compute exponentials and attention on the CPU backend, for walks, measurements and training.
+
+    ``kept``: bytes from ``swift_kept`` if gradients are taken; above cpu_math.MOST_KEPT MLX computes them.
+    """
     return cpu_math.swift(kept <= cpu_math.MOST_KEPT) if cpu_backend() else nullcontext()
 
 
 def swift_kept(arch: Architecture, tokens: int, blocks: int = 1) -> int:
-    """Bytes that gradients through so many blocks keep of ``tokens`` under ``swift``."""
+    """Estimate the bytes that gradients keep under ``swift``.
+
+    Args:
+        arch: the architecture, for its largest ffn and its hidden size.
+        tokens: tokens of a batch, all rows together.
+        blocks: transformer blocks that gradients go through.
+    Returns:
+        Bytes, at most.
+    """
     return blocks * cpu_math.kept_bytes(arch.largest("ffn"), arch.sizes["hidden"], tokens)
 
 
 def for_backend(module: nn.Module) -> nn.Module:
-    """The module as it should compute on this device."""
+    """Return the module as it should compute on this device."""
     if not cpu_backend():
         return module
     from ..tensors.packed import to_float32
@@ -51,15 +61,22 @@ def for_backend(module: nn.Module) -> nn.Module:
 
 
 def packed(module: nn.Module, packing: Packing, dtype: mx.Dtype | None = None) -> nn.Module:
-    """A linear layer of a streamed block with its matrix packed anew, in this dtype (None: that of the layer), as it
-    should compute on this device."""
+    """Pack the matrix of a linear layer of a streamed block again.
+
+    Args:
+        module: the layer, also one that ``for_backend`` wrapped.
+        packing: bits, group size and mode of the result.
+        dtype: dtype in which the matrix is packed; None: that of the layer.
+    Returns:
+        A layer as it should compute on this device; not packed again if no group size fits or it is packed so already.
+    """
     from ..tensors.packed import packed_layer
 
     return for_backend(packed_layer(getattr(module, "inner", module), packing, dtype))
 
 
 def dequantized(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
-    """A resident dense copy of a model, for training in full or on the CPU backend."""
+    """Make a resident model dense, with floats of ``dtype``, for training in full or on the CPU backend."""
     from mlx_lm.utils import dequantize_model
 
     def widen(m: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""How many threads OpenBLAS uses on Linux: one for a small model.
+"""Limit OpenBLAS on Linux to one thread for a small model.
 
-A thread of OpenBLAS that has nothing to do spins for a while before it sleeps. Products of a small model are over
-sooner, so that the second thread of two spends more processor time on waiting than on work: `make demo` took 323
-seconds of processor time with two threads and 188 with one, in the same time by the clock.
+An idle thread of OpenBLAS spins for a while before it sleeps. Products of a small model end sooner than that, so the
+second of two threads spends more processor time on waiting than on work. `make demo` took 323 seconds of processor time
+with two threads and 188 with one, at the same wall-clock time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SETTERS = [f"{prefix}openblas_set_num_threads{suffix}" for prefix in ("", "scipy
 
 
 def fit(hidden: object) -> None:
-    """One thread for a model of this hidden size, if it is small. Whoever set OPENBLAS_NUM_THREADS has decided."""
+    """Use one thread if the hidden size is small. If OPENBLAS_NUM_THREADS is set, nothing changes."""
     if sys.platform != "linux" or VARIABLE in os.environ or not isinstance(hidden, int) or hidden >= LARGE:
         return
     os.environ[VARIABLE] = "1"  # for a library that is loaded later
@@ -31,6 +31,6 @@ def fit(hidden: object) -> None:
 
 
 def loaded() -> list[str]:
-    """The OpenBLAS libraries in this process."""
+    """List the OpenBLAS libraries in this process."""
     files = {line.partition("/")[2] for line in Path("/proc/self/maps").read_text().splitlines()}
     return sorted(f"/{file}" for file in files if "openblas" in file.rpartition("/")[2])

@@ -1,4 +1,4 @@
-"""The process that writes chats by the template of a model, which is a program that came with it."""
+"""The process that writes chats by a model's template, which is a program that comes with the model."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from ..base.errors import PareError
 from ..base.frozen_clock import Clock
 from ..model.tokenizer_files import limit
 
-CHAT_BYTES = 512 << 20  # that writing a chat may add, where the system can limit it (Linux)
+CHAT_BYTES = 512 << 20  # memory that writing a chat may add, if the system can limit it (Linux)
 
 
 def write_chats(directory: str, seconds: str) -> None:
-    """Answer every line of stdin, a chat, with a line on stdout: its text, or what is wrong with it. A chat that takes
-    longer than ``seconds`` ends the process."""
+    """Answer every line of stdin, a chat, with a line on stdout: its text, or the error.
+
+    A chat that takes longer than ``seconds`` ends the process.
+    """
     clock = Clock()
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # what a library prints must not look like an answer
     from .tokens import stock_tokenizer
 
     try:
         tokenizer, wrong = stock_tokenizer(Path(directory)), None
     except PareError as error:
         wrong = str(error)
-    if (used := Path("/proc/self/statm")).exists():  # pages, of which the sixth number is data
+    if (used := Path("/proc/self/statm")).exists():  # in pages; the sixth number is data
         limit(resource.RLIMIT_DATA, int(used.read_text().split()[5]) * resource.getpagesize() + CHAT_BYTES)
     answers.write(b"{}\n")
     for line in sys.stdin:
@@ -44,7 +46,7 @@ def write_chats(directory: str, seconds: str) -> None:
             if wrong:
                 raise ValueError(wrong)
             answer = {"text": tokenizer.apply_chat_template(chat["messages"], tokenize=False, **more)}
-        except Exception as error:  # templates are programs of their own
+        except Exception as error:  # templates are programs and may raise anything
             answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
         signal.alarm(0)
         answers.write(json.dumps(answer).encode() + b"\n")

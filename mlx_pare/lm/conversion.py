@@ -1,4 +1,4 @@
-"""mlx-lm's own conversion: packing a model directory."""
+"""Pack a model directory with mlx-lm's own conversion."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ from .tokens import tokenizer
 
 
 def convert(model: Path, out: Path, packing: Packing, predicate: Callable[[str, Any], dict] | None) -> None:
-    """mlx_lm.convert: the same model packed, lazily; ``predicate``: module path -> packing, where it is not the same
-    for all. Raises PareError where mlx-lm cannot."""
+    """Pack a model with mlx_lm.convert, which reads the weights lazily.
+
+    Args:
+        model: model directory.
+        out: directory that mlx-lm creates.
+        packing: bits and group size of every matrix.
+        predicate: (module path, module) -> packing as in config.json, if it differs between modules; None: it does not.
+    Raises:
+        PareError: mlx-lm cannot load or pack the model.
+    """
     from importlib import import_module
 
-    load(model), tokenizer(model)  # tried before: mlx-lm itself believes the files
+    load(model), tokenizer(model)  # tried first, because mlx-lm itself does not check the files
     whole = without_leftovers(model, read_headers(model))
     with whole as place, plain(place) as name, redirect_stdout(io.StringIO()):
         try:

@@ -1,13 +1,13 @@
 """Exponentials and attention for MLX's CPU backend, computed by numpy.
 
-MLX's CPU backend on x86 calls libm several times for every exponential, which takes 9 to 14 ns a number; numpy takes
-half a nanosecond (MLX 0.32.4, numpy 2.4). Nearly all of a walk of a small model was spent there. ``swift`` is a context
-in which the stock forward finds numpy's versions under MLX's own names: families need no code for that. They have
-gradients, and compute in float32; anything else goes to MLX as before. Attention skips the keys that a mask hides.
+MLX's CPU backend on x86 calls libm several times for every exponential, which takes 9 to 14 ns per number. numpy takes
+half a nanosecond (MLX 0.32.4, numpy 2.4). A walk of a small model spent nearly all its time there. Within ``swift`` the
+stock forward finds numpy's versions under MLX's own names, so families need no code for that. The versions have
+gradients and compute float32 only; MLX computes everything else as before. Attention skips keys that a mask hides.
 
-These versions compute at once, where MLX waits until a result is needed. So a gradient finds everything still there
-that led to it, which takes more memory (``kept_bytes``). Under mx.compile and mx.vmap, where nothing
-can be computed at once, they must not be used.
+These versions compute at once, while MLX waits until a result is needed. A gradient therefore keeps everything that led
+to it, which takes more memory (``kept_bytes``). They must not be used under mx.compile and mx.vmap, where nothing can
+be computed at once.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-SMALL = 1 << 15  # numbers, or scores of attention, for which MLX takes no time worth saving
-MOST_KEPT = 2 << 30  # bytes: training that would keep more computes as MLX does
-BLOCK = 128  # queries of a head at a time: their scores stay in the processor's cache
+SMALL = 1 << 15  # numbers, or attention scores; for fewer, MLX is fast enough
+MOST_KEPT = 2 << 30  # bytes; training that would keep more uses MLX's versions
+BLOCK = 128  # queries of a head computed together: their scores stay in the processor's cache
 _STOCK = {
     "exp": mx.exp,
     "sigmoid": mx.sigmoid,
@@ -34,7 +34,7 @@ _STOCK_ATTENTION = mx.fast.scaled_dot_product_attention
 
 @contextmanager
 def swift(on: bool = True) -> Iterator[None]:
-    """While it lasts, MLX's names stand for the versions of this file; not ``on``: for MLX's own. May be nested."""
+    """Let MLX's names mean the versions of this file, or with ``on`` False MLX's own. May be nested."""
     before = {name: getattr(mx, name) for name in _STOCK}, mx.fast.scaled_dot_product_attention
     try:
         _name(*((_SWIFT, attention) if on else (_STOCK, _STOCK_ATTENTION)))
@@ -44,21 +44,30 @@ def swift(on: bool = True) -> Iterator[None]:
 
 
 def _name(functions: dict[str, Callable], attend: Callable) -> None:
-    """Let MLX's names stand for these."""
+    """Let MLX's names mean these functions."""
     for name, function in functions.items():
         setattr(mx, name, function)
     mx.fast.scaled_dot_product_attention = attend
 
 
 def kept_bytes(ffn: int, hidden: int, tokens: int) -> int:
-    """Bytes of what a block computes of so many ``tokens`` and keeps until it is differentiated, at most: everything,
-    since nothing waits. Measured, with adapters, at hidden sizes of 64 to 512: 0.95 to 1.1 times 32 ffn + 56 hidden
-    numbers a token; three to four times what MLX keeps."""
+    """Estimate what a block computes and keeps until it is differentiated: everything, since nothing waits.
+
+    Measured with adapters at hidden sizes of 64 to 512: 0.95 to 1.1 times 32 ffn + 56 hidden numbers per token. That is
+    three to four times what MLX keeps.
+
+    Args:
+        ffn: channels of the ffn.
+        hidden: hidden size.
+        tokens: tokens of a batch, all rows together.
+    Returns:
+        Bytes, at most: 4 * (36 ffn + 62 hidden) per token.
+    """
     return 4 * tokens * (36 * ffn + 62 * hidden)
 
 
 def _ours(x: Any) -> bool:
-    """Whether numpy should compute with this."""
+    """Tell whether numpy should compute this: float32 and large enough."""
     return isinstance(x, mx.array) and x.dtype == mx.float32 and x.size >= SMALL
 
 
@@ -70,7 +79,7 @@ def _numbers(x: mx.array) -> np.ndarray:
 
 
 def _differentiable(compute: Callable, pull: Callable) -> Callable[[mx.array], mx.array]:
-    """``compute(x)`` of numpy as a function of MLX arrays with the gradient ``pull(x, cotangent, result)``."""
+    """Make numpy's ``compute(x)`` a function of MLX arrays with the gradient ``pull(x, cotangent, result)``."""
     made = mx.custom_function(lambda x: mx.array(compute(_numbers(x))))
     made.vjp(lambda x, cotangent, result: pull(x, cotangent, result))
     return made
@@ -111,12 +120,29 @@ def _elementwise(name: str, ours: Callable) -> Callable:
 
 
 def softmax(x: mx.array, axis: Any = None, **more: Any) -> mx.array:
-    """As mx.softmax."""
+    """Compute softmax as mx.softmax does, with numpy for large float32 arrays over the last axis.
+
+    Args:
+        x: any shape; numpy computes float32 with at least SMALL numbers.
+        axis: as in mx.softmax; numpy computes -1 only.
+        more: other arguments of mx.softmax, used only if MLX computes.
+    Returns:
+        As ``x``.
+    """
     return _rows(x) if axis == -1 and _ours(x) else _STOCK["softmax"](x, axis, **more)
 
 
 def logsumexp(x: mx.array, axis: Any = None, keepdims: bool = False, **more: Any) -> mx.array:
-    """As mx.logsumexp."""
+    """Compute logsumexp as mx.logsumexp does, with numpy for large float32 arrays over the last axis.
+
+    Args:
+        x: any shape; numpy computes float32 with at least SMALL numbers.
+        axis: as in mx.logsumexp; numpy computes -1 only.
+        keepdims: keep the axis with length 1.
+        more: other arguments of mx.logsumexp, used only if MLX computes.
+    Returns:
+        As ``x`` without ``axis``.
+    """
     if axis != -1 or not _ours(x):
         return _STOCK["logsumexp"](x, axis, keepdims, **more)
     return _sums(x) if keepdims else _sums(x)[..., 0]
@@ -137,8 +163,21 @@ _SWIFT = {
 def attention(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **more: Any
 ) -> mx.array:
-    """As mx.fast.scaled_dot_product_attention: [b, heads, queries, dim] from ``q`` like it, ``k`` and ``v``
-    [b, kv heads, keys, dim], and a mask: None, "causal", or an array, bool or to be added."""
+    """Compute attention as mx.fast.scaled_dot_product_attention does, with numpy for large float32 arrays.
+
+    MLX computes if there are sinks, other arguments or fewer than SMALL scores. It also does if the mask differs
+    between rows or heads, or hides all keys from a query.
+
+    Args:
+        q: [b, heads, queries, dim].
+        k: [b, kv heads, keys, dim]; heads are a multiple of kv heads.
+        v: [b, kv heads, keys, value dim].
+        scale: factor of the scores.
+        mask: None, "causal", or an array [..., queries, keys], bool (True: visible) or floats to be added.
+        sinks, more: as in MLX's function.
+    Returns:
+        [b, heads, queries, value dim], dtype of ``q``.
+    """
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     plain = sinks is None and not more and scores >= SMALL and q.dtype == k.dtype == v.dtype == mx.float32
     seen = _Seen.of(mask, q.shape[2], k.shape[2]) if plain else None
@@ -159,15 +198,18 @@ def attention(
 
 
 class _Seen:
-    """Which keys the queries see. ``first`` and ``last``: of the keys that any query of a block sees; ``added``
-    [queries, keys]: 0 or -infinity, or what a mask adds."""
+    """Which keys the queries see.
+
+    ``added``: float32 [queries, keys], 0 or -infinity, or what a mask adds; None: all keys are seen. ``spans``: every
+    block of queries, with the range of keys that any query of it sees.
+    """
 
     def __init__(self, added: np.ndarray | None, spans: list[tuple[slice, slice]]):
         self.added, self.spans = added, spans
 
     @classmethod
     def of(cls, mask: Any, queries: int, keys: int) -> _Seen | None:
-        """None for a mask that is not the same for all rows and heads, or hides all keys from a query."""
+        """Read a mask; None if it is not the same for all rows and heads, or hides all keys from a query."""
         blocks = [slice(start, min(start + BLOCK, queries)) for start in range(0, queries, BLOCK)]
         if mask is None:
             return cls(None, [(block, slice(0, keys)) for block in blocks])
@@ -195,8 +237,8 @@ class _Seen:
 
 
 def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, seen: _Seen) -> tuple[np.ndarray, np.ndarray]:
-    """What attention gives [b, queries, heads, dim], and the log of the sum of exponentials of every query's scores
-    [b, heads, queries, 1]."""
+    """Return the result of attention [b, queries, heads, dim], and the log-sum-exp of every query's scores
+    [b, heads, queries, 1]; both float32."""
     batch, heads, queries, _ = q.shape
     group = heads // k.shape[1]
     out = np.empty((batch, queries, heads, v.shape[-1]), np.float32)
@@ -220,7 +262,7 @@ def _pulled(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, pulled: np.ndarray, out: np.ndarray, sums: np.ndarray,
     scale: float, seen: _Seen,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """The gradients of the three inputs from that of the output, ``pulled``."""
+    """Return the gradients of q, k and v from the gradient of the output, ``pulled`` [b, heads, queries, dim]."""
     found = np.empty(q.shape, np.float32), np.zeros(k.shape, np.float32), np.zeros(v.shape, np.float32)
     group, factor = q.shape[1] // k.shape[1], np.float32(scale)
     for row, head in np.ndindex(q.shape[0], k.shape[1]):
@@ -242,5 +284,5 @@ def _pulled(
 
 
 def _over_tokens(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The sum over heads and queries of left^T right, [keys, dim]."""
+    """Return left^T right, summed over heads and queries: [keys, dim]."""
     return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])

@@ -1,4 +1,4 @@
-"""Several processes that train one model, started by mlx.launch on one Mac or on more (mx.distributed)."""
+"""Processes that train one model together; mlx.launch starts them on one Mac or several (mx.distributed)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..base.errors import PareError
 
 
 def this() -> tuple[int, int]:
-    """(number of this process, how many there are); (0, 1) without mlx.launch."""
+    """Return (number of this process, number of processes); (0, 1) without mlx.launch."""
     world = mx.distributed.init()
     return world.rank(), world.size()
 
@@ -22,7 +22,16 @@ def this() -> tuple[int, int]:
 def from_first(
     about: dict[str, Any], arrays: dict[str, mx.array] | None = None
 ) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """A JSON value and arrays of the first process, in all of them. What the others give does not matter."""
+    """Send a JSON value and arrays of the first process to all processes.
+
+    Args:
+        about: JSON value; only that of the first process counts.
+        arrays: name -> array of any shape and dtype, also only of the first process; None: none.
+    Returns:
+        Value and arrays of the first process; with one process the arguments themselves.
+    Raises:
+        PareError: another process ended.
+    """
     (rank, size), arrays = this(), arrays or {}
     if size == 1:
         return about, arrays
@@ -40,7 +49,7 @@ def from_first(
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What the processes compute together. Raises PareError when another one has ended (mlx.launch then ends all)."""
+    """Wrap what the processes compute together. Raises PareError if another one ended (mlx.launch then ends all)."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Models as stock mlx-lm loads them; no code from a model directory is ever run."""
+"""Load models with stock mlx-lm; code from a model directory is never run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from .backend import cpu_backend
 
 
 def load(path: Path, lazy: bool = True) -> nn.Module:
-    """The stock mlx-lm model, weights unread when ``lazy``; never executes code from the model directory."""
+    """Load the stock mlx-lm model, with weights unread if ``lazy``. Code from the model directory is never run.
+
+    Raises Unsupported if the model needs such code, PareError if mlx-lm cannot load it.
+    """
     from mlx_lm.utils import load_model
 
     require_text(path := opened(path))
@@ -28,23 +31,29 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
             f"{path} needs its own code to be run ({str(code)[:80]}), which is never done",
             "take a model that stock mlx-lm has a class for",
         )
-    entries = read_headers(path)  # mlx reads the same files, and believes them
+    entries = read_headers(path)  # mlx reads the same files without checking them
     blas.fit(config.get("hidden_size"))
     with without_leftovers(path, entries) as whole, plain(whole) as name:
         try:
             model, _ = load_model(name, lazy=lazy, model_config=config)
-        except Exception as error:  # whatever a config that means nothing leads to
+        except Exception as error:  # a senseless config may lead to any error
             raise PareError(f"mlx-lm cannot load {path}: {said(error, name, path)}") from error
     return model
 
 
 def said(error: BaseException, name: Path, path: Path) -> str:
-    """The words of an error, with the path that the user knows."""
+    """Return the message of an error with the path that the user knows.
+
+    Args:
+        error: the error.
+        name: path in its message, such as that of a link.
+        path: path that replaces it.
+    """
     return str(error).replace(str(name), str(path))
 
 
 def load_stock(path: Path) -> nn.Module:
-    """The model as mlx-lm itself would run it, in memory; on the CPU backend in float32, which is faster there."""
+    """Load the model into memory as mlx-lm would run it; on the CPU backend in float32, which is faster there."""
     model = load(path)
     if cpu_backend():
         model.set_dtype(mx.float32)

@@ -1,8 +1,8 @@
-"""The tokenizer that transformers makes of a model directory, against its tokenizer.json and against another's.
+"""Compare the tokenizer that transformers makes of a model directory with its tokenizer.json and with another model's.
 
-transformers 5 chooses the class of a tokenizer by `tokenizer_class` and by the model type beside it. Some classes
-replace parts of tokenizer.json, such as its pattern, by their own. So the same files may be read as other tokens once a
-cut model has another type, and mlx-lm, which loads through transformers, may differ from tokenizer.json.
+transformers 5 chooses the class of a tokenizer by `tokenizer_class` and by the model type. Some classes replace parts
+of tokenizer.json, such as its pattern, by their own. So the same files may give other tokens if a cut model has another
+type. mlx-lm, which loads through transformers, may also differ from tokenizer.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..model import tokenizer_files
 
 SETTINGS = "tokenizer_config.json"
 CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # both take tokenizer.json as it is
-# What classes were seen to differ in: spaces at the ends and in runs, line ends, digits, contractions, case, accents
+# Classes were seen to differ in these: spaces at the ends and in runs, line ends, digits, contractions, case, accents
 PROBES = (
     "The quick brown fox jumps over the lazy dog, and nobody was surprised.",
     "In 1984 there were 1234567 of them; 3.14159 is not 22/7.",
@@ -32,7 +32,7 @@ PROBES = (
 
 
 def by_file(directory: Path, texts: tuple[str, ...] = PROBES) -> list[list[int]]:
-    """The tokens of each text by tokenizer.json alone; nothing is added. Raises PareError for a damaged file."""
+    """Encode each text by tokenizer.json alone, without special tokens. Raises PareError if the file is damaged."""
     from tokenizers import Tokenizer
 
     tokenizer_files.check(directory)
@@ -41,7 +41,7 @@ def by_file(directory: Path, texts: tuple[str, ...] = PROBES) -> list[list[int]]
 
 
 def differing(directory: Path) -> list[str]:
-    """Notes on what mlx-lm reads otherwise than tokenizer.json says; empty if they agree."""
+    """Return a note if mlx-lm reads other tokens than tokenizer.json says; empty if they agree."""
     try:
         loaded = lm.tokenizer(directory)
     except PareError:  # mlx-lm reads nothing at all
@@ -57,18 +57,17 @@ def differing(directory: Path) -> list[str]:
 
 
 def keep(original: Path, result: Path) -> None:
-    """Make a result read the tokens that its original reads, by the `tokenizer_class` of the result.
+    """Set the `tokenizer_class` of a result so that it reads the same tokens as its original.
 
     Args:
-        original: A model directory. One without a tokenizer that can be loaded is left alone.
-        result: The directory of a cut model of another type, with copies of the original's tokenizer files.
-
+        original: model directory. If its tokenizer cannot be loaded, nothing happens.
+        result: directory of a cut model of another type, with copies of the original's tokenizer files.
     Raises:
-        PareError: if no class reads the same tokens.
+        PareError: no class reads the same tokens.
     """
     try:
         before = lm.tokenizer(original)
-    except PareError:  # nobody reads text with it
+    except PareError:  # no tokenizer to compare with
         return
     file, expected = result / SETTINGS, _reading(before)
     settings = read_json(file, "tokenizer config") if file.exists() else {}
@@ -86,7 +85,7 @@ def keep(original: Path, result: Path) -> None:
 
 
 def _differs(directory: Path, expected: list[tuple]) -> str | None:
-    """The first text that is read otherwise than expected; None if there is none."""
+    """Return the first text that is read differently than expected; None if there is none."""
     try:
         found = _reading(lm.stock_tokenizer(directory))
     except PareError:
@@ -95,12 +94,12 @@ def _differs(directory: Path, expected: list[tuple]) -> str | None:
 
 
 def _reading(tokenizer: Any) -> list[tuple]:
-    """All that a tokenizer makes of each text: its tokens with and without special ones, and the text of them."""
+    """Return for each text its tokens with and without special ones, their text, and the ids of BOS and EOS."""
     read = [(tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)) for text in PROBES]
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id
     return [(whole, plain, tokenizer.decode(plain), *ends) for whole, plain in read]
 
 
 def _name(tokenizer: Any) -> str:
-    """The class that transformers chose, behind mlx-lm's wrapper."""
+    """Return the name of the class that transformers chose, behind mlx-lm's wrapper."""
     return type(getattr(tokenizer, "_tokenizer", tokenizer)).__name__

@@ -1,4 +1,4 @@
-"""Tokenizers as mlx-lm loads them, and whether two models have the same one."""
+"""Load tokenizers with mlx-lm, and compare those of two models."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .loading import said
 
 
 def tokenizer(path: Path, date: str | None = None) -> Any:
-    """mlx-lm's wrapper around a directory's tokenizer. Another process tries the files first, and writes chats
-    (model/tokenizer_files.py).
+    """Load mlx-lm's wrapper around a directory's tokenizer.
+
+    Another process tries the files first, and writes chats (model/tokenizer_files.py).
 
     Args:
-        path: The model directory.
-        date: The day, YYYY-MM-DD, that chat templates are told. Default: today.
-
+        path: model directory, or another name of a model.
+        date: day, YYYY-MM-DD, that chat templates see; None: today.
     Raises:
-        PareError: The files are damaged, want code to be run, or are beyond bounds.
+        PareError: the files are damaged, need code to be run, or exceed the bounds on size, time and memory.
     """
     require_text(path := opened(path))
     require_directory(path)
@@ -33,16 +33,16 @@ def tokenizer(path: Path, date: str | None = None) -> Any:
 
 
 def stock_tokenizer(path: Path) -> Any:
-    """mlx-lm's own, which runs the template of the model in this process."""
+    """Load mlx-lm's own tokenizer, which runs the template of the model in this process."""
     from mlx_lm.tokenizer_utils import load as load_tokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it warns of model types that it does not know: ours need its tokenizers alone
+    logging.set_verbosity_error()  # it warns of unknown model types, but only its tokenizers are needed
     with plain(path) as name:
         try:
-            # said, because transformers otherwise asks at the terminal whether it may run the model's code
+            # explicit, because transformers otherwise asks at the terminal whether it may run the model's code
             return load_tokenizer(name, {"trust_remote_code": False})
-        except BaseException as error:  # damaged files: bare Exceptions, and panics of Rust, which are none
+        except BaseException as error:  # damaged files: bare Exceptions and Rust panics, which are no Exceptions
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise PareError(
@@ -52,13 +52,15 @@ def stock_tokenizer(path: Path) -> Any:
 
 
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
-# what tokenizers differ in
+# Tokenizers differ in these:
 SAMPLE = "It's 3,141.59 — don't\n\n\tfor (int i = 0; i < n; ++i) { naïve Größe 日本語 🙂 }"
 
 
 def same_tokens(one: Path, other: Path) -> bool:
-    """Whether two directories read a text as the same tokens; their files may be written differently, as mlx_lm.convert
-    does. Raises PareError where a tokenizer cannot be loaded."""
+    """Tell whether two directories read a text as the same tokens.
+
+    Their files may be written differently, as mlx_lm.convert does. Raises PareError if a tokenizer cannot be loaded.
+    """
     files = [Path(path) / "tokenizer.json" for path in (one, other)]
     if all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return True
@@ -67,8 +69,11 @@ def same_tokens(one: Path, other: Path) -> bool:
 
 
 def require_same_tokens(model: Path, other: Path) -> None:
-    """Raises Refused when two models read a text as different tokens, or know different numbers of them: what one says
-    of a token then means nothing to the other. Without tokenizer files on both sides only the numbers are compared."""
+    """Raises Refused if two models read a text as different tokens, or have vocabularies of different sizes.
+
+    The output of one would then mean nothing to the other. If neither has tokenizer files, only sizes are compared. If
+    only one has them, that is refused too.
+    """
     found = [Checkpoint(path) for path in (model, other)]
     sizes = [checkpoint.arch.sizes["vocab"] for checkpoint in found]
     cure = "use a model of the same family, whose tokenizer.json is the same"

@@ -1,4 +1,4 @@
-"""Training on mlx-lm's trainer: adapters, gradient checkpoints, the loop."""
+"""Train with mlx-lm's trainer: adapters, gradient checkpoints, the loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from .structure import blocks
 
 
 def add_lora(model: nn.Module, rank: int, scale: float, dora: bool = False) -> None:
-    """Freeze the model and put LoRA (or DoRA) adapters on every linear layer of every block (mlx_lm.tuner)."""
+    """Freeze a model and put adapters on every linear layer of every block (mlx_lm.tuner), without dropout.
+
+    Args:
+        model: the model, changed in place.
+        rank: rank of the adapters.
+        scale: factor on their output.
+        dora: use DoRA instead of LoRA.
+    """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     model.freeze()
@@ -25,14 +32,22 @@ def add_lora(model: nn.Module, rank: int, scale: float, dora: bool = False) -> N
 
 
 def fused(module: nn.Module) -> mx.array:
-    """The dense weight [out, in] of a linear layer with its adapter folded in."""
+    """Fold the adapter of a linear layer into its weight.
+
+    Args:
+        module: a LoRA or DoRA layer of mlx-lm.
+    Returns:
+        Dense weight [out, in].
+    """
     return module.fuse(dequantize=True).weight
 
 
 def checkpointed(call: Callable) -> Callable:
-    """A block's ``__call__`` that keeps none of its activations for the gradient, but computes them again
-    (mlx_lm.tuner.trainer.grad_checkpoint does this to the class, and anew at every call). Only in training: a model
-    that is evaluated or samples takes no gradient, and has a cache, which is no array."""
+    """Make a block's ``__call__`` compute its activations again for the gradient instead of keeping them.
+
+    mlx_lm.tuner.trainer.grad_checkpoint changes the class instead, and once more at every call. This applies only in
+    training: a model that is evaluated or samples takes no gradient, and has a cache, which is no array.
+    """
 
     def again(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not block.training:
@@ -57,10 +72,17 @@ def train(
     report_every: int,
     on_report: Callable[[dict], None],
 ) -> None:
-    """``steps`` updates by mlx_lm.tuner.trainer.train with our loss and our batches, ``accumulate`` of them for each.
+    """Train with mlx_lm.tuner.trainer.train on our loss and our batches; adapters are not saved.
 
-    ``batches`` yields the tuples that ``loss(model, *batch) -> (mean, ntoks)`` takes; ``on_report`` gets mlx-lm's own
-    training record, which counts batches.
+    Args:
+        model: the model, changed in place.
+        optimizer: an optimizer of MLX.
+        loss: loss(model, *batch) -> (mean, ntoks).
+        batches: makes an iterator of batches, tuples of arrays.
+        steps: updates.
+        accumulate: batches per update.
+        report_every: updates between reports.
+        on_report: receives mlx-lm's training record, which counts batches.
     """
     from mlx_lm.tuner.callbacks import TrainingCallback
     from mlx_lm.tuner.trainer import TrainingArgs, train as run
@@ -72,7 +94,7 @@ def train(
     with TemporaryDirectory() as directory, redirect_stdout(io.StringIO()):  # its own progress display; ours reports
         discarded = (
             Path(directory) / "adapters.safetensors"
-        )  # mlx-lm saves at the end; mx adds this suffix to any other
+        )  # mlx-lm saves at the end; mx adds this suffix if it is missing
         discarded.symlink_to(os.devnull)
         args = TrainingArgs(
             batch_size=1,

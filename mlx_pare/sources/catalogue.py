@@ -1,9 +1,9 @@
-"""Well-known models by name, so that they can be planned for without a file and a network, and downloaded by name.
+"""Well-known models by name: fit can plan for them without a file or a network, and they can be downloaded by name.
 
-catalogue.json holds for each the facts of its published config.json, where they were read, and a flag: V read in a
-source, R partly recalled. ``hub`` is the repository of the original weights. ``mlx`` is one that MLX packed, where a
-source names it. ``like`` are names of other models with the same shapes: they can be planned for, and are never
-downloaded, since their weights are others.
+catalogue.json holds for each model the facts of its published config.json, their source, and a flag: V read in a
+source, R partly recalled. ``hub`` is the repository of the original weights. ``mlx`` is a repository of weights packed
+by MLX, if a source names one. ``like`` lists other models with the same shapes. They can be planned for, but are never
+downloaded, since their weights differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..base.errors import UsageError
 
 @dataclass(frozen=True, eq=False)  # one object per model: a config cannot be hashed
 class Entry:
-    """One model. ``parameters``: as published, to check our count against; None where nobody says it exactly."""
+    """One model. ``parameters``: as published, to check our count; None if no exact number is published."""
 
     name: str
     aliases: tuple[str, ...]
@@ -36,17 +36,17 @@ class Entry:
 
     @property
     def repository(self) -> str:
-        """The repository that the name stands for if the weights are wanted."""
+        """Repository that weights are downloaded from for this name."""
         return self.mlx["hub"] if self.mlx else self.hub
 
     @property
     def bits(self) -> int | None:
-        """Bits of the weights in that repository; None for floats, whose width its own config says."""
+        """Bits of the weights in that repository; None for floats, whose width is in its config."""
         return self.mlx["bits"] if self.mlx else None
 
 
 def entries() -> list[Entry]:
-    """All of them, by family."""
+    """List all models, by family."""
     return list(dict.fromkeys(_by_name().values()))
 
 
@@ -63,17 +63,17 @@ def _by_name() -> dict[str, Entry]:
 
 
 def find(name: str) -> Entry | None:
-    """The model of a name, an alias or a hub id, in any case; None when it is not in the catalogue."""
+    """Find a model by name, alias or hub id, in upper or lower case; None if it is not in the catalogue."""
     return _by_name().get(name.strip().lower())
 
 
 def near(name: str) -> list[str]:
-    """Names that somebody who typed this may have meant."""
+    """List known names that are similar to one that was typed."""
     return difflib.get_close_matches(name.strip().lower(), _by_name(), n=4, cutoff=0.6)
 
 
 def unknown(text: str) -> UsageError:
-    """The error for a text that is neither a path nor a name, with the names that may have been meant."""
+    """Make the error for a text that is neither a path nor a name, with similar names."""
     close = near(text)
     kinds = "a directory, a config.json, a .gguf file, a hub id (org/name) or a name that `mlx-pare models` lists"
     cure = f"did you mean {', '.join(close)}?" if close else f"give {kinds}"
@@ -81,18 +81,18 @@ def unknown(text: str) -> UsageError:
 
 
 def repositories_near(repo: str) -> list[str]:
-    """Repositories of the catalogue that somebody who typed this one may have meant."""
+    """List at most two repositories of the catalogue that are similar to one that was typed."""
     found = (entry.hub for name in near(repo) if (entry := find(name)))
     return list(dict.fromkeys(hub for hub in found if hub.lower() != repo.lower()))[:2]
 
 
 def rows() -> list[dict[str, Any]]:
-    """The catalogue as `mlx-pare models` lists it, by family.
+    """List the catalogue as `mlx-pare models` shows it, by family.
 
     Returns:
-        A dictionary per model. ``parameters``: as published, else as our count. ``repository``: what its name stands
-        for, ``bits`` of it (None: floats), and the ``source`` of that. ``cuttable``: the axes along which it can be
-        cut, none if it can only be planned for.
+        A dictionary per model. ``parameters``: as published, else our count. ``repository``: where weights are
+        downloaded from, with its ``bits`` (None: floats) and ``source``. ``cuttable``: axes along which the model can
+        be cut; empty if it can only be planned for.
     """
     from ..arch import describe
     from ..model.footprint import parameters

@@ -1,7 +1,7 @@
-"""A model of the hub, downloaded into huggingface_hub's cache.
+"""Download a model of the hub into huggingface_hub's cache.
 
-Files are received by sources/hub_fetch.py into the cache's ``blobs``. huggingface_hub 2.4 itself would begin a file
-anew after a kill. Its snapshot_download then makes the snapshot: it finds all blobs, and receives no bytes.
+sources/hub_fetch.py receives files into the cache's ``blobs``, because huggingface_hub 2.4 starts a file again after a
+kill. Its snapshot_download then makes the snapshot: it finds all blobs, and receives no bytes.
 """
 
 from __future__ import annotations
@@ -32,22 +32,25 @@ ETAG = re.compile(r"[\w-][\w.-]{0,127}", re.ASCII)  # becomes the name of a file
 
 @dataclass(frozen=True)
 class Downloaded:
-    """A model on this disk. ``path``: its directory, or its (first) GGUF file; ``name``: the same with its commit."""
+    """A model on this disk. ``path``: its directory, or its (first) GGUF file. ``name``: its name with the commit."""
 
     path: Path
     name: HubName
 
 
 def download(name: HubName, gguf: bool = False) -> Downloaded:
-    """A model of the hub on this disk; what the cache lacks of it is fetched.
+    """Fetch what the cache lacks of a model on the hub.
 
-    If the hub does not answer, or does not give it, a model that was downloaded whole before serves. ``gguf``: of a
-    repository that also has other weights, take the GGUF model.
+    If the hub does not answer, or refuses, a model that is whole in the cache is taken.
 
+    Args:
+        name: the model.
+        gguf: take the GGUF model, also from a repository that has other weights.
     Raises:
-        HubError, Unreachable: the hub does not give it: not there, gated, offline, no connection.
+        HubError, Unreachable: the hub does not give it: it does not exist, is gated, or cannot be reached.
         Refused: it does not fit on the disk.
-        PareError: it is no model, or cannot be cut; UsageError: it has several GGUF models, and none is named.
+        PareError: it is no model, or cannot be cut.
+        UsageError: it has several GGUF models, and the name does not choose one.
     """
     hub = Hub(name.repo, name.revision or "main", OTHERWISE)
     try:
@@ -74,7 +77,7 @@ def _found(name: HubName, commit: str, files: list[str]) -> Downloaded:
 
 
 def _listing(hub: Hub) -> tuple[str, Mapping[str, Any]]:
-    """The commit and its files. Of a commit that is known nobody is asked."""
+    """Return the commit and its files with their bytes. The hub is not asked about a commit that is known."""
     if hub_cache.COMMIT.fullmatch(hub.asked) and (kept := hub_cache.listing(hub.repo, hub.asked)) is not None:
         return hub.asked, kept
     commit, sizes = in_time(hub.listing, OTHERWISE)
@@ -83,7 +86,7 @@ def _listing(hub: Hub) -> tuple[str, Mapping[str, Any]]:
 
 
 def _in_cache(name: HubName, hub: Hub, error: HubError, gguf: bool) -> Downloaded:
-    """The model as it was downloaded before; otherwise the error, which says that it was not."""
+    """Return the model from the cache; otherwise raise the error. If the hub is unreachable, it names the cache."""
     found = hub_cache.found(name, hub.asked, gguf)
     if found:
         console.say(f"{error.problem}: {name} is taken from the cache, commit {found[0][:8]}")
@@ -99,7 +102,7 @@ def _in_cache(name: HubName, hub: Hub, error: HubError, gguf: bool) -> Downloade
 
 
 def _bring(name: HubName, hub: Hub, commit: str, wanted: Mapping[str, Any], lacking: list[str]) -> int:
-    """Fetch what is lacking and make the snapshot; returns how many bytes of files were received."""
+    """Fetch the missing files and make the snapshot. Returns the bytes of files that were received."""
     if "config.json" in wanted:
         _check_config(hub, commit, wanted["config.json"])
     with _watched(hub, commit), ThreadPoolExecutor(WORKERS) as pool:
@@ -112,7 +115,7 @@ def _bring(name: HubName, hub: Hub, commit: str, wanted: Mapping[str, Any], lack
         fetch_all(name, hub, commit, list(todo.values()))
     _make_snapshot(hub, commit, list(wanted))
     place = hub_cache.snapshot(hub.repo, commit)
-    for blob in blobs:  # a disk without links has the file itself in the snapshot: one is enough
+    for blob in blobs:  # on a disk without links the snapshot holds the file itself: one copy is enough
         if blob.place.exists() and not (place / blob.file).is_symlink():
             blob.place.unlink()
     if left := hub_cache.missing(place, {blob.file: blob.size for blob in blobs}):
@@ -121,7 +124,7 @@ def _bring(name: HubName, hub: Hub, commit: str, wanted: Mapping[str, Any], lack
 
 
 def _check_config(hub: Hub, commit: str, size: Any) -> None:
-    """Raises Unsupported before gigabytes are fetched for nothing, HubError where the hub does not give its files."""
+    """Raises Unsupported before gigabytes are fetched in vain, HubError if the hub does not give the file."""
     if type(size) is not int:
         return
     config = read_json(File(hub, commit, "config.json", size), "model config")
@@ -130,10 +133,10 @@ def _check_config(hub: Hub, commit: str, size: Any) -> None:
 
 
 def _blob(hub: Hub, commit: str, file: str, listed: Any) -> Blob:
-    """What the hub says of a file, checked. Raises HubError."""
+    """Ask the hub for size and ETag of a file, and check them. Raises HubError."""
     try:
         etag, size = hub.head(commit, file)
-    except Unreachable:  # once more: one broken connection of many must not spoil it all
+    except Unreachable:  # try again: one broken connection of many must not end the download
         etag, size = hub.head(commit, file)
     known = listed if type(listed) is int and listed >= 0 else size
     if known is None:
@@ -164,7 +167,7 @@ def _check_room(name: HubName, needed: int) -> None:
 
 
 def _make_snapshot(hub: Hub, commit: str, files: list[str]) -> None:
-    """Let huggingface_hub make the links of a commit, whose blobs are all there."""
+    """Let huggingface_hub make the links of a commit whose blobs are all there."""
     from huggingface_hub import snapshot_download
 
     with _watched(hub, commit):
@@ -179,7 +182,7 @@ def _make_snapshot(hub: Hub, commit: str, files: list[str]) -> None:
         except PareError:
             raise
         except Exception as error:  # whatever huggingface_hub and its HTTP client raise
-            if getattr(error, "errno", None):  # a full disk, say
+            if getattr(error, "errno", None):  # for example a full disk
                 raise
             cause = error.__cause__ or error
             reason = (str(cause).strip() or type(cause).__name__).split("\n")[0]
@@ -188,8 +191,10 @@ def _make_snapshot(hub: Hub, commit: str, files: list[str]) -> None:
 
 @contextlib.contextmanager
 def _watched(hub: Hub, commit: str) -> Iterator[None]:
-    """huggingface_hub at work, quietly: commits and ETags become names of files, and are held to that first; nothing is
-    asked of the hub but the model."""
+    """Let huggingface_hub work quietly, without telemetry.
+
+    Commits and ETags become names of files, so they are checked first.
+    """
     from huggingface_hub.utils import logging
 
     def check(answer: Any) -> None:
@@ -214,7 +219,7 @@ def _watched(hub: Hub, commit: str) -> Iterator[None]:
 
 
 def _no_bytes(hub: Hub) -> type:
-    """A progress bar for huggingface_hub that shows nothing, and ends a download: there should be none."""
+    """Make a progress bar for huggingface_hub that shows nothing, and raises HubError if bytes are downloaded."""
     from tqdm import tqdm
 
     class Guard(tqdm):

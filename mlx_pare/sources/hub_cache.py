@@ -1,4 +1,4 @@
-"""What this disk has of models on the hub: in huggingface_hub's cache, and in its directory of assets what we read.
+"""What this disk holds of models on the hub: files in huggingface_hub's cache, and listings and headers in its assets.
 
 Nothing here asks the hub. The layout is documented ("Understand caching" in huggingface_hub's guides): the files of a
 commit lie in ``snapshots/<commit>`` as links into ``blobs``, and ``refs`` has the commit of every branch.
@@ -22,13 +22,13 @@ from ..model.checkpoint import Checkpoint
 from ..model.hub_name import HubName
 from .hub_files import needed
 
-FORMAT = 1  # of what is kept
+FORMAT = 1  # version of the headers that are kept
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class RemoteTensor:
-    """A tensor as the header of its file describes it; ``dtype`` in the words of safetensors, ``nbytes`` as stored."""
+    """A tensor as the header of its file describes it. ``dtype``: as safetensors names it. ``nbytes``: as stored."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,8 +40,8 @@ class Remote:
     """What is known of a model on the hub without its weights.
 
     ``revision`` is the commit hash, ``files`` all names in it, ``gguf`` (name, bytes) of the .gguf files among them.
-    A repository of GGUF files alone has no ``tensors``, and an empty ``config`` where it holds no config.json.
-    ``downloaded_bytes`` counts the bodies that this call received; 0 when all came from the cache.
+    A repository of GGUF files alone has no ``tensors``, and an empty ``config`` if it holds no config.json.
+    ``downloaded_bytes`` counts the bodies that this call received; 0 if all came from the cache.
     """
 
     repo: str
@@ -57,24 +57,24 @@ class Remote:
 
 
 def root() -> Path:
-    """huggingface_hub's cache of models (HF_HUB_CACHE, HF_HOME)."""
+    """Return huggingface_hub's cache of models (HF_HUB_CACHE, HF_HOME)."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).expanduser().absolute()
 
 
 def storage(repo: str) -> Path:
-    """Where the cache has a repository."""
+    """Return the directory of a repository in the cache."""
     return root() / "--".join(["models", *repo.split("/")])
 
 
 def snapshot(repo: str, commit: str) -> Path:
-    """Where the cache has the files of a commit."""
+    """Return the directory of a commit's files in the cache."""
     return storage(repo) / "snapshots" / commit
 
 
 def commit_of(repo: str, revision: str) -> str | None:
-    """The commit that a revision meant when it was last asked for; None if it never was."""
+    """Return the commit that a revision meant when it was last asked for; None if it never was."""
     if COMMIT.fullmatch(revision):
         return revision
     with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -84,17 +84,23 @@ def commit_of(repo: str, revision: str) -> str | None:
 
 
 def remember(repo: str, revision: str, commit: str) -> None:
-    """Write down which commit a revision means, as huggingface_hub does."""
+    """Note which commit a revision means, as huggingface_hub does. Errors of the disk are ignored.
+
+    Args:
+        repo: "org/name".
+        revision: branch, tag or commit; nothing is noted for a commit.
+        commit: hash of the commit.
+    """
     if COMMIT.fullmatch(revision) or commit_of(repo, revision) == commit:
         return
     place = storage(repo) / "refs" / revision
-    with contextlib.suppress(OSError):  # a cache that can only be read serves as well
+    with contextlib.suppress(OSError):  # a read-only cache works too
         place.parent.mkdir(parents=True, exist_ok=True)
         _replace(place, commit)
 
 
 def missing(directory: Path, sizes: Mapping[str, int | None]) -> list[str]:
-    """The files that a directory lacks, or has with another number of bytes."""
+    """List the files that a directory lacks, or has with another number of bytes; None: any size."""
 
     def there(name: str, size: int | None) -> bool:
         file = directory / name
@@ -104,9 +110,18 @@ def missing(directory: Path, sizes: Mapping[str, int | None]) -> list[str]:
 
 
 def found(name: HubName, revision: str, gguf: bool = False) -> tuple[str, list[str]] | None:
-    """The commit and the files of a model that was downloaded whole, by us or by another program; None if there is
-    none. What belongs to it is known from an earlier answer of the hub, else by what is there. ``gguf``: as
-    hub_files.needed."""
+    """Find a model that was downloaded whole, by mlx-pare or by another program.
+
+    An earlier answer of the hub says which files belong to it. Without one, the files that are there decide.
+
+    Args:
+        name: the model.
+        revision: branch, tag or commit.
+        gguf: as in hub_files.needed.
+    Returns:
+        The commit and the names of the files; None if the model is not there, is not whole, or is one of several GGUF
+        models of which the name chooses none.
+    """
     commit = commit_of(name.repo, revision)
     if commit is None:
         return None
@@ -122,7 +137,7 @@ def found(name: HubName, revision: str, gguf: bool = False) -> tuple[str, list[s
             if not any(file.startswith(("tokenizer", "vocab")) for file in files):
                 return None
         return commit, files
-    except PareError:  # a part of it
+    except PareError:  # only a part is there
         return None
 
 
@@ -144,26 +159,32 @@ def _replace(place: Path, text: str) -> None:
 
 
 def listing(repo: str, commit: str) -> dict[str, int | None] | None:
-    """Names and bytes of all files of a commit, which never change; None if the hub was not asked yet."""
+    """Return name -> bytes of all files of a commit, which never change; None if the hub was not asked yet."""
     with contextlib.suppress(PareError, OSError, ValueError):
         return read_json(_place("listings", repo, commit), "cache")
     return None
 
 
 def keep_listing(repo: str, commit: str, sizes: Mapping[str, Any]) -> None:
-    """Remember what the hub said of a commit."""
+    """Keep the hub's list of the files of a commit. Errors of the disk are ignored.
+
+    Args:
+        repo: "org/name".
+        commit: hash of the commit.
+        sizes: name of a file -> bytes; None: unknown.
+    """
     with contextlib.suppress(OSError, ValueError):  # without a cache it works as well
         _replace(_place("listings", repo, commit), json.dumps(sizes))
 
 
 def keep(asked: str, model: Remote) -> None:
-    """Remember what was read of a model; ``asked``: the revision that somebody asked for."""
+    """Keep what was read of a model. ``asked``: the revision that was asked for."""
     with contextlib.suppress(OSError, ValueError):  # without a cache it works as well
         _replace(_place("headers", model.repo, asked), json.dumps({"format": FORMAT, **asdict(model)}))
 
 
 def kept(repo: str, asked: str) -> Remote | None:
-    """What an earlier call read for the same revision; None when there is nothing that can be used."""
+    """Return what an earlier call read for the same revision; None if nothing usable is there."""
     try:
         found = read_json(_place("headers", repo, asked), "cache")
         if found.pop("format") != FORMAT:
@@ -177,7 +198,7 @@ def kept(repo: str, asked: str) -> Remote | None:
 
 
 def downloaded(repo: str, asked: str) -> Remote | None:
-    """The model itself where it lies in the cache, downloaded by mlx-lm or transformers; None when it does not."""
+    """Return a model that lies in the cache, for example downloaded by mlx-lm; None if it is not there or not whole."""
     commit = commit_of(repo, asked)
     try:
         checkpoint = Checkpoint(snapshot(repo, commit)) if commit else None

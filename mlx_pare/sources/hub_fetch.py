@@ -1,4 +1,4 @@
-"""Files of a model on the hub, received by byte ranges, so that one that was cut off goes on with the missing bytes."""
+"""Receive files of a model on the hub by byte ranges, so that an interrupted file continues with the missing bytes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from . import hub_cache
 from .hub_reader import Hub, HubError, Unreachable
 
 WORKERS = 8
-RETRIES = 5  # broken connections in a row that bring nothing new
-PAUSE = 0.5  # seconds before the first of them is tried again; twice as long before every further one
-SEGMENT = 4 << 30  # bytes of a file asked for at once: the hub refuses more than 50 GB
+RETRIES = 5  # broken connections in a row without new bytes
+PAUSE = 0.5  # seconds before the first retry; twice as long before each further one
+SEGMENT = 4 << 30  # bytes of a file per request: the hub refuses more than 50 GB
 AGAIN = "check the network and give the same command again, which goes on from there"
 OTHERWISE = "give a model directory"
-INCOMPLETE = ".mlx-pare.incomplete"  # huggingface_hub counts *.incomplete as such, and can remove them
+INCOMPLETE = ".mlx-pare.incomplete"  # huggingface_hub knows *.incomplete, and can remove such files
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -44,20 +44,29 @@ class Blob:
 
     @property
     def there(self) -> int:
-        """Bytes that an earlier call left."""
+        """Bytes left by an earlier call."""
         with contextlib.suppress(OSError):
             return min(self.partial.stat().st_size, self.size)
         return 0
 
 
 class _Stopped(Exception):
-    """Another file failed, or somebody pressed Ctrl-C."""
+    """Another file failed, or the user pressed Ctrl-C."""
 
 
 def fetch_all(name: HubName, hub: Hub, commit: str, blobs: list[Blob]) -> None:
-    """All files side by side. Raises what the first of them raises; what was received stays.
+    """Fetch files in parallel. Received bytes stay, also after an error.
 
-    The threads are not waited for: Ctrl-C must not wait for a connection that has stalled.
+    Threads are not joined: Ctrl-C must not wait for a stalled connection.
+
+    Args:
+        name: the model, for messages.
+        hub: connection to its repository.
+        commit: hash of the commit.
+        blobs: the files.
+    Raises:
+        HubError, Unreachable: the first file that fails.
+        PareError: the disk is full.
     """
     stop, todo, done = threading.Event(), SimpleQueue(), SimpleQueue()
     for blob in blobs:
@@ -106,7 +115,7 @@ class _Fetch:
                 self.bar.advance(count)
 
     def blob(self, blob: Blob) -> None:
-        """One file, unless another process fetches it meanwhile: huggingface_hub's lock is ours."""
+        """Fetch one file under huggingface_hub's lock, unless another process has fetched it."""
         from filelock import Timeout
         from huggingface_hub.utils import WeakFileLock
 
@@ -125,7 +134,7 @@ class _Fetch:
                 told = True
 
     def _receive(self, blob: Blob) -> None:
-        """Raises HubError for a server that sends other bytes than it announced."""
+        """Receive one file. Raises HubError if it does not match its checksum."""
         for attempt in (1, 2):
             handle = os.open(blob.partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             with open(handle, "r+b", buffering=0) as file:
@@ -137,11 +146,11 @@ class _Fetch:
             blob.partial.unlink()
             if attempt == 2 or not resumed:
                 break
-            self.advance(-blob.size)  # what an earlier call left was damaged: all of it once more
+            self.advance(-blob.size)  # the bytes of an earlier call were damaged: fetch all again
         raise HubError(f"{self.hub.repo}/{blob.file} has other bytes than its checksum says", "download it again")
 
     def _complete(self, blob: Blob, file: Any) -> str:
-        """Append what is missing, over as many connections as it takes; returns the sha256 of all of it."""
+        """Append the missing bytes, with as many connections as needed. Returns the sha256 of the file."""
         if os.fstat(file.fileno()).st_size > blob.size:
             file.truncate(0)
         written = _Written(file)
@@ -162,11 +171,11 @@ class _Fetch:
         return written.digest.hexdigest()
 
     def _append(self, blob: Blob, written: _Written) -> None:
-        """What one connection brings."""
+        """Append the bytes of one connection."""
         for at, piece in self._pieces(blob, written.size):
             if self.stop.is_set():
                 raise _Stopped
-            if at == 0 and written.size:  # a server that knows no ranges begins anew
+            if at == 0 and written.size:  # a server without ranges starts again
                 self.advance(-written.size)
                 written.clear()
             if written.size + len(piece) > blob.size:
@@ -182,7 +191,7 @@ class _Fetch:
 
 
 class _Written:
-    """An unbuffered file that grows, its size, and the sha256 of all of its bytes."""
+    """An unbuffered file that grows, with its size and sha256."""
 
     def __init__(self, file: Any):
         self.file, self.size, self.digest = file, 0, hashlib.sha256()
@@ -192,7 +201,7 @@ class _Written:
 
     def add(self, piece: bytes) -> None:
         view = memoryview(piece)
-        while view:  # such a file may take a part of it
+        while view:  # an unbuffered file may take a part of it
             view = view[self.file.write(view) :]
         self.digest.update(piece)
         self.size += len(piece)

@@ -1,7 +1,6 @@
-"""Which files of a repository on the hub a model needs, by their names alone.
+"""Choose the files of a repository on the hub that a model needs, by their names alone.
 
-Code and pickles are not among them, nor are weights in other formats, and of what lies in subdirectories only chat
-templates and GGUF files.
+Code, pickles and weights in other formats are never chosen. From subdirectories only chat templates and GGUF files are.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ _KIND = re.compile(r"(?:UD-)?(?:I?Q\d\w*|TQ\d_\d|MXFP4\w*|NVFP4|BF16|F16|F32)(?=
 
 
 def weight_files(repo: str, names: Iterable[str]) -> list[str]:
-    """Every model*.safetensors beside the config, as Checkpoint and mlx-lm read them.
+    """List every model*.safetensors next to the config, as Checkpoint and mlx-lm read them.
 
-    Raises PareError if their names tell that one is missing, or if there are too many.
+    Raises PareError if their names show that one is missing, or if there are more than MAX_FILES.
     """
     found = sorted(name for name in names if _WEIGHTS.fullmatch(name))
     if len(found) > MAX_FILES:
@@ -45,16 +44,14 @@ def weight_files(repo: str, names: Iterable[str]) -> list[str]:
 
 
 def needed(name: HubName, names: Iterable[str], gguf: bool = False) -> list[str]:
-    """The files of a repository that a model needs.
+    """List the files of a repository that a model needs.
 
     Args:
-        name: the model; of its GGUF files a ``file`` or ``tag`` chooses one.
+        name: the model; its ``file`` or ``tag`` chooses a GGUF model.
         names: all files of the repository.
         gguf: take a GGUF model, even if there are other weights.
-
     Returns:
-        The parts of one GGUF model in order; or config, weights, tokenizer, chat templates, licence and card.
-
+        The parts of one GGUF model in order; or config, tokenizer, chat templates, licence, card and weights.
     Raises:
         PareError: the repository has no such model, or only a part of it.
         UsageError: it has several GGUF models, and the name does not say which.
@@ -69,7 +66,7 @@ def needed(name: HubName, names: Iterable[str], gguf: bool = False) -> list[str]
 
 
 def _gguf_files(name: HubName, names: Iterable[str], lacking: str) -> list[str]:
-    """The parts of the one GGUF model that a name means, in order."""
+    """List the parts of the one GGUF model that a name means, in order."""
     models = gguf_models(names)
     if not models:
         lacking = "no GGUF file" if name.file or name.tag else lacking
@@ -93,8 +90,10 @@ def _gguf_files(name: HubName, names: Iterable[str], lacking: str) -> list[str]:
 
 
 def gguf_models(names: Iterable[str]) -> dict[str, list[str]]:
-    """The GGUF models of a repository: the name of the first part, and all parts. Projectors of images and importance
-    matrices are no models."""
+    """Return the GGUF models of a repository: name of the first part -> all parts.
+
+    Image projectors and importance matrices are no models.
+    """
     found: dict[str, list[str]] = {}
     for name in sorted(name for name in names if name.lower().endswith(".gguf")):
         base = name.rpartition("/")[2].lower()
@@ -106,7 +105,7 @@ def gguf_models(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def kind_of(file: str) -> str | None:
-    """The type that the name of a GGUF file tells, such as "Q4_K_M"; None if it tells none."""
+    """Return the type in the name of a GGUF file, such as "Q4_K_M"; None if it has none."""
     match = _PART.fullmatch(file)
     path = f"{match[1]}" if match else file[: -len(".gguf")]
     found = [match for match in _KIND.finditer(path) if match.start() == 0 or not path[match.start() - 1].isalnum()]
@@ -114,7 +113,7 @@ def kind_of(file: str) -> str | None:
 
 
 def _chosen(name: HubName, models: Mapping[str, list[str]]) -> list[str]:
-    """The models, by their first parts, that a name may mean. Raises PareError if it means none of them."""
+    """List the first parts of the models that a name may mean. Raises PareError if it means none of them."""
     if name.file:
         found = [first for first, parts in models.items() if name.file in parts]
         near = difflib.get_close_matches(name.file, models, n=3, cutoff=0.3)

@@ -1,4 +1,4 @@
-"""The header of a GGUF file on the hub, by byte ranges: some megabytes, as the vocabulary lies before the tensors."""
+"""Read the header of a GGUF file on the hub by byte ranges: some megabytes, since it holds the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from . import hub_cache
 from .hub_files import needed
 from .hub_reader import OTHERWISE, File, Hub, Unreachable, in_time
 
-STARTS = tuple(1 << bits for bits in (20, 22, 24, 26))  # bytes read in turn until all of the header is among them
+STARTS = tuple(1 << bits for bits in (20, 22, 24, 26))  # bytes read in turn until the whole header is among them
 
 
 def gguf_header(name: HubName, say: Callable[[str], None]) -> tuple[str, Header]:
-    """What the header of a GGUF model on the hub says, of all its parts.
+    """Read the headers of all parts of a GGUF model on the hub, as one.
 
     Args:
         name: the model; its ``file`` or ``tag`` chooses one of several.
-        say: hears of the progress.
-
+        say: receives lines about the progress.
     Returns:
         The path of the (first) file in the repository, and the header.
-
     Raises:
-        HubError, Unreachable: the hub does not give it, and it was not downloaded before.
-        PareError: it has no such file, or one that is damaged. UsageError: it has several, and none was named.
+        HubError: the hub does not give it.
+        Unreachable: the hub does not answer, and the model was not downloaded before.
+        PareError: the repository has no such file, or it is damaged.
+        UsageError: the repository has several, and the name does not choose one.
     """
     hub = Hub(name.repo, name.revision or "main")
     try:

@@ -1,10 +1,9 @@
-"""A model on the Hugging Face hub, looked at without downloading it: config.json and the headers of its weight files.
-What downloads one is sources/download.py.
+"""Read config.json and the headers of the weight files of a model on the Hugging Face hub, without downloading it.
 
-The headers are kilobytes in front of gigabytes and are asked for by byte range. huggingface_hub brings the connection
-(proxies, redirects, HF_ENDPOINT, HF_HUB_OFFLINE), the login and the place of the cache; it is imported (0.1 s) when a
-hub id is given, not before. Its own get_safetensors_metadata is not used: from a server that ignores ranges it takes
-whole files, and it believes what a header says. Here a remote file is read by model/checkpoint.py, as a local one is.
+sources/download.py downloads models. Headers are kilobytes before gigabytes, so they are read by byte ranges.
+huggingface_hub gives the connection (proxies, redirects, HF_ENDPOINT, HF_HUB_OFFLINE), the login and the place of the
+cache. It is imported (0.1 s) only if a hub id is given. Its own get_safetensors_metadata is not used: it takes whole
+files from a server that ignores ranges, and does not check headers. Remote headers are read and checked as local ones.
 """
 
 from __future__ import annotations
@@ -33,35 +32,35 @@ from .hub_cache import COMMIT, Remote, RemoteTensor
 from .hub_files import weight_files
 
 TIMEOUT = 5.0  # seconds without a byte from the network
-PATIENCE = 8.0  # seconds for the first answer in all: looking up a host name knows no timeout
-GUESS = 100_000  # bytes of a weight file asked for at first: nearly always the whole header, and so one request
+PATIENCE = 8.0  # seconds in all for the first answer: looking up a host name has no timeout
+GUESS = 100_000  # bytes of a weight file in the first request: nearly always the whole header
 WORKERS = 8
 MAX_LISTING = untrusted.MAX_JSON
-MAX_RECEIVED = 256 << 20  # bytes of everything; 1 TB of weights has about 20 MB of headers
+MAX_RECEIVED = 256 << 20  # bytes in all; 1 TB of weights has about 20 MB of headers
 OTHERWISE = "give a name of the catalogue or a model directory"
 
 
 class HubError(PareError):
-    """The hub does not give what was asked for: not there, private, gated, too many requests."""
+    """The hub does not give what was asked for: it does not exist, is private or gated, or requests are too many."""
 
 
 class Unreachable(HubError):
-    """No usable answer: offline, no network, a timeout, a broken connection, a server in trouble."""
+    """The hub gives no usable answer: offline, no network, a timeout, a broken connection, a failing server."""
 
 
 def looks_like_repo(text: str | os.PathLike[str]) -> bool:
-    """Whether this names a model on the hub, "org/name" or "org/name@revision", and not an existing path."""
+    """Tell whether a text names a model on the hub, "org/name" or "org/name@revision", and no existing path."""
     name = on_hub(text)
     return name is not None and not (name.file or name.tag)
 
 
 def remote(repo: str, say: Callable[[str], None] | None = None) -> Remote:
-    """Config and tensor table of "org/name" or "org/name@revision" (branch, tag or commit; default: main).
+    """Read config and tensor table of "org/name" or "org/name@revision" (branch, tag or commit; default: main).
 
-    What was read is kept in huggingface_hub's cache of assets: a second call costs one request, with a commit hash
-    none. Where the hub cannot be reached, what was kept serves, or a model that was downloaded. ``say`` hears of the
-    progress. Raises UsageError for a text that is no such name, Unreachable, HubError when the hub refuses, and
-    PareError for files that cannot be what they should be.
+    The result is kept in huggingface_hub's cache of assets: a second call costs one request, or none with a commit
+    hash. If the hub cannot be reached, a kept result or a downloaded model is used. ``say`` receives lines about the
+    progress. Raises UsageError if the text is no such name, Unreachable, HubError if the hub refuses, and PareError if
+    files are not what they should be.
     """
     name, say = HubName.parse(repo), say or (lambda line: None)
     if not name or name.file or name.tag:
@@ -89,7 +88,7 @@ def remote(repo: str, say: Callable[[str], None] | None = None) -> Remote:
 
 
 def in_time(function: Callable[[], Any], otherwise: str = OTHERWISE) -> Any:
-    """Its result, or Unreachable after PATIENCE seconds; the thread left behind does not keep the process alive."""
+    """Return the function's result, or raise Unreachable after PATIENCE seconds. Its thread does not block an exit."""
     future: Future = Future()
 
     def work() -> None:
@@ -106,7 +105,7 @@ def in_time(function: Callable[[], Any], otherwise: str = OTHERWISE) -> Any:
 
 
 class Hub:
-    """One conversation about one model, of which it counts the bytes. ``otherwise``: what somebody may do instead."""
+    """A connection for one model, which counts received bytes. ``otherwise``: what the user may do instead."""
 
     def __init__(self, repo: str, asked: str, otherwise: str = OTHERWISE):
         from huggingface_hub import constants
@@ -117,35 +116,35 @@ class Hub:
 
     @property
     def host(self) -> str:
-        """For messages: HF_ENDPOINT itself may hold a password."""
+        """Host name for messages: HF_ENDPOINT itself may hold a password."""
         return urlsplit(self.constants.ENDPOINT).hostname or "HF_ENDPOINT"
 
     @cached_property
     def client(self) -> Any:
-        """The one that huggingface_hub uses as well."""
+        """The HTTP client of huggingface_hub."""
         from huggingface_hub import get_session
 
         return get_session()
 
     @cached_property
     def _headers(self) -> dict[str, str]:
-        """Who asks. huggingface_hub's build_hf_headers would first ask the hub for a list of agents (telemetry)."""
+        """Headers with the login. huggingface_hub's build_hf_headers would first fetch a list of agents (telemetry)."""
         from huggingface_hub import get_token
 
         token = None if self.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
         login = {"Authorization": f"Bearer {token}"} if token else {}
-        # compressed, a range would not be the bytes asked for
+        # a range of compressed bytes would not be the bytes asked for
         return {"User-Agent": "mlx-pare", "Accept-Encoding": "identity", **login}
 
     def listing(self) -> tuple[str, dict[str, Any]]:
-        """The commit that ``asked`` means now, and the size in bytes of every file in it (None: not said)."""
+        """Ask which commit ``asked`` means now, and for the bytes of each of its files (None: unknown)."""
         raw = self._get(f"/api/models/{self.repo}/revision/{quote(self.asked, safe='')}?blobs=true", 0, MAX_LISTING)
         try:
             found = untrusted.loads(raw)
             names = {str(f["rfilename"]): f.get("size") for f in found["siblings"]}
             if not COMMIT.fullmatch(found["sha"]):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # also a hotel's login page
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # for example a hotel's login page
             raise Unreachable(f"what {self.host} answers is not a list of files", "check the network") from error
         for name in names:
             if name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
@@ -153,18 +152,28 @@ class Hub:
         return found["sha"], {name: size for name, size in names.items() if name.isprintable()}
 
     def path(self, commit: str, name: str) -> str:
-        """Where a file is on the hub."""
+        """Return the path of a file on the hub."""
         return f"/{self.repo}/resolve/{commit}/{quote(name)}"
 
     def read(self, commit: str, name: str, first: int, count: int) -> bytes:
-        """``count`` bytes of a file from byte ``first`` on, or fewer where it ends."""
+        """Read a part of a file; tries again once if the connection fails.
+
+        Args:
+            commit: hash of the commit.
+            name: path of the file in the repository.
+            first: first byte.
+            count: bytes to read; fewer are returned if the file ends.
+        Raises:
+            HubError, Unreachable: the hub does not give it.
+            PareError: this connection has received more than MAX_RECEIVED bytes.
+        """
         try:
             return self._get(self.path(commit, name), first, count, ranged=True)
-        except Unreachable:  # once more: one broken connection of many must not spoil it all
+        except Unreachable:  # try again: one broken connection of many must not end it
             return self._get(self.path(commit, name), first, count, ranged=True)
 
     def head(self, commit: str, name: str) -> tuple[str, int | None]:
-        """The ETag of a file, by which huggingface_hub's cache calls it, and its bytes, as far as the hub says them."""
+        """Ask for the ETag of a file, its name in huggingface_hub's cache, and for its bytes (None: unknown)."""
         from huggingface_hub import get_hf_file_metadata
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -180,8 +189,18 @@ class Hub:
     def pieces(
         self, path: str, first: int = 0, last: int | None = None, timeout: float | None = None
     ) -> Iterator[tuple[int, bytes]]:
-        """The bytes from ``first`` to ``last`` as they come, each piece with the byte of the file that it begins at: a
-        server that knows no ranges begins with byte 0. Raises HubError and Unreachable."""
+        """Receive a range of a file piece by piece.
+
+        Args:
+            path: as ``path`` returns it.
+            first: first byte.
+            last: last byte, included; None: to the end.
+            timeout: seconds without a byte; None: TIMEOUT.
+        Returns:
+            (byte of the file where the piece begins, piece); a server without ranges begins with byte 0.
+        Raises:
+            HubError, Unreachable: the hub does not give it.
+        """
         ranged = {"Range": f"bytes={first}-{'' if last is None else last}"} if first or last is not None else {}
         url = self.constants.ENDPOINT + path
         with (
@@ -199,7 +218,7 @@ class Hub:
                     self.received += answer.num_bytes_downloaded
 
     def _get(self, path: str, first: int, count: int, ranged: bool = False) -> bytes:
-        """``count`` bytes. What a server sends before and after them is not kept, nor read to its end."""
+        """Get ``count`` bytes from ``first``. Bytes before are dropped; bytes after them are not read to the end."""
         if self.received > MAX_RECEIVED:
             raise PareError(f"the headers of {self.repo} are larger than {MAX_RECEIVED >> 20} MiB")
         body = bytearray()
@@ -212,7 +231,7 @@ class Hub:
 
     @contextlib.contextmanager
     def _asking(self, url: str) -> Iterator[None]:
-        """Turns what goes wrong in the connection into Unreachable."""
+        """Turn errors of the connection into Unreachable."""
         if self.constants.HF_HUB_OFFLINE:
             offline = "offline mode is set (HF_HUB_OFFLINE)"
             raise Unreachable(f"{offline}, the hub is not asked", f"unset it, or {self.otherwise}")
@@ -220,15 +239,15 @@ class Hub:
             yield
         except PareError:
             raise
-        except Exception as error:  # of httpx or httpx2, as huggingface_hub's version has it, and of no common root
+        except Exception as error:  # of httpx or httpx2, depending on huggingface_hub; they share no base class
             reason = " ".join(str(error).split()) or type(error).__name__
             raise Unreachable(f"the connection to {self.host} failed ({reason})", self.otherwise) from error
 
     def _check(self, answer: Any, first: int) -> None:
-        """Raises HubError for everything but the bytes that were asked for."""
+        """Raises HubError unless the answer has the bytes that were asked for."""
         status, code = answer.status_code, answer.headers.get("X-Error-Code", "")
         host, login = self.host, "log in with `hf auth login` (or set HF_TOKEN)"
-        if answer.url.host != host and status not in (200, 206):  # where the hub has its large files
+        if answer.url.host != host and status not in (200, 206):  # host of the hub's large files
             raise Unreachable(f"{answer.url.host} answers {status} when {host} sends us there", self.otherwise)
         if status == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {first}-"):
             raise Unreachable(f"{host} sends other bytes than it was asked for", self.otherwise)
@@ -244,7 +263,7 @@ class Hub:
             )
         if status == 401 and "credentials" in answer.headers.get("X-Error-Message", ""):
             raise HubError(f"{host} does not accept your token (401)", f"{login} again")
-        # to those it does not know the hub says 401 for what is not there as well
+        # without a login the hub also answers 401 for what does not exist
         if status in (401, 404) and code != "EntryNotFound":
             meant = catalogue.repositories_near(self.repo)
             raise HubError(
@@ -260,7 +279,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class File:
-    """A file on the hub with as much of pathlib.Path as model/checkpoint.py needs to read its header, or its JSON."""
+    """A file on the hub with the methods of pathlib.Path that are needed to read its header or its JSON."""
 
     hub: Hub
     commit: str
@@ -283,7 +302,7 @@ class File:
 
 
 class _Start:
-    """Reads a remote file from its start: GUESS bytes at first, after that exactly what is missing."""
+    """Reads a remote file from its start: GUESS bytes first, then exactly the missing bytes."""
 
     def __init__(self, file: File):
         self.file, self.raw, self.at = file, file.read(0, GUESS), 0
@@ -326,7 +345,7 @@ def _read(hub: Hub, commit: str, sizes: dict[str, Any], say: Callable[[str], Non
 
 
 def _twice(tables: Mapping[str, Mapping[str, RemoteTensor]]) -> str | None:
-    """A tensor that two weight files have."""
+    """Return a tensor that is in two weight files; None if there is none."""
     seen: set[str] = set()
     for table in tables.values():
         if both := seen & table.keys():
@@ -336,10 +355,10 @@ def _twice(tables: Mapping[str, Mapping[str, RemoteTensor]]) -> str | None:
 
 
 def _tables(files: list[File], say: Callable[[str], None]) -> dict[str, dict[str, RemoteTensor]]:
-    """The tensors of every weight file, by its name."""
+    """Return name of a weight file -> its tensors."""
     tables: dict[str, dict[str, RemoteTensor]] = {}
     told = time.monotonic()
-    with ThreadPoolExecutor(WORKERS) as pool:  # map cancels what has not begun when one fails
+    with ThreadPoolExecutor(WORKERS) as pool:  # if one fails, map cancels those that have not begun
         for done, (file, table) in enumerate(zip(files, pool.map(_header, files), strict=True), 1):
             tables[file.name] = table
             if done == len(files) or time.monotonic() - told >= 1:
@@ -353,5 +372,5 @@ def _header(file: File) -> dict[str, RemoteTensor]:
         return {name: RemoteTensor(e.dtype, e.shape, e.nbytes) for name, e in read_header(file).items()}
     except HubError:
         raise
-    except PareError as error:  # to download it again, which is the cure for a local file, would not help
+    except PareError as error:  # the cure for a local file, downloading it again, would not help
         raise PareError(error.problem[:300], "look for another copy or conversion of the model") from error

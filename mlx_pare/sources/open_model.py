@@ -1,11 +1,11 @@
-"""MODEL as people give it: a model directory is itself, a GGUF file is rebuilt once, into a cache, and reused.
+"""Open MODEL as the user gives it: a model directory stays as it is, a GGUF file is rebuilt once into a cache.
 
-The cache is MLX_PARE_CACHE, or the system's place for such things. What lies there may be deleted at any time, all of
-it or single files: the same GGUF file is rebuilt to the same bytes, so that a run goes on.
+The cache is MLX_PARE_CACHE, or the system's usual place. Everything in it may be deleted at any time, also single
+files: the same GGUF file is rebuilt to the same bytes, so a run can continue.
 
-A GGUF file is told by its first four bytes and known again by all of its bytes. Hashing takes about half a second per
-gigabyte, so the hash is remembered beside what shows cheaply that nothing changed since: size, dates and inode of the
-file, its header, and some bytes of every tensor.
+The first four bytes identify a GGUF file as such, and the hash of all its bytes tells it from others. Hashing takes
+about half a second per gigabyte. So the hash is kept with a cheap check for changes: size, dates and inode of the file,
+its header, and some bytes of every tensor.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ..model.hub_name import of_snapshot
 from . import resolve
 
 VARIABLE = "MLX_PARE_CACHE"
-VERSION = 2  # of what is rebuilt: another one is rebuilt again
+VERSION = 2  # of rebuilt models: if it changes, they are rebuilt
 LIST = "rebuilt.json"  # the files of a rebuilt model, written last
-PIECE = 1 << 12  # bytes at the beginning, in the middle and at the end of every tensor
-AT_REST_S = 3  # a file that changed less than this ago may change again without another date
-NO_FILE = {errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO}  # of a link, a directory, a socket
-NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}  # of a network disk
+PIECE = 1 << 12  # bytes read at the beginning, in the middle and at the end of every tensor
+AT_REST_S = 3  # seconds; a file that changed more recently may change again without a new date
+NO_FILE = {errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO}  # errors of a link, a directory, a socket
+NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}  # errors of a network disk
 
 StrPath = str | os.PathLike[str]  # what the Python API takes for a path
 
 
 def cache() -> Path:
-    """The directory of rebuilt models."""
+    """Return the directory of rebuilt models."""
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser()
     if sys.platform == "darwin":
@@ -49,11 +49,11 @@ def cache() -> Path:
 
 
 def opened(model: StrPath, run: Path | None = None) -> Path:
-    """The model directory of MODEL: itself, or that of a GGUF file, which is rebuilt unless the cache has it whole. A
-    model on the hub, or of the catalogue, is downloaded before (sources/resolve.py, also for ``run``).
+    """Return the model directory of MODEL.
 
-    Raises PareError for a file that cannot be rebuilt or a model that cannot be downloaded, UsageError for a folder of
-    several and for an unknown name.
+    A GGUF file is rebuilt unless the cache has it whole. A model on the hub or of the catalogue is downloaded first
+    (sources/resolve.py, which also explains ``run``). Raises PareError if a file cannot be rebuilt or a model cannot be
+    downloaded, UsageError if a folder holds several GGUF models or a name is unknown.
     """
     model = resolve.local(model, run)
     file = gguf_of(model)
@@ -64,7 +64,7 @@ def opened(model: StrPath, run: Path | None = None) -> Path:
     content = remembered(parts, seen)
     out = cache() / f"{_slug(next(iter(parts)))}-{identity(parts, content)[:16]}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out.with_name(f"{out.name}.lock")):  # another process may be at it
+    with _locked(out.with_name(f"{out.name}.lock")):  # another process may be rebuilding it
         if not whole(out):
             _rebuild(file, out, content)
             if glimpse(parts) != seen:
@@ -77,9 +77,9 @@ def opened(model: StrPath, run: Path | None = None) -> Path:
 
 
 def gguf_of(model: Path) -> Path | None:
-    """The GGUF file that MODEL is, or that a folder without another model holds; None if there is none.
+    """Return the GGUF file that MODEL is, or that a folder without another model holds; None if there is none.
 
-    Raises UsageError for a folder of several.
+    Raises UsageError if a folder holds several.
     """
     if os.path.isfile(model):  # pathlib raises for a name that is too long
         return model if is_gguf(model) else None
@@ -91,8 +91,11 @@ def gguf_of(model: Path) -> Path | None:
 
 
 def ggufs_in(directory: Path) -> list[Path]:
-    """The GGUF models of a folder that is no model directory of MLX: of the parts of one model the first, projectors of
-    images only if there is nothing else. By their names, or by their first bytes if no name tells."""
+    """List the GGUF models of a folder that is no model directory of MLX, by the first part of each.
+
+    Image projectors are listed only if there is nothing else. Files are found by suffix; if none has it, by their first
+    bytes.
+    """
     if not os.path.isdir(directory) or any(directory.glob("*.safetensors*")):
         return []
     files = [file for file in sorted(directory.iterdir()) if file.is_file() and not file.name.startswith(".")]
@@ -102,7 +105,7 @@ def ggufs_in(directory: Path) -> list[Path]:
 
 
 def _slug(file: Path) -> str:
-    """The name of a file as one that every program takes: it only helps people to find their way in the cache."""
+    """Return a file's name as one that every program accepts. It only helps people to find it in the cache."""
     return re.sub(r"[^\w.]+", "-", file.stem, flags=re.ASCII).strip("-.")[:50] or "model"
 
 
@@ -110,7 +113,7 @@ def _slug(file: Path) -> str:
 
 
 def content_of(parts: Mapping[Path, Header]) -> str:
-    """sha256 of all bytes of a model, in hexadecimal, whatever its files are called."""
+    """Return the sha256 of all bytes of a model, in hexadecimal; names of files do not count."""
     digest, size = hashlib.sha256(), sum(header.file_bytes for header in parts.values())
     with console.progress("hash the GGUF file: MiB", size >> 20) as bar:
         for path, header in parts.items():
@@ -123,14 +126,17 @@ def content_of(parts: Mapping[Path, Header]) -> str:
 
 
 def identity(parts: Mapping[Path, Header], content: str | None = None) -> str:
-    """What tells the files of a model apart, in hexadecimal: their names, and all of their bytes (``content``)."""
+    """Return a hash, in hexadecimal, of the names of a model's files and of all their bytes (``content``)."""
     names = b"\0".join(os.fsencode(path.name) for path in parts)
     return hashlib.sha256(f"{VERSION} {content or content_of(parts)} ".encode() + names).hexdigest()
 
 
 def glimpse(parts: Mapping[Path, Header]) -> str:
-    """What cannot stay the same when somebody writes to the files, at the price of some reads: size, inode and dates
-    (that of the last change of the inode cannot be set), the headers, and pieces of every tensor."""
+    """Return a hash, in hexadecimal, that changes if somebody writes to the files, with few reads.
+
+    It covers size, inode and dates (the date of the inode's last change cannot be set), headers, and pieces of every
+    tensor.
+    """
     digest = hashlib.sha256(f"{VERSION}".encode())
     for path, header in parts.items():
         found = path.stat()
@@ -148,8 +154,7 @@ def glimpse(parts: Mapping[Path, Header]) -> str:
 
 
 def remembered(parts: Mapping[Path, Header], seen: str) -> str:
-    """``content_of`` the files; if they look as they did when it was computed (``seen``: a glimpse), without reading
-    them again."""
+    """Return ``content_of`` the files, from the cache if they have not changed since (``seen``: their glimpse)."""
     first = next(iter(parts)).resolve()
     note = cache() / f"{_slug(first)}-{hashlib.sha256(os.fsencode(first)).hexdigest()[:16]}.hash"
     with suppress(PareError, OSError, ValueError, AttributeError):
@@ -161,7 +166,7 @@ def remembered(parts: Mapping[Path, Header], seen: str) -> str:
     if time.time_ns() - changed > AT_REST_S * 10**9 and glimpse(parts) == seen:
         from ..store.atomic import replace_file
 
-        with suppress(OSError):  # it is only slower without
+        with suppress(OSError):  # without it the next call is only slower
             note.parent.mkdir(parents=True, exist_ok=True)
             replace_file(note, json.dumps({"glimpse": seen, "content": content}).encode())
     return content
@@ -172,7 +177,7 @@ def remembered(parts: Mapping[Path, Header], seen: str) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone with a file of the cache. Nothing is written to it, and a link at its name is not followed."""
+    """Hold the lock on a file of the cache. Nothing is written to it, and a link at its name is not followed."""
     handle = _lock(path)
     try:
         yield
@@ -197,11 +202,11 @@ def _lock(path: Path) -> int:
         with suppress(OSError):
             if os.path.samestat(os.fstat(handle), os.lstat(path)):
                 return handle
-        os.close(handle)  # a cleaner removed the file meanwhile: others lock a new one
+        os.close(handle)  # the file was removed meanwhile: others lock a new one
 
 
 def whole(directory: Path) -> bool:
-    """Whether a rebuilt model has every file as it was written: the list is there, and what it says is true."""
+    """Tell whether a rebuilt model has its list, and every file in it as it was written."""
     from ..store.rundir import fingerprint
 
     try:
@@ -238,8 +243,10 @@ def _remove(out: Path) -> None:
 
 
 def require(model: Path, run: Path) -> None:
-    """Raises PareError if the model of a run is gone, or lies in the cache and is not whole, with the command that
-    brings it back."""
+    """Raises PareError if the model of a run is gone, or is in the cache but not whole.
+
+    The message has the command that brings it back.
+    """
     again = (
         f"`mlx-pare run FILE.gguf --out {run}` or `mlx-pare calibrate FILE.gguf --out {run}`, with the options of "
         "before, rebuilds it"
@@ -264,7 +271,7 @@ def require(model: Path, run: Path) -> None:
 
 
 def told(found: dict) -> None:
-    """What rebuilding a file rounded, and what is to be known of it, on the console."""
+    """Print what rebuilding a file rounded, and its notes."""
     for kind, error in found["rounded"].items():
         console.say(
             f"{kind}: {error['tensors']} tensors as {error['stored']}, relative error {error['relative_error']:.2g} "

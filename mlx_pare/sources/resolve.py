@@ -1,6 +1,6 @@
-"""The name of a model, turned into a path: a hub id, a GGUF file on the hub, or a name of the catalogue.
+"""Turn the name of a model into a path: a hub id, a GGUF file on the hub, or a name of the catalogue.
 
-The command line and the Python API come here through open_model.opened. An existing path always wins over a name.
+The command line and the Python API use this through open_model.opened. An existing path always wins over a name.
 """
 
 from __future__ import annotations
@@ -20,30 +20,29 @@ from . import catalogue
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model on this disk came from. ``asked``: the name that was given, ``hub``: the same with its commit."""
+    """Where a model on this disk came from. ``asked``: the name that was given. ``hub``: its name with the commit."""
 
     asked: str
     hub: str
 
 
-_origins: dict[Path, Origin] = {}  # of the models that this process resolved
-_rebuilt: dict[Path, Path] = {}  # a model directory in the cache -> the GGUF file on this disk that it was rebuilt from
+_origins: dict[Path, Origin] = {}  # path of each model that this process resolved -> its origin
+_rebuilt: dict[Path, Path] = {}  # model directory in the cache -> GGUF file on this disk that it was rebuilt from
 
 
 def local(model: str | os.PathLike[str], run: Path | None = None, gguf: bool = False) -> Path:
-    """The directory or the GGUF file that a model is, downloaded if it must be.
+    """Return the directory or the GGUF file of a model; download it if needed.
 
     Args:
         model: a path, "org/name", "org/name@revision", "org/name/file.gguf", "org/name:Q4_K_M", or a name of the
             catalogue.
-        run: a run directory. If the run was begun with this name, the commit of then is taken.
-        gguf: download nothing but a GGUF model.
-
+        run: a run directory; if the run was begun with this name, its commit is taken. None: the current one.
+        gguf: download only a GGUF model.
     Returns:
-        A path; the one that was given if it exists, or looks like a path.
-
+        A path; the given one if it exists or looks like a path.
     Raises:
-        UsageError: nothing is known by that name. PareError: as download.download.
+        UsageError: the name is unknown, in the catalogue for its sizes only, or as download.download.
+        PareError: as download.download.
     """
     text = os.fspath(model)
     name = None if os.path.exists(text) else HubName.parse(text) or _catalogued(text)
@@ -64,12 +63,12 @@ def local(model: str | os.PathLike[str], run: Path | None = None, gguf: bool = F
 
 
 def origin(model: Path) -> Origin | None:
-    """Where a model came from that this process resolved from a name of the hub; None for any other."""
+    """Return where a model came from; None if this process did not resolve it from a name of the hub."""
     return _origins.get(Path(model))
 
 
 def rebuilt(file: Path, directory: Path) -> None:
-    """Remember that a model directory was rebuilt from a GGUF file, and so came from where that one did."""
+    """Remember that a model directory was rebuilt from a GGUF file and has the same origin."""
     if found := _origins.get(file):
         _origins[directory] = found
     else:
@@ -77,9 +76,9 @@ def rebuilt(file: Path, directory: Path) -> None:
 
 
 def typed(text: str) -> Path:
-    """A path or name as somebody typed it. "./org/name" is a path and no name, which a Path would forget.
+    """Make a Path of what the user typed. "./org/name" becomes absolute, since a Path would drop the "./" of a path.
 
-    Raises UsageError for an empty text, which a Path would take for the current directory.
+    Raises UsageError if the text is empty: a Path would take it for the current directory.
     """
     if not text.strip():
         raise UsageError("the name of a model is empty", "give a path, a hub id, or a name of `mlx-pare models`")
@@ -89,15 +88,17 @@ def typed(text: str) -> Path:
 
 
 def written(model: Path) -> str:
-    """A model as a recipe names it: by its name and commit on the hub, or by its path. A GGUF file is named itself: the
-    cache where it was rebuilt may be emptied."""
+    """Return a model as a recipe names it: by name and commit on the hub, or by path.
+
+    For a rebuilt model this is the GGUF file, since the cache may be emptied.
+    """
     found = origin(model)
     return found.hub if found else str(_rebuilt.get(model.absolute(), model))
 
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Nothing asks the hub meanwhile: all models are there. huggingface_hub reads its variable once, when imported."""
+    """Keep everything from asking the hub: all models are there. huggingface_hub reads its variable once, at import."""
     constants = sys.modules.get("huggingface_hub.constants")
     before = os.environ.get("HF_HUB_OFFLINE"), getattr(constants, "HF_HUB_OFFLINE", None)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -116,7 +117,7 @@ def offline() -> Iterator[None]:
 
 
 def _catalogued(text: str) -> HubName | None:
-    """The repository of a name of the catalogue; None for what looks like a path. Raises UsageError for other texts."""
+    """Return the repository of a name of the catalogue; None if it looks like a path. Raises UsageError otherwise."""
     entry = catalogue.find(text)
     if entry is None:
         if os.sep in text or text.startswith(("~", ".")) or text.lower().endswith((".gguf", ".json", ".safetensors")):
@@ -133,12 +134,12 @@ def _catalogued(text: str) -> HubName | None:
 
 
 def _recorded(name: HubName, run: Path | None) -> HubName | None:
-    """The commit that a run was begun with, if it was begun with this name."""
+    """Return the commit that a run was begun with, if it was begun with this name."""
     if run is None or not (run / "manifest.json").is_file():
         return None
     from ..base.untrusted import read_json
 
-    with suppress(PareError):  # a damaged one is not for us to refuse
+    with suppress(PareError):  # a damaged manifest is refused elsewhere
         known = read_json(run / "manifest.json", "run manifest").get("origin")
         if isinstance(known, dict) and known.get("asked") == str(name):
             found = HubName.parse(str(known.get("hub")))

@@ -1,4 +1,4 @@
-"""Text into token rows: files and folders, windows, splits by hash."""
+"""Turn text into token rows: files and folders, windows, splits by hash."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ..base.errors import PareError, UsageError
 from ..store.manifest import is_pruned, is_run
 from .records import LINES, PLAIN, Reader
 
-SUFFIXES = (*PLAIN, *LINES)  # of files that are read in a folder
+SUFFIXES = (*PLAIN, *LINES)  # suffixes of the files that are read in a folder
 WHAT_TO_GIVE = "give a .txt, .md or .jsonl file, or a folder of them"
-MANY_DOCUMENTS = 20  # from here on a document is the unit of a split, below that a paragraph
+MANY_DOCUMENTS = 20  # from this number on a document is the unit of a split, below it a paragraph
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How many rows there are, and how many tokens each has: all that an estimate of memory needs to know of Rows."""
+    """Number of rows and tokens per row. An estimate of memory needs nothing else of Rows."""
 
     count: int
     length: int
 
     def joined(self, other: Extent) -> Extent:
-        """These rows and then others of the same length."""
+        """Append rows of the same length."""
         return Extent(self.count + other.count, self.length)
 
     def first(self, count: int) -> Extent:
-        """So many of them, or all there are."""
+        """Take the first ``count`` rows, or all if there are fewer."""
         return Extent(min(self.count, count), self.length)
 
     @property
@@ -43,13 +43,13 @@ class Extent:
 
 @dataclass(frozen=True)
 class Rows:
-    """Token rows. ``tokens`` int32 [rows, length], padded on the right; ``lengths`` int32 [rows]: valid tokens."""
+    """Token rows. ``tokens``: int32 [rows, length], padded on the right. ``lengths``: int32 [rows], valid tokens."""
 
     tokens: np.ndarray
     lengths: np.ndarray
 
     def __post_init__(self) -> None:
-        """Raises UsageError for what cannot be token rows."""
+        """Raises UsageError if the arrays cannot be token rows."""
         tokens, lengths = (_whole(of, what) for of, what in ((self.tokens, "token ids"), (self.lengths, "lengths")))
         if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
             raise UsageError(
@@ -63,24 +63,52 @@ class Rows:
 
     @classmethod
     def full(cls, tokens: np.ndarray) -> Rows:
-        """Rows without padding."""
+        """Make rows without padding.
+
+        Args:
+            tokens: whole numbers [rows, length], not negative.
+        Returns:
+            Rows in which every length is ``length``.
+        Raises:
+            UsageError: the array has another number of axes, or values that int32 cannot hold.
+        """
         tokens = np.ascontiguousarray(tokens)
         if tokens.ndim != 2:
             raise UsageError(f"token rows have the shape {list(tokens.shape)}", "tokens are [rows, length]")
         return cls(tokens, np.full(len(tokens), tokens.shape[1], dtype=np.int32))
 
     def joined(self, other: Rows) -> Rows:
-        """These rows and then others of the same length. Raises PareError when they are not."""
+        """Append other rows.
+
+        Args:
+            other: int32 [rows, length] of the same length.
+        Returns:
+            These rows, then the others.
+        Raises:
+            PareError: the lengths differ.
+        """
         if self.length != other.length:
             raise PareError(f"rows of {self.length} and of {other.length} tokens cannot go through a model together")
         return Rows(*(np.concatenate(pair) for pair in ((self.tokens, other.tokens), (self.lengths, other.lengths))))
 
     def first(self, count: int) -> Rows:
-        """So many of them, or all there are."""
+        """Take the first rows.
+
+        Args:
+            count: number of rows; all are taken if there are fewer.
+        Returns:
+            int32 [at most count, length].
+        """
         return self.take(slice(count))
 
     def take(self, chosen: np.ndarray | slice) -> Rows:
-        """The rows of these numbers, in this order."""
+        """Take rows by their numbers.
+
+        Args:
+            chosen: int [chosen] row numbers, bool [rows], or a slice.
+        Returns:
+            int32 [chosen, length], in the order of ``chosen``.
+        """
         return Rows(self.tokens[chosen], self.lengths[chosen])
 
     @property
@@ -100,11 +128,15 @@ class Rows:
         return hashlib.sha256(data).hexdigest()
 
     def mask(self) -> np.ndarray:
-        """bool [rows, length]: which positions hold text."""
+        """Tell which positions hold text.
+
+        Returns:
+            bool [rows, length]; False for padding.
+        """
         return np.arange(self.length)[None, :] < self.lengths[:, None]
 
     def require_known(self, vocabulary: int) -> None:
-        """Raises UsageError for an id that a model with ``vocabulary`` rows in its embedding does not have."""
+        """Raises UsageError if an id is not below ``vocabulary``, the number of rows of the model's embedding."""
         if self.tokens.size and (most := _stored(self.tokens).max()) >= vocabulary:
             raise UsageError(
                 f"the data holds token {most}, the model knows {vocabulary}",
@@ -113,7 +145,7 @@ class Rows:
 
 
 def _whole(values: np.ndarray, what: str) -> np.ndarray:
-    """int32 of an array of whole numbers that are not negative. Raises UsageError for others."""
+    """Convert an array to int32. Raises UsageError if it holds negative numbers or numbers that are not whole."""
     values = np.asarray(values)
     if values.dtype == np.int32:
         found = values
@@ -129,28 +161,26 @@ def _whole(values: np.ndarray, what: str) -> np.ndarray:
 
 
 def _stored(values: np.ndarray) -> np.ndarray:
-    """Every value once, of an array that was broadcast: rows that are only counted have no memory of their own."""
+    """Return each stored value of a broadcast array once: rows that are only counted share their memory."""
     return values[tuple(slice(None) if step else slice(1) for step in values.strides)]
 
 
 def read(path: Path, tokenizer: Any = None, field: str | None = None, framing: set[str] | None = None) -> list[str]:
-    """The documents of a file or folder: one of a .txt or .md file, one of each record of a .jsonl or .ndjson file.
+    """Read the documents of a file or folder: one per .txt or .md file, one per record of a .jsonl or .ndjson file.
 
-    A file that is named may also be a list of records (.json), a table (.csv, .tsv), or plain text of any ending. In a
-    folder these are left out, as are hidden files and run directories.
+    A file given by name may also be a list of records (.json), a table (.csv, .tsv), or plain text with any suffix. A
+    folder is read without these, and without hidden files, run directories and pruned models.
 
     Args:
-        path: A file or a folder.
-        tokenizer: Writes chats by its template.
-        field: Names that may hold a record's text, separated by commas: the first that it has. Default: "text",
-            "messages", "content", "prompt" with "completion", "conversations", or "instruction" with "output".
-        framing: Takes the lines of chats that no speaker wrote (see records.Reader).
-
+        path: file or folder.
+        tokenizer: writes chats by its template; None: a chat is an error.
+        field: names that may hold a record's text, separated by commas; the first that fits is taken. None: "text",
+            "messages", "content", "conversations", "prompt" with "completion", "instruction" with "output".
+        framing: receives the lines of chats that no speaker wrote (see records.Reader).
     Returns:
-        Documents with text. What is left out because it is empty or of another kind is counted in one line.
-
+        Documents with text. One line on the console counts what was left out as empty or of another kind.
     Raises:
-        PareError: Nothing can be read there, or a record cannot; file and line are named.
+        PareError: no text can be read there, or a record cannot be read; the message names file and line.
     """
     path, reader = Path(path), Reader(tokenizer, field)
     if not path.exists():
@@ -178,10 +208,10 @@ def read(path: Path, tokenizer: Any = None, field: str | None = None, framing: s
 
 
 def _files(folder: Path, ours: list[Path], seen: set[Path]) -> Iterator[Path]:
-    """The files of a folder and of what is in it, in order; folders that are linked count, each once.
+    """Yield the files of a folder and its subfolders, in order. Linked folders count too, each once.
 
-    Hidden files (macOS puts ._NAME beside NAME on other disks) and what an archive of macOS has beside them are left
-    out, and so are run directories and pruned models, which are added to ``ours``. ``seen``: folders without links.
+    Hidden files (macOS writes ._NAME next to NAME on other disks) and the __MACOSX folders of macOS archives are left
+    out. So are run directories and pruned models, which are added to ``ours``. ``seen``: resolved folders so far.
     """
     for place in sorted(folder.iterdir()):
         if place.name.startswith(".") or place.name == "__MACOSX":
@@ -197,7 +227,7 @@ def _files(folder: Path, ours: list[Path], seen: set[Path]) -> Iterator[Path]:
 
 
 def _encoded(tokenizer: Any, text: str, **how: Any) -> list[int]:
-    """Its tokens. Raises PareError where a pattern of the tokenizer gives up: that is a panic of Rust, no Exception."""
+    """Encode a text. Raises PareError if the tokenizer's pattern gives up: a Rust panic, which is no Exception."""
     try:
         return tokenizer.encode(text, **how)
     except BaseException as error:
@@ -209,17 +239,17 @@ def _encoded(tokenizer: Any, text: str, **how: Any) -> list[int]:
 
 
 def _begins(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself begins every text with BOS."""
+    """Tell whether the tokenizer itself begins every text with BOS."""
     return (bos := tokenizer.bos_token_id) is not None and _encoded(tokenizer, "a")[:1] == [bos]
 
 
 def _text_tokens(tokenizer: Any, length: int) -> int:
-    """How many tokens of a row of ``length`` are text."""
+    """Count the tokens of a row of ``length`` that are text."""
     return length - 1 if _begins(tokenizer) else length
 
 
 def token_ids(tokenizer: Any, documents: Sequence[str]) -> Iterator[list[int]]:
-    """The ids of each document, after BOS unless every row begins with one."""
+    """Yield the ids of each document. BOS comes first, unless every row begins with one."""
     bos, every_row = tokenizer.bos_token_id, _begins(tokenizer)
     for document in documents:
         encoded = _encoded(tokenizer, document, add_special_tokens=False, verbose=False)
@@ -227,13 +257,31 @@ def token_ids(tokenizer: Any, documents: Sequence[str]) -> Iterator[list[int]]:
 
 
 def enough(tokenizer: Any, documents: Sequence[str], length: int) -> bool:
-    """Whether the documents make one row of ``length`` tokens; no more of them is read than that takes."""
+    """Tell whether the documents make one row; reading stops once they do.
+
+    Args:
+        tokenizer: encodes the documents.
+        documents: the text.
+        length: tokens of the row.
+    Raises:
+        PareError: the tokenizer cannot encode a document.
+    """
     found, needed = 0, _text_tokens(tokenizer, length)
     return any((found := found + len(ids)) >= needed for ids in token_ids(tokenizer, documents))
 
 
 def row_chars(tokenizer: Any, documents: Sequence[str], length: int) -> int:
-    """Characters that certainly make one row of ``length`` tokens, by a sample of the documents."""
+    """Estimate how many characters make one row, from a sample of the documents and with a margin of 25 percent.
+
+    Args:
+        tokenizer: encodes the sample: two pieces of 1000 characters from each of at most 16 documents.
+        documents: the text.
+        length: tokens of the row.
+    Returns:
+        Characters, at least 1.
+    Raises:
+        PareError: the tokenizer cannot encode the sample.
+    """
     some = [text[at : at + 1000] for text in documents[:: len(documents) // 16 + 1] for at in (0, len(text) // 2)]
     ids = sum(map(len, token_ids(tokenizer, some)))
     return max(1, math.ceil(1.25 * length * sum(map(len, some)) / max(1, ids)))
@@ -242,11 +290,21 @@ def row_chars(tokenizer: Any, documents: Sequence[str], length: int) -> int:
 def windows(
     tokenizer: Any, documents: Sequence[str], length: int, count: int | None = None, seed: int | None = None
 ) -> Rows:
-    """Non-overlapping windows of ``length`` tokens from the documents laid end to end, each document after its BOS.
+    """Cut the documents, laid end to end and each after its BOS, into windows that do not overlap.
 
-    Where the tokenizer itself begins every text with BOS (Llama 3, Gemma), every window begins with one, as the model
-    expects. The first ``count`` windows, or with a ``seed`` a random choice in the order of the text; all there are
-    when the text is shorter. Raises PareError when there is not one whole window.
+    If the tokenizer itself begins every text with BOS (Llama 3, Gemma), every window begins with one instead, as the
+    model expects.
+
+    Args:
+        tokenizer: encodes the documents.
+        documents: the text.
+        length: tokens of a window, BOS included.
+        count: number of windows; None, or more than the text holds: all.
+        seed: of a random choice of ``count`` windows, kept in the order of the text; None: the first ones.
+    Returns:
+        int32 [windows, length] without padding.
+    Raises:
+        PareError: the text makes no whole window, or the tokenizer cannot encode it.
     """
     bos, text = tokenizer.bos_token_id, _text_tokens(tokenizer, length)
     ids = [token for document in token_ids(tokenizer, documents) for token in document]
@@ -263,9 +321,10 @@ def windows(
 
 
 def split(documents: Sequence[str], parts: dict[str, int]) -> dict[str, list[str]]:
-    """Divide the units of the text by their hash, in the given shares: the same unit always falls on the same side.
+    """Divide the units of the text by their hash, in the given shares: the same unit always falls into the same part.
 
-    Units are documents when there are many (records of a .jsonl, files of a folder), else paragraphs.
+    If there are many documents (records of a .jsonl, files of a folder), they are the units, otherwise paragraphs are.
+    ``parts``: name -> share, in any unit. Returns name -> documents, which may be none.
     """
     bounds, total = {}, 0
     for name, share in parts.items():
@@ -285,11 +344,11 @@ def split(documents: Sequence[str], parts: dict[str, int]) -> dict[str, list[str
 
 
 def units(document: str, documents: int) -> tuple[str, list[str]]:
-    """(separator, units) of one of ``documents`` documents: itself if these are many, else its paragraphs."""
+    """Return (separator, units) of one of ``documents`` documents: itself if there are many, else its paragraphs."""
     return ("", [document]) if documents >= MANY_DOCUMENTS else paragraphs(document)
 
 
 def paragraphs(document: str) -> tuple[str, list[str]]:
-    """(separator, units): paragraphs between blank lines; lines where the text has one paragraph a line."""
+    """Return (separator, units): paragraphs between blank lines, or lines if the text has no blank lines."""
     separator = "\n\n" if "\n\n" in document.strip() else "\n"
     return separator, [unit for unit in document.split(separator) if unit.strip()]

@@ -1,8 +1,8 @@
-"""A text divided into parts, each of which has enough for one row if the text allows it.
+"""Divide a text into parts, each with enough text for one row if possible.
 
-Every unit falls on a side by its own hash, so that it stays there whatever else the text holds (corpus.split). That may
-leave a part of a short text empty. Only then the same units are dealt out by size, and if that does not suffice, long
-paragraphs in pieces of a few rows each, cut between sentences, words or characters.
+The hash of a unit chooses its part, so a unit stays there whatever else the text holds (corpus.split). That may leave
+a part of a short text empty. Only then are the same units dealt out by size. If that does not suffice, long paragraphs
+are cut between sentences, words or characters, and the pieces of a few rows each are dealt out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..base.errors import PareError
 from . import corpus
 
 Parts = dict[str, list[str]]
-Enough = Callable[[Sequence[str]], bool]  # whether documents make one row
+Enough = Callable[[Sequence[str]], bool]  # tells whether documents make one row
 
-# Where a paragraph is best cut: at the first kind of place that there is near by
+# Where to cut a paragraph: at the first of these kinds of places that exists nearby
 ENDS = (re.compile(r"\n"), re.compile(r"[.!?]['\")\]]*\s|[。！？]"), re.compile(r"\s"))
 LARGER = (1, 2, 4)  # pieces are tried in these multiples of a row
 
@@ -28,16 +28,14 @@ def divide(documents: Sequence[str], shares: dict[str, int], enough: Enough | No
     """Divide documents into parts that share no unit.
 
     Args:
-        documents: The text.
-        shares: Part -> its share of the text, in any unit.
-        enough: Tells whether documents make one row. Without it the text is divided by hash alone.
-        row: Characters that certainly make one row.
-
+        documents: the text.
+        shares: part -> its share of the text, in any unit.
+        enough: tells whether documents make one row; None: the text is divided by hash alone.
+        row: characters that make one row (corpus.row_chars).
     Returns:
-        Part -> documents. If no division gives every part a row, it is the one by hash.
-
+        Part -> documents. If no division gives every part a row, this is the division by hash.
     Raises:
-        PareError: The text is one paragraph again and again, so that its parts would be the same.
+        PareError: the division by hash leaves a part without a row, and the text repeats one paragraph.
     """
     parts = corpus.split(documents, shares)
     if enough is None or all(map(enough, parts.values())):
@@ -59,7 +57,7 @@ def _forbid_repetition(documents: Sequence[str]) -> None:
 
 
 def _dealt(documents: Sequence[str], shares: dict[str, int], row: int) -> Parts:
-    """The units of ``corpus.split``, dealt out by size."""
+    """Deal out the units of ``corpus.split`` by size."""
     divided = [corpus.units(document, len(documents)) for document in documents]
     side = _deal([unit.strip() for _, units in divided for unit in units], shares, row)
     parts: Parts = {name: [] for name in shares}
@@ -71,8 +69,10 @@ def _dealt(documents: Sequence[str], shares: dict[str, int], row: int) -> Parts:
 
 
 def _cut(documents: Sequence[str], shares: dict[str, int], size: int) -> Parts:
-    """Paragraphs, long ones in pieces of about ``size`` characters, dealt out by size. A paragraph that is there twice
-    is cut twice in the same way, so that no part holds what another one does. Neighbours of one part stay together."""
+    """Deal out paragraphs by size, long ones in pieces of about ``size`` characters.
+
+    Equal paragraphs are cut in the same way, so no two parts hold the same piece. Neighbours of one part stay together.
+    """
     divided = [list(_pieces_of(document, size)) for document in documents]
     side = _deal([piece.strip() for pieces in divided for piece, _ in pieces], shares, size)
     parts: Parts = {name: [] for name in shares}
@@ -83,7 +83,7 @@ def _cut(documents: Sequence[str], shares: dict[str, int], size: int) -> Parts:
 
 
 def _pieces_of(document: str, size: int) -> Iterator[tuple[str, str]]:
-    """(piece, what stands between it and the next one)."""
+    """Yield (piece, separator between it and the next one)."""
     separator, paragraphs = corpus.paragraphs(document)
     for paragraph in paragraphs:
         *pieces, last = _pieces(paragraph, size)
@@ -92,8 +92,11 @@ def _pieces_of(document: str, size: int) -> Iterator[tuple[str, str]]:
 
 
 def _deal(units: Sequence[str], shares: dict[str, int], least: int) -> dict[str, str]:
-    """Unit -> its part. Every part but the largest takes units in the order of their hashes until it has its share of
-    the characters, or the ``least`` if that is more. It takes none that is much larger than that if it has a choice."""
+    """Return unit -> its part.
+
+    Every part except the largest takes units in the order of their hashes. It stops at its share of the characters, or
+    at ``least`` if that is more. It takes no unit of more than twice that amount if it has a choice.
+    """
     times, (*small, large) = Counter(units), sorted(shares, key=shares.__getitem__)
     size = {unit: len(unit) * count for unit, count in times.items()}
     left = sorted(times, key=lambda unit: hashlib.sha256(unit.encode()).digest())
@@ -109,7 +112,7 @@ def _deal(units: Sequence[str], shares: dict[str, int], least: int) -> dict[str,
 
 
 def _pieces(paragraph: str, size: int) -> Iterator[str]:
-    """A paragraph in pieces of about ``size`` characters, each cut at the best place near that."""
+    """Yield a paragraph in pieces of about ``size`` characters, each cut at the best place nearby."""
     start = 0
     while len(paragraph) - start > size * 1.5:
         begin, middle, end = (start + size * halves // 2 for halves in (1, 2, 3))

@@ -1,4 +1,4 @@
-"""Text of several domains with weights: what was asked, the rows of all, the order in which training draws them."""
+"""Text of several domains with weights: parsing --data, mixing the rows, and the order in which training draws them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from . import corpus, overlap
 from .corpus import Rows
 from .dividing import divide
 
-SHARES = {"calibration": 80, "validation": 10, "test": 10}  # of a text that the user gives, by paragraph
-HELD = {"calibration": 88, "validation": 12}  # where there is a test text beside it
-FLOOR = 1e-4  # of the weights, shared evenly at every reweighting: no domain dies out (as in LLM-Shearing's callback)
-LEAST, EXTREME = 1e-300, 1e300  # the least share of a weight above 0, and the largest difference of losses, of float64
+SHARES = {"calibration": 80, "validation": 10, "test": 10}  # shares of a text that the user gives, by paragraph
+HELD = {"calibration": 88, "validation": 12}  # shares if there is a separate test text
+FLOOR = 1e-4  # share of the weights spread evenly at each reweighting: no domain dies out (as in LLM-Shearing)
+LEAST, EXTREME = 1e-300, 1e300  # float64: the least share of a weight above 0; the largest loss difference
 
 
 # ---- what was asked ----
@@ -39,17 +39,17 @@ class Spec:
 
 
 def parse(text: str) -> Spec:
-    """``[NAME=]PATH[:WEIGHT]`` -> Spec; the name is the file's own without its ending, or the folder's, the weight 1.
+    """Parse ``[NAME=]PATH[:WEIGHT]``. Defaults: the name of the file without its suffix, or of the folder; weight 1.
 
-    What exists as it was given is a path, whatever it holds of ":" and "=". Raises UsageError for a wrong name or
-    weight, PareError when there is nothing.
+    A text that exists as a path is one, even with ":" or "=" in it. Raises UsageError for a wrong name or weight,
+    PareError if nothing exists there.
     """
     name, path, weight = _reading(text)
     return Spec(name or _name(Path(path)), Path(path), 1.0 if weight is None else float(weight))
 
 
 def absolute(data: str | Sequence[str]) -> str | list[str]:
-    """What --data says, one text or several, with absolute paths. Raises as ``parse``."""
+    """Make the paths in --data, one text or several, absolute. Raises as ``parse``."""
     if not isinstance(data, str | Path):
         return [absolute(one) for one in data]
     name, path, weight = _reading(str(data))
@@ -60,7 +60,7 @@ def absolute(data: str | Sequence[str]) -> str | list[str]:
 
 
 def _reading(text: str) -> tuple[str | None, str, str | None]:
-    """(name, path, weight) as they were written."""
+    """Return (name, path, weight) as written."""
     head, _, weight = text.rpartition(":")
     name, _, rest = text.partition("=")
     readings = [(None, text, None), (None, head, weight), (name, rest, None)]
@@ -89,13 +89,13 @@ def _wrong(reading: tuple[str | None, str, str | None], text: str) -> UsageError
 
 
 def _name(path: Path) -> str:
-    """The name of a domain that nobody named."""
+    """Return the default name of a domain."""
     path = path.resolve()
     return (path.name if path.is_dir() else path.stem) or "data"
 
 
 def parse_all(texts: str | Path | Sequence[str]) -> list[Spec]:
-    """The domains of a run; one, or several of different names and paths. Raises as ``parse``, UsageError otherwise."""
+    """Parse the domains of a run. Raises as ``parse``, and UsageError if two have the same name or path."""
     specs = [parse(str(text)) for text in ([texts] if isinstance(texts, str | Path) else texts)]
     for n, spec in enumerate(specs):
         for other in specs[:n]:
@@ -112,7 +112,7 @@ def parse_all(texts: str | Path | Sequence[str]) -> list[Spec]:
 def read_domains(
     specs: Sequence[Spec], tokenizer: Any = None, field: str | None = None, framing: set[str] | None = None
 ) -> dict[str, list[str]]:
-    """Domain -> its documents. Raises PareError as ``corpus.read``."""
+    """Read domain -> documents. Args: the domains; the others, and PareError, as for ``corpus.read``."""
     return {spec.name: corpus.read(spec.path, tokenizer, field, framing) for spec in specs}
 
 
@@ -123,18 +123,14 @@ def read_parts(
     """Read domains and divide each by itself, so that it is in each part. No two parts share text.
 
     Args:
-        specs: The domains.
-        test: The text of the test part; None: a share of every domain.
-        tokenizer: Writes chats, and tells how long texts are.
-        field: As ``corpus.read`` takes it.
-        length: Tokens of a row. Every part of a domain gets one row if its text allows it.
-        framing: Takes the lines of chats that no speaker wrote.
-
+        specs: the domains.
+        test: text of the test part; None: a share of every domain.
+        tokenizer, field, framing: as for ``corpus.read``.
+        length: tokens of a row; each part of a domain gets a row if its text allows it. None: divide by hash alone.
     Returns:
         Part ("calibration", "validation", "test") -> domain -> documents.
-
     Raises:
-        PareError: A text cannot be read, or two parts overlap.
+        PareError: a text cannot be read, or two parts overlap.
     """
     shares, framing = SHARES if test is None else HELD, set() if framing is None else framing
     divided = {
@@ -156,7 +152,7 @@ def _divided(documents: list[str], shares: dict[str, int], tokenizer: Any, lengt
 
 
 def forbid_overlap(parts: Mapping[str, Mapping[str, Sequence[str]]], framing: Collection[str] = frozenset()) -> None:
-    """Raises PareError when two parts overlap, be it in different domains; within a part they may."""
+    """Raises PareError if two parts overlap, even in different domains. Domains of one part may overlap."""
     labels = {
         (part if len(of) == 1 else f"{part} ({name})"): (part, of[name]) for part, of in parts.items() for name in of
     }
@@ -168,9 +164,9 @@ def forbid_overlap(parts: Mapping[str, Mapping[str, Sequence[str]]], framing: Co
 
 @dataclass(frozen=True)
 class Domains:
-    """Rows of several domains, mixed by weight so that the first n of them are a fair sample for any n.
+    """Rows of several domains, mixed by weight: for any n the first n are a fair sample.
 
-    ``weights`` by name, in the order of the numbers; ``of`` int [rows]: the domain of each row.
+    ``weights``: by name, in the order of the domain numbers. ``of``: int64 [rows], domain number of each row.
     """
 
     rows: Rows
@@ -179,7 +175,7 @@ class Domains:
 
     @classmethod
     def of_one(cls, rows: Rows | Domains) -> Domains:
-        """Rows as one domain."""
+        """Make rows [rows, length] one domain. Args: the rows; Domains are returned as they are."""
         return rows if isinstance(rows, Domains) else cls(rows, {"text": 1.0}, np.zeros(rows.count, dtype=np.int64))
 
     @property
@@ -187,12 +183,17 @@ class Domains:
         return tuple(self.weights)
 
     def part(self, name: str) -> Rows:
-        """The rows of one domain."""
+        """Take the rows of one domain. Args: its name. Returns: int32 [rows of it, length]."""
         return self.rows.take(self.of == self.names.index(name))
 
     def lot(self, seed: int) -> np.ndarray:
-        """The numbers of the rows in an order drawn by lot within every domain: the first n are those that ``mix``
-        chooses with this seed from the same text."""
+        """Order the row numbers by lot within each domain; the first n are those that ``mix`` chooses with this seed.
+
+        Args:
+            seed: seed of the lot.
+        Returns:
+            int64 [rows].
+        """
         order = np.empty(len(self.of), dtype=np.int64)
         for number in range(len(self.names)):
             places = np.flatnonzero(self.of == number)
@@ -200,7 +201,7 @@ class Domains:
         return order
 
     def digest(self) -> str:
-        """Of the rows alone where there is one domain, else also of what domain each is, and the weights."""
+        """Hash the rows; if there are several domains, also the domain of each row and the weights."""
         if len(self.names) == 1:
             return self.rows.digest()
         about = json.dumps([self.rows.digest(), self.weights, self.of.tolist()])
@@ -211,8 +212,17 @@ def windows(
     tokenizer: Any, part: str, documents: Mapping[str, Sequence[str]], weights: Mapping[str, float], length: int,
     count: int | None = None, seed: int | None = None,
 ) -> Domains:  # fmt: skip
-    """Domain -> documents of a part as rows of ``length`` tokens, mixed as ``mix`` says; a domain that has no weight
-    has 1. Raises PareError where a domain has not one row, naming it and the part."""
+    """Cut the documents of a part into rows, mixed as by ``mix``.
+
+    Args:
+        tokenizer, length: as for ``corpus.windows``.
+        part: its name, for errors.
+        documents: domain -> documents.
+        weights: domain -> weight; 1 for a domain that has none.
+        count, seed: as for ``mix``.
+    Raises:
+        PareError: as ``mix``, or a domain has not one row; the message names it and the part.
+    """
     found: dict[str, Rows] = {}
     for name, of in documents.items():
         try:
@@ -231,11 +241,15 @@ def windows(
 def mix(
     parts: Mapping[str, Rows], weights: Mapping[str, float], count: int | None = None, seed: int | None = None
 ) -> Domains:
-    """All rows of every domain -> Domains of ``count`` rows, or all there are, shared by weight (float > 0).
+    """Mix rows of all domains by weight. Each domain gives at least one row; others replace what a short one lacks.
 
-    Each domain has one at least; what a short one lacks, the others give. The rows of a domain are its first, or with a
-    ``seed`` a choice by lot in the order of the text: with one domain those of ``corpus.windows``. Raises PareError
-    when there are more domains than rows asked for.
+    Args:
+        parts: domain -> all its rows; all of one length.
+        weights: domain -> weight, a float > 0.
+        count: rows of the result; None: all.
+        seed: of a choice by lot within a domain, in the order of the text as in ``corpus.windows``; None: its first.
+    Raises:
+        PareError: there are more domains than ``count``, or the weights are no weights.
     """
     if count is not None and count < len(parts):
         raise PareError(f"{count} rows are too few for {len(parts)} domains", "ask for more, e.g. with --samples")
@@ -252,7 +266,7 @@ def mix(
 
 
 def _shared(sizes: Sequence[int], shares: np.ndarray, count: int) -> np.ndarray:
-    """int [min(count, all)]: the domain of each row: first each once, then whose turn it is, until it has no more."""
+    """Return int64 [min(count, all)], the domain of each row: each once, then by turns until a domain has no more."""
     if len(sizes) == 1:
         return np.zeros(min(count, sizes[0]), dtype=np.int64)
     left, credits, order = np.array(sizes), np.zeros(len(sizes)), []
@@ -265,18 +279,20 @@ def _shared(sizes: Sequence[int], shares: np.ndarray, count: int) -> np.ndarray:
 
 
 def _shares(weights: Mapping[str, float]) -> np.ndarray:
-    """float64 [domains], of sum 1. Raises PareError for weights that are no shares."""
+    """Return float64 [domains] with sum 1. Raises PareError if a weight is negative or not finite, or all are 0."""
     given = np.array(list(weights.values()), dtype=np.float64)
     if not len(given) or not np.isfinite(given).all() or (given < 0).any() or not given.any():
         raise PareError(f"{dict(weights)} are no weights", "give numbers that are not negative, one above zero")
-    shares = np.where(given > 0, np.maximum(given / given.max(), LEAST), 0.0)  # the sum of those given may overflow
+    shares = np.where(given > 0, np.maximum(given / given.max(), LEAST), 0.0)  # their own sum may overflow
     return shares / shares.sum()
 
 
 def _turn(credits: np.ndarray, shares: np.ndarray, among: np.ndarray) -> int:
-    """Whose turn it is: always who is furthest behind its share (smooth weighted round robin, as in nginx). Both
-    float64 [domains]; ``credits``, rows that are due, change in place. Where all are ``among`` those to choose from,
-    nobody is ever ahead by a whole row."""
+    """Return the domain furthest behind its share (smooth weighted round robin, as in nginx).
+
+    ``credits`` (rows due, changed in place) and ``shares``: float64 [domains]; ``among``: bool [domains], the choice.
+    If all may be chosen, no domain is ever ahead by a whole row.
+    """
     credits += shares
     number = int(np.argmax(np.where(among, credits, -np.inf)))
     credits[number] -= 1.0
@@ -289,11 +305,16 @@ def _turn(credits: np.ndarray, shares: np.ndarray, among: np.ndarray) -> int:
 def reweighted(
     weights: Mapping[str, float], losses: Mapping[str, float], reference: Mapping[str, float]
 ) -> dict[str, float]:
-    """Weights after dynamic batch loading: w * exp(loss - reference), of sum 1, of which FLOOR is shared evenly.
+    """Reweight by dynamic batch loading: w * exp(loss - reference), scaled to sum 1; FLOOR of it is shared evenly.
 
-    Sheared LLaMA (Xia et al. 2023), algorithm 1 with the difference as it is, as in LLM-Shearing's
-    callbacks/dynamic_loading_callback.py (the paper cuts it at 0). Losses in nats per token, of any size; a weight of 0
-    stays 0. Raises PareError for a loss that is missing or not finite.
+    Algorithm 1 of Sheared LLaMA (Xia et al. 2023). The difference may be negative, as in LLM-Shearing's
+    callbacks/dynamic_loading_callback.py (the paper cuts it at 0).
+
+    Args:
+        weights: domain -> weight; a weight of 0 stays 0.
+        losses, reference: domain -> loss in nats per token, of any size.
+    Raises:
+        PareError: a loss is missing or not finite.
     """
     names = [name for name, weight in weights.items() if weight > 0]
     for name in names:
@@ -310,12 +331,11 @@ def reweighted(
 
 
 class Sampler:
-    """Draws batches of row numbers, endlessly: the domain by weight, no row of it twice before each was drawn once.
+    """Draws batches of row numbers, endlessly: domains by weight, each row of a domain once per epoch.
 
-    ``of`` int [rows]: the domain of each row, by its number among ``weights`` (by name). Which domain is next is not
-    left to chance but to whose turn it is, so any batch has the mix. The order within a domain is drawn anew for every
-    epoch from (seed, domain, epoch) alone. A batch larger than the rows is cut to them. Raises PareError for a domain
-    that has weight but no rows.
+    ``of``: int [rows], domain number of each row, in the order of ``weights`` (by name). Domains take turns and are not
+    drawn by chance, so any batch has the mix. The order within a domain depends on (seed, domain, epoch) alone. A batch
+    has at most as many rows as the domains with weight. Raises PareError if a domain has weight but no rows.
     """
 
     def __init__(self, of: np.ndarray, weights: Mapping[str, float], batch: int, seed: int = 0):
@@ -332,16 +352,16 @@ class Sampler:
         self.batch = min(batch, open_rows)
         self._about = {"seed": seed, "batch": self.batch, "rows": sizes}
         self._credits = np.zeros(len(self.names))
-        self._drawn = [0] * len(self.names)  # rows of each domain so far: says epoch and place
+        self._drawn = [0] * len(self.names)  # rows of each domain so far: gives epoch and place
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     @property
     def weights(self) -> dict[str, float]:
-        """By name, of sum 1."""
+        """Weights by name, with sum 1."""
         return dict(zip(self.names, self._shares.tolist(), strict=True))
 
     def draw(self) -> np.ndarray:
-        """int64 [batch]: the numbers of the next rows."""
+        """Draw the next batch. Returns: int64 [batch], row numbers."""
         return np.array([self._next() for _ in range(self.batch)], dtype=np.int64)
 
     def _next(self) -> int:
@@ -354,19 +374,18 @@ class Sampler:
         return int(self._rows[number][self._orders[number][1][place]])
 
     def reweight(self, losses: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
-        """Draw more where more is left to learn, from here on: the new weights, see ``reweighted``."""
+        """From now on draw more from domains with more left to learn; returns the new weights, see ``reweighted``."""
         new = reweighted(self.weights, losses, reference)
         self._shares = np.array(list(new.values()))
         return new
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next draws depend on, for JSON."""
+        """Return everything that the next draws depend on, for JSON."""
         drawn, due = (dict(zip(self.names, of, strict=True)) for of in (self._drawn, self._credits.tolist()))
         return {**self._about, "weights": self.weights, "drawn": drawn, "due": due}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as from ``state()``. Raises PareError for the state of other rows, another batch or seed, or a damaged
-        one."""
+        """Continue from ``state()``. Raises PareError if it is damaged, or of other rows, another batch or seed."""
         for key, own in self._about.items():
             if state.get(key) != own:
                 raise PareError(f"the place in the data belongs to other data: {key} was {state.get(key)}, now {own}")

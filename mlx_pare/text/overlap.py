@@ -1,7 +1,7 @@
-"""Whether two texts share what only one of them may hold: a score on text that was trained on flatters.
+"""Refuse texts that overlap: a score on text that was trained on is too good.
 
-Long lines are compared, because a leak is seldom a whole document. A line that stands in many documents is boilerplate
-(a licence, a system message, a footer) and gives nothing away. Neither does what a chat template writes by itself.
+Long lines are compared, because a leak is seldom a whole document. A line that occurs in many documents is boilerplate
+(a licence, a system message, a footer) and is no leak. Neither is a line that a chat template writes by itself.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from ..base.errors import PareError
 from .records import LONG_LINE
 
-FEW, MOST = 5, 50  # in fewer documents a line is never boilerplate, in so many always
-SHARE = 0.05  # of the documents of the texts in which a line stands: between the two it takes that many
+FEW, MOST = 5, 50  # a line in fewer than FEW documents is never boilerplate, one in MOST documents always is
+SHARE = 0.05  # between the two: the share of the documents of those texts that hold the line
 
 
 def forbid(
@@ -22,12 +22,11 @@ def forbid(
     """Refuse texts that overlap.
 
     Args:
-        texts: Name -> its documents.
-        part: The part that a name belongs to; texts of the same part may overlap.
-        framing: Lines that count as boilerplate however rare they are (records.Reader.framing).
-
+        texts: name -> its documents.
+        part: gives the part that a name belongs to; texts of the same part may overlap.
+        framing: lines that count as boilerplate however rare they are (records.Reader.framing).
     Raises:
-        PareError: Two parts share a rare line, or a document that differs in boilerplate only.
+        PareError: two parts share a rare line, or a document that differs in boilerplate only.
     """
     shared = _shared(texts, part)
     if not shared:
@@ -51,7 +50,7 @@ def _lines(document: str) -> Iterator[str]:
 
 
 def _shared(texts: Mapping[str, Sequence[str]], part: Callable[[str], str]) -> dict[str, tuple[str, str]]:
-    """Every long line that two parts have in common -> the names of two texts that hold it, in order of the text."""
+    """Return each long line that two parts share -> the names of two texts that hold it, in the order of the text."""
     seen: dict[str, str] = {}
     shared: dict[str, tuple[str, str]] = {}
     for name, documents in texts.items():
@@ -64,11 +63,11 @@ def _shared(texts: Mapping[str, Sequence[str]], part: Callable[[str], str]) -> d
 
 
 def _frequent(texts: Mapping[str, Sequence[str]], lines: Collection[str]) -> set[str]:
-    """Those of the lines that stand in many documents, or in many paragraphs between blank lines. Copies count once."""
+    """Return the lines that occur in many documents, or in many paragraphs between blank lines. Copies count once."""
     found: set[str] = set()
     for units in (lambda document: [document], lambda document: document.split("\n\n")):
-        within: Counter[str] = Counter()  # in how many units a line stands
-        beside: Counter[str] = Counter()  # how many units there are in the texts that hold it
+        within: Counter[str] = Counter()  # line -> number of units that hold it
+        beside: Counter[str] = Counter()  # line -> number of units in the texts that hold it
         known: set[str] = set()
         for documents in texts.values():
             every = {unit.strip() for document in documents for unit in units(document)}
@@ -83,8 +82,10 @@ def _frequent(texts: Mapping[str, Sequence[str]], lines: Collection[str]) -> set
 def _forbid_copies(
     texts: Mapping[str, Sequence[str]], part: Callable[[str], str], boilerplate: Collection[str]
 ) -> None:
-    """Raises PareError for a document of two parts. Only documents with boilerplate are looked at: any other one that
-    two parts share was found by its long lines, or has none."""
+    """Raises PareError if two parts share a document.
+
+    Only documents with boilerplate are compared. Any other shared document was found by its long lines, or has none.
+    """
     chosen = {
         name: [document for document in documents if any(line in boilerplate for line in _lines(document))]
         for name, documents in texts.items()

@@ -1,7 +1,7 @@
-"""What text and what tokenizer a run was calibrated with, noted beside the statistics, and compared by every later
-step: one that reads other text would mix two runs without a word.
+"""Note the text and the tokenizer that a run was calibrated with, and compare them in every later step.
 
-Runs that were begun before there was such a note are compared by their calibration rows alone.
+The note lies next to the statistics. A step that reads other text would silently mix two runs. Runs that were begun
+before such notes existed are compared by their calibration rows alone.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ..store.rundir import Run
 from ..store.schema import SCHEMA, Strict, dump_json
 
 FILE = "text.json"
-NOT_TOKENS = {"generation_config.json"}  # comes with the tokenizer, and has no say in what a text is read as
+NOT_TOKENS = {"generation_config.json"}  # comes with the tokenizer, but does not change its tokens
 TEST = "the test text"
 
 Documents = Mapping[str, Mapping[str, Sequence[str]]]  # part -> domain -> documents
 
 
 class Note(Strict):
-    """RUN/calibrate/text.json. ``tokenizer`` and ``documents`` (by name) are hashes, ``asked`` are the settings that
-    rows depend on."""
+    """RUN/calibrate/text.json: hashes of the tokenizer and of the documents (by name), and in ``asked`` the settings
+    that rows depend on."""
 
     schema_version: int = SCHEMA
     tokenizer: str
@@ -36,7 +36,7 @@ class Note(Strict):
 
 
 def tokenizer_hash(model: Path) -> str:
-    """sha256 of a model's tokenizer files and chat template, by their names."""
+    """Return the sha256 of a model's tokenizer files and chat template, in the order of their names."""
     digest = hashlib.sha256()
     for file in sorted(Checkpoint(model).tokenizer_files()):
         if file.name not in NOT_TOKENS:
@@ -45,8 +45,10 @@ def tokenizer_hash(model: Path) -> str:
 
 
 def document_hashes(parts: Documents, own_test: bool) -> dict[str, str]:
-    """sha256 of the documents of every domain, by its number ("1", "2", ...), and of the test text if it is another
-    one. Names say nothing: a file may be moved."""
+    """Return the sha256 of the documents of every domain, by its number ("1", "2", ...).
+
+    With ``own_test`` the test text has its own hash. Names of files do not count, since a file may be moved.
+    """
     found: dict[str, Any] = {}
     for part, domains in parts.items():
         for number, documents in enumerate(domains.values(), 1):
@@ -58,7 +60,7 @@ def document_hashes(parts: Documents, own_test: bool) -> dict[str, str]:
 
 
 class Read(Protocol):
-    """What is compared of splits.Texts."""
+    """The attributes of splits.Texts that are compared."""
 
     calibration: Any
     specs: Sequence[Any]
@@ -68,20 +70,22 @@ class Read(Protocol):
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the text of a run that was calibrated. ``rows``: the digest of its calibration rows; ``note``:
-    None for a run that was begun before there were notes."""
+    """What is known of the text of a calibrated run.
+
+    ``rows``: the digest of its calibration rows. ``note``: None if the run was begun before notes existed.
+    """
 
     run: Run
     rows: str
     note: Note | None
 
     def check_tokenizer(self) -> None:
-        """Raises Refused when the tokenizer of the run's model is not the one of before."""
+        """Raises Refused if the tokenizer of the run's model has changed."""
         if self.note and tokenizer_hash(self.run.model) != self.note.tokenizer:
             raise self._changed(f"the tokenizer or the chat template of {self.run.model}")
 
     def check(self, texts: Read, test: bool = False) -> None:
-        """Raises Refused, naming what changed, for another text than before; ``test``: the test text counts too."""
+        """Raises Refused if text or tokenizer changed, naming what did; the test text counts only with ``test``."""
         self.check_tokenizer()
         if self.note:
             before, now = self.note.documents, texts.hashes
@@ -109,7 +113,10 @@ class Known:
 
 
 def known(run: Run) -> Known | None:
-    """What is known of the text of a run; None before it was calibrated. Raises PareError for a damaged note."""
+    """Return what is known of the text of a run; None if it is not calibrated.
+
+    Raises PareError if its note is damaged, Refused if the note is missing.
+    """
     record = run.manifest.steps.get("calibrate")
     if record is None:
         return None
@@ -126,18 +133,33 @@ def _read(file: Path) -> Note:
 
 
 def asked_before(run: Path) -> dict[str, Any]:
-    """The settings in the note of a run directory; empty without one."""
+    """Return the settings in the note of a run directory; empty if there is none. Raises PareError if it is damaged."""
     file = run / "calibrate" / FILE
     return _read(file).asked if file.exists() else {}
 
 
 def check(run: Run, texts: Read, test: bool = False) -> None:
-    """Raises Refused when a run was calibrated on other text than this, or with another tokenizer; see ``Known``."""
+    """Refuse to go on with other text or another tokenizer than a run was calibrated with.
+
+    Args:
+        run: the run; one that is not calibrated passes.
+        texts: the text of now.
+        test: compare the test text too.
+    Raises:
+        Refused: the tokenizer, a text or a setting that the rows depend on has changed, or the note is missing.
+        PareError: the note is damaged.
+    """
     if before := known(run):
         before.check(texts, test)
 
 
 def write(directory: Path, model: Path, texts: Read) -> None:
-    """Put a note beside the statistics of a model."""
+    """Write a note next to the statistics of a model.
+
+    Args:
+        directory: directory of the statistics.
+        model: model directory, for its tokenizer files.
+        texts: the text that was read.
+    """
     note = Note(tokenizer=tokenizer_hash(model), documents=texts.hashes, asked=texts.asked)
     (directory / FILE).write_bytes(dump_json(note))

@@ -1,5 +1,8 @@
-"""Files of text and of records -> documents. A record is one line of a .jsonl file, one item of a .json list, one row
-of a .csv table; chats are written by the tokenizer's template."""
+"""Read documents from files of text and of records.
+
+A record is one line of a .jsonl file, one item of a .json list or one row of a .csv table. The tokenizer's template
+writes chats.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,23 @@ PLAIN = (".txt", ".md")  # one document each
 LINES = (".jsonl", ".ndjson", ".jsonlines")  # one record a line
 WHOLE = (".json",)  # a list of records
 TABLES = (".csv", ".tsv")  # one record a row, after a row of names
-KINDS = {"text": str, "messages": list, "content": str}  # what a record holds its text in: the first that it has
+KINDS = {"text": str, "messages": list, "content": str}  # fields that may hold a record's text: the first that fits
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}  # of ShareGPT
 KNOWN = (
     '"text" or "messages" or "content" or "prompt" with "completion" or "conversations" or "instruction" with "output"'
 )
-JSON_BYTES = 2 << 30  # that a parsed .json file of the user's may take
-LONG_LINE = 60  # characters; shorter lines (headings, "Yes.") may stand in two texts by chance
-WORDS = 8  # characters of a line that a speaker is recognised by
+JSON_BYTES = 2 << 30  # limit for a parsed .json file of the user
+LONG_LINE = 60  # characters; shorter lines (headings, "Yes.") may occur in two texts by chance
+WORDS = 8  # characters; a line of a speaker that is at least this long is recognised
 
 Placed = list[tuple[str, str]]  # (where, text) of every document, empty ones too
 
 
 class Reader:
-    """Reads files for one tokenizer. ``field``: the names that may hold a record's text, separated by commas.
+    """Reads files for one tokenizer. ``field``: names that may hold a record's text, separated by commas.
 
-    ``framing`` collects lines of chats that no speaker wrote: those of the template, of system messages and of tools.
-    They stand in every chat, so they say nothing about whether two chats are the same.
+    ``framing`` collects the lines of chats that no speaker wrote: lines of the template, system messages and tool
+    definitions. They occur in every chat, so they do not show that two chats are the same.
     """
 
     def __init__(self, tokenizer: Any = None, field: str | None = None):
@@ -42,7 +45,7 @@ class Reader:
         self._warned = False
 
     def documents(self, file: Path) -> Placed:
-        """The documents of one file. Raises PareError, naming file and place, for what cannot be read as text."""
+        """Read the documents of one file. Raises PareError, with file and place, if it cannot be read as text."""
         text, kind = _text(file), file.suffix.lower()
         if kind in LINES:
             return self._lines(file, text)
@@ -64,7 +67,7 @@ class Reader:
         return self._read((where, _parsed(line, where)) for where, line in places)
 
     def _whole(self, file: Path, text: str) -> Placed:
-        """A list of records; many data sets also call a file of one record a line so."""
+        """Read a list of records. Many data sets also use .json for one record per line."""
         try:
             found = untrusted.loads(text, JSON_BYTES)
         except ValueError as error:
@@ -87,7 +90,7 @@ class Reader:
         return found
 
     def _record(self, record: Any, where: str) -> str:
-        """The text of a record; "" if the field that should hold it is null or has no messages."""
+        """Return the text of a record; "" if the field that should hold it is null or has no messages."""
         if not isinstance(record, dict):
             shown = json.dumps(record, ensure_ascii=False)[:20]
             raise PareError(f"{where} is no record but {shown!r}", 'write {"text": "..."}')
@@ -104,7 +107,7 @@ class Reader:
         raise PareError(f"{where} has no text in {wanted}", f"it has {has}: choose with --field")
 
     def _chat(self, messages: list, record: dict[str, Any], where: str) -> str:
-        """Messages as the tokenizer's template writes them, with the record's tools, as mlx-lm's ChatDataset does."""
+        """Write messages by the tokenizer's template, with the record's tools, as mlx-lm's ChatDataset does."""
         if not messages:
             return ""
         if self.tokenizer is None:
@@ -113,7 +116,7 @@ class Reader:
         tools = {"tools": record["tools"]} if record.get("tools") else {}
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, **tools)
-        except Exception as error:  # templates are programs of their own
+        except Exception as error:  # templates are programs and may raise anything
             raise PareError(
                 f"{where}: the tokenizer cannot write this chat: {error}", "choose a field that holds text with --field"
             ) from error
@@ -138,7 +141,7 @@ def _parsed(line: str, where: str) -> Any:
 
 
 def _is_record(line: str) -> bool:
-    """Whether a line is a JSON object."""
+    """Tell whether a line is a JSON object."""
     try:
         return line.lstrip().startswith("{") and isinstance(untrusted.loads(line), dict)
     except ValueError:
@@ -146,7 +149,7 @@ def _is_record(line: str) -> bool:
 
 
 def _holds_records(text: str) -> bool:
-    """Whether a file of plain text is really JSON: its first line is a record, or all of it is a list of records."""
+    """Tell whether plain text is really JSON: its first line is a record, or all of it is one or a list of them."""
     start = text[:4096].lstrip()
     if not start.startswith(("{", "[")):
         return False
@@ -160,10 +163,10 @@ def _holds_records(text: str) -> bool:
 
 
 def _rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a table, by the names in its first one. Raises PareError for a row of another length."""
+    """Yield the rows of a table by the names in its first row. Raises PareError if, say, a row has another length."""
     head = text.partition("\n")[0]
     csv.field_size_limit(1 << 30)
-    delimiter = max("\t,;" if file.suffix.lower() == ".tsv" else ",;\t", key=head.count)  # of equals the first
+    delimiter = max("\t,;" if file.suffix.lower() == ".tsv" else ",;\t", key=head.count)  # the first of equals
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(table, [])]
@@ -180,8 +183,11 @@ def _rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _turns(record: dict[str, Any]) -> list | None:
-    """The chat of a record that names neither text nor messages: prompt with completion (as mlx-lm's CompletionsDataset
-    reads them), ShareGPT's conversations, Alpaca's instruction, input and output. None for any other record."""
+    """Return the chat of a record that has neither text nor messages; None if it is no chat.
+
+    In this order: ShareGPT's conversations, prompt with completion (as mlx-lm's CompletionsDataset reads them), and
+    Alpaca's instruction, input and output.
+    """
     if isinstance(turns := record.get("conversations"), list):
         system = record.get("system")
         return ([{"role": "system", "content": system}] if system and isinstance(system, str) else []) + turns
@@ -194,15 +200,17 @@ def _turns(record: dict[str, Any]) -> list | None:
 
 
 def _message(one: Any) -> Any:
-    """A message as templates want it; ShareGPT writes "from" and "value"."""
+    """Return a message in the form that templates expect; ShareGPT writes "from" and "value"."""
     if not (isinstance(one, dict) and "role" not in one and isinstance(one.get("from"), str) and "value" in one):
         return one
     return {"role": SPEAKERS.get(one["from"], one["from"]), "content": one["value"]}
 
 
 def _framing(text: str, messages: list) -> set[str]:
-    """The long lines of a written chat in which nothing stands that a speaker said. None are found in a chat that the
-    template wrote with changes: then a line that a speaker said may look like another one."""
+    """Return the long lines of a written chat that contain no line of a speaker.
+
+    If the template changed what speakers said, nothing is returned: a changed line could pass for one of the template.
+    """
     said = [one for one in messages if not (isinstance(one, dict) and one.get("role") in ("system", "developer"))]
     spoken = {line for one in said for line in _strings(one) if len(line) >= WORDS}
     if not all(line in text for line in spoken):
@@ -212,7 +220,7 @@ def _framing(text: str, messages: list) -> set[str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """The lines of every text in a message, however deep, but for its role."""
+    """Yield the lines of every text in a message, at any depth, except its role."""
     if isinstance(value, str):
         yield from (line for part in value.split("\n") if (line := part.strip()))
     elif isinstance(value, dict):

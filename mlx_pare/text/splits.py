@@ -1,4 +1,4 @@
-"""The texts of a run as token rows: what it is calibrated and trained on, chosen by and judged by; all disjoint."""
+"""The disjoint texts of a run as token rows: for calibration and training, for choosing a state, and for the test."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from . import corpus, domains
 from .provenance import document_hashes
 
 DEMO = Path(__file__).parents[1] / "demo"
-VALIDATION_ROWS = 64  # of recovery, at most: the teacher's hidden states are kept for them
+VALIDATION_ROWS = 64  # at most, in recovery: the teacher's hidden states are kept for them
 
 
 class Texts:
-    """The three disjoint texts of a run as token rows; read when first needed.
+    """The three disjoint texts of a run as token rows, read when first needed.
 
-    ``by_hash``: text is divided by hash alone, as in runs that were begun before short texts were divided otherwise.
+    ``by_hash``: text is divided by hash alone, as in runs from before short texts were divided by size.
     """
 
     def __init__(self, model: Path, settings: Settings, by_hash: bool = False):
@@ -29,7 +29,7 @@ class Texts:
         self.framing: set[str] = set()  # lines of chats that no speaker wrote
 
     def asking(self, settings: Settings) -> Texts:
-        """The same documents, of which other rows are asked."""
+        """Return the same documents with other settings for their rows."""
         other = Texts(self.model, settings, self.by_hash)
         other.tokenizer, other.specs, other.documents = self.tokenizer, self.specs, self.documents
         other.framing = self.framing
@@ -45,8 +45,11 @@ class Texts:
 
     @cached_property
     def documents(self) -> dict[str, dict[str, list[str]]]:
-        """Those of every domain, for "calibration" (also trains the recovery), "validation" (chooses its best state)
-        and "test" (is reported). Raises UsageError for a token that the model does not have."""
+        """Read part -> domain -> documents.
+
+        The parts are "calibration" (also trains the recovery), "validation" (chooses its best state) and "test" (is
+        reported). Raises UsageError if the text holds a token that the model does not have.
+        """
         s = self.settings
         test = s.test_data or (None if s.data else DEMO / "test.txt")
         length = None if self.by_hash else s.length
@@ -69,20 +72,23 @@ class Texts:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """The documents as text_record notes them."""
+        """Hashes of the documents as provenance notes them."""
         return document_hashes(self.documents, bool(self.settings.test_data or not self.settings.data))
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The settings that documents and calibration rows depend on."""
+        """Settings that documents and calibration rows depend on."""
         s = self.settings
         weights = [spec.weight for spec in self.specs]
         return {"field": s.field, "date": s.date, "samples": s.samples, "length": s.length, "seed": s.seed,
                 "weights": weights}  # fmt: skip
 
     def apart_from(self, run: Texts) -> None:
-        """Raises PareError when these texts, read for a recovery alone, hold what the run is tested on, or when the
-        best state would be chosen by what the run was calibrated on: another text may be divided otherwise."""
+        """Raises PareError if these texts, read for a recovery alone, overlap with those of the run.
+
+        Training and validation must not hold the run's test text, nor validation its calibration text: another text
+        may be divided differently.
+        """
         own = {"training": self.documents["calibration"], "validation": self.documents["validation"]}
         framing = self.framing | run.framing
         domains.forbid_overlap(own | {"run's test": run.documents["test"]}, framing)
@@ -90,13 +96,28 @@ class Texts:
         domains.forbid_overlap({"validation": own["validation"]} | calibration, framing)
 
     def mixed(self, part: str, count: int | None, seed: int | None = None) -> domains.Domains:
-        """Rows of every domain of a part, ``count`` of them or all."""
+        """Mix rows of every domain of a part.
+
+        Args:
+            part: "calibration", "validation" or "test".
+            count: number of rows; None: all.
+            seed: of a choice by lot within each domain; None: the first rows of each.
+        Returns:
+            Rows int32 [at most count, settings.length] with their domains.
+        Raises:
+            PareError: a text cannot be read, a domain has not one row, or there are more domains than ``count``.
+        """
         weights = {spec.name: spec.weight for spec in self.specs}
         documents, length = self.documents[part], self.settings.length
         return domains.windows(self.tokenizer, part, documents, weights, length, count, seed)
 
     @cached_property
     def calibration(self) -> corpus.Rows:
+        """Rows of the calibration text, chosen by lot.
+
+        Returns:
+            int32 [at most settings.samples, settings.length]; the console says if there are fewer than asked for.
+        """
         rows = self.mixed("calibration", self.settings.samples, self.settings.seed).rows
         if rows.count < self.settings.samples:
             console.say(
@@ -107,7 +128,7 @@ class Texts:
 
     @cached_property
     def training_domains(self) -> domains.Domains:
-        """The rows that recovery trains on: more of the calibration text than the statistics need."""
+        """Rows that recovery trains on: more of the calibration text than the statistics need."""
         return self.mixed("calibration", self.settings.train_rows, self.settings.seed)
 
     @cached_property
@@ -116,14 +137,24 @@ class Texts:
 
     @property
     def validation(self) -> corpus.Rows:
+        """Rows that choose the best state of recovery.
+
+        Returns:
+            int32 [at most VALIDATION_ROWS, settings.length].
+        """
         return self.validation_domains.rows
 
     @cached_property
     def test(self) -> corpus.Rows:
+        """First rows of the test text, which results are reported on.
+
+        Returns:
+            int32 [at most settings.samples, settings.length].
+        """
         return self.mixed("test", self.settings.samples).rows
 
     def label(self, part: str) -> str:
-        """What its texts are called, without where they lie: for files that leave this machine."""
+        """Name the texts of a part without their paths: for files that leave this machine."""
         s = self.settings
         return ", ".join(spec.name for spec in self.specs) if s.data else self.name(part)
 
