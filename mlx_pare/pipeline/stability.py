@@ -241,8 +241,8 @@ def stability(q: Question, scratch: Path) -> dict[str, Any]:
 
     ``criteria``, by name, has four answers. ``tokens``: how the scores of the first SHARES of the rows agree with those
     of all, by axis as ``agreement``, and whether they are ``alike``. ``enough``: the fewest tokens from which on they
-    are, None if all are needed. ``draws``: the same between draws, by axis. ``float``: with the scores of the other
-    model. ``cost`` describes the first criterion's cuts: see ``_cost``.
+    are, None if all are needed. ``draws``: how the draws agree, by axis. ``float``: with the scores of the other model.
+    ``cost`` describes the first criterion's cuts: see ``_cost``.
 
     Raises UsageError for a criterion that it cannot judge, or another model with other sizes, Refused if that has
     another tokenizer; otherwise as ``calibrate`` and the other verbs.

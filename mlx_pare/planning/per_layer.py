@@ -1,8 +1,8 @@
 """Sensitivities + a goal -> candidates: the integer programme chooses how many units every part of every layer keeps.
 
 Losses of single changes add up only for small cuts. With larger cuts, damage in many places at once weighs more than
-its sum. So the programme is solved for several powers of the losses (a higher power spreads a cut over more places),
-for widths that all layers share as well as for widths per layer, and for randomly disturbed losses.
+its sum. So the programme is solved for several powers of the losses: a higher power spreads a cut over more places. It
+is also solved for widths that all layers share and for widths per layer, and for randomly disturbed losses.
 planning/try_candidates.py finds out which candidate is best.
 """
 
