@@ -59,14 +59,14 @@ def _main_options(
 
 
 def mac_names() -> list[str]:
-    """The Macs that are known, for completion."""
+    """Return the known Macs, for completion."""
     from ..capacity.macs import every
 
     return [mac.name for mac in every()]
 
 
 def model_names() -> list[str]:
-    """The models of the catalogue, for completion."""
+    """Return the models of the catalogue, for completion."""
     from ..sources.catalogue import entries
 
     return [entry.name for entry in entries()]
@@ -76,7 +76,7 @@ OFFERS = {"mac": mac_names}  # what completion offers for an option of the table
 
 
 def annotated(option: Option, **changes: Any) -> Any:
-    """An option of the table as typer reads it in a signature; ``changes``: what is different in one command."""
+    """Return an option of the table as typer reads it in a signature; ``changes`` are those of one command."""
     option = replace(option, **changes)
     flags = [option.flag]
     if option.kind is bool:
@@ -127,9 +127,9 @@ DryRun = Annotated[
 
 
 def _read_recipe(context: click.Context, path: Path | None) -> None:
-    """Let the recipe say what the command line leaves out, required options and arguments among it."""
+    """Let the recipe fill in what the command line leaves out, including required options and arguments."""
     if path is not None and not context.resilient_parsing:
-        if recipe_file.wants_json(path):  # also if something else in it is wrong
+        if recipe_file.wants_json(path):  # even if something else in the recipe is wrong
             console.configure(as_json=True)
         context.default_map = recipe_file.read(path)
 
@@ -154,17 +154,20 @@ def command(
     first: tuple[str, ...] = (),
     recipe: bool = False,
 ) -> Callable:
-    """Register a command: modes are set, errors become one line and an exit code, the result is the JSON document.
+    """Register a command: it sets the modes, turns an error into one line and an exit code, and a result into a
+    document.
 
-    Models that are named are downloaded before the command begins.
+    The document is what --json writes. Models that are named are downloaded before the command begins.
 
     Args:
-        name: what is typed.
+        name: what the user types.
         examples: shown in the help, separated by " | ".
         network: whether the command itself may ask the hub. It never does if the user has set HF_HUB_OFFLINE.
-        options: those that it takes beside its own parameters; of the option table by their field.
+        options: those that it takes besides its own parameters; options of the table by their field.
         first: parameters that come first in the help of a command with many options.
         recipe: whether it takes --recipe.
+    Returns:
+        A decorator for the function of the command.
     """
     chosen = [TABLE[option] if isinstance(option, str) else option for option in options]
 
@@ -179,7 +182,7 @@ def command(
                 for line in unused.lines(name, typed, given):
                     console.warn(line)
                 given = _directories(_one_target(given, typed))
-                with nullcontext() if network else resolve.offline():  # every model is here now, nothing may wait
+                with nullcontext() if network else resolve.offline():  # every model is here: no waiting
                     console.document(function(**given))
             except BrokenPipeError:  # `| head` has seen enough
                 raise
@@ -194,19 +197,21 @@ def command(
 
 
 def _typed(context: click.Context) -> set[str]:
-    """The parameters that stand on the command line, not in a recipe."""
+    """Return the parameters on the command line, without those of a recipe."""
     return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
 def _one_target(given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
-    """What is given, without the target of a recipe if the command line names one."""
+    """Return what is given, without the target of a recipe if the command line names one."""
     replaced = {*TARGETS, *FOR_A_MAC} - typed if typed & {*TARGETS} else set()
     return {name: TABLE[name].default if name in replaced else value for name, value in given.items()}
 
 
 def _directories(given: dict[str, Any]) -> dict[str, Any]:
-    """What the command line gives, with model directories in place of GGUF files and of names. Texts name more than
-    these: `fit` and `inspect` read headers only. ``file``: a GGUF file, which stays one."""
+    """Return what the command line gives, with model directories in place of GGUF files and names.
+
+    Texts name more than these: `fit` and `inspect` read headers only. ``file`` is a GGUF file, and stays one.
+    """
     run = given.get("out")
     for name in MODELS:
         value = given.get(name)
@@ -220,8 +225,15 @@ def _directories(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def failed(error: BaseException, debug: bool = False, continues: bool = False) -> int:
-    """Write the one line an error becomes, and the document of --json. ``continues``: whether the same command goes on
-    from where it was. Returns the exit code."""
+    """Write an error as one line, and as the document of --json.
+
+    Args:
+        error: what ended the command.
+        debug: also write the traceback.
+        continues: whether the same command continues from where it was.
+    Returns:
+        The exit code.
+    """
     line, code = told(error, continues)
     if debug:
         import traceback
@@ -232,7 +244,7 @@ def failed(error: BaseException, debug: bool = False, continues: bool = False) -
 
 
 def _arguments(called: Callable) -> dict[str, str]:
-    """Argument of a command -> its help text."""
+    """Return the help text of every argument of a command."""
     found = {
         name: getattr(annotation, "__metadata__", (None,))[0] for name, annotation in called.__annotations__.items()
     }
@@ -249,7 +261,7 @@ def _sign(called: Callable, function: Callable, options: Iterable[Option], recip
     ]
     for parameter in own:
         if parameter.name in (*MODELS, "file") and "Path" in str(parameter.annotation):
-            for about in parameter.annotation.__metadata__:  # Path would make another name of a/b//c or org/name@a/b
+            for about in parameter.annotation.__metadata__:  # Path would change a/b//c and org/name@a/b
                 about.parser, about.metavar = resolve.typed, about.metavar or "MODEL"
     added += [("recipe", None, Recipe)] * recipe
     added += [("as_json", False, Json), ("quiet", False, Quiet), ("debug", False, Debug)]

@@ -101,7 +101,7 @@ def export_command(
 
 @contextmanager
 def _set_aside(made: Path, out: Path) -> Iterator[None]:
-    """What was written, but fails a check, is kept beside ``out`` to be looked at."""
+    """Keep what was written, but fails a check, next to ``out`` so that the user can look at it."""
     try:
         yield
     except PareError as error:
@@ -115,7 +115,7 @@ def _set_aside(made: Path, out: Path) -> Iterator[None]:
 
 
 def _settled(model: Path, gguf: str | None, imatrix: str | None) -> tuple[Checkpoint, str, str]:
-    """The model, and type and matrix where they were left out."""
+    """Return the model, the type and the matrix, with defaults for those that were left out."""
     from ..gguf.quant_mixes import NEEDS_MATRIX
     from ..gguf.write.quantizer import known
     from ..model.checkpoint import Checkpoint
@@ -128,8 +128,11 @@ def _settled(model: Path, gguf: str | None, imatrix: str | None) -> tuple[Checkp
 def _gguf(
     checkpoint: Checkpoint, out: Path, kind: str, matrix: tuple[str, Any], fit: tuple[list, int], no_verify: bool
 ) -> dict[str, Any]:
-    """Write the file, have it judged, show what it is. ``matrix``: which one, and the texts it may be made of; ``fit``:
-    Macs, and tokens of context."""
+    """Write the file, have it judged, and show what it is.
+
+    ``matrix`` is which matrix, and the settings of the texts that it may be made from. ``fit`` is Macs, and tokens of
+    context.
+    """
     from ..exporting import server_check
     from ..exporting.export import export, preflight
     from ..exporting.llama_cpp import judged
@@ -165,7 +168,7 @@ def _require_fit(done: dict[str, Any], mac: str | None, context: int) -> None:
 
 
 def _asked(checkpoint: Checkpoint, ask: Any) -> dict[str, Any]:
-    """What a stock server answers, where the memory holds the model."""
+    """Return what a stock server answers, if the memory holds the model."""
     from ..evaluation.resident import not_resident
     from ..model.tokenizer_files import has_chat_template
 
@@ -182,7 +185,7 @@ def _for_ollama(
     fit: tuple[list, str | None, int],
     no_verify: bool,
 ) -> dict[str, Any]:
-    """A directory with a GGUF file and its Modelfile, whose context the Mac that was named can hold."""
+    """Write a directory with a GGUF file and its Modelfile, whose context fits the Mac that was named."""
     from ..exporting.ollama import modelfile
 
     (macs, mac, context), name = fit, f"model-{kind}.gguf"
@@ -205,7 +208,7 @@ def _for_ollama(
 def _directory(
     model: Path, mlx: Path | None, hub: Path | None, packing: tuple[int, int, bool], no_verify: bool
 ) -> dict[str, Any]:
-    """A model directory: packed, or for the hub; asked through mlx-lm's server."""
+    """Write a model directory, packed or for the hub, and ask mlx-lm's server about it."""
     from ..base import plain_path
     from ..exporting import mlx_directory, server_check
     from ..model.checkpoint import Checkpoint
@@ -234,7 +237,7 @@ def _fits(checkpoint: Checkpoint, done: dict[str, Any], chosen: list, context: i
 
 
 def _predicted(checkpoint: Checkpoint, kind: str, asked: str) -> dict[str, Any]:
-    """What the file would be; nothing is written."""
+    """Return what the file would be; nothing is written."""
     from ..gguf.write import imatrix_file, size as gguf_size
 
     matrix = imatrix_file.load(Path(asked)) if asked not in ("none", "auto") else None
@@ -245,7 +248,7 @@ def _predicted(checkpoint: Checkpoint, kind: str, asked: str) -> dict[str, Any]:
 
 
 def _matrix(model: Path, asked: str, settings: Any) -> Importance | None:
-    """The importance matrix that was asked for: none, read, or made by a pass over text."""
+    """Return the importance matrix that was asked for: none, read from a file, or measured on text."""
     from ..exporting import importance_matrix
     from ..gguf.write import imatrix_file
     from ..text.splits import Texts

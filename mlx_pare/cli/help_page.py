@@ -22,14 +22,14 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 FIRST = "Most used"
 PANELS = (FIRST, REACH, CUT, TEXT, SEARCH, RECOVERY, OUTPUT, GENERAL)  # of a command with many options, in this order
-MANY = 14  # options; a command with fewer has a single panel
+MANY = 14  # options; a command with no more has a single panel
 EXAMPLES = " | "  # between two examples of a command
 SHORT = {"integer": "N", "float": "NUMBER", "integer range": "N", "float range": "NUMBER"}
 Row = tuple[str, str]
 
 
 class CommandPage(TyperCommand):
-    """A command whose help shows its options in panels; the parameters in ``first`` come before all others."""
+    """A command whose help shows its options in panels, with the parameters in ``first`` before all others."""
 
     first: tuple[str, ...] = ()
     arguments: Mapping[str, str] = MappingProxyType({})  # name -> help, which typer does not keep with click 8.5
@@ -63,7 +63,7 @@ class MainPage(TyperGroup):
     """The page of all commands, in panels."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands first, then the few options that mlx-pare itself has."""
+        """Write the commands first, then the few options of mlx-pare itself."""
         self.format_commands(ctx, formatter)
         options = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]
         _write(formatter, {"Options": _rows(options, ctx)})
@@ -81,7 +81,7 @@ class MainPage(TyperGroup):
         _write(formatter, rows)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples, one a line, and what the exit codes mean."""
+        """Write the examples, one a line, and the meaning of the exit codes."""
         examples, _, codes = (self.epilog or "").partition("\n\n")
         _write_lines(formatter, "Examples", examples.split(EXAMPLES))
         formatter.write_paragraph()
@@ -97,9 +97,9 @@ def _given_by_place(parameter: click.Parameter) -> bool:
 
 
 def _option(option: click.Option, ctx: click.Context) -> Row:
-    """The two columns of an option: its names with what it takes, and its help with the default."""
+    """Return the two columns of an option: its names with its value, and its help with the default."""
     names = ", ".join(sorted(option.opts, key=len))
-    if option.secondary_opts and option.default:  # of an option that is off, only how to turn it on matters
+    if option.secondary_opts and option.default:  # an option that is off only shows how to turn it on
         names += f" / {option.secondary_opts[0]}"
     if not (option.is_flag or option.count):
         metavar = option.metavar or SHORT.get(option.type.name, option.type.name.upper())
@@ -113,7 +113,7 @@ def _option(option: click.Option, ctx: click.Context) -> Row:
 
 
 def _default(option: click.Option, ctx: click.Context) -> str | None:
-    """The default in words; None if there is none, or the help text tells it."""
+    """Return the default in words; None if there is none, or if the help text contains it."""
     value = option.get_default(ctx, call=False)
     if option.is_flag:
         return option.opts[0].lstrip("-") if option.secondary_opts and value else None
@@ -148,7 +148,7 @@ def _write_row(formatter: click.HelpFormatter, name: str, text: str, width: int)
 
 
 def _write_lines(formatter: click.HelpFormatter, title: str, lines: Iterable[str]) -> None:
-    """Write lines as they are: a command that is folded cannot be copied."""
+    """Write lines unchanged, because a folded command cannot be copied."""
     with formatter.section(title):
         for line in lines:
             formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")

@@ -1,4 +1,4 @@
-"""What ends a command from outside: Ctrl-C, a polite kill, a terminal that closes. All of them clean up alike."""
+"""What ends a command from outside: Ctrl-C, a polite kill, a closed terminal. All of them clean up in the same way."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a signal that means the same. It is a class of its own because CPython ends by SIGINT, whatever the
-    exit code, once a bare KeyboardInterrupt went through exec() of a text (dataclasses, named tuples)."""
+    """Ctrl-C, or a signal that means the same.
+
+    It is not a bare KeyboardInterrupt. Once one of those has passed through exec() of a text (dataclasses, named
+    tuples), CPython ends by SIGINT, whatever the exit code.
+    """
 
 
 def listen() -> None:

@@ -1,6 +1,7 @@
-"""The command line: parse, call one verb or the pipeline, show the result. Heavy imports happen inside the commands.
+"""The command line: parse, call one verb or the pipeline, show the result. The commands themselves import what is
+heavy.
 
-The single steps of a run are in cli/step_commands.py, the options they share and the handling of errors in cli/app.py.
+cli/step_commands.py has the single steps of a run, cli/app.py the shared options and the handling of errors.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ def doctor_command() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point of the command line."""
+    """Run the command line; this is its entry point."""
     interrupts.listen()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -252,7 +253,8 @@ def main() -> None:
 
 
 def _called() -> int:
-    """Run the command that was typed; a mistyped one is one line as well (and the document of --json). Exit code."""
+    """Run the command that was typed, and return the exit code. A mistyped command is also one line, and the document
+    of --json."""
     try:
         code = app(prog_name="mlx-pare", standalone_mode=False) or 0
         if code != INTERRUPTED:
@@ -260,7 +262,7 @@ def _called() -> int:
         console.error("interrupted before anything was done")
         return 1
     except click.ClickException as error:
-        if len(sys.argv) == 1:  # nothing was asked: the help
+        if len(sys.argv) == 1:  # without arguments: the help
             error.show()
             return error.exit_code
         where = f". See `{error.ctx.command_path} --help`." if getattr(error, "ctx", None) else ""
@@ -268,6 +270,6 @@ def _called() -> int:
         console.configure(as_json="--json" in sys.argv or console.speaks_json())
         console.failure(line, error.exit_code)
         return error.exit_code
-    except PareError as error:  # while the command line was read: a recipe
+    except PareError as error:  # from a recipe, while the command line was read
         console.configure(as_json="--json" in sys.argv or console.speaks_json())
         return failed(error, "--debug" in sys.argv)

@@ -94,7 +94,7 @@ def calibrate_command(model: Model, out: Out, **asked: Any) -> dict[str, Any]:
     s = recipes.dated(out, s)
     Checkpoint(model)
     texts = steps.Texts(model, s)
-    _ = texts.calibration  # nor may a wrong text: the recipe of a run is kept
+    _ = texts.calibration  # nor may a wrong text, because the recipe of a run is kept
     with steps.open_run(model, out) as run:
         if "calibrate" not in run.manifest.steps:
             run.write_recipe(recipes.recipe_of(model, s), replace=False)

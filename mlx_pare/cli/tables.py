@@ -17,7 +17,13 @@ CHANGES_SHOWN = 8
 
 
 def fit_table(title: str, rows: list[dict[str, Any]], caption: str | None = None) -> None:
-    """One line per Mac; a question mark where what it rests on could not be verified."""
+    """Print one line per Mac, with a question mark at numbers that rest on an unverified fact.
+
+    Args:
+        title: of the table.
+        rows: of capacity.planner.assess.
+        caption: text below the table; None: none.
+    """
     console.table(title, FIT_COLUMNS, [_fit_row(row) for row in rows], caption)
 
 
@@ -46,7 +52,7 @@ def _fit_row(row: dict[str, Any]) -> list[Any]:
 
 
 def show_gguf(title: str, found: dict[str, Any]) -> None:
-    """Of what types a GGUF file is, and which of them stand in for others."""
+    """Print the types of a GGUF file, and which of them stand in for others."""
     counted = f"{found['kind']}, {units.gb(found['bytes'])}, {found['tensors']} tensors"
     rows = [[name, of["tensors"], units.gb(of["bytes"])] for name, of in found["types"].items()]
     rows.append(["header, vocabulary, padding", None, units.gb(found["bytes"] - found["tensor_bytes"])])
@@ -58,7 +64,7 @@ def show_gguf(title: str, found: dict[str, Any]) -> None:
 
 
 def show_fit(found: dict[str, Any]) -> None:
-    """What `fit` answers: a row per Mac, what would make it fit, and what is not known."""
+    """Print what `fit` answers: a row per Mac, what would make the model fit, and what is not known."""
     here = found["here"]
     if here is None:
         console.say("this computer is not a Mac: its own limits are unknown, the table's are used")
@@ -102,7 +108,7 @@ def _show_changes(mac: str, changes: list[dict[str, Any]]) -> None:
 
 
 def loss(share: float | None) -> str:
-    """An expected relative loss in words: none, <1 %, ~7 %."""
+    """Return an expected relative loss in words: none, <1 %, ~7 %."""
     if share is None:
         return "unknown"
     return (
@@ -111,8 +117,8 @@ def loss(share: float | None) -> str:
 
 
 def show_summary(summary: dict[str, Any]) -> None:
-    """What a run has made: contenders, speed, Macs, paths, verdict."""
-    from ..store.places import CONTENDERS  # pydantic: not for commands that only print a table
+    """Print the results of a run: contenders, speed, Macs, paths, verdict."""
+    from ..store.places import CONTENDERS  # it imports pydantic, which commands that only print a table do not need
 
     rows = []
     for name, title in CONTENDERS:
@@ -153,7 +159,8 @@ def show_summary(summary: dict[str, Any]) -> None:
 
 
 def show_stability(found: dict[str, Any]) -> None:
-    """How far a choice of units depends on its calibration text: rank correlations, and the units that are the same."""
+    """Print how far a choice of units depends on its calibration text: rank correlations, and the units that are the
+    same."""
 
     def cell(of: dict[str, Any], same: str = "same") -> str:
         return f"{of['rank_correlation']:.3f} {of[same]:.0%}"
@@ -188,8 +195,8 @@ KINDS = {
 
 
 def show_inspect(found: dict[str, Any]) -> None:
-    """What `inspect` answers: sizes, a line per kind of layer, and in sentences what loads the model and what can be
-    cut."""
+    """Print what `inspect` answers: sizes, a line per kind of layer, and sentences on what loads the model and what can
+    be cut."""
     rows = [["comes from", found["origin"]], ["stored as", found["stored"]]]
     rows.append(["weights", units.gb(found["bytes"]["total"])])
     if "parameters" in found:
@@ -217,12 +224,12 @@ def _show_layers(found: dict[str, Any]) -> None:
 
 
 def _kind(kind: str) -> str:
-    """full_attention+moe -> full attention, with experts."""
+    """Name a kind of layer: full_attention+moe -> full attention, with experts."""
     return ", ".join(KINDS.get(word, word.replace("_", " ")) for word in kind.split("+"))
 
 
 def _loads(found: dict[str, Any]) -> list[str]:
-    """A sentence for every program: whether it loads the model, and why not."""
+    """Return a sentence for every program: whether it loads the model, and why not."""
     lines = []
     for name, what in found["runtimes"].items():
         why = found["runtime_reasons"].get(name)
@@ -231,7 +238,7 @@ def _loads(found: dict[str, Any]) -> list[str]:
 
 
 def _cuts(found: dict[str, Any]) -> list[str]:
-    """Sentences on what can be cut, and what a cut model is then."""
+    """Return sentences on what can be cut, and on the type of the cut model."""
     if not found["cuttable"]:
         return [f"mlx-pare cannot cut this model: {found['why_not_cuttable']}. `mlx-pare fit` can plan for it."]
     exact = [axis for axis, how in found["cuttable"].items() if how == "exact"]
@@ -253,7 +260,7 @@ def _cuts(found: dict[str, Any]) -> list[str]:
 
 
 def _listed(names: list[str], last: str = "and") -> str:
-    """a, b and c."""
+    """Join names: a, b and c."""
     return f"{', '.join(names[:-1])} {last} {names[-1]}" if len(names) > 1 else "".join(names)
 
 
@@ -266,14 +273,15 @@ METRICS = {
 
 
 def show_metrics(found: dict[str, Any]) -> None:
-    """What `evaluate` measured, in words; what is for other programs (a loss per window) stays in the JSON document."""
+    """Print what `evaluate` measured, in words. Numbers for other programs (a loss per window) stay in the JSON
+    document."""
     rows = [["perplexity", readable(found["perplexity"], 4, found["perplexity_stderr"])]]
     rows += [[name, format(found[key], form)] for key, (name, form) in METRICS.items() if found.get(key) is not None]
     console.table(shown(found["model"]), ["<measured", "<value"], rows)
 
 
 def show_bench(found: dict[str, Any]) -> None:
-    """Speeds of models with their spread, and the ratios to the first."""
+    """Print speeds of models with their spread, and the ratios to the first."""
     speeds = ("prefill_tokens_per_s", "decode_tokens_per_s")
     rows = []
     for m in found["models"]:
@@ -285,7 +293,7 @@ def show_bench(found: dict[str, Any]) -> None:
 
 
 def show_shape(made: dict[str, Any]) -> dict[str, Any]:
-    """Sizes before and after a cut; returns them unchanged."""
+    """Print sizes before and after a cut; return them unchanged."""
     before, after = made["before"], made["after"]
     written = {"parameters": units.count, "non_embedding": units.count, "bytes": units.gb}
     rows = [[k.replace("_", " "), *(written.get(k, span)(size[k]) for size in (before, after))] for k in before]
@@ -299,7 +307,7 @@ def show_shape(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def show_status(found: dict[str, Any]) -> None:
-    """What `status` answers: the steps that are done, and in words what is going on."""
+    """Print what `status` answers: the finished steps, and in words what is going on."""
     gb, step = units.gb, found["working"] or found["next"]
     rows = [[s["step"], f"{s['seconds']:.1f}", gb(s["peak_bytes"]), gb(s["bytes"])] for s in found["steps"]]
     console.table(f"{found['run']} of {found['model']}", ["<step", "seconds", "peak memory", "on disk"], rows)
@@ -321,14 +329,14 @@ def show_status(found: dict[str, Any]) -> None:
 
 
 def runtimes(found: dict[str, Any]) -> str:
-    """One line: what would load a model."""
+    """Return one line: what would load a model."""
     there = [f"{name} (as {what})" for name, what in found.items() if what]
     missing = [name for name, what in found.items() if not what]
     return f"loads in {', '.join(there)}" + (f"; not in {', '.join(missing)}" if missing else "")
 
 
 def answered(found: dict[str, Any]) -> str:
-    """One line: what a stock server said."""
+    """Return one line: what a stock server said."""
     if not found["served"]:
         return f"not asked through a server: {found['reason']}"
     return f"{found['server']} answers: {found['text'].strip()[:60]!r}"

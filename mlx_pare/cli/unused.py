@@ -1,4 +1,4 @@
-"""Options that were typed but have no effect beside the others: each is a warning, since silence would mislead.
+"""Options that were typed but have no effect next to the others. Each is a warning, because silence would mislead.
 
 Options of a recipe file are not judged: the recipe of a run names every option.
 """
@@ -15,7 +15,7 @@ from ..options.settings import TABLE
 
 Given = Mapping[str, Any]
 Rule = tuple[Iterable[str], Callable[[Given], Any], str]  # parameters, whether they have an effect, what that takes
-VALIDATIONS, ROUND = 6, 25  # options.Options.reports, on_policy.ROUND: held together by a test
+VALIDATIONS, ROUND = 6, 25  # equal to options.Options.reports and on_policy.ROUND: a test compares them
 
 FIELDED = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv")  # endings of files with fields
 
@@ -26,18 +26,18 @@ def _texts(given: Given) -> list[str]:
 
 
 def _may_have_fields(place: str) -> bool:
-    """Whether a file of records is there, or a folder with one."""
+    """Tell whether the place is a file of records, or a folder with one."""
     files = Path(place).rglob("*") if os.path.isdir(place) else [Path(place)]
     return any(file.suffix.lower() in FIELDED for file in files)
 
 
 def _has_records(given: Given) -> bool:
-    """Whether a text that is read may have fields."""
+    """Tell whether a text that is read may have fields."""
     for text in _texts(given):
         head, tail = text.rpartition(":")[0], text.partition("=")[2]
         places = [place for place in (text, head, tail, tail.rpartition(":")[0]) if place and os.path.exists(place)]
         if not places or any(map(_may_have_fields, places)):
-            return True  # a path that is not there is an error of its own
+            return True  # a missing path is another error
     return False
 
 
@@ -90,12 +90,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
 
 
 def lines(command: str, typed: Iterable[str], given: Given) -> list[str]:
-    """A sentence for every option of a command that was typed in vain.
+    """Return a sentence for every option of a command that was typed in vain.
 
     Args:
         command: its name.
-        typed: the parameters that stand on the command line.
+        typed: the parameters on the command line.
         given: the values of all parameters.
+    Returns:
+        The sentences.
     """
     found: dict[str, str] = {}
     for fields, effective, why in RULES.get(command, ()):

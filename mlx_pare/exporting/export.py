@@ -1,9 +1,8 @@
 """A model directory as one GGUF file for llama.cpp, LM Studio and Ollama.
 
 Names come from gguf-py, everything else (architecture, row order, norms) from the family's table. Tensors are written
-one at a time, and the file gets its name only after it was read back. Types that only
-llama.cpp writes, and all that are made with an importance matrix, are quantized by it from a file of floats of ours
-that lies beside for so long.
+one at a time. The file gets its name only after it was read back. llama.cpp quantizes the types that only it writes,
+and all types with an importance matrix. For that, mlx-pare first writes a temporary file of floats next to the output.
 """
 
 from __future__ import annotations
@@ -34,16 +33,26 @@ def export(
     matrix: Importance | None = None,
     judge: Callable[..., Any] | None = None,
 ) -> dict:
-    """Write ``model`` (a directory) as the GGUF file ``out``; ``kind`` is one of architectures.FILE_TYPES, such as f16,
-    q8_0 or q4_k_m. ``matrix``: an importance matrix of this model (importance_matrix.measure, imatrix_file.load).
-    ``judge`` is called with the model, a file of floats that llama.cpp is to quantize, and its kind (llama_cpp.judged).
-    Memory: a few rows.
+    """Write a model as a GGUF file.
 
-    Vectors stay F32; matrices whose rows are no whole blocks of their type get another ("fallbacks"). Returns path,
-    bytes, what size.Prediction.about says, what is known of the matrix (imatrix), and notes on what llama.cpp does
-    differently.
-    Raises Refused when ``out`` exists, PareError when llama.cpp could not compute what the model does, or when there is
-    no quantizer for the kind, UsageError for a kind that is not known or a matrix of another model; no file is left.
+    Vectors stay F32. A matrix whose rows are not whole blocks of its type gets another type ("fallbacks"). This takes
+    the memory of a few rows.
+
+    Args:
+        model: model directory, GGUF file or name.
+        out: the file to write; it must not exist.
+        kind: one of architectures.FILE_TYPES, such as f16, q8_0 or q4_k_m.
+        matrix: importance matrix of this model (importance_matrix.measure, imatrix_file.load); None: without.
+        judge: called with the model, the file of floats that llama.cpp is to quantize, and its kind (llama_cpp.judged);
+            None: the floats are not judged.
+    Returns:
+        path, bytes, what size.Prediction.about says, imatrix (what is known of the matrix, or None), and notes on what
+        llama.cpp does differently.
+    Raises:
+        UsageError: the kind is unknown or does not suit the matrix, or the matrix is of another model.
+        Refused: ``out`` exists.
+        PareError: llama.cpp could not compute what the model does, nothing here writes the kind, or the disk has no
+            room. No file is left.
     """
     from ..lm import tokenizer_class
     from . import llama_cpp
@@ -51,7 +60,7 @@ def export(
     out, kind = Path(out), quantizer.known(kind)
     direct = quantizer.direct(kind, matrix is not None)
     preflight(out, kind, matrix is not None)
-    model = opened(model)  # only now: it may be rebuilt or downloaded
+    model = opened(model)  # only now, because this may rebuild or download it
     checkpoint = Checkpoint(model)
     predicted = gguf_size.predict(checkpoint, kind, matrix is not None)
     floats = None if direct else gguf_size.predict(checkpoint, quantizer.between(checkpoint))
@@ -83,7 +92,17 @@ def export(
 
 
 def preflight(out: Path, kind: str, matrix: bool) -> None:
-    """What can be known before the model is looked at, or an importance matrix made. Raises as ``export``."""
+    """Check what can be known before the model is read, or an importance matrix is measured.
+
+    Args:
+        out: the file to write.
+        kind: its type.
+        matrix: whether an importance matrix is used.
+    Raises:
+        UsageError: the kind needs an importance matrix, or takes none.
+        Refused: ``out`` exists.
+        PareError: nothing here writes the kind.
+    """
     refuse_existing(out)
     if kind in NEEDS_MATRIX and not matrix:
         raise UsageError(f"{kind} cannot be made without an importance matrix", "use --imatrix auto")
@@ -94,7 +113,7 @@ def preflight(out: Path, kind: str, matrix: bool) -> None:
 
 
 def _check_room(out: Path, predicted: Prediction, floats: Prediction | None) -> None:
-    """Raises PareError when the disk cannot hold what will be written, a file of floats beside it for a while."""
+    """Raises PareError if the disk cannot hold the file, and the temporary file of floats next to it."""
     size = sum(padded(row.nbytes) for of in (predicted, floats) if of for row in of.rows)
     require_room(out, size, f", with {floats.kind} next to it to quantize from," if floats else "")
 
@@ -103,13 +122,13 @@ def _check_room(out: Path, predicted: Prediction, floats: Prediction | None) -> 
 
 
 def why_not(checkpoint: Checkpoint) -> PareError | None:
-    """Why llama.cpp cannot run a checkpoint, or cannot read its tokenizer; None if it can do both. Raises PareError for
-    a file of the tokenizer that cannot be read."""
+    """Return why llama.cpp cannot run a checkpoint, or cannot read its tokenizer; None if it can do both. Raises
+    PareError for a tokenizer file that cannot be read."""
     try:
         target_of(checkpoint)
         gguf_tokenizer.check(checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.config)
     except PareError as error:
-        if isinstance(error.__cause__, OSError):  # a file that cannot be read says nothing of GGUF
+        if isinstance(error.__cause__, OSError):  # a file that cannot be read says nothing about GGUF
             raise
         return error
     return None
@@ -123,7 +142,8 @@ def _quantize(
     matrix: Importance | None,
     judge: Callable[..., Any] | None,
 ) -> list[str]:
-    """Floats into a file beside ``out``, from there by llama.cpp; that file and the matrix are removed again."""
+    """Write floats into a temporary file next to ``out``, and let llama.cpp quantize it. That file and the matrix are
+    then removed."""
     with scratch(out.parent, "floats") as beside:
         chosen = beside / matrix.name if matrix else None
         between = beside / f"{chosen.name if chosen else ''}.floats"

@@ -1,9 +1,9 @@
-"""A chat template in Jinja as one of Ollama, which are Go templates: the texts around the messages, found by asking.
+"""Translates a chat template from Jinja to Go, which Ollama uses, by asking for the texts around the messages.
 
-No program translates Jinja. But what a template makes of a conversation is a text before, between and after its
-messages, and almost always the same one at the same place. So conversations with marked messages are written by the
-model's own template, the texts at each place are cut out, and what they make of other, longer conversations is held
-against the template: where it differs, there is no translation, which is said.
+No program translates Jinja. But a template turns a conversation into a text before, between and after its messages, and
+the text at a place is almost always the same. So the model's own template writes conversations with marked messages,
+and the texts at each place are cut out. Then other, longer conversations are built from these texts and compared with
+the template. If they differ, there is no translation, and a note gives the reason.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Messages = Sequence[tuple[str, str]]  # (role, content)
 Write = Callable[[Messages], str]  # a conversation as the template writes it, ready for the model's answer
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-MARKS = ("Aq7zX", "Bk3wY", "Cm9vZ", "Dp5uW")  # no template has these in it, trims or changes them
-# Conversations that the texts are taken from do not count as proof
+MARKS = ("Aq7zX", "Bk3wY", "Cm9vZ", "Dp5uW")  # no template contains, trims or changes these
+# Conversations that the texts were taken from are no proof
 PROOF: tuple[tuple[str, ...], ...] = (
     (USER,),
     (SYSTEM, USER),
@@ -26,7 +26,7 @@ PROOF: tuple[tuple[str, ...], ...] = (
     (SYSTEM, USER, ASSISTANT, USER, ASSISTANT, USER),
     (USER, ASSISTANT, USER, ASSISTANT, USER, ASSISTANT, USER),
 )
-# How models mark their thoughts; a template may take them out of earlier answers
+# How models mark their thoughts; a template may remove them from earlier answers
 THOUGHTS = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -46,18 +46,19 @@ CONTENTS = ('Who\'s "there"?', "{{ .Content }} {% x %}", "naïve 日本", "two\n
 
 @dataclass(frozen=True)
 class Texts:
-    """What stands before a message, by its role and the role before it ("": none); and after the last one."""
+    """The texts before a message, by its role and the role before it ("": none), and the text after the last
+    message."""
 
     before: Mapping[tuple[str, str], str]  # (role before, role)
     after: str
 
     def without(self, first: str) -> Texts:
-        """Without this at the very beginning."""
+        """Return the texts without ``first`` at the very beginning."""
         before = {place: text if place[0] else text.removeprefix(first) for place, text in self.before.items()}
         return Texts(before, self.after)
 
     def write(self, messages: Messages) -> str:
-        """The conversation, without any template."""
+        """Write the conversation, without any template."""
         parts, last = [], ""
         for role, content in messages:
             parts += [self.before[last, role], content]
@@ -66,9 +67,10 @@ class Texts:
 
 
 def read(write: Write) -> Texts:
-    """The texts of a template. Raises PareError, with the reason, for one that does more than put texts around them.
+    """Find the texts of a template.
 
-    A template without a place for a system message is one whose users' messages alone are translated.
+    If the template has no place for a system message, only conversations without one are translated. Raises PareError,
+    with the reason, for a template that does more than put texts around messages.
     """
     plain = _pieces(write, (USER, ASSISTANT, USER))
     before = {("", USER): plain[0], (USER, ASSISTANT): plain[1], (ASSISTANT, USER): plain[2]}
@@ -95,12 +97,12 @@ def read(write: Write) -> Texts:
 
 
 def trims(found: Texts, write: Write) -> bool:
-    """Whether a template takes white space away from both ends of messages, which its translation keeps."""
+    """Tell whether a template strips white space from both ends of messages, which its translation keeps."""
     return _differs(found, write, list(zip((USER, ASSISTANT, USER), PADDED, strict=True)))
 
 
 def _differs(found: Texts, write: Write, messages: Messages) -> bool:
-    """Whether the template writes a conversation in another way; one that it refuses shows nothing."""
+    """Tell whether the template writes a conversation differently. A conversation that it refuses shows nothing."""
     try:
         return write(messages) != found.write(messages)
     except ValueError:
@@ -108,7 +110,7 @@ def _differs(found: Texts, write: Write, messages: Messages) -> bool:
 
 
 def _pieces(write: Write, roles: Sequence[str]) -> list[str]:
-    """The texts around marked messages. Raises PareError where a mark is not there once, in its order."""
+    """Return the texts around marked messages. Raises PareError unless each mark appears once, in order."""
     marks = MARKS[: len(roles)]
     try:
         text = write(list(zip(roles, marks, strict=True)))
@@ -127,7 +129,8 @@ def _pieces(write: Write, roles: Sequence[str]) -> list[str]:
 
 
 def go_string(text: str) -> str:
-    """A text as a string of Go, in ASCII, which neither Go's templates nor a Modelfile see anything special in."""
+    """Quote a text as a string of Go, in ASCII, in which neither Go's templates nor a Modelfile see anything
+    special."""
     quoted = []
     for character in text:
         code = ord(character)
@@ -143,9 +146,9 @@ def go_string(text: str) -> str:
 
 
 def go_template(texts: Texts) -> str:
-    """The same as a Go template over .Messages, each with .Role and .Content (Ollama, template/template.go).
+    """Write the texts as a Go template over .Messages, each with .Role and .Content (Ollama, template/template.go).
 
-    Every text is a string inside of an action: what stands between the actions is white space, all of it trimmed.
+    Every text is a string inside an action. Only white space stands between the actions, and all of it is trimmed.
     """
 
     def say(text: str) -> str:

@@ -1,4 +1,4 @@
-"""An importance matrix, measured: the mean square of every input of every linear layer."""
+"""Measures an importance matrix: the mean square of every input of every linear layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..text.corpus import Rows
 
 
 class _Sum:
-    """Sum over tokens of the square of every input, float32 [columns]."""
+    """The sum over tokens of the square of every input, float32 [columns]."""
 
     def __init__(self) -> None:
         self.sum = mx.array(0.0)
@@ -33,13 +33,19 @@ class _Sum:
 
 
 class Squares(stream.Observer):
-    """Sums the squares of what goes into every matrix of every block; ``found`` by the name of our tensor."""
+    """Sums the squares of the inputs of every matrix of every block. ``found`` holds them by the name of our tensor."""
 
     def __init__(self, arch: Architecture):
         self.arch, self.found, self.sums = arch, {}, {}
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
-        """Put taps on the block."""
+        """Put taps on the matrices of the block.
+
+        Args:
+            index: index of the block.
+            block: its module.
+            mask: returns bool [rows, tokens], true at text, of the micro-batch.
+        """
         self.sums = {t.name: _Sum() for t in self.arch.tensors() if t.layer == index and t.matrix}
         roles = {t.name: t.spec.role for t in self.arch.tensors() if t.name in self.sums}
         for name, total in self.sums.items():
@@ -47,11 +53,15 @@ class Squares(stream.Observer):
             replace_module(block, path, lambda module, total=total: Tap(module, total, mask, "input"))
 
     def pending(self) -> list[mx.array]:
-        """The sums so far."""
+        """Return the sums so far.
+
+        Returns:
+            One float32 [columns] per matrix of the block.
+        """
         return [total.sum for total in self.sums.values()]
 
     def leave(self, index: int, hidden: Any) -> None:
-        """Keep the sums, let the block go."""
+        """Keep the sums, and release the block."""
         self.found |= {name: np.array(total.sum) for name, total in self.sums.items()}
         self.sums = {}
 
@@ -59,9 +69,20 @@ class Squares(stream.Observer):
 def measure(
     model: Path, rows: Rows, dataset: str = "text", memory_cap: int | None = None, scratch: Path | None = None
 ) -> Importance:
-    """Stream ``rows`` through ``model`` and sum up; ``dataset``: what the text is called; ``scratch``: a directory for
-    hidden states where they do not fit in memory. Raises PareError for a model that cannot be GGUF, Refused when it
-    would take more memory than ``memory_cap`` (default: what is free)."""
+    """Stream rows through a model and sum up the squares of the inputs of its matrices.
+
+    Args:
+        model: model directory.
+        rows: the text, int32 [rows, tokens].
+        dataset: the name of the text.
+        memory_cap: bytes that may be used; None: the memory that is free.
+        scratch: directory for hidden states that do not fit in memory; None: that of the system.
+    Returns:
+        The sums, float32 [columns] by the name of a matrix in GGUF, and the number of tokens.
+    Raises:
+        Refused: the walk needs more memory than it may use.
+        PareError: the model cannot be GGUF, or the inputs of a matrix are not finite.
+    """
     checkpoint = Checkpoint(model)
     stored = table(checkpoint.arch, target_of(checkpoint), "f16")  # raises before anything is computed
     observer = Squares(checkpoint.arch)

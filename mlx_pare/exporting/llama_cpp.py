@@ -1,6 +1,6 @@
 """Judges of a GGUF file: its own header, read back, and llama.cpp through llama-cpp-python (the extra "llama").
 
-llama.cpp runs in a child process, because it aborts the whole process on some bad files.
+llama.cpp runs in a child process, because some bad files make it abort the whole process.
 """
 
 from __future__ import annotations
@@ -33,15 +33,22 @@ SMALL = 64 << 20  # bytes of a file for which one thread is enough
 
 
 def available() -> bool:
-    """Whether llama-cpp-python (the extra ``llama``) is installed."""
+    """Tell whether llama-cpp-python (the extra ``llama``) is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
 def logits(gguf: Path, tokens: Sequence[int]) -> np.ndarray:
-    """float32 logits (len(tokens), vocab) after each token, on the CPU with a float32 KV cache.
+    """Compute logits with llama.cpp, on the CPU with a float32 KV cache.
 
-    With llama.cpp's default float16 cache they would be off by a thousandth. Raises PareError when it cannot load the
-    file.
+    With llama.cpp's default float16 cache they would be off by a thousandth.
+
+    Args:
+        gguf: the file.
+        tokens: ids, one after the other.
+    Returns:
+        Logits after each token, float32 [tokens, vocab].
+    Raises:
+        PareError: llama-cpp-python is not installed, or llama.cpp cannot use the file.
     """
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "logits.npy"
@@ -50,7 +57,8 @@ def logits(gguf: Path, tokens: Sequence[int]) -> np.ndarray:
 
 
 def tokenize(gguf: Path, strings: Sequence[str]) -> list[list[int]]:
-    """Token ids of each string; nothing is added, and names of special tokens in the text are ordinary text."""
+    """Return the token ids of each string. Nothing is added, and names of special tokens in the text are ordinary
+    text."""
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "tokens.json"
         _ask({"task": "tokenize", "gguf": str(gguf), "strings": list(strings), "answer": str(answer)})
@@ -58,7 +66,17 @@ def tokenize(gguf: Path, strings: Sequence[str]) -> list[list[int]]:
 
 
 def greedy(gguf: Path, tokens: Sequence[int], count: int) -> list[int]:
-    """The likeliest token after ``tokens``, ``count`` times, computed as ``logits`` does."""
+    """Compute the likeliest next token several times, as ``logits`` does.
+
+    Args:
+        gguf: the file.
+        tokens: ids to begin with.
+        count: number of tokens to generate.
+    Returns:
+        The ids of the generated tokens.
+    Raises:
+        PareError: as ``logits``.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "greedy.json"
         asked = {"task": "greedy", "gguf": str(gguf), "tokens": [int(t) for t in tokens], "count": count}
@@ -75,7 +93,7 @@ def _ask(request: dict[str, Any]) -> None:
 
 
 def _reason(done: CompletedProcess) -> str:
-    """The last line in which llama.cpp says what is wrong; Python's own last line only repeats the file name."""
+    """Return the last line in which llama.cpp says what is wrong. Python's own last line only repeats the file name."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     telling = [line for line in lines if "error loading model" in line or "GGML_ASSERT" in line or "GGML_ABORT" in line]
     return (telling or lines or [f"exit status {done.returncode}"])[-1]
@@ -94,7 +112,7 @@ PROBES = (
 
 
 def compare(model: Path, gguf: Path) -> dict:
-    """The numbers of llama_cpp.verify. The tokens are those of tokenizer.json, which the file was made from."""
+    """Return the numbers of ``verify``. The tokens are those of tokenizer.json, from which the file was made."""
     from ..lm.tokenizer_class import by_file
 
     arch, config = Checkpoint(model).arch, Checkpoint(model).config
@@ -115,7 +133,14 @@ def compare(model: Path, gguf: Path) -> dict:
 
 
 def mlx_logits(model: Path, tokens: Sequence[int]) -> Any:
-    """float32 logits (len(tokens), vocab) of the stock mlx-lm model, computed in float32 on the CPU."""
+    """Compute logits with the stock mlx-lm model, in float32 on the CPU.
+
+    Args:
+        model: model directory.
+        tokens: ids, one after the other.
+    Returns:
+        Logits after each token, float32 [tokens, vocab].
+    """
     import mlx.core as mx
 
     from .. import lm
@@ -131,24 +156,34 @@ def mlx_logits(model: Path, tokens: Sequence[int]) -> Any:
             mx.enable_compile()
 
 
-# Mean logit difference over the logits' spread above which a file is rejected; of logits that have nothing in common it
-# is 1.13, a forgotten rope permutation leaves 0.27 (stories260K). Measured: f32 1e-6, f16 1e-3, q8_0 0.03, gemma3 2e-3
-# in f32 (llama.cpp tabulates GELU in float16). Kinds by their bits, at most: of models drawn by lot (llama, gemma3 of
-# hidden size 256) 1: 0.60, 2: 0.57, 3: 0.39, 4: 0.24, 5: 0.12, 6: 0.06; of trained ones (novelist-9m, stories260K) 2:
-# 0.14, 3 and 4: 0.09, 5: 0.04, 6: 0.02. So the floats are judged before they are quantized: there a wrong order shows.
+# A file is rejected if its mean logit difference over the spread of the logits is larger. That is 1.13 for logits with
+# nothing in common, and 0.27 after a forgotten rope permutation (stories260K). Measured: f32 1e-6, f16 1e-3, q8_0 0.03,
+# gemma3 2e-3 in f32 (llama.cpp tabulates GELU in float16). By bits, at most: for random models (llama, gemma3 of hidden
+# size 256) 1: 0.60, 2: 0.57, 3: 0.39, 4: 0.24, 5: 0.12, 6: 0.06; for trained ones (novelist-9m, stories260K) 2: 0.14,
+# 3 and 4: 0.09, 5: 0.04, 6: 0.02. So the floats are judged before they are quantized: there a wrong order shows.
 LARGEST_DIFFERENCE = {"f32": 0.02, "f16": 0.05, "bf16": 0.1, "q8_0": 0.25}
 OF_BITS = {"1": 1.0, "2": 0.9, "3": 0.7, "4": 0.5, "5": 0.3, "6": 0.25}
 
 
 def largest_difference(kind: str) -> float:
-    """The difference up to which a file of a kind passes."""
+    """Return the relative difference up to which a file of this kind passes."""
     return LARGEST_DIFFERENCE.get(kind) or OF_BITS[kind.removeprefix("i")[1]]
 
 
 def judged(model: Path, gguf: Path, kind: str, keep: bool = True) -> dict:
-    """llama_cpp.verify, with consequences: of a file that llama.cpp refuses, tokenizes or computes differently a
-    PareError says why, and it is set aside as ``*.rejected`` (not ``keep``: it stays where it is). Without room for
-    both models the check is left out, and said so.
+    """Compare a file in llama.cpp with the model by ``verify``, and reject a file that differs.
+
+    Without room for both models the check is left out.
+
+    Args:
+        model: model directory.
+        gguf: the file.
+        kind: its type, which sets how much it may differ.
+        keep: set a rejected file aside as ``*.rejected``; False: it stays where it is.
+    Returns:
+        The answer of ``verify``, or "checked" False and the "reason".
+    Raises:
+        PareError: llama.cpp refuses the file, or tokenizes or computes differently; the message says which.
     """
     size = 4 * sum(t.size for t in Checkpoint(model).arch.tensors()) + gguf.stat().st_size
     if size > machine.available_bytes():
@@ -175,8 +210,14 @@ def _rejected(gguf: Path, keep: bool, problem: str) -> PareError:
 
 
 def check(path: Path, rows: Sequence[Row], every: bool = False) -> None:
-    """Read a file back: every tensor there with its shape and type, a sample of it (``every``: all of it) finite, and
-    nothing else. Raises PareError; ``rows`` from tensors.table, in the order of the file or another.
+    """Read a file back: it must hold every tensor with its shape and type, finite values, and nothing else.
+
+    Args:
+        path: the file.
+        rows: its tensors, from tensors.table, in any order.
+        every: look at all values; False: at both ends of each tensor.
+    Raises:
+        PareError: the file is not as expected.
     """
     try:
         header = gguf_header.read(path)
@@ -205,7 +246,7 @@ def check(path: Path, rows: Sequence[Row], every: bool = False) -> None:
 
 
 def _parts(row: Row, every: bool) -> list[slice]:
-    """Which bytes of a tensor are looked at, whole blocks: all of them, or its two ends."""
+    """Return the bytes of a tensor to look at, in whole blocks: all of them, or its two ends."""
     unit = TYPES[row.type].size if TYPES[row.type].values > 1 else 4
     step = 1024 * unit if not every else (8 << 20) // unit * unit
     if every:
@@ -228,7 +269,7 @@ def _answer(request: dict[str, Any]) -> None:
         return
     tokens, count = request["tokens"], request.get("count", 0)
     size = max(len(tokens) + count, 32)
-    # its threads wait for each other by spinning: beside other work two of them take longer than one for a small model
+    # its threads spin while they wait: next to other work, two take longer than one for a small model
     threads = 1 if Path(request["gguf"]).stat().st_size < SMALL else None
     model = Llama(
         request["gguf"],
@@ -261,12 +302,12 @@ if __name__ == "__main__":
 
 
 def verify(model: Path, gguf: Path) -> dict:
-    """Ask llama.cpp itself: its logits on 64 tokens against stock MLX's, and its tokens of a few strings.
+    """Ask llama.cpp itself: compare its logits on 64 tokens with stock MLX's, and its tokens of a few strings.
 
     Both compute in float32 on the CPU from the weights as stored, so an F32 file differs by rounding only (gemma3 by up
-    to about 0.01: llama.cpp tabulates GELU in float16). Returns checked, tokens, max_abs_difference, same_argmax
-    (a fraction), strings, different (those tokenized differently); or checked False and the reason.
-    ``relative_difference``: mean difference over the standard deviation of the logits.
+    to about 0.01: llama.cpp tabulates GELU in float16). It returns checked, tokens, max_abs_difference, same_argmax (a
+    fraction), strings, different (strings tokenized differently, unless that is foreseen), and relative_difference (the
+    mean absolute difference over the standard deviation of the logits); or checked False and the reason.
     """
 
     if not available():

@@ -1,4 +1,4 @@
-"""A model directory as something to hand on: packed by mlx-lm, or ready to be uploaded to the hub."""
+"""A model directory to hand on: packed by mlx-lm, or ready to be uploaded to the hub."""
 
 from __future__ import annotations
 
@@ -22,14 +22,24 @@ from ..store.clone import clone
 from ..store.manifest import Manifest
 from ..tensors.packing import Packing
 
-MORE_BITS = {2: 6, 3: 6, 4: 6, 5: 8, 6: 8}  # of --mixed, as mlx-lm's own recipes go on
+MORE_BITS = {2: 6, 3: 6, 4: 6, 5: 8, 6: 8}  # with --mixed, in the steps of mlx-lm's own recipes
 OURS = ("survivors.json", "plan.json")
 
 
 def mixed(arch: Architecture, bits: int, group_size: int) -> Callable[[str, Any], dict[str, Any]]:
-    """module path -> packing, as mlx_lm.convert takes it: more bits for values and down_proj in the first and the last
-    eighth of the layers and every third between them, and for the head (mlx_lm/convert.py
-    mixed_quant_predicate_builder, which knows other names than ours; after Q4_K_M of llama.cpp)."""
+    """Make a function that gives some modules more bits, as mlx_lm.convert takes it.
+
+    Values and down_proj get more bits in the first and the last eighth of the layers and in every third layer between
+    them, and so does the head. This follows mlx_lm/convert.py mixed_quant_predicate_builder (after Q4_K_M of
+    llama.cpp), which knows other names than ours.
+
+    Args:
+        arch: the model.
+        bits: of all other modules.
+        group_size: of all modules.
+    Returns:
+        A function from module path and module to group_size, bits and mode.
+    """
     count, high = len(arch.layers), MORE_BITS.get(bits, bits)
 
     def wants(layer: int | None, role: str) -> bool:
@@ -44,11 +54,20 @@ def mixed(arch: Architecture, bits: int, group_size: int) -> Callable[[str, Any]
 
 
 def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = False) -> dict[str, Any]:
-    """Write a float model packed to ``out``, by mlx_lm.convert, with what is known of its origin beside it; ``mix``:
-    see ``mixed``. Returns out, bytes, bits and, with ``mix``, how many modules have more of them.
+    """Write a float model packed by mlx_lm.convert, with what is known of its origin.
 
-    Raises Refused when ``out`` exists, UsageError for bits or a group size that MLX has not, PareError for a model that
-    is packed.
+    Args:
+        model: model directory.
+        out: directory to write; it must not exist.
+        bits: of the packing.
+        group_size: of the packing.
+        mix: give some modules more bits; see ``mixed``.
+    Returns:
+        out, bytes, bits and modules_with_more (how many modules have other bits).
+    Raises:
+        UsageError: MLX has no packing of these bits or this group size.
+        Refused: ``out`` exists.
+        PareError: the model is packed already, damaged, or holds NaN or infinite weights.
     """
     from .. import lm
 
@@ -68,7 +87,7 @@ def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = 
         for name in OURS:
             if (model / name).is_file():
                 shutil.copyfile(model / name, place / name)
-        copy_tokenizer(checkpoint, place)  # byte for byte, in place of what transformers makes of it
+        copy_tokenizer(checkpoint, place)  # byte for byte, in place of what transformers writes
         written = Checkpoint(place)
         (place / "README.md").write_text(card(place, model), "utf-8")
     config = written.config["quantization"]
@@ -77,14 +96,14 @@ def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = 
 
 
 def hub_ready(model: Path, out: Path) -> dict[str, Any]:
-    """Write ``out``, a directory that is a repository of the hub: weights, tokenizer, card, survivors, licence. Weights
-    are clones where the file system has them (they share the room on the disk until one is changed), else copies.
+    """Write ``out``, a directory that is a repository of the hub: weights, tokenizer, card, survivors, licence.
 
-    Returns out, files, bytes, and notes on what is missing.
-    Raises Refused when ``out`` exists, PareError for a damaged model, or when the disk has no room for copies.
+    If the file system can clone files, the weights are clones, which share disk space until one is changed. Else they
+    are copies. It returns out, files, bytes, and notes on what is missing. Raises Refused if ``out`` exists, PareError
+    for a damaged model, or if the disk has no room for copies.
     """
     checkpoint, run = Checkpoint(model), run_of(model)
-    _ = checkpoint.arch  # whole, and described
+    _ = checkpoint.arch  # raises unless the model is whole and described
     refuse_existing(out)
     finite.require(checkpoint)
     parent = Path(Manifest.read(run / "manifest.json", "run manifest").model) if run else model
@@ -113,8 +132,8 @@ def hub_ready(model: Path, out: Path) -> dict[str, Any]:
 
 
 def _weights(files: Sequence[Path], to: Path) -> None:
-    """Clone or copy files of weights into a directory, never link them: an edit of a link would change the original.
-    Raises PareError when the disk has no room for what cannot be cloned."""
+    """Clone or copy files of weights into a directory. It never links them, because an edit of a link would change the
+    original. Raises PareError if the disk has no room for what cannot be cloned."""
     copied = [file for file in files if not clone(file, to / file.name)]
     require_room(to, sum(file.stat().st_size for file in copied))
     for file in copied:

@@ -1,7 +1,7 @@
-"""A Modelfile for Ollama beside a GGUF file: template, stops, context, sampling, licence. Ollama was never run on it.
+"""A Modelfile for Ollama next to a GGUF file: template, stops, context, sampling, licence. Ollama was never run on it.
 
-Syntax: parser/parser.go of Ollama. A value in three quotes ends at the first three, and characters that cannot be
-printed are dropped, so what cannot be said is left out, which is noted.
+The syntax is that of parser/parser.go of Ollama. A value in three quotes ends at the first three quotes, and characters
+that cannot be printed are dropped. So values that cannot be written are left out, and a note says so.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..model.tokenizer_files import MAX_TOKENIZER, TOKENIZER_BUDGET, Chats, has_
 from .go_template import SYSTEM, USER, Texts, go_template, read, trims
 
 QUOTES = '"""'
-# generation_config.json -> PARAMETER, and what it must be (api/types.go of Ollama)
+# generation_config.json -> PARAMETER (api/types.go of Ollama)
 SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
             "repetition_penalty": "repeat_penalty"}  # fmt: skip
 MAX_LICENCE = 1 << 20
-DAYS = (datetime(2001, 2, 3, 4, 5, 6), datetime(2038, 11, 22, 13, 44, 55))  # alike in no part of a date
+DAYS = (datetime(2001, 2, 3, 4, 5, 6), datetime(2038, 11, 22, 13, 44, 55))  # they share no part of a date
 WHERE = {"type": "object", "properties": {"at": {"type": "string", "description": "Where."}}, "required": ["at"]}
 TOOL = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": WHERE}}
 
 
 @dataclass
 class Modelfile:
-    """What is in the file; ``stops`` as text, ``template`` in Go."""
+    """The content of the file: ``stops`` as text, ``template`` in Go."""
 
     source: str
     template: str | None
@@ -42,7 +42,7 @@ class Modelfile:
     notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """The file. Nothing in it is taken as it came: see the docstring of this module."""
+        """Return the text of the file. No value goes into it unchecked: see the docstring of this module."""
         lines = [f"FROM ./{self.source}"]
         if self.template is not None:
             lines.append(f"TEMPLATE {QUOTES}{self.template}{QUOTES}")
@@ -55,9 +55,16 @@ class Modelfile:
 
 
 def modelfile(model: Path, source: str, context: int) -> Modelfile:
-    """The Modelfile of a model directory whose GGUF is called ``source``, for ``context`` tokens.
+    """Make the Modelfile of a model directory. Without a chat template the prompt is used unchanged.
 
-    Without a chat template the prompt is taken as it is. Raises PareError for tokenizer files that are damaged.
+    Args:
+        model: model directory.
+        source: name of its GGUF file.
+        context: tokens.
+    Returns:
+        The Modelfile, with notes on what could not be written.
+    Raises:
+        PareError: a tokenizer file is damaged.
     """
     check_links(model)
     raw = read_json(model / "tokenizer.json", "tokenizer", MAX_TOKENIZER, TOKENIZER_BUDGET)
@@ -69,7 +76,7 @@ def modelfile(model: Path, source: str, context: int) -> Modelfile:
     texts = None
     if has_chat_template(model):
         texts = _texts(model, found.notes)
-        bos = first_token(raw, settings)  # the GGUF file says that it is added anyway: it would be there twice
+        bos = first_token(raw, settings)  # the GGUF file adds it anyway: it would be there twice
         found.template = go_template(texts.without(bos) if bos else texts) if texts else None
     for stop in _stops(texts, raw, settings, generation, config):
         if sayable(stop):
@@ -84,7 +91,8 @@ def modelfile(model: Path, source: str, context: int) -> Modelfile:
 
 
 def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
-    """How tokens are drawn, by generation_config.json. Greedy decoding is a temperature of 0, which needs no more."""
+    """Return how tokens are drawn, by generation_config.json. Greedy decoding is a temperature of 0, which needs
+    nothing else."""
     greedy, found = generation.get("do_sample") is False, {}
     for key, name in SAMPLING.items():
         value = generation.get(key)
@@ -96,14 +104,15 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, float | int]:
 
 
 def quoted(text: str) -> str:
-    """A value in as many quotes as it needs. Raises ValueError for what no quotes hold."""
+    """Put a value in as many quotes as it needs. Raises ValueError for a text that no quotes hold."""
     if not sayable(text):
         raise ValueError(f"{text!r} cannot be written in a Modelfile")
     return f"{QUOTES}{text}{QUOTES}" if '"' in text else f'"{text}"'
 
 
 def sayable(text: str) -> bool:
-    """Whether a Modelfile can hold a text: printed characters and line ends, no three quotes, none at its ends."""
+    """Tell whether a Modelfile can hold a text: printable characters and line ends, no three quotes, no quote at its
+    ends."""
     printed = all(character.isprintable() or character == "\n" for character in text)
     return bool(text) and printed and QUOTES not in text and '"' not in (text[0], text[-1])
 
@@ -113,7 +122,7 @@ def _object(path: Path) -> Mapping[str, Any]:
 
 
 def _texts(model: Path, notes: list[str]) -> Texts | None:
-    """What the chat template puts around messages; None, with a note, where that cannot be said."""
+    """Return the texts that the chat template puts around messages; None, with a note, if it cannot be translated."""
     chats, today = Chats(model), datetime.now()
 
     def write(messages: Sequence[tuple[str, str]], day: datetime = today, tools: Any = None) -> str:
@@ -132,7 +141,7 @@ def _texts(model: Path, notes: list[str]) -> Texts | None:
 
 
 def _beyond(found: Texts, write: Callable[..., str]) -> list[str]:
-    """What a chat template does that its translation does not."""
+    """Return notes on what a chat template does and its translation does not."""
     notes, short = [], [[(USER, "Q")], [(SYSTEM, "s"), (USER, "Q")]]
 
     def changes(chat: Sequence[tuple[str, str]], **given: Any) -> bool:
@@ -150,8 +159,8 @@ def _beyond(found: Texts, write: Callable[..., str]) -> list[str]:
 
 
 def _stops(texts: Texts | None, raw: Mapping, settings: Mapping, generation: Mapping, config: Mapping) -> list[str]:
-    """The special tokens that end an answer: those the model is said to end with, and the one that the chat template
-    writes behind it."""
+    """Return the special tokens that end an answer: those that the model's files name, and the one that the chat
+    template writes after an answer."""
     tokens = [t for t in raw.get("added_tokens") or () if isinstance(t, Mapping) and isinstance(t.get("content"), str)]
     added = {t["id"]: t["content"] for t in tokens if type(t.get("id")) is int}
     ids = generation.get("eos_token_id", config.get("eos_token_id"))

@@ -1,4 +1,4 @@
-"""What stock servers answer for a file or directory that we wrote: asked as any client asks, on this computer alone."""
+"""Asks stock servers about a file or directory that we wrote, as any client does, on this computer alone."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ LLAMA_SERVER = (
 
 
 def mlx_lm(model: Path, chat: bool) -> dict[str, Any]:
-    """What mlx_lm.server answers for a model directory; see ``ask``."""
+    """Return what mlx_lm.server answers for a model directory; see ``ask``."""
     with plain(model) as name:
         command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(name), "--host", HOST, "--port"]
         return ask("mlx_lm.server", command, chat)
 
 
 def llama_cpp(gguf: Path, chat: bool) -> dict[str, Any]:
-    """What llama.cpp's server answers for a GGUF file: llama-server where it is on the path, else that of
-    llama-cpp-python; where there is neither, "served" is False and "reason" says so."""
+    """Return what llama.cpp's server answers for a GGUF file. It is llama-server if that is on the path, else that of
+    llama-cpp-python. Without either, "served" is False and "reason" says so."""
     with plain(gguf) as name:
         if found := shutil.which("llama-server"):
             return ask("llama-server", [found, "-m", str(name), "--host", HOST, "--port"], chat)
@@ -54,10 +54,17 @@ def llama_cpp(gguf: Path, chat: bool) -> dict[str, Any]:
 
 
 def ask(name: str, command: Sequence[str], chat: bool) -> dict[str, Any]:
-    """Start a server (``command``, to which a free port is added), ask it as OpenAI's clients do, for a chat where the
-    model has a template, else for the rest of a text, and end it. Returns served, server, text, seconds.
+    """Start a server, ask it as OpenAI's clients do, and end it.
 
-    Raises PareError, with the last line of the server, when it does not answer, or not as such a server does.
+    Args:
+        name: of the server, for messages.
+        command: starts the server; a free port is added.
+        chat: ask for a chat, which needs a template; False: for the rest of a text.
+    Returns:
+        served, server, text, seconds.
+    Raises:
+        PareError: the server does not start, does not answer, or answers otherwise than such a server does; with its
+            last line.
     """
     begun = time.monotonic()
     with _running(command) as (port, log, process):
@@ -82,7 +89,7 @@ def ask(name: str, command: Sequence[str], chat: bool) -> dict[str, Any]:
 
 @contextmanager
 def _running(command: Sequence[str]) -> Iterator[tuple[int, Path, Popen]]:
-    """(port, file of its output, process) of a server while it runs."""
+    """Run a server meanwhile; yields its port, the file of its output, and its process."""
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
@@ -98,7 +105,7 @@ def _running(command: Sequence[str]) -> Iterator[tuple[int, Path, Popen]]:
 
 
 def _wait(url: str, name: str, log: Path, process: Popen) -> None:
-    """Until the server answers at all. Raises PareError when it does not, or has ended."""
+    """Wait until the server answers at all. Raises PareError if it does not, or has ended."""
     end = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < end:
         try:

@@ -1,6 +1,5 @@
-"""How the layers that go are chosen in the plan step of a run: by trials one after the other (planning/drop_layers.py),
-or by the scores of a criterion. The units of what is left come from the scores all the same.
-"""
+"""How the plan step of a run chooses the layers to remove: by trials one after the other (planning/drop_layers.py), or
+by the scores of a criterion. In both cases the scores choose the units of the layers that are left."""
 
 from __future__ import annotations
 
@@ -33,9 +32,11 @@ LAYERS_BY = ("block-influence", "angular", "kl")
 
 
 def layers_by_of(s: Settings, by_units: str) -> str | None:
-    """How the layers that go are chosen; None: by the scores of the criterion ``by_units``. When nobody says: by KL,
-    unless nothing else is tried either or the criterion has a formula of its own for layers.
-    Raises UsageError for a way that is not known, and where no layers can go."""
+    """Decide how the layers to remove are chosen; None: by the scores of the criterion ``by_units``.
+
+    By default they are chosen by KL. The scores choose them if nothing else is tried either, or if the criterion has
+    its own formula for layers. Raises UsageError for an unknown way, or if no layers can be removed.
+    """
     if s.layers_by not in (None, *LAYERS_BY):
         raise UsageError(f"unknown way to choose layers {s.layers_by!r}", f"choose one of {', '.join(LAYERS_BY)}")
     if s.widths == "per-layer":  # what each layer is worth is measured, and weighed against everything else
@@ -52,8 +53,22 @@ def layers_by_of(s: Settings, by_units: str) -> str | None:
 
 
 def with_layers(run: Run, texts: Texts, s: Settings, most: int, by: str, scores: Path, directory: Path) -> Path:
-    """The scores with what chooses layers taken from elsewhere; written beside the plan. ``most``: how many divisions
-    of the cut between the axes are considered, 0: only the even one."""
+    """Write the scores next to the plan, with other arrays in place of those that choose layers.
+
+    Args:
+        run: the run directory.
+        texts: of the run; their validation text is used if ``by`` is "kl".
+        s: settings of the run.
+        most: with "kl", how many divisions of the cut between the axes are considered; 0: only the even one.
+        by: one of LAYERS_BY.
+        scores: file that ``score`` wrote.
+        directory: of the plan step.
+    Returns:
+        The file that was written.
+    Raises:
+        Refused: with "kl", the layers cannot be kept, or the memory does not suffice.
+        PareError: a file cannot be read, or the statistics hold no angles.
+    """
     found, out = Arrays.load(scores, "scores"), directory / f"{by}.safetensors"
     if by == "kl":
         deep = {"kept": _kept_by_kl(run, texts, s, most, directory)}
@@ -67,9 +82,22 @@ def with_layers(run: Run, texts: Texts, s: Settings, most: int, by: str, scores:
 
 
 def best_repaired(run: Run, texts: Texts, s: Settings, made: Plan, scores: Path, directory: Path) -> Plan:
-    """The layers that trials have chosen, or those of block influence or angular distance, whichever leave the least KL
-    divergence once they are reconstructed: that makes up for neighbours more easily than trials without it know
-    (benchmarks/LOG.md). Sets that are the same are reconstructed once, and not at all where there is no other."""
+    """Reconstruct the plan with several sets of layers, and take the set that leaves the least KL divergence.
+
+    The sets are those of the trials, of block influence and of angular distance. Reconstruction makes up for removed
+    neighbours more easily than the trials, which do not reconstruct, can know (benchmarks/LOG.md). Equal sets are
+    reconstructed once. If all are equal, nothing is reconstructed. The results are added to layers.json.
+
+    Args:
+        run: the run directory.
+        texts: of the run.
+        s: settings of the run.
+        made: the plan with the layers of the trials.
+        scores: file that ``score`` wrote.
+        directory: of the plan step, with layers.json.
+    Returns:
+        The best plan.
+    """
     one = made.layers[0]
     hidden = Checkpoint(run.model).arch.sizes["hidden"]
     level, found = Level(len(one.ffn), len(one.kv_head), len(made.layers), hidden), {"kl": made}
@@ -91,8 +119,11 @@ def best_repaired(run: Run, texts: Texts, s: Settings, made: Plan, scores: Path,
 
 
 def _kept_by_kl(run: Run, texts: Texts, s: Settings, most: int, directory: Path) -> np.ndarray:
-    """int32 [layers + 1, layers]: row n marks the layers that are kept when n are, for every n that a level may ask
-    for. What went, and the KL divergence after each, is written to layers.json."""
+    """Return int32 [layers + 1, layers]: row n marks the layers that are kept if n are, for every n that a level can
+    ask for.
+
+    layers.json gets the removed layers, and the KL divergence after each.
+    """
     checkpoint, options, held = Checkpoint(run.model), plan_options(s), held_rows(texts)
     total, known = len(checkpoint.arch.layers), Known(run, held.digest(), "layers")
     levels = splits(checkpoint, options, most) if most else [shape(checkpoint, options).level]

@@ -1,11 +1,12 @@
 """The plan step of a run: how its sizes are chosen, before `plan` fills them with units.
 
   even       every axis is cut by the same share, nothing is tried
-  uniform    all layers alike; every way to divide the cut between the axes is tried (planning/try_candidates.py)
-  per-layer  every layer has widths of its own: sensitivities, an integer programme for many variations of them, all
+  uniform    all layers are alike; up to --tries ways to divide the cut between the axes are tried
+             (planning/try_candidates.py)
+  per-layer  every layer has its own widths: sensitivities, and an integer programme for many variations of them, all
              tried on held-out text; the best few are reconstructed for real, and the best of those is the plan
 
-Where layers may go, pipeline/choose_layers.py tells which. What was tried is not tried again (pipeline/trial_cache.py).
+If layers can be removed, pipeline/choose_layers.py chooses them. Nothing is tried twice (pipeline/trial_cache.py).
 """
 
 from __future__ import annotations
@@ -43,17 +44,29 @@ from .steps import plan_options
 from .trial_cache import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
 
 WIDTHS = ("even", "uniform", "per-layer")
-TRIES = {"uniform": 12, "per-layer": 50}  # candidates, when nobody says how many
-FINALISTS = 3  # of them are reconstructed
-ALIKE = 4  # of them have layers that are all alike, at most, beside what the integer programme proposes
+TRIES = {"uniform": 12, "per-layer": 50}  # candidates without --tries
+FINALISTS = 3  # candidates that are reconstructed
+ALIKE = 4  # candidates, at most, whose layers are all alike; the integer programme proposes the others
 
 
 def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
-    """What to keep; plan.json may be edited afterwards."""
+    """Choose what to keep. People may edit plan.json afterwards.
+
+    Args:
+        run: the run directory, with scores.
+        texts: of the run.
+        s: settings that ``settled`` returned.
+    Returns:
+        RUN/plan/plan.json.
+    Raises:
+        UsageError: a target, an axis or a way to choose layers means nothing.
+        Refused: the target cannot be reached, the text or what was asked changed, or the memory does not suffice.
+        PareError: the run has no scores, or they cannot be read.
+    """
     scores = run.output("score", "scores.safetensors")
     names = ("keep", "target_params", "target_size", "mac", "context", "bits", "group_size", "step", "protect")
     asked = {**{name: getattr(s, name) for name in names}, "axes": list(s.axes)}
-    if s.mac is None:  # then nothing here depends on it, though earlier versions noted it
+    if s.mac is None:  # then nothing here depends on the context, but earlier versions noted it
         before = run.manifest.steps.get("plan")
         asked["context"] = before.parameters.get("context") if before else None
     if s.min_speed is not None:
@@ -87,16 +100,25 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
 
 
 def wants_gguf(s: Settings) -> bool:
-    """Whether a GGUF file is a condition, by name or because what must load the result reads nothing else."""
+    """Tell whether a GGUF file is a condition: by name, or because a program that must load the result reads nothing
+    else."""
     return s.gguf is not None or any(name != "mlx" for name in s.runtimes)
 
 
 def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
-    """The settings with the way to choose widths that this model, these axes, time and memory allow; what is not as
-    asked is said. ``begun``: how the plan of a run was chosen before: so it goes on, whatever is free now.
+    """Replace the way to choose widths by one that this model, these axes, time and memory allow. A warning names each
+    change.
 
-    Raises UsageError for bits that cannot be chosen, Refused where a GGUF file is asked for and may not be, and when
-    the trials need more memory than a --memory-cap allows, or than is free for those of widths per layer.
+    Args:
+        model: model directory.
+        s: settings as they were asked.
+        begun: how the plan of this run was chosen before; it continues like that, whatever memory is free now.
+    Returns:
+        The settings to run with.
+    Raises:
+        UsageError: the way to choose widths is unknown, or bits cannot be chosen with it.
+        Refused: a GGUF file is required and cannot be made, or the trials need more memory than --memory-cap allows, or
+            (widths per layer) than is free.
     """
     s = with_possible_axes(model, s)
     if wants_gguf(s) and "layer" in s.axes and (architecture := Checkpoint(model).arch.family.gguf) in BY_PLACE:
@@ -150,8 +172,8 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
 
 
 def with_possible_axes(model: Path, s: Settings) -> Settings:
-    """The settings, of the default axes those alone along which this model can be cut; which are not is said. Axes that
-    were asked for stay, and are refused later."""
+    """Remove from the default axes those along which this model cannot be cut; a warning names each. Axes that the user
+    asked for stay, and are refused later."""
     if tuple(s.axes) != CutOptions.axes:
         return s
     arch = Checkpoint(model).arch
@@ -162,7 +184,7 @@ def with_possible_axes(model: Path, s: Settings) -> Settings:
 
 
 def begun(out: Path) -> str | None:
-    """How the plan of a run directory was chosen; None where there is none yet, or a manifest that cannot be read."""
+    """Return how the plan of a run directory was chosen; None if it has no plan, or a manifest that cannot be read."""
     try:
         steps = Manifest.read(out / "manifest.json", "run manifest").steps
     except PareError:
@@ -171,20 +193,30 @@ def begun(out: Path) -> str | None:
 
 
 def _check_memory(checkpoint: Checkpoint, s: Settings) -> None:
-    """Raises Refused when the trials would need more memory than may be used."""
+    """Raises Refused if the trials need more memory than may be used."""
     if s.widths == "even":
         return
     rows, held = (Extent(n, s.length) for n in (s.samples, math.ceil(HELD_TOKENS / s.length)))
-    try_candidates.check_memory(checkpoint, rows, held, 1, s.memory_cap)  # more of them take more walks
+    try_candidates.check_memory(checkpoint, rows, held, 1, s.memory_cap)  # more candidates take more walks
 
 
 def tries(s: Settings) -> int:
-    """How many candidates are tried."""
+    """Return how many candidates are tried."""
     return TRIES[s.widths] if s.tries is None else s.tries
 
 
 def sensitivity_step(run: Run, texts: Texts, s: Settings) -> Path:
-    """How much every part of every layer matters."""
+    """Measure how much every part of every layer matters.
+
+    Args:
+        run: the run directory.
+        texts: of the run.
+        s: settings of the run.
+    Returns:
+        RUN/sensitivity/sensitivity.safetensors; see ``sensitivity`` for its arrays.
+    Raises:
+        Refused: the text or what was asked changed, or the memory does not suffice.
+    """
     provenance.check(run, texts)
     held = held_rows(texts)
 
@@ -209,7 +241,7 @@ def _listed(numbers: dict[str, float]) -> str:
 # ---- the three ways ----
 
 
-Tried = dict[str, Any]  # what tried.json says; empty where nothing was tried
+Tried = dict[str, Any]  # what tried.json says; empty if nothing was tried
 
 
 def _even(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, Tried]:
@@ -217,7 +249,7 @@ def _even(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, Trie
 
 
 def _uniform(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, Tried]:
-    """The best way to divide the cut between the axes; units by the scores."""
+    """Find the best way to divide the cut between the axes; the scores choose the units."""
     options = plan_options(s)
     levels = splits(Checkpoint(run.model), options, tries(s))
     plans = [plan(run.model, scores, options, level) for level in levels]
@@ -231,7 +263,7 @@ def _uniform(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, T
 
 
 def _per_layer(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, Tried]:
-    """The best of many proposals, some ways to cut all layers alike among them."""
+    """Find the best of many proposals, which include some ways to cut all layers alike."""
     checkpoint, options, count = Checkpoint(run.model), plan_options(s), tries(s)
     found = Arrays.load(run.output("sensitivity", "sensitivity.safetensors"), "sensitivities")
     losses, where = Losses(found.arrays, found.about["bits"]), spaces(checkpoint, options, True, s.choose_bits)
@@ -244,7 +276,7 @@ def _per_layer(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan,
     plans = {i: plan_widths(run.model, scores, candidates[i], losses, options) for i in order}
     try:
         final = {i: plan_kl(run, texts, s, plans[i]) for i in order} if s.reconstruct else {}
-    except Refused as error:  # held-out rows beside the others are more than reconstruction itself will need
+    except Refused as error:  # with the held-out rows this needs more memory than reconstruction itself
         console.warn(f"the best are not reconstructed, the order of the trials stands: {error.problem}")
         final = {}
     if final:
@@ -258,13 +290,13 @@ def _per_layer(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan,
 
 
 def _alike(run: Run, scores: Path, options: Options, count: int) -> list[Candidate]:
-    """The even split first, then others that divide the cut otherwise; all layers alike."""
+    """Return candidates whose layers are all alike: the even split first, then other divisions of the cut."""
     levels = splits(Checkpoint(run.model), options, count)
     return [_candidate_of(run, plan(run.model, scores, options, level)) for level in levels]
 
 
 def _candidate_of(run: Run, made: Plan) -> Candidate:
-    """The widths of a plan, for every layer of the source."""
+    """Return the widths of a plan, for every layer of the source."""
     kept = {layer.source: Width(len(layer.kv_head), len(layer.ffn)) for layer in made.layers}
     return tuple(kept.get(i) for i in range(len(Checkpoint(run.model).arch.layers)))
 

@@ -1,4 +1,5 @@
-"""What the result is compared with: other plans of the same model, reconstructed as it is, measured, and removed."""
+"""What the result is compared with: other plans of the same model. They are reconstructed like the result, measured,
+and removed."""
 
 from __future__ import annotations
 
@@ -25,8 +26,20 @@ from .steps import RECONSTRUCTION, plan_of
 
 
 def contender_steps(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settings) -> None:
-    """Measure other plans of the same model, reconstructed where the result is: or what the result has from error
-    feedback would count for its cut. The original is streamed once for all that are not measured yet."""
+    """Measure other plans of the same model, reconstructed if the result is.
+
+    Otherwise the gain of the result from error feedback would be credited to its cut. The original is streamed once for
+    all plans that are not measured yet.
+
+    Args:
+        run: the run directory of the result.
+        plans: name -> plan.
+        texts: of the run.
+        s: settings of the run.
+    Raises:
+        Refused: a plan or a text changed since it was measured, or the memory does not suffice.
+        PareError: a plan does not suit the model.
+    """
     result = plan_of(run)
     repaired = s.reconstruct and not result.cuts_hidden(Checkpoint(run.model).arch)
     for name, plan in plans.items():
@@ -56,8 +69,8 @@ def contender_steps(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settin
 
 
 def _repairs(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settings, kept: Path) -> dict[str, Path]:
-    """A directory for each plan with what reconstruct makes of it, and the plan that belongs to that; what is in
-    ``kept`` already is not made again."""
+    """Return a directory for each plan, with what reconstruct makes of it and the plan that belongs to that.
+    Directories that ``kept`` already holds are not made again."""
     rows = texts.calibration
     about = {"model": run.manifest.source, "data": rows.digest(), **RECONSTRUCTION}
     places = {
@@ -76,7 +89,7 @@ def _repairs(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settings, kep
 
 
 def random_plan(run: Run, s: Settings) -> Plan:
-    """The plan's sizes with units drawn by lot."""
+    """Make a plan of the same sizes, with units drawn at random."""
     scratch = run.path / "random.tmp.safetensors"
     stats = run.path / name_of(1) / "calibrate" / "stats.safetensors"  # where the original was calibrated
     score(run.model, stats if s.stages else run.output("calibrate", stats.name), scratch, "random", s.seed)

@@ -1,4 +1,4 @@
-"""The step that exports: the result as a GGUF file, and the Macs that take it."""
+"""The step that exports: the result as a GGUF file, and the Macs that it fits."""
 
 from __future__ import annotations
 
@@ -24,16 +24,24 @@ from .choose_sizes import wants_gguf
 
 
 def export_step(run: Run, model: Path, texts: Texts, s: Settings) -> Path | None:
-    """The result as a GGUF file, judged by llama.cpp, and the Macs that take it.
+    """Write the result as a GGUF file, have llama.cpp judge it, and list the Macs that it fits.
 
-    llama.cpp quantizes some types by an importance matrix of the calibration text, which is kept beside the file.
+    llama.cpp quantizes some types by an importance matrix of the calibration text, which is kept next to the file.
 
+    Args:
+        run: the run directory.
+        model: model directory of the result.
+        texts: of the run.
+        s: settings of the run.
     Returns:
-        The file, or None if there can be none or if it failed. The console and export.json tell why; if a GGUF file was
-        asked for, ``required`` ends the run after its report.
+        The file; None if it cannot be made, or if it failed. The console and export.json tell why. If a GGUF file is
+        required, ``required`` ends the run after its report.
+    Raises:
+        UsageError: the type is unknown.
+        Refused: the model or what was asked changed since the step was done.
     """
     asked = wants_gguf(s)
-    if asked and failure(run):  # the same command tries again
+    if asked and failure(run):  # the same command tries the export again
         run.forget("export")
     why = None if asked else why_not(Checkpoint(model))
     kind = None if why else known(s.gguf or ("q8_0" if Checkpoint(model).quantized else "f16"))
@@ -72,13 +80,14 @@ def required(run: Run, s: Settings) -> None:
 
 
 def failure(run: Run) -> str | None:
-    """Why the export of a run has no GGUF file; None if it has one, or was not done."""
+    """Return why the export of a run has no GGUF file; None if it has one, or was not done."""
     file = run.directory("export") / "export.json"
     return (step_files.find(file) or {}).get("why")
 
 
 def _written(run: Run, model: Path, directory: Path, kind: str, texts: Texts | None, s: Settings) -> dict[str, Any]:
-    """Write and judge the file; returns what export.json says of it. ``texts``: for an importance matrix, if any."""
+    """Write and judge the file; return what export.json says of it. ``texts`` are those of an importance matrix, if it
+    needs one."""
     file, matrix = directory / f"model-{kind}.gguf", None
     if texts:
         matrix = importance_matrix.measure(
@@ -92,15 +101,25 @@ def _written(run: Run, model: Path, directory: Path, kind: str, texts: Texts | N
 
 
 def _reason(failed: PareError, run: Run, directory: Path) -> str:
-    """Why there is no file, with the place of one that was made and rejected. It moves when the step is done."""
+    """Return why there is no file, and where a rejected one is. It moves there when the step is done."""
     found = sorted(directory.glob("*.rejected"))
     more = f". The file is kept as {run.directory('export') / found[0].name}" if found else ""
     return failed.problem + more
 
 
 def fits_of(model: Path, gguf_bytes: int | None, original: Path, s: Settings) -> dict[str, Any]:
-    """How every Mac takes the result in mlx-lm (``rows``), its GGUF file in llama.cpp (no rows where there is none) and
-    the original, and how result and original grow with the context."""
+    """Describe how every Mac holds the result, its GGUF file and the original.
+
+    Args:
+        model: model directory of the result.
+        gguf_bytes: bytes of the tensors of the GGUF file; None: there is no such file.
+        original: model directory of the original.
+        s: their ``context`` is used.
+    Returns:
+        A row per Mac (see capacity.planner.assess) for the result in mlx-lm ("rows"), its GGUF file in llama.cpp
+        ("gguf_rows", empty without a file) and the original ("original_rows"); "curve" and "original_curve", memory by
+        context; "context"; "original_fits", the number of Macs.
+    """
     every = macs.every()
 
     def of(path: Path, gguf: int | None = None) -> tuple[list[dict[str, Any]], list[dict[str, int]]]:

@@ -20,7 +20,22 @@ from ..text.splits import Texts
 
 
 def evaluate_step(run: Run, name: str, model: Path, texts: Texts, s: Settings) -> Metrics:
-    """Metrics of one contender against the original, on the test rows all contenders share."""
+    """Measure one contender against the original, on the test rows that all contenders share.
+
+    Args:
+        run: the run directory.
+        name: of the contender; "original" has no teacher.
+        model: its model directory.
+        texts: of the run.
+        s: settings of the run.
+    Returns:
+        The metrics.
+    Raises:
+        Refused: the model or the text changed since the step was done, the tokenizers differ, or the memory does not
+            suffice.
+        UsageError: the text is too short.
+        PareError: the model answers NaN.
+    """
     teacher = None if name == "original" else run.model
     run.step(
         f"evaluate-{name}",
@@ -34,7 +49,18 @@ def evaluate_step(run: Run, name: str, model: Path, texts: Texts, s: Settings) -
 def measured(
     directory: Path, model: Path, texts: Texts, teacher: Path | None, s: Settings, kept: Path | None = None
 ) -> None:
-    """Write to a directory what there is to say of a contender on the test rows: its metrics and its size."""
+    """Measure a contender on the test rows, and write metrics.json and size.json.
+
+    Args:
+        directory: where to write.
+        model: model directory of the contender.
+        texts: of the run.
+        teacher: the original; None: without KL divergence.
+        s: settings of the run.
+        kept: directory for hidden states of the teacher (without one: of the model), for the next call; None: nowhere.
+    Raises:
+        PareError: as ``evaluate_step``.
+    """
     found = evaluate(model, texts.test, texts.tokenizer, teacher, texts.name("test"), s.memory_cap, kept)
     (directory / "metrics.json").write_bytes(dump_json(found))
     checkpoint = Checkpoint(model)
@@ -44,7 +70,16 @@ def measured(
 
 
 def bench_step(run: Run, model: Path, s: Settings) -> None:
-    """Speed of the original and the result in turn, if the memory holds them."""
+    """Measure the speed of the original and the result in turn. If the memory does not hold them, or the benchmark
+    fails, a warning says so.
+
+    Args:
+        run: the run directory.
+        model: model directory of the result.
+        s: settings of the run.
+    Raises:
+        Refused: the model or the number of trials changed since the step was done.
+    """
     if too_large := not_resident(run.model, s.memory_cap):
         console.warn(f"speed was not measured: {too_large}")
         return
@@ -64,4 +99,4 @@ def bench_step(run: Run, model: Path, s: Settings) -> None:
 
 
 class _Unmeasured(Exception):
-    """The bench failed: the step counts as not done, and the run goes on."""
+    """The bench failed: the step counts as not done, and the run continues."""

@@ -1,4 +1,4 @@
-"""What was asked of a run, as RUN/recipe.toml holds it for the steps that come later: on what text, on what day."""
+"""What was asked of a run, on which text and on which day, as RUN/recipe.toml keeps it for later steps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ OF_TEXT = ("data", "test_data", "field", "date", "samples", "length", "seed")  #
 
 
 def dated(out: Path, s: Settings) -> Settings:
-    """The settings with the date of the run ``out``: that of its recipe, or today's. A chat template with a clock then
-    writes the same chats when the run goes on tomorrow."""
+    """Add a date to the settings: that of the recipe of the run ``out``, or today's. A chat template with a clock then
+    writes the same chats when the run continues tomorrow."""
     recipe = read_recipe(out)
     noted = provenance.asked_before(out) if recipe is None else recipe
     return replace(s, date=s.date or noted.get("date") or datetime.date.today().isoformat())
 
 
 def located(s: Settings) -> Settings:
-    """The settings with absolute paths: a later command may be called in another directory."""
+    """Make the paths of the settings absolute, because a later command may be called in another directory."""
     return replace(
         s,
         data=s.data and domains.absolute(s.data),
@@ -41,18 +41,24 @@ def _asked(model: Path, s: Settings) -> dict[str, Any]:
 
 
 def recipe_of(model: Path, s: Settings) -> dict[str, Any]:
-    """What is asked of a run, as its recipe holds it."""
+    """Return what is asked of a run, as its recipe holds it."""
     return recipe_file.by_name(_asked(model, s))
 
 
 def of_calibration(run: Run) -> dict[str, Any]:
-    """What was asked of the calibration of a run, as settings. Raises Refused for a run without a recipe."""
+    """Return what was asked of the calibration of a run, as settings. Raises Refused for a run without a recipe."""
     known = run.recipe()
     return {key: known[key] for key in OF_TEXT if key in known}
 
 
 def write(run: Run, model: Path, s: Settings) -> None:
-    """Note that a run was calibrated with these settings. What else its recipe holds stays."""
+    """Note in the recipe that a run was calibrated with these settings. The rest of the recipe stays.
+
+    Args:
+        run: the run directory.
+        model: as the user named it.
+        s: settings of the calibration.
+    """
     asked = _asked(model, s)
     known = read_recipe(run.path)
     if known is None:
@@ -62,6 +68,6 @@ def write(run: Run, model: Path, s: Settings) -> None:
 
 
 def texts_of(run: Run, s: Settings | None = None) -> Texts:
-    """The texts that a run was begun with; ``s``: settings with ``of_calibration`` among them."""
+    """Return the texts that a run was begun with. ``s`` are settings that include ``of_calibration``."""
     begun = provenance.known(run)
     return Texts(run.model, s or Settings(**of_calibration(run)), by_hash=begun is not None and begun.note is None)

@@ -1,10 +1,10 @@
-"""The story of a run. Read this file first: the steps are a few lines each in pipeline/steps.py, the verbs files of
-their own.
+"""The story of a run. Read this file first: the steps are a few lines each in pipeline/steps.py, each verb has its own
+file.
 
 calibrate -> score -> plan -> reconstruct -> prune -> recover -> evaluate (original, pruned, recovered, random, fewer
 bits) -> export -> bench -> report
 
-With a schedule the steps up to recover are done once for every stage, each in a run directory of its own
+With a schedule, every stage does the steps up to recover once, each stage in its own run directory
 (pipeline/stages.py).
 """
 
@@ -55,9 +55,20 @@ AFFORDABLE = 1.5e13
 
 
 def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
-    """Do everything for one model, resumable at any point; returns paths and the metrics before and after.
+    """Do everything for one model. A run that stopped at any point is continued.
 
-    Raises Refused for a run directory of something else, PareError when a gate finds the result broken.
+    Args:
+        model: model directory, GGUF file or name.
+        out: run directory, new or to be continued.
+        settings: what is asked.
+    Returns:
+        Paths ("model", "gguf", "report"), the verdict, metrics "before", "after" and of all "contenders", and what was
+        found of Macs, stages and speed.
+    Raises:
+        UsageError: a name or number means nothing, or a target, an axis or the text does not suit.
+        Refused: the directory belongs to something else, the target is out of reach, the memory does not suffice, or
+            the result does not fit the Mac that was named.
+        PareError: a check finds the result broken or worse than --min-quality allows, or a required GGUF file failed.
     """
     out, settings = Path(out), _with_teacher(settings)
     model = model_of(model, out)
@@ -65,7 +76,7 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
     preflight(model, s)
     s = choose_sizes.settled(model, s, choose_sizes.begun(out / name_of(1) if s.stages else out))
     texts = Texts(model, s)
-    _ = texts.test, texts.validation, texts.calibration  # a text that is too short is found before anything is written
+    _ = texts.test, texts.validation, texts.calibration  # a text that is too short fails before anything is written
     asked = recipes.recipe_of(model, s)
     with steps.open_run(model, out) as opened:
         stages.agree(opened, s)
@@ -84,7 +95,7 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
         measured = [n for n, _ in CONTENDERS if n in named or n.startswith("stage-")]
         written = report(opened.path, measured)
         summary = _summary(opened, result, gguf, written, measured)
-        opened.write_recipe(asked)  # only now: a request that was refused on the way leaves the recipe of what was done
+        opened.write_recipe(asked)  # only now: a refused request leaves the recipe of what was done
         _quality_gate(summary, s)
         _fit_gate(summary, s)
         required(opened, s)
@@ -92,14 +103,15 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
 
 
 def _with_teacher(s: Settings) -> Settings:
-    """The settings with a model directory as teacher."""
+    """Return the settings with a model directory as the teacher."""
     return replace(s, teacher=str(model_of(s.teacher))) if s.teacher else s
 
 
 def hurried(s: Settings) -> Settings:
-    """With --quick the settings without recovery and measurements of speed.
+    """With --quick, return the settings without recovery and measurements of speed.
 
-    Raises UsageError with a schedule, whose stages are recovered."""
+    Raises UsageError with a schedule, because its stages are recovered.
+    """
     if not s.quick:
         return s
     if s.stages:
@@ -108,8 +120,8 @@ def hurried(s: Settings) -> Settings:
 
 
 def _others(run: Run, result: Path, s: Settings) -> dict[str, Plan]:
-    """What the result is compared with: a random cut, the original with fewer bits, if that can be as small; of a
-    schedule also the units of its last stage, cut out of the original at once."""
+    """List what the result is compared with: a random cut, and the original with fewer bits if that can be as small.
+    With a schedule, also the units of the last stage, cut out of the original at once."""
     plans = {"pruned": stages.plan_step(run, s)} if s.stages else {}
     plans["random"] = contenders.random_plan(run, s)
     narrow = whole(run.model, steps.plan_of(run), Checkpoint(result).nbytes())
@@ -117,7 +129,7 @@ def _others(run: Run, result: Path, s: Settings) -> dict[str, Plan]:
 
 
 def _cut(run: Run, texts: Texts, s: Settings, original: Path | None = None) -> Path:
-    """The model of a run cut once, not recovered. ``original``: of a model that was cut before."""
+    """Cut the model of a run once, without recovery. ``original`` is the original of a model that was cut before."""
     steps.calibrate_step(run, texts, s)
     steps.score_step(run, s)
     choose_sizes.plan_step(run, texts, s)
@@ -127,7 +139,7 @@ def _cut(run: Run, texts: Texts, s: Settings, original: Path | None = None) -> P
 
 
 def _at_once(run: Run, texts: Texts, s: Settings) -> Path:
-    """One cut, one recovery, both measured, and the original."""
+    """Cut once and recover once. Measure both results and the original."""
     result = _cut(run, texts, s)
     measure_steps.evaluate_step(run, "original", run.model, texts, s)
     measure_steps.evaluate_step(run, "pruned", result, texts, s)
@@ -139,7 +151,8 @@ def _at_once(run: Run, texts: Texts, s: Settings) -> Path:
 
 
 def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
-    """Every stage cuts what the one before left, and is taught by the original; all are measured against the original.
+    """Let every stage cut what the stage before left, with the original as the teacher; all are measured against the
+    original.
 
     "pruned" is then measured among the other contenders.
     """
@@ -154,14 +167,14 @@ def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
             opened.write_recipe(recipes.recipe_of(result, asked), replace=False)
             pruned = _cut(opened, texts, asked, None if result == run.model else run.model)
             measure_steps.evaluate_step(run, f"{stage.name}-pruned", pruned, texts, s)
-            drawn = (s.seed + stage.number - 1) % 2**32  # or every stage would train on the same rows
+            drawn = (s.seed + stage.number - 1) % 2**32  # else every stage would train on the same rows
             result = steps.recover_step(opened, texts, replace(asked, seed=drawn))
         measure_steps.evaluate_step(run, stage.recovered, result, texts, s)
     return result
 
 
 def dry_run(model: StrPath, s: Settings) -> dict[str, Any]:
-    """What a run would make: sizes before and after, memory it would need. Writes nothing."""
+    """Return what a run would make: sizes before and after, and the memory it would need. It writes nothing."""
     model, s = model_of(model), _with_teacher(s)
     s = affordable(model, choose_sizes.with_possible_axes(model, s))
     preflight(model, s)
@@ -172,7 +185,7 @@ def dry_run(model: StrPath, s: Settings) -> dict[str, Any]:
 
 
 def shape_of(model: Path, s: Settings) -> dict[str, Any]:
-    """The sizes a target leads to, those of every stage among them; needs no scores."""
+    """Return the sizes that a target leads to, including those of every stage. This needs no scores."""
     options = steps.plan_options(s)
     made = shape(Checkpoint(model), options)
     sizes = {"before": made.before.model_dump(), "after": made.after.model_dump()}
@@ -187,7 +200,7 @@ def shape_of(model: Path, s: Settings) -> dict[str, Any]:
 
 
 def preflight(model: Path, s: Settings) -> None:
-    """Find what cannot work before any work: wrong names, a target out of reach, a recovery that cannot fit in memory
+    """Find what cannot work before any work: wrong names, a target out of reach, a recovery that does not fit in memory
     (the uncut model bounds the cut one)."""
     stages.check(s)
     criterion(s.criterion)
@@ -212,7 +225,7 @@ def preflight(model: Path, s: Settings) -> None:
 
 
 def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
-    """Raises UsageError where blocks cannot be healed by themselves, Refused for what cannot fit in memory."""
+    """Raises UsageError if blocks cannot be healed one by one, Refused if the recovery does not fit in memory."""
     train, validation = (corpus.Extent(count, s.length) for count in (s.train_rows, VALIDATION_ROWS))
     options = steps.recover_options(s, s.seed)
     if s.local_steps:
@@ -227,8 +240,8 @@ def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
 
 
 def affordable(model: Path, s: Settings) -> Settings:
-    """Without reconstruction where it would take hours, or where the memory that is free does not suffice (a wide model
-    on a small Mac), which is said; under a --memory-cap, which somebody chose, it is for ``preflight`` to refuse."""
+    """Switch reconstruction off, with a warning, if it would take hours or if the free memory does not suffice (a wide
+    model on a small Mac). Under a --memory-cap, which the user chose, ``preflight`` refuses instead."""
     rows = corpus.Extent(s.samples, s.length)
     if s.reconstruct and max(each.flops for each in reconstruction_costs(Checkpoint(model), rows)) > AFFORDABLE:
         console.warn(
@@ -246,7 +259,15 @@ def affordable(model: Path, s: Settings) -> Settings:
 
 
 def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
-    """Raises UsageError for a name that is not known."""
+    """Check a name against those that are known.
+
+    Args:
+        what: the kind of name, for the message.
+        name: what was given.
+        known: what is allowed; may contain None.
+    Raises:
+        UsageError: the name is unknown.
+    """
     if name not in known:
         raise UsageError(f"unknown {what} {name!r}", f"choose one of {', '.join(filter(None, known))}")
 
@@ -273,7 +294,7 @@ def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: 
 
 
 def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
-    """The Mac that was named must take the model and the GGUF file."""
+    """Raises Refused if the model or the GGUF file does not fit the Mac that was named."""
     if s.mac is None:
         return
     name = macs.find(s.mac).name
@@ -287,7 +308,7 @@ def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
 
 
 def _quality_gate(summary: dict[str, Any], s: Settings) -> None:
-    worse = summary["after"]["nll"] - summary["before"]["nll"]  # perplexity itself has a largest value
+    worse = summary["after"]["nll"] - summary["before"]["nll"]  # perplexity itself is capped
     if s.min_quality is not None and worse > math.log(s.min_quality):
         ratio = readable(math.exp(min(worse, MOST_NATS)), 3)
         raise PareError(

@@ -1,11 +1,11 @@
-"""stability: how much of a choice of units is the text's doing. How many tokens would have been enough, what other
-tokens of the same text would have chosen, and whether a quantized model chooses as a float one does.
+"""stability: how much a choice of units depends on the text. How many tokens would have been enough, what other tokens
+of the same text would have chosen, and whether a quantized model chooses like a float one.
 
-Scores are compared unit by unit: Spearman's rank correlation within each layer, and the units that are kept at the
-sizes of a plan. Calibration text alone decides scores; what a cut costs is measured on test text.
+Scores are compared unit by unit: by Spearman's rank correlation within each layer, and by the units that are kept at
+the sizes of a plan. Calibration text alone decides the scores. The cost of a cut is measured on test text.
 
-Rows are taken in an order drawn by lot, as fewer --samples would be: the first rows of the text in its own order would
-be its first chapters. Draws share no row.
+Rows are taken in a random order, like fewer --samples would be: the first rows in the order of the text would be its
+first chapters. Draws share no row.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from .steps import plan_of
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the calibration rows
 DRAWS = 3
-ENOUGH = 0.99  # rank correlation from which on fewer tokens would have chosen alike
+ENOUGH = 0.99  # rank correlation above which two sets of scores choose alike
 
-Kept = dict[tuple[str, int], set[int]]  # (axis, layer; -1 where an axis has none) -> units
+Kept = dict[tuple[str, int], set[int]]  # (axis, layer; -1 for an axis that has none) -> units
 
 
 def check(criteria: Sequence[str]) -> None:
-    """Raises UsageError for criteria that are not known, or whose statistics are not sums over rows."""
+    """Raises UsageError for unknown criteria, and for those whose statistics are not sums over rows."""
     for name in criteria:
         if extra := criterion(name).extra:
             raise UsageError(
@@ -64,9 +64,24 @@ def check(criteria: Sequence[str]) -> None:
 def stability_step(
     run: Run, texts: Texts, s: Settings, criteria: Sequence[str], draws: int, other: Path | None, measure: bool
 ) -> Path:
-    """RUN/stability/stability.json: the answers for a run's plan and its calibration text. Only with ``measure`` the
-    cuts of the draws are made, and measured on its test text. Raises Refused when the text changed since it was
-    calibrated on, otherwise as ``stability``."""
+    """Answer the questions for a run's plan and calibration text, in RUN/stability/stability.json.
+
+    Args:
+        run: the run directory, with a plan.
+        texts: of the run.
+        s: settings of the run.
+        criteria: their names.
+        draws: number of draws of calibration text; 0: none.
+        other: the same model before it was quantized; None: it is not compared.
+        measure: also make the cuts of the draws, and measure them on the test text.
+    Returns:
+        The file.
+    Raises:
+        UsageError: a criterion cannot be judged, the draws are too few or the text is too short, or the other model has
+            other sizes.
+        Refused: the text changed since it was calibrated on, the tokenizers differ, or the memory does not suffice.
+        PareError: the run has no statistics or plan, or the plan does not suit the model.
+    """
     check(criteria)
     planned, plan = run.output("plan", "plan.json"), plan_of(run)
     run.output("calibrate", "stats.safetensors")
@@ -75,7 +90,7 @@ def stability_step(
         raise UsageError(f"{draws} draws have no spread", "ask for at least 2 --draws")
     every = texts.mixed("calibration", None)
     rows, drawn_rows = drawn(every.rows, s.samples, every.lot(s.seed), draws)
-    elsewhere = "layers_by" in run.manifest.steps["plan"].parameters  # not by the scores of the criterion
+    elsewhere = "layers_by" in run.manifest.steps["plan"].parameters  # the criterion did not choose the layers
     question = Question(
         run.model, plan, criteria, rows, drawn_rows, other, texts.test if measure else None,
         s.reconstruct, not elsewhere, s.seed, s.memory_cap,
@@ -100,7 +115,13 @@ def stability_step(
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, of two score vectors [units]; 1 where there is nothing to put in order."""
+    """Compute Spearman's rank correlation of two score vectors.
+
+    Args:
+        a, b: float [units].
+    Returns:
+        -1 to 1. It is 1 if both vectors are constant, and 0 if only one is.
+    """
     from scipy.stats import rankdata
 
     ranks = [rankdata(x) - (len(x) + 1) / 2 for x in (a, b)]
@@ -111,13 +132,21 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def jaccard(a: set[int], b: set[int]) -> float:
-    """Units in both, of the units in either."""
+    """Return the share of the units in either set that are in both."""
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
 def orders(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> dict[tuple[str, int], np.ndarray]:
-    """What is put in order: the scores of every (axis, layer) that the plan cuts (kv heads: of their query heads);
-    layers only when it is scores that choose them."""
+    """Collect the scores of every (axis, layer) that the plan cuts; layers count only if scores choose them.
+
+    Args:
+        arch: the model.
+        scores: arrays of ``score``: mlp [layers, ffn], attention [layers, q_head], layer [layers], attn_ln and ffn_ln
+            [hidden].
+        plan: whose cuts count.
+    Returns:
+        (axis, layer; -1 for an axis that has none) -> float [units]; of kv heads the sum over their query heads.
+    """
     found: dict[tuple[str, int], np.ndarray] = {}
     for layer in plan.layers:
         sizes = arch.layers[layer.source].sizes
@@ -134,7 +163,15 @@ def orders(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> 
 
 
 def kept(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> Kept:
-    """The units that scores would keep at the sizes of a plan, where it cuts; widths in the plan's own layers."""
+    """Find the units that scores would keep at the sizes of a plan, for every (axis, layer) that it cuts.
+
+    Args:
+        arch: the model.
+        scores: arrays of ``score``, as for ``orders``.
+        plan: whose sizes count.
+    Returns:
+        (axis, layer; -1 for an axis that has none) -> indices of the units. Widths are those of the layers in the plan.
+    """
     found: Kept = {}
     for layer in plan.layers:
         units = choose_units.units_of(arch, layer.source, scores, len(layer.ffn), len(layer.kv_head))
@@ -148,8 +185,17 @@ def kept(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> Ke
 
 
 def agreement(arch: Architecture, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], plan: Plan) -> dict:
-    """Two sets of scores of one model: by axis the ``rank_correlation`` and the share of the ``same`` kept units, mean
-    over the layers that are cut, the least of any layer, and those of each ``layers``."""
+    """Compare two sets of scores of one model.
+
+    Args:
+        arch: the model.
+        a: arrays of ``score``, as for ``orders``.
+        b: the other ones.
+        plan: whose cuts count.
+    Returns:
+        By axis: ``rank_correlation`` and the share of the ``same`` kept units, as means over the layers that are cut;
+        ``least_rank_correlation`` and ``least_same`` of any layer; and the values of each layer in ``layers``.
+    """
     first, second = orders(arch, a, plan), orders(arch, b, plan)
     ours, theirs = kept(arch, a, plan), kept(arch, b, plan)
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -172,10 +218,10 @@ def _summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. ``plan``: whose sizes count; ``rows``: the calibration rows, in the order in which they count;
-    ``draws``: rows that share none, the first being the beginning of ``rows`` (see ``drawn``); ``other``: the model
-    before it was quantized; ``test``: rows on which the cuts of the draws are measured, ``repaired`` or not;
-    ``choose_layers``: whether the plan's layers were chosen by the scores of its criterion."""
+    """What is asked. ``plan``: whose sizes count. ``rows``: the calibration rows, in the order in which they count.
+    ``draws``: rows that share none, the first draw being the beginning of ``rows`` (see ``drawn``). ``other``: the
+    model before it was quantized. ``test``: rows on which the cuts of the draws are measured, ``repaired`` or not.
+    ``choose_layers``: whether the scores of the criterion chose the plan's layers."""
 
     model: Path
     plan: Plan
@@ -191,14 +237,15 @@ class Question:
 
 
 def stability(q: Question, scratch: Path) -> dict[str, Any]:
-    """The answers; ``scratch``: a directory for what is measured on the way.
+    """Answer a question. ``scratch`` is a directory for intermediate results.
 
-    ``criteria``, by name: ``tokens``: how the scores of the first SHARES of the rows agree with those of all, by axis
-    as ``agreement``, and whether they are ``alike``; ``enough``: the fewest tokens from which on they are, None where
-    it takes all; ``draws``: between draws, by axis; ``float``: with the scores of the other model. ``cost`` of the
-    first criterion's cuts: see ``_cost``.
-    Raises UsageError for criteria that it cannot ask about, another model that is none of this one, or draws without a
-    spread; otherwise as ``calibrate`` and the other verbs.
+    ``criteria``, by name, has four answers. ``tokens``: how the scores of the first SHARES of the rows agree with those
+    of all, by axis as ``agreement``, and whether they are ``alike``. ``enough``: the fewest tokens from which on they
+    are, None if all are needed. ``draws``: how the draws agree, by axis. ``float``: with the scores of the other model.
+    ``cost`` describes the first criterion's cuts: see ``_cost``.
+
+    Raises UsageError for a criterion that it cannot judge, or another model with other sizes, Refused if that has
+    another tokenizer; otherwise as ``calibrate`` and the other verbs.
     """
     check(q.criteria)
     if q.other is not None:
@@ -232,9 +279,19 @@ def stability(q: Question, scratch: Path) -> dict[str, Any]:
 
 
 def drawn(rows: Rows, samples: int, order: np.ndarray, draws: int = DRAWS) -> tuple[Rows, list[Rows]]:
-    """All rows of a text, and the order drawn by lot (domains.lot) whose first are the calibration rows -> those, and
-    so many draws that share none, as many rows each as there are samples, or as the text allows, in whole
-    micro-batches. Raises UsageError for too short a text."""
+    """Divide the rows of a text into the calibration rows and draws that share no rows.
+
+    Args:
+        rows: all rows of the text, int32 [rows, tokens].
+        samples: number of calibration rows.
+        order: int [rows]: a random order whose first entries are the calibration rows (domains.Domains.lot).
+        draws: number of draws.
+    Returns:
+        The calibration rows, and the draws. A draw has ``samples`` rows, or as many as the text allows, in whole
+        micro-batches.
+    Raises:
+        UsageError: the text is too short for this many draws.
+    """
     step = batches.micro_batches(rows)[0].stop
     each = min(samples, rows.count // max(1, draws))
     each = each if each == samples else each // step * step
@@ -248,7 +305,8 @@ def _scores(q: Question, model: Path, stats: Path, name: str) -> Mapping[str, np
 
 
 def _scored(q: Question, model: Path, stats: Path, name: str) -> Path:
-    """Scores beside the statistics; made once. Layers that no scores have chosen stay those of the plan."""
+    """Return the scores next to the statistics; they are made once. Layers that no scores chose stay those of the
+    plan."""
     out = stats.parent / f"{name}.safetensors"
     if not out.exists():
         score(model, stats, out, name, q.seed)
@@ -262,15 +320,15 @@ def _scored(q: Question, model: Path, stats: Path, name: str) -> Path:
 
 
 def _agreed(axes: dict[str, Any]) -> dict[str, Any]:
-    """With whether two sets of scores choose alike on every axis: their order is the same but for trifles, or the units
-    that they keep are."""
+    """Add whether two sets of scores choose alike on every axis: their order is almost the same, or the kept units are
+    the same."""
     close = (of["rank_correlation"] > ENOUGH or of["same"] == 1 for of in axes.values())
     return {"axes": axes, "alike": all(close)}
 
 
 def _enough(rows: Sequence[Mapping[str, Any]]) -> int | None:
     found = None
-    for row in reversed(rows):  # a smaller part that is alike by luck is not enough
+    for row in reversed(rows):  # a smaller part that agrees by luck is not enough
         if not row["alike"]:
             break
         found = row["tokens"]
@@ -278,8 +336,8 @@ def _enough(rows: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def _spread(arch: Architecture, scores: Sequence[Mapping[str, np.ndarray]], plan: Plan) -> dict[str, Any]:
-    """By axis: rank correlation, and Jaccard index of the kept units; mean over each pair of draws and the layers, and
-    the least."""
+    """Return by axis the rank correlation and the Jaccard index of the kept units: the mean over each pair of draws and
+    the layers, and the least."""
     ordered, units = ([of(arch, each, plan) for each in scores] for of in (orders, kept))
     found: dict[str, dict[str, list[float]]] = {}
     for i, j in combinations(range(len(scores)), 2):
@@ -295,8 +353,9 @@ def _spread(arch: Architecture, scores: Sequence[Mapping[str, np.ndarray]], plan
 
 
 def _cost(q: Question, draws: Sequence[Path]) -> dict[str, Any]:
-    """Perplexity and KL divergence on the test rows when each draw's scores choose the cut (and the same draw repairs
-    it): ``values``, ``mean`` and ``stdev``; and the Jaccard index of the units that were kept in the end, by axis."""
+    """Measure perplexity and KL divergence on the test rows if each draw's scores choose the cut (and the same draw
+    repairs it). Each has ``values``, ``mean`` and ``stdev``. ``jaccard`` is the Jaccard index of the units that were
+    kept in the end, by axis."""
     perplexity, divergence, units = [], [], []
     for rows, stats in zip(q.draws, draws, strict=True):
         made = redraw(q.model, _scored(q, q.model, stats, q.criteria[0]), q.plan)
@@ -316,7 +375,7 @@ def _cost(q: Question, draws: Sequence[Path]) -> dict[str, Any]:
 
 
 def _units(made: Plan) -> dict[str, set]:
-    """All units that a plan keeps, by axis."""
+    """Return all units that a plan keeps, by axis."""
     return {
         "ffn": {(layer.source, unit) for layer in made.layers for unit in layer.ffn},
         "kv_head": {(layer.source, unit) for layer in made.layers for unit in layer.kv_head},

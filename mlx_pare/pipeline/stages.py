@@ -1,9 +1,10 @@
-"""schedule: gradual pruning in stages, each of which cuts what the stage before left and heals it by the original.
+"""schedule: gradual pruning in stages. Each stage cuts what the stage before left, and heals it with the original as
+the teacher.
 
     RUN/stage-1, RUN/stage-2, ...   ordinary run directories, up to recover; the model of one is what the next one cuts
     RUN/plan/plan.json              what is left in the end, as one cut of the original: units and sizes
 
-Iterative pruning with distillation between is Muralidharan et al. 2024, arXiv 2407.14679 (Minitron), section 4.
+Iterative pruning with distillation in between is from Muralidharan et al. 2024, arXiv 2407.14679 (Minitron), section 4.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..store.rundir import Run
 @dataclass(frozen=True)
 class Stage:
     """One stage, counted from 1: the share of the original's non-embedding parameters that is left after it, and its
-    part of the steps of recovery. ``last``: the stage whose model is the result."""
+    part of the steps of recovery. ``last`` marks the stage whose model is the result."""
 
     number: int
     share: float
@@ -40,12 +41,21 @@ class Stage:
 
     @property
     def recovered(self) -> str:
-        """What its model is called among all that are measured."""
+        """Return the name of its recovered model among all that are measured."""
         return "recovered" if self.last else f"{self.name}-recovered"
 
     def settings(self, s: Settings, original: Path, parent: Path) -> Settings:
-        """What is asked of this stage alone : its share of the model that it cuts, the original as the
-        teacher. Only the result is packed with the bits that were asked; until then widths suit that packing."""
+        """Return what is asked of this stage alone, with the original as the teacher.
+
+        Only the result is packed with the bits that were asked for. Until then the widths suit that packing.
+
+        Args:
+            s: settings of the whole run.
+            original: model directory of the original.
+            parent: model directory that this stage cuts.
+        Returns:
+            The settings, with the share of ``parent`` that this stage keeps.
+        """
         now, whole = (parameters(Checkpoint(path).arch)["non_embedding"] for path in (parent, original))
         return replace(
             s,
@@ -67,7 +77,7 @@ def check(s: Settings) -> None:
         raise UsageError(f"{asked} is itself a target", "leave out --keep, --target-params, --target-size and --for")
     if len(s.stages) < 2:
         raise UsageError(f"{asked} has one stage", f"give two or more, e.g. {STAGES}, or use --keep")
-    if not all(0 < share < 1 for share in s.stages):  # neither is anything that is no number
+    if not all(0 < share < 1 for share in s.stages):  # NaN fails here too
         raise UsageError(f"{asked} has a share that is not between 0 and 1", f"e.g. {STAGES}")
     if any(one <= other for one, other in pairwise(s.stages)):
         raise UsageError(f"{asked} does not fall", f"every stage keeps less than the one before, e.g. {STAGES}")
@@ -83,16 +93,16 @@ def check(s: Settings) -> None:
 
 
 def stages(s: Settings) -> Iterator[Stage]:
-    """The stages of settings that have some. The steps of recovery are divided evenly; what is left over goes to the
-    first ones."""
+    """Yield the stages of settings with a schedule. The steps of recovery are divided evenly; the first stages get
+    those left over."""
     every, over = divmod(s.recover_steps, len(s.stages))
     for index, share in enumerate(s.stages):
         yield Stage(index + 1, share, every + (index < over), index + 1 == len(s.stages))
 
 
 def agree(run: Run, s: Settings) -> None:
-    """Raises Refused for a run directory that was begun in one shot and would go on in stages, or the other way round:
-    that would be found only in the end."""
+    """Raises Refused for a run directory that was begun in one shot and would continue in stages, or the other way
+    round. Otherwise that would be found only at the end."""
     staged = (run.path / name_of(1)).exists()
     if s.stages and "calibrate" in run.manifest.steps:
         raise Refused(f"{run.path} was begun without --schedule", "use another --out")
@@ -104,7 +114,7 @@ def agree(run: Run, s: Settings) -> None:
 
 
 def composed(run: Path, asked: Sequence[float]) -> Plan:
-    """What the stages left, as one cut of the original. Its units are those of the original, so no criterion shall
+    """Return what the stages left, as one cut of the original. Its units are those of the original, so no criterion may
     choose them again."""
     first, last = (run / name_of(number) / "prune" / "model" for number in (1, len(asked)))
     begun, done = Plan.load(first / "plan.json"), Plan.load(last / "plan.json")
@@ -121,7 +131,7 @@ def composed(run: Path, asked: Sequence[float]) -> Plan:
 
 
 def plan_step(run: Run, s: Settings) -> Plan:
-    """The cut of all stages together, recorded as the plan of the run."""
+    """Record the cut of all stages together as the plan of the run."""
     made = composed(run.path, s.stages)
     run.step(
         "plan",

@@ -1,4 +1,5 @@
-"""status: how far a run is, from its manifest, its log and its lock. Reads only, also while another process works."""
+"""status: how far a run is, from its manifest, its log and its lock. It only reads, also while another process
+works."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from ..store.rundir import is_locked
 
 
 def expected(recipe: Mapping[str, Any]) -> list[str]:
-    """The steps of a run in their order (pipeline/run.py), as far as what was asked tells; those of a stage with its
-    name before them. Some may turn out not to be needed."""
+    """Return the steps of a run in their order (pipeline/run.py), as far as the recipe tells. Steps of a stage begin
+    with its name. Some may turn out not to be needed."""
     cut = ["calibrate", "score", *(["sensitivity"] if recipe.get("widths") == "per-layer" else []), "plan"]
     cut += [*(["reconstruct"] if recipe.get("reconstruct", True) else []), "prune"]
     stages = recipe.get("stages") or []
@@ -38,12 +39,13 @@ def expected(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def status(run: StrPath) -> dict[str, Any]:
-    """How far the run in ``run`` is.
+    """Return how far the run in ``run`` is.
 
-    ``state``: working, finished, failed, killed (its process is gone without a word) or waiting (some steps are done,
-    as when they are called one by one). ``steps``: name, seconds, peak_bytes, bytes on disk of those that are done.
-    ``working``: the step that is not done and has begun; ``next``: the first that has not. ``pid``, ``since``, ``said``
-    and ``error``: of the last process, from the log. Raises PareError without a run, or for a damaged manifest.
+    ``state`` is working, finished, failed, killed (its process ended without a word) or waiting (some steps are done,
+    as when they are called one by one). ``steps`` has name, seconds, peak_bytes and bytes on disk of those that are
+    done. ``working`` is the step that has begun and is not done, ``next`` the first that has not begun. ``pid``,
+    ``since``, ``said`` and ``error`` are those of the last process, from the log. Raises PareError without a run, or
+    for a damaged manifest.
     """
     run = Path(run)
     manifest = read_manifest(run)
@@ -60,7 +62,7 @@ def status(run: StrPath) -> dict[str, Any]:
     order = expected(recipe)
     reached = max((order.index(name) for name in records if name in order), default=-1)
     begun = sorted(str(p.relative_to(run).with_suffix("")) for p in [*run.glob("*.partial"), *run.glob("*/*.partial")])
-    begun = [name for name in begun if name in order or "/" not in name]  # a partial model inside a step is none
+    begun = [name for name in begun if name in order or "/" not in name]  # a partial model inside a step is not a step
     ahead = [name for name in order[reached + 1 :] if name not in begun]
     session = log.last_session(run)
     locked = _works(session) if (seen := is_locked(run)) is None else seen
@@ -96,25 +98,25 @@ def _state(session: list[log.Line], locked: bool, more: bool) -> str:
 
 
 def _works(session: list[log.Line]) -> bool:
-    """On a file system without locks: whether the process that wrote last is there, and has not said that it ended."""
+    """On a file system without locks: tell whether the process that wrote last exists, and has not logged its end."""
     if not session or session[-1].kind == "ended":
         return False
     try:
-        os.kill(session[-1].pid, 0)  # signal 0 is none: it asks
+        os.kill(session[-1].pid, 0)  # signal 0 only asks whether the process exists
     except ProcessLookupError:
         return False
-    except PermissionError:  # of somebody else
+    except PermissionError:  # a process of another user
         return True
     return True
 
 
 def _seconds(line: log.Line) -> float:
-    """Since a line was written."""
+    """Return the seconds since a line was written."""
     return max(0.0, time.time() - time.mktime(time.strptime(line.time, "%Y-%m-%d %H:%M:%S")))
 
 
 def _bytes(directory: Path) -> int:
-    """Of all files below; some may vanish meanwhile."""
+    """Return the bytes of all files below; some may vanish meanwhile."""
     total = 0
     for file in directory.rglob("*"):
         try:

@@ -38,17 +38,17 @@ from ..store.schema import dump_json
 from ..text import provenance
 from ..text.splits import Texts
 
-RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what its result depends on besides model, plan and text
+RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what the result depends on, besides model, plan and text
 
 
 def recover_options(s: RecoveryOptions, seed: int = 0) -> RecoverOptions:
-    """What recovery is asked for, by the same names."""
+    """Return what recovery is asked for, by the same names."""
     named = {f.name: getattr(s, f.name) for f in fields(TrainingOptions)}
     return RecoverOptions(steps=s.recover_steps, seed=seed, **named)
 
 
 def plan_options(s: Settings) -> PlanOptions:
-    """What the planner is asked for. Raises UsageError for a speed without a Mac."""
+    """Return what the planner is asked for. Raises UsageError for a speed without a Mac."""
     options = PlanOptions(
         keep=s.stages[-1] if s.stages else s.keep,
         params=parse_amount(s.target_params, "parameters") if s.target_params else None,
@@ -75,14 +75,15 @@ def plan_options(s: Settings) -> PlanOptions:
 
 
 def open_run(model: Path, out: Path) -> Run:
-    """The run directory for a model, new or to be continued. Raises PareError for a name that MLX cannot open."""
+    """Open the run directory for a model, new or to be continued. Raises PareError for a name that MLX cannot open."""
     require_text(out)
     origin = resolve.origin(model)
     return Run(out, model, Checkpoint(model).identity(), origin=asdict(origin) if origin else None)
 
 
 def continue_run(out: Path, locked: bool = True) -> Run:
-    """A run directory that was begun before. Raises PareError if its model is gone, Refused if it changed since."""
+    """Open a run directory that was begun before. Raises PareError if its model is gone, Refused if it changed
+    since."""
     run = Run(out, locked=locked)
     try:
         require(run.model, out)
@@ -97,7 +98,7 @@ def continue_run(out: Path, locked: bool = True) -> Run:
 
 
 def original_of_stage(run: Run) -> Path | None:
-    """The original, for a stage that cuts what another stage of the same run left (see pipeline/stages.py); else
+    """Return the original, for a stage that cuts what another stage of the same run left (see pipeline/stages.py); else
     None."""
     parent = run.path.resolve().parent
     if not run.model.is_relative_to(parent) or not (parent / "manifest.json").is_file():
@@ -109,11 +110,23 @@ def original_of_stage(run: Run) -> Path | None:
 
 
 def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
-    """Statistics of every unit on the calibration rows, those that the criterion needs among them."""
+    """Measure the statistics of every unit on the calibration rows, including those that the criterion needs.
+
+    Args:
+        run: the run directory.
+        texts: of the run.
+        s: settings of the run.
+    Returns:
+        RUN/calibrate/stats.safetensors.
+    Raises:
+        UsageError: the criterion is unknown.
+        Unsupported: the model cannot be cut.
+        Refused: the text or what was asked changed since, or the memory does not suffice.
+    """
     rows, asked = texts.calibration, {"rows": texts.calibration.count, "length": texts.calibration.length}
     before = run.manifest.steps.get("calibrate")
     extra = {*criterion(s.criterion).extra, *(before.parameters.get("extra", ()) if before else ())}
-    if extra:  # more than is needed now is no reason to do it again
+    if extra:  # statistics with more than is needed now are not measured again
         asked["extra"] = sorted(extra)
 
     def work(directory: Path) -> None:
@@ -128,15 +141,15 @@ def calibrate_step(run: Run, texts: Texts, s: Settings) -> Path:
 
 
 def _for_recovery(run: Run, texts: Texts, s: Settings) -> Path | None:
-    """Where the hidden states at the end of calibration are kept, if recovery learns from the same model on the same
-    rows."""
+    """Return where the hidden states at the end of calibration are kept, if recovery learns from the same model on the
+    same rows."""
     own = s.teacher is None or Path(s.teacher) == run.model
     same = own and s.recovers and texts.training_domains.rows.digest() == texts.calibration.digest()
     return run.kept if same else None
 
 
 def score_step(run: Run, s: Settings) -> Path:
-    """The importance of every unit by the criterion that was asked."""
+    """Score the importance of every unit by the criterion that was asked for."""
     stats = run.output("calibrate", "stats.safetensors")
     described(stats, s.criterion)
     run.step(
@@ -149,14 +162,27 @@ def score_step(run: Run, s: Settings) -> Path:
 
 
 def plan_of(run: Run) -> Plan:
-    """The plan of a run. People edit it: raises PareError with everything that is wrong with it for the run's model."""
+    """Read the plan of a run. People edit it: raises PareError with everything that is wrong with it for the run's
+    model."""
     made = Plan.load(run.output("plan", "plan.json"))
     made.check(Checkpoint(run.model))
     return made
 
 
 def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
-    """The matrices that make up for the cut, and the plan they belong to; None where nothing can be made up for."""
+    """Solve the matrices that make up for the cut.
+
+    Args:
+        run: the run directory, with a plan.
+        texts: of the run.
+        s: settings of the run.
+    Returns:
+        The directory of the matrices; None, with a warning, if the plan cuts the hidden size. The step also writes the
+        plan that belongs to them.
+    Raises:
+        Refused: the text or the plan changed since, or the memory does not suffice.
+        PareError: the plan does not suit the model.
+    """
     path = run.output("plan", "plan.json")
     if plan_of(run).cuts_hidden(Checkpoint(run.model).arch):
         console.warn("a cut of the hidden size cannot be reconstructed: the matrices are cut as they are")
@@ -174,8 +200,20 @@ def reconstruct_step(run: Run, texts: Texts, s: Settings) -> Path | None:
 
 
 def prune_step(run: Run, repaired: bool = True, original: Path | None = None, memory_cap: int | None = None) -> Path:
-    """The cut model, checked; ``repaired``: with what reconstruct made of the same plan, if it did. ``original``: of a
-    model that was cut before, and lies in a run directory beside this one: what its units are named after."""
+    """Cut the model and check the result.
+
+    Args:
+        run: the run directory, with a plan.
+        repaired: use the matrices of reconstruct for the same plan, if that step was done.
+        original: the original, if the model was cut before and lies in a run directory next to this one: units are
+            named after it. None: the model itself.
+        memory_cap: bytes that the check may use; None: the memory that is free.
+    Returns:
+        RUN/prune/model.
+    Raises:
+        Refused: the plan changed since it was reconstructed, or the step was done with other inputs.
+        PareError: the plan does not suit the model, or the result is broken.
+    """
     plan_of(run)
     path = run.output("plan", "plan.json")
     inputs = {"model": run.manifest.source, "plan": fingerprint(path)}
@@ -206,10 +244,24 @@ def prune_step(run: Run, repaired: bool = True, original: Path | None = None, me
 
 
 def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
-    """The cut model healed, checked. Of several processes (mlx.launch) the first keeps the run directory, and tells the
-    others whether there is anything to do; they help it train, and forget what they made."""
+    """Heal the cut model and check the result.
+
+    If there are several processes (mlx.launch), the first keeps the run directory and tells the others whether there is
+    anything to do. The others help it train and discard their results.
+
+    Args:
+        run: the run directory, with a pruned model.
+        texts: of the run; their calibration part trains, their validation part chooses the best state.
+        s: settings of the run.
+    Returns:
+        RUN/recover/model.
+    Raises:
+        UsageError: an option means nothing.
+        Refused: the inputs changed since, the tokenizers differ, or the training does not fit in memory.
+        PareError: the loss is not a number any more (Diverged), or the result is broken.
+    """
     pruned, options = run.output("prune", "model"), recover_options(s, s.seed)
-    # first, or a name that is not known would be a change of what was done before
+    # first, or an unknown name would be reported as a change of what was done before
     options.check(Checkpoint(pruned).arch.sizes["vocab"])
     teacher = Path(s.teacher) if s.teacher else run.model
     rows = texts.training_domains, texts.validation_domains
@@ -221,7 +273,7 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
     def work(directory: Path) -> None:
         note = directory / "recovery.json"
         distributed.from_first({"train": not note.exists()})
-        if not note.exists():  # else it was healed before, and something went wrong behind it
+        if not note.exists():  # else it was healed before, and a later check failed
             shutil.rmtree(directory / "model", ignore_errors=True)
             try:
                 done = heal(directory)
@@ -248,7 +300,8 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
 
 
 def _gate(model: Path, original: Path, directory: Path, memory_cap: int | None) -> None:
-    """A broken model stops the run here, everything kept; a suspicious one is a warning in console and report."""
+    """Stop the run at a broken model, and keep everything. A suspicious model is a warning on the console and in the
+    report."""
     warnings = check(model, original, memory_cap)
     for warning in warnings:
         console.warn(warning)

@@ -1,6 +1,6 @@
 """What a run has tried: KL divergences of candidates and plans on held-out rows, each measured once.
 
-They lie in RUN/trials.json by a hash of everything that they depend on.
+RUN/trials.json holds them by a hash of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -24,22 +24,28 @@ from ..store.schema import dump_json
 from ..text.corpus import Rows
 from ..text.splits import Texts
 
-HELD_TOKENS = 4096  # on which candidates are tried, at least: of the validation text, never of calibration or test
+HELD_TOKENS = 4096  # at least, on which candidates are tried: from the validation text, never from calibration or test
 
 
 def held_rows(texts: Texts) -> Rows:
-    """Rows of the validation text, HELD_TOKENS of them or all there are."""
+    """Take the first rows of the validation text: enough for HELD_TOKENS tokens, or all there are.
+
+    Args:
+        texts: of the run.
+    Returns:
+        Rows, int32 [rows, tokens].
+    """
     rows = texts.validation
     return rows.first(math.ceil(HELD_TOKENS / rows.length))
 
 
 def written(candidate: Candidate) -> list[dict[str, int] | None]:
-    """A candidate for a JSON file."""
+    """Return a candidate for a JSON file."""
     return [None if w is None else {k: v for k, v in asdict(w).items() if v is not None} for w in candidate]
 
 
 def finite(kl: float, name: str = "kl") -> dict[str, float | None]:
-    """A result for a JSON file, which knows no infinity: null is what was given up."""
+    """Return a result for a JSON file, which has no infinity: null stands for what was given up."""
     return {name: kl if math.isfinite(kl) else None}
 
 
@@ -51,9 +57,11 @@ class Known:
         self.found: dict[str, float | None] = step_files.find(self.file) or {}
 
     def key(self, what: Any) -> str:
+        """Return the hash of what a result depends on."""
         return hashlib.sha256(dump_json({"about": self.about, "what": what})).hexdigest()
 
     def add(self, found: dict[str, float]) -> None:
+        """Add results, and write the file."""
         self.found |= {key: finite(kl)["kl"] for key, kl in found.items()}
         replace_file(self.file, dump_json(self.found))
 
@@ -61,12 +69,12 @@ class Known:
         return key in self.found
 
     def __getitem__(self, key: str) -> float:
-        """Infinite for what was given up."""
+        """Return a result; infinite if it was given up."""
         return math.inf if self.found[key] is None else self.found[key]
 
 
 def once(known: Known, measure: Callable[[Sequence[Candidate]], Sequence[float]]) -> Callable:
-    """``measure`` for candidates, of which those are left out that are known."""
+    """Wrap ``measure`` so that it only measures candidates whose results are not known yet."""
 
     def all_of(candidates: Sequence[Candidate]) -> list[float]:
         keys = [known.key(written(candidate)) for candidate in candidates]
@@ -80,7 +88,19 @@ def once(known: Known, measure: Callable[[Sequence[Candidate]], Sequence[float]]
 
 
 def candidates_kl(run: Run, texts: Texts, s: Settings, candidates: Sequence[Candidate]) -> list[float]:
-    """The KL divergence of every candidate."""
+    """Measure the KL divergence of every candidate that is not known yet.
+
+    Args:
+        run: the run directory.
+        texts: of the run.
+        s: settings of the run.
+        candidates: widths per layer.
+    Returns:
+        KL divergence to the original in nats per token, infinite if a candidate was given up.
+    Raises:
+        Refused: the memory does not suffice for a single candidate.
+        PareError: trials.json is damaged.
+    """
     calibration, held = texts.calibration, held_rows(texts)
     known = Known(run, calibration.digest(), held.digest(), str(s.group_size))
 
@@ -91,7 +111,7 @@ def candidates_kl(run: Run, texts: Texts, s: Settings, candidates: Sequence[Cand
 
 
 def _curves(run: Run, calibration: Rows) -> Curves:
-    """The orders in which units go, as far as sensitivity has found them on these rows."""
+    """Return the orders in which units are removed, if sensitivity has found them on these rows."""
     file = run.directory("sensitivity") / "sensitivity.safetensors"
     if not file.exists():
         return {}
@@ -107,7 +127,19 @@ def _curves(run: Run, calibration: Rows) -> Curves:
 
 
 def plan_kl(run: Run, texts: Texts, s: Settings, made: Plan) -> float:
-    """The KL divergence of a plan that is really reconstructed."""
+    """Measure the KL divergence of a plan that is really reconstructed.
+
+    Args:
+        run: the run directory.
+        texts: of the run.
+        s: settings of the run.
+        made: the plan.
+    Returns:
+        KL divergence to the original in nats per token.
+    Raises:
+        Refused: the plan is of another model, or the memory does not suffice.
+        PareError: the plan does not suit the model, or trials.json is damaged.
+    """
     calibration, held = texts.calibration, held_rows(texts)
     known = Known(run, calibration.digest(), held.digest(), "reconstructed")
     key = known.key(made.model_dump(include={"criterion", "bits", "group_size", "layers"}))

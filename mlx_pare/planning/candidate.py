@@ -1,4 +1,4 @@
-"""Candidate cuts as numbers: how wide every part of every layer is. No arrays of the model."""
+"""Candidate cuts as numbers: how wide every part of every layer is. This module holds no arrays of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..arch import Architecture
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a block whose units can go: the axis they lie on, and the role of the matrix that writes to the
+    """A part of a block whose units can be removed: the axis they lie on, and the role of the matrix that writes to the
     residual stream."""
 
     axis: str
@@ -26,8 +26,8 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Width:
-    """What one layer keeps: how many units of each part (0: the part goes), and the bits of its matrices (None: as they
-    are)."""
+    """What one layer keeps: the number of units of each part (0: the part is removed), and the bits of its matrices
+    (None: unchanged)."""
 
     kv_head: int
     ffn: int
@@ -35,11 +35,11 @@ class Width:
     ffn_bits: int | None = None
 
     def units(self, part: str) -> int:
-        """How many of a part's units are kept."""
+        """Return how many units of a part are kept."""
         return getattr(self, PARTS[part].axis)
 
     def bits(self, part: str) -> int | None:
-        """With how many bits a part is packed."""
+        """Return with how many bits a part is packed; None: unchanged."""
         return getattr(self, f"{part}_bits")
 
 
@@ -48,14 +48,17 @@ Candidate = tuple[Width | None, ...]  # one per layer of the source; None: the l
 
 @dataclass(frozen=True)
 class Curve:
-    """How a part of a layer gives way. ``order`` int [units]: the units as greedy OBS removes them, first gone first.
-    ``loss`` [units + 1]: by how much of its own square the part's output is missed when so many units are kept."""
+    """How much of its output a part of a layer loses as units are removed.
+
+    ``order`` is int [units]: the units in the order in which greedy OBS removes them. ``loss`` is float [units + 1]:
+    the share of the squared output that is missed, by the number of units that are kept.
+    """
 
     order: np.ndarray
     loss: np.ndarray
 
     def kept(self, count: int) -> list[int]:
-        """The last ``count`` units to go, ascending."""
+        """Return the ``count`` units that are removed last, ascending."""
         return sorted(self.order[len(self.order) - count :].tolist())
 
 
@@ -63,5 +66,5 @@ Curves = dict[tuple[int, str], Curve]
 
 
 def whole(arch: Architecture) -> Candidate:
-    """The candidate that keeps everything."""
+    """Return the candidate that keeps everything."""
     return tuple(Width(layer.sizes["kv_head"], layer.sizes["ffn"]) for layer in arch.layers)

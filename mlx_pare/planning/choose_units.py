@@ -1,4 +1,4 @@
-"""Which units survive: the ones with the highest scores, for sizes that are already decided."""
+"""Which units survive: those with the highest scores, for sizes that are already decided."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ from ..pruning.reach import Level, best_layers
 
 
 def choose_units(arch: Architecture, level: Level, scores: Mapping[str, np.ndarray], protected: Sequence[int]) -> Keep:
-    """The units with the highest scores for a level. Query-head scores are summed over the group of a kv head."""
+    """Choose the units with the highest scores for a level.
+
+    The scores of query heads are summed over the group of a kv head.
+
+    Args:
+        arch: the model.
+        level: how many units of each axis are kept.
+        scores: arrays of ``score``: mlp [layers, ffn], attention [layers, q_head], attn_ln and ffn_ln [hidden], and
+            what ``layers_of`` reads.
+        protected: layers that stay.
+    Returns:
+        The cut.
+    """
     chosen = layers_of(arch, scores, level.layer, protected)
     layers = tuple(LayerKeep(i, units_of(arch, i, scores, level.ffn, level.kv_head)) for i in chosen)
     return Keep(layers, hidden_of(scores, level.hidden))
@@ -20,9 +32,20 @@ def choose_units(arch: Architecture, level: Level, scores: Mapping[str, np.ndarr
 def layers_of(
     arch: Architecture, scores: Mapping[str, np.ndarray], count: int, protected: Sequence[int]
 ) -> list[int] | None:
-    """The layers to keep, ascending: those that trials have found for this count (``kept`` [layers + 1, layers], the
-    row of a count they were not made for empty), those around the block that turns the stream least (``angles``), or
-    those of the highest scores (``layer``). None where no so many keep their kinds and contain the protected."""
+    """Choose the layers to keep.
+
+    If trials have found the layers for this count, these are taken (``kept``; its row is empty for any other count).
+    Else, with ``angles``, those around the block that turns the stream least. Else those with the highest scores.
+
+    Args:
+        arch: the model.
+        scores: layer [layers]; optional: kept [layers + 1, layers], 1 in row ``count`` for a layer that stays; angles
+            [layers + 1, layers + 1].
+        count: number of layers to keep.
+        protected: layers that stay, unless trials decided.
+    Returns:
+        The layers, ascending; None if no set of ``count`` layers keeps their kinds and contains the protected ones.
+    """
     if "kept" in scores and scores["kept"][count].any():
         return np.flatnonzero(scores["kept"][count]).tolist()
     if "angles" in scores:
@@ -31,11 +54,20 @@ def layers_of(
 
 
 def around_blocks(arch: Architecture, angles: np.ndarray, count: int, protected: Sequence[int]) -> list[int] | None:
-    """The ``count`` layers that are left when one block of neighbours goes, that with the smallest angle between its
-    input and its output (Gromov et al. 2024, arXiv 2403.17887); where protected layers or kinds leave no room for a
-    single block, the fewest blocks with the smallest sum of angles. None where there are none.
+    """Choose the ``count`` layers that are left when one block of neighbouring layers is removed.
 
-    Dynamic programme over (layers seen, layers kept), as ``best_layers``.
+    The block is the one with the smallest angle between its input and its output (Gromov et al. 2024, arXiv
+    2403.17887). If protected layers or kinds leave no room for a single block, the fewest blocks with the smallest sum
+    of angles are removed. It is a dynamic programme over (layers seen, layers kept), like ``best_layers``.
+
+    Args:
+        arch: the model.
+        angles: float [layers + 1, layers + 1]: the angle between the inputs of two layers, the last index being the
+            output of the last layer.
+        count: number of layers to keep.
+        protected: layers that stay, ascending.
+    Returns:
+        The layers, ascending; None if there is no such set.
     """
     total, kinds = len(arch.layers), positions(arch, count)
     best: dict[tuple[int, int], tuple[int, float, list[int]]] = {(0, 0): (0, 0.0, [])}
@@ -59,17 +91,41 @@ def around_blocks(arch: Architecture, angles: np.ndarray, count: int, protected:
 def units_of(
     arch: Architecture, layer: int, scores: Mapping[str, np.ndarray], ffn: int, kv_head: int
 ) -> dict[str, list[int]]:
-    """As many units of one layer as are asked for, those with the highest scores."""
+    """Choose the units of one layer with the highest scores.
+
+    Args:
+        arch: the model.
+        layer: index of the layer.
+        scores: mlp [layers, ffn], attention [layers, q_head].
+        ffn: number of channels to keep.
+        kv_head: number of kv heads to keep.
+    Returns:
+        "ffn" and "kv_head": the kept indices, ascending.
+    """
     sizes = arch.layers[layer].sizes
     heads = scores["attention"][layer].reshape(sizes["kv_head"], sizes["group"]).sum(axis=1)
     return {"ffn": top(scores["mlp"][layer], ffn), "kv_head": top(heads, kv_head)}
 
 
 def hidden_of(scores: Mapping[str, np.ndarray], count: int) -> list[int]:
-    """The hidden channels with the highest scores, both norms of all layers together."""
+    """Choose the hidden channels with the highest scores, summed over both norms of all layers.
+
+    Args:
+        scores: attn_ln and ffn_ln [hidden], each summed over layers.
+        count: number of channels to keep.
+    Returns:
+        The kept indices, ascending.
+    """
     return top(scores["attn_ln"] + scores["ffn_ln"], count)
 
 
 def top(scores: np.ndarray, count: int) -> list[int]:
-    """Ascending indices of the ``count`` highest scores; ties go to the lower index."""
+    """Return the indices of the highest scores; ties go to the lower index.
+
+    Args:
+        scores: float [units].
+        count: number of indices.
+    Returns:
+        The indices, ascending.
+    """
     return sorted(np.argsort(-scores, kind="stable")[:count].tolist())

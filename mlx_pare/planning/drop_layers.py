@@ -1,9 +1,10 @@
-"""Which whole layers go: one after the other, each time the one without which predictions change least.
+"""Which whole layers are removed: one after the other, each time the one without which the predictions change least.
 
-All layers that are left are tried beside each other in one walk (planning/try_candidates.py), the one with the least KL
-divergence to the original on held-out text goes, and the rest are tried again with it gone. Scores of single layers
-(block influence) or of blocks of neighbours (angular distance) do not know what is gone already: the best single layers
-are often a bad set. Leave-one-out KL as IST-DASLab/EvoPress drop_scoring.py has it, which scores once.
+One walk tries to remove each of the remaining layers (planning/try_candidates.py). The layer whose removal leaves the
+least KL divergence to the original on held-out text is removed. Then the rest are tried again without it. Scores of
+single layers (block influence) or of blocks of neighbours (angular distance) do not know which layers are already
+removed. So the best single layers are often a bad set. IST-DASLab/EvoPress drop_scoring.py uses the same leave-one-out
+KL, but scores once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Trials = Callable[[Sequence[Candidate]], Sequence[float]]
 
 @dataclass(frozen=True)
 class Drop:
-    """A layer that goes, and the KL divergence (nats per token) once it and all before it are gone."""
+    """A layer that is removed, and the KL divergence (nats per token) once it and all before it are removed."""
 
     layer: int
     kl: float
@@ -40,12 +41,23 @@ def layers_by_kl(
     memory_cap: int | None = None,
     tried: Trials | None = None,
 ) -> list[Drop]:
-    """The layers that go until ``count`` are left, in their order. ``held``: rows on which the KL divergence is
-    measured; ``tried``: what measures candidates in their place. Where the kind of a layer hangs on its place (Gemma 3)
-    only those go whose loss still leads to ``count`` layers that keep their kinds.
+    """Choose the layers to remove, one after the other, until ``count`` are left.
 
-    Each round costs a walk of the held rows for every layer that is left, less what they share: the layers before the
-    first that went. Raises Refused when ``count`` layers cannot be kept so, or memory does not suffice.
+    If the kind of a layer depends on its place (Gemma 3), a layer is removed only if ``count`` layers that keep their
+    kinds can still be reached. Each round costs a walk of the held-out rows for every layer that is left. The layers
+    before the first removed one are shared and cost nothing extra.
+
+    Args:
+        model: model directory.
+        count: number of layers to keep.
+        held: rows on which the KL divergence is measured, int32 [rows, tokens].
+        protected: layers that stay.
+        memory_cap: bytes that may be used; None: the memory that is free. Unused with ``tried``.
+        tried: measures candidates instead of ``trials``.
+    Returns:
+        The removed layers in their order, each with the KL divergence in nats per token.
+    Raises:
+        Refused: ``count`` layers cannot be kept in this way, or the memory does not suffice.
     """
     arch = Checkpoint(model).arch
     tried = tried or trials(model, held, memory_cap)
@@ -66,14 +78,22 @@ def layers_by_kl(
 
 
 def trials(model: Path, held: Rows, memory_cap: int | None) -> Trials:
-    """Measures candidates that drop layers, and narrow none: nothing is repaired, and none is given up."""
+    """Make a function that measures candidates which drop layers and narrow none. It repairs nothing and gives none up.
+
+    Args:
+        model: model directory.
+        held: rows on which the KL divergence is measured, int32 [rows, tokens].
+        memory_cap: bytes that may be used; None: the memory that is free.
+    Returns:
+        A function from candidates to their KL divergences, in nats per token.
+    """
     return lambda candidates: (
         try_out(model, candidates, held.first(0), held, {}, memory_cap=memory_cap, lost=math.inf).kl
     )
 
 
 def _leads(arch: Architecture, gone: set[int], count: int, protected: Sequence[int]) -> bool:
-    """Whether more layers can go until ``count`` are left that keep their kinds."""
+    """Tell whether more layers can be removed until ``count`` layers that keep their kinds are left."""
     left = [i for i in range(len(arch.layers)) if i not in gone]
     if not any(positions(arch, count)):
         return can_keep(arch, left)

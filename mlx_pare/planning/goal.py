@@ -1,4 +1,4 @@
-"""What a plan is asked to reach: a target as a measure of cuts and a bound on it."""
+"""What a plan must reach: a target as a measure of cuts and a bound on it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..tensors.packing import BITS, GROUP_SIZES, Packing
 
 @dataclass(frozen=True)
 class Options:
-    """What `plan` was asked: exactly one of keep, params, size (bytes) or budget (--for: bytes of weights, given the
-    architecture and the width of a cached value)."""
+    """What the user asked of `plan`: exactly one of keep, params, size (bytes) or budget. The budget belongs to --for:
+    it gives the bytes of weights, from the architecture and the width of a cached value."""
 
     keep: float | None = None
     params: float | None = None
@@ -38,7 +38,7 @@ class Options:
 
 
 def packing_of(options: Options) -> Packing | None:
-    """The packing the result is asked to have; None: as the source."""
+    """Return the packing that the result must have; None: that of the source."""
     if options.bits is None:
         return None
     if options.bits not in BITS or options.group_size not in GROUP_SIZES:
@@ -48,8 +48,10 @@ def packing_of(options: Options) -> Packing | None:
 
 @dataclass(frozen=True)
 class Goal:
-    """``measure`` of a cut shall come to ``value``, or stay at or below it (``at_most``). ``counts`` "parameters" or
-    "bytes"; ``show``: a measure in words."""
+    """The ``measure`` of a cut must come near ``value``, or with ``at_most`` must not exceed it.
+
+    ``counts`` is "parameters" or "bytes". ``show`` puts a measure into words.
+    """
 
     target: Target
     measure: Callable[[Keep], float]
@@ -60,12 +62,12 @@ class Goal:
 
 
 def everything(arch: Architecture) -> Keep:
-    """The cut that cuts nothing."""
+    """Return the cut that removes nothing."""
     return Keep(tuple(LayerKeep(i) for i in range(len(arch.layers))))
 
 
 def goal(checkpoint: Checkpoint, options: Options) -> Goal:
-    """The one target that was given. Raises UsageError when it is not one, or means nothing."""
+    """Turn the one target of the options into a goal. Raises UsageError unless there is exactly one, with a meaning."""
     packing = packing_of(options)
 
     def parameters(keep: Keep, what: str = "total") -> float:

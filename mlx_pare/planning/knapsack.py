@@ -1,12 +1,13 @@
-"""The integer programme: one variant for every part of every layer, least expected loss within a budget.
+"""The integer programme: it chooses one variant for every part of every layer, with the least expected loss within a
+budget.
 
     minimise    the sum of the losses of what is chosen
     subject to  one variant of each part of a layer, or the whole layer dropped (not all); sum of costs <= budget;
                 nothing whose loss is infinite
 
-A multiple-choice knapsack, solved by HiGHS (scipy.optimize.milp). That the losses of single changes add up is an
-approximation (as in Puzzle, Bercovich et al. 2024, arXiv 2411.19146), which gets worse the more is cut: so the caller
-solves it for several sets of losses and tries what comes out (planning/try_candidates.py).
+It is a multiple-choice knapsack, solved by HiGHS (scipy.optimize.milp). The losses of single changes are added up,
+which is an approximation (as in Puzzle, Bercovich et al. 2024, arXiv 2411.19146). It gets worse the more is cut. So the
+caller solves the programme for several sets of losses and tries the results (planning/try_candidates.py).
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ from math import inf, isfinite
 
 from ..base.errors import Refused
 
-SECONDS = 20.0  # HiGHS stops then, with the best it has; models of 100 layers take a second
+SECONDS = 20.0  # HiGHS then stops with the best choice it has; models of 100 layers take a second
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to keep a part of a layer: how many units, with how many bits (None: as they are stored), the expected
-    loss (KL divergence, nats per token), and what it costs of the budget (bytes or parameters)."""
+    """One way to keep a part of a layer: the number of units, their bits (None: as stored), the expected loss, and the
+    cost.
+
+    The loss is a KL divergence in nats per token. The cost is what the variant takes of the budget, in bytes or
+    parameters.
+    """
 
     units: int
     bits: int | None
@@ -33,8 +38,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Menu:
-    """What may become of one layer: the variants of each of its parts, what keeping it costs whatever becomes of its
-    parts, and the loss of dropping it (None: it stays)."""
+    """What can become of one layer: the variants of each of its parts, a fixed cost, and the loss of dropping it.
+
+    The fixed cost is due if the layer stays, whatever its parts become. The loss is None if the layer must stay.
+    """
 
     parts: tuple[tuple[Variant, ...], ...]
     cost: float = 0.0
@@ -45,9 +52,17 @@ Choice = tuple[int, ...] | None  # the position of the variant of each part; Non
 
 
 def solve(menus: Sequence[Menu], budget: float, tied: bool = False) -> list[Choice]:
-    """The best choice for every layer, to about a millionth of the largest loss. ``tied``: all layers that stay take
-    the variants at the same positions, and layers are dropped in the order of their losses. Raises Refused when even
-    the cheapest choice is above the budget.
+    """Find the best choice for every layer, to about a millionth of the largest loss.
+
+    Args:
+        menus: what can become of each layer.
+        budget: what all layers may cost together, in bytes or parameters.
+        tied: all layers that stay take the variants at the same positions, and layers are dropped in the order of their
+            losses.
+    Returns:
+        For each layer the position of the variant of each part; None: the layer is dropped.
+    Raises:
+        Refused: even the cheapest choice is above the budget.
     """
     found = _tied(menus, budget) if tied else _solve(menus, budget)
     if found is None:
@@ -60,12 +75,12 @@ def solve(menus: Sequence[Menu], budget: float, tied: bool = False) -> list[Choi
 
 
 def loss_of(menus: Sequence[Menu], chosen: Sequence[Choice]) -> float:
-    """The sum that ``solve`` minimises."""
+    """Return the sum that ``solve`` minimises."""
     return sum(_value(menu, choice, "loss") for menu, choice in zip(menus, chosen, strict=True))
 
 
 def cost_of(menus: Sequence[Menu], chosen: Sequence[Choice]) -> float:
-    """What ``solve`` keeps below the budget."""
+    """Return the cost that ``solve`` keeps within the budget."""
     fixed = sum(menu.cost for menu, choice in zip(menus, chosen, strict=True) if choice is not None)
     return fixed + sum(_value(menu, choice, "cost") for menu, choice in zip(menus, chosen, strict=True))
 
@@ -77,7 +92,7 @@ def _value(menu: Menu, choice: Choice, field: str) -> float:
 
 
 def _cheapest(menus: Sequence[Menu], tied: bool) -> float:
-    """The least that a choice costs."""
+    """Return the least that a choice costs."""
     if tied:
         return min(
             _cheapest([_sum([m for i, m in enumerate(menus) if i not in gone])], False) for gone in _drops(menus)
@@ -94,13 +109,13 @@ def _may_go(menu: Menu) -> bool:
 
 
 def _drops(menus: Sequence[Menu]) -> list[set[int]]:
-    """Which layers are dropped when 0, 1, 2, ... are."""
+    """Return the set of layers to drop, for each number of dropped layers from 0 on."""
     order = sorted((i for i, menu in enumerate(menus) if _may_go(menu)), key=lambda i: menus[i].drop)
     return [set(order[:count]) for count in range(min(len(order), len(menus) - 1) + 1)]
 
 
 def _tied(menus: Sequence[Menu], budget: float) -> list[Choice] | None:
-    """For every number of dropped layers the best variants of the others; of those the best."""
+    """Find the best variants for every number of dropped layers, and return the best of these choices."""
     best: tuple[float, list[Choice]] | None = None
     for gone in _drops(menus):
         one = _solve([_sum([menu for i, menu in enumerate(menus) if i not in gone])], budget)
@@ -111,7 +126,7 @@ def _tied(menus: Sequence[Menu], budget: float) -> list[Choice] | None:
 
 
 def _sum(menus: Sequence[Menu]) -> Menu:
-    """Layers that are chosen for together, as one."""
+    """Add up layers that share one choice into one menu."""
     parts = []
     for alike in zip(*(menu.parts for menu in menus), strict=True):
         variants = zip(*alike, strict=True)
@@ -120,7 +135,8 @@ def _sum(menus: Sequence[Menu]) -> Menu:
 
 
 def _solve(menus: Sequence[Menu], budget: float) -> list[Choice] | None:
-    """A binary variable per variant, and one per layer that may be dropped; None when nothing is within the budget."""
+    """Solve with a binary variable per variant, and one per layer that may be dropped. Return None if nothing is within
+    the budget."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array

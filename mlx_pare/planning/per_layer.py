@@ -1,9 +1,9 @@
-"""Sensitivities + a goal -> candidates: how many units every part of every layer keeps, by the integer programme.
+"""Sensitivities + a goal -> candidates: the integer programme chooses how many units every part of every layer keeps.
 
-That single losses add up holds for small cuts only: with larger ones, damage in many places at once weighs more than
-its sum. So the programme is solved for several powers of the losses (a higher power spreads a cut over more places),
-for widths that all layers share as well as for widths of their own, and for losses that are disturbed at random. Which
-of the candidates is best, planning/try_candidates.py finds out.
+Losses of single changes add up only for small cuts. With larger cuts, damage in many places at once weighs more than
+its sum. So the programme is solved for several powers of the losses: a higher power spreads a cut over more places. It
+is also solved for widths that all layers share and for widths per layer, and for randomly disturbed losses.
+planning/try_candidates.py finds out which candidate is best.
 """
 
 from __future__ import annotations
@@ -31,15 +31,19 @@ from .uniform import step_of
 
 POWERS = (1.0, 1.25, 1.5, 2.0, 0.75)  # of the losses
 NOISE = 0.2  # standard deviation of the logarithm of disturbed losses
-LEVELS = 32  # widths of an ffn that are considered, at most
-REPAIRS = 12  # times a solution that misses the goal is looked for again,
+LEVELS = 32  # widths of an ffn that are considered at most
+REPAIRS = 12  # attempts to find a solution that meets the goal,
 NEAR = 0.005  # ... or until the budget is known to this share of the whole
 
 
 @dataclass(frozen=True)
 class Space:
-    """Which widths may be chosen. ``ffn``, ``kv_head``: counts, the whole last; ``drops``: layers that may go;
-    ``protected``: layers that lose no part."""
+    """Which widths can be chosen.
+
+    ``ffn`` and ``kv_head`` are counts, the uncut one last. ``drops`` are the layers that may be dropped. ``protected``
+    are layers that lose no part. ``bits`` are the packings of a part (None: unchanged). With ``tied`` all layers share
+    their widths.
+    """
 
     ffn: Sequence[int]
     kv_head: Sequence[int]
@@ -49,7 +53,8 @@ class Space:
     tied: bool
 
     def counts(self, layer: int) -> tuple[list[int], list[int]]:
-        """Of kv heads and of channels that a layer may keep. One that must stay keeps one of its parts."""
+        """Return how many kv heads and how many channels a layer may keep. A layer that must stay keeps one of its
+        parts."""
         whole = layer in self.protected
         heads = [n for n in self.kv_head if n or not whole]
         stays = whole or (0 in heads and layer not in self.drops)
@@ -57,8 +62,19 @@ class Space:
 
 
 def spaces(checkpoint: Checkpoint, options: Options, per_layer: bool, bits: Sequence[int] = ()) -> list[Space]:
-    """Where to look: widths that all layers share, and, where stock mlx-lm has classes that hold them, widths of their
-    own. ``bits``: what a part may be packed with. Raises UsageError for a wrong axis, as ``reach.space``."""
+    """List the spaces to search: widths that all layers share, and widths per layer if stock mlx-lm has classes that
+    hold them.
+
+    Args:
+        checkpoint: the model.
+        options: what was asked of the plan.
+        per_layer: whether widths per layer are searched too.
+        bits: bits with which a part may be packed; empty: the parts keep their packing.
+    Returns:
+        One to three spaces, the shared one first.
+    Raises:
+        UsageError: an axis is unknown, or the model cannot be cut along it.
+    """
     arch = checkpoint.arch
     step = step_of(checkpoint, replace(options, bits=max(bits)) if bits else options)  # whole groups of what is packed
     protected = frozenset(reach.protected_layers(arch) if options.protect else ())
@@ -78,13 +94,13 @@ def spaces(checkpoint: Checkpoint, options: Options, per_layer: bool, bits: Sequ
 
 
 def _with_none(arch: Architecture, options: Options, counts: Sequence[int]) -> Sequence[int]:
-    """These widths of an ffn, and none where a layer can be left without."""
+    """Return these widths of an ffn, with 0 in front if a layer can lose its ffn."""
     free = "ffn" in options.axes and why_no_sublayer_drops(arch, "ffn") is None
     return [0, *counts] if free and len(counts) > 1 else counts
 
 
 def _thinned(counts: Sequence[int]) -> list[int]:
-    """At most LEVELS of them, evenly spread, the last among them."""
+    """Return at most LEVELS of the counts, evenly spread, with the last among them."""
     if len(counts) <= LEVELS:
         return list(counts)
     places = np.linspace(0, len(counts) - 1, LEVELS).round().astype(int)
@@ -92,26 +108,52 @@ def _thinned(counts: Sequence[int]) -> list[int]:
 
 
 class Losses:
-    """What sensitivity found: the KL to expect of single changes."""
+    """What ``sensitivity`` found: the expected KL divergence of single changes, in nats per token.
+
+    ``arrays`` are those that ``sensitivity`` writes. ``bits`` names the entries of ``i.p.bits``.
+    """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], bits: Sequence[int]):
         self.arrays, self.bits = arrays, list(bits)
 
     def units(self, layer: int, part: str, count: int) -> float:
+        """Return the expected KL divergence if a part keeps ``count`` units.
+
+        Args:
+            layer: index of the layer.
+            part: "attention" or "ffn".
+            count: number of kept units.
+        """
         return float(self.arrays[f"{layer}.{part}.kl"][count])
 
     def packed(self, layer: int, part: str, bits: int | None) -> float:
+        """Return the expected KL divergence if a part is packed.
+
+        Args:
+            layer: index of the layer.
+            part: "attention" or "ffn".
+            bits: one of ``self.bits``; None: unchanged, which costs 0.
+        """
         return 0.0 if bits is None else float(self.arrays[f"{layer}.{part}.bits"][self.bits.index(bits)])
 
     def drop(self, layer: int) -> float:
+        """Return the KL divergence without the layer."""
         return float(self.arrays[f"{layer}.drop"])
 
     def count(self, layer: int, part: str) -> int:
-        """How many units a part has."""
+        """Return how many units a part has."""
         return len(self.arrays[f"{layer}.{part}.order"])
 
     def kept(self, layer: int, part: str, count: int) -> list[int]:
-        """The units that are left, ascending."""
+        """Return the units that greedy OBS keeps.
+
+        Args:
+            layer: index of the layer.
+            part: "attention" or "ffn".
+            count: number of kept units.
+        Returns:
+            The indices, ascending.
+        """
         order = self.arrays[f"{layer}.{part}.order"].astype(int)
         return sorted(order[len(order) - count :].tolist())
 
@@ -119,9 +161,20 @@ class Losses:
 def propose(
     checkpoint: Checkpoint, losses: Losses, goal: Goal, options: Options, spaces: Sequence[Space], count: int, seed: int
 ) -> list[Candidate]:
-    """Up to ``count`` different candidates that meet the goal. The first is the one with the least sum of losses.
+    """Propose up to ``count`` different candidates that meet the goal, the least sum of losses first.
 
-    Raises Refused when nothing that may be chosen meets it.
+    Args:
+        checkpoint: the model.
+        losses: what ``sensitivity`` found.
+        goal: what the cut must reach.
+        options: what was asked of the plan.
+        spaces: where to search; see ``spaces``.
+        count: number of candidates.
+        seed: of the random disturbance of the losses.
+    Returns:
+        The candidates.
+    Raises:
+        PareError: no choice meets the goal (Refused), or what is left would load nowhere.
     """
     found: dict[Candidate, float] = {}
     refused: PareError | None = None
@@ -154,11 +207,11 @@ def _solve(
     checkpoint: Checkpoint, losses: Losses, goal: Goal, options: Options, space: Space, power: float,
     random: np.random.Generator | None,
 ) -> tuple[Candidate, float]:  # fmt: skip
-    """The best candidate of a space that really meets the goal, and its sum of losses (not raised to the power).
+    """Find the best candidate of a space that really meets the goal, and its sum of losses (not raised to the power).
 
-    What a variant costs is counted tensor by tensor; how a cut leaves as another family, or its KV cache in whole
-    steps, is not: the budget is lowered by what the exact measure says, until that holds, and then raised again as far
-    as it holds. Raises Refused when it never does.
+    The cost of a variant is counted tensor by tensor. This misses that a cut may change the family, and that the KV
+    cache grows in whole steps. So the budget is lowered by what the exact measure is over the goal, until the goal
+    holds. Then the budget is raised again as far as the goal holds. Raises Refused if the goal never holds.
     """
     arch = checkpoint.arch
     price = _Price(checkpoint, goal, options)
@@ -187,7 +240,7 @@ def _solve(
 
 
 def _menu(arch: Architecture, losses: Losses, space: Space, price: _Price, layer: int) -> Menu:
-    """What may become of one layer."""
+    """Return what can become of one layer."""
     parts = []
     for part, counts in zip(PARTS, space.counts(layer), strict=True):
         variants = [
@@ -205,8 +258,8 @@ def _menu(arch: Architecture, losses: Losses, space: Space, price: _Price, layer
 
 
 def _disturbed(menus: Sequence[Menu], power: float, random: np.random.Generator | None, tied: bool) -> list[Menu]:
-    """The same menus with losses raised to a power, and multiplied by chance: each part of each layer, or, when all
-    layers are chosen for together, each part."""
+    """Return the menus with losses raised to a power and multiplied by random factors. There is a factor for each part
+    of each layer, or, with ``tied``, for each part."""
 
     def factors(count: int) -> np.ndarray:
         return np.exp(random.normal(0, NOISE, count)) if random is not None else np.ones(count)
@@ -236,7 +289,15 @@ def _candidate(menus: Sequence[Menu], chosen: Sequence[knapsack.Choice]) -> Cand
 
 
 def keep_of(candidate: Candidate, losses: Losses, options: Options) -> Keep:
-    """The cut that a candidate stands for, with the units that greedy OBS keeps."""
+    """Turn a candidate into a cut, with the units that greedy OBS keeps.
+
+    Args:
+        candidate: the width of every layer of the source.
+        losses: what ``sensitivity`` found.
+        options: their ``group_size`` is that of packed parts.
+    Returns:
+        The cut.
+    """
     layers = []
     for source, width in enumerate(candidate):
         if width is None:
@@ -253,7 +314,7 @@ def keep_of(candidate: Candidate, losses: Losses, options: Options) -> Keep:
 
 
 class _Price:
-    """What the tensors of a layer cost: parameters, or bytes as they will be stored and cached."""
+    """The cost of the tensors of a layer: in parameters, or in bytes as they will be stored and cached."""
 
     def __init__(self, checkpoint: Checkpoint, goal: Goal, options: Options):
         self.checkpoint, self.arch, self.goal = checkpoint, checkpoint.arch, goal
@@ -262,13 +323,13 @@ class _Price:
         self.cached = self._cached() if options.budget else 0.0
 
     def part(self, layer: int, part: str, units: int, bits: int | None) -> float:
-        """Of a part with so many units."""
+        """Return the cost of a part with this many units."""
         sizes = {**self.arch.layer_sizes(layer), PARTS[part].axis: units}
         cached = units * self.cached if part == "attention" else 0.0
         return cached + (self._sum(layer, part, sizes, bits) if units else 0.0)
 
     def rest(self, layer: int) -> float:
-        """Of its norms."""
+        """Return the cost of the norms of a layer."""
         return self._sum(layer, "norm", self.arch.layer_sizes(layer), None)
 
     def _sum(self, layer: int, part: str, sizes: Mapping[str, int], bits: int | None) -> float:
@@ -288,7 +349,7 @@ class _Price:
         return fitted.nbytes(*shape) if fitted else prod(shape) * width
 
     def _cached(self) -> float:
-        """Bytes of cache that one kv head of one layer takes from the weights."""
+        """Return the bytes that the cache of one kv head of one layer takes from the budget for weights."""
         fewer = [replace(layer, sizes={**layer.sizes, "kv_head": 1}) for layer in self.arch.layers]
         more = [replace(layer, sizes={**layer.sizes, "kv_head": 2}) for layer in self.arch.layers]
         left = [

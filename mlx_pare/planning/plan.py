@@ -37,8 +37,21 @@ __all__ = [
 
 
 def plan(model: StrPath, scores: StrPath, options: Options, level: Level | None = None) -> Plan:
-    """The plan for a target: its shape (at this level, when one was chosen), filled with the units of the highest
-    scores. Raises as ``shape``."""
+    """Make the plan for a target: choose the sizes, then fill them with the units of the highest scores.
+
+    Args:
+        model: model directory, GGUF file or name.
+        scores: file that ``score`` wrote.
+        options: the target and its limits.
+        level: the sizes, if they are already chosen; None: the even split that meets the target best.
+    Returns:
+        The plan.
+    Raises:
+        Unsupported: the model cannot be cut.
+        UsageError: a target or an axis means nothing.
+        Refused: the target cannot be reached, or nothing needs to be cut.
+        PareError: the scores cannot be read, or were made from another model.
+    """
     checkpoint = Checkpoint(opened(model))
     found = _scores_of(checkpoint, Path(scores))
     made = shape(checkpoint, options, level)
@@ -58,8 +71,22 @@ def plan(model: StrPath, scores: StrPath, options: Options, level: Level | None 
 
 
 def plan_widths(model: Path, scores: Path, candidate: Candidate, losses: Losses, options: Options) -> Plan:
-    """The plan of a candidate, whose layers may all differ: with the units that greedy OBS keeps (criterion obs), or
-    those of the highest scores."""
+    """Make the plan of a candidate, in which every layer can have its own widths.
+
+    With the criterion obs the units are those that greedy OBS keeps, else those of the highest scores.
+
+    Args:
+        model: model directory.
+        scores: file that ``score`` wrote.
+        candidate: the width of every layer of the source.
+        losses: what ``sensitivity`` found.
+        options: the target, bits and group size.
+    Returns:
+        The plan.
+    Raises:
+        UsageError: there is not exactly one target, or it means nothing.
+        PareError: the scores were made from another model, or what is left would load nowhere.
+    """
     checkpoint = Checkpoint(model)
     arch, found = checkpoint.arch, _scores_of(checkpoint, scores)
     layers = []
@@ -88,7 +115,17 @@ def plan_widths(model: Path, scores: Path, candidate: Candidate, losses: Losses,
 
 
 def redraw(model: Path, scores: Path, like: Plan) -> Plan:
-    """A plan of exactly the same sizes as ``like``, layer by layer, with the units that other scores choose."""
+    """Make a plan of exactly the same sizes as ``like``, layer by layer, with the units that other scores choose.
+
+    Args:
+        model: model directory.
+        scores: file that ``score`` wrote.
+        like: the plan whose sizes are taken.
+    Returns:
+        The plan.
+    Raises:
+        PareError: the scores cannot be read, or were made from another model.
+    """
     checkpoint = Checkpoint(model)
     arch, found = checkpoint.arch, _scores_of(checkpoint, scores)
     kept = {layer.source for layer in like.layers}
@@ -105,7 +142,15 @@ def redraw(model: Path, scores: Path, like: Plan) -> Plan:
 
 
 def whole(model: Path, like: Plan, limit: int) -> Plan | None:
-    """The uncut model in the widest packing of at most ``limit`` bytes, which pruning competes with; or None."""
+    """Plan the uncut model in the widest packing that fits a size: pruning competes with it.
+
+    Args:
+        model: model directory.
+        like: the plan of the pruned model; its group size is used if it has one.
+        limit: bytes that the weights may take.
+    Returns:
+        The plan; None if even the narrowest packing is larger.
+    """
     checkpoint = Checkpoint(model)
     everything = Keep(tuple(LayerKeep(i) for i in range(len(checkpoint.arch.layers))))
     source = checkpoint.quantization
@@ -134,7 +179,7 @@ def _scores_of(checkpoint: Checkpoint, scores: Path) -> Arrays:
 
 
 def _units(checkpoint: Checkpoint, keep: Keep) -> dict[str, Any]:
-    """A cut as the fields of a Plan, every index written out."""
+    """Return a cut as the fields of a Plan, with every index written out."""
     layers = []
     for layer in keep.layers:
         sizes = checkpoint.arch.layers[layer.source].sizes

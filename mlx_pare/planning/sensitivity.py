@@ -1,11 +1,10 @@
-"""How much every part of every layer matters: the KL divergence to expect of each width, and of each number of bits.
+"""How much every part of every layer matters: the expected KL divergence of each width, and of each number of bits.
 
-The curve of a part, by how much of its output is missed at every width, comes from one greedy removal
-(planning/try_candidates.py). It is proportional to the KL divergence, but with another factor for every part: so a few
-widths of each are really tried, one at a time, and the factor is taken from them. That a local error stands for the
-loss of the whole model is how Puzzle (Bercovich et al. 2024, arXiv 2411.19146) and EvoPress (Sieberling et al. 2024,
-arXiv 2410.14649) rank single changes, too; how well it does so here is measured and said: the rank correlation of local
-errors with measured KL.
+One greedy removal (planning/try_candidates.py) gives the curve of a part: how much of its output is missed at every
+width. The curve is proportional to the KL divergence, but with another factor for every part. So a few widths of each
+part are really tried, one at a time, and give the factor. Puzzle (Bercovich et al. 2024, arXiv 2411.19146) and EvoPress
+(Sieberling et al. 2024, arXiv 2410.14649) also rank single changes by a local error in place of the loss of the whole
+model. How well that works here is measured and reported: the rank correlation of local errors with measured KL.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ..text.corpus import Rows
 from .candidate import PARTS, Candidate, Curve, Curves, Width, whole
 from .try_candidates import try_out
 
-SHARES = (0.5, 0.875)  # of a part's units: the widths that are really tried; between them the factor is interpolated
+SHARES = (0.5, 0.875)  # of a part's units: the widths that are tried; between them the factor is interpolated
 TINY = 1e-12
 
 Single = tuple[int, str, int]  # layer; "attention", "ffn", "layer", or "attention bits", "ffn bits"; units or bits
@@ -39,11 +38,26 @@ def sensitivity(
     group_size: int = 64,
     memory_cap: int | None = None,
 ) -> Path:
-    """Write to ``out``: per layer i and part p (attention, ffn) ``i.p.order`` [units], first to go first, ``i.p.loss``
-    and ``i.p.kl`` [units + 1], the share of its output that is missed and the KL to expect (nats per token) when so
-    many units are kept, ``i.drop`` [], the KL without the layer, and ``i.p.bits`` [bits], the KL with the part packed.
+    """Measure how the KL divergence depends on the width and the bits of every part, and write the results to ``out``.
 
-    ``held``: rows on which KL is measured, of the length of the ``calibration`` rows. Raises Refused as ``try_out``.
+    The arrays, per layer i and part p (attention, ffn): ``i.p.order`` int32 [units], the units in the order of removal;
+    ``i.p.loss`` and ``i.p.kl`` float32 [units + 1], by the number of kept units, the share of the output that is missed
+    and the expected KL (nats per token); ``i.drop`` [], the KL without the layer; ``i.p.bits`` [bits], the KL with the
+    part packed.
+
+    Args:
+        model: model directory.
+        calibration: rows that repair the cuts, int32 [rows, tokens].
+        held: rows on which KL is measured, as long as the ``calibration`` rows.
+        out: file to write.
+        bits: bits to try for every part; empty: none.
+        group_size: of packed parts.
+        memory_cap: bytes that may be used; None: the memory that is free.
+    Returns:
+        ``out``.
+    Raises:
+        Refused: the estimate of memory exceeds the cap even for a single candidate.
+        PareError: the rows differ in length, or ``out`` cannot be written.
     """
     checkpoint = Checkpoint(model)
     changes = singles(checkpoint, bits)
@@ -67,7 +81,7 @@ def sensitivity(
 
 
 def singles(checkpoint: Checkpoint, bits: Sequence[int]) -> list[tuple[Single, Candidate]]:
-    """The model with one change: what it is, and the candidate."""
+    """List the candidates with a single change: what the change is, and the candidate."""
     full, found = whole(checkpoint.arch), []
 
     def add(layer: int, what: str, number: int, width: Width | None) -> None:
@@ -88,9 +102,18 @@ def singles(checkpoint: Checkpoint, bits: Sequence[int]) -> list[tuple[Single, C
 
 
 def expected(curve: Curve, points: dict[int, float]) -> np.ndarray:
-    """KL [units + 1] of every width, given the measured KL at some: the loss of the curve times a factor, whose
-    logarithm is linear between the measured widths and constant beyond. A wider part is never worse. Infinite where it
-    was given up; the loss alone where nothing was measured."""
+    """Estimate the KL divergence of every width from a curve and a few measurements.
+
+    It is the loss of the curve times a factor. The logarithm of the factor is linear between the measured widths and
+    constant beyond. A wider part is never worse. The KL is infinite if a measurement was given up, and the plain loss
+    if nothing was measured.
+
+    Args:
+        curve: of the part.
+        points: number of kept units -> measured KL in nats per token.
+    Returns:
+        float [units + 1]: KL in nats per token, by the number of kept units.
+    """
     kl, lost = curve.loss.copy(), [count for count in points if np.isinf(points[count])]
     counts = [count for count in sorted(points) if curve.loss[count] > TINY and count not in lost]
     if counts:
@@ -101,8 +124,8 @@ def expected(curve: Curve, points: dict[int, float]) -> np.ndarray:
 
 
 def rank_correlations(curves: Curves, measured: dict[Single, float]) -> dict[str, float]:
-    """Spearman's rank correlation of local losses with measured KL, by part and of all together, as far as there are
-    three different ones or more."""
+    """Return Spearman's rank correlation of local losses with measured KL, for each part and for all together. A part
+    is left out unless both have at least three different values."""
     from scipy.stats import spearmanr
 
     pairs = {part: [] for part in (*PARTS, "all")}

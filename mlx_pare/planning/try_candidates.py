@@ -1,13 +1,13 @@
-"""Many cuts of one model tried side by side: the KL divergence of each, by one walk and without writing anything.
+"""Many cuts of one model tried side by side: one walk measures the KL divergence of each and writes nothing.
 
-Beside the dense stream, which carries calibration and held-out rows, every candidate has a stream of its own over the
-held-out rows. Where a candidate narrows a part of a block (attention, ffn), the units that go are the first in greedy
-OBS order on the calibration rows, and the matrix behind them is solved again so that it gives what the dense one gave
-(repair/least_squares.py): a candidate is as repaired as it can be without knowing what it lost in earlier blocks.
-Candidates that keep as much share that work; each weight is read once for all of them. A stream whose error has become
-as large as the dense stream itself is given up at once.
+The dense stream carries calibration and held-out rows. Every candidate has another stream, over the held-out rows. If a
+candidate narrows a part of a block (attention, ffn), the first units in greedy OBS order on the calibration rows are
+removed. The matrix behind them is solved again so that it gives what the dense one gave (repair/least_squares.py). So a
+candidate is repaired as well as possible without knowing its losses in earlier blocks. Candidates with the same width
+share that work, and each weight is read once for all of them. A stream is given up as soon as its squared error reaches
+LOST times the square of the dense stream.
 
-The difference to reconstruct: that makes up for the errors of earlier blocks as well, one plan at a time.
+Unlike this, reconstruct also compensates the errors of earlier blocks, one plan at a time.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from ..text.corpus import Extent, Rows
 from .candidate import PARTS, Candidate, Curve, Curves, Width, whole
 
 TINY = 1e-30
-MOST_WIDTHS = 33  # of an ffn that candidates have, at most (planning/per_layer.py LEVELS, and none)
-LOST = 2.0  # squares of a stream's error over the dense one's, at which it is given up: that of an unrelated stream
+MOST_WIDTHS = 33  # of one ffn among all candidates, at most (LEVELS of planning/per_layer.py, and 0)
+LOST = 2.0  # squared error of a stream over the square of the dense one, that of an unrelated stream: it is given up
 
 
 @dataclass
 class Tried:
-    """``kl``: of each candidate, nats per token, infinite where it was given up; ``curves``: of every part that was
-    narrowed, or of all."""
+    """``kl`` of each candidate, in nats per token, infinite if it was given up. ``curves`` of every part that was
+    narrowed, or of all parts, and those that were given."""
 
     kl: list[float]
     curves: Curves = field(default_factory=dict)
@@ -59,12 +59,24 @@ def try_out(
     memory_cap: int | None = None,
     lost: float | None = None,
 ) -> Tried:
-    """Try candidates on ``held`` rows, repaired by ``calibration`` rows of the same length.
+    """Measure how much each candidate loses on ``held`` rows, without writing a model.
 
-    ``curves``: of an earlier call, whose orders are then taken; without them the curve of every part of every layer is
-    found and returned. ``group_size``: of parts that get bits of their own. ``lost``: in place of LOST. Where nothing
-    is narrowed, there need be no calibration rows. As many candidates go side by side as the memory holds, the others
-    in another walk. Raises Refused when the estimate of memory exceeds the cap even for one of them.
+    As many candidates go side by side as the memory holds. The others take further walks.
+
+    Args:
+        model: model directory.
+        candidates: widths per layer; may be empty if only the curves are wanted.
+        calibration: rows that repair the cuts, int32 [rows, tokens]; may be empty if nothing is narrowed.
+        held: rows on which the KL divergence to the original is measured, as long as the ``calibration`` rows.
+        curves: of an earlier call, whose orders are then used; None: the curve of every part of every layer is found.
+        group_size: of parts that the candidates pack.
+        memory_cap: bytes that may be used; None: the memory that is free.
+        lost: squared error over that of the dense stream at which a candidate is given up; None: LOST.
+    Returns:
+        KL divergence of each candidate, in nats per token, and the curves.
+    Raises:
+        Refused: the estimate of memory exceeds the cap even for a single candidate.
+        PareError: the rows differ in length, or the model computes numbers that are not finite.
     """
     checkpoint = Checkpoint(model)
     most, found = affordable(checkpoint, calibration, held, max(1, len(candidates)), memory_cap), Tried([], {})
@@ -76,7 +88,19 @@ def try_out(
 
 
 def affordable(checkpoint: Checkpoint, calibration: Rows, held: Rows, count: int, cap: int | None) -> int:
-    """How many of ``count`` candidates can be tried side by side. Raises Refused when not even one can."""
+    """Find how many candidates can be tried side by side: ``count``, halved (and rounded up) until the memory suffices.
+
+    Args:
+        checkpoint: the model.
+        calibration: rows that repair the cuts, int32 [rows, tokens].
+        held: rows on which the KL divergence is measured, as long as the others.
+        count: number of candidates.
+        cap: bytes that may be used; None: the memory that is free.
+    Returns:
+        A number from 1 to ``count``.
+    Raises:
+        Refused: not even one candidate can be tried.
+    """
     while count > 1:
         try:
             check_memory(checkpoint, calibration, held, count, cap)
@@ -96,7 +120,7 @@ def _walk(
     group_size: int,
     lost: float | None,
 ) -> Tried:
-    """Candidates that are tried side by side."""
+    """Measure candidates that are tried side by side."""
     rows = calibration.joined(held)
     side_by_side = _SideBySide(
         checkpoint.arch, candidates, rows, calibration.count, curves, group_size, LOST if lost is None else lost
@@ -115,20 +139,35 @@ def _walk(
 def check_memory(
     checkpoint: Checkpoint, calibration: Rows | Extent, held: Rows | Extent, count: int, cap: int | None
 ) -> int:
-    """The estimate of memory of so many candidates side by side, if it is under ``cap``. Raises Refused otherwise."""
+    """Estimate the memory that candidates take side by side.
+
+    Args:
+        checkpoint: the model.
+        calibration: rows that repair the cuts, or their extent.
+        held: rows on which the KL divergence is measured, or their extent.
+        count: number of candidates.
+        cap: bytes that may be used; None: the memory that is free.
+    Returns:
+        The estimate in bytes.
+    Raises:
+        Refused: the estimate exceeds ``cap``.
+    """
     value, sizes, rows = memory.state_width(checkpoint), checkpoint.arch.layer_sizes(0), calibration.joined(held)
     streams = (count + 1) * held.count * held.length * sizes["hidden"] * value
     inputs = rows.count * rows.length * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
     solved = max(each.nbytes for each in solve_costs(checkpoint, calibration.total)) if calibration.count else 0
     widths = min(count, sizes["kv_head"]) * sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
-    widths += min(count, MOST_WIDTHS) * sizes["ffn"]  # each has a matrix of its own while its block is there
+    widths += min(count, MOST_WIDTHS) * sizes["ffn"]  # each has its own matrix while its block is in memory
     solved += 4 * sizes["hidden"] * widths
     return memory.check_memory(checkpoint, rows, cap, streams + inputs + solved, "; or leave out trials: --widths even")
 
 
 class _SideBySide(stream.Observer):
-    """The observer of a walk of the dense model that leads all candidates along. The state of a candidate is None while
-    its stream is the dense one, then its hidden states, and infinity once it has been given up."""
+    """The observer of a walk of the dense model that leads all candidates along.
+
+    The state of a candidate is None while its stream is the dense one. Then it is the hidden states of the held-out
+    rows, or infinity once the candidate was given up.
+    """
 
     def __init__(
         self,
@@ -188,12 +227,13 @@ class _SideBySide(stream.Observer):
     # ---- one block ----
 
     def _counts(self, index: int, part: str) -> set[int]:
-        """How many units candidates keep of a part, where it is some but not all."""
+        """Return how many units the candidates keep of a part, if it is some but not all."""
         kept = {candidate[index].units(part) for candidate in self.candidates if candidate[index] is not None}
         return kept - {0, self.whole[index].units(part)}
 
     def _solved(self, index: int, part: str) -> dict[int, tuple[mx.array, mx.array]]:
-        """Weight [out, in], zero at what is cut, and bias, for every number of units that some candidate keeps."""
+        """Return, for every number of units that a candidate keeps, the weight [out, in], zero at what is cut, and the
+        bias."""
         site = self.sites[part]
         problem, energy = site.problem(None, self.mask)
         if (index, part) not in self.curves:
@@ -205,19 +245,19 @@ class _SideBySide(stream.Observer):
         return found
 
     def _size(self, index: int, part: str) -> int:
-        """How many inputs of its last matrix a unit of a part has."""
+        """Return how many inputs of the last matrix belong to one unit of a part."""
         sizes = self.arch.layers[index].sizes
         return sizes["group"] * sizes["head_dim"] if part == "attention" else 1
 
     def _columns(self, index: int, part: str, count: int) -> np.ndarray:
-        """The inputs of a part's last matrix that are left with so many units."""
+        """Return the inputs of a part's last matrix that are left with this many units."""
         size, whole = self._size(index, part), self.whole[index].units(part)
         kept = np.arange(whole) if count == whole else np.array(self.curves[index, part].kept(count))
         return (kept[:, None] * size + np.arange(size)).reshape(-1)
 
     @contextmanager
     def _changed(self, index: int, width: Width, solved: Mapping[str, Mapping[int, tuple]]) -> Iterator[None]:
-        """The block as a candidate has it."""
+        """Change the block to what a candidate has, and restore it afterwards."""
         replaced = []
         for part, site in self.sites.items():
             units, bits = width.units(part), width.bits(part)
@@ -227,7 +267,7 @@ class _SideBySide(stream.Observer):
                 if bits is not None:
                     packing = Packing(bits, self.group_size)
                     replaced += self._pack_readers(index, part, packing)
-                    if site.new is not None or not packed_so(site.inner, packing):  # codes that stay stay as they are
+                    if site.new is not None or not packed_so(site.inner, packing):  # kept codes do not change
                         site.new = _packed(site, self._columns(index, part, units), packing)
         try:
             yield
@@ -238,7 +278,7 @@ class _SideBySide(stream.Observer):
                 site.gone, site.new = False, None
 
     def _pack_readers(self, index: int, part: str, packing: Packing) -> list[tuple[str, Any]]:
-        """Pack all matrices of a part but the last; returns what stood where."""
+        """Pack all matrices of a part except the last; return the paths and the modules that were there before."""
         before = []
         for role in self.arch.readers(index, part):
             path = self.arch.path(index, role)
@@ -252,8 +292,8 @@ class _SideBySide(stream.Observer):
 
 
 def _packed(site: Site, columns: np.ndarray, packing: Packing) -> tuple[mx.array, mx.array]:
-    """Weight [out, in], zero but for these columns, and bias of a site, as they will be stored: packed where a group
-    divides them."""
+    """Return the weight [out, in], zero except in these columns, and the bias of a site, as they will be stored: packed
+    if a group size divides the columns."""
     weight, bias = site.new or (site.own(), site.bias)
     fitted = packing.fitted(len(columns))
     if fitted is None:
@@ -264,6 +304,7 @@ def _packed(site: Site, columns: np.ndarray, packing: Packing) -> tuple[mx.array
 
 
 def _curve(order: Sequence[int], prices: Sequence[float], energy: float) -> Curve:
-    """From the order in which units go and what each adds to the squares that are missed, of ``energy`` in all."""
+    """Make a curve from the order in which units are removed and the squares that each adds to those missed, out of
+    ``energy``."""
     loss = np.cumsum([0.0, *np.maximum(prices, 0.0)])[::-1] / max(energy, TINY)
     return Curve(np.array(order), loss)

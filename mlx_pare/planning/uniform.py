@@ -14,12 +14,12 @@ from ..pruning.plan_file import Size, Target
 from ..pruning.reach import Level
 from .goal import Goal, Options, goal, packing_of
 
-SAME = 0.01  # of the whole: levels that differ by less meet a target alike
+SAME = 0.01  # of the whole: levels that differ by less meet a target equally well
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes a target leads to, before any unit is chosen."""
+    """The sizes that a target leads to, before any unit is chosen."""
 
     target: Target
     level: Level
@@ -30,10 +30,18 @@ class Shape:
 
 
 def shape(checkpoint: Checkpoint, options: Options, level: Level | None = None) -> Shape:
-    """The reachable sizes nearest to the target, with uniform widths, or those of a level; needs no scores.
+    """Find the reachable sizes nearest to the target, with uniform widths. This needs no scores.
 
-    Raises Unsupported for a model that cannot be cut, UsageError for a target or axis that means nothing, Refused when
-    the target cannot be reached.
+    Args:
+        checkpoint: the model.
+        options: the target and its limits.
+        level: sizes to describe instead; None: those that meet the target best.
+    Returns:
+        The sizes before and after, and their neighbours.
+    Raises:
+        Unsupported: the model cannot be cut.
+        UsageError: a target or an axis means nothing.
+        Refused: the target cannot be reached, or nothing needs to be cut.
     """
     arch, packing = checkpoint.arch, packing_of(options)
     require_cuttable(arch)
@@ -52,11 +60,21 @@ def shape(checkpoint: Checkpoint, options: Options, level: Level | None = None) 
 
 
 def splits(checkpoint: Checkpoint, options: Options, most: int) -> list[Level]:
-    """Levels that meet the target as nearly as the even split does, or to a hundredth of the whole, each dividing the
-    cut otherwise between the axes: for every number of kv heads, and of layers, the ffn that is left. At most so many,
-    those nearest to the even split, which is the first.
+    """Find levels that meet the target, each with another division of the cut between the axes.
 
-    Raises as ``shape``."""
+    For every number of kv heads, and of layers, the ffn that is left is found. A level counts if it meets the target as
+    nearly as the even split does, or to a hundredth of the whole.
+
+    Args:
+        checkpoint: the model.
+        options: the target and its limits.
+        most: number of levels at most.
+    Returns:
+        The levels, the even split first, then those nearest to it.
+    Raises:
+        UsageError: a target or an axis means nothing.
+        Refused: the target cannot be reached, or nothing needs to be cut.
+    """
     arch, wanted = checkpoint.arch, goal(checkpoint, options)
     protected = reach.protected_layers(arch) if options.protect else []
     space = reach.space(arch, options.axes, step_of(checkpoint, options), protected)
@@ -80,7 +98,8 @@ def splits(checkpoint: Checkpoint, options: Options, most: int) -> list[Level]:
 def _nearest(
     checkpoint: Checkpoint, options: Options, wanted: Goal, space: reach.Space, protected: Sequence[int]
 ) -> Level:
-    """The reachable level that meets a goal best. Raises Refused when there is none, or nothing needs to be cut."""
+    """Return the reachable level that meets a goal best. Raises Refused if there is none, or if nothing needs to be
+    cut."""
     measure = _measure(checkpoint.arch, wanted, protected)
     packing = packing_of(options)
     if wanted.at_most:
@@ -100,6 +119,6 @@ def _measure(arch: Architecture, wanted: Goal, protected: Sequence[int]) -> Call
 
 
 def step_of(checkpoint: Checkpoint, options: Options) -> int:
-    """The unit of ffn and hidden."""
+    """Return the unit of ffn and hidden."""
     packing = packing_of(options) or checkpoint.quantization
     return options.step or reach.unit(checkpoint.arch, packing.group_size if packing else None)

@@ -1,4 +1,5 @@
-"""The README.md of a model that is handed on: what it was made of, how, and what it costs, by what its run measured."""
+"""The README.md of a model to hand on: its origin, how it was made, and what that costs by the measurements of its
+run."""
 
 from __future__ import annotations
 
@@ -20,16 +21,19 @@ MADE = {"recovered": "recover", "pruned": "prune"}  # contender -> step whose mo
 
 
 def run_of(model: Path) -> Path | None:
-    """The run directory that a model lies in, as RUN/recover/model; None when it lies in none."""
+    """Return the run directory that a model lies in, as RUN/recover/model; None if it lies in none."""
     step = model.resolve().parent
     inside = model.resolve().name == "model" and step.name in MADE.values()
     return step.parent if inside and (step.parent / "manifest.json").is_file() else None
 
 
 def card(model: Path, source: Path | None = None) -> str:
-    """The text of a model's card, of one that was packed out of ``source`` with what is known of that: front matter
-    that the hub reads, sizes, and where the model lies in a run directory its verdict, the table of what was measured,
-    and the hashes of plan and data. Raises PareError for a damaged model or manifest."""
+    """Write the card of a model. ``source`` is the model that it was packed from, whose origin then counts.
+
+    The card has front matter that the hub reads, and sizes. If the model lies in a run directory, it also has the
+    verdict, the table of measurements, and the hashes of plan and data. Raises PareError for a damaged model or
+    manifest.
+    """
     checkpoint, run = Checkpoint(model), run_of(source or model)
     manifest = Manifest.read(run / "manifest.json", "run manifest") if run else None
     sections = [_front(checkpoint, manifest), _made(checkpoint, manifest)]
@@ -85,8 +89,8 @@ def _asked(run: Path) -> str:
     recipe = run / "recipe.toml"
     if not recipe.is_file():
         return ""
-    # paths are of the computer it was made on, and nobody's business
-    read_recipe(run)  # raises PareError for a damaged one
+    # paths belong to the computer of the run, and stay private
+    read_recipe(run)  # raises PareError for a damaged recipe
     lines = [line for line in recipe.read_text("utf-8").splitlines() if "/" not in line]
     return "## How\n\n```toml\n" + "\n".join(plain(line).replace("`", "'") for line in lines) + "\n```"
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from ..base.units import gb
 
-MOST = 25  # bars in a picture: more of them are looked at, but not read
-COLUMNS = ("verdict", "headroom, GB", "budget, GB", "longest context")  # of the table beside the bars
+MOST = 25  # bars in a picture: nobody reads more
+COLUMNS = ("verdict", "headroom, GB", "budget, GB", "longest context")  # of the table next to the bars
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A model on one Mac, or on several that are alike. ``parts``: bytes by name; ``longest``: tokens, None unknown."""
+    """A model on one Mac, or on several alike. ``parts``: bytes by name; ``longest``: tokens, None if unknown."""
 
     name: str
     label: str
@@ -24,30 +24,30 @@ class Bar:
     budget: int
     verdict: str
     longest: int | None
-    unsure: bool = False  # whether the budget is an estimate that nobody has measured
+    unsure: bool = False  # whether the budget is an estimate that was never measured
     second: bool = False  # belongs to the bar before it
 
     @property
     def key(self) -> str:
-        """The name as part of an id: "24-gb-11-macs"."""
+        """Return the name as part of an id: "24-gb-11-macs"."""
         return slug(self.name)
 
     @property
     def total(self) -> int:
-        """Bytes, as far as they are known."""
+        """Return the bytes, as far as they are known."""
         return sum(self.parts.values())
 
     @property
     def cells(self) -> tuple[str, str, str, str]:
-        """What the table beside the bars says, in the order of COLUMNS."""
+        """Return what the table next to the bars says, in the order of COLUMNS."""
         headroom = f"{(self.budget - self.total) / 1e9:.2f}"
-        if self.longest is None:  # something takes the rest, and nobody knows how much
+        if self.longest is None:  # the rest of the memory is unknown
             return self.verdict, f"< {headroom}", f"{self.budget / 1e9:.2f}", "?"
         return self.verdict, headroom, f"{self.budget / 1e9:.2f}", f"{self.longest:,}" if self.longest else "none"
 
 
 def by_memory(rows: Iterable[Mapping[str, Any]]) -> dict[float, Mapping[str, Any]]:
-    """Of the Macs of every memory size the one with the least room, smallest size first."""
+    """Return for every memory size the Mac with the least room, smallest size first."""
     found: dict[float, Mapping[str, Any]] = {}
     for row in sorted(rows, key=lambda row: (row["memory_gb"], row["budget_bytes"] - _known_total(row))):
         found.setdefault(row["memory_gb"], row)
@@ -55,7 +55,7 @@ def by_memory(rows: Iterable[Mapping[str, Any]]) -> dict[float, Mapping[str, Any
 
 
 def bars_of(found: Mapping[str, Any]) -> list[Bar]:
-    """The bars of the picture from top to bottom: as many as a reader takes in, and no more."""
+    """Return the bars of the picture from top to bottom, at most as many as a reader takes in."""
     rows, here = found["rows"], found.get("here") or {}
     if original := found.get("original_rows"):
         return _pairs(by_memory(original), by_memory(rows))
@@ -68,12 +68,12 @@ def bars_of(found: Mapping[str, Any]) -> list[Bar]:
     groups = [(not first, list(group)) for (first, *_), group in groupby(sorted(rows, key=key), key=key)]
     sizes = [group[0]["memory_gb"] for _, group in groups]
     bars = [_bar(_name(group, mine, sizes), group, bool(found.get("train"))) for mine, group in groups]
-    nearest = sorted(bars, key=lambda bar: abs(bar.budget - bar.total))[:MOST]  # further off, the case is plain
+    nearest = sorted(bars, key=lambda bar: abs(bar.budget - bar.total))[:MOST]  # the others are clear cases
     return [bar for bar in bars if bar in nearest]
 
 
 def _name(rows: Sequence[Mapping[str, Any]], mine: bool, sizes: Sequence[float]) -> str:
-    """What the Macs of one bar are called: one by its name, several by their memory."""
+    """Name the Macs of one bar: one by its name, several by their memory."""
     if mine or len({row["mac"] for row in rows}) == 1:
         return f"this Mac ({rows[0]['mac']})" if mine else rows[0]["mac"]
     size = rows[0]["memory_gb"]
@@ -83,7 +83,8 @@ def _name(rows: Sequence[Mapping[str, Any]], mine: bool, sizes: Sequence[float])
 
 
 def _pairs(original: Mapping[float, Mapping[str, Any]], result: Mapping[float, Mapping[str, Any]]) -> list[Bar]:
-    """Original and result on every memory size, up to the first on which both fit with room to spare."""
+    """Return bars of original and result for every memory size, up to the first on which both fit with room to
+    spare."""
     sizes = list(result)
     plain = (i for i, n in enumerate(sizes) if verdict_of(original[n]) == verdict_of(result[n]) == "fits")
     last = next(plain, len(sizes) - 1) + 1
@@ -95,7 +96,8 @@ def _pairs(original: Mapping[float, Mapping[str, Any]], result: Mapping[float, M
 
 
 def _bar(name: str, rows: Sequence[Mapping[str, Any]], train: bool = False) -> Bar:
-    """One bar for Macs on which the sum is the same; if only some of them hold scores for it, those are not shown."""
+    """Return one bar for Macs on which the sum is the same. If only some of them hold scores for it, those are not
+    shown."""
     row, longest = min(rows, key=lambda row: row.get("scores_bytes") or 0), [row["max_context"] for row in rows]
     return Bar(
         name=name,
@@ -109,7 +111,7 @@ def _bar(name: str, rows: Sequence[Mapping[str, Any]], train: bool = False) -> B
 
 
 def verdict_of(row: Mapping[str, Any]) -> str:
-    """The verdict of a row of fit; the rows of older runs say only whether it fits."""
+    """Return the verdict of a row of fit. The rows of older runs say only whether it fits."""
     return row.get("verdict") or ("fits" if row["fits"] else "over")
 
 
@@ -118,7 +120,7 @@ def _known_total(row: Mapping[str, Any]) -> int:
 
 
 def parts_of(row: Mapping[str, Any], train: bool) -> dict[str, int]:
-    """Bytes by what they are for, in the order in which they are stacked: of a row, or of a point of the curve."""
+    """Return the bytes of a row, or of a point of the curve, by their use, in the order in which they are stacked."""
     parts = {"weights": row["weights_bytes"]}
     work, scores = row["activation_bytes"], row.get("scores_bytes") or 0
     if work is None:
@@ -133,7 +135,7 @@ def parts_of(row: Mapping[str, Any], train: bool) -> dict[str, int]:
 
 
 def heading(found: Mapping[str, Any], bars: Sequence[Bar]) -> str:
-    """How much it takes, in a line."""
+    """Say in a line how much memory the model takes."""
     name = clean(found["model"], 32)
     if any(bar.longest is None for bar in bars):
         return f"{name}: weights take {gb(bars[0].total)}, the rest is unknown"
@@ -149,7 +151,7 @@ def heading(found: Mapping[str, Any], bars: Sequence[Bar]) -> str:
 
 
 def finding(found: Mapping[str, Any]) -> str:
-    """Where it fits, in a line."""
+    """Say in a line where the model fits."""
     answers, original = ([row["fits"] for row in found.get(key) or ()] for key in ("rows", "original_rows"))
     if None in answers:
         known = f"Does not fit {answers.count(False)} of {len(answers)} Macs; " if False in answers else ""
@@ -161,13 +163,13 @@ def finding(found: Mapping[str, Any]) -> str:
 
 
 def clean(text: str, most: int = 60) -> str:
-    """A name from outside as a short piece of one line."""
+    """Shorten a name from outside to a piece of one line."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= most else f"{line[: most // 2]}…{line[1 - most // 2 :]}"
 
 
 def use(found: Mapping[str, Any], bars: Sequence[Bar]) -> str:
-    """How it is meant to run, and what is not certain about it."""
+    """Say how the model is meant to run, and what is not certain about it."""
     batch, train = found.get("batch") or 1, found.get("train")
     facts = [found.get("form"), found.get("runtime"), f"batch {batch}" if batch > 1 else None, train]
     said = [clean(fact) for fact in facts if fact]
@@ -177,7 +179,7 @@ def use(found: Mapping[str, Any], bars: Sequence[Bar]) -> str:
 
 
 def describe(found: Mapping[str, Any]) -> str:
-    """What the bars show, for those who cannot see them."""
+    """Say what the bars show, for readers who cannot see them."""
     bars = bars_of(found)
     said = [
         f"{bar.name}: {gb(bar.total)} of {gb(bar.budget)}, {bar.verdict}, longest context {bar.cells[-1]}"
@@ -187,5 +189,5 @@ def describe(found: Mapping[str, Any]) -> str:
 
 
 def slug(text: str) -> str:
-    """A name as part of an id."""
+    """Return a name as part of an id."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

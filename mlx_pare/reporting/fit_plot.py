@@ -1,8 +1,9 @@
-"""The picture of `fit`: what a model takes on every Mac beside what its GPU may use, and how it grows with the context.
+"""The picture of `fit`: what a model takes on every Mac, next to what its GPU may use, and how it grows with the
+context.
 
-Above, one bar per Mac (per memory size when there are many) on a track as long as the budget: the dark end of the track
-is its last tenth, where a model is called tight, and what is hatched is too much. Below, memory over the context. Drawn
-on a matplotlib Figure of its own, without pyplot: no window, and no setting outlives the call.
+Above is one bar per Mac (per memory size if there are many) on a track as long as the budget. The dark end of the track
+is its last tenth, in which a model is called tight. The hatched part is too much. Below is memory over the context. The
+picture is drawn on its own matplotlib Figure, without pyplot: no window opens, and no setting outlives the call.
 """
 
 from __future__ import annotations
@@ -55,25 +56,23 @@ WIDTH, MARGIN, TABLE, HEAD, FOOT = 10.5, 0.25, 3.85, 1.4, 0.6
 LINE, APART, GROWTH, BETWEEN = 0.21, 0.35, 3.1, 1.2
 LETTER, TICK = 0.078, 0.42  # the width of a letter, and of a number under an axis
 TITLE = {"loc": "left", "fontsize": 10, "fontweight": "bold", "color": INK}  # of a panel
-ENDS = (0.75, 1.7, 2.55, 3.65)  # of the columns beside the bars, right of their panel
+ENDS = (0.75, 1.7, 2.55, 3.65)  # of the columns next to the bars, to the right of their panel
 
 
 def draw(found: Mapping[str, Any], path: Path, write: Callable[[Path, bytes], Path] = create_file) -> Path:
-    """Draw what ``fit`` returned, as SVG, PNG or PDF. Same input, same bytes.
+    """Draw what ``fit`` returned, as SVG, PNG or PDF. The same input gives the same bytes.
 
     Args:
-        found: of ``fit``. With ``original_rows`` and ``original_curve``, as a run has them, the original is drawn
-            beside the result.
-        path: the picture; its suffix says what kind.
+        found: of ``fit``. With ``original_rows`` and ``original_curve``, as a run has them, the original is drawn next
+            to the result.
+        path: the picture; its suffix sets the format.
         write: writes the bytes to the path, and returns where they are. Default: a new file.
-
     Returns:
         The file that was written.
-
     Raises:
-        UsageError: for another suffix.
-        Refused: by the default ``write``, if the file exists.
-        PareError: if nothing can be written there, or matplotlib is missing.
+        UsageError: the suffix is another one.
+        Refused: the file exists (from the default ``write``).
+        PareError: nothing can be written there, or matplotlib is missing.
     """
     path = Path(path)
     _check_place(path)
@@ -84,7 +83,7 @@ def draw(found: Mapping[str, Any], path: Path, write: Callable[[Path, bytes], Pa
 
 
 def preflight(path: Path) -> None:
-    """What can be known of a new picture before there is something to draw. Raises as ``draw``."""
+    """Check what can be known of a new picture before there is something to draw. Raises as ``draw``."""
     _check_place(path)
     refuse_existing(path)
 
@@ -97,17 +96,17 @@ def _check_place(path: Path) -> None:
 
 
 def drawn(found: Mapping[str, Any], path: Path) -> bool:
-    """Whether ``path`` is the SVG picture of this already, by its own words; asking costs no matplotlib."""
+    """Tell whether ``path`` is already the SVG picture of this, by its description. This does not import matplotlib."""
     return path.is_file() and _desc(found) in path.read_text("utf-8", errors="replace")
 
 
 def _desc(found: Mapping[str, Any]) -> str:
-    """Where screen readers look."""
+    """Return the element that screen readers look for."""
     return f"<desc>{escape(describe(found))}</desc>"
 
 
 def figure(found: Mapping[str, Any]) -> Figure:
-    """The picture, not yet in a file."""
+    """Return the picture, not yet in a file."""
     with _style():
         from matplotlib.figure import Figure
 
@@ -132,19 +131,19 @@ def figure(found: Mapping[str, Any]) -> Figure:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """matplotlib as it comes, whatever the user's matplotlibrc says; afterwards as it was."""
+    """Set matplotlib's defaults, whatever the user's matplotlibrc says, and restore the settings afterwards."""
     try:
         import matplotlib
     except ImportError as error:
         raise PareError(f"cannot draw without matplotlib: {error}", "install it: pip install matplotlib") from error
     shipped = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
     with matplotlib.rc_context(shipped | STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # letters that DejaVu lacks: who opens the SVG may have them
+        warnings.simplefilter("ignore", UserWarning)  # DejaVu lacks some letters; the reader of the SVG may have them
         yield
 
 
 def _rendered(found: Mapping[str, Any], kind: str) -> bytes:
-    """The bytes of a file, with the picture in words for those who cannot see it, and without a date."""
+    """Return the bytes of a file, with a description for readers who cannot see it, and without a date."""
     picture, title, told = figure(found), heading(found, bars_of(found)), describe(found)
     about = {
         "svg": {"Title": title, "Description": told, "Creator": "mlx-pare", "Date": None},
@@ -164,7 +163,7 @@ def _rendered(found: Mapping[str, Any], kind: str) -> bytes:
 
 
 def _head(fig: Figure, found: Mapping[str, Any], bars: Sequence[Bar]) -> None:
-    """Title, how it is meant to run, and what the colours mean."""
+    """Draw the title, the use, and the meaning of the colours."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -184,7 +183,7 @@ def _head(fig: Figure, found: Mapping[str, Any], bars: Sequence[Bar]) -> None:
 
 
 def _bars(axes: Axes, bars: Sequence[Bar], places: Sequence[float]) -> None:
-    """One bar per Mac on its track, and beside it the numbers."""
+    """Draw one bar per Mac on its track, and next to it the numbers."""
     end = _scale(bars)
     for bar, place in zip(bars, places, strict=True):
         _track(axes, bar, place, end)
@@ -213,25 +212,25 @@ def _bars(axes: Axes, bars: Sequence[Bar], places: Sequence[float]) -> None:
 
 
 def _beside(axes: Axes, y: float, inches: float, text: str, ha: str = "right", **look: Any) -> None:
-    """A line of text, so far right of the axes."""
+    """Write a line of text, this far to the right of the axes."""
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
     axes.annotate(text, (1, y), (72 * inches, 0), ha=ha, va="center", **place, **look)
 
 
 def _above(axes: Axes, inches: float, text: str, ha: str = "right") -> None:
-    """The head of a column so far right of the axes."""
+    """Write the head of a column, this far to the right of the axes."""
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
     axes.annotate(text, (1, 1), (72 * inches, 6), ha=ha, size=8, color=QUIET, **place)
 
 
 def _scale(bars: Sequence[Bar]) -> float:
-    """Where the axis ends, in GB: budgets far beyond what the model takes would press the bars flat."""
+    """Return where the axis ends, in GB. Budgets far above what the model takes would press the bars flat."""
     totals, budgets = [bar.total for bar in bars], [bar.budget for bar in bars]
     return 1.02 * min(max(budgets + totals), max(2.5 * max(totals), min(budgets))) / GB
 
 
 def _track(axes: Axes, bar: Bar, place: float, end: float) -> None:
-    """The budget as a track: its last tenth darker, its end marked; an arrow where that is off the scale."""
+    """Draw the budget as a track: its last tenth darker, its end marked, or an arrow if the end is off the scale."""
     budget, tight = bar.budget / GB, TIGHT * bar.budget / GB
     axes.barh(place, min(tight, end), 0.95, color=TRACK, zorder=1)
     axes.barh(place, max(min(budget, end) - tight, 0), 0.95, left=tight, color=LAST_TENTH, zorder=1)
@@ -243,7 +242,7 @@ def _track(axes: Axes, bar: Bar, place: float, end: float) -> None:
 
 
 def _growth(axes: Axes, found: Mapping[str, Any], bars: Sequence[Bar]) -> None:
-    """Memory over the context; across it the budgets, and on each the longest context that fits."""
+    """Draw memory over the context, and across it the budgets, each with the longest context that fits."""
     train, asked = bool(found.get("train")), found["context"]
     points, before = (_between(found.get(key) or [], train) for key in ("curve", "original_curve"))
     contexts = [point["context"] for point in points]
@@ -271,13 +270,13 @@ def _growth(axes: Axes, found: Mapping[str, Any], bars: Sequence[Bar]) -> None:
 
 
 def _up_to(parts: Mapping[str, float], name: str, inclusive: bool) -> float:
-    """GB of a stack below a part, or with it."""
+    """Return the GB of a stack below a part, or including it."""
     names = list(parts)
     return sum(parts[n] for n in names[: names.index(name) + inclusive]) / GB
 
 
 def _asked(axes: Axes, asked: int, made_for: float) -> None:
-    """A line at the context that was asked, and a word where that is more than the model was made for."""
+    """Draw a line at the context that was asked for, and a note if the model was not made for that many tokens."""
     place, (left, right) = axes.transData.transform((asked, 0))[0], axes.bbox.intervalx
     ha = "left" if place < left + 40 else "right" if place > right - 40 else "center"
     axes.axvline(asked, color=INK, lw=1.2, ls=(0, (1, 1.5)), zorder=3, gid="asked")
@@ -290,14 +289,14 @@ def _asked(axes: Axes, asked: int, made_for: float) -> None:
 
 
 def _top(bars: Sequence[Bar], most: float) -> float:
-    """Where the axis ends, in GB: with the budgets within sight, without what only far longer contexts take."""
+    """Return where the axis ends, in GB: it shows near budgets, and leaves out what only far longer contexts take."""
     now = max(bar.total for bar in bars)
     most = max(now, min(most, 4 * now))
     return 1.1 * max([most, *(bar.budget for bar in bars if bar.budget < 1.5 * most)]) / GB
 
 
 def _between(curve: Sequence[Mapping[str, Any]], bent: bool, steps: int = 16) -> list[dict[str, float]]:
-    """A curve with points between the known ones: what is straight over the context bends on an axis of doublings.
+    """Add points between the known ones of a curve: a straight line over the context bends on an axis of doublings.
 
     ``bent``: training grows with the square of the context, which a third point determines.
     """
@@ -316,9 +315,9 @@ def _between(curve: Sequence[Mapping[str, Any]], bent: bool, steps: int = 16) ->
 
 
 def _ticks(axes: Axes, made_for: int) -> None:
-    """Doublings under the axis, as many as there is room for, and what the model was made for."""
+    """Write doublings under the axis, as many as there is room for, and what the model was made for."""
     low, high = axes.get_xlim()
-    room = TICK * math.log2(high / low) / (axes.get_position().width * WIDTH)  # that a number takes, in doublings
+    room = TICK * math.log2(high / low) / (axes.get_position().width * WIDTH)  # of a number, in doublings
     powers = [1 << i for i in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
     shown = powers[:: math.ceil(room)] or [low]
     if all(abs(math.log2(made_for / tick)) > room for tick in shown):
@@ -328,8 +327,8 @@ def _ticks(axes: Axes, made_for: int) -> None:
 
 
 def _limits(axes: Axes, bars: Sequence[Bar], top: float) -> None:
-    """Budgets as lines, named at their ends, each with a mark at the longest context that fits. Of those that are less
-    than the weights the nearest is enough."""
+    """Draw budgets as lines, named at their ends, each with a mark at the longest context that fits. Of the budgets
+    below the weights, the nearest is enough."""
     paired = any(bar.second for bar in bars)
     alike: dict[float, list[Bar]] = {}
     for bar in sorted(bars, key=lambda bar: bar.budget):
@@ -349,7 +348,7 @@ def _limits(axes: Axes, bars: Sequence[Bar], top: float) -> None:
 
 
 def _limit(axes: Axes, budget: float, bars: Sequence[Bar], place: float) -> None:
-    """One budget across the panel, with its label at ``place``."""
+    """Draw one budget across the panel, with its label at ``place``."""
     key, longest = bars[0].key, min(bar.longest or 0 for bar in bars)
     axes.axhline(budget, color="#ffffffb0", lw=2.4, zorder=4)
     axes.axhline(budget, color=INK, lw=0.9, zorder=5, gid=f"limit-{key}")
@@ -363,7 +362,7 @@ def _limit(axes: Axes, budget: float, bars: Sequence[Bar], place: float) -> None
 
 
 def _spread(places: Sequence[float], low: float, gap: float, high: float) -> list[float]:
-    """Places for labels, as near to where they belong as a gap between them allows; ``places`` ascend."""
+    """Return places for labels, as near to where they belong as a gap between them allows; ``places`` ascend."""
     found: list[float] = []
     for place in places:
         found.append(max(place, found[-1] + gap if found else low))

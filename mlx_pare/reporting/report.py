@@ -1,4 +1,4 @@
-"""report: Markdown from a run directory alone. Every number in it was measured by a step of that run."""
+"""report: Markdown from a run directory alone. A step of that run measured every number in it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ MACS_NOTE = (
 
 
 def report(run: StrPath, measured: Sequence[str] | None = None) -> Path:
-    """Write RUN/report.md and its picture from the manifest and the steps' outputs; returns its path, which is
-    report-2.md if somebody changed report.md. ``measured``: the contenders that belong to the result (default: all that
-    are there)."""
+    """Write RUN/report.md and its picture from the manifest and the outputs of the steps; return its path.
+
+    If somebody changed report.md, the path is report-2.md. ``measured`` lists the contenders that belong to the result
+    (default: all that are there).
+    """
     run = Path(run)
     manifest = Manifest.read(run / "manifest.json", "run manifest")
     found = metrics(run, measured)
@@ -80,7 +82,7 @@ def _contenders(found: Found) -> str:
 
 
 def _stages(run: Path) -> str:
-    """What the stages of a schedule came to."""
+    """Return the results of the stages of a schedule."""
     rows = [markdown.row(*row) for row in stage_table.cells(stage_table.story(run))]
     table = markdown.table([name.lstrip("<") for name in stage_table.HEAD], rows)
     return f"## Stages\n\n{table}\n\n{stage_table.NOTE}" if rows else ""
@@ -92,7 +94,7 @@ def _number(value: float | None, digits: int) -> str | None:
 
 def _shape(run: Path) -> str:
     done, planned = run / "prune" / "model" / "plan.json", run / "plan" / "plan.json"
-    path = done if done.exists() else planned  # what was carried out, if it was
+    path = done if done.exists() else planned  # the plan that was carried out, if one was
     if not path.exists():
         return ""
     plan = Plan.load(path)
@@ -117,13 +119,13 @@ def _shape(run: Path) -> str:
         text += f" Layers removed: {', '.join(map(str, dropped))}{_dropped_by(run, dropped)}."
     text += f"\n\n{markdown.table(['', 'before', 'after'], rows)}"
     neighbours = Plan.load(planned).neighbours if planned.exists() else []
-    if neighbours:  # a plan that was found by trials has none
+    if neighbours:  # a plan of widths per layer, or of stages, has none
         text += f"\n\nNeighbours: {markdown.escaped('; '.join(neighbours))}."
     return text
 
 
 def _dropped_by(run: Path, dropped: list[int]) -> str:
-    """The KL divergence after each drop, when these layers went by trials."""
+    """Return the KL divergence after each drop, if trials chose these layers."""
     drops = (step_files.find(run / "plan" / "layers.json") or {"drops": {}})["drops"].values()
     chosen = next((each for each in drops if sorted(d["layer"] for d in each) == dropped), [])
     told = ", ".join(f"{drop['layer']} ({_number(drop['kl'], 4) or 'given up'})" for drop in chosen)
@@ -137,7 +139,7 @@ def _stability(run: Path) -> str:
 
 
 def _tried(run: Path) -> str:
-    """How the sizes were chosen: the best candidates, and what single changes had said of them."""
+    """Return how the sizes were chosen: the best candidates, and what single changes predicted of them."""
     tried = step_files.find(run / "plan" / "tried.json")
     if not tried:
         return ""
@@ -163,7 +165,7 @@ def _or_infinite(value: float | None) -> float:
 
 
 def _sizes(candidate: Mapping[str, Any]) -> str:
-    """A candidate of tried.json in one cell; what differs between layers as a range."""
+    """Return a candidate of tried.json as one cell. Sizes that differ between layers become a range."""
     if "level" in candidate:
         level = candidate["level"]
         return f"{level['layer']} layers, ffn {level['ffn']}, kv heads {level['kv_head']}"
@@ -268,7 +270,7 @@ def _gguf(run: Path) -> str:
 
 
 def _macs(run: Path, manifest: Manifest) -> str:
-    """Which Macs take the original, the result and its GGUF file: in a sentence, a table and a picture."""
+    """Return which Macs hold the original, the result and its GGUF file: a sentence, a table and a picture."""
     fits = step_files.find(run / "export" / "fits.json")
     if not fits:
         return ""
@@ -286,7 +288,7 @@ def _macs(run: Path, manifest: Manifest) -> str:
     if fits["gguf_rows"]:
         text += f" The GGUF file fits {sum(row['fits'] for row in fits['gguf_rows'])}."
     columns = {"original": original, "result (MLX)": sizes, "GGUF": by_memory(fits["gguf_rows"])}
-    columns = {title: found for title, found in columns.items() if found}  # older runs say nothing of the original
+    columns = {title: found for title, found in columns.items() if found}  # older runs say nothing about the original
     lines = [
         markdown.row(f"{n:g} GB", _budget(sizes[n]), *(_room(found[n]) for found in columns.values())) for n in sizes
     ]
@@ -299,7 +301,7 @@ def _budget(row: Mapping[str, Any]) -> str:
 
 
 def _room(row: Mapping[str, Any]) -> str:
-    """One cell: the verdict, what is left or missing, and the longest context."""
+    """Return one cell: the verdict, what is left or missing, and the longest context."""
     verdict, amount = verdict_of(row), abs(row["headroom_bytes"])
     size = f"{gb(amount)} ({amount / GIB:.2f} GiB)"
     longest = f"up to {row['max_context']:,} tokens" if row["max_context"] else "no context fits"
@@ -307,7 +309,8 @@ def _room(row: Mapping[str, Any]) -> str:
 
 
 def _picture(run: Path, fits: Mapping[str, Any], manifest: Manifest) -> str:
-    """The same as a picture beside the report. What drawing needs may be missing: that is no reason for no report."""
+    """Draw the same as a picture next to the report. If something for drawing is missing, the report is written without
+    it."""
     found, path = {"model": manifest.called, "runtime": "mlx", **fits}, run / "report-fit.svg"
     try:
         if not drawn(found, path):

@@ -8,7 +8,7 @@ from ..base.units import readable
 
 
 def stability_lines(found: dict[str, Any]) -> list[str]:
-    """The answers in a sentence each."""
+    """Return the answers of ``stability``, one sentence each."""
     lines = []
     for name, of in found["criteria"].items():
         lines.append(

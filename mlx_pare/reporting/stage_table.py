@@ -16,9 +16,11 @@ from ..store.places import name_of
 
 
 def story(run: Path) -> list[dict[str, Any]]:
-    """For every stage of a run that was cut: its parent, share of the original, parameters, steps and seconds,
-    perplexity and KL divergence to the original after the cut and after recovery (None: not measured). Empty for a run
-    without stages."""
+    """Describe every stage that was cut; empty for a run without stages.
+
+    A row has the parent of the stage, its share of the original, parameters, steps and seconds, and perplexity and KL
+    divergence to the original after the cut and after recovery (None: not measured).
+    """
     found: list[dict[str, Any]] = []
     whole = math.nan
     while (place := run / name_of(len(found) + 1)).joinpath("prune", "model", "plan.json").exists():
@@ -51,7 +53,7 @@ NOTE = (
 
 
 def cells(told: Sequence[Mapping[str, Any]]) -> list[list[str | None]]:
-    """A story as the rows of a table under HEAD."""
+    """Return a story as the rows of a table under HEAD."""
 
     def measured(m: Mapping[str, float] | None) -> list[str | None]:
         return [None, None] if m is None else [readable(m["perplexity"], 3), f"{m['kl_divergence']:.4f}"]

@@ -1,4 +1,4 @@
-"""Was it worth it? The result against what it competes with, in sentences. Every number was measured by a step."""
+"""Was it worth it? The result is compared with its competitors, in sentences. A step measured every number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..store.places import CONTENDERS
 
 
 def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Metrics, int]]:
-    """Measured contenders: name -> (metrics, bytes of weights); only ``names`` when an earlier call measured more."""
+    """Return the measured contenders: name -> (metrics, bytes of weights). ``names`` restricts them, if an earlier call
+    measured more."""
     found = {}
     for name in [n for n, _ in CONTENDERS] if names is None else names:
         path = run / f"evaluate-{name}"
@@ -25,7 +26,7 @@ def metrics(run: Path, names: Sequence[str] | None = None) -> dict[str, tuple[Me
 
 
 def reconstructed(manifest: Manifest) -> bool:
-    """Whether the contenders that the result is compared with were reconstructed as it was."""
+    """Tell whether the contenders of the result were reconstructed as it was."""
     steps = [manifest.steps.get(f"evaluate-{name}") for name in ("random", "fewer-bits")]
     return all(step.parameters.get("reconstructed") for step in steps if step)
 
@@ -39,7 +40,8 @@ NOT_COMPARED = (
 
 
 def first_result(found: Found) -> str:
-    """What is known as soon as the cut is measured: sizes, perplexity and KL divergence beside the original."""
+    """Say what is known as soon as the cut is measured: sizes, perplexity and KL divergence, compared with the
+    original."""
     (dense, dense_bytes), (ours, our_bytes) = found["original"], found["pruned"]
     return (
         f"first result: {gb(dense_bytes)} -> {gb(our_bytes)} ({our_bytes / dense_bytes:.0%}), perplexity "
@@ -48,8 +50,11 @@ def first_result(found: Found) -> str:
 
 
 def verdict(found: Found, reconstructed: bool = False) -> str:
-    """Whether pruning was worth it, against the whole model with fewer bits at no more bytes and a random cut;
-    ``reconstructed``: whether those were, as the result was."""
+    """Say whether pruning was worth it, against the whole model with fewer bits in no more bytes, and against a random
+    cut.
+
+    ``reconstructed``: whether those were reconstructed, as the result was.
+    """
     if "original" not in found or "pruned" not in found:
         return "Not measured yet."
     dense, dense_bytes = found["original"]
@@ -86,7 +91,8 @@ def _against_fewer_bits(found: Found, ours: Metrics, reconstructed: bool) -> str
 
 
 def paired(a: Metrics, b: Metrics) -> tuple[float, float]:
-    """Mean difference of NLL in nats per token, and its standard error, over the windows both were measured on."""
+    """Return the mean difference of NLL in nats per token, and its standard error, over the windows that both were
+    measured on."""
     if len(a.window_nll) != len(b.window_nll) or len(a.window_nll) < 2:
         return a.mean_nll - b.mean_nll, 0.0
     differences = [x - y for x, y in zip(a.window_nll, b.window_nll, strict=True)]
