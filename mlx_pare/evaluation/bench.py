@@ -1,4 +1,4 @@
-"""bench: prefill and decode tok/s of models through stock mlx-lm, in turn, in one process; ratios with their spread."""
+"""bench: prefill and decode tok/s of models in stock mlx-lm, in turn, in one process; ratios with their spread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..sources.open_model import StrPath, opened
 from . import resident
 
 PROMPT, NEW = whole(1, MOST // 2), whole(2, MOST // 2)
-TOKEN_BYTES = 40  # of a token of the prompt, as a number in a list of Python
+TOKEN_BYTES = 40  # what a token of the prompt takes as a number in a Python list
 NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
 
 
@@ -35,12 +35,22 @@ def bench(
 ) -> dict[str, Any]:
     """Time ``trials`` rounds in which every model takes its turn (A B A B ...), after one round that does not count.
 
-    Per model: median, minimum and maximum of prefill and decode tokens/s and peak bytes; ``ratio``: to the first model,
-    pair by pair, so that a machine that slows down slows both. One model is in memory at a time: it is loaded anew for
-    each turn. ``memory_cap``: bytes that one may take; None: the memory that is free.
+    One model is in memory at a time: it is loaded again for each turn. Ratios are taken pair by pair, so that a machine
+    that slows down slows both.
 
-    Raises UsageError without models, or for a number that means nothing, Refused for models or a prompt that do not fit
-    in memory, before any is loaded.
+    Args:
+        models: one model or several: directories, GGUF files, or names of models on the hub.
+        trials: rounds that count.
+        prompt: tokens of the prompt, which are random.
+        new: tokens that a model writes after the prompt.
+        memory_cap: bytes that one model may take; None: the memory that is free.
+    Returns:
+        "trials", "prompt_tokens", "new_tokens", "backend", and "models": for each model "model" (its path), and median,
+        minimum and maximum of "prefill_tokens_per_s", "decode_tokens_per_s" and "peak_bytes". "ratio" holds the same
+        three relative to the first model.
+    Raises:
+        UsageError: there is no model, or a number is out of its range.
+        Refused: a model, or the prompt and its cache, do not fit in memory. This is known before any model is loaded.
     """
     models = [opened(m) for m in ([models] if isinstance(models, str | PathLike) else models)]
     if not models:
@@ -67,7 +77,7 @@ def bench(
 
 
 def _check_room(checkpoint: Checkpoint, prompt: int, new: int, memory_cap: int | None) -> None:
-    """Raises Refused when the prompt and its cache need more memory than may be used."""
+    """Raises Refused if the prompt and its cache need more memory than may be used."""
     needs = Needs(checkpoint.arch, Use(prompt + new), 4 if lm.cpu_backend() else checkpoint.value_bytes)
     cache, free = needs.kv(prompt + new) + TOKEN_BYTES * prompt, memory_cap or machine.available_bytes()
     if cache > free:

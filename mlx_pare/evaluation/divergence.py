@@ -1,7 +1,7 @@
 """KL divergence and its neighbours: one definition for the metric and for the training loss.
 
 KL(teacher || student) = sum_v p_v (log p_v - log q_v) in nats per token, over the full vocabulary. (A loss that only
-renormalises the teacher's top-k would not punish student mass elsewhere; torchtune's kd_losses.py leaves out the
+renormalises the teacher's top-k does not punish student mass elsewhere. torchtune's kd_losses.py leaves out the
 teacher's entropy, so its number is a cross-entropy.)
 """
 
@@ -19,9 +19,9 @@ from ..stream.head import Streamed
 from ..text.corpus import Rows
 
 TOKENS_AT_ONCE = 1024
-BETA = 0.5  # of the mixture between teacher and student in "js"
+BETA = 0.5  # share of the teacher in the mixture of "js"
 NOTHING = -1e30  # the logit of what is left out: -inf would make NaN of 0 * log 0, and of its gradient
-LEAST = -100.0  # log-probabilities of the teacher below count as this: else one empty class is infinite in reverse KL
+LEAST = -100.0  # smaller log-probabilities of the teacher count as this, or one empty class makes reverse KL infinite
 
 
 def _forward(log_p: mx.array, log_q: mx.array) -> mx.array:
@@ -46,15 +46,32 @@ KINDS = {
 
 
 def kl(teacher: mx.array, student: mx.array) -> mx.array:
-    """KL per token [...] from logits [..., vocab] of both."""
+    """Compute KL(teacher || student) of every token.
+
+    Args:
+        teacher: finite logits [..., vocab].
+        student: finite logits [..., vocab].
+    Returns:
+        float32 [...], nats.
+    """
     return between("forward", teacher, student)
 
 
 def between(kind: str, teacher: mx.array, student: mx.array, temperature: float = 1.0) -> mx.array:
-    """A divergence per token [...], nats, from finite logits [..., vocab] of both, each divided by the temperature.
+    """Compute a divergence of every token from full logits.
 
-    Not multiplied by temperature^2, which would make gradients of all temperatures about as large (Hinton et al.,
-    arXiv:1503.02531). Raises UsageError for an unknown kind.
+    The result is not multiplied by temperature^2, which would make gradients of all temperatures about as large
+    (Hinton et al., arXiv:1503.02531).
+
+    Args:
+        kind: a name in KINDS.
+        teacher: finite logits [..., vocab].
+        student: finite logits [..., vocab].
+        temperature: divides the logits of both.
+    Returns:
+        float32 [...], nats.
+    Raises:
+        UsageError: the kind is unknown.
     """
     return _kind(kind)(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
 
@@ -62,13 +79,23 @@ def between(kind: str, teacher: mx.array, student: mx.array, temperature: float 
 def between_top(
     kind: str, ids: mx.array, log_p: mx.array, log_tail: mx.array, student: mx.array, temperature: float = 1.0
 ) -> mx.array:
-    """A divergence per token [...], nats, when of the teacher only the most likely tokens are known.
+    """Compute a divergence of every token if only the teacher's most likely tokens are known.
 
-    ``ids`` [..., k], all different; ``log_p`` [..., k] the teacher's log-probabilities of them at this temperature;
-    ``log_tail`` [...] that of all others together (-inf: there are none); ``student`` finite logits [..., vocab].
-    All other tokens are one class for both, so that no mass of the student is unpenalised. By the log-sum inequality
-    the result is at most ``between`` of full logits; equal where the ratio of both is the same all over the rest, or
-    the rest is one token. Raises UsageError for an unknown kind.
+    All other tokens are one class for both models, so that no mass of the student is unpenalised. By the log-sum
+    inequality the result is at most ``between`` of full logits. Both are equal if the ratio of the two models is the
+    same all over the rest, or if the rest is one token.
+
+    Args:
+        kind: a name in KINDS.
+        ids: int [..., k], the teacher's most likely tokens, all different.
+        log_p: [..., k], the teacher's log-probabilities of ``ids`` at this temperature.
+        log_tail: [...], the log of the teacher's mass on all other tokens; -inf: there are none.
+        student: finite logits [..., vocab].
+        temperature: divides the student's logits.
+    Returns:
+        float32 [...], nats.
+    Raises:
+        UsageError: the kind is unknown.
     """
     log_p = mx.concatenate([log_p, log_tail[..., None]], axis=-1).astype(mx.float32)
     log_p = _log_softmax(mx.maximum(log_p, LEAST))
@@ -76,9 +103,16 @@ def between_top(
 
 
 def classes(logits: mx.array, ids: mx.array) -> mx.array:
-    """Logits [..., k + 1] of the tokens ``ids`` [..., k] and of all others together, from logits [..., vocab]: their
-    softmax is that of the whole vocabulary. The rest is summed up by itself: 1 - sum(p) would have no digits left where
-    it is small."""
+    """Merge all tokens but some into one class; the softmax of the classes is that of the whole vocabulary.
+
+    The rest is summed up by itself: 1 - sum(p) would have no digits left if it is small.
+
+    Args:
+        logits: [..., vocab].
+        ids: int [..., k], the tokens that stay apart, all different.
+    Returns:
+        Logits [..., k + 1] in the dtype of ``logits``: those of ``ids``, then that of all other tokens together.
+    """
     rest = mx.put_along_axis(logits, ids, mx.array(NOTHING, logits.dtype), axis=-1)
     return mx.concatenate(
         [mx.take_along_axis(logits, ids, axis=-1), mx.logsumexp(rest, axis=-1, keepdims=True)], axis=-1
@@ -99,7 +133,10 @@ def _log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
 
 
 class Running:
-    """Log-sum-exp, target logit and argmax of logits that come in chunks of the vocabulary; ``targets`` [tokens]."""
+    """Log-sum-exp, target logit and argmax of logits that come in chunks of the vocabulary.
+
+    ``targets`` int [tokens]: the ids whose logits are wanted.
+    """
 
     def __init__(self, targets: mx.array):
         self.targets = targets
@@ -109,7 +146,14 @@ class Running:
         self.top = mx.zeros(targets.shape, dtype=mx.int32)
 
     def update(self, start: int, logits: mx.array) -> mx.array:
-        """Add logits [tokens, chunk] of the ids from ``start``; returns exp(logits - peak), [tokens, chunk]."""
+        """Add the logits of one chunk of the vocabulary.
+
+        Args:
+            start: first token id of the chunk.
+            logits: float32 [tokens, chunk].
+        Returns:
+            exp(logits - peak), float32 [tokens, chunk]; the peak is each token's largest logit so far.
+        """
         best = logits.max(axis=-1)
         self.top = mx.where(best > self.peak, logits.argmax(axis=-1).astype(mx.int32) + start, self.top)
         peak = mx.maximum(self.peak, best)
@@ -124,19 +168,35 @@ class Running:
 
     @property
     def lse(self) -> mx.array:
+        """The log of the sum of exp(logits) over the chunks so far.
+
+        Returns:
+            float32 [tokens].
+        """
         return self.peak + mx.log(self.mass)
 
     @property
     def nll(self) -> mx.array:
-        """-log p(target), nats [tokens]."""
+        """-log p(target).
+
+        Returns:
+            float32 [tokens], nats.
+        """
         return self.lse - self.target
 
 
 def compare(targets: mx.array, student: Iterable, teacher: Iterable | None = None) -> dict[str, mx.array]:
-    """Per-token numbers [tokens] from chunked logits of a student, and of a teacher in the same chunks.
+    """Compare a student with the text, and with a teacher, from logits in chunks of the vocabulary.
 
-    nll always; with a teacher also kl (as ``kl`` above, in one pass: sum p (t - s) - lse_t + lse_s) and agree
-    (same argmax).
+    The KL divergence is that of ``kl`` above, in one pass: sum p (t - s) - lse_t + lse_s.
+
+    Args:
+        targets: int [tokens], the ids to predict.
+        student: (first token id, float32 logits [tokens, chunk]) for every chunk.
+        teacher: the same of the teacher, in the same chunks; None: there is no teacher.
+    Returns:
+        "nll" float32 [tokens], nats. With a teacher also "kl" float32 [tokens], nats, and "agree" bool [tokens]: both
+        have the same argmax.
     """
     q = Running(targets)
     if teacher is None:
@@ -154,7 +214,15 @@ def compare(targets: mx.array, student: Iterable, teacher: Iterable | None = Non
 
 
 def measure(rows: Rows, student: Streamed, teacher: Streamed | None = None) -> dict[str, np.ndarray]:
-    """What ``compare`` says of every predicted token, in the order of the rows, float64 [predicted]."""
+    """Compare a student with the text, and with a teacher, on every predicted token of some rows.
+
+    Args:
+        rows: the token rows.
+        student: the end of the student's walk over ``rows``.
+        teacher: the end of the teacher's walk over ``rows``; None: there is no teacher.
+    Returns:
+        The numbers of ``compare`` by name, float64 [predicted], in the order of the rows; "agree" is 0 or 1.
+    """
     step = max(1, TOKENS_AT_ONCE // rows.length)
     found: dict[str, list[np.ndarray]] = {}
     for start in range(0, rows.count, step):

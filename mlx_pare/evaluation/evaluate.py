@@ -34,11 +34,23 @@ def evaluate(
 ) -> Metrics:
     """Score the predictions of tokens 1.. of every row (the first has nothing before it).
 
-    perplexity = exp(mean NLL); its standard error comes from the spread between rows (tokens of one row are not
-    independent). bits_per_byte = NLL / ln 2 / UTF-8 bytes of the predicted text, which compares across tokenizers.
-    It is None for a text of special tokens only. ``kept``: a directory for the hidden states of the teacher (without
-    one: of the model), for the next call. Raises Refused for a teacher with another tokenizer, UsageError for too short
-    a text, PareError when a model answers NaN.
+    perplexity = exp(mean NLL). Its standard error comes from the spread between rows, because tokens of one row are not
+    independent. bits_per_byte = NLL / ln 2 / UTF-8 bytes of the predicted text, which compares across tokenizers.
+
+    Args:
+        model: the model, as people give it: a directory, a GGUF file, or a name on the hub.
+        rows: held-out token rows.
+        tokenizer: decodes the predicted text. bits_per_byte is None without it, and for a text of special tokens only.
+        teacher: the model to compare with, given like ``model``; None: no KL divergence and no agreement.
+        data: what the result says of the text.
+        memory_cap: bytes that may be used; None: the memory that is free.
+        kept: directory where the teacher's hidden states (without a teacher: the model's) stay for the next call.
+    Returns:
+        Metrics, with NLL and KL divergence in nats per token.
+    Raises:
+        Refused: the teacher has another tokenizer, or the memory does not suffice.
+        UsageError: fewer than 2 tokens are predicted, or the model does not know one of them.
+        PareError: a model answers NaN or infinity.
     """
     model, teacher = opened(model), None if teacher is None else opened(teacher)
     checkpoint = Checkpoint(model)
@@ -82,7 +94,7 @@ def evaluate(
 
 
 def _error(rows: list[np.ndarray]) -> float:
-    """Standard error of the mean over all tokens, clustered by row; of a single row as if tokens were independent."""
+    """Standard error of the mean over all tokens, clustered by row. A single row counts as independent tokens."""
     rows = [row for row in rows if len(row)]
     clusters = rows if len(rows) > 1 else [np.array([value]) for value in rows[0]]
     mean, total = np.concatenate(clusters).mean(), sum(map(len, clusters))

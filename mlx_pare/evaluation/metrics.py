@@ -1,4 +1,4 @@
-"""What `evaluate` measured, as it lies in metrics.json."""
+"""What `evaluate` measured, as metrics.json holds it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from ..store.schema import SCHEMA, Count, Strict
 
 
 class Metrics(Strict):
-    """What `evaluate` measured. ``tokens`` predictions; ``nll`` (files of earlier versions have none) and KL in nats
-    per token; ``windows`` of ``length`` tokens; ``window_nll``: mean NLL of each, for paired comparisons."""
+    """What `evaluate` measured on ``tokens`` predictions in ``windows`` rows of ``length`` tokens.
+
+    ``nll`` (files of earlier versions have none) and KL are in nats per token. ``window_nll`` is the mean NLL of each
+    row that has a prediction, for paired comparisons.
+    """
 
     schema_version: int = SCHEMA
     model: str
@@ -33,11 +36,11 @@ class Metrics(Strict):
 
     @property
     def mean_nll(self) -> float:
-        """Nats per token. Beyond MOST_NATS the perplexity does not say it."""
+        """Nats per token. Beyond MOST_NATS the perplexity does not show it."""
         return math.log(self.perplexity) if self.nll is None else self.nll
 
     def times(self, other: Metrics) -> float:
-        """How many times the perplexity of ``other`` this one is, at most exp(MOST_NATS)."""
+        """The ratio of this perplexity to that of ``other``, at most exp(MOST_NATS)."""
         return math.exp(min(self.mean_nll - other.mean_nll, MOST_NATS))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Whether the memory holds a whole model: most of mlx-pare streams, but some steps load it with stock mlx-lm."""
+"""Whether a whole model fits in memory: most of mlx-pare streams, but some steps load it with stock mlx-lm."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..model.checkpoint import Checkpoint
 
 
 def needed_bytes(model: Path) -> int:
-    """Memory that a whole model takes: as it is stored, or as float32 on the CPU backend, which computes in that."""
+    """Bytes that a whole model takes at most: what is stored, or four times that on the CPU backend (float32)."""
     return Checkpoint(model).nbytes() * (4 if lm.cpu_backend() else 1)
 
 
 def not_resident(model: Path, memory_cap: int | None) -> str:
-    """Why a model cannot be in memory as a whole; empty if it can."""
+    """The reason why a whole model does not fit in memory; empty if it fits."""
     needed, limit = needed_bytes(model), memory_cap or machine.available_bytes()
     if needed <= limit:
         return ""
@@ -27,7 +27,7 @@ def not_resident(model: Path, memory_cap: int | None) -> str:
 
 
 def require(models: Sequence[Path], memory_cap: int | None) -> None:
-    """Raises Refused for models of which the memory cannot hold each alone, naming all of them with their sizes."""
+    """Raises Refused if one of the models does not fit in memory alone. The error names all such models with sizes."""
     if found := [why for why in (not_resident(model, memory_cap) for model in models) if why]:
         cure = "give a larger --memory-cap" if memory_cap else "close other programs"
         raise Refused("; ".join(found), f"{cure}, or leave these models out")

@@ -1,4 +1,4 @@
-"""check: is a model that we wrote fit to be handed on? Opened by stock tools, made to write, compared."""
+"""check: whether a model that we wrote works elsewhere: stock tools open it, and its text is compared."""
 
 from __future__ import annotations
 
@@ -19,10 +19,18 @@ TOKENS = 48
 
 
 def check(model: Path, original: Path, memory_cap: int | None = None) -> list[str]:
-    """Warnings about a model directory, empty when all is well. Both models are made to write, one after the other, if
-    the memory holds them (``memory_cap``; default: what is free).
+    """Check a model directory that mlx-pare wrote.
 
-    Raises PareError when stock mlx-lm or transformers cannot open it, or its tokenizer differs from the original's.
+    Both models write text, one after the other, if the original fits in memory.
+
+    Args:
+        model: the directory to check.
+        original: the model directory that it was made from.
+        memory_cap: bytes that one model may take; None: the memory that is free.
+    Returns:
+        Warnings; empty if all is well.
+    Raises:
+        PareError: stock mlx-lm or transformers cannot open it, or its tokenizer differs from the original's.
     """
     for file in Checkpoint(original).tokenizer_files():
         ours = model / file.relative_to(original)
@@ -31,7 +39,7 @@ def check(model: Path, original: Path, memory_cap: int | None = None) -> list[st
     warnings = [*([told] if (told := warning(model)) else []), *_transformers(model, original)]
     if too_large := not_resident(original, memory_cap):
         return [*warnings, f"no text was generated: {too_large}"]
-    lm.load(model)  # a model that stock mlx-lm cannot open is broken; what a sound one writes is only a hint
+    lm.load(model)  # a model that stock mlx-lm cannot open is broken; the text of a sound one is only a hint
     texts, failed = attempt(lambda: [_text(path) for path in (model, original)])
     if texts is None:
         return [*warnings, f"no text was generated: {failed.problem}"]
@@ -44,7 +52,7 @@ def check(model: Path, original: Path, memory_cap: int | None = None) -> list[st
 
 
 def _same(ours: Path, theirs: Path) -> bool:
-    """Whether a tokenizer file is the original's. A cut may have named another class in it (lm/tokenizer_class.py)."""
+    """Whether a tokenizer file is the original's. A cut may name another class in it (lm/tokenizer_class.py)."""
     if not ours.exists() or ours.name != SETTINGS:
         return ours.exists() and ours.read_bytes() == theirs.read_bytes()
     found, expected = (read_json(file, "tokenizer config") for file in (ours, theirs))
@@ -56,7 +64,7 @@ def _text(path: Path) -> str:
 
 
 def _transformers(model: Path, original: Path) -> list[str]:
-    """A warning if transformers opens neither the model nor its original. Raises PareError if only the original."""
+    """A warning if transformers opens neither the model nor its original. Raises PareError if it opens the original."""
     _, failed = attempt(lambda: _open(model))
     if failed is None:
         return []
@@ -66,7 +74,7 @@ def _transformers(model: Path, original: Path) -> list[str]:
 
 
 def _open(model: Path) -> None:
-    """Config and tokenizer, by transformers. It has no class for layers that differ (arch/uneven.py)."""
+    """Open config and tokenizer with transformers, which has no class for layers that differ (arch/uneven.py)."""
     from transformers import AutoConfig, AutoTokenizer
 
     with plain(model) as name:

@@ -1,9 +1,9 @@
-"""One block of a model as something to train: dense float32 copies of its matrices, LoRA or all weights, AdamW.
+"""Training of one block of a model: dense float32 copies of its matrices, LoRA or all weights, AdamW.
 
-A matrix that is stored packed is rounded on the way forward as it will be stored, to codes with the scales and biases
-it has, and the gradient passes straight through the rounding (Bengio, Leonard, Courville 2013, arXiv:1308.3432): what
-is learnt is what is kept, and nothing is lost before the first step. That is why the adapters are not mlx-lm's, which
-add their product beside the packed matrix and are rounded only when they are merged.
+A packed matrix is rounded in the forward pass as it will be stored: to codes with the scales and biases that it has.
+The gradient passes straight through the rounding (Bengio, Leonard, Courville 2013, arXiv:1308.3432). So what is learnt
+is what is kept, and nothing is lost before the first step. For this reason the adapters are not mlx-lm's: those add
+their product to that of the packed matrix, and are rounded only when they are merged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ METHODS = ("lora", "full")
 
 @dataclass(frozen=True)
 class Options:
-    """``steps`` of ``batch`` rows per block; ``rank`` and ``scale`` are LoRA's; ``learning_rate`` None: by method."""
+    """Each block trains for ``steps`` steps of ``batch`` rows. ``rank`` and ``scale`` are LoRA's.
+
+    ``learning_rate`` None: the method decides.
+    """
 
     method: str = "lora"
     steps: int = 200
@@ -58,11 +61,19 @@ class Matrix(nn.Module):
             self.lora_b = mx.zeros((rank, rows))
 
     def dense(self) -> mx.array:
-        """The weight [out, in] as it is by now."""
+        """Compute the current weight, adapters included.
+
+        Returns:
+            float32 [out, in].
+        """
         return self.weight + self.scale * (self.lora_a @ self.lora_b).T if "lora_a" in self else self.weight
 
     def result(self) -> Packed | mx.array:
-        """What is kept of it: packed, where it was."""
+        """Give the weight as it will be kept.
+
+        Returns:
+            Packed with the scales and biases of before if it was packed, else float32 [out, in].
+        """
         return self.dense() if self.grid is None else repacked(self.grid, self.dense())
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -74,8 +85,17 @@ class Matrix(nn.Module):
 
 
 def trainable(block: nn.Module, options: Options, draw: np.random.RandomState) -> nn.Module:
-    """The block, as mlx-lm loads it, with every linear layer a Matrix and all else in float32; frozen but for what the
-    method trains: the adapters, or every weight."""
+    """Turn a block into one that can be trained: every linear layer becomes a Matrix, all else float32.
+
+    Everything is frozen except what the method trains: the adapters, or every weight.
+
+    Args:
+        block: a block as mlx-lm loads it; it is changed in place.
+        options: the method, and the rank and scale of adapters.
+        draw: source of the adapters' first values.
+    Returns:
+        The same block.
+    """
 
     def made(leaf: nn.Module) -> nn.Module:
         if isinstance(leaf, nn.Linear | nn.QuantizedLinear):
@@ -94,7 +114,17 @@ def trainable(block: nn.Module, options: Options, draw: np.random.RandomState) -
 
 
 def batches(count: int, options: Options, draw: np.random.RandomState) -> Iterator[np.ndarray]:
-    """Row numbers [batch], endless: every row once, in another order each time around."""
+    """Draw row numbers without end, in another order for every pass over the rows.
+
+    A pass leaves out the last rows of its order that do not fill a batch.
+
+    Args:
+        count: how many rows there are.
+        options: ``batch`` is how many rows are drawn at a time.
+        draw: source of the orders.
+    Returns:
+        Iterator of int arrays [min(batch, count)].
+    """
     batch = min(options.batch, count)
     while True:
         shuffled = draw.permutation(count)
@@ -110,8 +140,17 @@ def train(
     report: Callable[[float], None],
     kept: int = 0,
 ) -> None:
-    """``options.steps`` of AdamW on ``loss(block, row numbers)`` over ``count`` rows, at the rates and with the
-    clipping of a Course. ``report`` gets the loss of every step; ``kept``: bytes, see backend.swift."""
+    """Train a block with AdamW, at the rates and with the clipping of a Course. A loss that is not finite ends it.
+
+    Args:
+        block: a block of ``trainable``; it is changed in place.
+        loss: called as ``loss(block, row numbers int [b])``; gives a scalar.
+        count: how many rows there are to draw from.
+        options: steps, batch and rate.
+        draw: source of the order of rows.
+        report: gets the loss of every step.
+        kept: bytes that gradients keep, see backend.swift.
+    """
     course = Course(options.steps, options.rate)
     optimizer, step = ClippedAdamW(course.learning_rate(), course.clip), nn.value_and_grad(block, loss)
     for rows in islice(batches(count, options, draw), options.steps):
@@ -125,13 +164,20 @@ def train(
 
 
 def unrounded(block: nn.Module) -> nn.Module:
-    """The block without the rounding of what is packed: what training would have reached in float32."""
+    """Switch off the rounding of packed matrices in a block: what training would have reached in float32."""
     block.apply_to_modules(lambda _, m: setattr(m, "rounds", False) if isinstance(m, Matrix) else None)
     return block
 
 
 def result_at(block: nn.Module, path: str) -> Packed | mx.array:
-    """What training made of a parameter such as "mlp.up_proj.weight", packed if it was."""
+    """Give a trained parameter of a block.
+
+    Args:
+        block: a block of ``trainable``.
+        path: name of the parameter in the block, such as "mlp.up_proj.weight".
+    Returns:
+        Packed for a matrix that was packed, else a float32 array of the parameter's shape.
+    """
     *parts, leaf = path.split(".")
     for part in parts:
         block = getattr(block, part)

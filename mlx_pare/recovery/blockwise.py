@@ -1,12 +1,12 @@
-"""local: heal a pruned model block by block, so that it fits wherever a block fits.
+"""local: heal a pruned model block by block. This needs the memory of a block, not of the model.
 
-Two streams, as in reconstruct, the other way round: the pruned model is walked, and before each of its blocks the
-original's stream is led on to where that block should end. The block is trained to get there from the pruned model's
-own input, packed as it will be stored, taken if that comes nearer on held-out rows, and the pruned stream goes on
-through what was taken: what comes later makes up for what is still missing.
+There are two streams, as in reconstruct, but the other way round: the pruned model is walked. Before each of its blocks
+the original's stream is led on to where that block should end. The block is trained to get there from the pruned
+model's own input, and is packed as it will be stored. It is taken if it then comes nearer on held-out rows. The pruned
+stream goes on through the taken block, so that later blocks make up for what is still missing.
 Memory: hidden states of both streams, one block of each model, what training one block takes (``training_bytes``).
-What became of a block lies in a file of its own beside the result until that is complete: an interrupted call leads
-both streams through what is done, which costs a forward pass, and trains what is left.
+Each finished block has a file next to the result until the result is complete. After an interruption, a call leads both
+streams through the finished blocks, which costs a forward pass, and trains the others.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from ..stream import batches, memory, walk as stream
 from ..text.corpus import Extent, Rows
 from .block_trainer import METHODS, Options, result_at, train, trainable, unrounded
 
-FLOOR = 0.01  # of the mean energy of the channels: none weighs more than a hundred average ones
-NOTHING = 1e-9  # an error that is rounding: both streams are one up to here
+FLOOR = 0.01  # share of the channels' mean energy: no channel weighs more than a hundred average ones
+NOTHING = 1e-9  # an error of mere rounding: up to here both streams are the same
 
 __all__ = ["Options", "check_memory", "local"]
 
@@ -56,12 +56,25 @@ def local(
     options: Options,
     memory_cap: int | None = None,
 ) -> dict[str, Any]:
-    """Write the healed model to ``out``; returns what happened to each block and the KL divergence to the teacher on
-    ``held`` rows, nats per token, before and after. A result that is not better than the student is not kept: ``out``
-    is then the student, byte for byte, and "improved" false.
+    """Heal a pruned model block by block and write it to ``out``.
 
-    ``rows`` and ``held`` have the same length. Raises UsageError for an unknown method, PareError for models that are
-    no pair or where the hidden size was cut, Refused when ``out`` exists or the estimate of memory exceeds the cap.
+    A result that is not better than the student is not kept: ``out`` is then the student, byte for byte.
+
+    Args:
+        student: directory of the pruned model.
+        teacher: directory of the original.
+        rows: token rows to train on.
+        held: token rows that judge, of the same length.
+        out: directory of the result. What is done of the blocks lies in OUT.blocks until the result is complete.
+        options: how each block is trained.
+        memory_cap: bytes that may be used; None: the memory that is free.
+    Returns:
+        "options"; "blocks": the errors of each block and whether its training was taken; "kl_before" and "kl_after":
+        KL divergence to the teacher on ``held``, nats per token; "improved"; "seconds".
+    Raises:
+        UsageError: the method is unknown.
+        PareError: the models are no pair, the hidden size was cut, or ``rows`` and ``held`` differ in length.
+        Refused: ``out`` exists, the blocks in OUT.blocks are of another call, or the memory does not suffice.
     """
     if options.method not in METHODS:
         raise UsageError(f"unknown method {options.method!r}", f"choose one of {', '.join(METHODS)}")
@@ -88,11 +101,12 @@ def local(
 
 
 def block_ends(student: Checkpoint, teacher: Checkpoint) -> list[int]:
-    """For every block of the student, after how many of the teacher's blocks the stream is that it should give: where
-    the next one begins in the teacher, or its end. So the block before layers that are gone makes up for them, and the
-    ones behind for what it could not (benchmarks/LOG.md).
+    """For every block of the student, after how many blocks of the teacher it should end.
 
-    Raises PareError where blocks do not correspond, and where the hidden size was cut."""
+    This is where the student's next block begins in the teacher, or the teacher's end. So the block before removed
+    layers makes up for them, and the blocks after it for what it could not (benchmarks/LOG.md).
+
+    Raises PareError if blocks do not correspond, or if the hidden size was cut."""
     ours, theirs = student.arch, teacher.arch
     for size, why in (("hidden", "block by block it cannot be recovered: what was cut there is not in the stream"),
                       ("vocab", "they are no pair")):  # fmt: skip
@@ -106,7 +120,7 @@ def block_ends(student: Checkpoint, teacher: Checkpoint) -> list[int]:
 
 
 def _sources(student: Checkpoint, theirs: int) -> list[int]:
-    """Which of the teacher's layers every layer of the student was."""
+    """For every layer of the student, the number of its layer in the teacher."""
     file, count, why = student.path / "survivors.json", len(student.arch.layers), ""
     try:
         sources = [layer["source"] for layer in survivors(file)["layers"]] if file.exists() else list(range(count))
@@ -124,8 +138,18 @@ def _sources(student: Checkpoint, theirs: int) -> list[int]:
 
 
 def training_bytes(student: Checkpoint, rows: Rows | Extent, options: Options) -> int:
-    """What training takes at most: the widest block in float32, as it is and with what was learnt, its gradients, both
-    moments of Adam in full training, and what a batch computes, kept until it is differentiated. An estimate."""
+    """Estimate the memory that training a block takes at most.
+
+    It holds the widest block in float32, as it is and as it is learnt, its gradients, and in full training both moments
+    of Adam. What a batch computes is kept until it is differentiated.
+
+    Args:
+        student: the pruned model.
+        rows: rows to train on, or their number and length.
+        options: method and batch.
+    Returns:
+        Bytes.
+    """
     arch = student.arch
     sizes: dict[int | None, int] = {}
     for tensor in arch.tensors():
@@ -140,14 +164,34 @@ def training_bytes(student: Checkpoint, rows: Rows | Extent, options: Options) -
 
 
 def swift_kept(student: Checkpoint, rows: Rows, options: Options) -> int:
-    """What a batch keeps under backend.swift."""
+    """Estimate what gradients of a batch keep under backend.swift.
+
+    Args:
+        student: the pruned model.
+        rows: rows to train on, or their number and length.
+        options: ``batch`` is how many rows go together.
+    Returns:
+        Bytes.
+    """
     return lm.swift_kept(student.arch, min(options.batch, rows.count) * rows.length)
 
 
 def check_memory(
     student: Checkpoint, teacher: Checkpoint, rows: Rows | Extent, options: Options, cap: int | None
 ) -> int:
-    """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise."""
+    """Check that healing block by block fits in memory.
+
+    Args:
+        student: the pruned model.
+        teacher: the original.
+        rows: all rows, those that judge included, or their number and length.
+        options: method and batch.
+        cap: bytes that may be used; None: the memory that is free.
+    Returns:
+        The estimate in bytes.
+    Raises:
+        Refused: the estimate exceeds the cap.
+    """
     state = rows.count * rows.length * student.arch.sizes["hidden"] * memory.state_width(student)
     training = training_bytes(student, rows, options)
     instead = f" and training a block {gb(training)}), or a smaller batch"
@@ -159,7 +203,7 @@ def check_memory(
 
 
 def _begin(scratch: Path, pair: Sequence[Checkpoint], rows: Sequence[Rows], options: Options) -> None:
-    """A directory for blocks that are done. Raises Refused when blocks of something else lie there, or other files."""
+    """Make the directory of finished blocks. Raises Refused if it holds blocks of another call, or other files."""
     models = [checkpoint.identity() for checkpoint in pair]
     inputs = {"models": models, "rows": [each.digest() for each in rows], "options": asdict(options)}
     scratch.mkdir(parents=True, exist_ok=True)
@@ -176,7 +220,7 @@ def _file(scratch: Path, index: int) -> Path:
 
 
 def _entries(checkpoint: Checkpoint, tensor: Tensor, scratch: Path) -> dict[str, mx.array] | None:
-    """What became of a tensor, as it is stored, unread; None: it stays as it was."""
+    """The new entries of a tensor as they are stored, unread; None: it stays as it was."""
     if tensor.layer is None:
         return None
     found = mx.load(str(_file(scratch, tensor.layer)))
@@ -184,7 +228,7 @@ def _entries(checkpoint: Checkpoint, tensor: Tensor, scratch: Path) -> dict[str,
 
 
 def _judged(teacher: Path, student: Path, made: Path, held: Rows) -> dict[str, Any]:
-    """KL divergence of both to the teacher, measured from what is written."""
+    """KL divergence of both models to the teacher, measured from the written files."""
     reference = stream.walk(teacher, held, what="teacher: block")
     before, after = (
         float(divergence.measure(held, stream.walk(path, held, what=f"{what}: block"), reference)["kl"].mean())
@@ -219,7 +263,7 @@ class _Healer(stream.Observer):
             if tensor.layer is not None:
                 self.tensors[tensor.layer].append(tensor)
         self.mask = mx.array(rows.mask().astype(np.float32))
-        self.target: mx.array | None = None  # the teacher's stream, as far as it was led
+        self.target: mx.array | None = None  # the teacher's stream after ``reached`` blocks
         self.reached = 0
         self.done: list[dict[str, Any]] = []
 
@@ -249,7 +293,7 @@ class _Healer(stream.Observer):
     # ---- one block ----
 
     def _healed(self, index: int, block: nn.Module) -> tuple[dict[str, Any], dict[str, mx.array]]:
-        """What happened to a block, and its new tensors as they are stored, if they are taken."""
+        """Train a block: what happened to it, and its new tensors as they are stored, if they are taken."""
         begun, draw = time.monotonic(), np.random.RandomState([self.options.seed, index])
         self.weights = self._weigh()
         before, what = self._error(block), f"block {index + 1}/{len(self.ends)}"
@@ -270,7 +314,7 @@ class _Healer(stream.Observer):
         return about, new if about["taken"] else {}
 
     def _about(self, index: int, begun: float, before: float, trained: float, after: float) -> dict[str, Any]:
-        """What the result says of a block; an error that is not a number is null."""
+        """The entry of a block in the summary; an error that is not finite is null."""
         errors = {"before": before, "trained": trained, "after": after}
         about = {name: value if math.isfinite(value) else None for name, value in errors.items()}
         about |= {"block": index, "teacher": self.ends[index], "taken": after < before}
@@ -286,7 +330,7 @@ class _Healer(stream.Observer):
         return new
 
     def _with(self, index: int, new: dict[str, mx.array]) -> nn.Module:
-        """The block as it will be loaded from what is stored, to compute on this device."""
+        """The block as it will be loaded from the stored tensors, ready to compute on this device."""
         block = lm.blocks(lm.load(self.student.path))[index]
         for tensor in self.tensors[index]:
             module = block
@@ -303,13 +347,14 @@ class _Healer(stream.Observer):
         return (after[0] if isinstance(after, tuple) else after).astype(mx.float32)
 
     def _missing(self, rows: Any) -> mx.array:
-        """What a block has to add to the stream, [rows, length, hidden]."""
+        """What a block has to add to the stream, float32 [rows, length, hidden]."""
         return self.target[rows].astype(mx.float32) - self.x[rows].astype(mx.float32)
 
     def _weigh(self) -> mx.array:
-        """The weight of every channel [hidden]: the inverse of the mean square of what has to be added to it on the
-        training rows, with a floor, so that a few channels with large values do not decide everything; divided by the
-        number of channels, so that a block that adds nothing misses about 1 per token."""
+        """The weight of every channel [hidden]: the inverse mean square of what must be added on the training rows.
+
+        So a few channels with large values do not decide everything. A floor limits the weight of channels with small
+        ones. The weights are divided by the number of channels: a block that adds nothing misses about 1 per token."""
         sums = mx.zeros(self.x.shape[-1])
         for part in batches.micro_batches(self.rows.first(self.count)):
             sums = sums + (mx.square(self._missing(part)) * self.mask[part][..., None]).sum(axis=(0, 1))
@@ -318,7 +363,7 @@ class _Healer(stream.Observer):
         return 1 / (energy + FLOOR * energy.mean() + 1e-30) / len(energy)
 
     def _missed(self, block: nn.Module, rows: Any) -> mx.array:
-        """Weighted squares of what a block misses of the teacher's stream, summed over the channels, [rows, length]."""
+        """Weighted squares of what a block lacks to the teacher's stream, summed over the channels, [rows, length]."""
         difference = self._run(block, rows) - self.target[rows].astype(mx.float32)
         return (mx.square(difference) * self.weights).sum(axis=-1)
 
@@ -327,7 +372,7 @@ class _Healer(stream.Observer):
         return (self._missed(block, rows) * mask).sum() / mx.maximum(mask.sum(), 1)
 
     def _error(self, block: nn.Module) -> float:
-        """The weighted share of what the block has to add that is missed, in squares, on the rows that judge."""
+        """The weighted squares that the block misses, as a share of what it has to add, on the rows that judge."""
         missed = added = 0.0
         for part in batches.micro_batches(self.rows, self.count):
             added += ((mx.square(self._missing(part)) * self.weights).sum(axis=-1) * self.mask[part]).sum().item()

@@ -1,10 +1,12 @@
-"""What recovery minimises, per token: the divergence from the teacher, cross-entropy with the text beside it if asked,
-and the distance of hidden states where the cut was deep.
+"""What recovery minimises per token.
+
+It is the divergence from the teacher, with a share of cross-entropy with the text if asked for, and the distance of
+hidden states if layers were cut.
 
 A batch is (tokens [b, length], the teacher's targets, hidden states of the teacher if they are matched). The targets
 are full logits [b, length, vocab], or the three arrays of topk_targets.Targets. Hidden states are compared at the
-places of teacher.places (Minitron, arXiv:2407.14679: logits alone suffice unless depth is cut much). Where the hidden
-size was cut, the kept coordinates are compared: the selection is the projection.
+places of teacher.places (Minitron, arXiv:2407.14679: logits alone suffice unless depth is cut much). If the hidden size
+was cut, the kept coordinates are compared: the selection is the projection.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ MATCHES = ("auto", "none", "cosine", "mse")
 
 @dataclass(frozen=True)
 class Objective:
-    """``kind``: of divergence.KINDS; ``temperature`` of both (the divergence is multiplied by its square, so that its
-    gradient keeps its size: Hinton et al., arXiv:1503.02531); ``cross_entropy``: its share; ``match``: how hidden
-    states are compared ("auto": cosine where layers were cut), with the weight ``match_weight``."""
+    """The parts of the loss.
+
+    ``kind``: a name in divergence.KINDS. ``temperature``: of teacher and student; the divergence is multiplied by its
+    square, so that its gradient keeps its size (Hinton et al., arXiv:1503.02531). ``cross_entropy``: its share.
+    ``match``: how hidden states are compared ("auto": cosine if layers were cut), with the weight ``match_weight``.
+    """
 
     kind: str = "forward"
     temperature: float = 1.0
@@ -37,7 +42,7 @@ class Objective:
     match_weight: float = 1.0
 
     def check(self) -> None:
-        """Raises UsageError for what there is not."""
+        """Raises UsageError if a kind or matching is unknown, or a number is out of its range."""
         if self.kind not in divergence.KINDS:
             raise UsageError(f"unknown loss {self.kind!r}", f"choose one of {', '.join(divergence.KINDS)}")
         if self.match not in MATCHES:
@@ -52,7 +57,7 @@ class Objective:
 
 
 class Taps:
-    """The hidden states behind some blocks of a model, as of its last call. Other models of its class are untouched."""
+    """The hidden states after some blocks of a model, from its last call. Other models of its class stay untouched."""
 
     def __init__(self, model: nn.Module, layers: Sequence[int]):
         self.layers, self.seen = tuple(layers), {}
@@ -69,12 +74,27 @@ class Taps:
         lm.each_block(model, listening)
 
     def states(self) -> list[mx.array]:
-        """[b, length, hidden] behind each of the layers, in their order."""
+        """Give the hidden states after the layers, in their order.
+
+        Returns:
+            An array [b, length, hidden] for each layer, in the dtype of the model.
+        """
         return [self.seen[layer] for layer in self.layers]
 
 
 def loss_of(objective: Objective, how: str, taps: Taps | None) -> Callable[..., tuple[mx.array, mx.array]]:
-    """``loss(model, tokens, *targets, *states) -> (mean, tokens)`` for the trainer; ``how`` states are compared."""
+    """Make the loss for the trainer: ``loss(model, tokens, *targets, *states) -> (mean, number of tokens)``.
+
+    The loss counts every position, so the rows must not be padded.
+
+    Args:
+        objective: the parts of the loss and their weights.
+        how: how hidden states are compared: "cosine" or "mse"; without ``taps`` it does not matter.
+        taps: the student's hidden states; None: they are not compared.
+    Returns:
+        The loss. It takes tokens int [b, length], the targets and the states of a batch (see this module), and returns
+        two scalars: the mean over the tokens, and b * length.
+    """
     share, scale = objective.cross_entropy, objective.temperature**2
 
     def loss(model: nn.Module, tokens: mx.array, *given: mx.array) -> tuple[mx.array, mx.array]:
@@ -94,14 +114,33 @@ def loss_of(objective: Objective, how: str, taps: Taps | None) -> Callable[..., 
 
 
 def apart(objective: Objective, targets: Sequence[mx.array], logits: mx.array) -> mx.array:
-    """The divergence per token from full logits of the teacher, or from its stored targets."""
+    """Compute the divergence of every token from the teacher.
+
+    Args:
+        objective: kind and temperature.
+        targets: either (logits [..., vocab],) of the teacher, or its stored (ids, log_p, log_tail).
+        logits: of the student, [..., vocab].
+    Returns:
+        float32 [...], nats, not multiplied by temperature^2.
+    Raises:
+        UsageError: the kind is unknown.
+    """
     if len(targets) == 1:
         return divergence.between(objective.kind, targets[0], logits, objective.temperature)
     return divergence.between_top(objective.kind, *targets, logits, objective.temperature)
 
 
 def distance(how: str, own: mx.array, wanted: mx.array) -> mx.array:
-    """Mean over the tokens of 1 - cosine, or of the squared error relative to the mean square of what is wanted."""
+    """Compute the distance of hidden states from those that are wanted.
+
+    Args:
+        how: "cosine": 1 - cosine, the mean over the tokens. "mse": the mean square of the error, relative to that of
+            ``wanted``.
+        own: [..., hidden].
+        wanted: [..., hidden].
+    Returns:
+        A float32 scalar.
+    """
     own, wanted = own.astype(mx.float32), wanted.astype(mx.float32)
     if how == "mse":
         return mx.square(own - wanted).mean() / mx.square(wanted).mean()

@@ -1,11 +1,11 @@
-"""on_policy: rows that the student writes itself, with what the teacher says of them (student samples, teacher scores).
+"""on_policy: rows that the student writes itself, and the teacher's judgement (student samples, teacher scores).
 
-Trained on given text alone, a student never sees the mistakes that it makes when it writes; GKD (Agarwal et al.,
+A student that trains on given text alone never sees the mistakes that it makes when it writes. GKD (Agarwal et al.,
 arXiv:2306.13649, algorithm 1) trains it on its own samples, of which the teacher judges every token, and mixes them
-with text by a share. Here this happens a round at a time, so that the teacher need not be in memory: before a round the
-student continues the beginnings of the rows that are its turn, then the teacher is streamed once over what it wrote.
+with text by a share. Here this happens in rounds, so that the teacher need not be in memory: before a round the student
+continues the beginnings of its rows, then the teacher is streamed once over what it wrote.
 Samples are at most a round old (ROUND steps). No gradient goes through the sampling. The beginning of a row, real text,
-counts in the loss like the rest: the teacher has judged it anyway, and it keeps the student where text is.
+counts in the loss like the rest: the teacher has judged it anyway, and it keeps the student near real text.
 """
 
 from __future__ import annotations
@@ -28,13 +28,21 @@ from ..stream import memory, walk as stream
 from ..text.corpus import Extent, Rows
 from . import teacher
 
-ROUND = 25  # steps at most that are trained on samples of the same student
-PROMPT = 4  # a row's part that is given: one of so many
-ROWS_AT_ONCE = 4  # times the batch: rows that are sampled together, which need no gradient
+ROUND = 25  # steps at most that train on samples of the same student
+PROMPT = 4  # the beginning that the student is given is the row's length divided by this
+ROWS_AT_ONCE = 4  # times the batch: rows that are sampled together, because they need no gradient
 
 
 def check(share: float, top: int | None, cross_entropy: float) -> None:
-    """Raises UsageError for a share that cannot be, or beside what needs given text."""
+    """Check that the student may write a share of the rows.
+
+    Args:
+        share: of the rows that the student writes, 0 to 1.
+        top: tokens kept of the teacher's predictions on disk; None: full logits.
+        cross_entropy: its share of the loss, 0 to 1.
+    Raises:
+        UsageError: the share is out of its range, or it is above 0 and another option needs given text.
+    """
     require("--on-policy", share, SHARE)
     if share and top is not None:
         raise UsageError("targets on disk are of given text: the student's own rows have none", "use --targets full")
@@ -50,14 +58,17 @@ def prompt_length(length: int) -> int:
 
 
 def written_rows(share: float, rows: int) -> int:
-    """How many of the rows of a round the student writes."""
+    """How many of the ``rows`` of a round the student writes."""
     return math.ceil(share * rows)
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """``tokens`` int [n, length], what the teacher says of them, and its hidden states [n, length, hidden] at the
-    places where they are matched."""
+    """Rows and the teacher's judgement.
+
+    ``tokens`` int [n, length]; ``streamed``: the end of the teacher's walk over them; ``states``: the teacher's hidden
+    states [n, length, hidden] at each place where they are matched.
+    """
 
     tokens: np.ndarray
     streamed: stream.Streamed
@@ -65,11 +76,11 @@ class Lesson:
 
 
 class Writer:
-    """The rows of a training of which the student writes a share. Row numbers from ``rows.count`` on are those that it
-    wrote for this round.
+    """The rows of a training of which the student writes a share.
 
-    ``text``: the teacher's word on the given rows; None when all are written. ``judge(rows)``: that on others.
-    ``batch``: how many rows are sampled at a time.
+    Row numbers from ``rows.count`` on are the rows that it wrote for this round. ``text``: the teacher's judgement of
+    the given rows; None if the student writes all rows. ``judge(rows)``: the teacher's judgement of other rows.
+    ``batch`` * ROWS_AT_ONCE rows are sampled at a time.
     """
 
     def __init__(
@@ -88,12 +99,18 @@ class Writer:
         self.reader = text and text.streamed  # one head for all rounds
 
     def write(self, drawn: np.ndarray, step: int) -> np.ndarray:
-        """Before the round that begins at ``step``: the row numbers [batches, b] that it draws, of which a share,
-        chosen by lot, is replaced by the numbers of written rows. Follows from the student and (seed, step) alone.
+        """Let the student write its share of the rows of a round, and the teacher judge them.
 
-        The first process samples and sends; each has the teacher judge those rows that it will train on.
+        The result depends only on the student, ``drawn``, the seed and ``step``. The first process samples and sends
+        the rows. Each process lets the teacher judge the rows that it will train on, and replaces only their numbers.
+
+        Args:
+            drawn: int [batches, b], numbers of the given rows that the round would train on.
+            step: the step that the round begins with.
+        Returns:
+            int [batches, b]: ``drawn``, with numbers of written rows in some places.
         """
-        self.written = None  # the last round's need not be held beside this one's
+        self.written = None  # free the last round's rows before this one's are made
         lot = np.random.RandomState([self.seed, step]).permutation(drawn.size)
         spots = np.sort(lot[: written_rows(self.share, drawn.size)])
         rank, size = distributed.this()
@@ -108,7 +125,7 @@ class Writer:
         return numbers
 
     def _sampled(self, numbers: np.ndarray, step: int) -> mx.array:
-        """The beginnings of these rows, continued by the student as it is now: int32 [n, length]."""
+        """The beginnings of these rows, continued by the current student, int32 [n, length]."""
         length, pieces = self.rows.length, []
         keys = mx.random.split(mx.random.key(1_000_003 * self.seed + step), max(1, len(numbers)))
         self.model.eval()
@@ -121,8 +138,14 @@ class Writer:
         return mx.concatenate(pieces) if pieces else mx.zeros((0, length), mx.int32)
 
     def batch(self, numbers: np.ndarray) -> tuple[mx.array, ...]:
-        """Tokens [b, length], the teacher's logits [b, length, vocab] and its states for row numbers, given or
-        written."""
+        """Give what the loss takes for some rows.
+
+        Args:
+            numbers: int [b], numbers of given or written rows.
+        Returns:
+            Tokens int32 [b, length]; the teacher's logits float32 [b, length, vocab]; then its hidden states
+            [b, length, hidden] for each place where they are matched.
+        """
         places = [
             (self.text, int(n)) if n < self.rows.count else (self.written, int(n) - self.rows.count) for n in numbers
         ]
@@ -133,7 +156,14 @@ class Writer:
 
 
 def judge_of(path: Path, places: teacher.Places | None) -> Callable[[Rows], Lesson]:
-    """The teacher in ``path``, streamed over rows whenever it is asked."""
+    """Make a function that streams a teacher over rows.
+
+    Args:
+        path: directory of the teacher.
+        places: where hidden states are matched; None: nowhere.
+    Returns:
+        A function from Rows to the Lesson of these rows.
+    """
 
     def judge(rows: Rows) -> Lesson:
         watched = teacher.Watched(places.teacher, places.kept) if places else None
@@ -147,8 +177,18 @@ def judge_of(path: Path, places: teacher.Places | None) -> Callable[[Rows], Less
 
 
 def work_bytes(student: Checkpoint, original: Checkpoint, rows: Rows | Extent, at_once: int) -> int:
-    """The most that sampling ``rows``, or the teacher's walk over them, takes beside the student and what is held of
-    its training: one comes after the other. An estimate."""
+    """Estimate the memory for sampling rows and judging them, besides that of the student and its training.
+
+    The larger of the two counts, because one comes after the other.
+
+    Args:
+        student: the model that writes.
+        original: the teacher.
+        rows: the rows of a round, or their number and length.
+        at_once: rows that are sampled together.
+    Returns:
+        Bytes.
+    """
     arch, value = student.arch, memory.state_width(student)
     count, prompt = min(at_once, rows.count), prompt_length(rows.length)
     cached = 2 * arch.largest("kv_head") * arch.largest("head_dim") * len(arch.layers) * rows.length

@@ -1,4 +1,4 @@
-"""How to recover, and the memory that takes."""
+"""How to recover, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -25,26 +25,29 @@ from .objective import Objective
 from .student import trained_values
 from .trainer import Course
 
-# What is trained: the learning rate, as a function of the hidden size. One step of Adam changes what a matrix gives in
-# proportion to its width (Yang et al., arXiv:2203.03466). Of an adapter one factor is as wide, one is not: an exponent
-# between gives what suits 64, and what is usual at 4096. Tried at 64 and 256 (benchmarks/LOG.md).
+# For each method, the learning rate as a function of the hidden size. One step of Adam changes a matrix's output in
+# proportion to its width (Yang et al., arXiv:2203.03466). Only one factor of an adapter is that wide. An exponent in
+# between suits 64, and gives the usual rate at 4096. Tried at 64 and 256 (benchmarks/LOG.md).
 RATES: dict[str, Callable[[int], float]] = {
     "lora": lambda hidden: 0.02 / hidden**0.5,
     "dora": lambda hidden: 0.02 / hidden**0.5,
     "full": lambda hidden: 0.12 / hidden,
     "norms": lambda hidden: 2e-3,
 }
-DRAW_BYTES = 128  # of an array of row numbers, beside the numbers
+DRAW_BYTES = 128  # of an array of row numbers, without the numbers
 GENTLE_BELOW = 0.1  # nats of KL divergence at the start, below which these rates are too high (see Course)
 METHODS = tuple(RATES)
-LOCAL = {"lora": "lora", "dora": "lora", "full": "full", "norms": "full"}  # what the blocks are trained by beforehand
+LOCAL = {"lora": "lora", "dora": "lora", "full": "full", "norms": "full"}  # how the blocks are trained before that
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TrainingOptions):
-    """How to recover; see settings.TrainingOptions. ``scale`` is the adapters'; ``learning_rate`` None: RATES; ``kind``
-    None: reverse if the student writes rows (as MiniLLM, arXiv:2306.08543), else forward. See Course and Objective for
-    ``reports`` and ``match_weight``."""
+    """How to recover; see settings.TrainingOptions.
+
+    ``scale`` is that of adapters. ``learning_rate`` None: RATES decides. ``kind`` None: reverse if the student writes
+    rows (as MiniLLM, arXiv:2306.08543), else forward. ``reports``: validations of a Course, which has more if rounds of
+    on_policy need them. ``match_weight``: see Objective.
+    """
 
     steps: int = setting(RecoveryOptions.recover_steps, values=FROM_NONE, called="recover_steps")
     scale: float = setting(2.0, values=above(0, MOST))
@@ -57,7 +60,7 @@ class Options(TrainingOptions):
 
     @property
     def course(self) -> Course:
-        rate = self.learning_rate or 0.0  # recover() has put the usual one here
+        rate = self.learning_rate or 0.0  # recover() puts the usual one here
         validations = max(self.reports, math.ceil(self.steps / on_policy.ROUND)) if self.on_policy else self.reports
         return Course(
             self.steps, rate, self.accumulate, self.schedule, self.clip, validations, self.patience, self.seed
@@ -70,11 +73,13 @@ class Options(TrainingOptions):
 
     @property
     def blocks(self) -> BlockOptions:
-        """How the blocks are healed beforehand."""
+        """How the blocks are healed before the whole model is trained."""
         return BlockOptions(LOCAL[self.method], self.local_steps, self.batch, seed=self.seed)
 
     def check(self, vocab: int | None = None) -> None:
-        """Raises UsageError for what there is not; ``vocab``: tokens of the teacher, if it is known by now."""
+        """Raises UsageError if an option names something unknown, or if options exclude each other.
+
+        ``vocab``: tokens of the vocabulary; None: it is not known yet."""
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", f"choose one of {', '.join(METHODS)}")
         if vocab is not None and self.top is not None:
@@ -96,11 +101,23 @@ def required_bytes(
     matched: int = 0,
     swift: bool = False,
 ) -> int:
-    """Student, gradients and optimizer, the teacher's hidden states (at ``matched`` places too), and what comes in
-    turn: logits and activations of a batch; where the student writes rows, sampling, and the teacher's walk.
+    """Estimate the memory that training takes at most.
 
-    Adam holds two float32 numbers for each that is trained, the gradient and the best state are two more,
-    gradients that are accumulated another. ``swift``: when the steps compute under backend.swift.
+    It holds the student, gradients and optimizer, and the teacher's hidden states. The largest of these is added,
+    because they come in turn: logits and activations of a batch; if the student writes rows, sampling or the teacher's
+    walk. Adam holds two float32 numbers for each trained number. The gradient and the best state are two more,
+    accumulated gradients another.
+
+    Args:
+        student: the model to train.
+        original: the teacher.
+        train: rows to train on, or their number and length.
+        validation: rows to validate on, or their number and length.
+        options: how to train.
+        matched: places where the teacher's hidden states are matched.
+        swift: whether the steps compute under backend.swift.
+    Returns:
+        Bytes.
     """
     value = 4 if options.method == "full" else memory.state_width(student)
     arch = student.arch
@@ -139,8 +156,21 @@ def check_memory(
     cap: int | None,
     matched: int = 0,
 ) -> int:
-    """The estimate, when it stays under the cap (default: what is free). Raises Refused otherwise, naming the smallest
-    change that would fit."""
+    """Check that training fits in memory.
+
+    Args:
+        student: the model to train.
+        original: the teacher.
+        train: rows to train on, or their number and length.
+        validation: rows to validate on, or their number and length.
+        options: how to train.
+        cap: bytes that may be used; None: the memory that is free.
+        matched: places where the teacher's hidden states are matched.
+    Returns:
+        The estimate in bytes.
+    Raises:
+        Refused: it exceeds the cap. The error names the smallest change that would fit.
+    """
 
     def needed(o: Options) -> int:
         return required_bytes(student, original, train, validation, o, matched)
@@ -169,8 +199,21 @@ def swift_fits(
     limit: int,
     matched: int = 0,
 ) -> bool:
-    """Whether steps may compute under backend.swift, for what that keeps (``limit``: bytes). Not with
-    --grad-checkpoint, which would keep nothing less."""
+    """Tell whether training may compute under backend.swift, which keeps more memory.
+
+    It may on the CPU backend up to MOST_KEPT bytes, but not with --grad-checkpoint, which would not keep less then.
+
+    Args:
+        student: the model to train.
+        original: the teacher.
+        train: rows to train on, or their number and length.
+        validation: rows to validate on, or their number and length.
+        options: how to train.
+        limit: bytes that may be used.
+        matched: places where the teacher's hidden states are matched.
+    Returns:
+        Whether it may.
+    """
     kept = lm.swift_kept(student.arch, options.batch * train.length, len(student.arch.layers))
     if not lm.cpu_backend() or options.grad_checkpoint or kept > cpu_math.MOST_KEPT:
         return False
@@ -178,8 +221,9 @@ def swift_fits(
 
 
 def savings(options: Options) -> Iterator[tuple[str, Options]]:
-    """Ways to take less memory, each with those before it, as they are said on the command line; the steps stay as
-    large as they were."""
+    """Ways to take less memory, each with the ones before it: (text for the command line, options).
+
+    A step still trains on at least as many rows."""
     flags: dict[str, str] = {}
 
     def less(flag: str, value: str = "", **change: Any) -> tuple[str, Options]:

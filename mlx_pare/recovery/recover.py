@@ -1,11 +1,12 @@
-"""recover: heal a pruned model by distilling the original into it, on mlx-lm's trainer; killed, it goes on.
+"""recover: heal a pruned model by distilling the original into it, on mlx-lm's trainer. It goes on after a kill.
 
-First, if asked, block by block (recovery/blockwise.py), then all of it at once: the student's logits are led to the
-teacher's, and its hidden states where whole layers were cut (recovery/objective.py). The teacher is streamed once over
-the rows (recovery/teacher.py); where the student writes rows itself (recovery/on_policy.py), over those before every
-segment. What is trained: LoRA or DoRA adapters, all weights of the blocks, or norms and the scales of packed matrices
-alone. The best state by validation KL is merged, packed as the pruned model was, and measured again from what was
-written: when that is not better than the pruned model, the pruned model is returned and the result says so.
+If asked, it first heals block by block (recovery/blockwise.py). Then it trains the whole model: the student's logits
+are led to the teacher's, and so are its hidden states if whole layers were cut (recovery/objective.py). The teacher is
+streamed once over the rows (recovery/teacher.py). If the student writes rows itself (recovery/on_policy.py), the
+teacher is streamed over those before every segment. What is trained: LoRA or DoRA adapters, all weights of the blocks,
+or only norms and the scales of packed matrices.
+The best state by validation KL is merged, packed as the pruned model was, and measured again from the written files. If
+it is not better than the pruned model, the result is the pruned model, with a warning.
 """
 
 from __future__ import annotations
@@ -57,12 +58,28 @@ def recover(
     work: StrPath | None = None,
     kept: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the healed model to ``out``; returns validation KL before and after, the curve, whether it helped.
+    """Heal a pruned model by distillation and write it to ``out``.
 
-    ``original``: the teacher, any model with the student's tokenizer. ``work``: a directory for what a killed call goes
-    on from; it is removed in the end. ``kept``: where hidden states of the original are kept (stream/kept.py). Raises
-    UsageError for options there are not, Refused when ``out`` exists, the tokenizers differ or the training does not
-    fit in memory, Diverged when the loss is not a number any more.
+    Args:
+        student: directory of the pruned model.
+        original: the teacher, any model with the student's tokenizer.
+        train: token rows to train on, or several domains of them.
+        validation: token rows that judge, or several domains of them.
+        out: directory of the result.
+        options: how to train.
+        memory_cap: bytes that may be used; None: the memory that is free.
+        work: directory that a killed call goes on from, removed at the end; None: OUT.work.
+        kept: directory where hidden states of the original are kept (stream/kept.py); None: nowhere.
+    Returns:
+        A summary, as recovery.json holds it: "kl_before" and "kl_after", the mean KL divergence to the teacher on
+        ``validation``, nats per token; "improved"; "kept", the candidate that became ``out``; "kl" of every candidate;
+        "curve", the validations; "best_step"; and what was trained how. Under mlx.launch only the first process
+        measures the candidates and writes ``out``.
+    Raises:
+        UsageError: an option names something unknown, or the processes of mlx.launch cannot share a batch.
+        Refused: ``out`` exists, the tokenizers differ, the training does not fit in memory, or ``work`` is of another
+            training.
+        Diverged: the validation loss is not finite any more.
     """
     options.check(Checkpoint(student).arch.sizes["vocab"])
     student, original, out = opened(student), opened(original), Path(out)
@@ -74,13 +91,13 @@ def recover(
     if (batch := min(options.batch, train.rows.count)) % (size := distributed.this()[1]):
         raise UsageError(f"{size} processes cannot share {batch} rows", f"give a --batch that {size} divides")
     lm.require_same_tokens(student, original)
-    gentle_below = GENTLE_BELOW if usual else None  # a rate that was asked for is the rate
+    gentle_below = GENTLE_BELOW if usual else None  # a rate that the user gives is not changed
     course = replace(options.course, gentle_below=gentle_below)
     with nullcontext(Path(work)) if work else working(out.with_name(out.name + ".work")) as place:
         job = _Job(student, original, train, validation, options, course, place, memory_cap, kept)
         try:
             summary = job.run()
-        except Diverged:  # what was healed block by block before that is still good
+        except Diverged:  # the blocks that were healed before that are still good
             remove(place / "training" if options.local_steps else place)
             raise
         if distributed.this()[0] == 0:
@@ -90,7 +107,7 @@ def recover(
 
 
 class _Job:
-    """One recovery on its way: what all its parts need to know."""
+    """One recovery at work: what all its parts need to know."""
 
     def __init__(
         self,
@@ -110,7 +127,7 @@ class _Job:
         self.candidates = {"pruned": student}
 
     def run(self) -> dict[str, Any]:
-        """Train, and write what came of it to the work directory; returns what there is to say of it."""
+        """Train, write the candidates to the work directory, and return what the summary says about it."""
         options = self.options
         mx.random.seed(options.seed)
         places = self._places()
@@ -121,7 +138,7 @@ class _Job:
             self.swift = self._swift(*sizes, options, self.memory_cap or machine.available_bytes(), matched)
             console.say(f"recover: {options.method}, {options.objective.kind} divergence, takes about {gb(needed)}")
         memory.check_memory(Checkpoint(self.original), self.validation.rows, self.memory_cap)
-        if distributed.this()[0] == 0:  # who validates
+        if distributed.this()[0] == 0:  # the first process validates
             self.judge = teacher.Whole(self._end_of(self.validation.rows, "teacher, validation: block"))
         found = {
             "options": asdict(options) | {"kind": options.objective.kind},
@@ -133,12 +150,12 @@ class _Job:
         )
 
     def _trained(self, places: teacher.Places | None) -> dict[str, Any]:
-        """Train the whole of it; what came of that is a candidate."""
+        """Train the whole model; the results become candidates."""
         options = self.options
         guide, states = self._teach(places) if options.on_policy < 1 else (None, [])
         start = self.candidates.get("local", self.student)
         model = resident(start, options.method)
-        mx.random.seed(options.seed)  # the same adapters, whatever was drawn so far, in every process
+        mx.random.seed(options.seed)  # the same adapters in every process, whatever was drawn so far
         prepare(model, options.method, options.rank, options.scale, options.grad_checkpoint)
         trainer = self._trainer(model, guide, states, places)
         with lm.swift() if self.swift else nullcontext():
@@ -147,9 +164,9 @@ class _Job:
             both = Checkpoint(start).quantized and options.method != "norms"
             for name in ("trained", "same scales") if both else ("trained",):
                 place = self.work / name.replace(" ", "-")
-                shutil.rmtree(place, ignore_errors=True)  # of a call that was killed
+                shutil.rmtree(place, ignore_errors=True)  # left by a killed call
                 place.mkdir()
-                # what was not trained stays healed; new scales fit better, with the old ones what moved little stays
+                # what was not trained stays healed; new scales fit better, the old ones keep what moved little
                 replace_tensors.write(Checkpoint(start), merged(model, trainer.best), place, name != "trained")
                 self.candidates[name] = place
         rate = self.course.full_rate(trainer.curve[0]["loss"])
@@ -157,7 +174,7 @@ class _Job:
         return {"curve": trainer.curve} | about
 
     def _swift(self, *asked: Any) -> bool:
-        """Whether steps compute under backend.swift: decided once, since a process that goes on must compute alike."""
+        """Whether steps compute under backend.swift. This is decided once: after a kill, steps must compute alike."""
         note = self.work / "swift.json"
         if not note.exists() and distributed.this()[0] == 0:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -165,9 +182,9 @@ class _Job:
         return read_json(note, "recovery")["swift"] if note.exists() else swift_fits(*asked)
 
     def _local(self) -> dict[str, Any] | None:
-        """Heal it block by block first; the result is where the training starts."""
+        """Heal block by block first; training starts from the result."""
         options, place, note = self.options, self.work / "local", self.work / "local.json"
-        if not options.local_steps or distributed.this()[0]:  # the others get the weights sent
+        if not options.local_steps or distributed.this()[0]:  # the first process sends its weights to the others
             return None
         of = {**self.about(), "options": asdict(options.blocks)}
         if note.exists() and step_files.read(note)["of"] != of:
@@ -181,14 +198,15 @@ class _Job:
         return step_files.read(note)["done"]
 
     def about(self) -> dict[str, str]:
-        """What is healed on what: leavings of anything else are refused."""
+        """The identities of models and rows: state that was saved with others is refused."""
         found = {"student": self.candidates.get("local", self.student), "teacher": self.original}
         rows = {"rows": self.train.digest(), "validation": self.validation.digest()}
         return {name: Checkpoint(path).identity() for name, path in found.items()} | rows
 
     def _places(self) -> teacher.Places | None:
-        """Where hidden states are matched: nowhere unless it was asked for or layers were cut, or the student's units
-        do not come from this teacher."""
+        """Where hidden states are matched; None: nowhere.
+
+        They are matched if it was asked for or layers were cut, and if the student's units come from this teacher."""
         left = survivors(p) if (p := self.student / "survivors.json").exists() else None
         checkpoint = Checkpoint(self.original)
         related = left is not None and left["source_identity"] == checkpoint.identity()
@@ -203,7 +221,7 @@ class _Job:
         return teacher.places(left, checkpoint)
 
     def _teach(self, places: teacher.Places | None) -> tuple[teacher.Guide, list[mx.array]]:
-        """The teacher's word on the training rows, and its hidden states at the places."""
+        """The teacher's targets for the training rows, and its hidden states at the places."""
         rows, options = self.train.rows, self.options
         watched = teacher.Watched(places.teacher, places.kept) if places else None
         if options.top is None or watched:
@@ -226,7 +244,7 @@ class _Job:
         )
 
     def _end_of(self, rows: Rows, what: str) -> stream.Streamed:
-        """Where the teacher ends on these rows, with its hidden states in memory."""
+        """The end of the teacher's walk over these rows, with its hidden states in memory."""
         return end_of(self.original, rows, self.kept, self.memory_cap, what, whole=True)
 
     def _trainer(
@@ -252,7 +270,7 @@ class _Job:
         def mix(losses: dict[str, float]) -> None:
             sampler.reweight(losses, dict.fromkeys(losses, 0.0))  # the teacher's own divergence is 0 everywhere
 
-        # the first alone has the locally healed student
+        # only the first process has the locally healed student
         about, _ = distributed.from_first(self.about() | {"options": asdict(options), "course": asdict(self.course)})
         writer = self._writer(model, guide, states, places) if options.on_policy else None
         return Trainer(
@@ -278,13 +296,13 @@ class _Job:
         return on_policy.Writer(model, rows, text, judge, options.on_policy, options.batch, options.seed)
 
     def kl(self, path: Path) -> float:
-        """Mean KL to the teacher of a model as it lies on disk, over all positions of the validation rows."""
+        """Mean KL to the teacher of a model on disk, over all positions of the validation rows."""
         found = teacher.Whole(stream.walk(path, self.validation.rows, what="measure: block"))
         return by_domain(lambda r: found.batch(r)[0], self.judge, self.validation, self.options.batch)[""]
 
 
 def _keep_the_best(job: _Job, summary: dict[str, Any], out: Path) -> None:
-    """The candidate with the smallest KL becomes ``out``; the pruned model when none is better."""
+    """Copy the candidate with the smallest KL to ``out``: the pruned model if no other is better."""
     measured = {name: job.kl(path) for name, path in job.candidates.items()}
     best = min(measured, key=lambda name: measured[name])
     summary |= {"kl_before": measured["pruned"], "kl_after": measured[best], "improved": best != "pruned"}
@@ -299,7 +317,16 @@ def _keep_the_best(job: _Job, summary: dict[str, Any], out: Path) -> None:
 def by_domain(
     logits: Callable[[np.ndarray], mx.array], judge: teacher.Whole, validation: Domains, batch: int
 ) -> dict[str, float]:
-    """Mean KL to the teacher over all positions of the rows of every domain, nats per token; of all under ""."""
+    """Measure the KL divergence to the teacher on every domain, over all positions of its rows.
+
+    Args:
+        logits: the student's logits [b, length, vocab] of row numbers int [b].
+        judge: the teacher on the validation rows.
+        validation: the rows and their domains.
+        batch: rows at a time.
+    Returns:
+        The mean in nats per token: of all rows under "", and by the name of the domain if there are several.
+    """
     sums = np.zeros(validation.rows.count)
     for start in range(0, len(sums), batch):
         rows = np.arange(start, min(start + batch, len(sums)))

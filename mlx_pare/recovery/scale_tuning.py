@@ -1,7 +1,8 @@
-"""A packed matrix whose codes stay and whose scales and biases are trained, as factors of what they were: one learning
-rate then suits them, whatever their size, and the gains of the norms beside them (mlx_lm's quant/dwq.py trains scales
-and biases themselves). Nothing has to be quantized again afterwards. Affine packing alone: a scale of the float modes
-is one byte, which has nothing between one power of two (or one eighth) and the next.
+"""Training of the scales and biases of a packed matrix, whose codes stay. Nothing is quantized again afterwards.
+
+What is trained are factors of the old scales and biases. So one learning rate suits them whatever their size, and also
+the gains of the norms. (mlx_lm's quant/dwq.py trains scales and biases themselves.) This is for affine packing only: a
+scale of the float modes is one byte, which has nothing between one power of two (or one eighth) and the next.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from ..tensors.packed import Packed, packed
 
 
 class Rescaled(nn.Module):
-    """Stands in for an affine quantized linear layer; trains ``scale_gain`` and ``bias_gain`` [out, groups].
+    """Takes the place of an affine quantized linear layer and trains ``scale_gain`` and ``bias_gain`` [out, groups].
 
-    On the CPU backend, whose quantized matmul is slow, it holds what the codes contribute in float32 instead.
+    On the CPU backend, whose quantized matmul is slow, it also holds what the codes contribute in float32.
     """
 
     def __init__(self, inner: nn.QuantizedLinear):
@@ -28,7 +29,7 @@ class Rescaled(nn.Module):
         self._dtype = inner.scales.dtype
         self._bias = inner.bias.astype(mx.float32) if "bias" in inner else None
         self._codes = None
-        # no parameters, so nobody else does: a compiled step would read them from the disk every time
+        # nobody else evaluates what is no parameter: a compiled step would read it from the disk every time
         mx.eval(self._packed.words, self._packed.scales, self._packed.biases)
         if lm.cpu_backend():
             whole = self._packed.dense().reshape(*self.scale_gain.shape, -1)
@@ -36,11 +37,15 @@ class Rescaled(nn.Module):
             mx.eval(self._codes)
 
     def arrays(self) -> dict[str, mx.array]:
-        """Scales and biases as they are now, float32."""
+        """Compute the current scales and biases.
+
+        Returns:
+            "scales" and "biases", float32 [out, groups].
+        """
         return {"scales": self._packed.scales * self.scale_gain, "biases": self._packed.biases * self.bias_gain}
 
     def stored(self) -> Packed:
-        """The matrix as it will be stored: the same codes."""
+        """The matrix as it will be stored, with the same codes."""
         now = {name: array.astype(self._dtype) for name, array in self.arrays().items()}
         return Packed(self._packed.words, **now, packing=self._packed.packing)
 
@@ -55,7 +60,7 @@ class Rescaled(nn.Module):
 
 
 def rescale(model: nn.Module) -> None:
-    """Put Rescaled in the place of every affine packed linear layer of the blocks."""
+    """Replace every affine packed linear layer of the blocks by a Rescaled."""
     for block in lm.blocks(model):
         linear = ((n, m) for n, m in block.named_modules() if isinstance(m, nn.QuantizedLinear))
         found = [(name, Rescaled(module)) for name, module in linear if packed(module).packing.affine]

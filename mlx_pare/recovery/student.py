@@ -1,4 +1,4 @@
-"""The student in memory: what is trained of it, and what came of that as tensors of its checkpoint."""
+"""The student in memory: what is trained of it, and the trained tensors of its checkpoint."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from .scale_tuning import Rescaled, rescale
 
 
 def resident(path: Path, method: str) -> nn.Module:
-    """A model to train, in memory. float32 where all weights move (half precision would lose Adam's small steps) and on
-    the CPU backend; under adapters elsewhere as stored. Packed matrices stay packed when their scales are trained.
+    """Load a model into memory to train it.
 
-    Of several processes (mlx.launch) all have the weights of the first, which may have healed them before.
+    It is float32 if all weights move (half precision would lose Adam's small steps), and on the CPU backend. Otherwise
+    it is as stored. Packed matrices stay packed if their scales are trained. Under mlx.launch all processes get the
+    weights of the first, which may have healed them before.
     """
     model = lm.load(path)
     _, weights = distributed.from_first({}, dict(tree_flatten(model.parameters())))
@@ -35,7 +36,15 @@ def resident(path: Path, method: str) -> nn.Module:
 
 
 def prepare(model: nn.Module, method: str, rank: int, scale: float, grad_checkpoint: bool = False) -> None:
-    """Freeze everything but what the method trains; adapters have this rank and scale."""
+    """Freeze everything in a model except what the method trains.
+
+    Args:
+        model: a model of ``resident``; it is changed in place.
+        method: "lora", "dora", "full" or "norms".
+        rank: of the adapters.
+        scale: of the adapters.
+        grad_checkpoint: whether blocks compute their activations twice instead of keeping them.
+    """
     model.freeze()
     if method in ("lora", "dora"):
         lm.add_lora(model, rank, scale, method == "dora")
@@ -49,7 +58,15 @@ def prepare(model: nn.Module, method: str, rank: int, scale: float, grad_checkpo
 
 
 def trained_values(student: Checkpoint, method: str, rank: int) -> int:
-    """How many numbers a method trains, at most."""
+    """Count the numbers that a method trains, at most.
+
+    Args:
+        student: the model to train.
+        method: "lora", "dora", "full" or "norms".
+        rank: of the adapters.
+    Returns:
+        How many numbers.
+    """
     blocks = [t for t in student.arch.tensors() if t.layer is not None]
     if method == "full":
         return sum(t.size for t in blocks)
@@ -66,8 +83,9 @@ def gains(module: nn.Module) -> bool:
 
 
 def train_gains(module: nn.Module) -> None:
-    """Train a norm, or the gains of a packed matrix, in float32: a step of Adam on a number near 1 is less than half
-    precision can tell. A norm still computes in the dtype of what goes through it."""
+    """Train a norm, or the gains of a packed matrix, in float32.
+
+    Half precision cannot hold a step of Adam on a number near 1. A norm still computes in the dtype of its input."""
     module.unfreeze(recurse=False)
     half = {n: a for n, a in module.items() if isinstance(a, mx.array) and a.dtype in (mx.float16, mx.bfloat16)}
     if not half or isinstance(module, Rescaled):
@@ -87,8 +105,17 @@ def train_gains(module: nn.Module) -> None:
 
 
 def merged(model: nn.Module, best: dict[str, mx.array]) -> dict[str, Callable[[], Packed | mx.array]]:
-    """What makes the trained tensors of a model in its best state, by name: adapters are folded into dense weights; a
-    matrix whose scales were trained is packed. One at a time: dense, a packed model may be larger than the memory."""
+    """Give the trained tensors of a model in its best state, each made when it is asked for.
+
+    They are made one at a time because a packed model that becomes dense may be larger than the memory.
+
+    Args:
+        model: the trained model, in its best state.
+        best: the trained parameters by name.
+    Returns:
+        By tensor name, a function that makes it: a dense array with the adapter folded in, a Packed matrix if its
+        scales were trained, else the array in ``best``.
+    """
     adapted = ((name, m) for name, m in model.named_modules() if hasattr(m, "fuse"))
     found: dict[str, Callable] = {f"{name}.weight": partial(lm.fused, module) for name, module in adapted}
     found |= {f"{name}.weight": m.stored for name, m in model.named_modules() if isinstance(m, Rescaled)}

@@ -1,15 +1,15 @@
 """A teacher's targets on disk: its most likely tokens and the mass of the rest, so that no teacher is in memory later.
 
-    DIR/targets.json     of which model, data, k and temperature they are: written first
-    DIR/part-00000.bin   a record for every valid token of some rows (no padding), then the sha256 of it all
+    DIR/targets.json     their model, data, k and temperature: written first
+    DIR/part-00000.bin   a record for every valid token of some rows (no padding), then a sha256 of it and targets.json
 
-A record holds, with no space between: the low 16 bits of k ids; where the vocabulary has more than 65536 tokens also
+A record holds, with no space between: the low 16 bits of k ids; if the vocabulary has more than 65536 tokens also
 their high 4 bits, two to a byte; k log-probabilities as float16; the log of the mass of all other tokens as float32.
-At k = 64 that is 260 bytes, or 292. Most likely token first.
+At k = 64 that is 260 bytes, or 292. The most likely token comes first.
 
-float16 rounds a probability by up to 0.4 % (of the likely ones less), so k rounded ones and the exact rest do not sum
-to one. On reading all k + 1 classes are divided by their sum. Then they are a distribution: the divergence of a student
-that equals it is 0 and never below. The rest, which is known to seven digits, moves by less than the k were rounded by.
+float16 rounds a probability above 1e-7 by up to 0.4 %, a likely one less. So reading divides all k + 1 classes by their
+sum, which makes them a distribution: the divergence of a student that equals it is 0 and never below. The exact rest
+is known to seven digits and moves by less than the k were rounded by.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from ..stream import batches, head, memory, walk as stream
 from ..text.corpus import Rows
 
 SCHEMA = 1
-PART_TOKENS = 16384  # what a killed head loses at most; small enough for any memory, large enough for few files
-PARTS_AT_ONCE = 8  # walked together when memory suffices: what a killed walk loses at most
+PART_TOKENS = 16384  # a kill of the head loses these at most; small enough for any memory, large enough for few files
+PARTS_AT_ONCE = 8  # walked together if memory suffices: a kill of the walk loses these at most
 LOW, HIGH = 1 << 16, 1 << 20
 LEAST = float(np.finfo(np.float16).min)
-SEAL = 32  # bytes of the sha256 behind the records of a part
+SEAL = 32  # bytes of the sha256 after the records of a part
 
 
 def check(k: int, vocab: int) -> None:
-    """Raises UsageError when ``k`` targets of a vocabulary cannot be stored."""
+    """Raises UsageError if ``k`` targets of a vocabulary cannot be stored."""
     if not 1 <= k <= vocab:
         raise UsageError(
             f"--targets {k} is not possible: the vocabulary has {vocab} tokens", f"give 1 to {vocab}, or full"
@@ -58,14 +58,14 @@ def check(k: int, vocab: int) -> None:
 
 
 def record(k: int, vocab: int) -> np.dtype:
-    """What is stored of a token. Raises UsageError as ``check``."""
+    """The dtype of what is stored for a token. Raises UsageError as ``check``."""
     check(k, vocab)
     high = [("high", "u1", ((k + 1) // 2,))] if vocab > LOW else []
     return np.dtype([("low", "<u2", (k,)), *high, ("log_p", "<f2", (k,)), ("log_tail", "<f4")])
 
 
 def pack(ids: np.ndarray, log_p: np.ndarray, log_tail: np.ndarray, vocab: int) -> np.ndarray:
-    """Records [tokens] of ids and log-probabilities [tokens, k], and the log of the remaining mass [tokens]."""
+    """Pack ids and log-probabilities [tokens, k], and the log of the remaining mass [tokens], into records [tokens]."""
     packed = np.zeros(len(ids), record(ids.shape[1], vocab))
     packed["low"] = ids & (LOW - 1)
     if vocab > LOW:
@@ -78,7 +78,7 @@ def pack(ids: np.ndarray, log_p: np.ndarray, log_tail: np.ndarray, vocab: int) -
 
 
 def unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids int32 [..., k], log_p float32 [..., k], log_tail float32 [...]) of records, summing up to one."""
+    """Unpack records [...] to ids int32 [..., k], log_p float32 [..., k], log_tail float32 [...] of total mass one."""
     ids = records["low"].astype(np.int32)
     if "high" in records.dtype.names:
         high = np.stack([records["high"] & 15, records["high"] >> 4], axis=-1)
@@ -88,16 +88,11 @@ def unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids, log_p - total[..., None], log_tail - total
 
 
-# ---- the most likely tokens ----
-
-
 def largest(logits: mx.array, k: int) -> mx.array:
-    """Indices [tokens, k] of the largest of ``logits`` [tokens, many], in no order.
+    """Find the k largest of ``logits`` [tokens, many]: indices uint32 [tokens, k], in no order.
 
-    In two rounds, because partitioning everything costs more than making the logits: the k largest lie in the k groups
-    with the largest maxima, and maxima are cheap where groups lie across. Groups of sqrt(many / k) make both rounds
-    equally long.
-    """
+    There are two rounds, because partitioning everything costs more than making the logits. The k largest lie in the k
+    groups with the largest maxima, which are cheap. Groups of sqrt(many / k) make both rounds equally long."""
     tokens, many = logits.shape
     size = math.isqrt(many // k)
     if size < 2:
@@ -106,7 +101,7 @@ def largest(logits: mx.array, k: int) -> mx.array:
     maxima = logits[:, : size * groups].reshape(tokens, size, groups).max(axis=1)
     best = mx.argpartition(maxima, groups - k, axis=-1)[:, groups - k :]
     inside = (best[:, None, :] + (mx.arange(size, dtype=mx.uint32) * groups)[:, None]).reshape(tokens, -1)
-    left = mx.arange(size * groups, many, dtype=mx.uint32)  # fewer than a group: they just take part
+    left = mx.arange(size * groups, many, dtype=mx.uint32)  # fewer than a group: all of them take part
     inside = mx.concatenate([inside, mx.broadcast_to(left, (tokens, left.size))], axis=-1)
     among = mx.take_along_axis(logits, inside, axis=-1)
     order = mx.argpartition(among, inside.shape[1] - k, axis=-1)[:, inside.shape[1] - k :]
@@ -118,17 +113,15 @@ def _all(tokens: int, many: int) -> mx.array:
 
 
 class Top:
-    """The k largest of logits that come in chunks of the vocabulary, and the log of the mass of all others.
-
-    That is summed up of the others themselves: as the difference to the whole it would be noise where it is small.
-    """
+    """The k largest of logits that come in chunks of the vocabulary, and the log of the mass of all others. That is
+    summed up from the others themselves: as the difference to the whole a small one would be noise."""
 
     def __init__(self, k: int):
         self.k = k
         self.values = self.ids = self.rest = None
 
     def update(self, start: int, logits: mx.array) -> None:
-        """Add logits [tokens, chunk] of the ids from ``start``."""
+        """Add the float32 logits [tokens, chunk] of the token ids from ``start``."""
         index = largest(logits, min(self.k, logits.shape[1]))
         values, ids = mx.take_along_axis(logits, index, axis=-1), index.astype(mx.int32) + start
         others = mx.logsumexp(mx.put_along_axis(logits, index, mx.array(-mx.inf), axis=-1), axis=-1)
@@ -145,23 +138,20 @@ class Top:
         self.values, self.ids = values[:, -self.k :], ids[:, -self.k :]
 
     def arrays(self) -> list[mx.array]:
-        """What to evaluate after a chunk."""
+        """The arrays to evaluate after a chunk: values and ids [tokens, k], log of the other mass [tokens]."""
         return [self.values, self.ids, self.rest]
 
     def found(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids [tokens, k], log_p [tokens, k], log_tail [tokens]), the most likely first."""
+        """Give ids int32 [tokens, k], log_p float32 [tokens, k], log_tail float32 [tokens], the most likely first."""
         order = mx.argsort(-self.values, axis=-1)
         ids, values = (mx.take_along_axis(a, order, axis=-1) for a in (self.ids, self.values))
         total = mx.logaddexp(mx.logsumexp(values, axis=-1), self.rest)
         return np.array(ids), np.array(values - total[:, None]), np.array(self.rest - total)
 
 
-# ---- the directory ----
-
-
 @dataclass(frozen=True)
 class Targets:
-    """Finished targets of ``rows`` in ``directory``; ``about`` is what targets.json says."""
+    """Finished targets of ``rows`` in ``directory``; ``about`` is the content of targets.json."""
 
     directory: Path
     rows: Rows
@@ -169,8 +159,8 @@ class Targets:
 
     @classmethod
     def open(cls, directory: Path, rows: Rows) -> Targets:
-        """What ``collect`` wrote, without the teacher. Raises PareError when it is missing, unfinished or damaged,
-        Refused when it was made of other rows."""
+        """Open what ``collect`` wrote in ``directory`` for ``rows``, without the teacher. Raises PareError if it is
+        missing, unfinished or damaged, and Refused if it was made of other rows."""
         about = _about(directory)
         if about is None:
             raise PareError(f"no targets at {directory}", "collect them first")
@@ -191,7 +181,7 @@ class Targets:
 
     @property
     def nbytes(self) -> int:
-        """Of all parts, on disk."""
+        """Bytes of all parts on disk."""
         return self.rows.total * self.bytes_per_token + self.parts * SEAL
 
     @property
@@ -209,10 +199,12 @@ class Targets:
         return int(self.rows.lengths[self.rows_of(part)].sum())
 
     def batch(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids int32 [b, length, k], log_p float32 [b, length, k], log_tail float32 [b, length]) of these rows.
+        """Read the targets of some rows alone. Numbers at padding are finite and mean nothing: leave them out.
 
-        Only what is asked for is read. Where a row is padded the numbers are finite and mean nothing: leave them out
-        of the loss, as the padding itself. Raises UsageError for a row that there is not.
+        Args:
+            numbers: row numbers int [b]. A number that does not exist raises UsageError.
+        Returns:
+            (ids int32 [b, length, k], log_p float32 [b, length, k], log_tail float32 [b, length]).
         """
         numbers = np.asarray(numbers, dtype=np.int64)
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < self.rows.count:
@@ -231,12 +223,12 @@ class Targets:
         return unpack(found.view(self.record)[..., 0])
 
     def write(self, part: int, records: np.ndarray) -> None:
-        """Store a part, whole or not at all."""
+        """Store the records [valid tokens] of a part, whole or not at all."""
         data = records.tobytes()
         replace_file(self.file(part), data + self._seal(part, data))
 
     def missing(self) -> list[int]:
-        """The parts that are not there yet. Raises PareError for one that is damaged, or of other targets."""
+        """The parts that are not there yet. Raises PareError if one is damaged, or belongs to other targets."""
         return [part for part in range(self.parts) if not self._whole(part)]
 
     def _whole(self, part: int) -> bool:
@@ -253,7 +245,7 @@ class Targets:
         return True
 
     def _seal(self, part: int, data: bytes | np.ndarray) -> bytes:
-        """Of the key too: a part of other targets would not do, whatever its size."""
+        """Hash a part with targets.json and its number, so that no part of other targets is taken for it."""
         digest = hashlib.sha256(f"{json.dumps(self.about, sort_keys=True)} {part}".encode())
         digest.update(data)
         return digest.digest()
@@ -273,9 +265,6 @@ def _about(directory: Path) -> dict[str, Any] | None:
         raise PareError(f"{note} is damaged", f"delete {shell(directory)} and collect again") from error
 
 
-# ---- collecting ----
-
-
 def collect(
     teacher: Path,
     rows: Rows,
@@ -285,13 +274,24 @@ def collect(
     disk_budget: int | None = None,
     memory_cap: int | None = None,
 ) -> Targets:
-    """Run the teacher once over ``rows`` and write its targets into ``out``, part by part; returns them.
+    """Run the teacher once over ``rows`` and write its targets into ``out``, part by part; a killed pass is continued.
 
-    What a killed pass left in ``out`` is continued: the bytes are the same in the end, however much memory there is, as
-    parts have always the same rows in the same micro-batches. ``disk_budget``: bytes they may take, beside what is
-    free. ``memory_cap``: bytes; the rows go through the model in as many turns as it takes.
-    Raises UsageError for a k, a temperature or tokens that cannot be, Refused when ``out`` holds other targets or the
-    disk or memory do not suffice, PareError when a part is damaged or the teacher answers NaN.
+    The bytes do not depend on the memory: parts always have the same rows in the same micro-batches.
+
+    Args:
+        teacher: directory of the model.
+        rows: token rows.
+        out: directory of the targets.
+        k: how many of the most likely tokens are stored.
+        temperature: divides the logits.
+        disk_budget: bytes that all targets may take; None: only the free disk limits them.
+        memory_cap: bytes; the rows go through the model in as many turns as it takes; None: the memory that is free.
+    Returns:
+        The finished targets.
+    Raises:
+        UsageError: k, the temperature or the tokens are out of range.
+        Refused: ``out`` holds other targets, or disk or memory do not suffice.
+        PareError: a part is damaged, or the teacher answers NaN or infinity.
     """
     checkpoint = Checkpoint(teacher)
     targets = _begin(checkpoint, rows, out, k, temperature)
@@ -311,7 +311,7 @@ def collect(
 
 
 def _begin(checkpoint: Checkpoint, rows: Rows, out: Path, k: int, temperature: float) -> Targets:
-    """The targets to be, nothing of them written. Raises UsageError and Refused as ``collect``."""
+    """Prepare targets without writing anything. Raises UsageError and Refused as ``collect``."""
     vocab = checkpoint.arch.sizes["vocab"]
     record(k, vocab)
     if not 0 < temperature < math.inf:
@@ -333,7 +333,7 @@ def _begin(checkpoint: Checkpoint, rows: Rows, out: Path, k: int, temperature: f
 
 
 def _check_disk(targets: Targets, left: int, budget: int | None) -> None:
-    """Raises Refused when all of them are over the budget, or what is left of them does not fit on the disk."""
+    """Raises Refused if all parts exceed the budget, or if the missing ones do not fit on the disk."""
     home = next(p for p in (targets.directory, *targets.directory.absolute().parents) if p.exists())
     free = shutil.disk_usage(home).free
     limit = min(free + targets.nbytes - left, math.inf if budget is None else budget)
@@ -350,12 +350,12 @@ def _check_disk(targets: Targets, left: int, budget: int | None) -> None:
 
 
 def _check_memory(targets: Targets, checkpoint: Checkpoint, parts: list[int], cap: int | None) -> int:
-    """The estimate for some parts in one turn: a walk, and logits of which the most likely are looked for."""
+    """Estimate the memory for some parts in one turn: a walk, then logits and the search for the most likely."""
     return memory.check_memory(checkpoint, _rows(targets, parts), cap, 2 * head.CHUNK_BYTES)
 
 
 def _at_once(targets: Targets, checkpoint: Checkpoint, missing: list[int], cap: int | None) -> list[int]:
-    """As many of the missing parts as go through the model in one turn. Raises Refused when not even one does."""
+    """As many missing parts as fit through the model in one turn. Raises Refused if not even one fits."""
     limit = cap or machine.available_bytes()
     for count in range(min(PARTS_AT_ONCE, len(missing)), 1, -1):
         rows = _rows(targets, missing[:count])
@@ -371,7 +371,7 @@ def _rows(targets: Targets, parts: list[int]) -> Rows:
 
 
 def _collect(targets: Targets, teacher: Path, parts: list[int]) -> None:
-    """Some parts: their rows through the model, then through its head, each part written as soon as it is known."""
+    """Send the rows of some parts through the model, then through its head; write each part as soon as it is known."""
     rows = _rows(targets, parts)
     streamed = stream.walk(teacher, rows, what=f"targets, part {parts[0] + 1} of {targets.parts}: block")
     flat, start = streamed.hidden.reshape(-1, streamed.hidden.shape[-1]), 0
@@ -389,7 +389,7 @@ def _collect(targets: Targets, teacher: Path, parts: list[int]) -> None:
 
 
 def _of(targets: Targets, teacher: Path, chunks: Any) -> np.ndarray:
-    """The records of some tokens from their logits, in chunks of the vocabulary."""
+    """Make the records of some tokens from their logits, which come in chunks of the vocabulary."""
     top, temperature = Top(targets.about["k"]), targets.about["temperature"]
     for start, logits in chunks:
         top.update(start, logits if temperature == 1.0 else logits / temperature)

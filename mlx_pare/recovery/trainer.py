@@ -1,10 +1,10 @@
-"""training: a model in memory, trained on mlx-lm's trainer in segments, with everything that matters on disk.
+"""training: a model in memory trains on mlx-lm's trainer in segments, with everything that matters on disk.
 
 Between two segments the model is validated, the best state is kept apart, and weights, optimizer and the place in the
-data are saved (random numbers begin again with every segment): killed at any moment, the same call goes on from there,
-to the same bytes (on the CPU). mlx-lm's trainer itself has none of that, and no clipping: it is called for one segment
+data are saved (random numbers begin again with every segment). After a kill at any moment, the same call goes on from
+there, to the same bytes (on the CPU). mlx-lm's trainer has none of that, and no clipping: it is called for one segment
 at a time. Under mlx.launch every process draws the same batches and takes its share of their rows; mlx-lm averages the
-gradients. The first process alone writes; the others get its saved state sent.
+gradients. Only the first process writes, and it sends its saved state to the others.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ from ..store.arrays import Arrays
 from ..text.domains import Sampler
 
 SCHEDULES = ("cosine", "linear", "constant")
-WARMUP, LAST_RATE = 0.05, 0.05  # share of the steps until the full rate is reached; what is left of it in the end
+WARMUP, LAST_RATE = 0.05, 0.05  # share of the steps until the full rate; share of the rate at the end
 
 
 @dataclass(frozen=True)
 class Course:
-    """How to train: ``steps`` of the optimizer, each over ``accumulate`` batches; ``rate`` after the warm-up, falling
-    by ``schedule``; gradients are clipped to the norm ``clip`` (0: not). The model is validated ``validations`` times,
-    and training ends early when ``patience`` of them in a row brought nothing (0: never).
+    """How to train.
 
-    A model that starts nearer than a loss of ``gentle_below`` is trained at the rate times sqrt(loss / gentle_below):
-    Adam moves every weight by about the rate, however small its gradient, and what moving weights at random costs grows
-    with the square of the distance."""
+    ``steps`` of the optimizer, each over ``accumulate`` batches. ``rate``: after the warm-up, falling by ``schedule``.
+    ``clip``: largest norm of the gradient (0: it is not clipped). ``validations``: how many at most, besides that
+    before the first step. ``patience``: training ends early after this many in a row without an improvement (0: never).
+
+    A model that starts at a loss below ``gentle_below`` is trained at the rate times sqrt(loss / gentle_below). Adam
+    moves every weight by about the rate, however small its gradient. The cost of moving weights at random grows with
+    the square of the distance."""
 
     steps: int
     rate: float
@@ -61,11 +63,19 @@ class Course:
         return max(1, math.ceil(self.steps / self.validations))
 
     def full_rate(self, begun: float) -> float:
-        """The rate after the warm-up of a training that begins at a loss."""
+        """The rate after the warm-up of a training that begins at the loss ``begun``."""
         return self.rate * min(1.0, math.sqrt(begun / self.gentle_below)) if self.gentle_below else self.rate
 
     def learning_rate(self, begun: float = math.inf) -> Callable[[mx.array], mx.array]:
-        """The rate of every step of a training that begins at a loss. Raises UsageError for an unknown schedule."""
+        """Make the schedule of the learning rate.
+
+        Args:
+            begun: the loss that the training begins at.
+        Returns:
+            A function from the step, a scalar array, to its rate, a scalar array.
+        Raises:
+            UsageError: the schedule is unknown.
+        """
         if self.schedule not in SCHEDULES:
             raise UsageError(f"unknown schedule {self.schedule!r}", f"choose one of {', '.join(SCHEDULES)}")
         rate, warm = self.full_rate(begun), max(1, round(self.steps * WARMUP))
@@ -79,13 +89,16 @@ class Course:
 
 
 class Diverged(PareError):
-    """The loss is not a number any more: what was saved is of no use."""
+    """The validation loss is not finite any more: the saved state is of no use."""
 
 
 class ClippedAdamW(optim.AdamW):
-    """AdamW without weight decay, of gradients that are clipped to a global norm first (mlx-lm's trainer averages them
-    over batches and machines before it calls ``update``). The bias of its moments is corrected, which MLX does not do
-    unless asked: without, the rate is really three to six times the given one in the first hundreds of steps."""
+    """AdamW without weight decay that first clips the gradients to a global norm.
+
+    mlx-lm's trainer averages them over batches and machines before it calls ``update``. The bias of the moments is
+    corrected, which MLX does not do by default: otherwise the rate would really be three to six times the given one in
+    the first hundreds of steps.
+    """
 
     def __init__(self, learning_rate: Any, clip: float):
         super().__init__(learning_rate=learning_rate, weight_decay=0.0, bias_correction=True)
@@ -98,9 +111,12 @@ class ClippedAdamW(optim.AdamW):
 
 
 class Trainer:
-    """One training; ``directory`` holds its state. ``batch(rows)`` gives what ``loss(model, *batch)`` takes (see
-    training.train) for row numbers, ``validate()`` the loss by domain, with a mean under "" that decides. ``about``
-    says what is trained on what: a state of another training is refused."""
+    """One training; ``directory`` holds its state.
+
+    ``batch(rows)`` gives what ``loss(model, *batch)`` takes (see lm/training.py) for row numbers int [b].
+    ``validate()`` gives the loss by domain, and under "" the mean, which decides. ``about`` describes the model and the
+    data: a state of another training is refused.
+    """
 
     def __init__(
         self,
@@ -124,16 +140,21 @@ class Trainer:
         self.rank, self.ranks = distributed.this()
 
     def weights(self) -> dict[str, mx.array]:
-        """What is trained, by name."""
+        """Give the parameters that are trained.
+
+        Returns:
+            Arrays by name.
+        """
         return dict(tree_flatten(self.model.trainable_parameters()))
 
     def run(self) -> None:
-        """Train to the end, or until nothing is gained any more; the model is then in its best state.
+        """Train to the end, or until patience ends; the model is then in its best state.
 
-        Raises Diverged, Refused for a directory with the state of another training.
+        Raises Diverged if the validation loss is not finite, and Refused if the directory holds the state of another
+        training.
         """
         course = self.course
-        mx.eval(self.model.parameters())  # or the first validation, by which the others are reckoned, would pay for it
+        mx.eval(self.model.parameters())  # or the first validation would pay for it, and the others are estimated by it
         begun = time.monotonic()
         if not self._resume():
             self._validated()
@@ -155,17 +176,17 @@ class Trainer:
         self.model.update(tree_unflatten(list(self.best.items())))
 
     def _begin(self) -> None:
-        """The optimizer, whose rate depends on where the training begins."""
+        """Make the optimizer. Its rate depends on the loss that the training begins at."""
         rates = self.course.learning_rate(self.curve[0]["loss"])
         self.optimizer = ClippedAdamW(rates, self.course.clip)
 
     def _tell(self, bar: console.Progress, spent: float, each: float) -> None:
-        """What is left also has the validations in it."""
+        """Add the validations that are left to the progress display."""
         bar.aside(spent, each * math.ceil((self.course.steps - self.step) / self.course.segment))
 
     def _segment(self, steps: int, bar: console.Progress) -> None:
         start, every = bar.done, max(1, steps // 5)
-        mx.random.seed(1_000_003 * self.course.seed + self.step)  # nothing to save: it follows from the step
+        mx.random.seed(1_000_003 * self.course.seed + self.step)  # it follows from the step, so it need not be saved
 
         def report(info: dict) -> None:
             done = start + info["iteration"] // self.course.accumulate
@@ -188,7 +209,7 @@ class Trainer:
 
     def _validated(self) -> None:
         self.model.eval()
-        losses, _ = distributed.from_first(self.validate() if self.rank == 0 else {})  # all must go on, or stop, alike
+        losses, _ = distributed.from_first(self.validate() if self.rank == 0 else {})  # all must go on or stop together
         self.model.train()
         value = losses[""]
         if not math.isfinite(value):
@@ -204,7 +225,7 @@ class Trainer:
         self.curve.append(point)
 
     def _exhausted(self) -> bool:
-        """Whether the last validations brought nothing."""
+        """Whether the last ``patience`` validations did not improve."""
         losses, patience = [point["loss"] for point in self.curve], self.course.patience
         return bool(patience) and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
@@ -235,7 +256,7 @@ class Trainer:
                     old.unlink()
 
     def _resume(self) -> bool:
-        """Take over the saved state, if there is one; whether there was."""
+        """Take over the saved state; False if there is none."""
         about, arrays = distributed.from_first(*self._read())
         if not about:
             return False
@@ -253,7 +274,7 @@ class Trainer:
         return True
 
     def _read(self) -> tuple[dict, dict[str, mx.array]]:
-        """Description and arrays of the newest state, the best weights among them; empty where there is none."""
+        """Description and arrays of the newest state, with the best weights; both empty if there is none."""
         files = sorted(self.directory.glob("state-*.safetensors")) if self.rank == 0 else []
         if not files:
             return {}, {}

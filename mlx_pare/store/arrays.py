@@ -1,7 +1,4 @@
-"""The nouns that lie in a run directory: Stats and Scores (arrays), Plan and Metrics (JSON). Each has a schema version.
-
-Arrays are safetensors files whose header carries a JSON description under the key "pare".
-"""
+"""Files of named arrays with a schema version: safetensors whose header holds a JSON description under "pare"."""
 
 from __future__ import annotations
 
@@ -19,18 +16,16 @@ from ..tensors.safetensors import read_header
 from .atomic import replaced
 from .schema import SCHEMA
 
-# ---- arrays ----
-
 
 @dataclass
 class Arrays:
-    """Named arrays with a description: Stats (per site of every layer) or Scores (per unit)."""
+    """Named arrays with a description, such as Stats (per site of every layer) or Scores (per unit)."""
 
     arrays: dict[str, Any]
     about: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Raises PareError when it cannot be written."""
+        """Write a file, whole or not at all. Raises PareError if MLX cannot write it."""
         import mlx.core as mx
 
         about = {"schema": SCHEMA, **self.about}
@@ -45,12 +40,14 @@ class Arrays:
 
     @classmethod
     def load(cls, path: Path, what: str) -> Arrays:
-        """As numpy arrays, float32. Raises PareError when the file is missing, damaged or of another schema."""
+        """Read a file as numpy arrays of the dtypes that were saved; ``what`` names it in errors.
+
+        Raises PareError if the file is missing, damaged or of another schema."""
         return cls._read(path, what, lambda name: True)
 
     @classmethod
     def described(cls, path: Path, what: str) -> dict[str, Any]:
-        """The description alone; the arrays are not read. Raises PareError as ``load`` does."""
+        """Read the description alone, without the arrays. Raises PareError as ``load`` does."""
         return cls._read(path, what, lambda name: False).about
 
     @classmethod
@@ -69,9 +66,6 @@ class Arrays:
         if about.get("schema") != SCHEMA:
             raise PareError(f"{path} has schema {about.get('schema')}, this version reads {SCHEMA}", "make it again")
         return cls(arrays, about)
-
-
-# ---- metrics ----
 
 
 MOST_NATS = 700.0  # exp of more is no float

@@ -1,12 +1,12 @@
-"""Files and directories that have their name only when they are whole. Everything that mlx-pare writes goes this way.
+"""Files and directories that get their name only when they are whole. mlx-pare writes everything this way.
 
-``created`` writes a new file or directory. It lies in a private directory beside its place and is renamed at the end.
-The rename never replaces anything, even if two calls race for one name.
-``replaced`` writes a file of ours again, such as manifest.json: its name holds the old bytes or the new.
+``created`` writes a new file or directory in a private directory next to its place and renames it at the end. The
+rename never replaces anything, even if two calls race for one name.
+``replaced`` writes a file of ours again, such as manifest.json: its name holds the old bytes or the new ones.
 
-Temporary names hold random digits, so nobody can put a link or a file there before, and end in a mark. Whatever fails
-is cleaned up, Ctrl-C included. What a killed process leaves is known by the mark and by its lock, which ended with the
-process: the next call for the same name removes it.
+Temporary names hold random digits, so nobody can put a link or a file there in advance, and end in a mark. Whatever
+fails is cleaned up, Ctrl-C included. The mark and the lock, which ends with its process, show what a killed process
+left: the next call for the same name removes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..base.errors import PareError, Refused
 from ..base.units import gb
 from . import locks
 
-PART, TEMPORARY = ".mlx-pare.part", ".mlx-pare.tmp"  # a private directory; a file, with the suffix that it needs behind
+PART, TEMPORARY = ".mlx-pare.part", ".mlx-pare.tmp"  # a private directory; a file, which may have a suffix after it
 OURS = re.compile(r"\..*\.[0-9a-f]{16,24}\.mlx-pare\.(part|tmp(\.\w+)?)", re.DOTALL)
 SHOWN = 50  # characters of the final name in a temporary one: names have at most 255 bytes
 PATIENCE_S = 2.0  # for the lock on a directory, which others hold for milliseconds
@@ -45,8 +45,15 @@ def refuse_existing(out: Path) -> None:
 
 
 def require_room(out: Path, size: int, besides: str = "") -> None:
-    """Raises PareError if the disk that is to hold ``out`` has fewer than ``size`` bytes free. ``besides``: what takes
-    some of them, for the message."""
+    """Check that there is room for a file or directory.
+
+    Args:
+        out: its path, of which the last parts may not exist yet.
+        size: bytes that it needs.
+        besides: what else needs some of these bytes, for the message.
+    Raises:
+        PareError: the disk that is to hold ``out`` has fewer bytes free.
+    """
     free = shutil.disk_usage(next(place for place in out.absolute().parents if place.exists())).free
     if size > free:
         raise PareError(
@@ -57,9 +64,9 @@ def require_room(out: Path, size: int, besides: str = "") -> None:
 
 @contextmanager
 def created(out: Path) -> Iterator[Path]:
-    """Make a new file or directory: the block writes to the path that it gets, which does not exist and ends in the
-    same name. When the block is done, everything is flushed to the disk and becomes ``out``.
+    """Make a new file or directory. The block writes to the path that it gets, which does not exist yet.
 
+    That path ends in the same name. When the block is done, everything is flushed to the disk and becomes ``out``.
     Errors that name the temporary path name ``out`` instead. Raises Refused if ``out`` exists, before the block or
     after it, or if another process is writing it.
     """
@@ -78,7 +85,7 @@ def created(out: Path) -> Iterator[Path]:
 
 
 def create_file(path: Path, data: bytes) -> Path:
-    """A new file with these bytes; returns ``path``. Raises as ``created``."""
+    """Write a new file with these bytes and return ``path``. Raises as ``created``."""
     with created(path) as new:
         new.write_bytes(data)
     return path
@@ -86,10 +93,10 @@ def create_file(path: Path, data: bytes) -> Path:
 
 @contextmanager
 def replaced(path: Path, suffix: str = "") -> Iterator[Path]:
-    """Write a file again: the block writes to the path that it gets, an empty file that ends in ``suffix``.
+    """Write a file again. The block writes to the path that it gets, an empty file that ends in ``suffix``.
 
-    ``path`` holds the old bytes or the new, never half of them. What fails leaves nothing: on a full disk the room is
-    needed.
+    ``path`` holds the old bytes or the new ones, never half of them. A failure leaves nothing behind, because a full
+    disk needs the room.
     """
     place = path.with_name(f".{path.name[:SHOWN]}.{secrets.token_hex(8)}{TEMPORARY}{suffix}")
     try:
@@ -101,20 +108,20 @@ def replaced(path: Path, suffix: str = "") -> Iterator[Path]:
         with undisturbed(), suppress(OSError):
             place.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = error.filename or str(place)  # a write that fails does not know of what
+            error.filename = error.filename or str(place)  # a write that fails does not name its file
         if isinstance(error, PareError | OSError):
             _name(error, place, path)
         raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """The bytes of a file at once, or the old ones."""
+    """Write all bytes of a file again: it holds the new ones or the old ones."""
     with replaced(path) as place:
         place.write_bytes(data)
 
 
 def remove(directory: Path) -> None:
-    """Delete a directory that a later call would continue from. A kill on the way leaves nothing under its name."""
+    """Delete a directory that a later call would continue from. A kill halfway leaves nothing under its name."""
     if directory.exists():
         with _private(directory) as place:
             os.rename(directory, place / directory.name)
@@ -122,15 +129,16 @@ def remove(directory: Path) -> None:
 
 @contextmanager
 def scratch(directory: Path, name: str) -> Iterator[Path]:
-    """A private directory in ``directory`` while the block runs; ``name`` says what it is for."""
+    """Make a private directory in ``directory`` while the block runs; ``name`` says what it is for."""
     with _private(directory / name) as place:
         yield place
 
 
 @contextmanager
 def working(directory: Path) -> Iterator[Path]:
-    """A directory that a killed call continues from: a new one, or one with our note in it. It is removed in the end if
-    nothing else is in it. Raises Refused for any other directory."""
+    """Work in a directory that a later call continues from after a kill: a new one, or one with our note in it.
+
+    It is removed at the end if only the note is in it. Raises Refused for any other directory that is not empty."""
     note = directory / ".mlx-pare"
     if directory.exists() and not note.exists() and any(directory.iterdir()):
         raise Refused(f"{directory} exists already, and mlx-pare did not make it", "move it away")
@@ -150,8 +158,9 @@ def is_ours(name: str) -> bool:
 
 
 def sweep(directory: Path, deep: bool = False) -> None:
-    """Remove what killed processes left in ``directory``, and with ``deep`` below it. Only for a directory that no
-    other process writes to: a temporary file has no lock."""
+    """Remove what killed processes left in ``directory``, and with ``deep`` also below it.
+
+    Only for a directory that no other process writes to: a temporary file has no lock."""
     for place in list(directory.rglob("*") if deep else directory.iterdir()):
         if is_ours(place.name):
             _remove_dead(place)
@@ -159,7 +168,7 @@ def sweep(directory: Path, deep: bool = False) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Signals that would interrupt the block arrive after it. Only the main thread gets any."""
+    """Delay signals that would interrupt the block until it ends. Only the main thread gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -182,7 +191,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def _private(out: Path) -> Iterator[Path]:
-    """A new directory beside ``out`` that only this user can enter, locked, and removed in the end."""
+    """A new directory next to ``out`` that only this user can enter; it is locked, and removed at the end."""
     place = lock = None
     try:
         with undisturbed(), _alone(out.parent):
@@ -197,7 +206,7 @@ def _private(out: Path) -> Iterator[Path]:
             try:
                 if place is not None:
                     shutil.rmtree(place, ignore_errors=True)
-            finally:  # whatever ends the removal: what is left is nobody's, and the next call removes it
+            finally:  # if the removal is interrupted, the rest has no lock, and the next call removes it
                 if lock is not None:
                     os.close(lock)
 
@@ -205,20 +214,20 @@ def _private(out: Path) -> Iterator[Path]:
 def _make(place: Path, out: Path) -> None:
     try:
         place.mkdir(mode=0o700)
-    except OSError as error:  # people know ``out``
+    except OSError as error:  # users know ``out``
         error.filename = str(out)
         raise
 
 
 @contextmanager
 def _directory(path: Path) -> Iterator[None]:
-    """A directory, and those above it. If the block fails, those that were made are removed again."""
+    """Make a directory and those above it. If the block fails, the new ones are removed again."""
     new = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # something else may lie there meanwhile
+        with suppress(OSError):  # something else may be there by now
             for place in new:
                 place.rmdir()
         raise
@@ -231,11 +240,12 @@ def _beginning(out: Path) -> str:
 
 @contextmanager
 def _alone(parent: Path) -> Iterator[None]:
-    """No other mlx-pare makes or removes a private directory in ``parent`` meanwhile, where the system has locks: a new
-    one is not locked at once."""
+    """Keep other mlx-pare processes from making or removing a private directory in ``parent``, if there are locks.
+
+    This is needed because a new directory is not locked at once. After PATIENCE_S the block runs without the lock."""
     try:
         handle = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:  # what may be written to but not read
+    except OSError:  # a directory that may be written to but not read
         yield
         return
     try:
@@ -248,7 +258,7 @@ def _alone(parent: Path) -> Iterator[None]:
 
 
 def _remove_dead_of(out: Path) -> None:
-    """Remove what killed calls for this name left. Raises Refused if one is alive."""
+    """Remove what killed calls for this name left. Raises Refused if one of them is alive."""
     with suppress(OSError):
         for place in [Path(entry.path) for entry in os.scandir(out.parent) if entry.name.startswith(_beginning(out))]:
             if is_ours(place.name) and _remove_dead(place) is False:
@@ -256,7 +266,7 @@ def _remove_dead_of(out: Path) -> None:
 
 
 def _remove_dead(place: Path) -> bool | None:
-    """Remove a leftover. False: its process is alive. None: it cannot be told, or it is of somebody else."""
+    """Remove a leftover. False: its process is alive. None: nobody can tell, or it belongs to somebody else."""
     with suppress(OSError):
         found = place.lstat()
         if found.st_uid != os.geteuid():
@@ -282,7 +292,7 @@ def _remove_dead(place: Path) -> bool | None:
 
 
 def _flush(path: Path) -> None:
-    """Everything in a file or directory is on the disk."""
+    """Flush a file, or everything in a directory, to the disk."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_symlink() or not file.is_file():
             continue
@@ -294,8 +304,8 @@ def _flush(path: Path) -> None:
 
 
 def _rename_to_new(source: Path, target: Path) -> None:
-    """Rename, unless ``target`` exists. Raises Refused then."""
-    sys.audit("os.rename", str(source), str(target), -1, -1)  # as os.rename says to those who watch
+    """Rename. Raises Refused if ``target`` exists."""
+    sys.audit("os.rename", str(source), str(target), -1, -1)  # as os.rename does for audit hooks
     try:
         if not _exclusive_rename(source, target):
             _rename_over_own(source, target)
@@ -306,7 +316,7 @@ def _rename_to_new(source: Path, target: Path) -> None:
 
 
 def _rename_over_own(source: Path, target: Path) -> None:
-    """In two steps: taking the name fails if it exists; what is renamed over is then ours, and empty."""
+    """Rename in two steps: making the target fails if it exists; the rename then replaces our own, empty one."""
     directory = source.is_dir()
     if directory:
         target.mkdir()
@@ -321,7 +331,7 @@ def _rename_over_own(source: Path, target: Path) -> None:
 
 
 def _exclusive_rename(source: Path, target: Path) -> bool:
-    """A rename in one step that fails with FileExistsError; False where system or file system have none."""
+    """Rename in one step that fails with FileExistsError. False: the system or the file system has no such rename."""
     import ctypes
 
     library = ctypes.CDLL(None, use_errno=True)
@@ -339,7 +349,7 @@ def _exclusive_rename(source: Path, target: Path) -> bool:
 
 
 def _name(error: PareError | OSError, place: Path, out: Path) -> None:
-    """In an error, the name that people know instead of the temporary one."""
+    """Replace the temporary name in an error by the name that users know."""
     if isinstance(error, OSError):
         for attribute in ("filename", "filename2"):
             if isinstance(found := getattr(error, attribute), str | os.PathLike):

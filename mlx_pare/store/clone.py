@@ -1,4 +1,4 @@
-"""Clones of files: copies that share their blocks on the disk with the original until one of both is changed."""
+"""Clones of files: copies that share their disk blocks with the original until either of them is changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FICLONE = 0x40049409  # linux/fs.h: btrfs, XFS, bcachefs and some others
 
 
 def clone(file: Path, to: Path) -> bool:
-    """Make the new file ``to`` a clone of ``file``. False if the file system has no clones: then nothing is there."""
+    """Make the new file ``to`` a clone of ``file``. False: the file system has no clones, and ``to`` does not exist."""
     if sys.platform == "darwin":
         return _clone_on_macos(file, to)
     with file.open("rb") as source, to.open("xb") as target, suppress(OSError):
@@ -24,7 +24,7 @@ def clone(file: Path, to: Path) -> bool:
 
 
 def _clone_on_macos(file: Path, to: Path) -> bool:
-    """clonefile(2) of APFS. It takes over the rights as well: the clone is to be written to by its owner."""
+    """Call clonefile(2) of APFS. It copies the permissions as well, so the owner is allowed to write to the clone."""
     library = ctypes.CDLL(None, use_errno=True)
     if library.clonefile(os.fsencode(file.resolve()), os.fsencode(to), 0):
         return False

@@ -1,7 +1,7 @@
-"""Files for people that mlx-pare writes again, such as RUN/report.md. What somebody changed in one of them is kept.
+"""Files for people that mlx-pare writes again, such as RUN/report.md. A file that somebody changed is kept.
 
-The last line of such a file is a comment with the hash of what is above it. If the hash is wrong or missing, somebody
-changed the file, or it was never ours.
+The last line of such a file is a comment with the hash of everything above it. If the hash is wrong or missing,
+somebody changed the file, or it was never ours.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from ..base import console, untrusted
 from ..base.errors import PareError
 from .atomic import replace_file
 
-MOST = 64 << 20  # bytes of a file that is looked at
+MOST = 64 << 20  # bytes: a larger file counts as changed
 SAID = "mlx-pare wrote this; sha256 of all above: {}. If you change it, it is kept."
 COMMENTS = {".toml": f"# {SAID}\n"}
 COMMENT = f"<!-- {SAID} -->\n"  # in Markdown and SVG
 
 
 def write(path: Path, data: bytes) -> Path:
-    """Write a file again, unless it was changed since we wrote it: then it is kept, a warning says so, and the bytes go
-    to the first name beside it that is free or ours (report-2.md).
+    """Write a file again, unless somebody changed it since we wrote it.
+
+    A changed file is kept. Then the bytes go to the first name next to it that is free or ours (report-2.md), and
+    mlx-pare warns.
 
     Args:
         path: the file.
         data: its new content, which ends with a line end.
-
     Returns:
         The file that was written.
     """
@@ -44,8 +45,9 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file again that must have its name. One that was changed since we wrote it is renamed before
-    (recipe.yours-1.toml), and a warning says so. Arguments as ``write``."""
+    """Write a file again that must keep its name. Arguments as ``write``.
+
+    If somebody changed it since we wrote it, it is renamed first (recipe.yours-1.toml), and mlx-pare warns."""
     if os.path.lexists(path) and not _unchanged(path):
         kept = next(name for n in count(1) if not os.path.lexists(name := path.with_stem(f"{path.stem}.yours-{n}")))
         os.rename(path, kept)

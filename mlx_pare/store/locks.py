@@ -1,4 +1,4 @@
-"""Locks that end with the process. Some file systems (SMB, some NFS) have none: that is not a lock of somebody else."""
+"""Locks that end with the process. Some file systems (SMB, some NFS) have none, which is not somebody else's lock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ def acquire(handle: int, shared: bool = False) -> bool | None:
     Args:
         handle: file descriptor. The lock ends when it is closed, or when the process ends in any way.
         shared: several processes may have such a lock at once.
-
     Returns:
         True: locked. False: another process has a lock. None: the file system has no locks, so nobody can tell.
     """

@@ -1,5 +1,7 @@
-"""What a run directory says of itself: RUN/manifest.json, a record per finished step, and RUN/recipe.toml, what was
-asked. Read by whoever wants to know, also while another process works there; written by store/rundir.py alone."""
+"""How a run directory describes itself: RUN/manifest.json has a record per finished step, RUN/recipe.toml the settings.
+
+Anybody may read them, also while another process works there. Only store/rundir.py writes them.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,16 @@ from ..options.values import shown
 from .schema import SCHEMA, Count, Strict
 
 MANIFEST, RECIPE = "manifest.json", "recipe.toml"
-SURVIVORS = "survivors.json"  # beside every pruned model
+SURVIVORS = "survivors.json"  # in every pruned model
 
 
 class StepRecord(Strict):
-    """One finished step. ``peak_bytes``: the largest resident size of the process during it (on a Mac up to its end),
-    ``peak_mlx_bytes`` the most that MLX had allocated, which on a Mac lies outside of it, ``swap_growth_bytes`` by how
-    much more swap the computer used in the end."""
+    """One finished step. ``seconds`` is what it took.
+
+    ``peak_bytes``: the largest resident size of the process during the step (on a Mac: until its end).
+    ``peak_mlx_bytes``: the most that MLX had allocated, which on a Mac is not part of ``peak_bytes``.
+    ``swap_growth_bytes``: how much more swap the computer used at the end.
+    """
 
     parameters: dict[str, Any]
     inputs: dict[str, str]
@@ -35,9 +40,12 @@ class StepRecord(Strict):
 
 
 class Manifest(Strict):
-    """What is known of a run: the model, where it was made, and every finished step. ``contents``: sha256 of all bytes
-    of the model's weights ("model:" and the name of the file) and of every big output (step/file). ``origin``: of a
-    model that was named on the hub, the name that was given ("asked") and the same with its commit ("hub")."""
+    """What is known about a run: the model, the machine and versions that were used, and every finished step.
+
+    ``contents``: sha256 of all bytes of the model's weights ("model:" and the file name) and of every big output
+    (step/file). ``origin``: for a model on the hub, the name that was given ("asked") and the same with its commit
+    ("hub").
+    """
 
     schema_version: int = SCHEMA
     model: str
@@ -50,7 +58,7 @@ class Manifest(Strict):
 
     @property
     def hub(self) -> HubName | None:
-        """The model on the hub that the run is about, with its commit; None for any other model."""
+        """The run's model on the hub, with its commit; None for any other model."""
         return HubName.parse(self.origin.get("hub", "")) if self.origin else of_snapshot(self.model)
 
     @property
@@ -67,26 +75,27 @@ class Manifest(Strict):
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What is known of the run in ``path``, whoever works on it. Raises PareError without one, or a damaged one."""
+    """Read the manifest in ``path``, even if a process works there. Raises PareError if it is missing or damaged."""
     file = path / MANIFEST
     require_run(file)
     return Manifest.read(file, "run manifest", "restore it, or start a new run with another --out", "is damaged")
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is a run directory, its manifest may be damaged."""
+    """Whether a directory is a run directory. Its manifest may be damaged."""
     keys = _keys(path / MANIFEST)
     return (path / ".lock").exists() if keys is None else {"schema_version", "source", "steps"} <= keys
 
 
 def is_pruned(path: Path) -> bool:
-    """Whether a directory is a pruned model, or what was made of one for the hub. A file of somebody else may have the
-    same name."""
+    """Whether a directory is a pruned model, or its copy for the hub.
+
+    The keys of survivors.json decide, because another program's file may have the same name."""
     return {"schema_version", "source_identity", "layers"} <= (_keys(path / SURVIVORS) or set())
 
 
 def _keys(file: Path) -> set[str] | None:
-    """The names in a JSON object: none if it is something else, or if there is no file. None: it cannot be read."""
+    """The keys of a JSON object: empty if it is something else, or if there is no file. None: it cannot be read."""
     try:
         found = json.loads(untrusted.contents(file)) if file.is_file() else None
     except (OSError, PareError, ValueError, RecursionError):
@@ -95,8 +104,9 @@ def _keys(file: Path) -> set[str] | None:
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """What was asked of the run in ``path``, by the fields of Settings; None without a recipe. Raises PareError,
-    with file and key, for a damaged one."""
+    """Read the settings of the run in ``path``, by the fields of Settings; None if there is no recipe.
+
+    Raises PareError, which names file and key, if the recipe is damaged."""
     file = path / RECIPE
     found = recipe_file.of_run(file) if file.exists() else None
     for name, value in (found or {}).items():
@@ -106,7 +116,7 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
 
 
 def require_run(manifest: Path) -> None:
-    """Raises PareError if there is no such manifest."""
+    """Raises PareError if this manifest does not exist."""
     if not manifest.exists():
         raise PareError(
             f"no run at {manifest.parent}",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def repair_file(directory: Path, layer: int) -> Path:
-    """Where reconstruct leaves the matrices of a layer of the pruned model, and prune finds them."""
+    """The file where reconstruct leaves the matrices of a layer of the pruned model for prune."""
     return directory / f"{layer:04d}.safetensors"
 
 
-# what a run measures: name of the step, title in tables
+# The models that a run measures: name in the step, title in tables
 CONTENDERS = (
     ("original", "original"),
     ("pruned", "pruned"),
@@ -21,5 +21,5 @@ CONTENDERS = (
 
 
 def name_of(number: int) -> str:
-    """The directory of a stage in that of its run."""
+    """The name of a stage's directory in its run directory."""
     return f"stage-{number}"

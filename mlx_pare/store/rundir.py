@@ -1,14 +1,14 @@
-"""The run directory: what was asked, what was done, from which inputs; resume the same, refuse anything else.
+"""The run directory: the settings, the finished steps and their inputs. It resumes the same work and refuses any other.
 
     RUN/manifest.json   schema, source, versions, machine, one record per finished step (written last)
     RUN/recipe.toml     exactly what was asked
     RUN/<step>/         the outputs of a step; RUN/<step>.partial/ while it works, renamed when it is done
-    RUN/log.txt         what was said, and errors (base/log.py)
+    RUN/log.txt         messages and errors (base/log.py)
     RUN/kept/           while a run works: what several steps need of the original (stream/kept.py)
 
-A step is skipped only when its parameters and the hashes of its inputs are the same and its outputs are whole. Big
-files are told apart by their size and some of their bytes, which is cheap; before the first work of a process all of
-them are compared with what they were, because of bits that flip on a disk. Dates say nothing: a copy is as good.
+A step is skipped only if its parameters and the hashes of its inputs are the same and its outputs are whole. A cheap
+check compares the size and some bytes of big files. Before the first work of a process, all their bytes are compared
+with those of before, because bits may flip on a disk. File dates do not matter, so copies are fine.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from .schema import dump_json
 
 BIG_FILE = 64 << 20
 PIECES = 256
-QUICK = "quick:"  # so begins the fingerprint of a big file
-PATIENCE_S = 0.3  # for a lock: `status` asks for it, for a moment
-HARMLESS = {".lock", ".DS_Store", log.NAME}  # what a killed start, or the Finder, leaves in a new directory
+QUICK = "quick:"  # the fingerprint of a big file begins with it
+PATIENCE_S = 0.3  # for a lock, because `status` takes it for a moment
+HARMLESS = {".lock", ".DS_Store", log.NAME}  # a killed start, or the Finder, leaves these in a new directory
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 of a file; of a big one its size and PIECES pieces of 4 KiB, evenly from its first bytes to its last."""
+    """Hash a file with sha256; of a big one its size and PIECES pieces of 4 KiB, evenly from its start to its end."""
     size = path.stat().st_size
     with untrusted.regular(path) as file:
         if size <= BIG_FILE:
@@ -58,7 +58,7 @@ def fingerprint(path: Path) -> str:
 
 
 def sha256(path: Path, bar: console.Progress) -> str:
-    """Of all of a file, whatever its size; ``bar`` counts the megabytes (MiB)."""
+    """Hash a whole file, whatever its size; ``bar`` counts the MiB."""
     digest = hashlib.sha256()
     with untrusted.regular(path) as file:
         while part := file.read(8 << 20):
@@ -69,7 +69,7 @@ def sha256(path: Path, bar: console.Progress) -> str:
 
 def is_locked(path: Path) -> bool | None:
     """Whether a process works on the run directory ``path``. None: its file system has no locks, so nobody can tell.
-    Needs no right to write there."""
+    This needs no permission to write there."""
     try:
         with untrusted.regular(path / ".lock") as lock:
             free = locks.acquire(lock.fileno(), shared=True)
@@ -79,8 +79,10 @@ def is_locked(path: Path) -> bool | None:
 
 
 class Run:
-    """An opened run directory, locked against other processes until closed (it is a context manager). Only who helps
-    the process that has the lock, and writes nothing, opens it not ``locked``."""
+    """An opened run directory, locked against other processes until it is closed; a context manager.
+
+    Only a process that helps the owner of the lock, and writes nothing, opens it without the lock (``locked``).
+    """
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class Run:
         self._lock = self._acquire(locked)
         self._logged = ExitStack()
         self._locked = locked
-        self.kept: Path | None = None  # where several steps find what one of them made (stream/kept.py); None: nowhere
+        self.kept: Path | None = None  # where several steps share results (stream/kept.py); None: nowhere
         self._sound = False  # whether the bytes of this run have been compared in this process
         try:
             self.manifest = self._open(model, identity, origin)
@@ -116,7 +118,7 @@ class Run:
             log.write(self.path, "started", f"mlx-pare {__version__}: {' '.join(sys.argv[1:])}")
 
     def _refuse_foreign(self) -> None:
-        """A directory that holds something else is not touched, not even by the lock."""
+        """Raises Refused for a directory that holds something else, before even the lock is written there."""
         if self._file.exists() or not self.path.exists():
             return
         others = sorted(p.name for p in self.path.iterdir() if not _harmless(p))
@@ -126,7 +128,7 @@ class Run:
             )
 
     def _acquire(self, locked: bool) -> BinaryIO:
-        """The file of the lock, locked if it is to be. Raises Refused if another process has it."""
+        """Open the lock file, and lock it if ``locked``. Raises Refused if another process has the lock."""
         lock = untrusted.regular(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         given_up = time.monotonic() + PATIENCE_S
         while locked:
@@ -154,7 +156,7 @@ class Run:
                     "use another --out",
                 )
             if model is not None and manifest.model != (now := str(model.resolve())):
-                manifest.model = now  # the same model was moved since
+                manifest.model = now  # somebody moved the same model
                 replace_file(self._file, dump_json(manifest))
             return manifest
         manifest = Manifest(
@@ -177,7 +179,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Let another process have the directory."""
+        """Give up the lock, so that another process may work on the directory."""
         if not self._lock.closed and self._locked:
             log.write(self.path, "ended", "the process lets go of the run")
         self._logged.close()
@@ -191,7 +193,7 @@ class Run:
         return self.path / step
 
     def output(self, step: str, name: str) -> Path:
-        """A finished step's file. Raises PareError when the step was not done."""
+        """The path of a finished step's file. Raises PareError if the step is not finished, or the file is missing."""
         if step not in self.manifest.steps or not (self.path / step / name).exists():
             raise PareError(
                 f"{self.path} has no finished {step} step", f"do it first: `mlx-pare {step} {shell(self.path)}`"
@@ -199,8 +201,9 @@ class Run:
         return self.path / step / name
 
     def recipe(self) -> dict[str, Any]:
-        """What was asked when the run was begun, by the fields of settings.Settings, and "model". Raises Refused if the
-        file is missing: the defaults would then be taken for what was asked."""
+        """Read the settings that the run began with, by the fields of settings.Settings, and "model".
+
+        Raises Refused if the file is missing, because defaults would then take the place of the settings."""
         found = read_recipe(self.path)
         if found is None:
             raise Refused(
@@ -211,13 +214,14 @@ class Run:
         return found
 
     def write_recipe(self, asked: Mapping[str, Any], replace: bool = True) -> None:
-        """Write what was asked, without what was left out. An earlier recipe is kept unless ``replace``. One that says
-        the same is kept in any case, because people may have written comments; one that they changed and that says
-        something else is renamed."""
+        """Write the settings that were given, without those that were left out.
+
+        An earlier recipe is kept unless ``replace``. A recipe with the same settings is always kept, because people may
+        have written comments. A recipe with other settings is renamed if people changed it."""
         if not replace and (self.path / RECIPE).exists():
             return
         text = recipe_file.toml(asked)
-        with suppress(PareError, OSError, ValueError):  # one that cannot be read says something else
+        with suppress(PareError, OSError, ValueError):  # an unreadable recipe counts as different
             if tomllib.loads(untrusted.contents(self.path / RECIPE).decode("utf-8")) == tomllib.loads(text):
                 return
         edited.replace(self.path / RECIPE, text.encode("utf-8"))
@@ -233,12 +237,19 @@ class Run:
         editable: bool = False,
         resumes: bool = False,
     ) -> bool:
-        """Do ``work(directory)`` unless it was done the same way before; returns whether it was done now.
+        """Do ``work(directory)`` unless it was done the same way before.
 
-        ``editable``: people may change the outputs (plan.json); that is no damage. ``resumes``: ``work`` continues what
-        it finds in the directory; the leavings of any other step that did not finish are thrown away.
-        Raises Refused, naming what changed, when the step was done (or, resuming, begun, something of it being there)
-        with other parameters or inputs.
+        Args:
+            name: of the step and its directory.
+            parameters: what the step depends on, for JSON.
+            inputs: a hash by name for each input.
+            work: writes the outputs into the directory that it gets.
+            editable: people may change the outputs (plan.json), which is no damage.
+            resumes: ``work`` continues what it finds in the directory; otherwise the rest of a killed call is deleted.
+        Returns:
+            Whether the work was done now.
+        Raises:
+            Refused: the step was done, or begun and ``resumes``, with other parameters or inputs; or files changed.
         """
         asked = {"parameters": json.loads(json.dumps(dict(parameters), default=str)), "inputs": dict(inputs)}
         final = self.path / name
@@ -273,22 +284,22 @@ class Run:
         return True
 
     def _working(self, name: str, asked: Mapping[str, Any], resumes: bool) -> Path:
-        """The directory that a step works in, with a note of what was asked. Raises Refused as ``step``."""
+        """Prepare a step's working directory, with a note of parameters and inputs. Raises Refused as ``step``."""
         final, partial = self.path / name, self.path / f"{name}.partial"
         for place in (final, partial):
-            if place.is_symlink():  # what is behind it is not ours to empty
+            if place.is_symlink():  # the target of the link is not ours to empty
                 raise Refused(f"{place} is a link, and mlx-pare makes none", "remove the link")
         for place in [final] if resumes else [final, partial]:
-            if not (place / "step.json").is_file():  # every step begins with this note: the rest is somebody else's
+            if not (place / "step.json").is_file():  # every step begins with this note: other files are not ours
                 _set_aside(place, {"step.json"})
-        if final.exists():  # finished, but killed before the manifest said so: done again, or continued
+        if final.exists():  # finished, but killed before the manifest had it: done again, or continued
             shutil.rmtree(partial, ignore_errors=True)
             os.rename(final, partial)
         if not resumes:
             shutil.rmtree(partial, ignore_errors=True)
         elif (partial / "step.json").exists():
             begun = _read_begun(partial / "step.json")
-            if len(list(partial.iterdir())) > 1:  # nothing was done of what was refused at once
+            if len(list(partial.iterdir())) > 1:  # the note alone: no work was done
                 self._same(name, begun, asked)
         partial.mkdir(exist_ok=True)
         if self._alone:
@@ -297,7 +308,7 @@ class Run:
         return partial
 
     def forget(self, name: str) -> None:
-        """A step is to be done again: its record goes first, so that a kill leaves a step that was not finished."""
+        """Delete a step, to do it again. Its record goes first, so that a kill leaves an unfinished step."""
         record = self.manifest.steps.pop(name, None)
         _set_aside(self.path / name, {"step.json", *(record.outputs if record else ())})
         replace_file(self._file, dump_json(self.manifest))
@@ -305,8 +316,8 @@ class Run:
             shutil.rmtree(place, ignore_errors=True)
 
     def _compare(self) -> None:
-        """Before the first work of a process: the weights of the model and the big outputs are, byte for byte, what
-        they were. Raises Refused."""
+        """Compare all bytes of the model's weights and of the big outputs with those of before, once per process.
+        Raises Refused if some differ."""
         if self._sound:
             return
         known = self.manifest.contents
@@ -352,8 +363,9 @@ class Run:
 
 
 def _set_aside(place: Path, known: set[str]) -> None:
-    """A directory with files that mlx-pare did not write is renamed, because it is emptied otherwise. ``known``: the
-    names, relative to it, of what mlx-pare wrote."""
+    """Rename a directory that holds files that mlx-pare did not write, because it would be emptied otherwise.
+
+    ``known``: the relative names of the files that mlx-pare wrote."""
     if not place.is_dir():
         return
     files = [file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file()]
@@ -368,12 +380,12 @@ def _set_aside(place: Path, known: set[str]) -> None:
 
 
 def _harmless(file: Path) -> bool:
-    """Whether a file may lie in a directory that becomes a run directory. A link may not: writing would follow it."""
+    """Whether a file may be in a directory that becomes a run directory. A link may not: writing would follow it."""
     return is_ours(file.name) or (file.name in HARMLESS and file.is_file() and not file.is_symlink())
 
 
 def _contents(files: Mapping[str, Path], what: str) -> dict[str, str]:
-    """The sha256 of every file, by its name. About half a second per gigabyte."""
+    """The sha256 of every file by its name, which takes about half a second per gigabyte."""
     with console.progress(f"{what}: MiB", sum(math.ceil(f.stat().st_size / (1 << 20)) for f in files.values())) as bar:
         return {name: sha256(file, bar) for name, file in files.items()}
 

@@ -1,4 +1,4 @@
-"""JSON files with a schema: unknown keys are errors, sizes are bounded, damage is explained in one line."""
+"""JSON files with a schema: unknown keys are errors, sizes are bounded, one line explains any damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..base.errors import PareError
 
 SCHEMA = 1
 MAX_ARTIFACT = 64 << 20  # bytes; a plan of 126 layers of 53,248 channels takes 47 million
-ARTIFACT_BUDGET = 512 << 20  # bytes it may take in memory
+ARTIFACT_BUDGET = 512 << 20  # bytes that it may take in memory
 
 
 class Strict(BaseModel):
@@ -24,8 +24,18 @@ class Strict(BaseModel):
 
     @classmethod
     def read(cls, path: Path, what: str, cure: str = "make it again", fault: str = "is not valid") -> Self:
-        """From a JSON file of bounded size. Raises PareError, naming all that is wrong with it in one line, when it
-        ``fault``."""
+        """Read a JSON file of bounded size.
+
+        Args:
+            path: the file.
+            what: what the file is, for errors.
+            cure: what to do if the file is wrong, for errors.
+            fault: what is wrong with such a file, as a verb phrase for errors.
+        Returns:
+            The checked content.
+        Raises:
+            PareError: the file cannot be read, is too large or does not suit the schema; one line says why.
+        """
         try:
             text = untrusted.contents(Path(path) if isinstance(path, str) else path, MAX_ARTIFACT, what).decode("utf-8")
             untrusted.check_cost(text, ARTIFACT_BUDGET)
@@ -38,11 +48,11 @@ class Strict(BaseModel):
             raise PareError(f"{what} {path} {fault}: {error}", cure) from error
 
 
-Count = Annotated[int, Field(ge=0, le=10**30)]  # larger ones are no counts, and no floats either
+Count = Annotated[int, Field(ge=0, le=10**30)]  # a larger number is no count, and may not fit a float
 
 
 def explain(error: ValidationError) -> str:
-    """All of pydantic's findings in one line."""
+    """Put pydantic's findings, at most 20, into one line."""
     parts = []
     for item in error.errors():
         where = ".".join(str(p) for p in item["loc"]) or "document"
@@ -51,7 +61,7 @@ def explain(error: ValidationError) -> str:
 
 
 def dump_json(value: Mapping[str, Any] | BaseModel) -> bytes:
-    """A JSON file's bytes; NaN and infinity are refused (ValueError), they are no JSON."""
+    """Make the bytes of a JSON file. Raises ValueError for NaN and infinity, which are not JSON."""
     if isinstance(value, BaseModel):
         value = value.model_dump()
     return json.dumps(value, indent=1, default=str, allow_nan=False).encode() + b"\n"

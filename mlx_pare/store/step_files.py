@@ -1,7 +1,7 @@
-"""The JSON files that steps leave in a run directory: one way to read them.
+"""One way to read the JSON files that steps leave in a run directory.
 
-Reports and summaries take what ``read`` and ``find`` give as plain dictionaries, checked by the schemas of
-store/step_schemas.py: a damaged or edited file is one line that names the file and the cure.
+``read`` and ``find`` give reports and summaries plain dictionaries, checked by the schemas of store/step_schemas.py.
+For a damaged or edited file, one line names the file and the cure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CURES = {"trials.json": "delete it: what it holds is tried again"}
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a step left in a file. Raises PareError, with the file and the cure, when it is missing or damaged."""
+    """Read a file of a step. Raises PareError, which names file and cure, if it is missing or damaged."""
     found = note(path, CURES.get(path.name))
     try:
         json.dumps(found, allow_nan=False)
@@ -34,12 +34,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def find(path: Path) -> dict[str, Any] | None:
-    """The same; None where there is no such file."""
+    """Read a file of a step as ``read`` does; None if the file does not exist."""
     return read(path) if path.exists() else None
 
 
 def note(path: Path, cure: str | None = None) -> dict[str, Any]:
-    """A JSON object of our own, whatever is in it. Raises PareError as ``read`` does."""
+    """Read any JSON object that mlx-pare wrote, without a schema. Raises PareError as ``read`` does."""
     try:
         found = untrusted.loads(untrusted.contents(path, MAX_ARTIFACT, "file"), ARTIFACT_BUDGET)
     except OSError as error:

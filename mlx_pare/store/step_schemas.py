@@ -1,4 +1,4 @@
-"""What the JSON files of steps hold, as far as reports and summaries take it from them. store/step_files.py reads them.
+"""What the JSON files of steps hold, as far as reports and summaries use it. store/step_files.py reads them.
 
 Other keys may be there: older and newer versions write them.
 """
@@ -15,7 +15,7 @@ Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 
 
 class Checked(BaseModel):
-    """A schema that only checks: types as JSON has them, no NaN."""
+    """A schema that only checks: the types are those of JSON, and NaN is not allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -45,7 +45,7 @@ class Width(Checked):
 
 
 class Candidate(Checked):
-    """A candidate plan and what it came to; null where it was given up."""
+    """A candidate plan and its KL divergence, which is null if the candidate was given up."""
 
     level: Level | None = None
     layers: list[Width | None] | None = None
@@ -102,7 +102,7 @@ class Warned(Checked):
 
 
 class Point(Checked):
-    """A validation on the way of a recovery."""
+    """A validation during a recovery."""
 
     step: Count
     loss: Number
@@ -146,14 +146,14 @@ class Recovery(Checked):
 
 
 class Healed(Checked):
-    """local.json of a recovery on its way: what was healed block by block, and what came of it."""
+    """local.json of an unfinished recovery: what the healing block by block depends on, and its summary."""
 
     of: dict[str, Any]
     done: dict[str, Any]
 
 
 class Spread(Checked):
-    """A number that was measured several times."""
+    """The spread of a number that was measured several times."""
 
     median: Number
     min: Number
@@ -186,7 +186,7 @@ class Bench(Checked):
 
 
 class Judged(Checked):
-    """What llama.cpp said of a GGUF file."""
+    """The result of checking a GGUF file with llama.cpp."""
 
     checked: bool
     reason: str = ""
@@ -201,7 +201,7 @@ class Judged(Checked):
 
 
 class Exported(Checked):
-    """export.json: the GGUF file, or why there is none."""
+    """export.json: the GGUF file, or the reason why there is none."""
 
     path: str | None
     why: str = ""
@@ -221,7 +221,7 @@ class Exported(Checked):
 
 
 class Row(Checked):
-    """A Mac and what it takes (capacity/planner.py)."""
+    """A Mac and what the model needs on it (capacity/planner.py)."""
 
     mac: str
     chip: str
@@ -271,33 +271,33 @@ class Fits(Checked):
 
 
 class Agreed(Checked):
-    """How two choices of units on one axis agree."""
+    """How well two choices of units on one axis agree."""
 
     rank_correlation: Number
     same: Number
 
 
 class Axes(Checked):
-    """How two choices of units agree, by axis."""
+    """How well two choices of units agree, by axis."""
 
     axes: dict[str, Agreed]
 
 
 class Part(Axes):
-    """The choice by a part of the text."""
+    """How well the choice from a part of the text agrees with that from all of it."""
 
     tokens: Count
 
 
 class Drawn(Checked):
-    """How the choices of several draws agree on one axis."""
+    """How well the choices of several draws agree on one axis."""
 
     rank_correlation: Number
     jaccard: Number
 
 
 class Stable(Checked):
-    """How stable the choice by one criterion is."""
+    """How stable the choice of one criterion is."""
 
     tokens: list[Part]
     enough: Count | None
@@ -306,14 +306,14 @@ class Stable(Checked):
 
 
 class Mean(Checked):
-    """A mean of several draws."""
+    """Mean and standard deviation over several draws."""
 
     mean: Number
     stdev: Number
 
 
 class Cost(Checked):
-    """What the cuts of several draws cost."""
+    """What the cuts from several draws cost."""
 
     criterion: str
     reconstructed: bool
@@ -344,7 +344,7 @@ class Stability(Checked):
 
 
 class Trials(RootModel):
-    """trials.json: what candidates came to, by a hash of all that they depend on."""
+    """trials.json: the KL divergence of candidates, by a hash of everything that it depends on."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     root: dict[str, Number | None]
