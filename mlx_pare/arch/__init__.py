@@ -1,4 +1,4 @@
-"""Model families as data: describe(config) -> Architecture, and what a cut makes of it."""
+"""Model families as data: describe(config) -> Architecture, and the Architecture that a cut leaves."""
 
 from .cut import can_keep, cut, positions, require_cuttable
 from .describe import RESULT_TYPES, describe, described_types, supported_types

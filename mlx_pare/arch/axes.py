@@ -9,7 +9,10 @@ from math import prod
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis. ``scope``: "model" (one set of indices for all layers) or "layer". ``factors``: nested in these."""
+    """One axis.
+
+    ``scope``: "model" (one set of indices for all layers) or "layer". ``factors``: the axes that it is the product of.
+    """
 
     name: str
     scope: str
@@ -31,10 +34,10 @@ AXES = {
         Axis("expert_ffn", "layer"),  # width of one expert
         Axis("shared_ffn", "layer"),  # width of the experts that every token visits
         Axis("active", "layer"),  # experts one token visits; no tensor has this axis
-        Axis("expert_latent", "layer"),  # what the experts see, where it is not the hidden size
+        Axis("expert_latent", "layer"),  # what the experts see, if it is not the hidden size
         Axis("q_latent", "layer"),  # multi-head latent attention: rank of the queries,
         Axis("kv_latent", "layer"),  # of keys and values,
-        Axis("nope_dim", "layer"),  # and the parts of a head without rope,
+        Axis("nope_dim", "layer"),  # the parts of a head without rope,
         Axis("rope_dim", "layer"),  # with rope,
         Axis("v_dim", "layer"),  # and of its values
         Axis("linear_k_head", "layer"),  # linear attention and state-space layers
@@ -43,10 +46,10 @@ AXES = {
         Axis("linear_v_dim", "layer"),
         Axis("conv_kernel", "layer"),  # positions a short convolution sees,
         Axis("conv_tail", "layer"),  # all but the newest of them
-        Axis("layer_vocab", "model"),  # embeddings of their own for every layer
+        Axis("layer_vocab", "model"),  # an embedding for every layer
         Axis("layer_input", "model"),
         Axis("altup", "model"),  # copies of the hidden state in gemma3n,
-        Axis("laurel", "layer"),  # and the rank of the way around its layers
+        Axis("laurel", "layer"),  # and the rank of the path around its layers
         Axis("one", "model"),
     )
 }
@@ -56,7 +59,10 @@ Dim = tuple[Segment, ...]
 
 
 def dim(text: str) -> Dim:
-    """Parse "a*b + c" into segments of primitive axes: nested axes such as q_head become their factors."""
+    """Parse "a*b + c" into segments of primitive axes; nested axes such as q_head become their factors.
+
+    Raises ValueError for an unknown axis.
+    """
     segments = []
     for part in text.split("+"):
         names = [name.strip() for name in part.split("*")]
@@ -75,8 +81,16 @@ def length(dimension: Dim, sizes: Mapping[str, int]) -> int:
 def select(
     dimension: Dim, sizes: Mapping[str, int], keep: Mapping[str, Sequence[int]], only: int | None = None
 ) -> list[int] | None:
-    """Kept indices along a dimension, row-major within each segment; None when nothing on it is cut. ``only``: of this
-    segment alone, which leaves the others."""
+    """Find the kept indices along a dimension, row-major within each segment.
+
+    Args:
+        dimension: the dimension, as ``dim`` gives it.
+        sizes: the size of each axis before the cut.
+        keep: the kept units of each axis that is cut; all units of other axes stay.
+        only: the number of one segment, to get its indices alone; None: all segments.
+    Returns:
+        Indices along the whole dimension; None if nothing on it is cut and ``only`` is None.
+    """
     if only is None and not any(axis in keep for segment in dimension for axis in segment):
         return None
     kept, offset = [], 0

@@ -1,4 +1,4 @@
-"""Cutting an architecture: which config the smaller model has."""
+"""Cutting an architecture: the config of the smaller model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .spec import Architecture, Layer
 
 
 def require_cuttable(arch: Architecture) -> None:
-    """Raises Unsupported for a model that cannot be cut."""
+    """Raise Unsupported for a model that cannot be cut."""
     if arch.family.result:
         raise Unsupported(f"{arch.family.name} is what a cut left, and is not cut again", "cut the original instead")
     if not arch.cuttable:
@@ -22,7 +22,7 @@ def require_cuttable(arch: Architecture) -> None:
 
 
 def positions(arch: Architecture, count: int) -> list[str | None]:
-    """The kind each layer of a model cut to ``count`` layers must have; None: any. See ``can_keep``."""
+    """The kind that each layer of a model with ``count`` layers must have; None: any. See ``can_keep``."""
     if arch.family.kinds != "sliding_window_pattern":
         return [None] * count
     period = arch.config["sliding_window_pattern"]
@@ -30,8 +30,11 @@ def positions(arch: Architecture, count: int) -> list[str | None]:
 
 
 def can_keep(arch: Architecture, layers: Sequence[int]) -> bool:
-    """Whether the survivors of a depth cut keep their kinds in stock mlx-lm, which may derive them from the index, and
-    are of all the kinds that it needs."""
+    """Whether stock mlx-lm treats these layers, alone, as it did in the original, and finds all the kinds that it
+    needs.
+
+    It may derive the kind of a layer from its index.
+    """
     kinds = [arch.layers[i].kind for i in layers]
     if arch.family.kinds == "sliding_window_pattern":
         return len(layers) >= arch.config["sliding_window_pattern"] and kinds == positions(arch, len(layers))
@@ -39,12 +42,21 @@ def can_keep(arch: Architecture, layers: Sequence[int]) -> bool:
 
 
 def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
-    """The architecture that is left, with the config.json that stock mlx-lm loads it by.
+    """Describe what a cut leaves, with the config.json by which stock mlx-lm loads it.
 
-    Layers that differ in width, or have lost attention or feed-forward, leave as what uneven.py knows; all others stay
-    in their family, or take one of its exits. ``packed``: the embedding will be stored quantized, which decides whether
-    it may stay tied (see Exit). Raises PareError for layers whose kind would change, and where no class of stock mlx-lm
-    can hold what is left, saying why.
+    Layers that differ in width, or have lost attention or feed-forward, leave as a type that uneven.py knows. Others
+    stay in their family, or take one of its exits (see Exit).
+
+    Args:
+        arch: the original.
+        keep: the layers and units that survive.
+        packed: whether the embedding will be stored quantized, which decides whether it may stay tied.
+    Returns:
+        The architecture that is left.
+    Raises:
+        Unsupported: the model cannot be cut.
+        PareError: the model is not cut along an axis, the kind of a layer would change, or no class of stock mlx-lm can
+            hold what is left.
     """
     require_cuttable(arch)
     sources = [layer.source for layer in keep.layers]
@@ -79,7 +91,7 @@ def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
 
 
 def _check_axes(arch: Architecture, keep: Keep) -> None:
-    """Raises PareError for a cut along an axis on which this model is not cut."""
+    """Raise PareError for a cut along an axis on which this model is not cut."""
     for axis in sorted({axis for layer in keep.layers for axis in layer.keep} | ({"hidden"} if keep.hidden else set())):
         if why := arch.why_fixed(axis):
             raise PareError(

@@ -16,9 +16,9 @@ from .spec import Architecture, Family, Layer, Wrapper, layer_types, whole
 _FILES = (dense, post_norm, other_dense, gemma, moe, latent, hybrid, mamba, uneven)
 FAMILIES: tuple[Family, ...] = tuple(family for file in _FILES for family in file.FAMILIES)
 WRAPPERS: dict[str, Wrapper] = {name: wrapper for file in _FILES[:-1] for name, wrapper in file.WRAPPERS.items()}
-RESULT_TYPES = frozenset(family.name for family in FAMILIES if family.result)  # of no runtime but mlx-lm so far
-MAX_LAYERS = 500  # the deepest merges have 315; every layer costs a few objects, and a stranger says how many
-NEEDED = frozenset(KEYS)  # axes for which 0 is nonsense; of the others it means that there are none
+RESULT_TYPES = frozenset(family.name for family in FAMILIES if family.result)  # only mlx-lm runs them so far
+MAX_LAYERS = 500  # the deepest merges have 315; every layer costs a few objects, and the file may ask for any number
+NEEDED = frozenset(KEYS)  # axes that cannot be 0; for other axes 0 means that there are none
 
 
 def supported_types() -> list[str]:
@@ -27,12 +27,12 @@ def supported_types() -> list[str]:
 
 
 def described_types() -> list[str]:
-    """Every model_type whose tensors are known: those that can be cut, and those that can be planned for only."""
+    """Every model_type whose tensors are known: those that can be cut, and those that can only be planned for."""
     return sorted({t for family in FAMILIES for t in family.model_types} | set(WRAPPERS))
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises Unsupported, listing the known types, when there is none."""
+    """The family of a config.json. Raises Unsupported, listing the known types, if there is none."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
@@ -43,10 +43,16 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architecture:
-    """The architecture a config.json stands for; of a multimodal model, its language model.
+    """Describe the model of a config.json; of a multimodal model, its language model.
 
-    ``untied``: whether the checkpoint stores lm_head.weight, when known; gemma3 decides by that alone.
-    Raises Unsupported for an unknown model type, and PareError for sizes that are missing or make no sense.
+    Args:
+        config: the content of config.json.
+        untied: whether the checkpoint stores lm_head.weight; None: unknown. gemma3 decides by that alone.
+    Returns:
+        The architecture.
+    Raises:
+        Unsupported: the model type is unknown.
+        PareError: sizes are missing or make no sense.
     """
     config, prefix = _unwrapped(config)
     family = family_of(config)
@@ -69,7 +75,7 @@ def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architect
 
 
 def _unwrapped(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """(the config of the language model, the prefix of its tensors): of a multimodal config, its ``text_config``."""
+    """The config of the language model (the ``text_config`` of a multimodal config), and the prefix of its tensors."""
     wrapper = WRAPPERS.get(str(config.get("model_type")))
     inner = config.get("text_config")
     if wrapper is None or not (isinstance(inner, dict) or wrapper.bare):
@@ -91,7 +97,7 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
         raise PareError(f"config.json of type {config['model_type']} lacks {', '.join(missing)}")
     if sizes["layer"] > MAX_LAYERS:
         raise PareError(f"config.json says {family.keys['layer']} = {sizes['layer']}, more than any model has")
-    if "q_head" not in family.keys:  # layer by layer
+    if "q_head" not in family.keys:  # heads are set layer by layer
         return sizes
     sizes.setdefault("kv_head", sizes["q_head"])
     if "head_dim" not in sizes and "nope_dim" not in family.keys:
@@ -111,7 +117,7 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 def _check_complete(
     family: Family, config: Mapping[str, Any], sizes: Mapping[str, int], layers: Sequence[Layer]
 ) -> None:
-    """Every axis on which a tensor of the model lies must have a size."""
+    """Raise PareError unless every axis on which a tensor of the model lies has a size."""
     tables = [(family.model, {**sizes, "layer": len(layers), "one": 1})]
     tables += [(family.blocks[kind], {**tables[0][1], **layer_sizes}) for kind, layer_sizes in _distinct(layers)]
     for table, known in tables:
@@ -146,5 +152,5 @@ def _kinds(family: Family, config: Mapping[str, Any], count: int) -> list[str]:
 
 
 def periodic(index: int, period: int) -> str:
-    """The kind of a layer of a model in which every ``period``-th has full attention."""
+    """The kind of a layer in a model in which every ``period``-th layer has full attention."""
     return "full_attention" if index % period == period - 1 else "sliding_attention"

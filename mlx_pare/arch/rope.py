@@ -1,5 +1,7 @@
-"""The two spellings of rope in a config.json: rope_theta and rope_scaling, or transformers 5's rope_parameters; and the
-other numbers of it that are computed with."""
+"""The rope settings of a config.json in both spellings, and the checks of other numbers that are used in computations.
+
+The spellings are rope_theta and rope_scaling, or transformers 5's rope_parameters.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,11 @@ from .spec import shown
 
 
 def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with rope under both names: transformers 5 writes rope_parameters only, of which mlx-lm's llama and
-    qwen2 know nothing: they would silently compute with a theta of 10000. Raises PareError for what is neither."""
+    """The config with rope under both names.
+
+    transformers 5 writes only rope_parameters. mlx-lm's llama and qwen2 do not read them: they would silently compute
+    with a theta of 10000. Raises PareError if neither spelling makes sense.
+    """
     config = dict(config)
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict | None):
@@ -32,7 +37,7 @@ def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _older_phi3(config: dict[str, Any], parameters: Mapping[str, Any]) -> None:
-    """What mlx_lm/models/phi3.py reads elsewhere than where transformers 5 has put it."""
+    """Copy to their old places what mlx_lm/models/phi3.py reads there, and transformers 5 writes elsewhere."""
     if isinstance(config.get("rope_scaling"), dict) and "rope_type" in config["rope_scaling"]:
         config["rope_scaling"] = {"type": config["rope_scaling"]["rope_type"], **config["rope_scaling"]}
     for key in ("partial_rotary_factor", "original_max_position_embeddings"):
@@ -40,13 +45,13 @@ def _older_phi3(config: dict[str, Any], parameters: Mapping[str, Any]) -> None:
             config[key] = parameters[key]
 
 
-# What is computed with; null where a config says nothing of it.
+# Numbers that are used in computations; null if a config does not set them.
 NUMBERS = ("rope_theta", "rope_local_base_freq", "rms_norm_eps", "max_position_embeddings", "query_pre_attn_scalar",
            "partial_rotary_factor")  # fmt: skip
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
-    """Raises PareError for a number of the config that is none, or beyond reason."""
+    """Raise PareError for a value of the config that should be a number and is none, or is beyond reason."""
     for key in NUMBERS:
         value = config.get(key)
         if not (value is None or (type(value) in (int, float) and abs(value) < 2**63)):
@@ -54,7 +59,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def _block(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_scaling, empty where there is none. Raises PareError for what is no block."""
+    """rope_scaling, empty if there is none. Raises PareError if it is no object with a type."""
     found = config.get("rope_scaling") or {}
     kind = found.get("type") or found.get("rope_type") if isinstance(found, dict) else found
     if not isinstance(found, dict) or not isinstance(kind, str | None):
@@ -63,21 +68,24 @@ def _block(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rotary_share(config: Mapping[str, Any]) -> float:
-    """The share of a head that the rope turns, where a family reads it from the config (phi3)."""
+    """The share of a head that the rope turns, which some families set in the config (phi3)."""
     share = both_rope_spellings(config).get("partial_rotary_factor")
     return 1.0 if share is None else float(share)
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the rope is scaled, from either spelling, with its ``rope_type``; empty when it is not."""
+    """How the rope is scaled, from either spelling, with its ``rope_type``; empty if it is not scaled."""
     scaling = _block(both_rope_spellings(config))
     kind = scaling.get("type") or scaling.get("rope_type") or "default"  # mlx_lm/models/rope_utils.py initialize_rope
     return {} if kind == "default" else {**{k: v for k, v in scaling.items() if k != "type"}, "rope_type": kind}
 
 
 def llama3_factors(scaling: Mapping[str, Any], waves: Sequence[float]) -> list[float]:
-    """What llama3 scaling divides the rotary frequencies of these wavelengths by (mlx_lm/models/rope_utils.py
-    Llama3RoPE): long waves by its factor, short ones by 1, those between by something between."""
+    """The divisors of the rotary frequencies of these wavelengths under llama3 scaling (mlx_lm/models/rope_utils.py
+    Llama3RoPE).
+
+    Long waves are divided by the factor of the scaling, short ones by 1, those between by a value in between.
+    """
     low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
     length, found = scaling.get("original_max_position_embeddings", 8192), []
     for wave in waves:
@@ -87,6 +95,6 @@ def llama3_factors(scaling: Mapping[str, Any], waves: Sequence[float]) -> list[f
 
 
 def rope_order(heads: int, head_dim: int) -> list[int]:
-    """Where each row of q or k comes from when rotary pairs must be neighbours: (i, i + head_dim/2) of every head."""
+    """The source of each row of q or k, if rotary pairs (i, i + head_dim/2) of every head must become neighbours."""
     half = head_dim // 2
     return [head * head_dim + i + part * half for head in range(heads) for i in range(half) for part in (0, 1)]

@@ -1,15 +1,14 @@
-"""Named axes: the vocabulary in which every model family is described.
+"""The vocabulary in which every model family is described, made of named axes (arch/axes.py).
 
 A model is a table of tensors whose dimensions lie on axes such as ``hidden`` or ``kv_head``. Pruning is choosing the
-indices to keep on an axis; counting, planning, slicing and renaming all read the same table.
+indices to keep on an axis; counting, planning, slicing and renaming all read the same table. Indices are logical: a
+quantized tensor has the same dimensions. Only tensors/packed.py knows about its packed words.
 
 A dimension is a concatenation of segments, each a product of axes, written as people write it::
 
     "kv_head*group*head_dim"                                       rows of q_proj
     "q_head*head_dim + kv_head*head_dim + kv_head*head_dim"        rows of a fused qkv
     "ffn + ffn"                                                    rows of a fused gate and up
-
-Indices are logical: a quantized tensor has the same dimensions, only tensors/packed.py knows about its packed words.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from .axes import Dim, dim, length
 class TensorSpec:
     """One row of a family's table.
 
-    ``name`` is the checkpoint name without the block prefix; ``role`` what the tensor is to a pruner ("down_proj",
-    "attn_norm"), ``part`` what it is counted as (embedding, attention, ffn, norm). ``when`` names a boolean of the
-    config (with ``!`` in front: its negation) without which the tensor is absent. ``transforms`` are what another
-    format must undo or apply: "rope" (rows are rotary pairs, permuted by some GGUF architectures), "norm+1"
-    (the model adds 1 to the weight). ``stored``: what mlx_lm.convert does with it when it quantizes: "" packs whatever
-    has columns, "float" leaves it, "float32" leaves and never casts it, "8bit" packs it with 8 bits in groups of 64.
+    ``name``: the checkpoint name without the block prefix. ``role``: what the tensor is to a pruner ("down_proj",
+    "attn_norm"). ``part``: what it is counted as (embedding, attention, ffn, norm). ``when``: booleans of the config,
+    separated by spaces (``!`` in front negates one), without which the tensor is absent. ``transforms``: what another
+    format must undo or apply: "rope" (rows are rotary pairs, which some GGUF architectures permute), "norm+1" (the
+    model adds 1 to the weight). ``stored``: what mlx_lm.convert does with it when it quantizes: "" packs it if it has
+    columns, "float" leaves it, "float32" leaves and never casts it, "8bit" packs it with 8 bits in groups of 64.
     """
 
     name: str
@@ -57,7 +56,17 @@ def tensor(
     *transforms: str,
     stored: str = "",
 ):
-    """A TensorSpec written on one line; the role defaults to the name of the module. A scalar has no ``dims``."""
+    """Make a TensorSpec on one line.
+
+    Args:
+        name: the checkpoint name without the block prefix.
+        dims: the dimensions, separated by commas; empty for a scalar.
+        part: embedding, attention, ffn or norm.
+        role: what the tensor is to a pruner; None: the name of its module.
+        when: booleans of the config without which the tensor is absent; None: always there.
+        transforms: what another format must undo or apply.
+        stored: what mlx_lm.convert does with it.
+    """
     parsed = tuple(dim(d) for d in dims.split(",")) if dims else ()
     return TensorSpec(name, parsed, role or name.split(".")[-2], part, when, tuple(transforms), stored)
 
@@ -67,11 +76,12 @@ _HEAD, _HIDDEN = dim("head_dim"), dim("hidden")
 
 @dataclass(frozen=True)
 class Mixer:
-    """What a kind of layer remembers of earlier positions, in values; the first word of a layer's kind names it.
+    """What a kind of layer remembers of earlier positions, in values. The first word of a layer's kind names its mixer.
 
-    ``cache``: for every position (K and V), ``windowed``: of the sliding window only. ``state``: once, whatever the
-    length, in the model's dtype; ``state_f32``: the same in float32. ``attends``: it compares queries with positions,
-    whoever caches them, with heads as wide as ``head``. ``fused``: mlx-lm calls MLX's fused kernel, where it has one.
+    ``cache``: for every position (K and V). ``windowed``: the cache covers the sliding window only. ``state``: once for
+    any length, in the model's dtype; ``state_f32``: the same in float32. ``attends``: it compares queries with
+    positions, which another layer may cache, with heads as wide as ``head``. ``fused``: mlx-lm calls MLX's fused
+    kernel, if there is one.
     """
 
     cache: Dim = ()
@@ -89,15 +99,15 @@ _CONV = dim("conv_tail*linear_k_head*linear_k_dim + conv_tail*linear_k_head*line
 
 _SCAN = dim("linear_v_head*linear_v_dim*linear_k_dim")
 
-# Source of each: the make_cache and __call__ of the mlx_lm/models file named; tests/arch/test_families.py holds them to
-# real caches. Where keys and values differ in width MLX has no fused kernel.
+# Source of each: make_cache and __call__ in the mlx_lm/models file named; tests/arch/test_families.py compares them
+# with real caches. MLX has no fused kernel for keys and values of different widths.
 MIXERS = {
     "full_attention": Mixer(cache=_KV),
     "sliding_attention": Mixer(cache=_KV, windowed=True),
     "full_attention_shared": Mixer(),  # gemma4_text, gemma3n: queries only, on the cache of an earlier layer
     "sliding_attention_shared": Mixer(windowed=True),
     "mla": Mixer(cache=dim("kv_latent + rope_dim"), head=dim("nope_dim"), fused=False),  # deepseek_v3
-    "mla_expanded": Mixer(  # deepseek_v2 caches keys and values of every head
+    "mla_expanded": Mixer(  # deepseek_v2 caches the keys and values of every head
         cache=dim("q_head*nope_dim + q_head*rope_dim + q_head*v_dim"), head=dim("nope_dim + rope_dim")
     ),
     "linear_attention": Mixer(state=_CONV, state_f32=_SCAN, attends=False),  # gated DeltaNet: qwen3_next, qwen3_5
@@ -108,7 +118,7 @@ MIXERS = {
 }
 
 
-FUSED = {  # roles that some families store as one matrix, rows one after the other: the segments of its rows
+FUSED = {  # matrices in which some families store several roles: the roles, in the order of the segments of its rows
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
@@ -116,7 +126,7 @@ FUSED = {  # roles that some families store as one matrix, rows one after the ot
 
 @dataclass(frozen=True)
 class Fixed:
-    """Axes along which a family is not cut, why, and with which configs."""
+    """Axes along which a family is not cut, the reason, and the configs it applies to."""
 
     axes: tuple[str, ...]
     why: str
@@ -125,7 +135,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Exit:
-    """The model type a pruned model leaves as, when its own could not be loaded with the new shape."""
+    """The model type that a pruned model leaves as, if its own type could not be loaded with the new shape."""
 
     when: Callable[[Mapping[str, int], Mapping[str, Any]], bool]  # (sizes, config)
     model_type: str
@@ -149,31 +159,31 @@ class Family:
     # (a period); or config, index -> kind
     kinds: str | Callable[[Mapping[str, Any], int], str] = "uniform"
     widths: Callable[[Mapping[str, Any], int], Mapping[str, int]] | None = None  # config, index -> sizes that differ
-    tied: bool | None = None  # whether the embedding is the head too; None: the config says, under
+    tied: bool | None = None  # whether the embedding is the head too; None: the config decides, under
     tied_key: str = "tie_word_embeddings"
     per_layer: tuple[str, ...] = ("layer_types",)  # config lists with one entry per layer
-    # such lists that a cut has to write where the config has none, because what is left out goes by the layer's place
+    # lists that a cut must write if the config has none, because a missing one is derived from the layer's place
     by_place: Mapping[str, Callable[[Mapping[str, Any], int], Any]] = field(default_factory=dict)
-    needed: frozenset[str] = frozenset({"full_attention"})  # kinds of layers without which its class does not load
-    divides: bool = False  # transformers opens it only with query heads whose number divides the hidden size
-    residual: str | None = None  # config key of a factor on all that its blocks add to the stream
+    needed: frozenset[str] = frozenset({"full_attention"})  # kinds of layers that its class needs to load
+    divides: bool = False  # transformers opens it only if the number of query heads divides the hidden size
+    residual: str | None = None  # config key of a factor on everything that its blocks add to the stream
     exact: frozenset[str] = frozenset({"layer", "ffn", "kv_head", "vocab"})
     cuttable: frozenset[str] = frozenset({"layer", "ffn", "kv_head"})
-    fixed: tuple[Fixed, ...] = ()  # why not along other axes, or not with every config
+    fixed: tuple[Fixed, ...] = ()  # why it is not cut along other axes, or not with some configs
     exits: tuple[Exit, ...] = ()
-    plain: bool = False  # its blocks compute what llama's do, but for what the rows and the rope say (see uneven.py)
-    result: bool = False  # what a cut may leave as: opened and measured like a source, not cut again
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # stored by old exporters, used by nobody
+    plain: bool = False  # its blocks compute what llama's do, except for rows and rope (see uneven.py)
+    result: bool = False  # a cut may leave as this type: it is opened and measured like a source, but not cut again
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # stored by old exporters, and not used
     gguf: str = "llama"  # llama.cpp architecture
     gguf_rope: str = "neox"  # "norm": q and k rows are permuted there
 
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A multimodal model type: which language model is in it, under which names.
+    """A multimodal model type: which language model is inside, and how its tensors are named.
 
-    ``model_type``: of the language model; None: its ``text_config`` says it. ``shared``: keys of the outer config.
-    ``bare``: the type is also used without a ``text_config``, for the language model alone.
+    ``model_type``: of the language model; None: its ``text_config`` says it. ``shared``: keys of the outer config that
+    apply to it. ``bare``: the type is also used without a ``text_config``, for the language model alone.
     """
 
     model_type: str | None
@@ -184,7 +194,16 @@ class Wrapper:
 
 
 def whole(config: Mapping[str, Any], key: str, what: str = "", least: int = 1) -> int:
-    """A whole number of the config. Raises PareError when it is none, below ``least`` or beyond reason."""
+    """Read a whole number of the config.
+
+    Args:
+        config: the content of config.json.
+        key: the key of the number.
+        what: its meaning, for the message.
+        least: the smallest allowed number.
+    Raises:
+        PareError: it is no whole number, below ``least`` or beyond reason.
+    """
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
         sort = "positive whole number" if least else "whole number"
@@ -193,14 +212,20 @@ def whole(config: Mapping[str, Any], key: str, what: str = "", least: int = 1) -
 
 
 def shown(value: Any) -> str:
-    """A value of the config in a message: a list of a million is not written out to be cut off."""
+    """A value of the config for a message. A list of a million is not written out only to be cut off."""
     if isinstance(value, list | dict) and len(value) > 20:
         return f"a {type(value).__name__} of {len(value)}"
     return repr(value)[:80]
 
 
 def listed_layers(config: Mapping[str, Any], key: str, count: int) -> list[Any]:
-    """The config's list of some of its layers. Raises PareError when it is none, or longer than there are layers."""
+    """Read the config's list of some of its layers. Raises PareError if it is no list, or longer than ``count``.
+
+    Args:
+        config: the content of config.json.
+        key: the key of the list.
+        count: the number of layers.
+    """
     found = config.get(key)
     if not isinstance(found, list) or len(found) > count:
         raise PareError(f"config.json says {key} = {shown(found)}, expected a list of layers")
@@ -208,7 +233,7 @@ def listed_layers(config: Mapping[str, Any], key: str, count: int) -> list[Any]:
 
 
 def layer_types(config: Mapping[str, Any], count: int) -> list[str]:
-    """The config's list of a kind for every layer. Raises PareError when it is none."""
+    """The config's list with a kind for every layer. Raises PareError if there is no such list."""
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and len(kinds) != count:
         raise PareError(f"config.json lists {len(kinds)} layer_types for {count} layers")
@@ -217,8 +242,8 @@ def layer_types(config: Mapping[str, Any], count: int) -> list[str]:
     return list(kinds)
 
 
-class Tensor(NamedTuple):  # a search for a size makes hundreds of thousands, and a tuple takes a third of the time
-    """One concrete tensor: ``shape`` logical, ``layer`` None outside the blocks."""
+class Tensor(NamedTuple):  # a search for a size creates hundreds of thousands; a tuple takes a third of the time
+    """One concrete tensor: ``shape`` is logical, ``layer`` is None outside the blocks."""
 
     name: str
     shape: tuple[int, ...]
@@ -231,7 +256,7 @@ class Tensor(NamedTuple):  # a search for a size makes hundreds of thousands, an
 
     @property
     def matrix(self) -> bool:
-        """Rows and columns (of every expert, when there are three dimensions), so that MLX packs it."""
+        """Whether it has rows and columns (of every expert, if there are three dimensions), so that MLX packs it."""
         return len(self.shape) > 1 and not self.spec.stored.startswith("float")
 
     @property
@@ -245,10 +270,8 @@ class Tensor(NamedTuple):  # a search for a size makes hundreds of thousands, an
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a model: its kind (which table describes it) and the sizes of its axes.
-
-    A kind is the name of a mixer, with "+moe" behind it where the table has experts, "+no_ffn" where nothing follows.
-    """
+    """One layer of a model: its kind (which table describes it) and the sizes of its axes. A kind is the name of a
+    mixer, followed by "+moe" if the table has experts, or by "+no_ffn" if the layer has no feed-forward."""
 
     kind: str
     sizes: Mapping[str, int]
@@ -260,29 +283,29 @@ class Layer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family with concrete sizes: what is in one model."""
+    """A family with concrete sizes: what one model consists of."""
 
     family: Family
     config: Mapping[str, Any]
     sizes: Mapping[str, int]  # hidden, vocab
     layers: tuple[Layer, ...]
     tied: bool
-    prefix: str = ""  # of all names, where the language model is one part of a larger one
+    prefix: str = ""  # of all names, if the language model is part of a larger one
 
     @property
     def cuttable(self) -> bool:
-        """Whether mlx-pare can cut it; if not, it can be planned for."""
+        """Whether mlx-pare can cut it. If not, it can be planned for."""
         return bool(self.family.cuttable) and not self.prefix
 
     def why_fixed(self, axis: str) -> str | None:
-        """Why it cannot be cut along an axis; None when it can."""
+        """Why it cannot be cut along an axis; None if it can."""
         for fixed in self.family.fixed:
             if axis in fixed.axes and fixed.when(self.config):
                 return fixed.why
         return None if axis in self.family.cuttable else "nobody has described how"
 
     def holds_heads(self, kv_heads: int) -> bool:
-        """Whether a result with so many kv heads in every layer opens everywhere; those of the model itself do."""
+        """Whether a result with this number of kv heads per layer opens everywhere; the model's own number does."""
         sizes = self.layers[0].sizes
         whole = kv_heads == sizes["kv_head"] or not self.family.divides
         return whole or self.sizes["hidden"] % (kv_heads * sizes["group"]) == 0
@@ -293,7 +316,7 @@ class Architecture:
         return sorted(axis for axis in self.family.cuttable if self.why_fixed(axis) is None)
 
     def axes(self, kind: str) -> set[str]:
-        """The axes on which the tensors of this kind of layer lie; a config may give sizes that nothing has."""
+        """The axes on which tensors of this kind of layer lie. A config may also give sizes that no tensor has."""
         specs = (spec for spec in self.family.blocks[kind] if spec.present(self.config))
         return {axis for spec in specs for d in spec.dims for part in d for axis in part}
 
@@ -325,8 +348,8 @@ class Architecture:
         return [(spec, tuple(length(d, sizes) for d in spec.dims)) for spec in there]
 
     def row(self, layer: int, role: str) -> tuple[TensorSpec, int | None]:
-        """The row of the table for a role, and which segment of its first dimension that is where it is stored as one
-        with others (None: it is stored alone). Raises KeyError where the layer has no such role."""
+        """The row of the table for a role, and which segment of its first dimension the role is, if the row holds
+        several roles (None: it holds one). Raises KeyError if the layer has no such role."""
         found = {spec.role: spec for spec in self.family.blocks[self.layers[layer].kind]}
         if role in found:
             return found[role], None
@@ -353,20 +376,20 @@ class Architecture:
 
     @property
     def residual(self) -> float:
-        """The factor on all that a block adds to the stream."""
+        """The factor on everything that a block adds to the stream."""
         return float(self.config.get(self.family.residual, 1.0)) if self.family.residual else 1.0
 
     def each(self, *axes: str) -> int | list[int]:
-        """The size of a layer axis, or of a product of some: one number where all layers agree, else one per layer."""
+        """The size of a layer axis, or the product of several: one number if all layers agree, else one per layer."""
         sizes = [prod(layer.sizes[axis] for axis in axes) for layer in self.layers]
         return sizes[0] if len(set(sizes)) == 1 else sizes
 
     def largest(self, *axes: str) -> int:
-        """The size of a layer axis, or of a product of some, in the widest layer."""
+        """The size of a layer axis, or the product of several, in the widest layer."""
         return max(prod(layer.sizes[axis] for axis in axes) for layer in self.layers)
 
     def uniform(self, axis: str) -> int:
-        """The size of a layer axis when all layers agree, as stock mlx-lm classes need."""
+        """The size of a layer axis; stock mlx-lm classes need one for all layers. Raises PareError if layers differ."""
         sizes = {layer.sizes[axis] for layer in self.layers}
         if len(sizes) != 1:
             raise PareError(

@@ -1,4 +1,4 @@
-"""What models leave as whose layers differ in width, or have lost their attention or feed-forward.
+"""Model types for results whose layers differ in width, or have lost their attention or feed-forward.
 
 Two classes of stock mlx-lm take a size for every layer, and compute what a llama block computes:
 
@@ -9,7 +9,7 @@ Two classes of stock mlx-lm take a size for every layer, and compute what a llam
   multiples of 256; biases and scaled rope; all heads of a layer or none, and these as wide as the hidden size.
   Source: mlx_lm/models/nemotron-nas.py.
 
-transformers knows neither, so it opens the tokenizer of such a directory and not the model.
+transformers knows neither type, so it opens the tokenizer of such a directory but not the model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,22 @@ from .rows import BEFORE, EMBED, HEAD, HEAD_NORMS, NORM, Rows, attention, keys_w
 from .spec import FUSED, Architecture, Family, tensor, whole
 
 UNIT = 256  # nemotron-nas rounds the width of a feed-forward up to a multiple of this
-ABSENT = 1  # width of the zero feed-forward that stands for none in openelm
+ABSENT = 1  # width of the zero feed-forward that stands for a missing one in openelm
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "torch_dtype", "dtype")
 
 
 def entry(config: Mapping[str, Any], key: str, index: int) -> Any:
-    """One entry of a list with one for every layer. Raises PareError when there is none."""
+    """Read one entry of a config list that has an entry for every layer.
+
+    Args:
+        config: the content of config.json.
+        key: the key of the list.
+        index: the layer.
+    Returns:
+        The entry.
+    Raises:
+        PareError: there is no such list or entry.
+    """
     values = config.get(key)
     if not isinstance(values, list) or index >= len(values):
         raise PareError(f"config.json says {key} = {str(values)[:80]}, expected a list with an entry for every layer")
@@ -37,7 +47,7 @@ def entry(config: Mapping[str, Any], key: str, index: int) -> Any:
 
 
 def number(key: str, value: Any) -> float:
-    """A positive number of the config. Raises PareError when it is none or beyond reason."""
+    """Check that a value of the config is a positive number. Raises PareError if it is not, or is beyond reason."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**31:
         raise PareError(f"config.json says {key} = {str(value)[:80]}, expected a positive number")
     return value
@@ -47,13 +57,14 @@ def number(key: str, value: Any) -> float:
 
 
 def divisible(value: float, divisor: int) -> int:
-    """``value`` at a multiple of ``divisor``: make_divisible in mlx_lm/models/openelm.py, in its own arithmetic."""
+    """``value`` rounded to a multiple of ``divisor``: make_divisible in mlx_lm/models/openelm.py, with its own
+    arithmetic."""
     new = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return int(new + divisor if new < 0.9 * value else new)
 
 
 def openelm_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
-    """Heads and ffn of one layer."""
+    """Heads and ffn of one layer. Raises PareError if the config makes no sense."""
     listed = {key: entry(config, key, index) for key in ("num_query_heads", "num_kv_heads")}
     q_heads, kv_heads = (whole(listed, key) for key in listed)
     if q_heads % kv_heads:
@@ -90,7 +101,7 @@ OPENELM = planned(
 
 
 def openelm_config(smaller: Architecture) -> dict[str, Any]:
-    """What the class reads. With a divisor of 1 its arithmetic gives back every whole width."""
+    """The keys that openelm reads. With a divisor of 1 its arithmetic gives back every whole width."""
     hidden, layers = smaller.sizes["hidden"], [layer.sizes for layer in smaller.layers]
     return {
         "model_dim": hidden,
@@ -108,7 +119,7 @@ def openelm_config(smaller: Architecture) -> dict[str, Any]:
 
 
 def openelm_objection(arch: Architecture) -> str | None:
-    """What in the layers, as they are left, openelm cannot hold."""
+    """What openelm cannot hold of the layers as they are left, as a predicate; None if it can hold them."""
     if scaling := rope_scaling(arch.config):
         return f"has no rope scaling ({scaling['rope_type']})"
     return "has attention in every layer" if any(not layer.sizes["kv_head"] for layer in arch.layers) else None
@@ -118,7 +129,7 @@ def openelm_objection(arch: Architecture) -> str | None:
 
 
 def nas_block(config: Mapping[str, Any], index: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """(attention, ffn) of one layer's block_configs. Raises PareError for what is no block."""
+    """The attention and the ffn in one layer's block_configs. Raises PareError if it is no such block."""
     block = entry(config, "block_configs", index)
     parts = tuple(block.get(part) if isinstance(block, dict) else None for part in ("attention", "ffn"))
     if not all(isinstance(part, dict) for part in parts):
@@ -135,17 +146,19 @@ def nas_kind(config: Mapping[str, Any], index: int) -> str:
 
 
 def nas_width(multiplier: float, hidden: int) -> int:
-    """_ffn_mult_to_intermediate_size of the rounded multiplier, as FFNConfig keeps it."""
+    """The width that nemotron-nas computes: _ffn_mult_to_intermediate_size of the rounded multiplier, as FFNConfig
+    keeps it."""
     return -(-int(2 * round(multiplier, 6) * hidden / 3) // UNIT) * UNIT
 
 
 def nas_multiplier(width: int, hidden: int) -> float:
-    """The multiplier that gives a width. What rounding to six digits adds is cut off, what it takes is rounded up."""
+    """The multiplier that gives a width. nas_width cuts off what rounding to six digits adds, and rounds up what it
+    takes."""
     return round(1.5 * width / hidden, 6)
 
 
 def nas_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
-    """Heads and ffn of one layer; 0 where it has none."""
+    """Heads and ffn of one layer; 0 if it has none. Raises PareError if the config makes no sense."""
     mixer, ffn = nas_block(config, index)
     heads = whole(config, "num_attention_heads")
     group = heads if mixer.get("no_op") else whole(mixer, "n_heads_in_group")
@@ -183,10 +196,10 @@ NEMOTRON_NAS = planned(
 
 
 def nas_config(smaller: Architecture) -> dict[str, Any]:
-    """What the class reads."""
+    """The keys that nemotron-nas reads."""
     hidden, config, present = smaller.sizes["hidden"], smaller.config, roles(smaller)
-    # transformers 5 reads rope_type while it looks for the tokenizer, and fails at these types for models it does not
-    # know (modeling_rope_utils.py standardize_rope_params); mlx-lm reads type first (models/rope_utils.py)
+    # transformers 5 reads rope_type while it looks for the tokenizer. It fails for these types if it does not know the
+    # model (modeling_rope_utils.py standardize_rope_params). mlx-lm reads type first (models/rope_utils.py).
     scaling = rope_scaling(config)
     scaling = {**scaling, "type": scaling["rope_type"], "rope_type": "default"} if scaling else None
 
@@ -210,7 +223,7 @@ def nas_config(smaller: Architecture) -> dict[str, Any]:
 
 
 def nas_objection(arch: Architecture) -> str | None:
-    """What in the layers, as they are left, nemotron-nas cannot hold."""
+    """What nemotron-nas cannot hold of the layers as they are left, as a predicate; None if it can hold them."""
     layers = [layer.sizes for layer in arch.layers]
     heads = [s["kv_head"] * s["group"] * s["head_dim"] for s in layers if s["kv_head"]]
     scaling = rope_scaling(arch.config)
@@ -230,8 +243,11 @@ def nas_objection(arch: Architecture) -> str | None:
 
 @dataclass(frozen=True)
 class Uneven:
-    """A class that takes a size for every layer. ``holds``: the roles of a source that it has a place for;
-    ``objection``: why it cannot hold the sizes of some layers; ``config``: what it reads them from."""
+    """A class that takes a size for every layer.
+
+    ``holds``: the roles of a source that it has a place for. ``objection``: why it cannot hold the sizes of some
+    layers. ``config``: the keys that it reads them from.
+    """
 
     family: Family
     architecture: str
@@ -240,7 +256,7 @@ class Uneven:
     config: Callable[[Architecture], dict[str, Any]]
 
     def why_not(self, arch: Architecture) -> str | None:
-        """Why it cannot compute what this model does with layers of these sizes, as a predicate; None when it can."""
+        """Why it cannot compute what this model does with layers of these sizes, as a predicate; None if it can."""
         foreign = sorted(roles(arch) - self.holds)
         if biases := [role for role in foreign if role.endswith("_bias")]:
             return f"has no biases ({', '.join(biases)})"
@@ -258,7 +274,7 @@ class Uneven:
 _PLAIN = {row.role for row in (EMBED, NORM, HEAD, *attention(), *swiglu(), *norms(BEFORE))} | set(
     FUSED
 )  # what every llama block has
-EXITS = (  # the first that can hold a result is taken; the first stores nothing for what is not there
+EXITS = (  # the first that can hold a result is taken; nemotron-nas stores nothing for missing parts
     Uneven(
         NEMOTRON_NAS,
         "DeciLMForCausalLM",
@@ -283,14 +299,17 @@ def roles(arch: Architecture) -> set[str]:
 
 
 def differ(smaller: Architecture) -> bool:
-    """Whether the layers of a cut need a size each: they are unlike each other, or lack a part."""
+    """Whether the layers of a cut each need a size: they differ, or all lack a part."""
     sizes = {(layer.sizes["ffn"], layer.sizes["kv_head"]) for layer in smaller.layers}
     return len(sizes) > 1 or 0 in next(iter(sizes))
 
 
 def config(smaller: Architecture) -> dict[str, Any]:
-    """The config.json that stock mlx-lm loads such layers by. ``smaller``: the sizes that are left of a source, in the
-    source's family. Raises PareError, saying why, when no class can hold them."""
+    """The config.json by which stock mlx-lm loads such layers.
+
+    ``smaller``: the sizes that are left of a source, in the source's family. Raises PareError, with the reasons, if no
+    class can hold them.
+    """
     objections = []
     for exit_ in EXITS:
         if (why := exit_.why_not(smaller)) is None:
@@ -322,18 +341,21 @@ def _difference(smaller: Architecture) -> str:
 
 
 def uneven_types(arch: Architecture) -> list[str]:
-    """The model types that this model may leave as when its layers differ."""
+    """The model types that this model may leave as if its layers differ."""
     return [e.family.name for e, why in zip(EXITS, _whole_objections(arch), strict=True) if why is None]
 
 
 def width_multiple(arch: Architecture) -> int | None:
-    """What widths of feed-forwards are multiples of where layers may lose whole parts; None: no class holds that."""
+    """The number that feed-forward widths must be multiples of if layers may lose whole parts; None: no class allows
+    that."""
     return UNIT if NEMOTRON_NAS.name in uneven_types(arch) else None
 
 
 def why_uniform(arch: Architecture, axis: str | None = None) -> str | None:
-    """Why layers of this model must keep as many units as each other on ``axis`` ("ffn", "kv_head"; None: on both);
-    None when they need not."""
+    """Why all layers of this model must keep the same number of units on ``axis``; None if they need not.
+
+    ``axis``: "ffn" or "kv_head"; None: both.
+    """
     nas, openelm = _whole_objections(arch)
     if openelm is None or (axis == "ffn" and nas is None):
         return None
@@ -341,8 +363,11 @@ def why_uniform(arch: Architecture, axis: str | None = None) -> str | None:
 
 
 def why_no_sublayer_drops(arch: Architecture, sublayer: str = "attention") -> str | None:
-    """Why no layer of this model can lose its ``sublayer`` ("attention" or "ffn"); None when one can. Attention goes
-    only where all other layers keep all their heads and ffn widths that are multiples of 256."""
+    """Why no layer of this model can lose its ``sublayer`` ("attention" or "ffn"); None if one can.
+
+    A layer can lose its attention only if all other layers keep all their heads, and ffn widths that are multiples of
+    256.
+    """
     nas, openelm = _whole_objections(arch)
     if nas is None or (sublayer == "ffn" and openelm is None):
         return None
@@ -350,7 +375,7 @@ def why_no_sublayer_drops(arch: Architecture, sublayer: str = "attention") -> st
 
 
 def _whole_objections(arch: Architecture) -> tuple[str | None, str | None]:
-    """Why nemotron-nas and openelm cannot hold the blocks of a model, whatever width its feed-forwards are cut to."""
+    """Why nemotron-nas and openelm cannot hold a model's blocks, for any width that its feed-forwards are cut to."""
     sizes = [{**layer.sizes, "ffn": max(UNIT, layer.sizes["ffn"] // UNIT * UNIT)} for layer in arch.layers]
     layers = tuple(type(layer)(layer.kind, s) for layer, s in zip(arch.layers, sizes, strict=True))
     widened = Architecture(arch.family, arch.config, arch.sizes, layers, arch.tied)

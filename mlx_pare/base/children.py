@@ -1,13 +1,13 @@
-"""How other processes are started: in one place, so that none outlives the process that started it.
+"""The one place that starts other processes, so that none outlives the process that started it.
 
 ``start`` puts this file, run as a program, before the command:
 
     python -I -S base/children.py WAY PARENT COMMAND ...
 
-"exec" (Linux): the kernel is asked to kill this process when its parent ends (PR_SET_PDEATHSIG, prctl(2)); then it
-becomes the command. "watch" (elsewhere): it starts the command, and kills it when its own parent is gone. Either way
-the process has a session of its own: Ctrl-C in the terminal is for mlx-pare, which ends its children.
-The kernel takes the thread that called ``start`` for the parent.
+"exec" (Linux): the process asks the kernel to kill it when its parent ends (PR_SET_PDEATHSIG, prctl(2)). Then it
+becomes the command. "watch" (elsewhere): it starts the command, and kills it when its own parent is gone. In both cases
+the process gets a new session: Ctrl-C in the terminal reaches only mlx-pare, which ends its children.
+For the kernel, the parent is the thread that called ``start``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def module(name: str, *words: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """That of this process, in which another one finds the same package, and libraries say no more than they must."""
+    """The environment for a child process: it finds the same package, and its libraries print as little as they can."""
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
     quiet = {"RUST_BACKTRACE": "0", "TOKENIZERS_PARALLELISM": "false", "GGML_NO_BACKTRACE": "1"}
@@ -43,8 +43,10 @@ def environment() -> dict[str, str]:
 
 
 def start(command: Sequence[str], **how: Any) -> subprocess.Popen:
-    """Start a command that ends with this process; ``how`` is given to Popen. Raises FileNotFoundError when there is no
-    such program."""
+    """Start a command that ends with this process; ``how`` is passed to Popen.
+
+    Raises FileNotFoundError if there is no such program.
+    """
     program = shutil.which(command[0])
     if program is None:
         raise FileNotFoundError(2, "no such program", command[0])
@@ -55,8 +57,19 @@ def start(command: Sequence[str], **how: Any) -> subprocess.Popen:
 def run(
     command: Sequence[str], given: str = "", timeout: float | None = None, **how: Any
 ) -> subprocess.CompletedProcess:
-    """Run a command to its end, with ``given`` on its stdin; what it wrote to stdout and stderr comes back as text.
-    Raises TimeoutExpired, once it has been ended, when it takes longer than ``timeout`` seconds."""
+    """Run a command to its end and collect its output as text.
+
+    Args:
+        command: the program and its arguments.
+        given: text for its stdin.
+        timeout: seconds after which the command is ended; None: never.
+        how: further arguments of Popen, such as ``cwd``.
+    Returns:
+        The command, its exit status, stdout and stderr.
+    Raises:
+        FileNotFoundError: there is no such program.
+        TimeoutExpired: the command took longer than ``timeout``; it has been ended.
+    """
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = start(command, encoding="utf-8", errors="replace", **pipes, **how)
     try:
@@ -68,7 +81,7 @@ def run(
 
 
 def end(process: subprocess.Popen, patience: float = 0.0) -> None:
-    """End a process and all that it started. With ``patience`` it is asked first, and has so many seconds to comply."""
+    """End a process and everything that it started. With ``patience``, it first gets SIGTERM and that many seconds."""
     if patience:
         _send(process, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -76,19 +89,19 @@ def end(process: subprocess.Popen, patience: float = 0.0) -> None:
     kill(process)
     process.wait()
     for pipe in (process.stdin, process.stdout, process.stderr):
-        with suppress(OSError):  # what was not sent is not sent any more
+        with suppress(OSError):  # what is still in the pipe is lost
             if pipe:
                 pipe.close()
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kill a process and all that it started; its pipes stay open, and nobody waits for it."""
+    """Kill a process and everything that it started, without waiting. Its pipes stay open."""
     _send(process, signal.SIGKILL)
 
 
 def _send(process: subprocess.Popen, number: int) -> None:
-    if process.poll() is None:  # else its number may be another process's by now
-        with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS says so of a group of zombies
+    if process.poll() is None:  # else another process may have its number by now
+        with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS raises it for a group of zombies
             os.killpg(process.pid, number)
 
 
@@ -96,17 +109,17 @@ def _send(process: subprocess.Popen, number: int) -> None:
 
 
 def _become(parent: int, command: Sequence[str]) -> None:
-    """Turn into the command, which the kernel kills when the parent ends."""
+    """Become the command. The kernel kills it when the parent ends."""
     import ctypes
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() == parent:  # else it ended before the kernel was asked
+    if os.getppid() == parent:  # else the parent ended before the request to the kernel
         os.execv(command[0], command)
 
 
 def _watch(parent: int, command: Sequence[str]) -> int:
-    """Run the command, and kill it when the parent is gone; its exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: None)  # the command, in the same group, has it as well
+    """Run the command, kill it if the parent is gone, and return its exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the command is in the same group and gets it too
     process = subprocess.Popen(command)
 
     def look() -> None:
@@ -116,7 +129,7 @@ def _watch(parent: int, command: Sequence[str]) -> int:
 
     threading.Thread(target=look, daemon=True).start()
     code = process.wait()
-    if code < 0:  # ended by a signal: so does this
+    if code < 0:  # the command ended by a signal: this process ends by the same
         signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
         os.kill(os.getpid(), -code)
     return code

@@ -1,6 +1,8 @@
-"""The only writer to a terminal, which strangers' names cannot steer (errors.plain). Talk goes to stderr with --json
-(stdout then holds exactly one document), and nowhere with --quiet; errors are always one line on stderr. All of it also
-goes to the log of the run that is open.
+"""The only writer to a terminal. Names from outside cannot control the terminal (errors.plain).
+
+With --json, messages go to stderr, and stdout holds exactly one document. With --quiet, messages go nowhere. An error
+is always one line on stderr. Messages, warnings and progress also go to the log of the open run; store/rundir.py writes
+the errors there.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from . import log
 from .errors import plain
 from .units import duration
 
-_logged: list[Path] = []  # the run directories that are open; a stage lies in one that is open as well
+_logged: list[Path] = []  # the open run directories; a stage is inside another one that is also open
 _state = {"json": False, "quiet": False, "stdout": sys.stdout, "lost": None}
 
 
 def configure(as_json: bool = False, quiet: bool = False) -> None:
-    """Set the mode for this process. Whatever a library prints to stdout is sent to stderr from here on."""
+    """Set the mode of this process. From then on, whatever a library prints to stdout goes to stderr."""
     _state.update(json=as_json, quiet=quiet)
     if sys.stdout is not sys.stderr:
         _state["stdout"] = sys.stdout
@@ -31,7 +33,7 @@ def configure(as_json: bool = False, quiet: bool = False) -> None:
 
 
 def speaks_json() -> bool:
-    """Whether stdout is to hold one JSON document."""
+    """Whether stdout must hold one JSON document."""
     return _state["json"]
 
 
@@ -40,8 +42,11 @@ def _stream():
 
 
 def _print(text: str, stream: Any, end: str = "\n") -> None:
-    """Write to a stream at once. Characters that its encoding lacks are written as escapes. What cannot be written (a
-    full disk, a terminal that is gone) does not stop the work; ``document`` reports what stdout lost."""
+    """Write to a stream at once. Characters that its encoding lacks become escapes.
+
+    What cannot be written (a full disk, a terminal that is gone) does not stop the work; ``document`` reports what
+    stdout lost.
+    """
     try:
         try:
             print(text, file=stream, end=end, flush=True)
@@ -50,14 +55,14 @@ def _print(text: str, stream: Any, end: str = "\n") -> None:
             print(text.encode(known, "backslashreplace").decode(known), file=stream, end=end, flush=True)
     except OSError as error:
         silence(stream)
-        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+        if isinstance(error, BrokenPipeError):  # `| head` has read enough
             raise
         if stream is not sys.stderr:
             _state["lost"] = error
 
 
 def silence(stream: Any) -> None:
-    """Send what a stream still holds, and all that follows, nowhere: Python would fail again when it ends."""
+    """Discard what a stream still holds and all that follows. Otherwise Python would fail again when it exits."""
     with suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -66,7 +71,7 @@ def silence(stream: Any) -> None:
 
 @contextmanager
 def logged(directory: Path) -> Iterator[None]:
-    """What is said meanwhile also goes to the log in a run directory."""
+    """Write all messages of the block to the log of a run directory too."""
     _logged.append(directory)
     try:
         yield
@@ -75,13 +80,13 @@ def logged(directory: Path) -> Iterator[None]:
 
 
 def record(kind: str, text: str) -> None:
-    """Something for the log alone."""
+    """Write something to the log only."""
     for directory in _logged:
         log.write(directory, kind, text)
 
 
 def say(text: str = "") -> None:
-    """One line of talk, plain text."""
+    """Print a message, as plain text."""
     record("said", text)
     if not _state["quiet"]:
         text = "\n".join(plain(line) for line in text.split("\n"))
@@ -89,19 +94,21 @@ def say(text: str = "") -> None:
 
 
 def warn(text: str) -> None:
-    """One line on stderr, also with --quiet."""
+    """Print a warning of one line on stderr, also with --quiet."""
     record("warning", text)
     _print(f"warning: {plain(text)}", sys.stderr)
 
 
 def error(text: str) -> None:
-    """The one line an error becomes."""
+    """Print an error as one line on stderr."""
     _print(f"mlx-pare: {plain(text)}", sys.stderr)
 
 
 def document(value: Any) -> None:
-    """The result of a command: the one JSON document on stdout with --json, otherwise nothing. Raises OSError when
-    something that was for stdout could not be written."""
+    """Print the result of a command with --json: the one JSON document on stdout. Without --json, print nothing.
+
+    Raises OSError if something could not be written to stdout before.
+    """
     if _state["json"]:
         _print(json.dumps(value, indent=1, default=str, allow_nan=False), _state["stdout"])
     if lost := _state["lost"]:
@@ -110,14 +117,21 @@ def document(value: Any) -> None:
 
 
 def failure(line: str, code: int) -> None:
-    """The end of a command that failed: its one line, and the document of --json where stdout takes it."""
+    """Print the end of a failed command: its one line, and with --json the document, if stdout still accepts it."""
     error(line)
     with suppress(OSError):
         document({"error": line, "exit_code": code})
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
-    """A table in plain text; columns whose name starts with "<" are left-aligned, all others numbers on the right."""
+    """Print a table in plain text. With --quiet or --json it prints nothing.
+
+    Args:
+        title: the line above the table.
+        columns: names of the columns; "<" in front of a name aligns the column left, all others right.
+        rows: cells of each row, as many as columns; None is printed as a dash.
+        caption: the line below the table; None: no line.
+    """
     if _state["quiet"] or _state["json"]:
         return
     names = [name.lstrip("<") for name in columns]
@@ -134,7 +148,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], cap
 
 
 def _rule_mark() -> str:
-    """What rules are drawn with on the stream of the talk."""
+    """The character that rules are drawn with on the stream of the messages."""
     try:
         "─".encode(getattr(_stream(), "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -143,40 +157,45 @@ def _rule_mark() -> str:
 
 
 class Progress:
-    """Counts work done and says what is left. On a terminal a live line, elsewhere a line every ten seconds; in the log
-    one every log.EVERY_S."""
+    """Counts the work done and prints the time left: on a terminal a live line, elsewhere a line every ten seconds.
 
-    INTERVAL, LIVE_INTERVAL = 10.0, 0.1  # seconds between two lines; a live line is not written for every piece
+    The log gets a line every log.EVERY_S seconds.
+    """
+
+    INTERVAL, LIVE_INTERVAL = 10.0, 0.1  # seconds between two lines, and between two updates of a live line
 
     def __init__(self, what: str | None, total: int, shown: Callable[[float], str] = str):
-        """``what`` None: nothing is shown. ``shown``: how an amount is written, e.g. ``gb`` for bytes."""
+        """``what`` None: print nothing. ``shown``: how an amount is written, e.g. ``gb`` for bytes."""
         self.what, self.total, self.done, self.shown = what, total, 0, shown
-        self._ahead = 0.0  # seconds of other work to come between the pieces
+        self._ahead = 0.0  # seconds of other work that is still to come between the pieces
         self._start = self._last = self._noted = time.monotonic()
-        self._fresh = 0  # done in this process
-        self._first = self._start, 0  # when its first piece was done, and how many that were
+        self._fresh = 0  # pieces done in this process
+        self._first = self._start, 0  # when the first pieces were done, and how many
         self._live = what is not None and sys.stderr.isatty() and not _state["quiet"]
 
     def skip(self, count: int) -> None:
-        """Work that was already done before: it does not count for the ETA."""
+        """Count work that was done earlier. It does not affect the estimate of the time left."""
         self.done += count
 
     def aside(self, spent: float, ahead: float) -> None:
-        """Other work between the pieces: the seconds it took just now, which are no part of their pace, and those that
-        it will still take."""
+        """Tell about other work between the pieces: the seconds it just took, which do not count for their pace, and
+        the seconds it will still take."""
         self._start += spent
         self._first = self._first[0] + spent, self._first[1]
         self._ahead = ahead
 
     def left(self) -> float:
-        """Seconds to go, by the pace since the first piece was done: that one also paid for what is done once (files
-        that are read for the first time), and may differ (a block that is not cut). Alone it is all that is known."""
+        """Estimate the seconds left by the pace since the first piece was done.
+
+        The first piece also paid for what happens once (files that are read for the first time), and may differ (a
+        block that is not cut). Its pace is used only while no other piece is done.
+        """
         begun, before = self._first if self._fresh > self._first[1] else (self._start, 0)
         pace = (time.monotonic() - begun) / max(self._fresh - before, 1)
         return pace * (self.total - self.done) + self._ahead
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """So many pieces more are done."""
+        """Count that many more pieces as done, and print a line if it is time."""
         self.done += count
         self._fresh += count
         now = time.monotonic()
@@ -199,13 +218,22 @@ class Progress:
         _print(f"\r\033[K{line}" if self._live else line, sys.stderr, end)
 
     def close(self) -> None:
+        """Clear the live line."""
         if self._live:
             _print("\r\033[K", sys.stderr, "")
 
 
 @contextmanager
 def progress(what: str | None, total: int, shown: Callable[[float], str] = str) -> Iterator[Progress]:
-    """A Progress that is closed in the end."""
+    """Show a Progress that is closed at the end of the block.
+
+    Args:
+        what: the name of the work; None: print nothing.
+        total: the amount of work, in the unit of ``advance``.
+        shown: how an amount is written, e.g. ``gb`` for bytes.
+    Returns:
+        The Progress.
+    """
     bar = Progress(what, total, shown)
     try:
         yield bar

@@ -1,4 +1,4 @@
-"""Errors a user can act on: what was found, where, what was expected, and what to do about it.
+"""Errors that a user can act on: what was found, where, what was expected, and what to do about it.
 
 Every error becomes one line on the terminal and an exit code: 1 failed, 2 usage, 3 refused.
 """
@@ -16,8 +16,11 @@ MAX_SHOWN = 4000  # characters of a message
 
 
 def plain(text: str, most: int = MAX_SHOWN) -> str:
-    """Text in which strangers may have had a word, fit for a terminal and one line: control characters, the escape
-    sequences they begin and whatever turns the writing round are written out, line ends become spaces."""
+    """Make text from outside safe for a terminal and for one line.
+
+    Control characters, the escape sequences they begin and marks that reverse the writing direction are written out.
+    Line ends become spaces. Text of more than ``most`` characters loses its middle.
+    """
     text = _ends(text, most)
     if text.isprintable():
         return text
@@ -30,9 +33,9 @@ def _ends(text: str, most: int) -> str:
 
 
 def shell(path: str | PathLike[str]) -> str:
-    """A path as one word of a shell command: whoever copies the command must not lose other files by it.
+    """Write a path as one word of a shell command: whoever copies the command must not lose other files by it.
 
-    What cannot be printed is written as bash and zsh read it: $'a\\x0ab'.
+    Characters that cannot be printed are written as bash and zsh read them: $'a\\x0ab'.
     """
     text = str(path)
     if text.isprintable():
@@ -43,7 +46,7 @@ def shell(path: str | PathLike[str]) -> str:
 
 
 class PareError(Exception):
-    """Something failed. ``problem`` says what and where, ``cure`` what to do."""
+    """Something failed. ``problem`` says what and where, ``cure`` says what to do."""
 
     exit_code = 1
 
@@ -59,29 +62,28 @@ class PareError(Exception):
 
 
 class Unsupported(PareError):
-    """Nothing is wrong with it, but it is of a kind that mlx-pare cannot cut; some of these can be planned for."""
+    """The input is sound, but of a kind that mlx-pare cannot cut. Some of these can be planned for."""
 
 
 class UsageError(PareError):
-    """The command was called with arguments that cannot mean anything."""
+    """The command got arguments that make no sense."""
 
     exit_code = 2
 
 
 class Refused(PareError):
-    """Doing it would overwrite, mix different inputs, or not fit: nothing was touched."""
+    """The work would overwrite something, mix different inputs, or not fit. Nothing was changed."""
 
     exit_code = 3
 
 
 def told(error: BaseException, continues: bool = True) -> tuple[str, int]:
-    """What an error becomes.
+    """Turn an error into a line for the user and an exit code.
 
     Args:
-        error: what ended a command.
+        error: the error that ended a command.
         continues: whether the command works in a run directory, where a second call continues. Any other command
             removes what it did not finish.
-
     Returns:
         The one line that the user sees, and the exit code.
     """
@@ -98,6 +100,6 @@ def told(error: BaseException, continues: bool = True) -> tuple[str, int]:
             line += f". Make room on the disk: {after}."
         elif error.errno in FORBIDDEN:
             line += ". Give yourself the right to it, or use another place."
-    else:  # a defect of ours: one line all the same, and where to look
+    else:  # a defect of mlx-pare: still one line, and where to look
         line, code = f"internal error, {type(error).__name__}: {error} (--debug shows where)", 1
     return " ".join(line.split()), code

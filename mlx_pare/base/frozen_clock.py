@@ -1,5 +1,8 @@
-"""A clock that stands still, for a process of its own: chat templates, and the Python code that stands in for some of
-them, ask what day it is, and a run that goes on tomorrow must read the same chats."""
+"""A clock that stands still, for a separate process.
+
+Chat templates, and the Python code that stands in for some of them, ask for the date. A run that continues tomorrow
+must read the same chats.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Any
 
 
 class Clock:
-    """What ``datetime`` and ``time.strftime``, ``localtime`` and ``gmtime`` of this process say from here on.
+    """Fixes what ``datetime`` and ``time.strftime``, ``localtime`` and ``gmtime`` return in this process.
 
-    To be made before anything imports these names from their modules. What measures time goes on.
+    Create it before any other module imports these names. Functions that measure time keep running.
     """
 
     def __init__(self) -> None:
@@ -20,7 +23,7 @@ class Clock:
         self._replace_times()
 
     def set(self, moment: str) -> None:
-        """From here on it is ``moment``: a date, YYYY-MM-DD, which is its midnight, or a time of ISO 8601."""
+        """Set the time to ``moment``: a date, YYYY-MM-DD, which means its midnight, or an ISO 8601 time."""
         self._now = _fields(moment)
 
     def _replace_dates(self) -> None:

@@ -1,7 +1,8 @@
-"""RUN/log.txt: what a run said and when, progress twice a minute, errors with their traceback. `status` reads its end.
+"""RUN/log.txt: the messages of a run with their times, progress twice a minute, errors with their traceback.
 
-A line is ``2026-11-26 12:48:22 4711 kind     text`` (local time, process). No step reads it, and what cannot be
-written (a full disk, a link or a pipe of that name) is lost: a log must not stop the work that it tells of.
+A line is ``2026-11-26 12:48:22 4711 kind     text`` (local time, process). `status` reads the end of the file; no step
+reads it. What cannot be written (a full disk, a link or a pipe of that name) is lost: a log must not stop the work that
+it describes.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from . import untrusted
 from .errors import PareError
 
 NAME = "log.txt"
-EVERY_S = 30.0  # between two lines of progress
-TAIL = 1 << 16  # bytes at the end of a log that are read again
+EVERY_S = 30.0  # seconds between two lines of progress
+TAIL = 1 << 16  # bytes at the end of a log that `status` reads
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a log. ``kind``: started and ended (a process), begun and done (a step), progress, said, warning,
-    error, trace."""
+    """A line of a log.
+
+    ``kind``: started and ended (a process), begun and done (a step), progress, said, warning, error, trace.
+    """
 
     time: str
     pid: int
@@ -32,7 +35,13 @@ class Line:
 
 
 def write(directory: Path, kind: str, text: str) -> None:
-    """Append every line of ``text`` to the log in ``directory``; never fails."""
+    """Append every line of ``text`` to the log of a run; never fail.
+
+    Args:
+        directory: the run directory.
+        kind: the kind of the lines (see Line).
+        text: any text; empty lines are left out.
+    """
     head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {os.getpid()} {kind:8} "
     lines = "".join(f"{head}{line}\n" for line in text.splitlines() if line.strip())
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
@@ -41,7 +50,7 @@ def write(directory: Path, kind: str, text: str) -> None:
 
 
 def last_session(directory: Path) -> list[Line]:
-    """What the last process wrote, as far as it is among the last TAIL bytes; empty where there is no log."""
+    """Read what the last process wrote, as far as it is in the last TAIL bytes; empty if there is no log."""
     try:
         with untrusted.regular(directory / NAME) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
@@ -54,7 +63,7 @@ def last_session(directory: Path) -> list[Line]:
 
 
 def _parse(text: str) -> Line | None:
-    """None for the half of a line: of a process that was killed, or where the tail begins."""
+    """The parts of a line; None for half a line: of a process that was killed, or at the start of the tail."""
     parts = text.split(maxsplit=4)
     if len(parts) < 5 or not parts[2].isdecimal():
         return None

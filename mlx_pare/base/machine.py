@@ -18,13 +18,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Machine:
-    """What is known of a computer."""
+    """The known facts about a computer. Sizes are in bytes."""
 
     system: str
     chip: str | None  # "Apple M4 Pro" on a Mac
     memory_bytes: int
     gpu_cores: int | None
-    wired_limit_bytes: int | None  # iogpu.wired_limit_mb when the user has set it
+    wired_limit_bytes: int | None  # iogpu.wired_limit_mb if the user has set it
     rosetta: bool
     working_set_bytes: int | None = None  # Metal's recommendedMaxWorkingSetSize
 
@@ -33,7 +33,7 @@ class Machine:
 
 
 def sysctl(name: str) -> str | None:
-    """A value of macOS by name; None elsewhere, and when there is no such name."""
+    """A value of macOS by its name; None on other systems, and if macOS has no such name."""
     if sys.platform != "darwin":
         return None
     done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)
@@ -41,7 +41,7 @@ def sysctl(name: str) -> str | None:
 
 
 def this_machine() -> Machine:
-    """The computer this runs on."""
+    """The computer that this process runs on."""
     import psutil
 
     limit = sysctl("iogpu.wired_limit_mb")
@@ -57,7 +57,8 @@ def this_machine() -> Machine:
 
 
 def _working_set() -> int | None:
-    """As MLX reads it from Metal; on other systems nothing is imported for it."""
+    """The GPU's working set in bytes, as MLX reads it from Metal; None on other systems, which do not import MLX for
+    it."""
     if sys.platform != "darwin":
         return None
     import mlx.core as mx
@@ -76,7 +77,7 @@ def _gpu_cores() -> int | None:
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without pushing anything out; on a Mac no more than its GPU may keep."""
+    """Bytes that can be taken without pushing anything out of memory; on a Mac at most what its GPU may keep."""
     import psutil
 
     free, most = psutil.virtual_memory().available, _working_set()
@@ -84,7 +85,7 @@ def available_bytes() -> int:
 
 
 def reset_peaks() -> None:
-    """Peaks count from now on: MLX's own, and on Linux the resident one (Documentation/filesystems/proc.rst)."""
+    """Count peaks from now on: MLX's peak, and on Linux the resident one (Documentation/filesystems/proc.rst)."""
     if mlx := sys.modules.get("mlx.core"):
         mlx.reset_peak_memory()
     with suppress(OSError):
@@ -92,7 +93,7 @@ def reset_peaks() -> None:
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident size of this process since ``reset_peaks``; on a Mac since it was started."""
+    """The largest resident size of this process in bytes since ``reset_peaks``; on a Mac since its start."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
@@ -101,14 +102,16 @@ def peak_rss_bytes() -> int:
 
 
 def peak_gpu_bytes() -> int | None:
-    """The most MLX has allocated since ``reset_peaks``; on a Mac not part of the resident size. None before MLX is
-    used."""
+    """The most bytes that MLX has allocated since ``reset_peaks``; None before MLX is used.
+
+    On a Mac these bytes are not part of the resident size.
+    """
     mlx = sys.modules.get("mlx.core")
     return mlx.get_peak_memory() if mlx else None
 
 
 def swap_bytes() -> int:
-    """Swap in use on this computer, by whomever."""
+    """Bytes of swap in use on this computer, by all processes."""
     import psutil
 
     return psutil.swap_memory().used
@@ -116,14 +119,17 @@ def swap_bytes() -> int:
 
 @contextmanager
 def awake() -> Iterator[None]:
-    """A Mac does not fall asleep meanwhile for want of somebody at it (`caffeinate -i`, which ends with this process,
-    however that ends). Elsewhere nothing. Never run on a Mac."""
+    """Keep an idle Mac from falling asleep during the block (`caffeinate -i`, which ends with this process in any
+    case).
+
+    Other systems are left alone. This has never run on a Mac.
+    """
     caffeinate = shutil.which("caffeinate") if sys.platform == "darwin" else None
     if caffeinate is None:
         yield
         return
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    # a session of its own: Ctrl-C is for us, we end it
+    # a new session: Ctrl-C reaches only this process, which then ends caffeinate
     holder = subprocess.Popen([caffeinate, "-i", "-w", str(os.getpid())], **quiet, start_new_session=True)
     try:
         yield
@@ -133,7 +139,7 @@ def awake() -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages a result depends on."""
+    """The versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for package in ("mlx-pare", "mlx", "mlx-lm", "numpy", "gguf", "transformers", "llama-cpp-python"):
         try:

@@ -1,4 +1,4 @@
-"""Markdown of what came from outside: names, numbers and tables that mean nothing but themselves."""
+"""Markdown made of names, numbers and tables from outside, in which they have no other meaning."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from .errors import plain
 
 
 def escaped(text: str) -> str:
-    """A name from outside as one line of Markdown that means nothing but itself."""
+    """A name from outside as one line of Markdown in which no character is markup."""
     line = plain(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
     marks = r"[\\`*~\[\]|#]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/"  # http:\/ is no link, and kv_head no emphasis
     return re.sub(f"({marks})", r"\\\1", line)
 
 
 def code(text: str) -> str:
-    """A name from outside as a span of code, which it cannot end."""
+    """A name from outside as a code span; no character in it can end the span."""
     return f"`{plain(text).replace('`', chr(39))}`"
 
 
 def row(*cells: Any) -> str:
-    """A line of a table; None is a dash."""
+    """A row of a table; None is a dash."""
     return "| " + " | ".join("-" if c is None else escaped(str(c)) for c in cells) + " |"
 
 
 def table(columns: Sequence[str], rows: Sequence[str]) -> str:
-    """A table of lines that ``row`` made."""
+    """A table made of rows from ``row``."""
     return "\n".join([row(*columns), "|" + "---|" * len(columns), *rows])

@@ -1,4 +1,4 @@
-"""Work that a run can do without. If it fails, the run says so and goes on."""
+"""Work that a run can do without. If it fails, the run reports it and continues."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ T = TypeVar("T")
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, PareError | None]:
-    """Do ``work``; a failure of any sort is an answer.
+    """Do ``work``, and return a failure of any kind instead of raising it.
 
     Args:
-        work: What to do. An interrupt still ends the command.
-
+        work: what to do. An interrupt still ends the command.
     Returns:
         The result of ``work`` and None, or None and why it failed. The log of the run has the traceback of a defect.
     """

@@ -1,7 +1,7 @@
-"""A plain name for a file or directory, for programs of others that read more than a name into a path.
+"""A plain name for a file or directory, for programs of others that interpret characters of a path.
 
 mlx-lm takes `[ ] * ?` in a path for a pattern (glob.glob in mlx_lm/utils.py load_model), so `v[12]` loads the weights
-of `v1`. Servers take a leading dash for an option. Such a path is handed to them as a link with a plain name.
+of `v1`. Servers take a leading dash for an option. mlx-pare gives them a link with a plain name instead.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 
 from .errors import PareError
 
-PLAIN = re.compile(r"(?!-)[\w./+,=@ -]+")  # nothing here is a pattern, an option or part of a shell's syntax
+PLAIN = re.compile(r"(?!-)[\w./+,=@ -]+")  # without patterns, options and shell syntax
 PATTERN = re.compile(r"[\[\]*?]")
 PREFIX = "mlx-pare-path-"
-PLACES = ("/tmp", "/var/tmp")  # if the user's folder for temporary files has no plain name itself
+PLACES = ("/tmp", "/var/tmp")  # used if the user's folder for temporary files has no plain name
 
 
 @contextmanager
 def plain(path: Path) -> Iterator[Path]:
-    """The path itself if its name is plain, else a link to it, which is removed afterwards.
+    """Give the path itself if its name is plain, else a link to it, which is removed at the end of the block.
 
-    What was opened through the link stays open: lazy arrays of MLX may be read later. Raises PareError if no link can
-    be made.
+    Files that were opened through the link stay open: lazy arrays of MLX may be read later. Raises PareError if no link
+    can be made.
     """
     if PLAIN.fullmatch(str(path)):
         yield path
@@ -60,7 +60,7 @@ def _no_link(path: Path, why: str | None) -> PareError:
 
 
 def require_text(path: Path) -> None:
-    """Raises PareError for a path whose bytes are no UTF-8: MLX and the tokenizers library open none."""
+    """Raise PareError for a path whose bytes are not UTF-8: neither MLX nor the tokenizers library can open it."""
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
@@ -68,7 +68,7 @@ def require_text(path: Path) -> None:
 
 
 def warning(path: Path) -> str | None:
-    """What the user must know of a model directory that stock mlx-lm cannot open where it lies; None if it can."""
+    """The warning about a model directory that stock mlx-lm cannot open at its path; None if it can."""
     if not PATTERN.search(str(path.absolute())):
         return None
     return (

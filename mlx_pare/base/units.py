@@ -10,7 +10,11 @@ from .errors import UsageError
 
 
 def parse_amount(text: str, what: str) -> float:
-    """ "24B" parameters, "15GB" bytes (decimal), "900M", "1.5e9". Raises UsageError."""
+    """Parse an amount such as "24B" parameters, "15GB" (decimal) or "14GiB" bytes, "900M" or "1.5e9".
+
+    ``what``: "parameters" or "bytes", which decides the meaning of "B". Raises UsageError if the text is no such
+    amount.
+    """
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*((?:[kKMGT]i?)?B?)\s*", text)
     units = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "B": 1e9 if what == "parameters" else 1.0}
     if found:
@@ -29,7 +33,7 @@ def parse_amount(text: str, what: str) -> float:
 
 
 def gb(count: float) -> str:
-    """Bytes as decimal gigabytes (1e9); small ones as MB or kB."""
+    """Bytes as decimal gigabytes (1e9); smaller amounts as MB, kB or B."""
     sign, size = ("-" if count < 0 else ""), abs(count)
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
@@ -38,20 +42,27 @@ def gb(count: float) -> str:
 
 
 def readable(number: float, decimals: int, error: float | None = None) -> str:
-    """A number with ``decimals``, or as a power of ten if it is large: the perplexity of a broken model. With its
-    standard error: 61.90 ± 0.42."""
+    """Format a number, as a power of ten if it is large: the perplexity of a broken model.
+
+    Args:
+        number: the number.
+        decimals: digits after the point, for numbers below 1e6.
+        error: its standard error, which is added as in 61.90 ± 0.42; None: no error.
+    Returns:
+        The text.
+    """
     if error is not None:
         return f"{readable(number, decimals)} ± {readable(error, decimals)}"
     return f"{number:.{decimals}f}" if abs(number) < 1e6 else f"{number:.3g}"
 
 
 def span(sizes: int | Sequence[int]) -> str:
-    """A size, or the sizes of all layers as their smallest and largest: 96 to 128."""
+    """One size, or the sizes of all layers as the smallest and the largest: 96 to 128."""
     return str(sizes) if isinstance(sizes, int) else f"{min(sizes)} to {max(sizes)}"
 
 
 def count(number: float) -> str:
-    """Parameters: 32.76B, 8.92M."""
+    """A number of parameters: 32.76B, 8.92M."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= scale:
             return f"{number / scale:.2f}{unit}"

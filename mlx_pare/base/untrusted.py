@@ -1,7 +1,7 @@
-"""What strangers wrote, read within bounds: regular files inside their directory, and JSON that fits into memory.
+"""Files from outside, read within bounds: regular files inside their directory, and JSON that fits into memory.
 
-A model is somebody else's. Nothing of it may take more than BUDGET bytes to look at (a tokenizer more, see
-model/tokenizer_files.py), wait for a device or a pipe, or lead to a file outside of the model's directory. No arrays.
+A model comes from somebody else. Reading any part of it may not take more than BUDGET bytes (a tokenizer more, see
+model/tokenizer_files.py), wait for a device or a pipe, or lead to a file outside the model's directory. No arrays.
 """
 
 from __future__ import annotations
@@ -17,25 +17,35 @@ from typing import Any, BinaryIO
 
 from .errors import PareError
 
-MAX_JSON = 16 << 20  # bytes; the largest real index has 9 million, the largest header about as many
-SHARED = ".huggingface-shared-blobs"  # marks the blobs that the models of Hugging Face's cache share (since 2.x)
+MAX_JSON = 16 << 20  # bytes; the largest real index and the largest header have about 9 million each
+SHARED = ".huggingface-shared-blobs"  # marks blobs that all models of Hugging Face's cache share (since 2.x)
 BUDGET = 160 << 20  # bytes that parsed JSON may take
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja: transformers 4.52 and later
-MAX_DEPTH = 64  # of nested lists and objects; beyond some hundreds even printing them fails
-# What parsing costs by mark, in bytes: measured on the worst inputs of CPython 3.11 (tests/base/test_untrusted.py)
+MAX_DEPTH = 64  # of nested lists and objects; beyond some hundreds even printing fails
+# Bytes that parsing costs per mark: measured on the worst inputs of CPython 3.11 (tests/base/test_untrusted.py)
 COSTS = {"{": 130, "[": 72, '"': 32, ",": 32, ":": 40}
 
 
 def contents(path: Any, most: int = MAX_JSON, what: str = "file") -> bytes:
-    """The bytes of a regular file that has ``most`` of them. Raises PareError for a larger one, a device or a pipe,
-    OSError where it cannot be read. ``path``: a Path, or sources/hub_reader.py's remote file."""
+    """Read a regular file of bounded size.
+
+    Args:
+        path: a Path, or the remote file of sources/hub_reader.py.
+        most: the largest number of bytes.
+        what: the sort of file, for messages.
+    Returns:
+        The bytes of the file.
+    Raises:
+        PareError: the file is larger, a directory, a device or a pipe.
+        OSError: the file cannot be read.
+    """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
         raise PareError(f"cannot read {what} {path}: it is {kind}")
     if found.st_size <= most:
         with path.open("rb") as file:
-            raw = file.read(most + 1)  # it may have grown, and a file of /proc says that it is empty
+            raw = file.read(most + 1)  # it may have grown, and files of /proc report a size of 0
         if len(raw) <= most:
             return raw
     raise PareError(f"{what} {path} is larger than {most >> 20} MiB")
@@ -46,13 +56,14 @@ def regular(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
 
     Args:
         path: the file.
-        flags: of os.open; a file that ``os.O_CREAT`` makes has the usual rights.
-
+        flags: of os.open; a file that ``os.O_CREAT`` creates has the usual rights.
+    Returns:
+        The open file.
     Raises:
         PareError: for a pipe, a device or a directory; with ``os.O_NOFOLLOW`` for a link.
-        OSError: if it cannot be opened.
+        OSError: it cannot be opened.
     """
-    with suppress(FileNotFoundError):  # looked at before it is opened: opening some devices has effects
+    with suppress(FileNotFoundError):  # check before opening: opening some devices has effects
         _require_regular(path, os.stat(path).st_mode)
     try:
         handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -76,8 +87,17 @@ def _require_regular(path: Path, mode: int) -> None:
 
 
 def loads(raw: bytes | str, budget: int = BUDGET, unique: bool = False) -> Any:
-    """A JSON value; in ``unique`` ones no object has a key twice. Raises ValueError for what is none, takes more than
-    ``budget`` bytes or is nested too deeply."""
+    """Parse JSON within bounds.
+
+    Args:
+        raw: the text, or its UTF-8 bytes.
+        budget: bytes of memory that the parsed value may take.
+        unique: whether an object with the same key twice is an error.
+    Returns:
+        The value.
+    Raises:
+        ValueError: it is no JSON, may take more than ``budget`` bytes, or is nested too deeply.
+    """
     text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
     check_cost(text, budget)
     try:
@@ -93,7 +113,18 @@ def loads(raw: bytes | str, budget: int = BUDGET, unique: bool = False) -> Any:
 
 
 def read_json(path: Path, what: str, most: int = MAX_JSON, budget: int = BUDGET) -> dict[str, Any]:
-    """A JSON object from a file of bounded size; ``what`` it is goes into the PareError when it is not one."""
+    """Read a JSON object from a file of bounded size.
+
+    Args:
+        path: the file.
+        what: the sort of file, for messages.
+        most: the largest number of bytes of the file.
+        budget: bytes of memory that the parsed object may take.
+    Returns:
+        The object.
+    Raises:
+        PareError: the file cannot be read, is too large, or holds no JSON object within the bounds.
+    """
     try:
         found = loads(contents(path, most, what), budget)
     except OSError as error:
@@ -106,7 +137,7 @@ def read_json(path: Path, what: str, most: int = MAX_JSON, budget: int = BUDGET)
 
 
 def check_cost(text: str, budget: int = BUDGET) -> None:
-    """Raises ValueError for JSON that may take more than ``budget`` bytes once it is parsed."""
+    """Raise ValueError for JSON that may take more than ``budget`` bytes once it is parsed."""
     wide = 1 if text.isascii() and "\\u" not in text else 4  # bytes a character may take
     cost = (1 + wide) * len(text) + sum(size * text.count(mark) for mark, size in COSTS.items())
     if cost > budget:
@@ -121,12 +152,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_links(directory: Path) -> None:
-    """Raises PareError for a symbolic link in a model directory that leads out of it: copied along with a tokenizer,
-    say, it would give away a file of the user's.
+    """Raise PareError for a symbolic link in a model directory that leads out of it.
 
-    Links into the ``blobs`` beside a snapshot are how Hugging Face's cache stores a model, and stay inside of that. So
-    do links into the blobs that all models of the cache share, which have a marker.
-    The directory itself may be reached by a link: that one the user has named.
+    If mlx-pare copied such a link along with a tokenizer, it would give away a file of the user. Links into the
+    ``blobs`` next to a snapshot are allowed: this is how Hugging Face's cache stores a model. So are links into the
+    blobs that all models of the cache share, which have a marker. The directory itself may be a link: the user has
+    named it.
     """
     try:
         home = directory.resolve()

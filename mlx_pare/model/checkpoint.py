@@ -1,7 +1,7 @@
-"""A model directory: config, tensor headers, lazy arrays. New ones are written by tensors/shards.py.
+"""A model directory opened for reading: config, tensor headers, lazy arrays. tensors/shards.py writes new ones.
 
-Nothing of a checkpoint is trusted: its headers are read within bounds (tensors/safetensors.py), names are checked
-before anything is opened. No array library is needed to look at a model.
+Nothing in a checkpoint is trusted: headers are read within bounds (tensors/safetensors.py), and only files inside the
+directory are opened. Looking at a model needs no array library.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
     "read_json",
 ]
 
-PIECE = 256  # bytes of every tensor that tell models apart
+PIECE = 256  # bytes of every tensor that go into the fingerprint of a model
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,21 +51,31 @@ TOKENIZER_FILES = (
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of a model directory that make its tokenizer and its chat templates, those that are there."""
+    """The existing files of a model directory that define its tokenizer and its chat templates."""
     named = [directory / name for name in TOKENIZER_FILES]
     return [f for f in (*named, *sorted((directory / untrusted.MORE_TEMPLATES).glob("*.jinja"))) if f.is_file()]
 
 
 def _free_head(arch: Architecture) -> str:
-    """What to do with a trained head, by what the model's class can hold."""
+    """The advice about a trained head, depending on what the model's class can hold."""
     if arch.family.tied:
         return f"mlx-lm's {arch.family.name} has no head: train without lm_head, or take the model before it was merged"
     return f"set {arch.family.tied_key} to false in config.json; if the head is no part of the model, take it out"
 
 
 def cuttable(config: Mapping[str, Any], where: Any, untied: bool | None = None) -> Architecture:
-    """The architecture of a config. Raises Unsupported for one that can be planned for, but not cut; ``where``: for the
-    message."""
+    """Describe a config whose model can be opened for work: one that can be cut, or that a cut has made.
+
+    Args:
+        config: the content of config.json.
+        where: where it was found, for the message.
+        untied: whether the checkpoint stores a head; None: unknown.
+    Returns:
+        The architecture.
+    Raises:
+        Unsupported: the type is unknown, or it can only be planned for.
+        PareError: the config makes no sense.
+    """
     arch = describe(config, untied=untied)
     if not (arch.cuttable or arch.family.result):
         raise Unsupported(
@@ -76,15 +86,21 @@ def cuttable(config: Mapping[str, Any], where: Any, untied: bool | None = None) 
 
 
 def refuse_foreign(config: Mapping[str, Any], where: Any, tensors: Mapping[str, str] | None = None) -> None:
-    """Raises Unsupported for the formats of other quantizers: they can be counted, but not cut. ``tensors``: name ->
-    dtype, if known; ``where``: for the message."""
+    """Refuse the formats of other quantizers: they can be counted, but not cut.
+
+    Args:
+        config: the content of config.json.
+        where: where it was found, for the message.
+        tensors: name -> dtype of the stored tensors; None: unknown.
+    Raises:
+        Unsupported: the weights are in such a format.
+    """
     if found := foreign(config, tensors or {}):
         raise Unsupported(f"{where} is quantized as {found.name}, which is not supported", found.cure)
 
 
 def require_directory(path: Path) -> None:
-    """Raises PareError if there is no directory. Stock libraries would take its path for the name of a model on the
-    hub."""
+    """Raise PareError if there is no directory. Stock libraries would take its path for a model name on the hub."""
     if not path.is_dir():
         raise PareError(
             f"no model directory at {path}", "give the path of a directory with config.json and *.safetensors"
@@ -92,7 +108,11 @@ def require_directory(path: Path) -> None:
 
 
 class Checkpoint:
-    """A model directory opened for reading. Raises PareError when it cannot be the model its config describes."""
+    """A model directory opened for reading.
+
+    Raises PareError if its files are missing, damaged or in an unsupported format. Names and shapes of its tensors are
+    checked against its config when ``arch`` is first used.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -133,7 +153,7 @@ class Checkpoint:
                 f"supported modes are affine, {', '.join(FLOAT_MODES)}",
             )
         if not any(name.endswith(".scales") for name in self.entries):
-            return {}  # nothing is packed: mlx-lm loads it dense, whatever the config says
+            return {}  # nothing is packed: mlx-lm loads it dense and ignores the config
         for where, spec in specs.items():
             try:
                 Packing.of_config(spec)
@@ -155,14 +175,14 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Packing | None:
-        """The default packing of a quantized checkpoint."""
+        """The default packing of a quantized checkpoint; None if nothing is packed."""
         if not self.quantized:
             return None
         return Packing.of_config(self._quantization, DTYPE_BYTES[self._float])
 
     @cached_property
     def arch(self) -> Architecture:
-        """The architecture, after checking that every tensor is described, present and of its shape."""
+        """The architecture. Raises PareError unless every tensor is described, present and of its shape."""
         arch = cuttable(self.config, self.path, untied="lm_head.weight" in self.entries)
         expected = {t.name: t for t in arch.tensors()}
         self._check_described(arch, expected)
@@ -229,7 +249,7 @@ class Checkpoint:
                 )
 
     def packing(self, module: str) -> Packing | None:
-        """How a module is packed; None when it is dense."""
+        """How a module is packed; None if it is dense."""
         scales = self.entries.get(f"{module}.scales")
         if scales is None or not self.quantized:
             return None
@@ -239,8 +259,10 @@ class Checkpoint:
         return Packing.of_config(spec, DTYPE_BYTES[scales.dtype if affine else self._float])
 
     def dtype(self, tensor: Tensor) -> str:
-        """The float dtype of a tensor, of its scales when it is packed, in the float modes, whose scales are bytes, of
-        the norms around it: "F32", "F16" or "BF16"."""
+        """The float dtype of a tensor, or of its scales if it is packed: "F32", "F16" or "BF16".
+
+        The scales of the float modes are bytes, so for these it is the dtype of the norms around them.
+        """
         packed = self.packing(tensor.module) if tensor.matrix else None
         if packed and not packed.affine:
             return self._float
@@ -248,16 +270,18 @@ class Checkpoint:
 
     @cached_property
     def _float(self) -> str:
-        """The dtype of what is a float: of affine scales if there are any, else of the norms."""
+        """The dtype of the floats: of affine scales if there are any, else of the norms."""
         floats = {name: entry.dtype for name, entry in self.entries.items() if entry.dtype in FLOATS}
         return floats[min(floats, key=lambda name: not name.endswith(".scales"))] if floats else "BF16"
 
     @property
     def value_bytes(self) -> int:
-        """Width of the dtype that mlx-lm computes in, and so of its KV cache: that of the embedding (or its scales).
+        """Bytes per value of the dtype that mlx-lm computes in, and of its KV cache: that of the embedding or its
+        scales.
 
-        An embedding of a float mode gives bfloat16 (mlx.nn.QuantizedEmbedding), and that with a norm of another dtype
-        float32."""
+        An embedding in a float mode gives bfloat16 (mlx.nn.QuantizedEmbedding), and float32 with a norm of another
+        dtype.
+        """
         embedding = next(self.arch.tensors())
         packing = self.packing(embedding.module)
         if packing and not packing.affine:
@@ -265,7 +289,7 @@ class Checkpoint:
         return DTYPE_BYTES[self.dtype(embedding)]
 
     def nbytes(self) -> int:
-        """Bytes of the tensors that mlx-lm loads (headers and ignored tensors excluded)."""
+        """Bytes of the tensors that mlx-lm loads, without headers and ignored tensors."""
         names = {t.name for t in self.arch.tensors()}
         modules = {n.rpartition(".")[0] for n in names}
         return sum(
@@ -275,7 +299,11 @@ class Checkpoint:
         )
 
     def lazy(self) -> dict[str, Any]:
-        """Every array, unread: mx.load reads a tensor when it is first evaluated."""
+        """Load every array lazily: mx.load reads a tensor when it is first evaluated.
+
+        Returns:
+            Name -> mx.array of the stored shape and dtype.
+        """
         import mlx.core as mx
 
         arrays: dict[str, Any] = {}
@@ -284,8 +312,10 @@ class Checkpoint:
         return arrays
 
     def identity(self) -> str:
-        """A cheap fingerprint of what the model is, wherever and whenever it was copied: its config, and name, dtype,
-        shape and the bytes in the middle of every tensor. Bits that flip elsewhere are found by rundir.
+        """Compute a cheap fingerprint of the model, which copying does not change.
+
+        It covers the config, and name, dtype, shape and the middle PIECE bytes of every tensor. store/rundir.py finds
+        bits that flip elsewhere.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         with ExitStack() as stack:
@@ -302,5 +332,5 @@ class Checkpoint:
         return leftovers(self.path, self.entries)
 
     def tokenizer_files(self) -> list[Path]:
-        """The files that make the tokenizer and its chat templates, those that are there."""
+        """The existing files that define the tokenizer and its chat templates."""
         return tokenizer_files(self.path)

@@ -1,4 +1,4 @@
-"""The files of a model directory beside its weights: config and tokenizer, written or copied."""
+"""The files of a model directory besides its weights: config and tokenizer, written or copied."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from .checkpoint import Checkpoint
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """config.json, with the quantization under both names that loaders look for."""
+    """Write config.json, with the quantization under both names that loaders look for, and without _name_or_path and
+    auto_map."""
     config = {k: v for k, v in config.items() if k not in ("_name_or_path", "auto_map")}
     if "quantization" in config:
-        config["quantization_config"] = config["quantization"]  # mlx_lm.utils.save_config mirrors it for the hub
+        config["quantization_config"] = config["quantization"]  # as mlx_lm.utils.save_config does for the hub
     (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def copy_tokenizer(source: Checkpoint, directory: Path) -> None:
-    """Copy the tokenizer's files and the generation config; never code."""
-    check_links(source.path)  # since it was opened
+    """Copy the tokenizer's files and the generation config, but no code. Raises PareError for a link out of the
+    directory."""
+    check_links(source.path)  # it may have changed since it was opened
     for file in source.tokenizer_files():
         to = directory / file.relative_to(source.path)
         to.parent.mkdir(exist_ok=True)

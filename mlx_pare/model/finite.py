@@ -1,4 +1,4 @@
-"""NaN and infinite weights: which tensor holds them. A broken weight makes every number after it worthless."""
+"""NaN and infinite weights: which tensor holds them. One such weight makes all later numbers worthless."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from ..base.errors import PareError
 from ..tensors.safetensors import Entry
 from .checkpoint import Checkpoint
 
-# dtype -> integers that hold its bits, and those of its exponent, which are all set in NaN and infinity
+# dtype -> integers that hold its bits, and the exponent's bits, which are all set in NaN and infinity
 EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
-PANEL = 1 << 24  # bytes that are looked at together
+PANEL = 1 << 24  # bytes that are checked together
 CURE = "the model is damaged: download or convert it again"
 
 
 def broken(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> str | None:
-    """The first stored tensor that holds NaN or infinity; None if there is none. ``names``: the modules to look at,
-    None: all."""
+    """The first stored tensor that holds NaN or infinity; None if there is none.
+
+    ``names``: the modules to look at; None: all.
+    """
     wanted = None if names is None else set(names)
     for name, entry in checkpoint.entries.items():
         module = name.rpartition(".")[0]
@@ -29,18 +31,19 @@ def broken(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> str | 
 
 
 def require(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> None:
-    """Raises PareError, naming the tensor, if a weight is NaN or infinite; ``names`` as in ``broken``."""
+    """Raise PareError, naming the tensor, if a weight is NaN or infinite. ``names`` as in ``broken``."""
     if name := broken(checkpoint, names):
         raise PareError(f"{checkpoint.path}: {name} holds NaN or infinite numbers", CURE)
 
 
 def outside(checkpoint: Checkpoint) -> list[str]:
-    """The modules outside of the layers: embedding, last norm, head."""
+    """The modules outside the layers: embedding, last norm, head."""
     return [tensor.module for tensor in checkpoint.arch.tensors() if tensor.layer is None]
 
 
 def blame(path: Path, layer: int) -> PareError:
-    """Why the states behind a layer are not finite: a weight of it, of the embedding, or the text."""
+    """The error for states behind a layer that are not finite. It blames a broken weight in or outside the layers, or
+    the text."""
     checkpoint = Checkpoint(path)
     modules = [tensor.module for tensor in checkpoint.arch.tensors() if tensor.layer == layer]
     if name := broken(checkpoint, [*outside(checkpoint), *modules]):
@@ -58,7 +61,7 @@ def _float_mode(checkpoint: Checkpoint, name: str, module: str) -> str | None:
 
 
 def _finite(entry: Entry, mode: str | None) -> bool:
-    if mode is not None:  # E4M3 in nvfp4: NaN of either sign; E8M0, which has no sign, in the others
+    if mode is not None:  # nvfp4 has E4M3: NaN of either sign; the others have E8M0, without a sign
         mask, nan = (0x7F, 0x7F) if mode == "nvfp4" else (0xFF, 0xFF)
         return all((part & mask != nan).all() for part in _panels(entry, "u1"))
     if entry.dtype not in EXPONENTS:

@@ -1,4 +1,4 @@
-"""The one counter of parameters and bytes: of weights, however they are stored, and of what a model remembers.
+"""The one counter of parameters and bytes: of weights, however they are stored, and of caches.
 
 Everything is summed over the tensor table of the architecture, so what is predicted is what is written. No arrays.
 """
@@ -15,10 +15,10 @@ from ..tensors.packing import Packing
 from ..tensors.safetensors import DTYPE_BYTES
 from .checkpoint import Checkpoint
 
-Storage = Callable[[Tensor], int]  # bytes one tensor takes
+Storage = Callable[[Tensor], int]  # bytes of one tensor
 
 KV_STEP = 256  # positions; KVCache.step in mlx_lm/models/cache.py: full-attention caches grow in these steps
-EXPERTS = (dim("expert"),)  # the first dimension of a stack of which a token visits a few
+EXPERTS = (dim("expert"),)  # the first dimension of a stack; a token visits a few of its entries
 LOOKUPS = {"embed_tokens", "embed_per_layer"}  # tables of which a token needs one row
 
 
@@ -39,7 +39,7 @@ def parameters(arch: Architecture) -> dict[str, int]:
 
 
 def dense(bytes_per_value: int) -> Storage:
-    """Every value as a float of this many bytes: 2 for bf16 and f16, 4 for f32."""
+    """Storage of every value as a float of this many bytes: 2 for bf16 and f16, 4 for f32."""
     return lambda tensor: _floats(tensor, bytes_per_value)
 
 
@@ -48,9 +48,10 @@ def _floats(tensor: Tensor, width: int) -> int:
 
 
 def packed(packing: Packing, float_bytes: int = 2) -> Storage:
-    """As MLX quantizes a model: every matrix, embeddings and head too; norms and biases stay floats, routers: 8 bits.
+    """Storage as MLX quantizes a model: all matrices, embeddings and head are packed; norms and biases stay floats.
 
-    A matrix whose columns the group size does not divide takes the next smaller group that does, or stays dense with
+    Matrices that the family stores in 8 bits (TensorSpec.stored, most routers) get 8 bits in groups of 64. If the group
+    size does not divide the columns of a matrix, it gets the next smaller group that does, or stays dense with
     ``float_bytes`` per value (Packing.fitted). mlx_lm.convert leaves both cases dense.
     """
     router = Packing(8, 64, float_bytes)
@@ -60,7 +61,7 @@ def packed(packing: Packing, float_bytes: int = 2) -> Storage:
         fitted = wanted.fitted(tensor.shape[-1]) if tensor.matrix else None
         return fitted.nbytes(tensor.rows, tensor.shape[-1]) if fitted else _floats(tensor, float_bytes)
 
-    known: dict[tuple, int] = {}  # thousands of tensors have a dozen shapes, and a search asks for all of them
+    known: dict[tuple, int] = {}  # thousands of tensors share a dozen shapes, and a search asks for all tensors
 
     def stored(tensor: Tensor) -> int:
         alike = (tensor.spec.stored, tensor.shape)
@@ -72,7 +73,7 @@ def packed(packing: Packing, float_bytes: int = 2) -> Storage:
 
 
 def like(checkpoint: Checkpoint) -> Storage:
-    """As an existing checkpoint stores the tensors of these names, each with its own packing and dtype."""
+    """Storage as in an existing checkpoint with tensors of the same names, each with its own packing and dtype."""
 
     def stored(tensor: Tensor) -> int:
         packing = checkpoint.packing(tensor.module) if tensor.matrix else None
@@ -87,12 +88,13 @@ def weight_bytes(arch: Architecture, storage: Storage) -> int:
 
 
 def read_bytes(arch: Architecture, storage: Storage) -> int:
-    """Bytes of weights that one decoding step reads: of the experts the active ones, of an untied embedding one row."""
+    """Bytes of weights that one decoding step reads. Of the experts the active ones count; tables of which a token
+    needs one row (LOOKUPS) do not count, unless the embedding is also the head."""
     return round(sum(storage(tensor) * _share_read(arch, tensor) for tensor in arch.tensors()))
 
 
 def active_parameters(arch: Architecture) -> int:
-    """Parameters a token is multiplied with on its way through the blocks: without embeddings, head, idle experts."""
+    """Parameters that a token is multiplied with in the blocks: without embeddings, head and idle experts."""
     tensors = (t for t in arch.tensors() if t.spec.part != "embedding")
     return round(sum(tensor.size * _share_read(arch, tensor) for tensor in tensors))
 
@@ -111,7 +113,11 @@ def _share_read(arch: Architecture, tensor: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Cache:
-    """Values one sequence leaves in memory: per position in full attention, per position of a window, and once."""
+    """Values that one sequence keeps in memory.
+
+    ``growing``: per position, in full attention. ``windowed``: per position of a window. ``state``: once, in the
+    model's dtype; ``state_f32``: once, in float32.
+    """
 
     growing: int = 0
     windowed: int = 0
@@ -120,7 +126,7 @@ class Cache:
 
 
 def cache_values(arch: Architecture, latent: bool = False) -> Cache:
-    """What all layers together remember. ``latent``: latent attention caches latents in every family (llama.cpp)."""
+    """What all layers together keep. ``latent``: latent attention caches latents in every family, as in llama.cpp."""
     growing = windowed = state = state_f32 = 0
     for index, layer in enumerate(arch.layers):
         mixer, sizes = layer.mixer, arch.layer_sizes(index)
@@ -133,21 +139,22 @@ def cache_values(arch: Architecture, latent: bool = False) -> Cache:
 
 
 def kv_positions(context: int, window: int | None = None) -> int:
-    """Positions a layer's cache holds after ``context`` tokens; ``window`` of a sliding layer, None for full attention.
+    """Positions that a layer's cache holds after ``context`` tokens.
 
-    Full attention allocates whole steps (KVCache); a sliding layer holds its window, once decoding has begun: while a
-    prompt is read it is larger (RotatingKVCache), which the planner counts among the activations. A window that is not
-    full yet may own up to 255 spare positions more, which are not counted.
+    ``window``: of a sliding layer; None for full attention. Full attention allocates whole steps (KVCache). A sliding
+    layer holds its window once decoding has begun. While it reads a prompt its cache is larger (RotatingKVCache); the
+    planner counts that among the activations. A window that is not full yet may own up to 255 spare positions, which
+    are not counted.
     """
     return -(-context // KV_STEP) * KV_STEP if window is None else min(context, window)
 
 
 def window_of(arch: Architecture, context: int) -> int:
-    """Positions a sliding layer looks back; ``context`` when the config sets no window."""
+    """Positions that a sliding layer looks back; ``context`` if the config sets no window."""
     window = arch.config.get("sliding_window")
     return window if isinstance(window, int) and window > 0 else context
 
 
 def query_heads(layer: Layer) -> int:
-    """Heads that compare queries with positions in one layer."""
+    """Query heads of one layer."""
     return layer.sizes["kv_head"] * layer.sizes["group"]

@@ -1,8 +1,8 @@
 """Weights in the formats of other quantizers: which of them mlx-lm loads, and what to do about the rest.
 
-mlx-pare reads floats and MLX's own packings. A foreign format helps if `mlx_lm.convert` makes one of these of it; for
-any other one the float original is needed. Source: load_model and _transform_awq_weights in mlx_lm/utils.py, and the
-sanitize methods in mlx_lm/models; held against mlx-lm itself by tests/model/test_foreign_formats.py.
+mlx-pare reads floats and MLX's own packings. A foreign format is usable if `mlx_lm.convert` turns it into one of these.
+Any other format needs the float original. Source: load_model and _transform_awq_weights in mlx_lm/utils.py, and the
+sanitize methods in mlx_lm/models; tests/model/test_foreign_formats.py compares this file with mlx-lm itself.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-VERSION = "mlx-lm 0.32"  # what was read
-# Model types whose class makes floats of 8-bit floats with a scale for every block (mx.from_fp8 in its sanitize)
+VERSION = "mlx-lm 0.32"  # the version that this file describes
+# Model types whose class converts 8-bit floats with a scale per block to floats (mx.from_fp8 in its sanitize)
 UNPACKS_FP8 = ("deepseek_v3", "deepseek_v32", "joyai_llm_flash", "kimi_k2", "mimo_v2_flash", "minimax", "minimax_m2",
                "mistral4")  # fmt: skip
-# Model types whose class brings packed experts into MLX's layout, by quant_method
+# Model types whose class converts packed experts to MLX's layout, by quant_method
 UNPACKS = {"mxfp4": ("gpt_oss",), "compressed-tensors": ("deepseek_v3", "joyai_llm_flash", "kimi_k2", "mistral4")}
-OURS = ("mxfp4", "mxfp8")  # methods that mlx-lm takes for MLX's own modes, if tensors have MLX's names
-# In the name of a model that is no float original
+OURS = ("mxfp4", "mxfp8")  # methods that mlx-lm reads as MLX's own modes, if tensors have MLX's names
+# Marks in the name of a model that is no float original
 QUANTIZED = re.compile(r"bnb|gptq|awq|gguf|fp8|nf4|hqq|quant|mlx|(?<!\d)[2-8][-_ ]?bit|int[48]|w[48]a\d", re.IGNORECASE)
 NAMES = ("base_model", "base_model_name_or_path", "_name_or_path")
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A foreign format. ``name``: of its quantizer; ``loads``: whether mlx-lm loads it, so that mlx_lm.convert
-    works; ``original``: the model that was quantized, if the config names it."""
+    """A foreign format.
+
+    ``name``: of its quantizer. ``loads``: whether mlx-lm loads it, so that mlx_lm.convert works. ``original``: the
+    model that was quantized, if the config names it.
+    """
 
     name: str
     loads: bool
@@ -35,7 +38,7 @@ class Foreign:
 
     @property
     def cure(self) -> str:
-        """What to do for a model that can be cut."""
+        """The advice for somebody who wants to cut the model."""
         if self.loads:
             return "supported are dense fp32/fp16/bf16 and MLX's own packings: convert it with mlx_lm.convert"
         which = self.original or "which its model card names"
@@ -43,19 +46,18 @@ class Foreign:
 
     @property
     def note(self) -> str:
-        """What people who plan must know; empty if mlx-lm loads it."""
+        """The note for somebody who plans; empty if mlx-lm loads the format."""
         which = f", {self.original}," if self.original else ""
         loads = f"its weights are in the format {self.name}, which {VERSION} cannot load"
         return "" if self.loads else f"{loads}: the float original{which} is needed"
 
 
 def foreign(config: Mapping[str, Any], tensors: Mapping[str, str]) -> Foreign | None:
-    """The foreign format of a model.
+    """Find the foreign format of a model.
 
     Args:
-        config: Its config.json.
-        tensors: Name -> dtype in the words of safetensors. Empty if only the config is known.
-
+        config: its config.json.
+        tensors: name -> dtype as safetensors names it. Empty if only the config is known.
     Returns:
         The format, or None for floats and for MLX's own packings.
     """
@@ -70,7 +72,7 @@ def foreign(config: Mapping[str, Any], tensors: Mapping[str, str]) -> Foreign | 
 
 
 def _loads(config: Mapping[str, Any], method: Any, other: Mapping[str, Any], tensors: Mapping[str, str]) -> bool:
-    """Whether mlx-lm loads it as what it is. What is loaded as other numbers does not count."""
+    """Whether mlx-lm loads the weights as what they are. Loading them as other numbers does not count."""
     kinds = {part.get("model_type") for part in _parts(config)}
     leaves = {name.rpartition(".")[2] for name in tensors}
     if method == "awq":
@@ -84,7 +86,7 @@ def _loads(config: Mapping[str, Any], method: Any, other: Mapping[str, Any], ten
 
 
 def _gemm(other: Mapping[str, Any]) -> bool:
-    """Whether AWQ wrote the layout that mlx-lm reads; its others have their rows the other way round."""
+    """Whether AWQ wrote the layout that mlx-lm reads. In its other layouts the rows are in another order."""
     return str(other.get("version", "gemm")).lower() == "gemm"
 
 
@@ -94,12 +96,12 @@ def _packed_as_ours(tensors: Mapping[str, str]) -> bool:
 
 
 def _ours(config: Mapping[str, Any]) -> bool:
-    """Whether config.json has a block of MLX's own."""
+    """Whether config.json has a block of MLX's own quantization."""
     return any(part.get("quantization") is not None for part in _parts(config))
 
 
 def _settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """quantization_config, of the language model too; None without one."""
+    """The quantization_config, also of the language model inside; None if there is none."""
     found = next((part["quantization_config"] for part in _parts(config) if part.get("quantization_config")), None)
     return found if isinstance(found, Mapping) or found is None else {"quant_method": found}
 
@@ -110,7 +112,7 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _original(config: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The name of a float model that a config gives for its origin; a quantized one's or a folder's is none."""
+    """The float model that a config names as its origin; names of quantized models or folders do not count."""
     given: Iterable[Any] = (part.get(key) for part in (*_parts(config), other) for key in NAMES)
     named = [name for name in given if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name)]
     return next((name for name in named if not QUANTIZED.search(name)), None)

@@ -1,4 +1,4 @@
-"""The name of a model on the hub, as people write it for mlx-lm, Ollama and llama.cpp. Text only: nothing is asked."""
+"""The name of a model on the hub, as people write it for mlx-lm, Ollama and llama.cpp. Text only: no network."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class HubName:
 
     @classmethod
     def parse(cls, text: str | os.PathLike[str]) -> HubName | None:
-        """The model that a text names; None for a text that is no such name.
+        """The model that a text names; None if the text is no such name.
 
-        These are names: org/name, org/name@revision, org/name/file.gguf, org/name:Q4_K_M, the last two also with
-        @revision, and each of them behind "hf.co/" or "https://huggingface.co/".
+        These are names: org/name, org/name@revision, org/name/file.gguf, org/name:Q4_K_M. The last two may also have
+        @revision, and each of them may follow "hf.co/" or "https://huggingface.co/".
         """
         found = _NAME.fullmatch(os.fspath(text))
         if not found or ".." in found[0] or "--" in found["repo"] or not found[0].isprintable():
@@ -45,7 +45,7 @@ class HubName:
             return None
         if found["file"] and not all(found["file"].split("/")):
             return None
-        if found["repo"].lower().endswith(".gguf"):  # the path of a file that is not there
+        if found["repo"].lower().endswith(".gguf"):  # the path of a file that does not exist
             return None
         return cls(found["repo"], found["first"] or found["last"], found["file"], found["tag"])
 
@@ -64,8 +64,10 @@ def of_snapshot(path: str | os.PathLike[str]) -> HubName | None:
 
 
 def called(path: Path) -> str:
-    """A short name of a model for people: org/name in Hugging Face's cache, where the directory is called by a commit,
-    else the name of the directory."""
+    """A short name of a model for people: org/name in Hugging Face's cache, else the name of the directory.
+
+    In the cache, the name of the directory is a commit.
+    """
     found = of_snapshot(path)
     return str(HubName(found.repo, file=found.file)) if found else path.name
 
@@ -76,5 +78,5 @@ def shown(path: str) -> str:
 
 
 def on_hub(text: str | os.PathLike[str]) -> HubName | None:
-    """The model on the hub that a text names; None for an existing path, which always wins over a name."""
+    """The model on the hub that a text names; None for an existing path, which always takes precedence over a name."""
     return None if os.path.exists(text) else HubName.parse(text)

@@ -9,7 +9,7 @@ FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 
 
 def licence_name(directory: Path) -> str | None:
-    """The licence in the front matter of a README.md."""
+    """The licence in the front matter of a README.md; None if it names none."""
     file = directory / "README.md"
     if not file.is_file():
         return None
@@ -20,5 +20,5 @@ def licence_name(directory: Path) -> str | None:
 
 
 def licence_file(*directories: Path) -> Path | None:
-    """The first file with the text of a licence in these directories."""
+    """The first file with the text of a licence in these directories; None if there is none."""
     return next((d / name for d in directories for name in FILES if (d / name).is_file()), None)

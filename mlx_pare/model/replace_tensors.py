@@ -1,4 +1,4 @@
-"""A model directory again, some of its tensors trained: shapes, packing, dtypes and the files beside them stay."""
+"""A model directory written again with some tensors replaced: shapes, packing, dtypes and the other files stay."""
 
 from __future__ import annotations
 
@@ -25,9 +25,17 @@ def write(
     directory: Path,
     same_scales: bool = False,
 ) -> None:
-    """The checkpoint with trained tensors (made when it is their turn, by name) in place, packed the same way; the
-    others byte for byte. ``same_scales``: packed matrices keep their scales and biases, and the codes of what did not
-    move."""
+    """Write a checkpoint with trained tensors, packed the same way. Other tensors stay byte for byte.
+
+    Args:
+        checkpoint: the model that was trained.
+        trained: name of a weight -> a function that returns its new values, packed or float, logical shape as in the
+            checkpoint. It is called when it is the tensor's turn, so that one tensor at a time is in memory.
+        directory: the directory to write to; it exists.
+        same_scales: whether float values of a packed matrix keep its scales and biases, and unmoved ones their codes.
+    Raises:
+        PareError: a file of the checkpoint ends too early, because it was changed since it was opened.
+    """
 
     def new(tensor: Tensor) -> Mapping[str, mx.array] | None:
         if tensor.name not in trained:
@@ -47,7 +55,15 @@ def names(checkpoint: Checkpoint, tensor: Tensor) -> list[str]:
 
 
 def stored(checkpoint: Checkpoint, tensor: Tensor, new: Packed | mx.array) -> dict[str, mx.array]:
-    """The entries of a tensor for new values: packed, if they are not yet, and of the dtype as in the checkpoint."""
+    """Convert new values of a tensor to its entries in the checkpoint's format.
+
+    Args:
+        checkpoint: the model that the tensor is part of.
+        tensor: the tensor; its packing and dtype are those of the checkpoint.
+        new: the values, float of the logical shape, or already packed; packed ones are not cast.
+    Returns:
+        Name of an entry -> its array: the tensor alone, or words, scales and biases.
+    """
     dtype = MX_DTYPE[checkpoint.dtype(tensor)]
     packing = checkpoint.packing(tensor.module) if tensor.matrix else None
     if packing is None:
@@ -59,8 +75,15 @@ def stored(checkpoint: Checkpoint, tensor: Tensor, new: Packed | mx.array) -> di
 def write_stored(
     checkpoint: Checkpoint, new: Callable[[Tensor], Mapping[str, mx.array] | None], directory: Path
 ) -> None:
-    """The checkpoint, one tensor in memory at a time, with the entries that ``new`` has for a tensor in place of its
-    own; None: it stays byte for byte."""
+    """Write a checkpoint again, one tensor in memory at a time, with some entries replaced.
+
+    Args:
+        checkpoint: the model to copy.
+        new: returns the entries of a tensor, name -> array of the stored shape and dtype; None: it stays byte for byte.
+        directory: the directory to write to; it exists.
+    Raises:
+        PareError: a file of the checkpoint ends too early, because it was changed since it was opened.
+    """
     tensors = list(checkpoint.arch.tensors())
     entries = [(name, checkpoint.entries[name]) for tensor in tensors for name in names(checkpoint, tensor)]
     writer = ShardWriter(directory, [Planned(name, entry.dtype, entry.shape) for name, entry in entries])

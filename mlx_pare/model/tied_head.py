@@ -1,7 +1,7 @@
-"""A head that is stored although the embedding is said to be the head: the same numbers, or a head that was trained.
+"""A head that is stored although config.json says that the embedding is the head: the same numbers, or a trained head.
 
-mlx-lm drops such a head. That loses nothing if it is a copy of the embedding, and the training of a merged adapter if
-it is not.
+mlx-lm drops such a head. That loses nothing if the head is a copy of the embedding. If it is not, the training of a
+merged adapter is lost.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from functools import lru_cache
 
 from ..tensors.safetensors import Entry
 
-STEP = 8 << 20  # bytes that are compared at once
+STEP = 8 << 20  # bytes that are compared together
 HEAD = "lm_head."
 
 
 def differs(entries: Mapping[str, Entry], embedding: str) -> bool:
-    """Whether a stored head is not the embedding, bit for bit.
+    """Tell whether a stored head is not the embedding, bit for bit.
 
     Args:
-        entries: The tensors of a checkpoint, by name.
-        embedding: The module of the embedding, such as model.embed_tokens.
-
+        entries: the tensors of a checkpoint, by name.
+        embedding: the module of the embedding, such as model.embed_tokens.
     Returns:
         False if no head is stored, or if each of its tensors has the bytes, type and shape of the embedding's.
     """
@@ -38,7 +37,8 @@ def _same(one: Entry, other: Entry) -> bool:
 
 @lru_cache
 def _same_bytes(one: Entry, other: Entry, *changed: int) -> bool:
-    """Whether two tensors have the same bytes. The times of their files keep an answer from outliving a change."""
+    """Whether two tensors have the same bytes. The file times in ``changed`` keep a cached answer from outliving a
+    change."""
     with one.file.open("rb") as a, other.file.open("rb") as b:
         for at in range(0, one.nbytes, STEP):
             size = min(STEP, one.nbytes - at)

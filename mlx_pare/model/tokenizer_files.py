@@ -1,9 +1,9 @@
-"""A model's tokenizer and chat template, held to bounds: both are programs that came with the model.
+"""A model's tokenizer and chat template, kept within bounds: both are programs that came with the model.
 
-A tokenizer holds regular expressions, whose search may take for ever, and a chat template is Jinja, in which two lines
-fill the memory. Both are tried, and templates always run, in a process of its own with limits of time and memory. It
-limits itself, and its parent ends it too. Run as a module, this file is the one that tries a tokenizer; chats are
-written by lm/chat_writer.py.
+A search for a regular expression of a tokenizer may take for ever. A chat template is Jinja, in which two lines can
+fill the memory. mlx-pare tries both, and always runs templates, in a separate process with limits of time and memory.
+The process limits itself, and its parent ends it too. Run as a module, this file tries a tokenizer; lm/chat_writer.py
+writes chats.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from ..base.untrusted import read_json
 from .checkpoint import TOKENIZER_FILES
 
 MAX_TOKENIZER = 64 << 20  # bytes of a tokenizer.json; the largest known (gemma) has 33 million
-TOKENIZER_BUDGET = 640 << 20  # bytes that reading one may take; gemma's takes 300 million
-# What transformers opens to make a tokenizer, beside what every model has
+TOKENIZER_BUDGET = 640 << 20  # bytes of memory that reading one may take; gemma's takes 300 million
+# What transformers opens to make a tokenizer, besides the files that every model has
 MORE_FILES = ("config.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "processor_config.json")
-TRY_SECONDS, TRY_BYTES = 20, 4 << 30  # of processor and of address space, to load a tokenizer and read PROBES
-START_SECONDS, CHAT_SECONDS = 120, 10  # until the process is there, and until a chat is written
+TRY_SECONDS, TRY_BYTES = 20, 4 << 30  # of processor time and address space, to load a tokenizer and read PROBES
+START_SECONDS, CHAT_SECONDS = 120, 10  # until the process is ready, and until a chat is written
 MAX_CHAT = 64 << 20  # bytes of a written chat
-# What makes a search go back and forth: runs of every sort of character, and ordinary text
+# What makes a search backtrack: runs of every sort of character, and ordinary text
 RUNS = ("a", "A", "0", " ", "\n", "\t", "!", "-", "'", "é", "日", "🙂", "\u0301", "ab ", "a1", " \n")
 TEXT = "It's 3,141.59 — don't\n\n\tfor (int i = 0; i < n; ++i) { naïve Größe 日本語 🙂 } The quick brown fox. "
 PROBES = (*(run * (4000 // len(run)) + "\x00" for run in RUNS), TEXT * 40)
 
 
 def check(directory: Path) -> None:
-    """Raises PareError for tokenizer files that lead out of the directory, are too large, or cannot be used in
-    reasonable time and memory."""
+    """Raise PareError for tokenizer files that lead out of the directory, are too large or damaged, or take too much
+    time or memory."""
     untrusted.check_links(directory)
     try:
         named = [directory / name for name in (*TOKENIZER_FILES, *MORE_FILES)]
@@ -64,7 +64,8 @@ def check(directory: Path) -> None:
 
 @functools.lru_cache
 def _try(file: str, digest: str) -> None:
-    """Raises PareError for a tokenizer.json of this content that fails in the other process; known ones pass."""
+    """Raise PareError if the other process cannot use a tokenizer.json of this content. A content that passed is not
+    tried again."""
     try:
         done = children.run(children.module("model.tokenizer_files", file), timeout=START_SECONDS)
     except TimeoutExpired:
@@ -78,15 +79,18 @@ def _try(file: str, digest: str) -> None:
 
 
 def has_chat_template(directory: Path) -> bool:
-    """Whether a model directory says how chats are written. Raises PareError for a damaged tokenizer_config.json."""
+    """Whether a model directory has a chat template. Raises PareError for a damaged tokenizer_config.json."""
     file = directory / "tokenizer_config.json"
     settings = read_json(file, "tokenizer config") if file.is_file() else {}
     return bool(settings.get("chat_template")) or (directory / "chat_template.jinja").is_file()
 
 
 class Chats:
-    """Writes chats by the template of a model directory, in place of the tokenizer's own apply_chat_template. The
-    process is started for the first one. ``date``: the day, YYYY-MM-DD, that templates are told; None: today."""
+    """Writes chats by the template of a model directory, instead of the tokenizer's own apply_chat_template.
+
+    The first chat starts the process. ``date``: the day, YYYY-MM-DD, that templates see; None: today. Raises PareError
+    if ``date`` is no date.
+    """
 
     def __init__(self, directory: Path, date: str | None = None):
         self.directory, self._process = directory, None
@@ -103,8 +107,19 @@ class Chats:
         answer: bool = False,
         today: datetime.datetime | None = None,
     ) -> str:
-        """The text of a chat; ``answer``: up to where the model's answer begins; ``today``: another time than that of
-        these chats. Raises ValueError with the template's own complaint, or where it reaches a limit."""
+        """Write a chat as text.
+
+        Args:
+            messages: the messages, as apply_chat_template takes them.
+            tokenize: must be False: chats are written as text.
+            tools: descriptions of tools for the template; None: no tools.
+            answer: whether the text ends where the model's answer begins.
+            today: the time that the template sees; None: the date of these chats.
+        Returns:
+            The text.
+        Raises:
+            ValueError: the template fails, with its own message, or reaches a limit; or ``tokenize`` is set.
+        """
         if tokenize:
             raise ValueError("a chat is written as text here")
         if self._process is None or self._process.poll() is not None:
@@ -123,7 +138,7 @@ class Chats:
         self._answer(START_SECONDS)
 
     def _answer(self, seconds: float, question: bytes = b"") -> dict[str, Any]:
-        """What the process says next; one that does not in time, or says too much, is ended."""
+        """The next answer of the process. The process is ended if it does not answer in time or answers too much."""
         process = self._process
         timer = threading.Timer(seconds, children.kill, (process,))
         timer.start()
@@ -133,7 +148,7 @@ class Chats:
             line = process.stdout.readline(MAX_CHAT)
             if line.endswith(b"\n"):
                 return json.loads(line)
-        except OSError:  # it is gone
+        except OSError:  # the process is gone
             pass
         finally:
             timer.cancel()
@@ -145,7 +160,7 @@ class Chats:
 
 
 def limit(what: int, most: int) -> None:
-    """Lower a limit of this process; macOS knows no limit of memory."""
+    """Lower a limit of this process. macOS has no limit of memory."""
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
 

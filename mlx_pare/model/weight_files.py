@@ -1,7 +1,7 @@
-"""Which files of a directory hold its model: mlx-lm reads every model*.safetensors, whatever the index says.
+"""Which files of a directory hold its model: mlx-lm reads every model*.safetensors and ignores the index.
 
-Two sets of shards may lie side by side, because an upload was repeated. mlx-lm then takes a tensor from the file that
-it happens to read last. mlx-pare takes the set that the index names, and shows mlx-lm that set alone.
+A repeated upload may leave two sets of shards in one folder. mlx-lm then takes a tensor from the file that it happens
+to read last. mlx-pare takes the set that the index names, and shows mlx-lm only that set.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ INDEX = "model.safetensors.index.json"
 MAX_TENSORS = 1 << 18  # of all files together; the largest real model has 140,000
 SHARD = re.compile(r"(.*)-\d+-of-(\d+)\.safetensors")
 
-Headers = Mapping[str, Mapping[str, Entry]]  # by the name of the file, then of the tensor
+Headers = Mapping[str, Mapping[str, Entry]]  # by the name of the file, then by the name of the tensor
 
 
 def read_headers(directory: Path) -> dict[str, Entry]:
-    """The tensors of a model directory.
+    """Read the tensor tables of a model directory.
 
+    Args:
+        directory: the model directory.
     Returns:
-        Name -> where the tensor lies. If files have tensors in common, those files count that a whole index names.
-
+        Name -> where the tensor lies. If files share tensors, only the files that a whole index names count.
     Raises:
-        PareError: for a link out of the directory, for tensors that several files have and no whole index assigns, and
-            as read_header does.
+        PareError: a link leads out of the directory, several files have a tensor that no whole index assigns, there are
+            more than MAX_TENSORS tensors, or read_header fails.
     """
     check_links(directory)
     headers: dict[str, dict[str, Entry]] = {}
@@ -51,16 +52,16 @@ def read_headers(directory: Path) -> dict[str, Entry]:
 
 
 def leftovers(directory: Path, entries: Mapping[str, Entry]) -> list[str]:
-    """The names of weight files that are not read, because their tensors are in others."""
+    """The names of weight files that are not read, because other files hold their tensors."""
     used = {entry.file.name for entry in entries.values()}
     return sorted({file.name for file in directory.glob(PATTERN)} - used)
 
 
 @contextmanager
 def without_leftovers(directory: Path, entries: Mapping[str, Entry]) -> Iterator[Path]:
-    """The directory as mlx-lm must see it: itself, or a folder of links that lacks the files that are not read.
+    """Give the directory as mlx-lm must see it: itself, or a folder of links that lacks the files that are not read.
 
-    The links are removed afterwards. What mlx-lm opened stays open, so lazy arrays may be read later.
+    The links are removed at the end of the block. Files that mlx-lm opened stay open, so lazy arrays may be read later.
     """
     unread = leftovers(directory, entries)
     if not unread:
@@ -75,14 +76,14 @@ def without_leftovers(directory: Path, entries: Mapping[str, Entry]) -> Iterator
 
 
 def told(unread: list[str]) -> str:
-    """What people must know of files that are not read."""
+    """The sentence that tells people about files that are not read."""
     listed = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
     return f"{len(unread)} weight files are left over and not read, because the index names others: {listed}"
 
 
 @lru_cache
 def _tell(directory: str, unread: tuple[str, ...]) -> None:
-    """Warn once in a process."""
+    """Warn once per process."""
     console.warn(f"{directory}: {told(list(unread))}. Move them away: mlx-lm itself may take their tensors")
 
 
@@ -97,11 +98,13 @@ def _twice(headers: Headers) -> tuple[str, str, str] | None:
 
 
 def indexed(headers: Mapping[str, Iterable[str]], weight_map: Mapping[str, Any]) -> list[str]:
-    """The files that an index names, if it names every tensor of each of them; else none.
+    """Find the files that an index names, if it names every tensor of each of them; else none.
 
     Args:
-        headers: The names of the tensors in each weight file.
-        weight_map: Of the index: tensor -> file.
+        headers: the names of the tensors in each weight file.
+        weight_map: of the index: tensor -> file.
+    Returns:
+        The names of the files, sorted; empty if the index is not whole.
     """
     named: dict[str, set[str]] = {}
     for name, file in weight_map.items():
@@ -118,7 +121,7 @@ def _weight_map(directory: Path) -> Mapping[str, Any]:
 
 
 def _two_models(directory: Path, headers: Headers, tensor: str, one: str, other: str) -> PareError:
-    """The error for tensors that are there twice, with the files to choose from."""
+    """The error for a tensor that two files hold, with the files to choose from."""
     sets: dict[str, list[str]] = {}
     for file in headers:
         shard = SHARD.fullmatch(file)

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint as arrays: read whole, in panels of rows, or a row at a time."""
+"""Tensors of a checkpoint as arrays: whole, in panels of rows, or a row at a time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ from .checkpoint import Checkpoint
 
 
 def read(checkpoint: Checkpoint, name: str) -> Packed | mx.array:
-    """The weight ``name`` of a checkpoint as it is stored, not read yet; a fresh array each time, so that dropping the
-    result frees the memory."""
+    """Read a weight of a checkpoint as it is stored, lazily.
+
+    Each call makes new arrays, so that dropping the result frees the memory.
+
+    Args:
+        checkpoint: the model.
+        name: the name of the weight, such as "model.norm.weight".
+    Returns:
+        The packed matrix [rows, columns], or an array of the stored shape and dtype.
+    """
 
     def lazy(tensor: str) -> mx.array:
         return mx.load(str(checkpoint.entries[tensor].file))[tensor]
@@ -32,7 +40,7 @@ def read(checkpoint: Checkpoint, name: str) -> Packed | mx.array:
 class StoredEmbedding(nn.Module):
     """An embedding that looks its rows up in the checkpoint, so that its table is never in memory.
 
-    ``name`` of the table; ``dtype`` of what comes out.
+    ``name``: the weight of the table. ``dtype``: of the rows that come out.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, dtype: mx.Dtype):
@@ -59,7 +67,17 @@ _VIEWS = {"U8": np.uint8, "U32": np.uint32, "F32": np.float32, "F16": np.float16
 def read_panels(
     checkpoint: Checkpoint, tensor: Tensor, rows: Sequence[int] | None = None
 ) -> Iterator[Packed | mx.array]:
-    """Chosen rows (None: all) of a tensor as arrays [some of them, columns], packed where it is packed."""
+    """Read chosen rows of a tensor, a few at a time.
+
+    Args:
+        checkpoint: the model.
+        tensor: the tensor.
+        rows: the rows to read, in this order; None: all.
+    Returns:
+        Panels [some of the rows, ...] of the stored dtype, packed if the tensor is packed.
+    Raises:
+        PareError: the file ends too early, because it was changed since it was opened.
+    """
     packing = checkpoint.packing(tensor.module) if tensor.matrix else None
     names = [f"{tensor.module}.{part}" for part in packing.parts] if packing else [tensor.name]
     entries = [checkpoint.entries[name] for name in names]

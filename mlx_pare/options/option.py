@@ -1,11 +1,11 @@
-"""An option: its name, type, default, help, check and panel stand once, at a field of a dataclass.
+"""An option: its name, type, default, help, check and panel are written once, at a field of a dataclass.
 
     class TextOptions:
         PANEL = "Text"
         samples: int = setting(128, "Number of calibration rows.", COUNT)
 
-The command line, recipe files, Python's Settings and docs/cli.md read it there. An option has two names: ``name`` is
-what people write, in a recipe and behind ``--`` on the command line; ``field`` is the name in Python.
+The command line, recipe files, Python's Settings and docs/cli.md read them there. An option has two names: ``name`` is
+what people write, in a recipe and after ``--`` on the command line; ``field`` is the name in Python.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def _same(value: Any) -> Any:
 class Option:
     """One option of the command line.
 
-    ``kind``: int, float, str, bool or Path. ``default`` is as the command line would give it. ``values``: what it
-    takes. ``listed``: several values, a list in a recipe, separated by commas on the command line; ``repeats``: the
-    command line repeats the option instead. ``amount``: a number or a day is taken for the text. ``choices`` are
-    offered by shell completion, or what ``offers`` returns. ``read`` turns what the command line gives into the value
-    of the field.
+    ``kind``: int, float, str, bool or Path. ``default``: as the command line would give it. ``values``: the allowed
+    values. ``listed``: several values, a list in a recipe, separated by commas on the command line. ``repeats``: the
+    command line repeats the option instead. ``amount``: a number or a date is read as text. ``choices``: what shell
+    completion offers; ``offers`` returns them if they must be looked up. ``read`` turns what the command line gives
+    into the value of the field.
     """
 
     field: str
@@ -61,7 +61,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """As the command line spells it, e.g. --target-size."""
+        """The option as the command line spells it, e.g. --target-size."""
         return "--" + self.name.replace("_", "-")
 
     @property
@@ -73,7 +73,8 @@ class Option:
         return self.values.most if self.values else None
 
     def checked(self, value: Any) -> Any:
-        """A value of a recipe file as the command line would give it. Raises ValueError, saying what was expected."""
+        """Convert a value of a recipe file to what the command line would give. Raises ValueError that says what was
+        expected."""
         values = value if isinstance(value, list) and (self.listed or self.repeats) else [value]
         found = [self._one(each) for each in values]
         if self.repeats:
@@ -109,19 +110,21 @@ class Option:
 
 
 def setting(default: Any, help: str = "", values: Values | None = None, **more: Any) -> Any:
-    """A field of a dataclass that is an option.
+    """Make a dataclass field that is an option.
 
     Args:
-        default: in Python. ``typed`` is the same as the command line would give it, if that is something else.
+        default: the default in Python. ``typed`` is the same as the command line would give it, if that differs.
         help: for the command line; an option of the Python API alone has none.
-        values: what it takes, beside its type.
+        values: the allowed values, besides the type.
         more: other fields of Option, and ``typed``.
+    Returns:
+        The field.
     """
     return dataclasses.field(default=default, metadata={"help": help, "values": values, **more})
 
 
 def options_of(part: type) -> Iterator[Option]:
-    """The options of the command line in a dataclass, in the order of its fields. PANEL is their panel."""
+    """The options of the command line in a dataclass, in the order of its fields. Its PANEL is their panel."""
     hints = _hints(part)
     for field in dataclasses.fields(part):
         about = dict(field.metadata)
@@ -132,9 +135,10 @@ def options_of(part: type) -> Iterator[Option]:
 
 
 def check(options: Any) -> None:
-    """Hold every field of a dataclass to its type and its values; a path in place of text becomes text.
+    """Check type and value of every field of a dataclass, and turn paths that stand for text into text.
 
-    NumPy's numbers are numbers, and an int is a float. Raises UsageError that names the field, its value and the type.
+    NumPy's numbers count as numbers, and an int as a float. Raises UsageError that names the field, its value and the
+    type.
     """
     hints = _hints(type(options))
     for field in dataclasses.fields(options):
@@ -153,7 +157,10 @@ def check(options: Any) -> None:
 
 
 def wrong(field: dataclasses.Field, value: Any) -> str | None:
-    """What a field takes, if ``value`` is not of that; None if it is. A value that is left out has the right type."""
+    """Say which values a field takes, if ``value`` is not one of them; None if it is, or if it is None.
+
+    The type of ``value`` must be right.
+    """
     values = field.metadata.get("values")
     return None if values is None or value is None or values.fits(value) else values.said
 
@@ -196,7 +203,7 @@ def _suits(value: Any, hint: Any) -> bool:
 
 
 def _as_text(value: Any) -> Any:
-    """A path as text, also in a list; anything else as it is."""
+    """A path as text, also in a list; any other value as it is."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple) and any(isinstance(each, os.PathLike) for each in value):

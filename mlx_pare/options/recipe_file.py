@@ -4,7 +4,8 @@
     for = "m4-24gb"
     recover_steps = 300
 
-A name may have "-" or "_". Recipes of earlier versions have the names of the fields of settings.Settings, and are read.
+A name may contain "-" or "_". Recipes of earlier versions use the names of the fields of settings.Settings; they can
+still be read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .option import Option
 from .settings import RATES, TABLE
 
 MAX_RECIPE = 1 << 20  # bytes
-# Options that are no settings of a run, but have a name on its command line.
+# Options of the command line of `run` that are no settings of a run.
 COMMAND = {
     option.field: option
     for option in (
@@ -37,14 +38,14 @@ COMMAND = {
 NAMES = {field: option.name for field, option in {**COMMAND, **TABLE}.items()}
 NAMED = {option.name: option for option in (*COMMAND.values(), *TABLE.values())}
 NEGATED = {f"no_{name}": option for name, option in NAMED.items() if option.kind is bool and option.field in TABLE}
-# Fields of settings.Settings that once stood in recipes under their own name; "schedule" was the rate's, see _option.
+# Fields of settings.Settings that recipes once named as they are; "schedule" was the rate's schedule, see _option.
 EARLIER = {field: option for field, option in TABLE.items() if field != option.name and field != "schedule"}
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The options in a recipe file, by field, each as the command line would give it.
+    """Read the options of a recipe file, by field, each as the command line would give it.
 
-    Raises UsageError for a file that is no recipe: an unknown key, a key given twice, a value of another type.
+    Raises UsageError if the file is no recipe: an unknown key, a key given twice, a value of another type.
     """
     try:
         return checked(_parsed(path), path)
@@ -55,7 +56,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def wants_json(path: Path) -> bool:
-    """Whether a recipe asks for JSON, whatever else is wrong with it."""
+    """Whether a recipe asks for JSON, even if something else in it is wrong."""
     try:
         return _parsed(path).get("json") is True
     except (PareError, OSError):
@@ -63,8 +64,7 @@ def wants_json(path: Path) -> bool:
 
 
 def of_run(path: Path) -> dict[str, Any]:
-    """What the recipe of a run directory says, by the fields of Settings and with their values. Raises PareError
-    for a damaged one."""
+    """Read the recipe of a run directory: the values of Settings by field. Raises PareError if it is damaged."""
     try:
         given = checked(_parsed(path), path)
         return {field: _value(field, value) for field, value in given.items()}
@@ -78,7 +78,7 @@ def _value(field: str, value: Any) -> Any:
 
 
 def checked(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The values of a parsed recipe by field, as the command line would give them. Raises UsageError."""
+    """The values of a parsed recipe by field, as the command line would give them. Raises UsageError as ``read``."""
     found: dict[str, Any] = {}
     for key, value in raw.items():
         option, negated = _option(key, value, path)
@@ -93,12 +93,12 @@ def checked(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def by_name(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the fields of settings.Settings, and "model", under the names that a recipe file has for them."""
+    """Rename values from the fields of settings.Settings, and "model", to the names in a recipe file."""
     return {NAMES[field]: value for field, value in values.items() if field in NAMES}
 
 
 def toml(values: Mapping[str, Any]) -> str:
-    """A recipe file; what is None is left out."""
+    """The text of a recipe file; values that are None are left out."""
     return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items() if value is not None)
 
 
@@ -113,13 +113,13 @@ def _toml(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of TOML. Marks that would steer a terminal, or turn the writing round, are escaped."""
-    quoted = json.dumps(text, ensure_ascii=False)  # TOML has no surrogate pairs, by which JSON would escape the rest
+    """A string of TOML. Characters that would control a terminal, or reverse the writing direction, are escaped."""
+    quoted = json.dumps(text, ensure_ascii=False)  # TOML has no surrogate pairs, which JSON would escape with
     return "".join(c if c.isprintable() else _escaped(ord(c)) for c in quoted)
 
 
 def _escaped(code: int) -> str:
-    if 0xD800 <= code < 0xE000:  # half of a pair: a name of a file that is not UTF-8
+    if 0xD800 <= code < 0xE000:  # half of a pair: from a file name that is not UTF-8
         return "?"
     return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
 
@@ -129,12 +129,12 @@ def _parsed(path: Path) -> dict[str, Any]:
         return tomllib.loads(contents(path, MAX_RECIPE, "recipe").decode("utf-8"))
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text", "save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+    except (ValueError, RecursionError) as error:  # also for a number with more digits than Python reads
         raise UsageError(f"{path} is not valid TOML: {error}") from None
 
 
 def _option(key: str, value: Any, path: Path) -> tuple[Option, bool]:
-    """The option that a key names, and whether the key denies it. Raises UsageError for an unknown key."""
+    """The option that a key names, and whether the key negates it. Raises UsageError for an unknown key."""
     name = key.replace("-", "_")
     if name == "schedule" and value in RATES:
         return TABLE["schedule"], False

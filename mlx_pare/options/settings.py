@@ -1,7 +1,7 @@
-"""Everything that can be asked of a run: the table of options, a dataclass for each part.
+"""Everything that a run can be asked to do: the table of options, one dataclass per part.
 
 The command line, recipe files, the Python API and docs/cli.md read names, types, defaults, help and checks here. No
-arrays, and nothing that takes long to import: `--help` comes through here.
+arrays, and nothing that takes long to import: `--help` imports this file.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from .values import (
     whole,
 )
 
-TARGETS = ("keep", "target_size", "target_params", "mac", "stages")  # of these exactly one is given
-FOR_A_MAC = ("min_speed",)  # means nothing without --for
+TARGETS = ("keep", "target_size", "target_params", "mac", "stages")  # exactly one of these is given
+FOR_A_MAC = ("min_speed",)  # has no meaning without --for
 RATES = ("cosine", "linear", "constant")
 CRITERIA = ("obs", "minitron", "magnitude", "wanda", "flap", "composite", "taylor", "taylor2", "iterative",
             "block-influence", "angular", "random")  # fmt: skip
@@ -49,7 +49,7 @@ STAGES = "0.8,0.65,0.5"  # an example
 
 
 def memory(text: str | int | None) -> int | None:
-    """Bytes of "4GB"; None stays None. Raises UsageError."""
+    """The bytes of "4GB"; None stays None. Raises UsageError."""
     return None if text is None else int(parse_amount(str(text), "bytes"))
 
 
@@ -63,7 +63,7 @@ def top_of(targets: str) -> int | None:
 
 
 def shares(text: str | None) -> tuple[float, ...] | None:
-    """The numbers of "0.8,0.65,0.5"; None stays None. Raises UsageError for what is no number."""
+    """The numbers of "0.8,0.65,0.5"; None stays None. Raises UsageError if a part is no number."""
     if text is None:
         return None
     try:
@@ -81,7 +81,7 @@ def _lower_names(text: str) -> tuple[str, ...]:
 
 
 def _bits(text: str | None) -> tuple[int, ...]:
-    """Numbers of bits, separated by commas. Raises UsageError for others than MLX packs."""
+    """Numbers of bits, separated by commas. Raises UsageError for numbers that MLX cannot pack."""
     found = _names(text or "")
     if wrong := [part for part in found if part not in map(str, BITS)]:
         raise UsageError(f"MLX cannot pack {wrong[0]} bits", f"choose from {', '.join(map(str, BITS))}")
@@ -89,7 +89,7 @@ def _bits(text: str | None) -> tuple[int, ...]:
 
 
 def _texts(data: Sequence[str] | str | None) -> Any:
-    """The paths of --data: one stays text, as recipes have always had it; None without any."""
+    """The paths of --data: a single one stays text, as recipes have always had it; None if there is none."""
     if not data or isinstance(data, str):
         return data or None
     return data[0] if len(data) == 1 else tuple(data)
@@ -289,7 +289,7 @@ class RecoveryOptions(TrainingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """What is written and measured in the end."""
+    """What is written and measured at the end."""
 
     PANEL: ClassVar[str] = "Output"
 
@@ -325,8 +325,10 @@ TABLE: dict[str, Option] = {option.field: option for part in PARTS for option in
 
 @dataclass(frozen=True, kw_only=True)  # Python collects fields from the last base to the first
 class Settings(GeneralOptions, OutputOptions, RecoveryOptions, SearchOptions, TextOptions, CutOptions, ReachOptions):
-    """Everything that can be asked of a run; see `mlx-pare run --help`. Exactly one target must be given. Raises
-    UsageError for a value of another type, or one that its option does not take."""
+    """Everything that a run can be asked to do; see `mlx-pare run --help`. Exactly one target must be given.
+
+    Raises UsageError for a value of another type, or one that its option does not take.
+    """
 
     def __post_init__(self) -> None:
         option.check(self)
@@ -338,7 +340,7 @@ class Settings(GeneralOptions, OutputOptions, RecoveryOptions, SearchOptions, Te
 
 
 def settings_of(**given: Any) -> Settings:
-    """Settings from what the command line gives, by the names of their fields; what is left out is the default.
+    """Make Settings from what the command line gives, by field; missing ones take their default.
 
     Raises UsageError for a value that cannot be read.
     """
@@ -346,6 +348,6 @@ def settings_of(**given: Any) -> Settings:
 
 
 def wrong(field: str, value: Any) -> str | None:
-    """What the option of a field takes, if ``value`` is not of that; None if it is."""
+    """Say which values the option of a field takes, if ``value`` is not one of them; None if it is."""
     found = {each.name: each for each in dataclasses.fields(Settings)}.get(field)
     return None if found is None else option.wrong(found, value)

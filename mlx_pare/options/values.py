@@ -12,9 +12,9 @@ from typing import Any
 from ..base.errors import UsageError
 from ..tensors.packing import BITS, GROUP_SIZES
 
-MOST = 10**9  # rows, tokens, steps: a larger number is a slip of the hand
+MOST = 10**9  # rows, tokens, steps: a larger number is a typing error
 MOST_BYTES = 1 << 62
-LARGEST_RATE = 1e3  # a learning rate; nothing is left of a model long before
+LARGEST_RATE = 1e3  # a learning rate; far smaller ones already destroy a model
 SHOWN = 40  # characters of a value in a message
 
 
@@ -22,7 +22,7 @@ SHOWN = 40  # characters of a value in a message
 class Values:
     """The values of one option: ``said`` completes "give ...", ``fits`` tells whether a value is one of them.
 
-    ``least`` and ``most`` are the bounds that the command line shows and checks by itself.
+    ``least`` and ``most`` are the bounds that the command line shows and checks itself.
     """
 
     said: str
@@ -70,7 +70,15 @@ WEIGHT = between(0, MOST)
 
 
 def require(flag: str, value: Any, values: Values) -> None:
-    """Raises UsageError if a value is not one that an option takes. ``flag``: how people write the option."""
+    """Raise UsageError if an option does not take a value.
+
+    Args:
+        flag: the option as people write it.
+        value: the value that was given.
+        values: the values that the option takes.
+    Raises:
+        UsageError: ``value`` is not one of ``values``.
+    """
     if not values.fits(value):
         raise UsageError(f"{flag} {shown(value)} is not allowed", f"give {values.said}")
 
@@ -82,12 +90,12 @@ def shown(value: Any) -> str:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, NumPy's among them."""
+    """Whether a value is a whole number; NumPy's whole numbers count."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, NumPy's among them."""
+    """Whether a value is a finite number; NumPy's numbers count."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 

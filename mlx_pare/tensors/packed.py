@@ -1,7 +1,7 @@
-"""MLX packed weights as arrays: the only place that knows how words, scales and biases lie, in every mode.
+"""MLX packed weights as arrays: only this file knows how words, scales and biases are laid out, in every mode.
 
-Rows and whole groups of columns are sliced without touching a code. Columns cut inside a group must be dequantized,
-sliced and quantized again, which is lossy: the error is returned and ends up in the report.
+Rows and whole groups of columns are sliced without changing a code. If a cut goes through a group of columns, the group
+must be dequantized, sliced and quantized again. That is lossy: the error is returned and ends up in the report.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from mlx.utils import tree_map
 from . import minifloat
 from .packing import Packing
 
-EXPANDED_BYTES = 64 << 20  # of a matrix that are float32 at a time
+EXPANDED_BYTES = 64 << 20  # of one matrix, expanded to float32 at a time
 MX_DTYPE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-VANISHED = 2.0**-100  # mx.quantize makes infinities of groups of smaller numbers in mxfp4 and mxfp8 (MLX 0.32.4)
+VANISHED = 2.0**-100  # mx.quantize turns groups of smaller numbers into infinities in mxfp4 and mxfp8 (MLX 0.32.4)
 
 
 def raw_bytes(array: mx.array) -> memoryview:
-    """The little-endian bytes of an array; numpy has no bfloat16, so that goes through uint16."""
+    """View the bytes of an array; bfloat16 goes through uint16, because numpy has no bfloat16.
+
+    Args:
+        array: any shape and dtype.
+    Returns:
+        The little-endian bytes in row-major order.
+    """
     array = mx.contiguous(array)
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
@@ -32,8 +38,11 @@ def raw_bytes(array: mx.array) -> memoryview:
 
 @dataclass
 class Packed:
-    """A matrix of logical shape (rows, columns): words (rows, columns*bits/32); scales, biases (rows, groups), the
-    latter None in the float modes, where scales are uint8."""
+    """A packed matrix of logical shape [rows, columns].
+
+    ``words``: uint32 [rows, columns * bits / 32]. ``scales``: [rows, groups], uint8 in the float modes. ``biases``:
+    [rows, groups]; None in the float modes.
+    """
 
     words: mx.array
     scales: mx.array
@@ -42,21 +51,40 @@ class Packed:
 
     @classmethod
     def of(cls, arrays: Iterable[mx.array], packing: Packing) -> Packed:
-        """From the arrays of ``packing.parts``."""
+        """Build a packed matrix from its arrays.
+
+        Args:
+            arrays: words, scales and, if the packing is affine, biases, in the order of ``packing.parts``.
+            packing: how the matrix is packed.
+        """
         words, scales, *biases = arrays
         return cls(words, scales, biases[0] if biases else None, packing)
 
     @property
     def arrays(self) -> dict[str, mx.array]:
-        """What it is stored as, by the names of ``packing.parts``."""
+        """The stored arrays by the names of ``packing.parts``.
+
+        Returns:
+            "weight", uint32 [rows, words], "scales" and, if affine, "biases", [rows, groups] each.
+        """
         return dict(zip(self.packing.parts, (self.words, self.scales, self.biases), strict=False))
 
     def each(self, change: Callable[[mx.array], mx.array]) -> Packed:
-        """The same done to all its arrays."""
+        """Apply one function to all arrays of the matrix.
+
+        Args:
+            change: takes an array [rows, words or groups] and returns the new one; it must treat all of them alike.
+        """
         return Packed.of(map(change, self.arrays.values()), self.packing)
 
     def dense(self, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """Dequantized with arithmetic in float32: bfloat16 scales would round every weight to three digits."""
+        """Dequantize the matrix, with arithmetic in float32: bfloat16 scales would round every weight to three digits.
+
+        Args:
+            dtype: of the result.
+        Returns:
+            The weights, ``dtype`` [rows, columns].
+        """
         scales, biases = self.scales, self.biases
         if self.packing.affine:
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -64,20 +92,36 @@ class Packed:
         return values.astype(dtype)
 
     def grid(self) -> tuple[mx.array, mx.array]:
-        """Scale and bias of every group, float32 [rows, groups]: a weight is scale * (what its code is) + bias."""
+        """Read the scale and the bias of every group: a weight is scale * (the number that its code means) + bias.
+
+        Returns:
+            Scales and biases, float32 [rows, groups] each; the biases are 0 in the float modes.
+        """
         scales = minifloat.scales(self.scales, self.packing, mx)
         return scales, self.biases.astype(mx.float32) if self.packing.affine else mx.zeros_like(scales)
 
     def rows(self, keep: slice | mx.array) -> Packed:
-        """Exact: the codes of some rows."""
+        """Take some rows, exactly: their codes stay.
+
+        Args:
+            keep: a slice, or row numbers as integers of any shape.
+        """
         return self.each(lambda array: array[keep])
 
 
 def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:
-    """Quantize a matrix as mlx-lm would in this dtype, which affine scales and biases have too.
+    """Quantize a matrix as mlx-lm would in this dtype.
 
-    Choosing codes for float32 scales and rounding those to bfloat16 afterwards would cost a tenth more error. In nvfp4
-    a group whose largest weight is below 0.006 becomes zero: its scale is an E4M3, and MLX has none of all groups.
+    If codes were chosen for float32 scales and the scales rounded to bfloat16 afterwards, the error would be a tenth
+    larger. In nvfp4 a group whose largest weight is below 0.006 becomes zero: its scale is an E4M3, and MLX has no
+    second scale for all groups together.
+
+    Args:
+        dense: the weights, float [rows, columns]; the group size divides ``columns``.
+        packing: how to pack it.
+        dtype: of the weights while they are quantized; affine scales and biases have this dtype too.
+    Returns:
+        The packed matrix.
     """
     dense = dense.astype(dtype)
     if not packing.affine:
@@ -86,27 +130,45 @@ def pack(dense: mx.array, packing: Packing, dtype: mx.Dtype) -> Packed:
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """The words [rows, columns*bits/32] of codes [rows, columns]: a row is one stream of bits, lowest first.
+    """Pack codes into words: a row is one stream of bits, lowest bit first.
 
-    Eight codes at a time are so many bytes: ten times as fast as bit by bit.
+    Args:
+        codes: whole numbers from 0 to 2^bits - 1, [rows, columns]; 32 divides columns * bits, and 8 divides columns.
+        bits: per code, 1 to 8.
+    Returns:
+        The words, uint32 [rows, columns * bits / 32].
     """
     eights = np.ascontiguousarray(codes, np.uint8).reshape(-1, 8)
     stream = np.zeros(len(eights), "<u8")
-    for place in range(8):
+    for place in range(8):  # eight codes fill whole bytes: ten times as fast as bit by bit
         stream |= eights[:, place].astype("<u8") << np.uint64(bits * place)
     used = stream.view(np.uint8).reshape(-1, 8)[:, :bits]
     return np.ascontiguousarray(used).reshape(len(codes), -1).view("<u4")
 
 
 def codes_on(grid: Packed, dense: mx.array) -> mx.array:
-    """The codes [rows, columns], float32, of the matrix nearest to ``dense`` with the scales and biases of another."""
+    """Find the codes of the matrix nearest to ``dense`` that has the scales and biases of ``grid``.
+
+    Args:
+        grid: a packed matrix [rows, columns], of which only scales and biases are read.
+        dense: the weights, float [rows, columns].
+    Returns:
+        The codes, float32 [rows, columns].
+    """
     scales, biases = _per_column(grid)
     steps = mx.where(scales == 0, 0, (dense.astype(mx.float32) - biases) / mx.where(scales == 0, 1, scales))
     return minifloat.nearest(steps, grid.packing, mx)
 
 
 def rounded_on(grid: Packed, dense: mx.array) -> mx.array:
-    """The matrix nearest to ``dense``, float32, with the scales and biases of another."""
+    """Round weights to the nearest values that the scales and biases of ``grid`` can represent.
+
+    Args:
+        grid: a packed matrix [rows, columns], of which only scales and biases are read.
+        dense: the weights, float [rows, columns].
+    Returns:
+        The rounded weights, float32 [rows, columns].
+    """
     scales, biases = _per_column(grid)
     return scales * minifloat.values(codes_on(grid, dense), grid.packing, mx) + biases
 
@@ -117,14 +179,23 @@ def _per_column(grid: Packed) -> tuple[mx.array, ...]:
 
 
 def repacked(grid: Packed, dense: mx.array) -> Packed:
-    """A matrix that moved a little, packed with the scales and biases it had: what did not move keeps its code (but
-    for the sign of a zero, which the float modes have), which quantizing it again would not promise."""
+    """Pack a matrix that moved a little with its old scales and biases.
+
+    A weight that did not move keeps its code, except for the sign of a zero, which exists in the float modes.
+    Quantizing again would not promise that.
+
+    Args:
+        grid: the old packed matrix [rows, columns].
+        dense: the new weights, float [rows, columns].
+    Returns:
+        The new codes with the scales, biases and packing of ``grid``.
+    """
     words = mx.array(pack_codes(np.array(codes_on(grid, dense)), grid.packing.bits))
     return Packed(words, grid.scales, grid.biases, grid.packing)
 
 
 def whole_groups(columns: Sequence[int], group_size: int) -> list[int] | None:
-    """The groups that ``columns`` consists of, or None when some group is cut."""
+    """Find the groups that ``columns`` consists of; None if the columns cut through a group."""
     if len(columns) % group_size:
         return None
     groups = []
@@ -137,25 +208,40 @@ def whole_groups(columns: Sequence[int], group_size: int) -> list[int] | None:
 
 
 def energies(reference: mx.array, packed: Packed) -> np.ndarray:
-    """||Q(W) - W||_F^2 and ||W||_F^2, float64 [2]: what adds up over the rows of a matrix. In float32 within a row
-    only: a sum of 38 million squares was 7 % too small."""
+    """Compute ||Q(W) - W||_F^2 and ||W||_F^2: both add up over the rows of a matrix.
+
+    Each row is summed in float32, and the rows in float64: a float32 sum of 38 million squares was 7 % too small.
+
+    Args:
+        reference: the weights W, float [rows, columns].
+        packed: Q(W), the same matrix packed.
+    Returns:
+        The energies of the error and of the weights, float64 [2].
+    """
     reference = reference.astype(mx.float32)
     rows = mx.stack([mx.square(x).sum(axis=-1) for x in (packed.dense() - reference, reference)])
     return np.array(rows).astype(np.float64).sum(axis=-1)
 
 
 def relative_error(reference: mx.array, packed: Packed) -> float:
-    """||Q(W) - W||_F / ||W||_F."""
+    """Compute ||Q(W) - W||_F / ||W||_F.
+
+    Args:
+        reference: the weights W, float [rows, columns].
+        packed: Q(W), the same matrix packed.
+    Returns:
+        The relative error; 0 if all weights are 0.
+    """
     lost, whole = energies(reference, packed)
     return float(np.sqrt(lost / whole)) if whole > 0 else 0.0
 
 
 class Float32Linear(nn.Module):
-    """A linear layer that computes in float32 from weights in any format, expanded for the length of one call.
+    """A linear layer that computes in float32 from weights in any format. It expands the weights only during a call.
 
-    For the CPU backend: MLX's bfloat16 quantized matmul there accumulates in bfloat16 (mlx backend/cpu/quantized.cpp,
-    3-7 % wrong) and runs at a hundredth of the speed of a float32 matmul. A matrix of more than EXPANDED_BYTES is
-    expanded in parts: MLX plans ahead, and would have those of several layers in memory at once.
+    The CPU backend needs it: there MLX's bfloat16 quantized matmul accumulates in bfloat16 (mlx
+    backend/cpu/quantized.cpp, 3-7 % wrong), and runs at a hundredth of the speed of a float32 matmul. A matrix of more
+    than EXPANDED_BYTES is expanded in parts: MLX plans ahead, and would have those of several layers in memory at once.
     """
 
     def __init__(self, inner: nn.Module):
@@ -175,7 +261,7 @@ class Float32Linear(nn.Module):
 
 
 class Float32Embedding(nn.Module):
-    """An embedding whose rows come out in float32, expanded row by row."""
+    """An embedding whose rows come out in float32. Only the rows that are looked up are expanded."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -186,10 +272,21 @@ class Float32Embedding(nn.Module):
 
     @property
     def weight(self) -> mx.array:
-        """For classes that multiply by it themselves (mlx_lm/models/seed_oss.py)."""
+        """The whole table, for classes that multiply by it themselves (mlx_lm/models/seed_oss.py).
+
+        Returns:
+            The weights, float32 [vocab, hidden].
+        """
         return dense_weight(self.inner)
 
     def as_linear(self, x: mx.array) -> mx.array:
+        """Multiply by the table, as a tied head does.
+
+        Args:
+            x: hidden states [..., hidden].
+        Returns:
+            The logits, float32 [..., vocab].
+        """
         return x.astype(mx.float32) @ self.weight.T
 
 
@@ -199,25 +296,42 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def packed(module: nn.Module) -> Packed:
-    """A quantized layer's weight as a Packed matrix."""
+    """The weight of a quantized layer as a Packed matrix."""
     packing = Packing(module.bits, module.group_size, mode=module.mode)
     return Packed(module.weight, module.scales, module.get("biases"), packing)
 
 
 def dense_weight(module: nn.Module, start: int = 0, stop: int | None = None) -> mx.array:
-    """Rows [start, stop) of a module's weight in float32."""
+    """Read rows of a module's weight in float32, packed or not.
+
+    Args:
+        module: a linear layer or an embedding.
+        start: the first row.
+        stop: the row behind the last one; None reads to the end.
+    Returns:
+        The rows [start, stop), float32 [rows, columns].
+    """
     if not is_packed(module):
         return module.weight[start:stop].astype(mx.float32)
     return packed(module).rows(slice(start, stop)).dense()
 
 
 def matrix(module: nn.Module) -> mx.array:
-    """The weight [out, in] of a linear layer in float32, whether a Float32Linear is around it or not."""
+    """Read the weight of a linear layer in float32, inside a Float32Linear or not.
+
+    Args:
+        module: the layer.
+    Returns:
+        The weight, float32 [out, in].
+    """
     return dense_weight(getattr(module, "inner", module))
 
 
 def stored_dtype(layer: nn.Module) -> mx.Dtype:
-    """Of the weight of a layer, or of its scales and biases; in the float modes what MLX makes of it unless asked."""
+    """The dtype of a layer's weight, or of its scales and biases if it is packed affinely; bfloat16 in the float modes.
+
+    The float modes store no float. bfloat16 is what MLX dequantizes them to unless it is told otherwise.
+    """
     if not is_packed(layer):
         return layer.weight.dtype
     return layer.scales.dtype if packed(layer).packing.affine else mx.bfloat16
@@ -229,8 +343,16 @@ def packed_so(layer: nn.Module, packing: Packing) -> bool:
 
 
 def packed_layer(layer: nn.Module, packing: Packing, dtype: mx.Dtype | None = None) -> nn.Module:
-    """A linear layer with its matrix packed, in groups that divide it; the layer itself where none does, or where it is
-    packed so already: to quantize it again would change it. ``dtype`` it is packed in; None: that of the layer."""
+    """Pack the matrix of a linear layer, in groups that divide its columns.
+
+    Args:
+        layer: the layer, dense or packed.
+        packing: the packing that is wanted; the group size may become smaller (Packing.fitted).
+        dtype: the dtype it is packed in; None: the stored dtype of the layer.
+    Returns:
+        A quantized layer. ``layer`` itself if no group size divides its columns, or if it is already packed like that:
+        quantizing it again would change it.
+    """
     weight = matrix(layer)
     fitted = packing.fitted(weight.shape[-1])
     if fitted is None or packed_so(layer, fitted):
@@ -244,15 +366,22 @@ def packed_layer(layer: nn.Module, packing: Packing, dtype: mx.Dtype | None = No
 
 
 def dense_rows(module: nn.Module, index: mx.array) -> mx.array:
-    """Chosen rows of a module's weight in float32: an embedding lookup that expands nothing else."""
+    """Look up rows of a module's weight in float32; no other rows are expanded.
+
+    Args:
+        module: an embedding or a linear layer.
+        index: row numbers, integers of any shape.
+    Returns:
+        The rows, float32 [*index.shape, columns].
+    """
     if not is_packed(module):
         return module.weight[index].astype(mx.float32)
     return packed(module).rows(index).dense()
 
 
 def to_float32(module: nn.Module) -> nn.Module:
-    """Put Float32Linear and Float32Embedding around every matrix in ``module``, or around itself where it is one; small
-    parameters become float32."""
+    """Wrap every matrix in ``module`` in Float32Linear or Float32Embedding; other parameters become float32. A
+    ``module`` that is a single layer is wrapped itself."""
 
     def wrap(leaf: nn.Module) -> nn.Module:
         if isinstance(leaf, nn.Linear | nn.QuantizedLinear):

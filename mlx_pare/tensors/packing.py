@@ -1,5 +1,4 @@
-"""How MLX packs a quantized matrix: mode, bits, groups, bytes. Arithmetic only, no arrays (those are in
-tensors/packed.py).
+"""How MLX packs a quantized matrix: mode, bits, groups, bytes. Arithmetic only; the arrays are in tensors/packed.py.
 
 An affine-packed matrix of logical shape (rows, columns) is three tensors: ``weight`` of uint32 words,
 (rows, columns * bits / 32), and ``scales`` and ``biases``, (rows, columns / group_size) each, in the model's dtype.
@@ -14,14 +13,14 @@ from typing import Any
 
 GROUP_SIZES = (128, 64, 32)  # what mx.quantize(mode="affine") accepts
 BITS = (2, 3, 4, 5, 6, 8)
-FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, group; a scale of one byte and no bias
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, group size; a scale is 1 byte, no bias
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Quantization of one matrix: ``bits`` per weight, one scale per ``group_size`` columns, and one bias if affine.
+    """The quantization of a matrix: ``bits`` per weight, one scale per ``group_size`` columns, and one bias if affine.
 
-    ``scale_bytes``: of the floats around it, which an affine packing's scales and biases are.
+    ``scale_bytes``: bytes of one affine scale or bias, which have the float dtype of the model.
     """
 
     bits: int
@@ -36,9 +35,10 @@ class Packing:
 
     @classmethod
     def of_config(cls, spec: Mapping[str, Any], scale_bytes: int = 2) -> Packing:
-        """What ``as_config`` gave, or mlx-lm wrote: no mode means affine, a float mode says the rest by itself.
+        """Read what ``as_config`` gave or mlx-lm wrote. No mode means affine; a float mode implies bits and groups.
 
-        Raises ValueError for what MLX cannot pack."""
+        Raises ValueError if MLX cannot pack like that.
+        """
         mode, bits, group = spec.get("mode", "affine"), spec.get("bits"), spec.get("group_size")
         if mode != "affine":
             own = FLOAT_MODES[mode]
@@ -52,12 +52,12 @@ class Packing:
 
     @property
     def affine(self) -> bool:
-        """Whether a weight is scale * code + bias; in the float modes it is scale * (the float that the code is)."""
+        """Whether a weight is scale * code + bias. In the float modes it is scale * (the float that the code means)."""
         return self.mode == "affine"
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The tensors of a packed matrix by the last word of their names, in the order of mx.quantize."""
+        """The tensors of a packed matrix, by the last word of their names, in the order of mx.quantize."""
         return ("weight", "scales", "biases") if self.affine else ("weight", "scales")
 
     def scale_dtype(self, dtype: str) -> str:
@@ -68,7 +68,7 @@ class Packing:
         return self.mode if not self.affine else f"{self.bits} bits in groups of {self.group_size}"
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes of weight + scales + biases."""
+        """Bytes of weight, scales and biases together."""
         per_group = 2 * self.scale_bytes if self.affine else 1
         return rows * (self.words(columns) * 4 + self.groups(columns) * per_group)
 
@@ -79,9 +79,9 @@ class Packing:
         return columns // self.group_size
 
     def fitted(self, columns: int) -> Packing | None:
-        """This packing with the largest group size, no larger than now, that divides ``columns``; None: keep it dense.
+        """This packing with the largest group size, at most its own, that divides ``columns``; None: keep it dense.
 
-        mlx-lm leaves such a matrix dense without a word (mlx_lm/utils.py quantize_model); the planner must know first.
+        mlx-lm leaves such a matrix dense without a message (mlx_lm/utils.py quantize_model); the planner must know.
         """
         if not self.affine:
             return self if columns % self.group_size == 0 else None
@@ -91,5 +91,5 @@ class Packing:
         return None
 
     def as_config(self) -> dict[str, Any]:
-        """As config.json says it, and as MLX's functions take it."""
+        """The packing as config.json writes it, and as MLX's functions take it."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}

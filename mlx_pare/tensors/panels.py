@@ -1,7 +1,7 @@
 """Kept rows and columns of stored tensors, a few rows at a time. An exact cut moves bytes, whatever they mean.
 
-A tensor is read in the order of the file into one small buffer, which stays in the processor's cache until what is kept
-of it goes out again: memory that is new to the process costs more than the copy (benchmarks/LOG.md).
+A tensor is read in the order of the file into one small buffer. The buffer stays in the processor's cache until the
+kept part is written out: memory that is new to the process costs more than the copy (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ import numpy as np
 from ..base.errors import PareError
 from .safetensors import Entry
 
-PANEL_BYTES = 1 << 20  # of a tensor, read at a time
-PANEL_VALUES = 1 << 19  # of its weights, expanded at a time
+PANEL_BYTES = 1 << 20  # of a tensor that are read at a time
+PANEL_VALUES = 1 << 19  # weights that are expanded at a time
 
 
 def row_panels(entry: Entry, rows: Sequence[int] | None, step: int) -> Iterator[np.ndarray]:
-    """Chosen rows (None: all) of a stored tensor in their order, uint8 [at most ``step``, bytes of a row].
+    """Read chosen rows of a stored tensor in panels; a panel is valid only until the next one is read.
 
-    Of the file only what lies between the first and the last row of a panel is read. A panel lives until the next one.
-    Raises PareError when the file ends too early.
+    For each panel, only the part of the file between its first and its last row is read.
+
+    Args:
+        entry: where the tensor lies; its first dimension counts the rows.
+        rows: the rows to read, in this order; None: all.
+        step: rows per panel, at most.
+    Returns:
+        Panels, uint8 [at most ``step``, bytes of a row].
+    Raises:
+        PareError: the file ends too early, because it was changed since it was opened.
     """
     count = entry.shape[0]
     width = entry.nbytes // count
@@ -44,9 +52,17 @@ def row_panels(entry: Entry, rows: Sequence[int] | None, step: int) -> Iterator[
 def sliced(
     entry: Entry, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None, width: int = 1
 ) -> Iterator[memoryview]:
-    """The bytes of the kept rows and columns (None: all) of a stored tensor, in pieces that live until the next one.
+    """Read the bytes of the kept rows and columns of a stored tensor, in pieces that are valid only until the next one.
 
-    ``width``: how many columns a row has, each as many bytes as the others: values, or whole groups of packed ones.
+    Args:
+        entry: where the tensor lies.
+        rows: the rows to keep, in this order; None: all.
+        columns: the columns to keep, in this order; None: all.
+        width: columns per row, all of the same number of bytes: single values, or whole groups of a packed matrix.
+    Returns:
+        The bytes in row-major order.
+    Raises:
+        PareError: the file ends too early, because it was changed since it was opened.
     """
     row_bytes = entry.nbytes // entry.shape[0]
     for panel in row_panels(entry, rows, max(1, PANEL_BYTES // row_bytes)):

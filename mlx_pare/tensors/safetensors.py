@@ -1,6 +1,6 @@
 """The table at the beginning of a safetensors file: names, types, shapes and places of its tensors.
 
-Headers are read within bounds and without any array library, so that looking at a model costs milliseconds. Sizes are
+Headers are read within bounds and without an array library, so that looking at a model costs milliseconds. Sizes are
 checked before anything is allocated.
 """
 
@@ -17,7 +17,7 @@ from ..base import untrusted
 from ..base.errors import PareError
 
 MAX_DIMENSIONS = 16
-MAX_HEADER = untrusted.MAX_JSON  # the safetensors library takes 100 MB, which would be 2 GB in memory
+MAX_HEADER = untrusted.MAX_JSON  # the safetensors library accepts 100 MB, which would be 2 GB in memory
 DTYPE_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -55,7 +55,10 @@ class Entry:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensor table of one safetensors file. Raises PareError when it is cut off or its header makes no sense."""
+    """Read the tensor table of one safetensors file.
+
+    Raises PareError if the file cannot be read or is cut off, if its header is damaged, or for an unknown tensor type.
+    """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -88,7 +91,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _check_contiguous(entries: Mapping[str, Entry], base: int) -> None:
-    """As the safetensors library: every byte belongs to exactly one tensor."""
+    """Raise ValueError unless every byte belongs to exactly one tensor, as the safetensors library demands."""
     end = base
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != end:
@@ -106,7 +109,7 @@ def _entry(path: Path, base: int, info: Mapping[str, Any]) -> Entry:
             f"{path} holds tensors of type {info['dtype']}, which is not supported",
             "take the float original of the model",
         )
-    if len(shape) > MAX_DIMENSIONS:  # the product of a hundred thousand numbers takes hours
+    if len(shape) > MAX_DIMENSIONS:  # multiplying a hundred thousand numbers takes hours
         raise ValueError(f"{len(shape)} dimensions")
     size = DTYPE_BYTES[info["dtype"]]
     for n in shape:

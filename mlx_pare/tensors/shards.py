@@ -1,4 +1,4 @@
-"""Writing a model directory: safetensors shards one tensor at a time, config, tokenizer."""
+"""Writing the weights of a model directory: safetensors shards, one tensor at a time, and their index."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 from .safetensors import DTYPE_BYTES
 
 SHARD_BYTES = 4 << 30
-OUR_KEY = "pare"  # of config.json; transformers and mlx-lm ignore it
+OUR_KEY = "pare"  # in config.json; transformers and mlx-lm ignore it
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor about to be written."""
+    """A tensor that is about to be written."""
 
     name: str
     dtype: str
@@ -33,7 +33,7 @@ class Planned:
 
 
 def packed_header(table: Mapping[str, Any]) -> bytes:
-    """The beginning of a safetensors file, up to the first tensor."""
+    """The first bytes of a safetensors file, up to the first tensor."""
     raw = json.dumps(table, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     return struct.pack("<Q", len(raw)) + raw
@@ -42,8 +42,8 @@ def packed_header(table: Mapping[str, Any]) -> bytes:
 class ShardWriter:
     """Writes safetensors shards one tensor at a time: headers first (all shapes are known), then each tensor's bytes.
 
-    Memory is one tensor. Nothing looks finished before ``close``, which writes the index last; the caller renames the
-    directory. Source of the format: huggingface/safetensors README.
+    At most one tensor is in memory. Nothing looks finished before ``close``: it writes the index of several shards
+    last, and the caller renames the directory. Source of the format: huggingface/safetensors README.
     """
 
     def __init__(self, directory: Path, planned: Iterable[Planned], shard_bytes: int = SHARD_BYTES):
@@ -68,7 +68,7 @@ class ShardWriter:
         return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
     def write(self, name: str, data: memoryview | bytes) -> None:
-        """Append the next planned tensor. Raises when it is not the one that was announced."""
+        """Append the next planned tensor. Raises AssertionError if name or size differ from the plan."""
         self.stream(name, [data])
 
     def stream(self, name: str, parts: Iterable[memoryview | bytes]) -> None:
@@ -103,6 +103,7 @@ class ShardWriter:
             self._file = None
 
     def close(self) -> None:
+        """Finish the last shard, and write the index of several. Raises AssertionError if a tensor is missing."""
         if self._next != len(self._queue):
             raise AssertionError(f"{len(self._queue) - self._next} announced tensors were not written")
         self._flush()

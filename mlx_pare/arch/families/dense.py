@@ -1,5 +1,7 @@
-"""The families that can be cut, as data: one table of tensors each, and how their config.json spells the axes. Those
-with norms behind their matrices are in arch/families/post_norm.py."""
+"""The families that can be cut, as data: one table of tensors each, and how their config.json spells the axes.
+
+Families with norms behind their matrices are in arch/families/post_norm.py.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ GEMMA3_BLOCK = (
     *norms(AROUND, "norm+1"),
 )
 
-# transformers refuses a llama config whose hidden size is no multiple of the number of heads, even with head_dim given
-# (models/llama/configuration_llama.py); mistral is the same block in mlx-lm, transformers and llama.cpp, without that
+# transformers refuses a llama config whose hidden size is no multiple of the number of heads, even if head_dim is given
+# (models/llama/configuration_llama.py). mistral is the same block in mlx-lm, transformers and llama.cpp, without that
 # check and without biases. seed_oss is the same block with biases.
 LLAMA = Family(
     name="llama",
@@ -157,12 +159,12 @@ GEMMA3 = Family(
 
 
 def _rope_is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether rope turns all of a head and is not scaled."""
+    """Whether rope turns the whole head and is not scaled."""
     return not rope_scaling(config) and rotary_share(config) == 1
 
 
 # q, k and v are one matrix, gate and up another. mlx_lm/models/phi3.py computes head_dim = hidden // heads, so any
-# other head count leaves as mistral, whose matrices stand alone. Its sliding window is in the config, not in mlx-lm.
+# other head count leaves as mistral, whose matrices are separate. Its sliding window is in the config, not in mlx-lm.
 PHI3_BLOCK = (
     tensor("self_attn.qkv_proj.weight", "q_head*head_dim + kv_head*head_dim + kv_head*head_dim, hidden", "attention"),
     tensor("self_attn.o_proj.weight", "hidden, q_head*head_dim", "attention"),
@@ -199,12 +201,12 @@ PHI3 = Family(
 
 
 def smollm3_rope(config: Mapping[str, Any], index: int) -> int:
-    """Whether a layer has rope: mlx_lm/models/smollm3.py ModelArgs, where the config lists none."""
+    """Whether a layer has rope (1 or 0) if the config lists none: mlx_lm/models/smollm3.py ModelArgs."""
     interval = config.get("no_rope_layer_interval")
     return int((index + 1) % (4 if interval is None else whole(config, "no_rope_layer_interval")) != 0)
 
 
-SMOLLM3 = Family(  # without make_cache, layers with a window cache everything
+SMOLLM3 = Family(  # its class has no make_cache: layers with a window cache everything
     name="smollm3",
     model_types=("smollm3",),
     keys=KEYS,
@@ -218,7 +220,7 @@ SMOLLM3 = Family(  # without make_cache, layers with a window cache everything
     gguf_rope="norm",
 )
 
-GRANITE = Family(  # stored so: mlx_lm/models/granite.py quant_predicate
+GRANITE = Family(  # "8bit": mlx_lm/models/granite.py quant_predicate
     name="granite",
     model_types=("granite",),
     keys=SQUARE_KEYS,

@@ -1,4 +1,4 @@
-"""The Gemma families but gemma2 and gemma3, which can be cut, as data. For planning only."""
+"""All Gemma families except gemma2 and gemma3, which can be cut, as data. For planning only."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from ..spec import Wrapper, layer_types, tensor, whole
 from .moe import experts
 from .post_norm import PLUS_ONE
 
-# It has no window in mlx-lm, whatever the config says.
+# It has no window in mlx-lm, which ignores the config here.
 GEMMA = planned("gemma", (*attention(), *swiglu(), *norms(BEFORE, "norm+1")), model=PLUS_ONE, tied=True)
 
-# ---- layers that take the keys and values of an earlier one, and an embedding of their own for every layer ----
+# ---- layers that use the keys and values of an earlier one, and a further embedding for every layer ----
 
 
 def _first_shared(config: Mapping[str, Any]) -> int:
-    """The layer from which on the cache of an earlier one is used."""
+    """The first layer that uses the cache of an earlier one."""
     return whole(config, "num_hidden_layers") - whole(config, "num_kv_shared_layers", least=0)
 
 
@@ -53,12 +53,12 @@ FLAG = "hidden_size_per_layer_input"
 
 
 def per_layer_model(path: str, when: str | None = None):
-    """What the model has for the input of its own that every layer gets."""
+    """The rows outside the blocks for the further input that every layer gets."""
     return tuple(tensor(path + name, dims, part, role, when) for name, dims, part, role in PER_LAYER_MODEL)
 
 
 def per_layer_block(when: str | None = None):
-    """What a layer does with it."""
+    """The rows of a block for that input."""
     return (
         tensor("per_layer_input_gate.weight", "layer_input, hidden", "ffn", None, when),
         tensor("per_layer_projection.weight", "hidden, layer_input", "ffn", None, when),
@@ -68,7 +68,7 @@ def per_layer_block(when: str | None = None):
 
 # ---- gemma4 ----
 
-GEMMA4_MOE = (  # beside the dense feed-forward, which every token visits too
+GEMMA4_MOE = (  # in addition to the dense feed-forward, which every token visits too
     tensor("router.proj.weight", "expert, hidden", "ffn", "router", stored="8bit"),
     tensor("router.scale", "hidden", "ffn", "router_scale"),
     tensor("router.per_expert_scale", "expert", "ffn", "router_expert_scale"),
@@ -96,13 +96,14 @@ for _kind in tuple(GEMMA4_ATTENTION):
 
 
 def gemma4_kind(config: Mapping[str, Any], index: int) -> str:
-    """mlx_lm/models/gemma4_text.py Attention, DecoderLayer."""
+    """The kind of a layer by mlx_lm/models/gemma4_text.py Attention, DecoderLayer."""
     kind = listed(every("sliding_window_pattern"))(config, index)
     return kind + ("_shared" if _shared(config, index) else "") + ("+moe" if config.get("enable_moe_block") else "")
 
 
 def gemma4_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
-    """Full attention has heads of its own sort; layers without a cache may have twice the feed-forward."""
+    """The sizes that differ by layer: full attention has other heads, and layers without a cache may have twice the
+    ffn."""
     found = {}
     heads = whole(config, "num_attention_heads")
     if gemma4_kind(config, index).startswith("full_attention"):
@@ -157,11 +158,12 @@ GEMMA4 = planned(
 
 # ---- gemma3n ----
 
-ALTUP_COPIES = 4  # of all published models; as many projections less one are separate tensors
+ALTUP_COPIES = 4  # of all published models; one projection fewer than that are separate tensors
 
 
 def gemma3n_kind(config: Mapping[str, Any], index: int) -> str:
-    """mlx_lm/models/gemma3n.py make_cache; layers that share still store keys and values of their own."""
+    """The kind of a layer by mlx_lm/models/gemma3n.py make_cache. Layers that share a cache still store k_proj and
+    v_proj."""
     if whole(config, "altup_num_inputs") != ALTUP_COPIES:
         raise PareError(f"gemma3n is described with altup_num_inputs = {ALTUP_COPIES} only")
     kind = layer_types(config, whole(config, "num_hidden_layers"))[index]
@@ -169,7 +171,7 @@ def gemma3n_kind(config: Mapping[str, Any], index: int) -> str:
 
 
 def gemma3n_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
-    """intermediate_size is one number, or a list of one for every layer."""
+    """The ffn of one layer: intermediate_size is one number, or a list with one for every layer."""
     given = config.get("intermediate_size")
     if isinstance(given, list) and index < len(given):
         config = {"intermediate_size": given[index]}

@@ -1,4 +1,4 @@
-"""Families that mix attention with layers that remember a state of fixed size, as data. For planning only, so far."""
+"""Families that mix attention with layers whose state has a fixed size, as data. So far for planning only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LINEAR_KEYS = {
 }
 K, V = "linear_k_head*linear_k_dim", "linear_v_head*linear_v_dim"
 
-# q_proj makes the queries and, beside them, the gate of the output
+# q_proj makes the queries and the gate of the output
 GATED_ATTENTION = (
     *attention("attention_bias", "attention_bias", queries="q_head*head_dim + q_head*head_dim"),
     *HEAD_NORMS,
@@ -41,9 +41,10 @@ GATED_ATTENTION = (
 
 
 def delta_net(inputs: Mapping[str, str], keeps_decay: bool = False):
-    """Gated DeltaNet; ``inputs``: rows of its input projections, which the two families cut up differently.
+    """The rows of a gated DeltaNet.
 
-    ``keeps_decay``: A_log stays float32.
+    ``inputs``: name -> rows of its input projections, which the two families divide differently. ``keeps_decay``:
+    whether A_log stays float32.
     """
     return (
         tensor("linear_attn.conv1d.weight", f"{K} + {K} + {V}, conv_kernel, one", "attention", stored="float"),
@@ -65,13 +66,14 @@ def mixed(mixer: tuple):
 
 
 def delta_kind(config: Mapping[str, Any], index: int) -> str:
-    """mlx_lm/models/qwen3_5.py DecoderLayer: every so many layers one has full attention."""
+    """The kind of a layer by mlx_lm/models/qwen3_5.py DecoderLayer: every full_attention_interval-th has full
+    attention."""
     full = (index + 1) % whole(config, "full_attention_interval") == 0
     return ("full_attention" if full else "linear_attention") + ("+moe" if config.get("num_experts") else "")
 
 
 def next_kind(config: Mapping[str, Any], index: int) -> str:
-    """mlx_lm/models/qwen3_next.py Qwen3NextDecoderLayer."""
+    """The kind of a layer by mlx_lm/models/qwen3_next.py Qwen3NextDecoderLayer."""
     return delta_kind(config, index).partition("+")[0] + ("+moe" if is_sparse(config, index) else "")
 
 
@@ -132,7 +134,8 @@ LFM2_MODEL = (EMBED, *norms({"final_norm": "model.embedding_norm"}))
 
 
 def conv_kind(config: Mapping[str, Any], index: int) -> str:
-    """mlx_lm/models/lfm2.py ModelArgs: which layers attend is listed by index, or by name for all."""
+    """The kind of a layer by mlx_lm/models/lfm2.py ModelArgs: the config lists the layers that attend, or the kinds of
+    all."""
     count = whole(config, "num_hidden_layers")
     if config.get("full_attn_idxs") is None:
         return layer_types(config, count)[index]
@@ -140,7 +143,8 @@ def conv_kind(config: Mapping[str, Any], index: int) -> str:
 
 
 def lfm2_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
-    """mlx_lm/models/lfm2.py MLP: two thirds of the width that the config gives, rounded up, if it says so."""
+    """The ffn of a layer by mlx_lm/models/lfm2.py MLP: two thirds of the config's width, rounded up, if the config asks
+    for it."""
     given = "block_ff_dim" if config.get("block_ff_dim") is not None else "intermediate_size"
     width = whole(config, given)
     if config.get("block_auto_adjust_ff_dim"):

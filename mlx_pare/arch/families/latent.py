@@ -1,7 +1,7 @@
 """Families with multi-head latent attention, as data. For planning only.
 
-A head is a part without rope and one with it. They alternate in the rows of a matrix, head by head, which the language
-of dimensions cannot say (it knows sums of products): the lengths are right, and nothing here is ever sliced.
+A head has a part without rope and a part with rope. They alternate in the rows of a matrix, head by head. Dimensions
+cannot express that, because they are sums of products. The lengths are right, and nothing here is ever sliced.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .moe import ROUTED, ROUTED_MLP, after_dense, shared_width
 
 QUERIES, KEYS = "q_head*nope_dim + q_head*rope_dim", "kv_latent + rope_dim"
 
-LATENT_IN = (  # without q_lora_rank, queries are made in one step
+LATENT_IN = (  # without q_lora_rank, one matrix makes the queries
     tensor("self_attn.q_proj.weight", f"{QUERIES}, hidden", "attention", None, "!q_lora_rank"),
     tensor("self_attn.q_a_proj.weight", "q_latent, hidden", "attention", None, "q_lora_rank"),
     tensor("self_attn.q_a_proj.bias", "q_latent", "attention", "q_a_proj_bias", "q_lora_rank attention_bias"),
@@ -27,7 +27,7 @@ LATENT_OUT = (
     tensor("self_attn.o_proj.bias", "hidden", "attention", "o_proj_bias", "attention_bias"),
 )
 
-# what the hub calls kv_b_proj: deepseek_v2 keeps it, its successors store a matrix per head for either half
+# kv_b_proj on the hub: deepseek_v2 keeps it, its successors store one matrix per head for each half
 EXPANDED = (tensor("self_attn.kv_b_proj.weight", "q_head*nope_dim + q_head*v_dim, kv_latent", "attention"),)
 ABSORBED = (
     tensor("self_attn.embed_q.weight", "q_head, kv_latent, nope_dim", "attention"),
@@ -44,7 +44,7 @@ LATENT_KEYS = keys_without(  # every head has its own keys and values: num_key_v
     v_dim="v_head_dim",
     **ROUTED,
 )
-# of mlx-lm's ModelArgs, without q_lora_rank: null means none there, and a null counts as absent here
+# of mlx-lm's ModelArgs, except for q_lora_rank: null means none there, but counts as absent here
 DEFAULTS = {
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,

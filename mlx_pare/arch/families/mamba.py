@@ -1,6 +1,7 @@
 """Families with Mamba 2 layers, as data. For planning only.
 
-The axes are those of linear attention: heads of values and their width; of keys, the groups and the size of the state.
+The axes are those of linear attention. Value heads and their width are the heads of Mamba; key heads are its groups,
+and the key width is the size of its state.
 """
 
 from __future__ import annotations
@@ -32,9 +33,17 @@ K, V = "linear_k_head*linear_k_dim", "linear_v_head*linear_v_dim"
 def mamba(
     path: str, in_bias: str, conv_bias: str, out_bias: str, norm: str | None = None, keeps_decay: bool = False
 ) -> Rows:
-    """A Mamba 2 mixer; the biases and, if ``norm`` names one, the norm by config flags.
+    """Make the rows of a Mamba 2 mixer.
 
-    ``keeps_decay``: A_log stays float32.
+    Args:
+        path: the module of the mixer inside the block.
+        in_bias: the config flag for the bias of in_proj.
+        conv_bias: the config flag for the bias of the convolution.
+        out_bias: the config flag for the bias of out_proj.
+        norm: the config flag for the norm; None: always there.
+        keeps_decay: whether A_log stays float32.
+    Returns:
+        The rows.
     """
     return (
         tensor(f"{path}.conv1d.weight", f"{V} + {K} + {K}, conv_kernel, one", "attention", stored="float"),
@@ -72,7 +81,8 @@ GRANITE_MOE = (
 
 
 def granite_kind(config: Mapping[str, Any], index: int) -> str:
-    """mlx_lm/models/granitemoehybrid.py GraniteMoeHybridLayer, which says attention where others say full_attention."""
+    """The kind of a layer by mlx_lm/models/granitemoehybrid.py GraniteMoeHybridLayer, which writes attention for
+    full_attention."""
     kind = layer_types(config, whole(config, "num_hidden_layers"))[index]
     kind = "full_attention" if kind == "attention" else kind
     return kind + ("+moe" if config.get("num_local_experts") else "")
@@ -115,7 +125,7 @@ FALCON_H1 = planned(
     gguf="falcon-h1",
 )
 
-# ---- nemotron_h: every layer is one thing only ----
+# ---- nemotron_h: every layer is a mixer or a feed-forward ----
 
 SPELLINGS = {  # of a kind, as a letter and as a word: mlx_lm/models/nemotron_h.py ModelArgs
     "mamba": ("M", "mamba", "linear_attention", "conv"),
@@ -127,7 +137,7 @@ NEMOTRON_KINDS = {spelling: kind for kind, spellings in SPELLINGS.items() for sp
 
 
 def nemotron_kind(config: Mapping[str, Any], index: int) -> str:
-    """What a letter of the pattern, or a name in the list, stands for."""
+    """The kind that a letter of the pattern, or a name in the list, stands for."""
     for key in ("hybrid_override_pattern", "layers_block_type", "layer_types"):
         if (pattern := config.get(key)) is not None:
             break
@@ -140,7 +150,7 @@ def nemotron_kind(config: Mapping[str, Any], index: int) -> str:
 
 
 FC, SHARED_UNGATED = {"expert_up": "fc1", "expert_down": "fc2"}, {"shared_up": "up_proj", "shared_down": "down_proj"}
-NEMOTRON_MOE = (  # some models have experts that work on fewer dimensions than the model
+NEMOTRON_MOE = (  # in some models the experts work on fewer dimensions than the model has
     *bare_router("mixer.gate"),
     *experts("mixer.switch_mlp", FC, when="!moe_latent_size"),
     *experts("mixer.switch_mlp", FC, inner="expert_latent", when="moe_latent_size"),

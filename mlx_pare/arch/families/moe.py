@@ -1,4 +1,4 @@
-"""Families with experts, as data. They can be planned for; cutting them is not there yet.
+"""Families with experts, as data. They can be planned for; mlx-pare cannot cut them yet.
 
 The experts of a layer are one stack (expert, rows, columns), as mlx-lm stores them. Names are those of a checkpoint
 that mlx_lm.convert wrote; on the hub the same weights have other names.
@@ -41,9 +41,18 @@ def experts(
     inner: str = "hidden",
     when: str | None = None,
 ) -> Rows:
-    """The matrices of all experts of a layer, {role: name}: SwitchGLU in mlx_lm/models/switch_layers.py.
+    """Make the rows of all experts of a layer: SwitchGLU in mlx_lm/models/switch_layers.py.
 
-    ``inner``: what they see and give back. Biases have two dimensions but are never packed.
+    Biases have two dimensions, but MLX never packs them.
+
+    Args:
+        path: the module of the experts inside the block.
+        names: role -> name of the matrix.
+        bias: whether the matrices have biases.
+        inner: the axis of the experts' inputs and outputs.
+        when: config flags without which the matrices are absent; None: always there.
+    Returns:
+        The rows.
     """
     sides = {r: (inner, "expert_ffn") if r == "expert_down" else ("expert_ffn", inner) for r in names}
     rows = [tensor(f"{path}.{names[r]}.weight", f"expert, {a}, {b}", "ffn", r, when) for r, (a, b) in sides.items()]
@@ -57,26 +66,41 @@ def experts(
 
 
 def router(name: str, stored: str = "") -> Rows:
-    """The matrix that chooses the experts of a token."""
+    """Make the row of the matrix that chooses the experts of a token.
+
+    Args:
+        name: the module of the router inside the block.
+        stored: what mlx_lm.convert does with it (TensorSpec.stored).
+    Returns:
+        The row.
+    """
     return (tensor(f"{name}.weight", "expert, hidden", "ffn", "router", stored=stored),)
 
 
 def bare_router(name: str) -> Rows:
-    """mlx_lm/models/deepseek_v3.py MoEGate: a bare array, which is not packed, and a bias that stays float32."""
+    """Make the rows of MoEGate in mlx_lm/models/deepseek_v3.py: an array that is not packed, and a bias that stays
+    float32.
+
+    Args:
+        name: the module of the router inside the block.
+    Returns:
+        The rows.
+    """
     return (
         *router(name, "float"),
         tensor(f"{name}.e_score_correction_bias", "expert", "ffn", "router_bias", stored="float32"),
     )
 
 
-# axis -> config key, of three ways to spell them; in the second nothing else is called intermediate_size
+# axis -> config key, in three spellings; the second uses intermediate_size for the experts alone
 EXPERTS = {"expert": "num_experts", "active": "num_experts_per_tok", "expert_ffn": "moe_intermediate_size"}
 LOCAL = {"expert": "num_local_experts", "active": "num_experts_per_tok", "expert_ffn": "intermediate_size"}
 ROUTED = {**EXPERTS, "expert": "n_routed_experts"}
 
 
 def is_sparse(config: Mapping[str, Any], index: int) -> bool:
-    """mlx_lm/models/qwen3_moe.py Qwen3MoeDecoderLayer, qwen3_next.py Qwen3NextDecoderLayer."""
+    """Whether a layer has experts: mlx_lm/models/qwen3_moe.py Qwen3MoeDecoderLayer, qwen3_next.py
+    Qwen3NextDecoderLayer."""
     dense = config.get("mlp_only_layers")
     chosen = not dense or index not in listed_layers(config, "mlp_only_layers", whole(config, "num_hidden_layers"))
     return chosen and bool(config.get("num_experts")) and (index + 1) % whole(config, "decoder_sparse_step") == 0
@@ -96,7 +120,13 @@ QWEN3_MOE = planned(
 
 
 def gated_shared(stored: str = "") -> Rows:
-    """Experts, and one that every token visits, weighted by a gate: qwen2_moe and its successors."""
+    """Make the rows of experts with one that every token visits, weighted by a gate: qwen2_moe and its successors.
+
+    Args:
+        stored: what mlx_lm.convert does with the router and the gate (TensorSpec.stored).
+    Returns:
+        The rows.
+    """
     return (
         *router("mlp.gate", stored),
         *experts(),
@@ -182,7 +212,7 @@ GPT_OSS = planned(
 
 
 def after_dense(mixer: str):
-    """The kind of a layer where the first few are dense: deepseek_v2 and its successors."""
+    """Kinds of layers of which the first few are dense: deepseek_v2 and its successors."""
 
     def kind(config: Mapping[str, Any], index: int) -> str:
         first = whole(config, "first_k_dense_replace", least=0)
@@ -193,7 +223,7 @@ def after_dense(mixer: str):
 
 
 def shared_width(config: Mapping[str, Any], index: int) -> dict[str, int]:
-    """All shared experts are stored as one."""
+    """The width of all shared experts together: they are stored as one."""
     if not config.get("n_shared_experts"):
         return {}
     return {"shared_ffn": whole(config, "n_shared_experts") * whole(config, "moe_intermediate_size")}
@@ -222,13 +252,16 @@ GLM4_MOE = planned(
 
 
 def _end(given: Any, of: Callable[[list], Any]) -> Any:
-    """One end of where the experts are, of a pair of them the outer one; what is neither stays what it is."""
+    """One end of the range of layers with experts; of a pair the outer end. What is neither is returned as it is."""
     pair = isinstance(given, list) and 0 < len(given) <= 2 and all(type(end) is int for end in given)
     return of(given) if pair else given
 
 
 def ernie_kind(config: Mapping[str, Any], index: int) -> str:
-    """mlx_lm/models/ernie4_5_moe.py Ernie4_5_DecoderLayer; the ends may be lists, one for text and one for images."""
+    """The kind of a layer by mlx_lm/models/ernie4_5_moe.py Ernie4_5_DecoderLayer.
+
+    The ends of the range may be lists, with one number for text and one for images.
+    """
     first, last = config.get("moe_layer_start_index"), config.get("moe_layer_end_index")
     ends = {
         "moe_layer_start_index": _end(first, min),
@@ -242,7 +275,7 @@ def ernie_kind(config: Mapping[str, Any], index: int) -> str:
 
 
 def ernie_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
-    """Experts are as wide as the dense feed-forward where the config does not say."""
+    """The widths of the experts: that of the dense feed-forward if the config gives none."""
     key = "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
     width, shared = whole(config, key), whole(config, "moe_num_shared_experts", least=0)
     return {"expert_ffn": width} | ({"shared_ffn": width * shared} if shared else {})

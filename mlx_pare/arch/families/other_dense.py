@@ -1,4 +1,4 @@
-"""Dense families that can be planned for but not cut, as data. Where no config key is named, mlx-lm reads none."""
+"""Dense families that can be planned for but not cut, as data. If a row names no config key, mlx-lm reads none for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..rows import (
 )
 from ..spec import Wrapper, tensor
 
-# one norm before attention and feed-forward, which work side by side; the head is the embedding
+# one norm before attention and feed-forward, which run in parallel; the head is the embedding
 COHERE_NORM = norms({"attn_norm": "input_layernorm"}, bias="layer_norm_bias")
 COHERE_MODEL = (EMBED, NORM, tensor("model.norm.bias", "hidden", "norm", "final_norm_bias", "layer_norm_bias"))
 COHERE_BLOCK = (*attention("attention_bias", "attention_bias"), *swiglu(), *COHERE_NORM)
@@ -67,7 +67,8 @@ APERTUS = planned(
 
 
 def exaone4_kind(config: Mapping[str, Any], index: int) -> str:
-    """mlx_lm/models/exaone4.py ExaoneModel: a pattern such as "LLLG", local and global, again and again."""
+    """The kind of a layer by mlx_lm/models/exaone4.py ExaoneModel: it repeats a pattern such as "LLLG", local and
+    global."""
     pattern = config.get("sliding_window_pattern") or "G"
     if not isinstance(pattern, str):
         raise PareError(f"config.json says sliding_window_pattern = {str(pattern)[:80]!r}, expected letters L and G")

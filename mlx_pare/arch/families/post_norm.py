@@ -1,5 +1,8 @@
-"""Families that can be cut, with a norm behind attention and feed-forward, as data: gemma2 with one before them too,
-olmo2 and olmo3 without. The stream is out of reach of a linear solve there (see repair/reconstruct.py)."""
+"""Families that can be cut and have a norm behind attention and feed-forward, as data.
+
+gemma2 has a norm before them too, olmo2 and olmo3 do not. A linear solve cannot reach the stream in these families (see
+repair/reconstruct.py).
+"""
 
 from __future__ import annotations
 
@@ -66,13 +69,16 @@ OLMO3 = Family(
 
 
 def gemma2_kind(config: Mapping[str, Any], index: int) -> str:
-    """How transformers (models/gemma2/configuration_gemma2.py) and llama.cpp treat a layer: every other one has a
-    window of 4096 tokens. mlx-lm has none, so for it all layers are alike; a cut writes down whose turn it was."""
+    """The kind of a layer for transformers (models/gemma2/configuration_gemma2.py) and llama.cpp: every other layer has
+    a window of 4096 tokens.
+
+    mlx-lm has no window, so for it all layers are alike. A cut writes the kinds down, because places change.
+    """
     return listed(every(2))(config, index)
 
 
 PLUS_ONE = (EMBED, *changed((NORM,), ("final_norm",), transforms=("norm+1",)))
-GEMMA2 = Family(  # it caps its scores, and so computes them itself
+GEMMA2 = Family(  # it caps its attention scores, so its class computes them itself
     name="gemma2",
     model_types=("gemma2",),
     keys=KEYS,
