@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 NAME = "mlx_pare"
+DOORS = {NAME, "__main__", "api"}  # the ways in, which are no rooms
 Graph = Mapping[str, Iterable[str]]
 
 
@@ -65,13 +66,13 @@ def room(module: str) -> str:
 
 
 def between_rooms(graph: Graph) -> dict[str, set[str]]:
-    """Room -> the other rooms that it imports. The face of the package and its entry are no rooms."""
+    """Room -> the other rooms that it imports. The ways in are no rooms."""
     found: dict[str, set[str]] = {}
     for module, others in graph.items():
-        if room(module) in (NAME, "__main__"):
+        if room(module) in DOORS:
             continue
         mine = found.setdefault(room(module), set())
-        mine |= {room(other) for other in others} - {room(module), NAME}
+        mine |= {room(other) for other in others} - {room(module), *DOORS}
     return found
 
 

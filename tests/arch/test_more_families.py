@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pico
@@ -205,7 +206,7 @@ def test_a_factor_for_every_position_is_no_row(pico_models, monkeypatch, length)
     rows = Rows.full(np.random.default_rng(0).integers(0, 500, (24, length)))
     source: Path = pico_models("ministral3")
     found = np.array(stream.walk(source, rows).all_logits(slice(None)))
-    whole = np.array(lm.load_stock(source)(lm.mx.array(rows.tokens)))
+    whole = np.array(lm.load_stock(source)(mx.array(rows.tokens)))
     assert np.abs(found - whole).max() < 1e-4
 
 

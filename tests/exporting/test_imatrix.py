@@ -70,7 +70,7 @@ def test_padding_does_not_count(pico_models):
 def test_with_hidden_states_on_disk_it_is_the_same(pico_models, tmp_path, monkeypatch):
     model, rows = pico_models("qwen3"), rows_of()
     resident = importance_matrix.measure(model, rows).sums
-    monkeypatch.setattr(importance_matrix.stream, "must_spool", lambda *args: True)
+    monkeypatch.setattr(importance_matrix.memory, "must_spool", lambda *args: True)
     for name, sums in importance_matrix.measure(model, rows, scratch=tmp_path).sums.items():
         np.testing.assert_array_equal(sums, resident[name])
     assert list(tmp_path.iterdir()) == []

@@ -149,7 +149,8 @@ def test_second_run_does_nothing_and_says_the_same(finished, settings, monkeypat
     before = hashes(finished["out"])
     monkeypatch.setattr("mlx_pare.pipeline.export_step.export", lambda *_: pytest.fail("done again"))
     for verb in ("calibrate", "reconstruct", "prune", "recover", "evaluate", "bench"):
-        monkeypatch.setattr(steps, verb, lambda *_, **__: pytest.fail("done again"))
+        module = measure_steps if verb in ("evaluate", "bench") else steps
+        monkeypatch.setattr(module, verb, lambda *_, **__: pytest.fail("done again"))
     for module, verb in (
         (choose_sizes, "plan"),
         (choose_sizes, "sensitivity"),

@@ -191,7 +191,7 @@ def test_blocks_that_were_healed_outlive_a_training_that_diverged(cut, texts, tm
         with pytest.raises(PareError, match="diverged"):
             recover(*cut(), *texts, tmp_path / "out", options)
     assert [f.name for f in tmp_path.iterdir()] == ["out.work"]
-    monkeypatch.setattr(recovering.local, "local", lambda *_: pytest.fail("healed again"))
+    monkeypatch.setattr(recovering.blockwise, "local", lambda *_: pytest.fail("healed again"))
     found = recover(*cut(), *texts, tmp_path / "out", replace(options, learning_rate=1e-3))
     assert found["local"]["blocks"] and [f.name for f in tmp_path.iterdir()] == ["out"]
 
@@ -219,7 +219,9 @@ def test_best_state_is_kept_not_the_last(cut, texts, tmp_path, monkeypatch):
 
 def test_gain_lost_in_packing_is_not_kept(cut, texts, tmp_path, monkeypatch):
     """What counts is the model as it will be loaded, after packing."""
-    monkeypatch.setattr(recovering.rewrite, "write", lambda checkpoint, trained, out, *_: broken(checkpoint, out))
+    monkeypatch.setattr(
+        recovering.replace_tensors, "write", lambda checkpoint, trained, out, *_: broken(checkpoint, out)
+    )
     pruned, original = cut()
     found = recover(pruned, original, *texts, tmp_path / "out", OPTIONS)
     assert found["best_step"] > 0 and not found["improved"] and found["kl_after"] == found["kl_before"]
