@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 import typer
 
-from mlx_pare.cli.app import app
 from mlx_pare.cli.help_page import COMMANDS, EXAMPLES, FIRST, MANY, PANELS, CommandPage
+from mlx_pare.cli.main import app
 from mlx_pare.options.settings import GENERAL
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"

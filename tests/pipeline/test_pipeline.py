@@ -21,7 +21,7 @@ import reference
 from mlx_pare import lm
 from mlx_pare.base import machine
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.base.units import count, gb
+from mlx_pare.base.units import count, gb, readable
 from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.evaluation.sanity import check, repeats
 from mlx_pare.model.checkpoint import Checkpoint
@@ -426,7 +426,7 @@ def test_report_has_the_measured_contenders(finished, parsed):
             if name == "original"
             else [f"{m['kl_divergence']:.4f}", f"{m['kl_p95']:.3f}", f"{m['top1_agreement']:.1%}"]
         )
-        ppl = f"{m['perplexity']:.3f} ± {m['perplexity_stderr']:.3f}"
+        ppl = readable(m["perplexity"], 3, m["perplexity_stderr"])
         assert rows[titles[name]] == [gb(size), ppl, f"{m['bits_per_byte']:.4f}", *kl]
 
 

@@ -16,6 +16,7 @@ import reference_criteria
 
 from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.base.units import readable
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
@@ -365,7 +366,8 @@ def test_a_step_of_a_run(run):
     assert "## Stability of the choice" in text
     told = text.replace("\\", "")
     assert [line for line in stability_text.stability_lines(found) if line.split(":")[-1] not in told] == []
-    assert f"{found['cost']['perplexity']['mean']:.3f} ± {found['cost']['perplexity']['stdev']:.3f}" in text
+    ppl = found["cost"]["perplexity"]
+    assert readable(ppl["mean"], 3, ppl["stdev"]) in text
 
 
 def test_a_report_without_it(run):

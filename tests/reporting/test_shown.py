@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from mlx_pare.base import machine, markdown
+from mlx_pare.base.units import readable
 from mlx_pare.evaluation import resident
 from mlx_pare.exporting.ollama import Modelfile
 from mlx_pare.model.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ def test_evaluate_shows_no_list_of_windows(pare, pico_models):
     assert len(told["window_nll"]) == 3
     assert "window" not in seen.out.replace("tokens per window", "").replace("windows ", "") and "[" not in seen.out
     assert not PYTHON.search(seen.out) and max(map(len, seen.out.split("\n"))) < 200
-    assert f"{told['perplexity']:.4f} ± {told['perplexity_stderr']:.4f}" in seen.out
+    assert readable(told["perplexity"], 4, told["perplexity_stderr"]) in seen.out
 
 
 def test_bench_asks_for_room_before_it_loads_a_model(pare, pico_models, monkeypatch):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_pare.base.errors import Refused, UsageError
+from mlx_pare.base.units import readable
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import contenders, run as pipeline, steps
@@ -225,7 +226,7 @@ def test_the_first_result_comes_before_recovery(pico_models, settings, tmp_path,
     log = (tmp_path / "run" / "log.txt").read_text("utf-8")
     (line,) = [line for line in log.splitlines() if "first result: " in line]
     found = json.loads((tmp_path / "run" / "evaluate-pruned" / "metrics.json").read_text())
-    assert f"-> {found['perplexity']:.2f}, KL divergence {found['kl_divergence']:.4f}" in line
+    assert f"-> {readable(found['perplexity'], 2)}, KL divergence {found['kl_divergence']:.4f}" in line
 
 
 # ---- memory of training ----

@@ -118,7 +118,7 @@ def result(out: Path) -> dict[str, bytes]:
     for file in sorted(f for f in out.rglob("*") if f.is_file() and f.name not in NOT_COMPARED):
         data = file.read_bytes()
         if file.name == "recipe.toml":
-            data = b"\n".join(line for line in data.split(b"\n") if not line.startswith(b"model = "))
+            data = b"\n".join(line for line in data.split(b"\n") if not line.startswith((b"model = ", b"# ")))
         if file.suffix == ".json" and "model" not in file.relative_to(out).parts[:-1]:
             data = json.dumps(timeless(json.loads(data))).encode()
         found[str(file.relative_to(out))] = data
