@@ -72,8 +72,7 @@ class Header:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is GGUF, told by its first four bytes, or means to be, told by its ending. Ollama's blobs, say,
-    have no ending."""
+    """Whether a file is GGUF by its first four bytes or its ending (Ollama's blobs have no ending)."""
     if path.suffix.lower() == ".gguf":
         return True
     try:
@@ -91,12 +90,12 @@ def read(path: Path) -> Header:
 
 
 def read_start(name: str, start: bytes, size: int) -> Header | None:
-    """The header of a file of which only the first bytes are here; None if it goes on behind them. Raises as read.
+    """Read a header from the first bytes of a file; None if it goes on behind them. Raises as read.
 
     Args:
         name: of the file, for messages.
         start: its first bytes.
-        size: how many bytes all of it has.
+        size: bytes of the whole file.
     """
     try:
         return _Cursor(name, start, size).header()
@@ -105,7 +104,7 @@ def read_start(name: str, start: bytes, size: int) -> Header | None:
 
 
 def vocabulary(path: Path) -> dict[str, Any]:
-    """The metadata of one file that begins with "tokenizer.", its arrays in full: within 150 MB. Raises as read."""
+    """The metadata of one file that begin with "tokenizer.", with arrays in full: within 150 MB. Raises as read."""
     return _read(Path(path), lambda path, data: _Vocabulary(path, data).tokenizer())
 
 
@@ -124,10 +123,8 @@ def _read(path: Path, reader: Callable[[Path, Any], Any]) -> Any:
 
 
 def read_all(path: Path) -> Header:
-    """The header of a model in one file, or in all parts of one ("-00001-of-00003.gguf") given any of them.
-
-    Raises PareError for a part that is missing or damaged or belongs to something else.
-    """
+    """The header of a model in one file, or in all its parts ("-00001-of-00003.gguf") given any of them. Raises
+    PareError if a part is missing or damaged, or belongs to something else."""
     return union(path, read_parts(path))
 
 
@@ -154,7 +151,14 @@ def read_parts(path: Path) -> dict[Path, Header]:
 
 
 def check_part(path: Path, header: Header, number: int, count: int) -> None:
-    """Raises PareError for a file whose header does not say that it is this part (counting from 1) of ``count``."""
+    """Raise PareError if a header does not say that its file is this part of ``count``.
+
+    Args:
+        path: the file, for the message.
+        header: its header.
+        number: of the part, from 1.
+        count: of all parts.
+    """
     found = tuple(header.metadata.get(key) for key in ("split.no", "split.count"))
     if found != (number - 1, count) and not (count == 1 and found[1] in (None, 0, 1)):
         raise PareError(f"{path} says it is part {_shown(found[0])} of {_shown(found[1])}, counting from 0")

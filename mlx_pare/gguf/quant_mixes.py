@@ -2,13 +2,13 @@
 
 A kind is a base type and exceptions: more bits for the values of attention and for ffn_down in some layers, for the
 head, and for what a model shares widely (grouped queries, eight experts). Learned from src/llama-quant.cpp of llama.cpp
-(commit 007dbbf); tests/gguf/test_gguf_mix.py holds it to the installed llama.cpp, tensor by tensor, and to published
-sizes.
+(commit 007dbbf). tests/gguf/test_gguf_mix.py compares it with the installed llama.cpp, tensor by tensor, and with
+published sizes.
 
-Kinds that cannot be made without an importance matrix (NEEDS_MATRIX) are taken to have one, the others to have none
-unless it is said: with one, q4_0 and q5_0 get one more scale in the first eighth of ffn_down, and iq4_xs and iq4_nl
-fewer bits there. Files whose types were chosen by hand (unsloth's UD) follow no rule: read their table with
-gguf_header.
+Kinds that cannot be made without an importance matrix (NEEDS_MATRIX) are assumed to have one, other kinds to have none,
+unless the caller says so. With a matrix, q4_0 and q5_0 get one more scale in the first eighth of ffn_down, and iq4_xs
+and iq4_nl fewer bits there. Files whose types were chosen by hand (unsloth's UD) follow no rule: read their table with
+gguf/header.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FALLBACK = {
 
 
 class Place(NamedTuple):
-    """What a rule may look at: which of its kind a tensor is (``index`` of ``count``), and the model."""
+    """What a rule may look at: which of its group a tensor is (``index`` of ``count``), and facts about the model."""
 
     index: int
     count: int
@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """``type`` where ``when`` holds, else ``otherwise`` (empty: the base type)."""
+    """``type`` if ``when`` is true, else ``otherwise``; empty means the base type."""
 
     type: str
     when: Callable[[Place], bool] = lambda place: True
@@ -190,10 +190,16 @@ def kinds() -> list[str]:
 
 
 def type_of(arch: Architecture, kind: str, matrix: bool | None = None) -> Callable[[Tensor], str]:
-    """The GGUF type of each tensor in a file of ``kind``; "Q5_0 + Q4_K" for one that is stored as two. ``matrix``:
-    whether an importance matrix is used; None: where the kind cannot be made without.
+    """Name the GGUF type of each tensor in a file of ``kind``.
 
-    Raises UsageError for an unknown kind.
+    Args:
+        arch: the model.
+        kind: such as "q4_k_m".
+        matrix: whether an importance matrix is used; None: only if the kind cannot be made without one.
+    Returns:
+        A function of a tensor; "Q5_0 + Q4_K" for one that is stored as two.
+    Raises:
+        UsageError: there is no such kind.
     """
     types = types_of(arch, kind, matrix)
     return lambda tensor: " + ".join(dict.fromkeys(types(tensor)))
@@ -202,8 +208,18 @@ def type_of(arch: Architecture, kind: str, matrix: bool | None = None) -> Callab
 def types_of(
     arch: Architecture, kind: str, matrix: bool | None = None, wide: bool = False
 ) -> Callable[[Tensor], list[str]]:
-    """As ``type_of``, the type of every piece that a tensor is stored as. ``wide``: what they would be if their rows
-    were as long as any type likes: where the two differ, a type falls back to another."""
+    """Name the types as ``type_of`` does, separately for every piece that a tensor is stored as.
+
+    Args:
+        arch: the model.
+        kind: such as "q4_k_m".
+        matrix: whether an importance matrix is used; None: only if the kind cannot be made without one.
+        wide: name the types for rows of whole blocks of any type. If that differs, a type falls back to another.
+    Returns:
+        A function of a tensor: the types of its pieces.
+    Raises:
+        UsageError: there is no such kind.
+    """
     mix, factor = _Mix(arch, known(kind), matrix), WIDEST if wide else 1
 
     def named(tensor: Tensor) -> list[str]:
@@ -214,13 +230,23 @@ def types_of(
 
 
 def storage(arch: Architecture, kind: str, matrix: bool | None = None) -> Callable[[Tensor], int]:
-    """Bytes of each tensor in a file of ``kind``: data only, no header and no padding. Raises as ``type_of``."""
+    """Count the bytes of each tensor in a file of ``kind``: data only, no header and no padding.
+
+    Args:
+        arch: the model.
+        kind: such as "q4_k_m".
+        matrix: whether an importance matrix is used; None: only if the kind cannot be made without one.
+    Returns:
+        A function of a tensor: its bytes.
+    Raises:
+        UsageError: there is no such kind.
+    """
     mix = _Mix(arch, known(kind), matrix)
     return lambda tensor: sum(nbytes(mix.type(tensor, role, shape), shape) for role, shape in mix.pieces(tensor))
 
 
 def known(kind: str) -> str:
-    """The kind in lower case. Raises UsageError, with what is near, when there is none of this name."""
+    """The kind in lower case. Raises UsageError, with similar names, if there is no such kind."""
     if kind.lower() in BASE:
         return kind.lower()
     near = get_close_matches(kind.lower(), BASE, 4, 0.5)

@@ -66,8 +66,15 @@ def sizes(arch: Architecture) -> list[Sizes]:
 
 
 def parts(arch: Architecture, name: str, tensor: Tensor) -> list[tuple[str, range]] | None:
-    """The tensors of the file that one of ours becomes, with its rows in each, in llama.cpp's architecture ``name``;
-    None when it stays one."""
+    """Find the tensors of the file that one of ours becomes.
+
+    Args:
+        arch: the model.
+        name: llama.cpp's architecture.
+        tensor: our tensor.
+    Returns:
+        Name in the file and our rows of each; None if the tensor stays one.
+    """
     stems = SPLIT.get(name, {}).get(tensor.spec.role)
     if stems is None:
         return None
@@ -80,7 +87,13 @@ def parts(arch: Architecture, name: str, tensor: Tensor) -> list[tuple[str, rang
 
 
 def stand_ins(arch: Architecture) -> Iterator[tuple[str, Any]]:
-    """(name, float32 array) of everything that is written for what a deci layer does not have."""
+    """Make what is written for the parts that a deci layer does not have.
+
+    Args:
+        arch: the model.
+    Returns:
+        Name in the file and float32 array, ones for norms and zeros for matrices, of each tensor.
+    """
     import numpy as np
 
     hidden, head_dim = arch.sizes["hidden"], arch.uniform("head_dim")

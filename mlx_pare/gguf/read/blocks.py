@@ -1,8 +1,8 @@
-"""Blocks of GGUF tensors as MLX packings: the same codes, in MLX's order. What each type is: the block structs of
-ggml-common.h, as gguf.quants reads them, against which every row of the table is tested.
+"""Blocks of GGUF tensors as MLX packings: the same codes, in MLX's order.
 
-A type whose groups have one scale, and perhaps a minimum, is affine as MLX's own packing is: its codes stay, and its
-scales and minima where float16 holds them. Other types are packed anew.
+What each type is: the block structs of ggml-common.h, as gguf.quants reads them; every row of the table is tested
+against gguf.quants. If the groups of a type have one scale, and perhaps a minimum, it is affine as MLX's own packing
+is. Its codes stay, and so do its scales and minima if float16 holds them. Other types are packed again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Raw = np.ndarray  # uint8 [blocks, bytes of a block]
 # codes uint8 [blocks, values]; scales and biases float32 [blocks, groups] (of a float mode: uint8, and None)
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
-ANEW = Packing(8, 32)  # what a type is packed as that no packing of MLX's is
+ANEW = Packing(8, 32)  # the packing for types that no MLX packing matches
 
 
 @dataclass(frozen=True)
 class Form:
-    """How blocks of a type are stored by MLX. ``exact``: float16 holds their scales and minima without rounding."""
+    """How MLX stores blocks of a type. ``exact``: float16 holds their scales and minima without rounding."""
 
     packing: Packing
     parts: Callable[[Raw], Parts]
@@ -120,14 +120,21 @@ FORMS = {
 
 
 def parts(rows: np.ndarray, kind: str) -> Parts:
-    """Stored rows, uint8 [rows, bytes of a row], as codes [rows, columns], scales and biases [rows, groups]."""
+    """Convert stored rows to codes, scales and biases of the type's MLX packing.
+
+    Args:
+        rows: uint8 [rows, bytes of a row].
+        kind: the GGUF type, one of FORMS.
+    Returns:
+        Codes uint8 [rows, columns], scales and biases float32 [rows, groups]; for MXFP4 scales uint8, and None.
+    """
     with np.errstate(all="ignore"):  # what is not finite is the caller's to find
         found = FORMS[kind].parts(rows.reshape(-1, TYPES[kind].size))
     return tuple(None if part is None else part.reshape(len(rows), -1) for part in found)
 
 
 def readable(kind: str) -> bool:
-    """Whether gguf-py knows how to read a type."""
+    """Whether gguf-py can read a type."""
     try:
         dense(np.zeros((1, TYPES[kind].size), np.uint8), kind)
     except (KeyError, NotImplementedError):
@@ -136,8 +143,17 @@ def readable(kind: str) -> bool:
 
 
 def dense(rows: np.ndarray, kind: str) -> np.ndarray:
-    """Stored rows, uint8 [rows, bytes of a row], as float32 [rows, columns]. Raises NotImplementedError for a type that
-    gguf-py cannot read."""
+    """Convert stored rows to floats.
+
+    Args:
+        rows: uint8 [rows, bytes of a row].
+        kind: the GGUF type.
+    Returns:
+        The values, float32 [rows, columns].
+    Raises:
+        KeyError: gguf-py does not know the type.
+        NotImplementedError: gguf-py cannot read the type.
+    """
     import gguf
 
     with np.errstate(all="ignore"):

@@ -1,9 +1,8 @@
-"""A GGUF file, or all parts of one, rebuilt as an MLX model directory: what exporting/export.py does, undone, tensor by
+"""A GGUF file, or all parts of one, rebuilt as an MLX model directory: the reverse of exporting/export.py, tensor by
 tensor.
 
-Names and shapes come from the family's table, as they do on the way out; the header is read by our own bounded reader,
-the data a few rows at a time. Codes of quantized tensors are kept where MLX has a packing for them
-(gguf/read/blocks.py).
+Names and shapes come from the family's table, as in an export. Our own bounded reader reads the header, and the data
+come a few rows at a time. Codes of quantized tensors are kept if MLX has a packing for them (gguf/read/blocks.py).
 """
 
 from __future__ import annotations
@@ -54,15 +53,23 @@ class Opened:
 
 
 def rebuild(gguf: Path, out: Path, dense: bool = False, origin: str | None = None) -> dict:
-    """Write the model of a GGUF file (or of all parts of one, given any) as the MLX model directory ``out``.
+    """Write the model of a GGUF file as an MLX model directory. Memory: a few rows, and the tokenizer.
 
-    F32, F16 and BF16 stay; Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, TQ1_0, TQ2_0 and MXFP4 keep codes and scales, Q4_K and Q5_K
-    codes, with scales rounded to float16; other types are packed anew with 8 bits. ``dense``: quantized
-    ones become float16. ``origin``: the hash of the file's bytes, which then is part of config.json, and so of what
-    tells the model apart from others (Checkpoint.identity).
-    Returns path, architecture, model_type, bytes, tensors, types (how many of each), rounded (by type: stored, tensors,
-    relative_error, worst) and notes. Raises Refused where ``out`` exists, PareError for what cannot be rebuilt or is no
-    sound model; nothing is left then. Memory: a few rows, and the tokenizer.
+    F32, F16 and BF16 stay, except for F32 vectors: they get the embedding's float dtype if it holds all their values.
+    Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, TQ1_0, TQ2_0 and MXFP4 keep codes and scales. Q4_K and Q5_K keep codes, and their
+    scales are rounded to float16. Other types are packed again with 8 bits.
+
+    Args:
+        gguf: the file, or any part of a split one.
+        out: the directory to create.
+        dense: whether quantized tensors become float16.
+        origin: the sha256 of the file's bytes for config.json, and so for Checkpoint.identity; None: left out.
+    Returns:
+        path, architecture, model_type, bytes, tensors, types (how many of each), rounded (by type: stored, tensors,
+        relative_error, worst) and notes.
+    Raises:
+        Refused: ``out`` exists.
+        PareError: the file cannot be rebuilt or is no sound model; nothing is left then.
     """
     gguf, out = Path(gguf), Path(out)
     refuse_existing(out)
@@ -99,8 +106,11 @@ def rebuild(gguf: Path, out: Path, dense: bool = False, origin: str | None = Non
 
 
 def open_gguf(path: Path, dense: bool = False) -> Opened:
-    """The tensors of a GGUF file as those of an MLX model. Raises PareError where one is missing, too many or of
-    another shape, Unsupported for an architecture or a type that cannot be rebuilt."""
+    """Map the tensors of a GGUF file to those of an MLX model.
+
+    Raises PareError if one is missing, unknown or of another shape, Unsupported for an architecture or a type that
+    cannot be rebuilt.
+    """
     files = gguf_header.read_parts(path)
     header, first = gguf_header.union(path, files), next(iter(files))
     where = {name: (file, part.data_start) for file, part in files.items() for name in part.tensors}

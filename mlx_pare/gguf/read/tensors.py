@@ -1,5 +1,5 @@
-"""Tensors of a GGUF file on their way into an MLX checkpoint: a few rows at a time, in our order, as the bytes that
-MLX stores, and how much of them was rounded."""
+"""Tensors of a GGUF file on their way into an MLX checkpoint: a few rows at a time, in our order, as the bytes that MLX
+stores, and how much of them was rounded."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ TINY = 2.0**-24  # the least that float16 can tell from 0, and float32 from 1
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: ``stored`` is where its rows lie as bytes, ``order`` from which of them each of ours comes (None: the
-    same), ``dtype`` of floats, ``packing`` of codes."""
+    """One tensor.
+
+    ``stored``: where its rows lie as bytes. ``order``: the stored row of each of our rows; None: the same. ``dtype``:
+    of floats, or of scales. ``packing``: of codes; None: the tensor becomes floats.
+    """
 
     tensor: Tensor
     kind: str
@@ -46,7 +49,11 @@ class Row:
         return [Planned(self.tensor.name, "U32", (rows, self.packing.words(columns))), *rest]
 
     def panels(self) -> Iterator[np.ndarray]:
-        """Its rows as they are stored, some at a time, in our order: uint8 [rows, bytes of one]."""
+        """Read its rows as they are stored, some at a time, in our order.
+
+        Returns:
+            Panels, uint8 [some rows, bytes of a row].
+        """
         yield from row_panels(self.stored, self.order, max(1, PANEL_VALUES // self.tensor.shape[-1]))
 
 
@@ -92,7 +99,16 @@ def _cast(values: np.ndarray, dtype: str) -> mx.array:
 
 
 def float_parts(row: Row, rounded: dict[str, Rounding]) -> Iterator[memoryview]:
-    """The bytes of a tensor that becomes floats."""
+    """Convert a tensor to the bytes of its floats.
+
+    Args:
+        row: the tensor.
+        rounded: by GGUF type, what was lost so far; the tensor is added unless its type is a float type.
+    Returns:
+        The bytes of ``row.dtype``, a few rows at a time.
+    Raises:
+        PareError: a value is NaN, infinite or too large for the dtype.
+    """
     same = row.kind == row.dtype and "norm+1" not in row.tensor.spec.transforms
     lost = whole = 0.0
     for panel in row.panels():
@@ -148,7 +164,17 @@ def _packed(panel: np.ndarray, row: Row) -> tuple[Packed, np.ndarray | None]:
 
 
 def words(row: Row, rest: Sequence[IO[bytes]], rounded: dict[str, Rounding]) -> Iterator[memoryview]:
-    """The words of a tensor; its scales and biases go into these files meanwhile."""
+    """Convert a tensor to packed words; its scales and biases are written to files meanwhile.
+
+    Args:
+        row: the tensor.
+        rest: open files, one for the scales, and one for the biases if the packing is affine.
+        rounded: by GGUF type, what was lost so far; the tensor is added if anything was rounded.
+    Returns:
+        The bytes of the words, a few rows at a time.
+    Raises:
+        PareError: a value is NaN, infinite or too large for float16.
+    """
     total = None
     for panel in row.panels():
         made, lost = _packed(panel, row)

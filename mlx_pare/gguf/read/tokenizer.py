@@ -44,8 +44,17 @@ class Files:
 
 
 def files(metadata: Mapping[str, Any], rows: int, length: int | None = None) -> Files:
-    """The tokenizer of a GGUF file whose embedding has so many ``rows``. ``metadata``: from header.vocabulary;
-    ``length``: of the model's context. Raises PareError for one that is damaged or of another kind."""
+    """Rebuild the tokenizer of a GGUF file.
+
+    Args:
+        metadata: from header.vocabulary.
+        rows: of the embedding.
+        length: tokens of the model's context; None: unknown.
+    Returns:
+        The documents to write, and notes.
+    Raises:
+        PareError: the tokenizer is damaged or of another kind.
+    """
     facts = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind = facts.get("model")
     if kind not in KINDS:
@@ -183,9 +192,19 @@ def _sentencepiece(facts: Mapping[str, Any], tokens: Sequence[str], types: Seque
 
 
 def merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, in the order of the scores of what they make: SentencePiece, like
-    llama.cpp, joins the neighbours whose result scores highest. Pairs that make the same token follow the ids of their
-    parts, as in transformers convert_slow_tokenizer.generate_merges.
+    """List every pair of tokens that makes a token, in the order of the scores of what they make.
+
+    SentencePiece, like llama.cpp, joins the neighbours whose result scores highest. Pairs that make the same token
+    follow the ids of their parts, as in transformers convert_slow_tokenizer.generate_merges.
+
+    Args:
+        tokens: the texts by id.
+        types: the kind of each token (gguf/tokenizers.py).
+        scores: the score of each token.
+    Returns:
+        The pairs.
+    Raises:
+        PareError: the tokens are too long to be cut in two everywhere.
     """
     ids = {text: i for i, text in enumerate(tokens) if types[i] in (NORMAL, UNUSED, USER_DEFINED)}
     made = {text: i for text, i in ids.items() if types[i] == NORMAL and scores[i] > NEVER}

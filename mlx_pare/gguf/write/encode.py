@@ -1,4 +1,4 @@
-"""The values of one tensor as a GGUF file has them: rows in the order of llama.cpp's rope, encoded, checked."""
+"""The values of one tensor as a GGUF file stores them: rows in the order of llama.cpp's rope, encoded, checked."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 def encoded(checkpoint: Checkpoint, row: Row, q_norm: float = 1.0) -> Iterator[memoryview]:
-    """The bytes of one tensor as they stand in the file, a few rows at a time; ``q_norm``: see architectures.Target.
+    """Encode one tensor as it is stored in the file, a few rows at a time.
 
-    Raises PareError for values that are not finite, or not in the row's type."""
+    Args:
+        checkpoint: the model.
+        row: the tensor of the file.
+        q_norm: factor on the weights of q_norm (architectures.Target).
+    Returns:
+        The bytes.
+    Raises:
+        PareError: a value is not finite, or becomes infinite in the row's type.
+    """
     import mlx.core as mx
 
     from ...model.weights import read_panels
@@ -35,7 +43,14 @@ def encoded(checkpoint: Checkpoint, row: Row, q_norm: float = 1.0) -> Iterator[m
 
 
 def convert(values: Any, kind: str) -> Any:
-    """float32 rows (an MLX array) as uint8 of a type: F32, F16, BF16, Q8_0, Q6_K, Q4_0, Q4_1, Q5_0 or Q5_1."""
+    """Encode float32 rows as a GGUF type.
+
+    Args:
+        values: an MLX array, float32 [..., columns].
+        kind: F32, F16, BF16, Q8_0, Q6_K, Q4_0, Q4_1, Q5_0 or Q5_1.
+    Returns:
+        The bytes, a flat uint8 numpy array.
+    """
     import mlx.core as mx
     import numpy as np
 
@@ -126,8 +141,14 @@ def _checked(raw: Any, values: Any, row: Row) -> memoryview:
 
 
 def finite(raw: Any, kind: str) -> bool:
-    """Whether encoded whole values (or blocks: what scales them, where they have such a number) are finite; ``raw`` is
-    uint8."""
+    """Check that encoded values are finite; of blocks, the numbers that scale them, if there are any.
+
+    Args:
+        raw: uint8 [bytes], of whole values or blocks.
+        kind: the GGUF type.
+    Returns:
+        Whether no number is NaN or infinite.
+    """
     import numpy as np
 
     if kind not in FLOATS:

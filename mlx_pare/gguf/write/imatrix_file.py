@@ -29,8 +29,11 @@ TOLD = 127  # bytes of a string that llama-quantize puts into a file's metadata 
 
 @dataclass(frozen=True)
 class Importance:
-    """``sums`` float32 [columns] and ``counts`` by the name of a matrix in GGUF; which texts (``datasets``), as
-    ``chunks`` pieces of ``chunk_size`` tokens; ``name`` of the file it is to be known by."""
+    """An importance matrix.
+
+    ``sums`` (float32 [columns]) and ``counts`` by the name of a matrix in GGUF. ``datasets``: the texts, read as
+    ``chunks`` pieces of ``chunk_size`` tokens. ``name``: the file name that is recorded for it.
+    """
 
     sums: Mapping[str, np.ndarray]
     counts: Mapping[str, float]
@@ -40,8 +43,12 @@ class Importance:
     name: str = "imatrix.gguf"
 
     def means(self) -> dict[str, np.ndarray]:
-        """What the quantizer takes: the mean square of every input, float32 [columns]; ones where no token was seen
-        (load_imatrix of tools/quantize/quantize.cpp)."""
+        """Compute what the quantizer takes: the mean square of every input (load_imatrix of
+        tools/quantize/quantize.cpp).
+
+        Returns:
+            Name of a matrix -> float32 [columns]; ones if no token was seen.
+        """
         return {
             name: sums / np.float32(self.counts[name]) if self.counts[name] > 0 else np.ones_like(sums)
             for name, sums in self.sums.items()
@@ -87,7 +94,7 @@ def _cut(text: str) -> str:
 
 
 def load(path: Path) -> Importance:
-    """Read an importance matrix, ours or llama.cpp's. Raises PareError for a file that is none, or is damaged."""
+    """Read an importance matrix, ours or llama.cpp's. Raises PareError if the file is none, or is damaged."""
     path = Path(path)
     header = gguf_header.read(path)
     known = header.metadata
@@ -114,7 +121,7 @@ def load(path: Path) -> Importance:
 
 
 def check(of: Importance, checkpoint: Checkpoint) -> None:
-    """Raises UsageError when it belongs to another model: it lacks a matrix of a block, or has one of other columns."""
+    """Raise UsageError if it belongs to another model: it lacks a matrix of a block, or has one of other columns."""
     for row in table(checkpoint.arch, target_of(checkpoint), "f16"):
         if row.source is None or row.source.layer is None or not row.source.matrix:
             continue

@@ -1,7 +1,7 @@
 """llama.cpp's own quantizer: for the GGUF types that we do not write, and for all with an importance matrix.
 
-``llama-quantize`` where it is on PATH, else llama_model_quantize of llama-cpp-python (the extra "llama"); both in a
-child process, because llama.cpp aborts on some bad files. Run as a module it is that child.
+mlx-pare uses ``llama-quantize`` if it is on PATH, else llama_model_quantize of llama-cpp-python (the extra "llama").
+Both run in a child process, because llama.cpp aborts on some bad files. Run as a module, this file is that child.
 """
 
 from __future__ import annotations
@@ -73,10 +73,16 @@ def require(kind: str) -> None:
 
 
 def quantize(source: Path, out: Path, kind: str, tensors: int, matrix: Path | None = None) -> None:
-    """Write ``source``, a GGUF file of floats with so many ``tensors``, as ``out`` of ``kind``; ``matrix``: the file of
-    an importance matrix.
+    """Quantize a GGUF file of floats with llama.cpp.
 
-    Raises PareError with what llama.cpp says when it fails; ``out`` may then be there in part.
+    Args:
+        source: the GGUF file of floats.
+        out: the file to write; it may be there in part after an error.
+        kind: the kind of the new file, such as "q4_k_m".
+        tensors: of ``source``, for the progress.
+        matrix: the file of an importance matrix; None: without.
+    Raises:
+        PareError: there is no quantizer, or llama.cpp fails, with its message.
     """
     require(kind)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -68,11 +68,17 @@ class Tokenizer:
 
 
 def write(writer: Any, directory: Path, rows: int, config: Mapping[str, Any]) -> Tokenizer:
-    """Add the tokenizer of a model directory to a gguf.GGUFWriter.
+    """Add the tokenizer of a model directory to a file.
 
-    ``rows``: rows of the embedding; a shorter vocabulary is padded with unused tokens. ``config``: the model's
-    config.json, for the ids of special tokens that tokenizer_config.json does not name. Raises PareError for a
-    tokenizer that llama.cpp would read differently, and for one that is damaged.
+    Args:
+        writer: a gguf.GGUFWriter.
+        directory: the model directory.
+        rows: of the embedding; a shorter vocabulary is padded with unused tokens.
+        config: the config.json, for ids of special tokens that tokenizer_config.json does not name.
+    Returns:
+        What was written.
+    Raises:
+        PareError: llama.cpp would read the tokenizer differently, or it is damaged.
     """
     with _damage(directory):
         found, raw, settings = _opened(directory, rows)
@@ -84,7 +90,15 @@ def write(writer: Any, directory: Path, rows: int, config: Mapping[str, Any]) ->
 
 
 def check(directory: Path, rows: int, config: Mapping[str, Any]) -> Tokenizer:
-    """What ``write`` would write, with nothing written. Raises as ``write``."""
+    """Find what ``write`` would write, and write nothing. Raises as ``write``.
+
+    Args:
+        directory: the model directory.
+        rows: of the embedding.
+        config: the config.json.
+    Returns:
+        What would be written.
+    """
     with _damage(directory):
         found, raw, settings = _opened(directory, rows)
         _special_ids(raw, settings, config, found.tokens)
@@ -130,7 +144,17 @@ def _add(writer: Any, found: Tokenizer) -> None:
 
 
 def read(raw: Mapping[str, Any], rows: int, where: str) -> Tokenizer:
-    """The content of a tokenizer.json as llama.cpp needs it. ``where`` is named in errors."""
+    """Convert a tokenizer.json to what llama.cpp needs.
+
+    Args:
+        raw: the content of tokenizer.json.
+        rows: of the embedding.
+        where: the file, for messages.
+    Returns:
+        The tokenizer section.
+    Raises:
+        PareError: llama.cpp would read the tokenizer differently.
+    """
     model = raw.get("model") or {}
     if model.get("type") != "BPE":
         raise PareError(f"{where} is a {model.get('type')} tokenizer, which is not supported", "supported is BPE")
