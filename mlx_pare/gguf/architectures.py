@@ -17,7 +17,7 @@ from ..model.licence import licence_name
 from . import uneven_layers
 from .special_cases import ALLOWED, FURTHER, LONG, NOTES, OBJECTIONS, WINDOWS, rotary
 
-FILE_TYPES = {  # what can be written: enum llama_ftype, llama.cpp include/llama.h
+FILE_TYPES = {  # the kinds that can be written: enum llama_ftype, llama.cpp include/llama.h
     "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9,
     "q2_k": 10, "q2_k_s": 21, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16,
     "q5_k_m": 17, "q6_k": 18, "iq1_s": 24, "iq1_m": 31, "iq2_xxs": 19, "iq2_xs": 20, "iq2_s": 28, "iq2_m": 29,
@@ -25,7 +25,7 @@ FILE_TYPES = {  # what can be written: enum llama_ftype, llama.cpp include/llama
 }  # fmt: skip
 
 
-RUNTIMES = ("mlx", "llama.cpp", "ollama", "lm-studio")  # all but the first read GGUF, by llama.cpp
+RUNTIMES = ("mlx", "llama.cpp", "ollama", "lm-studio")  # all except the first read GGUF, with llama.cpp
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Target:
     """How llama.cpp will run the model."""
 
     architecture: str
-    permute: bool  # its rope pairs neighbours, ours pairs halves of a head
+    permute: bool  # its rope pairs neighbours; MLX's pairs halves of a head
     theta: float
     scaling: Mapping[str, Any] = field(default_factory=dict)  # rope scaling of config.json; empty: none
-    q_norm: float = 1.0  # factor on q_norm, or where there is none on q_proj, that makes up for another attention scale
+    q_norm: float = 1.0  # factor on q_norm (q_proj if there is none) that corrects the attention scale
     q_proj: float = 1.0
-    notes: tuple[str, ...] = ()  # on what it computes differently
+    notes: tuple[str, ...] = ()  # on what llama.cpp computes differently
 
     @property
     def scaling_type(self) -> str:

@@ -32,7 +32,7 @@ class Form:
 
 
 def _half(raw: Raw, at: int = 0) -> np.ndarray:
-    """float32 [blocks, 1] of the float16 at a byte."""
+    """float32 [blocks, 1] of the float16 at byte ``at``."""
     return np.ascontiguousarray(raw[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
@@ -43,7 +43,7 @@ def _nibbles(raw: np.ndarray, run: int) -> np.ndarray:
 
 
 def _fifth(raw: np.ndarray) -> np.ndarray:
-    """The fifth bits of 32 codes, one after the other in 4 bytes, in their place."""
+    """The fifth bits of 32 codes, which 4 bytes hold one after the other, shifted to their place."""
     return np.unpackbits(raw, axis=1, bitorder="little") << 4
 
 
@@ -71,8 +71,11 @@ def _q5_1(raw: Raw) -> Parts:
 
 
 def _sixths(raw: Raw) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and bias of the 8 groups of a Q4_K or Q5_K block: two float16 times numbers of 6 bits, of which bytes 4 to
-    11 hold the lower ends of the first four scales and minima, and in their upper two bits what the others lack."""
+    """Scale and bias of the 8 groups of a Q4_K or Q5_K block: two float16 times numbers of 6 bits.
+
+    Bytes 4 to 11 hold the lower ends of the first four scales and minima, and in their upper two bits what the others
+    lack.
+    """
     low, high, both = (raw[:, start : start + 4] for start in (4, 8, 12))
     scales = np.concatenate([low & 63, both & 15 | low >> 2 & 48], axis=1)
     minima = np.concatenate([high & 63, both >> 4 | high >> 2 & 48], axis=1)
@@ -89,14 +92,14 @@ def _q5_k(raw: Raw) -> Parts:
 
 
 def _tq2_0(raw: Raw) -> Parts:
-    """-1, 0, 1 times one scale; MLX's largest group is half a block."""
+    """-1, 0, 1 times one scale. MLX's largest group is half a block."""
     quarters = raw[:, :64].reshape(len(raw), 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
     scale = np.repeat(_half(raw, 64), 2, axis=1)
     return quarters.reshape(len(raw), -1), scale, -scale
 
 
 def _tq1_0(raw: Raw) -> Parts:
-    """The same, five to a byte."""
+    """The same numbers, five to a byte."""
     scale = np.repeat(_half(raw, 52), 2, axis=1)
     return (np.sign(dense(raw, "TQ1_0")) * np.sign(scale[:, :1]) + 1).astype(np.uint8), scale, -scale
 
@@ -128,7 +131,7 @@ def parts(rows: np.ndarray, kind: str) -> Parts:
     Returns:
         Codes uint8 [rows, columns], scales and biases float32 [rows, groups]; for MXFP4 scales uint8, and None.
     """
-    with np.errstate(all="ignore"):  # what is not finite is the caller's to find
+    with np.errstate(all="ignore"):  # the caller looks for numbers that are not finite
         found = FORMS[kind].parts(rows.reshape(-1, TYPES[kind].size))
     return tuple(None if part is None else part.reshape(len(rows), -1) for part in found)
 

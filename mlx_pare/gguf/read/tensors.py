@@ -19,9 +19,9 @@ from ...tensors.safetensors import Entry
 from ...tensors.shards import Planned
 from . import blocks as gguf_blocks
 
-FLOATS = {"F32": np.dtype("<u4"), "F16": np.dtype("<u2"), "BF16": np.dtype("<u2")}  # and how their bits are read
+FLOATS = {"F32": np.dtype("<u4"), "F16": np.dtype("<u2"), "BF16": np.dtype("<u2")}  # type -> dtype of its bits
 EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # all of these bits: NaN or infinity
-TINY = 2.0**-24  # the least that float16 can tell from 0, and float32 from 1
+TINY = 2.0**-24  # the smallest difference to 0 in float16, and to 1 in float32
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def holds(row: Row, dtype: str) -> bool:
 
 
 def _hold(values: np.ndarray, row: Row, dtype: str) -> bool:
-    """Whether a dtype holds these numbers, but for what is too small for float16, and as ``_shifted`` has it."""
+    """Whether a dtype holds these numbers as ``_shifted`` has them, except for what is too small for float16."""
     shifted = _shifted(values, row)
     found = np.array(_cast(shifted, dtype).astype(mx.float32))
     if shifted is not values:
@@ -89,8 +89,10 @@ def _hold(values: np.ndarray, row: Row, dtype: str) -> bool:
 
 
 def _shifted(values: np.ndarray, row: Row) -> np.ndarray:
-    """A Gemma norm without the 1 that the file has in it. The difference is exact for what is above a half; what the
-    model adds to it again is what the file says."""
+    """A Gemma norm without the 1 that the file includes. The difference is exact for values above a half.
+
+    The model adds the 1 again, and gets what the file says.
+    """
     return values - np.float32(1) if "norm+1" in row.tensor.spec.transforms else values
 
 
@@ -126,7 +128,7 @@ def float_parts(row: Row, rounded: dict[str, Rounding]) -> Iterator[memoryview]:
 
 
 def _finite(raw: np.ndarray, row: Row) -> memoryview:
-    """The bytes of floats. Raises PareError for NaN and infinity among them."""
+    """The bytes of floats. Raises PareError for NaN and infinity."""
     raw = np.ascontiguousarray(raw).reshape(-1)
     if ((raw.view(FLOATS[row.dtype]) & EXPONENT[row.dtype]) == EXPONENT[row.dtype]).any():
         raise _unsound(row)
@@ -143,7 +145,7 @@ def _unsound(row: Row) -> PareError:
 
 
 def _packed(panel: np.ndarray, row: Row) -> tuple[Packed, np.ndarray | None]:
-    """Some rows as MLX packs them, and energies [2] of what that rounds; None where nothing is."""
+    """Some rows as MLX packs them, and the energies [2] of the rounding; None if nothing is rounded."""
     form = gguf_blocks.FORMS.get(row.kind)
     if form is None:
         values = mx.array(gguf_blocks.dense(panel, row.kind))

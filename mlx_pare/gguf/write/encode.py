@@ -67,9 +67,11 @@ def convert(values: Any, kind: str) -> Any:
 
 
 def _q8_0(values: Any) -> Any:
-    """Blocks of 32 values: a scale in float16, codes of 8 bits rounded half away from zero. The bytes that
-    quantize_row_q8_0_ref of ggml-quants.c and gguf.quants write, in a third of the latter's time; on the CPU, whose
-    divisions are exact."""
+    """Blocks of 32 values: a scale in float16, codes of 8 bits rounded half away from zero.
+
+    The bytes are those of quantize_row_q8_0_ref of ggml-quants.c and of gguf.quants, in a third of the latter's time.
+    It runs on the CPU, whose divisions are exact.
+    """
     import mlx.core as mx
     import numpy as np
 
@@ -85,9 +87,11 @@ def _q8_0(values: Any) -> Any:
 
 
 def _q6_k(values: Any) -> Any:
-    """Blocks of 256 values: codes of 6 bits, of every 16 an 8-bit scale, of the block one in float16. Layout and choice
-    of scales of quantize_row_q6_K_ref of ggml-quants.c: of 19 near the one that the largest value asks for, that of the
-    least error weighted by the square of the values."""
+    """Blocks of 256 values: codes of 6 bits, an 8-bit scale for every 16, and one scale in float16 for the block.
+
+    Layout and choice of scales are those of quantize_row_q6_K_ref of ggml-quants.c. Of 19 scales near the one that the
+    largest value asks for, it takes that of the least error, weighted by the square of the values.
+    """
     import mlx.core as mx
     import numpy as np
 
@@ -109,7 +113,7 @@ def _q6_k(values: Any) -> Any:
 
 
 def _best_scales(parts: Any) -> Any:
-    """The scale of every row of [n, 16] whose codes of 6 bits, -32 to 31, come nearest; 0 where all is (nearly) 0."""
+    """The scale of every row of [n, 16] whose codes of 6 bits, -32 to 31, come nearest; 0 if all is (nearly) 0."""
     import mlx.core as mx
 
     peak = mx.take_along_axis(parts, mx.argmax(mx.abs(parts), axis=1, keepdims=True), axis=1)
@@ -129,7 +133,7 @@ def _best_scales(parts: Any) -> Any:
 
 
 def _checked(raw: Any, values: Any, row: Row) -> memoryview:
-    """Encoded rows. Raises PareError for what is not finite, before or after."""
+    """Encoded rows. Raises PareError for values that are not finite, before or after."""
     import mlx.core as mx
 
     told = row.type in (*FLOATS, "Q8_0")  # by the encoded bytes alone; others hide a value among those of its block

@@ -1,10 +1,10 @@
 """An importance matrix: for every linear layer the mean square of each of its inputs, over some text.
 
-llama.cpp's quantizer weighs the error of a weight by it. Ours comes from one streamed pass, one block in memory at a
-time; the file is that of llama.cpp (common/imatrix-loader.cpp, tools/imatrix): GGUF with two tensors for each matrix,
-``NAME.in_sum2`` [1, columns], the sum of squares over all tokens, and ``NAME.counts`` [1, 1], how many tokens those
-were. As there by default, the head has no entry: it is better quantized without (tools/imatrix/README.md). Rows of q
-and k are stored in another order than ours, their columns are not.
+llama.cpp's quantizer weighs the error of a weight by it. Ours comes from one streamed pass with one block in memory at
+a time. The file is that of llama.cpp (common/imatrix-loader.cpp, tools/imatrix): GGUF with two tensors per matrix,
+``NAME.in_sum2`` [1, columns], the sum of squares over all tokens, and ``NAME.counts`` [1, 1], the number of tokens.
+As there by default, the head has no entry: it is better quantized without (tools/imatrix/README.md). Rows of q and k
+are stored in another order than ours, but their columns are not.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Importance:
         }
 
     def describe(self, writer: Any) -> None:
-        """The keys that llama-quantize adds to a file made with an importance matrix, to a gguf.GGUFWriter."""
+        """Add the keys that llama-quantize adds to a file made with an importance matrix, to a gguf.GGUFWriter."""
         writer.add_string("quantize.imatrix.file", _cut(self.name))
         writer.add_string("quantize.imatrix.dataset", _cut(self.datasets[0]))
         writer.add_uint32("quantize.imatrix.entries_count", len(self.sums))

@@ -1,4 +1,4 @@
-"""What a GGUF file will be before it is written: the type and the bytes of every tensor, and the header to the byte."""
+"""What a GGUF file will be before it is written: type and bytes of every tensor, and the exact bytes of the header."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 
 def padded(nbytes: int) -> int:
-    """Bytes up to where the next tensor begins."""
+    """Bytes up to the beginning of the next tensor."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A GGUF file of ``kind`` as it will be. ``rows``: its tensors; ``header_bytes``: everything before their data, the
-    vocabulary most of all; ``fallbacks``: name of a tensor -> its type if its rows were whole blocks of that."""
+    """A GGUF file of ``kind`` as it will be.
+
+    ``rows``: its tensors. ``header_bytes``: everything before their data, mostly the vocabulary. ``fallbacks``: name of
+    a tensor -> its type if its rows were whole blocks of that.
+    """
 
     kind: str
     target: Target
@@ -39,12 +42,12 @@ class Prediction:
 
     @property
     def tensor_bytes(self) -> int:
-        """Of data, without padding."""
+        """Bytes of data, without padding."""
         return sum(row.nbytes for row in self.rows)
 
     @property
     def nbytes(self) -> int:
-        """Of the file, once the header was measured."""
+        """Bytes of the file, once the header is measured."""
         return self.header_bytes + sum(padded(row.nbytes) for row in self.rows)
 
     def about(self) -> dict[str, Any]:

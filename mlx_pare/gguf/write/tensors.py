@@ -86,8 +86,8 @@ def table(arch: Architecture, target: Target, kind: str, matrix: bool = False) -
 
 
 def _order(tensor: Tensor, name: str, take: range, target: Target, head_dim: int) -> list[int] | None:
-    """Which rows of a tensor stand in one of the file, queries and keys in the order of the target's rope; None: all,
-    as they are."""
+    """The rows of a tensor that one in the file holds; None: all, as they are. Queries and keys follow the target's
+    rope."""
     whole = len(take) == tensor.shape[0]
     turned = "rope" in tensor.spec.transforms if whole else name.split(".")[2] in uneven_layers.ROPE
     if target.permute and turned:
@@ -96,12 +96,12 @@ def _order(tensor: Tensor, name: str, take: range, target: Target, head_dim: int
 
 
 def _head(embedding: Row, types_of: Callable, ideals_of: Callable) -> Row:
-    """The embedding once more, as the head that some architectures want."""
+    """The embedding once more, as the separate head that some architectures need."""
     head = replace(embedding.source, spec=replace(embedding.source.spec, role="lm_head"))
     return replace(embedding, name="output.weight", type=types_of(head)[0], ideal=ideals_of(head)[0])
 
 
-# llama.cpp takes the short ones while the context is no longer than the original length; mlx-lm never does
+# llama.cpp uses the short ones while the context is no longer than the original length; mlx-lm never does
 LONG_NAMES = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
