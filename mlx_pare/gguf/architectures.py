@@ -68,7 +68,7 @@ def target_of(checkpoint: Checkpoint) -> Target:
     target = Target(family.gguf, family.gguf_rope == "norm", theta, scaling)
     biased = config.get("attention_out_bias") or config.get("mlp_bias")
     if family.gguf in ("qwen2", "seed_oss") and (target.scaling_type == "llama3" or biased):
-        # only the llama architecture has rope factors and those biases; its blocks are the same but for the row order
+        # only the llama architecture has rope factors and those biases; its blocks differ in the row order alone
         target = Target("llama", True, theta, scaling)
     kinds = {layer.kind for layer in arch.layers}
     if target.architecture not in WINDOWS and "sliding_attention" in kinds:

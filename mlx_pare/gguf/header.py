@@ -38,8 +38,7 @@ ROOM = 1 << 22  # bytes of names, texts and values (40 each) kept in all
 
 @dataclass(frozen=True)
 class Skipped:
-    """A value that was not kept: an array of strings, a long array (``count`` values), or a long text (``count``
-    bytes)."""
+    """A value that was not kept: an array of strings, a long array (``count`` values), or a long text (bytes)."""
 
     count: int
 

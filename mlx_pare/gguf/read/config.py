@@ -119,7 +119,7 @@ def _generic(facts: Facts) -> dict[str, Any]:
 
 
 def _llama(facts: Facts) -> dict[str, Any]:
-    """Also Mistral, Mixtral, and a qwen2 that needed llama's rope scaling: seed_oss is llama with biases of its own."""
+    """Also Mistral, Mixtral, and a qwen2 that needed llama's rope scaling: seed_oss is llama with other biases."""
     if facts.number("expert_count"):
         return {"model_type": "mixtral"}
     same = bool(facts.shape("attn_q.bias")) == bool(facts.shape("attn_output.bias"))

@@ -244,8 +244,10 @@ def _line(smooth: Sequence[float], waves: Sequence[float]) -> tuple[float, float
 
 
 def _llama(facts: Facts, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Neither runtime has a window here, and one in the config would be another model to transformers. What is a qwen2
-    but for its rope scaling, which llama.cpp has for llama only, becomes one again."""
+    """A window is dropped: neither runtime has one here, and transformers would take the model for another one.
+
+    A seed_oss that is a qwen2 except for its rope scaling, which llama.cpp has for llama only, becomes a qwen2 again.
+    """
     square = config.get("num_attention_heads", 0) * (config.get("head_dim") or 0) == config.get("hidden_size")
     biased = config.get("attention_bias") and not config.get("attention_out_bias") and not config.get("mlp_bias")
     if config["model_type"] == "seed_oss" and square and biased:

@@ -88,7 +88,7 @@ def quantize(source: Path, out: Path, kind: str, tensors: int, matrix: Path | No
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = program()
     if found:
-        chosen = ["--imatrix", matrix.name] if matrix else []  # by name alone: it is told in the file
+        chosen = ["--imatrix", matrix.name] if matrix else []  # by name alone: the file records it
         command = [found, *chosen, *map(str, (source.resolve(), out.resolve())), kind.upper(), str(threads)]
         request = ""
     else:
