@@ -1,7 +1,7 @@
-"""Added tokens that take the white space beside them, and what llama.cpp makes of them.
+"""Added tokens that absorb the white space next to them, and how llama.cpp treats them.
 
-A GGUF file has no place for that: llama.cpp knows it of Phi-3, which it tells by the name of the model. Source:
-llama_vocab::impl::load in llama.cpp src/llama-vocab.cpp, where the attributes of tokens are set.
+A GGUF file has no place for that. llama.cpp does it for Phi-3 only, which it recognizes by the name of the model.
+Source: llama_vocab::impl::load in llama.cpp src/llama-vocab.cpp, which sets the attributes of tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 PHI3 = re.compile(r"(phi)(-?)(3)", re.IGNORECASE)  # in general.name
-KEEP = ("<unk>", "<s>", "<|endoftext|>")  # these keep the white space behind them there, all others lose it
+KEEP = ("<unk>", "<s>", "<|endoftext|>")  # in Phi-3 these keep the white space behind them, all others lose it
 NEEDED = (*KEEP, "</s>")  # without one of these such a file does not load
 
 
@@ -19,8 +19,10 @@ def as_phi3(added: Collection[Mapping[str, Any]], tokens: Collection[str]) -> bo
     """Whether llama.cpp reads a model's added tokens as its tokenizer.json means them if it takes it for Phi-3.
 
     Args:
-        added: Entries of added_tokens in tokenizer.json, of tokens that are in the file.
-        tokens: The texts of all tokens in the file.
+        added: entries of added_tokens in tokenizer.json, of tokens that are in the file.
+        tokens: the texts of all tokens in the file.
+    Returns:
+        Whether it does.
     """
     right = all(bool(t.get("rstrip")) == (t["content"] not in KEEP) for t in added)
     other = any(t.get("lstrip") or t.get("single_word") for t in added)
@@ -28,14 +30,14 @@ def as_phi3(added: Collection[Mapping[str, Any]], tokens: Collection[str]) -> bo
 
 
 def name_for(name: str, phi3: bool) -> str:
-    """The general.name of a file: one that llama.cpp takes for Phi-3 if, and only if, ``phi3``."""
+    """The general.name of a file. llama.cpp takes it for Phi-3 if, and only if, ``phi3``."""
     if phi3:
         return name if PHI3.search(name) else f"phi-3 {name}"
     return PHI3.sub(r"\1_\3", name)
 
 
 def unlike(added: Collection[Mapping[str, Any]]) -> tuple[str, list[str]] | None:
-    """What llama.cpp does otherwise with added tokens, and with which; None if nothing."""
+    """What llama.cpp does differently with added tokens, and with which; None if nothing."""
     strips = [t["content"] for t in added if t.get("lstrip") or t.get("rstrip")]
     words = [t["content"] for t in added if t.get("single_word")]
     if not (strips or words):

@@ -1,6 +1,6 @@
-"""How llama.cpp runs a model: its architecture there, and the metadata that tells it. No arrays.
+"""How llama.cpp runs a model: its architecture there, and the metadata that describes it. No arrays.
 
-The architecture of a family stands in its table; here is what is to be said of rope, attention and sizes.
+The table of a family names its architecture; this file adds what concerns rope, attention and sizes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..model.licence import licence_name
 from . import uneven_layers
 from .special_cases import ALLOWED, FURTHER, LONG, NOTES, OBJECTIONS, WINDOWS, rotary
 
-FILE_TYPES = {  # what can be written: enum llama_ftype, llama.cpp include/llama.h
+FILE_TYPES = {  # the kinds that can be written: enum llama_ftype, llama.cpp include/llama.h
     "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9,
     "q2_k": 10, "q2_k_s": 21, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16,
     "q5_k_m": 17, "q6_k": 18, "iq1_s": 24, "iq1_m": 31, "iq2_xxs": 19, "iq2_xs": 20, "iq2_s": 28, "iq2_m": 29,
@@ -25,7 +25,7 @@ FILE_TYPES = {  # what can be written: enum llama_ftype, llama.cpp include/llama
 }  # fmt: skip
 
 
-RUNTIMES = ("mlx", "llama.cpp", "ollama", "lm-studio")  # all but the first read GGUF, by llama.cpp
+RUNTIMES = ("mlx", "llama.cpp", "ollama", "lm-studio")  # all except the first read GGUF, with llama.cpp
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Target:
     """How llama.cpp will run the model."""
 
     architecture: str
-    permute: bool  # its rope pairs neighbours, ours pairs halves of a head
+    permute: bool  # its rope pairs neighbours; MLX's pairs halves of a head
     theta: float
     scaling: Mapping[str, Any] = field(default_factory=dict)  # rope scaling of config.json; empty: none
-    q_norm: float = 1.0  # factor on q_norm, or where there is none on q_proj, that makes up for another attention scale
+    q_norm: float = 1.0  # factor on q_norm (q_proj if there is none) that corrects the attention scale
     q_proj: float = 1.0
-    notes: tuple[str, ...] = ()  # on what it computes differently
+    notes: tuple[str, ...] = ()  # on what llama.cpp computes differently
 
     @property
     def scaling_type(self) -> str:
@@ -46,8 +46,10 @@ class Target:
 
 
 def runtimes_of(arch: Architecture) -> dict[str, str | None]:
-    """Which class or architecture of every runtime computes what this model does; None where none does. What the config
-    sets beside sizes (scaled rope) is looked at by ``target_of`` alone."""
+    """The class or architecture of every runtime that computes what this model does; None if there is none.
+
+    ``target_of`` alone looks at what the config sets besides sizes (scaled rope).
+    """
     if not arch.family.result:
         return {"mlx-lm": arch.family.name, "llama.cpp": arch.family.gguf, "transformers": arch.config["model_type"]}
     there = uneven_layers.architecture(arch) if uneven_layers.why_not(arch) is None else None
@@ -55,7 +57,7 @@ def runtimes_of(arch: Architecture) -> dict[str, str | None]:
 
 
 def target_of(checkpoint: Checkpoint) -> Target:
-    """The llama.cpp architecture for a checkpoint. Raises PareError when none computes the same."""
+    """The llama.cpp architecture for a checkpoint. Raises PareError if no architecture computes the same."""
     arch, config, family = checkpoint.arch, checkpoint.arch.config, checkpoint.arch.family
     theta, scaling = _rope(checkpoint)
     if family.result:
@@ -66,7 +68,7 @@ def target_of(checkpoint: Checkpoint) -> Target:
     target = Target(family.gguf, family.gguf_rope == "norm", theta, scaling)
     biased = config.get("attention_out_bias") or config.get("mlp_bias")
     if family.gguf in ("qwen2", "seed_oss") and (target.scaling_type == "llama3" or biased):
-        # only the llama architecture has rope factors and those biases; its blocks are the same but for the row order
+        # only the llama architecture has rope factors and those biases; its blocks differ in the row order alone
         target = Target("llama", True, theta, scaling)
     kinds = {layer.kind for layer in arch.layers}
     if target.architecture not in WINDOWS and "sliding_attention" in kinds:
@@ -115,16 +117,19 @@ def _rope(checkpoint: Checkpoint) -> tuple[float, dict[str, Any]]:
 
 
 def _gemma_q_norm(arch: Architecture, largest: int = 62) -> float:
-    """llama.cpp takes 1/sqrt(head_dim) as the attention scale, but 1/sqrt(hidden // heads) in a model of 62 layers
-    (src/models/gemma3.cpp); the model means 1/sqrt(query_pre_attn_scalar). q_norm follows q_proj, so it can carry the
-    difference, and a depth-pruned 27B stays what it was. ``largest``: the number of layers that it looks for."""
+    """The factor on q_norm that corrects the attention scale.
+
+    llama.cpp scales attention by 1/sqrt(head_dim), but by 1/sqrt(hidden // heads) in a model of 62 layers
+    (src/models/gemma3.cpp). The model means 1/sqrt(query_pre_attn_scalar). q_norm follows q_proj, so it can carry the
+    difference, and a depth-pruned 27B stays what it was. ``largest``: the number of layers that llama.cpp looks for.
+    """
     heads = arch.uniform("kv_head") * arch.uniform("group")
     assumed = arch.sizes["hidden"] // heads if len(arch.layers) == largest else arch.uniform("head_dim")
     return math.sqrt(assumed / arch.config["query_pre_attn_scalar"])
 
 
 def _gemma_q_proj(arch: Architecture) -> float:
-    """The same of gemma2, whose largest has 46 layers (src/models/gemma2.cpp), and which has no q_norm."""
+    """The same for gemma2, whose largest model has 46 layers (src/models/gemma2.cpp), and which has no q_norm."""
     return _gemma_q_norm(arch, largest=46)
 
 
@@ -132,7 +137,14 @@ def _gemma_q_proj(arch: Architecture) -> float:
 
 
 def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> None:
-    """Add everything but the name, the tokenizer and the tensors to a gguf.GGUFWriter; ``kind``: one of FILE_TYPES."""
+    """Add all metadata except for the name and the tokenizer.
+
+    Args:
+        writer: a gguf.GGUFWriter.
+        checkpoint: the model.
+        target: how llama.cpp will run it.
+        kind: one of FILE_TYPES.
+    """
     arch, config = checkpoint.arch, checkpoint.arch.config
     head_dim = arch.uniform("head_dim")
     licence = licence_name(checkpoint.path)

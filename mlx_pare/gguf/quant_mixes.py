@@ -2,13 +2,13 @@
 
 A kind is a base type and exceptions: more bits for the values of attention and for ffn_down in some layers, for the
 head, and for what a model shares widely (grouped queries, eight experts). Learned from src/llama-quant.cpp of llama.cpp
-(commit 007dbbf); tests/gguf/test_gguf_mix.py holds it to the installed llama.cpp, tensor by tensor, and to published
-sizes.
+(commit 007dbbf). tests/gguf/test_gguf_mix.py compares it with the installed llama.cpp, tensor by tensor, and with
+published sizes.
 
-Kinds that cannot be made without an importance matrix (NEEDS_MATRIX) are taken to have one, the others to have none
-unless it is said: with one, q4_0 and q5_0 get one more scale in the first eighth of ffn_down, and iq4_xs and iq4_nl
-fewer bits there. Files whose types were chosen by hand (unsloth's UD) follow no rule: read their table with
-gguf_header.
+Kinds that cannot be made without an importance matrix (NEEDS_MATRIX) are assumed to have one, other kinds to have none,
+unless the caller says so. With a matrix, q4_0 and q5_0 get one more scale in the first eighth of ffn_down, and iq4_xs
+and iq4_nl fewer bits there. Files whose types were chosen by hand (unsloth's UD) follow no rule: read their table with
+gguf/header.py.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ BASE = {
     "tq1_0": "TQ1_0", "tq2_0": "TQ2_0", "mxfp4_moe": "MXFP4",
 }  # fmt: skip
 
-UNTIED = ("olmo2",)  # architectures that want a head of their own, whatever the model has
+UNTIED = ("olmo2",)  # architectures that need a separate head, even if the model has none
 FLOATS = ("F32", "F16", "BF16")
 WIDEST = 256  # values of the longest blocks
 TWO_BITS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
 NEEDS_MATRIX = (*TWO_BITS, "iq3_xxs", "iq3_xs", "q2_k_s")  # tensor_requires_imatrix there
 
-# What a type becomes when its blocks do not fit the columns; F16 when the second does not fit either
+# What a type becomes if its blocks do not fit the columns; F16 if the second does not fit either
 FALLBACK = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
@@ -50,7 +50,7 @@ FALLBACK = {
 
 
 class Place(NamedTuple):
-    """What a rule may look at: which of its kind a tensor is (``index`` of ``count``), and the model."""
+    """What a rule may look at: which of its group a tensor is (``index`` of ``count``), and facts about the model."""
 
     index: int
     count: int
@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """``type`` where ``when`` holds, else ``otherwise`` (empty: the base type)."""
+    """``type`` if ``when`` is true, else ``otherwise``; empty means the base type."""
 
     type: str
     when: Callable[[Place], bool] = lambda place: True
@@ -134,7 +134,7 @@ DOWN = {
     **dict.fromkeys(("iq2_s", "iq2_m"), Rule("IQ3_S", _first(8))),
     "iq3_m": Rule("Q4_K", lambda place: _first(8)(place) or (_of_eight(place) and _more(place))),
 }
-DOWN_BY_MATRIX = {  # instead, when there is an importance matrix
+DOWN_BY_MATRIX = {  # instead, if there is an importance matrix
     "q4_0": Rule("Q4_1", _first(8)),
     "q5_0": Rule("Q5_1", _first(8)),
     **dict.fromkeys(("iq4_nl", "iq4_xs"), Rule("")),
@@ -159,7 +159,7 @@ GROUPS = {
 }
 GROUP_OF = {role: group for group, (roles, _) in GROUPS.items() for role in roles}
 
-# Matrices that stay float32, and those that stay what they were before quantizing (most are gemma3n's)
+# Matrices that stay float32, and those that stay BF16 if a file is quantized (most are gemma3n's)
 KEPT = frozenset({"router", "shared_router", "conv1d", "conv", "correction_coefs", "prediction_coefs"})
 HALF = frozenset({"per_layer_model_projection", "modality_router", "altup_projections", "altup_unembed_projections"})
 HALF |= {"linear_left", "linear_right"}
@@ -172,7 +172,7 @@ SPLIT = {
     "shared_gate_up": {"shared_gate": "shared_ffn, hidden", "shared_up": "shared_ffn, hidden"},
     "in_proj_qkvz": {"in_proj_qkv": f"{_K} + {_K} + {_V}, hidden", "in_proj_z": f"{_V}, hidden"},
 }
-# ... and those of models whose layers differ, where the architecture in gguf/uneven_layers.py wants them apart
+# ... and those that the architecture in gguf/uneven_layers.py stores apart, in models whose layers differ
 _QUERIES, _KEYS = "q_head*head_dim, hidden", "kv_head*head_dim, hidden"
 APART = {
     "qkv_proj": {"q_proj": _QUERIES, "k_proj": _KEYS, "v_proj": _KEYS},
@@ -185,15 +185,21 @@ PARTS = {
 
 
 def kinds() -> list[str]:
-    """The kinds of GGUF file that are known, as llama-quantize spells them in lower case."""
+    """The known kinds of GGUF file, as llama-quantize spells them, in lower case."""
     return list(BASE)
 
 
 def type_of(arch: Architecture, kind: str, matrix: bool | None = None) -> Callable[[Tensor], str]:
-    """The GGUF type of each tensor in a file of ``kind``; "Q5_0 + Q4_K" for one that is stored as two. ``matrix``:
-    whether an importance matrix is used; None: where the kind cannot be made without.
+    """Name the GGUF type of each tensor in a file of ``kind``.
 
-    Raises UsageError for an unknown kind.
+    Args:
+        arch: the model.
+        kind: such as "q4_k_m".
+        matrix: whether an importance matrix is used; None: only if the kind cannot be made without one.
+    Returns:
+        A function of a tensor; "Q5_0 + Q4_K" for one that is stored as two.
+    Raises:
+        UsageError: there is no such kind.
     """
     types = types_of(arch, kind, matrix)
     return lambda tensor: " + ".join(dict.fromkeys(types(tensor)))
@@ -202,8 +208,18 @@ def type_of(arch: Architecture, kind: str, matrix: bool | None = None) -> Callab
 def types_of(
     arch: Architecture, kind: str, matrix: bool | None = None, wide: bool = False
 ) -> Callable[[Tensor], list[str]]:
-    """As ``type_of``, the type of every piece that a tensor is stored as. ``wide``: what they would be if their rows
-    were as long as any type likes: where the two differ, a type falls back to another."""
+    """Name the types as ``type_of`` does, separately for every piece that a tensor is stored as.
+
+    Args:
+        arch: the model.
+        kind: such as "q4_k_m".
+        matrix: whether an importance matrix is used; None: only if the kind cannot be made without one.
+        wide: name the types for rows of whole blocks of any type. If that differs, a type falls back to another.
+    Returns:
+        A function of a tensor: the types of its pieces.
+    Raises:
+        UsageError: there is no such kind.
+    """
     mix, factor = _Mix(arch, known(kind), matrix), WIDEST if wide else 1
 
     def named(tensor: Tensor) -> list[str]:
@@ -214,13 +230,23 @@ def types_of(
 
 
 def storage(arch: Architecture, kind: str, matrix: bool | None = None) -> Callable[[Tensor], int]:
-    """Bytes of each tensor in a file of ``kind``: data only, no header and no padding. Raises as ``type_of``."""
+    """Count the bytes of each tensor in a file of ``kind``: data only, no header and no padding.
+
+    Args:
+        arch: the model.
+        kind: such as "q4_k_m".
+        matrix: whether an importance matrix is used; None: only if the kind cannot be made without one.
+    Returns:
+        A function of a tensor: its bytes.
+    Raises:
+        UsageError: there is no such kind.
+    """
     mix = _Mix(arch, known(kind), matrix)
     return lambda tensor: sum(nbytes(mix.type(tensor, role, shape), shape) for role, shape in mix.pieces(tensor))
 
 
 def known(kind: str) -> str:
-    """The kind in lower case. Raises UsageError, with what is near, when there is none of this name."""
+    """The kind in lower case. Raises UsageError, with similar names, if there is no such kind."""
     if kind.lower() in BASE:
         return kind.lower()
     near = get_close_matches(kind.lower(), BASE, 4, 0.5)
@@ -243,7 +269,7 @@ class _Mix:
             not any(tensor.spec.role == "lm_head" for tensor in arch.tensors()) and arch.family.gguf not in UNTIED
         )
         self.experts = max(layer.sizes.get("expert", 0) for layer in arch.layers)
-        # of the first layer, which has no kv heads where it does not attend; gated DeltaNets are said to have some
+        # of the first layer, which has no kv heads if it does not attend; gated DeltaNets count as having some
         self.gqa = 0 if first.kind.partition("+")[0] in ("conv", "mamba", "feed_forward") else heads // kv_heads
         # LLM_TYPE_70B: src/models/llama.cpp, qwen2.cpp
         llama = arch.family.gguf == "llama" and heads != kv_heads and self.experts != 8
@@ -255,7 +281,7 @@ class _Mix:
             self.ranks[group] = {name: index for index, (_, _, name) in enumerate(found)}
 
     def pieces(self, tensor: Tensor) -> list[tuple[str, tuple[int, ...]]]:
-        """Role and shape of what a tensor is stored as."""
+        """Role and shape of every piece that a tensor is stored as."""
         if tensor.spec.role not in self.split:
             return [(tensor.spec.role, tensor.shape)]
         sizes = self.arch.layer_sizes(tensor.layer)
@@ -276,7 +302,7 @@ class _Mix:
         return chosen if fits(chosen, shape[-1]) else "F16"
 
     def chosen(self, tensor: Tensor, role: str, shape: tuple[int, ...]) -> str:
-        """The type before it is held against the columns."""
+        """The type before it is checked against the columns."""
         if role == "lm_head" or (role in LOOKUPS and self.tied):
             return self.head(shape[-1])
         if self.kind == "mxfp4_moe":
@@ -301,7 +327,10 @@ class _Mix:
         return "Q5_K" if self.kind in (*TWO_BITS, "iq3_xxs") else "Q6_K"
 
     def place(self, tensor: Tensor, group: str) -> Place:
-        """Where there are experts, all but the values are counted by layer; not so ffn_down in the smallest kinds."""
+        """The place of a tensor in its group.
+
+        If there are experts, all except the values are counted by layer; but not ffn_down in the smallest kinds.
+        """
         index, count = self.ranks.get(group, {}).get(tensor.name, 0), len(self.arch.layers)
         if group == "value":
             count = len(self.ranks[group])

@@ -1,5 +1,8 @@
-"""What single architectures of llama.cpp cannot do, do differently, or want to be told beyond what all are told. No
-arrays. ``src/models`` is llama.cpp's."""
+"""What single architectures of llama.cpp cannot do, do differently, or need in addition to the common metadata. No
+arrays.
+
+``src/models`` is llama.cpp's.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from ..arch import Architecture
 from ..arch.rope import both_rope_spellings, rope_scaling, rotary_share
 from ..model.checkpoint import Checkpoint
 
-WINDOWS = ("gemma2", "gemma3", "olmo2")  # architectures that take a list of which layers have one
+WINDOWS = ("gemma2", "gemma3", "olmo2")  # architectures that take a list of the layers with a window
 BY_PLACE = ("smollm3",)  # architectures that treat layers by their place, and take no list
-LONG = ("longrope", "su")  # two names of phi3's scaling, by factors of their own for every pair
+LONG = ("longrope", "su")  # two names of phi3's scaling, which has a factor for every pair
 
 ALLOWED = {  # ways to scale a rope, by architecture
     "llama": ("linear", "yarn", "llama3"),
@@ -23,7 +26,7 @@ ALLOWED = {  # ways to scale a rope, by architecture
     "phi3": ("linear", *LONG),
 }
 
-# ---- what the architecture of a family cannot do: the reason, for a model that needs it ----
+# ---- why the architecture of a family cannot run a model; None if it can ----
 
 
 def _why_no_biases(arch: Architecture) -> str | None:
@@ -40,7 +43,7 @@ def _why_no_olmo2(arch: Architecture) -> str | None:
 
 
 def _why_no_smollm3(arch: Architecture) -> str | None:
-    """src/models/smollm3.cpp: every fourth layer is without rope, by its place."""
+    """src/models/smollm3.cpp: every fourth layer, by its place, has no rope."""
     if "sliding_attention" in (arch.config.get("layer_types") or ()):
         return "has sliding attention, which llama.cpp's smollm3 lacks"
     if why := _why_no_biases(arch):
@@ -56,7 +59,7 @@ def _why_no_smollm3(arch: Architecture) -> str | None:
 
 
 def _why_no_phi3(arch: Architecture) -> str | None:
-    """mlx_lm/models/phi3.py ModelArgs drops what it does not know."""
+    """mlx_lm/models/phi3.py ModelArgs drops scalings that it does not know."""
     kind = rope_scaling(arch.config).get("rope_type")
     known = kind in (None, "linear", *LONG)
     return None if known else f"says rope scaling {kind!r}, which mlx-lm ignores in a phi3"
@@ -69,7 +72,7 @@ OBJECTIONS: Mapping[str, Callable[[Architecture], str | None]] = {
 }
 
 
-# ---- what it is told, and what is to be said ----
+# ---- further metadata, and notes for people ----
 
 
 def rotary(arch: Architecture, architecture: str) -> int:
@@ -78,7 +81,7 @@ def rotary(arch: Architecture, architecture: str) -> int:
 
 
 def _windows(writer: Any, config: Mapping[str, Any], kinds: Sequence[str]) -> None:
-    """One entry per layer: the default period would be applied to whatever layers are left."""
+    """Write one entry per layer: llama.cpp would apply its default period to the layers that are left."""
     writer.add_sliding_window(config["sliding_window"])
     writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
 
@@ -92,7 +95,7 @@ def _gemma3_metadata(writer: Any, checkpoint: Checkpoint) -> None:
 
 
 def _gemma2_metadata(writer: Any, checkpoint: Checkpoint) -> None:
-    """The windows are those of the original, which mlx-lm does not have."""
+    """Write the windows of the original, which mlx-lm does not have."""
     arch, kind = checkpoint.arch, checkpoint.arch.family.by_place["layer_types"]
     _windows(writer, arch.config, [kind(arch.config, i) for i in range(len(arch.layers))])
     writer.add_attn_logit_softcapping(float(arch.config["attn_logit_softcapping"]))
@@ -114,10 +117,10 @@ def _granite_metadata(writer: Any, checkpoint: Checkpoint) -> None:
 
 
 def _mistral3_metadata(writer: Any, checkpoint: Checkpoint) -> None:
-    """Queries are scaled up step by step, a step being the original length."""
+    """Write how queries are scaled up step by step; a step is the original length."""
     parameters = checkpoint.arch.config["rope_parameters"]
     writer.add_attn_temperature_scale(float(parameters["llama_4_scaling_beta"]))
-    if parameters.get("rope_type") != "yarn":  # which has said it
+    if parameters.get("rope_type") != "yarn":  # for yarn, the rope metadata already have it
         writer.add_rope_scaling_orig_ctx_len(int(parameters["original_max_position_embeddings"]))
 
 
@@ -132,7 +135,7 @@ def _phi3_metadata(writer: Any, checkpoint: Checkpoint) -> None:
     writer.add_rope_scaling_attn_factors(1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original)))
 
 
-# what an architecture is told beyond what all are told
+# metadata of an architecture in addition to the common ones
 FURTHER: Mapping[str, Callable[[Any, Checkpoint], None]] = {
     "gemma2": _gemma2_metadata,
     "gemma3": _gemma3_metadata,
@@ -144,7 +147,7 @@ FURTHER: Mapping[str, Callable[[Any, Checkpoint], None]] = {
 
 
 def _gemma2_notes(arch: Architecture) -> tuple[str, ...]:
-    """Where llama.cpp and mlx-lm differ."""
+    """Notes on differences between llama.cpp and mlx-lm."""
     window = arch.config["sliding_window"]
     if (arch.config.get("max_position_embeddings") or 0) <= window:
         return ()

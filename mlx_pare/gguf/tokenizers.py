@@ -18,7 +18,7 @@ QWEN35 = (
 )
 
 
-# (what splits the text, in order; whether a word that is in the vocabulary is taken whole, "ignore_merges") -> name.
+# (what splits the text, in order; whether a word in the vocabulary is taken whole, "ignore_merges") -> name.
 # Source: llm_tokenizer_bpe and llama_vocab::impl::load in llama.cpp src/llama-vocab.cpp; every row is tested against
 # the tokenizers library on 300 strings (tests/exporting/test_export.py).
 PRE_TOKENIZERS = {

@@ -1,4 +1,4 @@
-"""The types a GGUF tensor can have: number, values per block, bytes per block. The one table of them; no arrays.
+"""The types a GGUF tensor can have: number, values per block, bytes per block. The only table of them; no arrays.
 
 Source: enum ggml_type in ggml.h and the block structs of ggml-common.h, as the installed llama.cpp reports them
 (ggml_blck_size, ggml_type_size; tests/gguf/test_gguf_types.py).
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Type(NamedTuple):
-    """``number`` in the file, ``values`` of a row that are quantized together, ``size`` of such a block in bytes."""
+    """``number``: in the file. ``values``: of a row that are quantized together. ``size``: of such a block in bytes."""
 
     number: int
     values: int
@@ -57,7 +57,7 @@ TYPES = {
     "Q2_0": Type(42, 64, 18),
 }
 
-# Where the float16 numbers that scale a whole block stand in it (ggml-common.h); the other types of blocks have none
+# Byte range of the float16 numbers that scale a whole block (ggml-common.h); other types of blocks have none
 SCALES = {
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S"), (0, 2)),
     **dict.fromkeys(("IQ4_NL", "IQ4_XS"), (0, 2)),
@@ -71,14 +71,14 @@ NAMES = {kind.number: name for name, kind in TYPES.items()}
 
 
 def fits(name: str, columns: int) -> bool:
-    """Whether rows of so many values are whole blocks of the type."""
+    """Whether rows of ``columns`` values are whole blocks of the type."""
     return columns % TYPES[name].values == 0
 
 
 def nbytes(name: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of type ``name`` and logical ``shape`` (columns last), without padding.
 
-    Raises ValueError when its rows are no whole number of blocks, KeyError for a type that is not in the table.
+    Raises ValueError if its rows are no whole number of blocks, KeyError for a type that is not in the table.
     """
     kind, columns = TYPES[name], shape[-1] if shape else 1
     if columns % kind.values:

@@ -1,12 +1,12 @@
 """Models whose layers differ, as llama.cpp runs them: its deci and openelm architectures, and their traps.
 
-Of all of llama.cpp's loaders only a few take a size for every layer. deci (src/models/deci.cpp) takes heads, kv heads
-and ffn of every layer, biases and rope factors, but has no norms of queries and keys, and turns its rope as llama does.
-openelm (src/models/openelm.cpp) has those norms, always, and an embedding that is always the head as well.
+Only a few of llama.cpp's loaders take a size for every layer. deci (src/models/deci.cpp) takes heads, kv heads and ffn
+of every layer, biases and rope factors. It has no norms of queries and keys, and turns its rope as llama does. openelm
+(src/models/openelm.cpp) always has those norms, and its embedding is always the head as well.
 
-Two things deci computes wrongly, and what is written in their place: a layer without feed-forward loses its residual
-(or aborts, as the last one), so it gets one of ABSENT_FFN channels that are zero; a first layer without attention
-leaves the head dimension unknown, so it gets one head that is zero.
+deci computes two things wrongly, so other tensors are written. A layer without feed-forward loses its residual (or
+aborts, as the last one), so it gets a feed-forward of ABSENT_FFN channels that are zero. A first layer without
+attention leaves the head dimension unknown, so it gets one head that is zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROPE = {"attn_q", "attn_k"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a layer has in the file."""
+    """The sizes of one layer in the file."""
 
     heads: int
     kv_heads: int
@@ -36,14 +36,14 @@ class Sizes:
 
 
 def why_not(arch: Architecture) -> str | None:
-    """Why llama.cpp has nothing for a model of this sort whose layers differ; None when it has."""
+    """Why llama.cpp has nothing for a model of this sort whose layers differ; None if it has."""
     if _normed(arch) and not arch.tied:
         return "no architecture with a size for every layer has norms of queries and keys and an untied head"
     return None
 
 
 def architecture(arch: Architecture) -> str:
-    """deci or openelm: which of them computes what this model does. Raises PareError when neither does."""
+    """The architecture, deci or openelm, that computes what this model does. Raises PareError if neither does."""
     if why := why_not(arch):
         raise PareError(f"llama.cpp cannot run layers that differ of such a model: {why}", "cut all layers alike")
     return "openelm" if _normed(arch) else "deci"
@@ -54,7 +54,7 @@ def _normed(arch: Architecture) -> bool:
 
 
 def sizes(arch: Architecture) -> list[Sizes]:
-    """Of every layer, what stands for nothing included."""
+    """The sizes of every layer in the file, including those of parts that stand in for missing ones."""
     found = []
     for index, layer in enumerate(arch.layers):
         kv_heads, ffn = layer.sizes["kv_head"], layer.sizes["ffn"] or ABSENT_FFN
@@ -66,8 +66,15 @@ def sizes(arch: Architecture) -> list[Sizes]:
 
 
 def parts(arch: Architecture, name: str, tensor: Tensor) -> list[tuple[str, range]] | None:
-    """The tensors of the file that one of ours becomes, with its rows in each, in llama.cpp's architecture ``name``;
-    None when it stays one."""
+    """Find the tensors of the file that one of ours becomes.
+
+    Args:
+        arch: the model.
+        name: llama.cpp's architecture.
+        tensor: our tensor.
+    Returns:
+        Name in the file and our rows of each; None if the tensor stays one.
+    """
     stems = SPLIT.get(name, {}).get(tensor.spec.role)
     if stems is None:
         return None
@@ -80,7 +87,13 @@ def parts(arch: Architecture, name: str, tensor: Tensor) -> list[tuple[str, rang
 
 
 def stand_ins(arch: Architecture) -> Iterator[tuple[str, Any]]:
-    """(name, float32 array) of everything that is written for what a deci layer does not have."""
+    """Make what is written for the parts that a deci layer does not have.
+
+    Args:
+        arch: the model.
+    Returns:
+        Name in the file and float32 array, ones for norms and zeros for matrices, of each tensor.
+    """
     import numpy as np
 
     hidden, head_dim = arch.sizes["hidden"], arch.uniform("head_dim")

@@ -1,4 +1,4 @@
-"""Dense families that can be planned for but not cut, as data. A row that names no config key stands for none."""
+"""Dense families that can be planned for but not cut, as data. If a row names no config key, mlx-lm reads none."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Blocks of GGUF tensors as MLX packings: the same codes, in MLX's order. What each type is: the block structs of
-ggml-common.h, as gguf.quants reads them, against which every row of the table is tested.
+"""Blocks of GGUF tensors as MLX packings: the same codes, in MLX's order.
 
-A type whose groups have one scale, and perhaps a minimum, is affine as MLX's own packing is: its codes stay, and its
-scales and minima where float16 holds them. Other types are packed anew.
+What each type is: the block structs of ggml-common.h, as gguf.quants reads them; every row of the table is tested
+against gguf.quants. If the groups of a type have one scale, and perhaps a minimum, it is affine as MLX's own packing
+is. Its codes stay, and so do its scales and minima if float16 holds them. Other types are packed again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Raw = np.ndarray  # uint8 [blocks, bytes of a block]
 # codes uint8 [blocks, values]; scales and biases float32 [blocks, groups] (of a float mode: uint8, and None)
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
-ANEW = Packing(8, 32)  # what a type is packed as that no packing of MLX's is
+ANEW = Packing(8, 32)  # the packing for types that no MLX packing matches
 
 
 @dataclass(frozen=True)
 class Form:
-    """How blocks of a type are stored by MLX. ``exact``: float16 holds their scales and minima without rounding."""
+    """How MLX stores blocks of a type. ``exact``: float16 holds their scales and minima without rounding."""
 
     packing: Packing
     parts: Callable[[Raw], Parts]
@@ -32,7 +32,7 @@ class Form:
 
 
 def _half(raw: Raw, at: int = 0) -> np.ndarray:
-    """float32 [blocks, 1] of the float16 at a byte."""
+    """float32 [blocks, 1] of the float16 at byte ``at``."""
     return np.ascontiguousarray(raw[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
@@ -43,7 +43,7 @@ def _nibbles(raw: np.ndarray, run: int) -> np.ndarray:
 
 
 def _fifth(raw: np.ndarray) -> np.ndarray:
-    """The fifth bits of 32 codes, one after the other in 4 bytes, in their place."""
+    """The fifth bits of 32 codes, which 4 bytes hold one after the other, shifted to their place."""
     return np.unpackbits(raw, axis=1, bitorder="little") << 4
 
 
@@ -71,8 +71,11 @@ def _q5_1(raw: Raw) -> Parts:
 
 
 def _sixths(raw: Raw) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and bias of the 8 groups of a Q4_K or Q5_K block: two float16 times numbers of 6 bits, of which bytes 4 to
-    11 hold the lower ends of the first four scales and minima, and in their upper two bits what the others lack."""
+    """Scale and bias of the 8 groups of a Q4_K or Q5_K block: two float16 times numbers of 6 bits.
+
+    Bytes 4 to 11 hold the lower ends of the first four scales and minima, and in their upper two bits what the others
+    lack.
+    """
     low, high, both = (raw[:, start : start + 4] for start in (4, 8, 12))
     scales = np.concatenate([low & 63, both & 15 | low >> 2 & 48], axis=1)
     minima = np.concatenate([high & 63, both >> 4 | high >> 2 & 48], axis=1)
@@ -89,14 +92,14 @@ def _q5_k(raw: Raw) -> Parts:
 
 
 def _tq2_0(raw: Raw) -> Parts:
-    """-1, 0, 1 times one scale; MLX's largest group is half a block."""
+    """-1, 0, 1 times one scale. MLX's largest group is half a block."""
     quarters = raw[:, :64].reshape(len(raw), 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
     scale = np.repeat(_half(raw, 64), 2, axis=1)
     return quarters.reshape(len(raw), -1), scale, -scale
 
 
 def _tq1_0(raw: Raw) -> Parts:
-    """The same, five to a byte."""
+    """The same numbers, five to a byte."""
     scale = np.repeat(_half(raw, 52), 2, axis=1)
     return (np.sign(dense(raw, "TQ1_0")) * np.sign(scale[:, :1]) + 1).astype(np.uint8), scale, -scale
 
@@ -120,14 +123,21 @@ FORMS = {
 
 
 def parts(rows: np.ndarray, kind: str) -> Parts:
-    """Stored rows, uint8 [rows, bytes of a row], as codes [rows, columns], scales and biases [rows, groups]."""
-    with np.errstate(all="ignore"):  # what is not finite is the caller's to find
+    """Convert stored rows to codes, scales and biases of the type's MLX packing.
+
+    Args:
+        rows: uint8 [rows, bytes of a row].
+        kind: the GGUF type, one of FORMS.
+    Returns:
+        Codes uint8 [rows, columns], scales and biases float32 [rows, groups]; for MXFP4 scales uint8, and None.
+    """
+    with np.errstate(all="ignore"):  # the caller looks for numbers that are not finite
         found = FORMS[kind].parts(rows.reshape(-1, TYPES[kind].size))
     return tuple(None if part is None else part.reshape(len(rows), -1) for part in found)
 
 
 def readable(kind: str) -> bool:
-    """Whether gguf-py knows how to read a type."""
+    """Whether gguf-py can read a type."""
     try:
         dense(np.zeros((1, TYPES[kind].size), np.uint8), kind)
     except (KeyError, NotImplementedError):
@@ -136,8 +146,17 @@ def readable(kind: str) -> bool:
 
 
 def dense(rows: np.ndarray, kind: str) -> np.ndarray:
-    """Stored rows, uint8 [rows, bytes of a row], as float32 [rows, columns]. Raises NotImplementedError for a type that
-    gguf-py cannot read."""
+    """Convert stored rows to floats.
+
+    Args:
+        rows: uint8 [rows, bytes of a row].
+        kind: the GGUF type.
+    Returns:
+        The values, float32 [rows, columns].
+    Raises:
+        KeyError: gguf-py does not know the type.
+        NotImplementedError: gguf-py cannot read the type.
+    """
     import gguf
 
     with np.errstate(all="ignore"):

@@ -1,8 +1,9 @@
-"""The config.json that a GGUF file stands for, out of its metadata and tensor table: what ``arch.describe`` reads.
+"""The config.json that a GGUF file stands for, from its metadata and tensor table: what ``arch.describe`` reads.
 
-Only what decides tensors, caches and windows, in the spelling of the family on the hub; not what is computed with them.
-One table per llama.cpp architecture: which metadata key is which config key, which tensor is which flag, and what takes
-a function. Sources: conversion/*.py of llama.cpp, which wrote the metadata, and ModelArgs in mlx_lm/models.
+Only what decides tensors, caches and windows, in the spelling of the family on the hub; not the other numbers that a
+model computes with. One table per llama.cpp architecture: which metadata key is which config key, which tensor is which
+flag, and what needs a function. Sources: conversion/*.py of llama.cpp, which wrote the metadata, and ModelArgs in
+mlx_lm/models.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from ..header import Header, Skipped
 
 @dataclass(frozen=True)
 class Facts:
-    """A header asked by short names: ``number("attention.head_count")`` reads "<architecture>.attention.head_count".
+    """Reads a header by short names: ``number("attention.head_count")`` reads "<architecture>.attention.head_count".
 
-    Files are somebody else's: a value of the wrong sort counts as absent.
+    Files come from outside: a value of the wrong sort counts as absent.
     """
 
     header: Header
@@ -31,11 +32,11 @@ class Facts:
         return found if isinstance(found, str) else "unknown"
 
     def value(self, key: str) -> Any:
-        """The raw value, None when there is none."""
+        """The raw value; None if there is none."""
         return self.header.metadata.get(f"{self.architecture}.{key}")
 
     def number(self, key: str) -> int | float | None:
-        """A number; of one per layer the largest."""
+        """A number; the largest, if there is one per layer."""
         found = self.value(key)
         if isinstance(found, tuple) and found:
             found = max(found)
@@ -43,7 +44,7 @@ class Facts:
         return found if usable else None
 
     def each(self, key: str) -> tuple[Any, ...] | None:
-        """One value per layer, when the file has so many."""
+        """One value per layer, if the file has that many; else None."""
         found = self.value(key)
         return found[: self.layers] if isinstance(found, tuple) and len(found) >= self.layers > 0 else None
 
@@ -53,12 +54,12 @@ class Facts:
         return int(self.number("block_count") or 0) - int(self.number("nextn_predict_layers") or 0)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor outside the layers, or of the first layer that has one; () when none has."""
+        """The shape of a tensor outside the layers, or of the first layer that has one; () if none has."""
         names = (name, *(f"blk.{i}.{name}" for i in range(min(self.layers, 1024))))
         return next((self.header.tensors[n].shape for n in names if n in self.header.tensors), ())
 
     def kinds(self, sliding: str, full: str) -> list[str] | None:
-        """layer_types by attention.sliding_window_pattern, when it has one entry per layer."""
+        """layer_types by attention.sliding_window_pattern, if it has one entry per layer."""
         pattern = self.each("attention.sliding_window_pattern")
         return [sliding if windowed else full for windowed in pattern] if pattern else None
 
@@ -74,9 +75,9 @@ class Table:
 
 
 def config_of(header: Header) -> dict[str, Any]:
-    """config.json facts of a GGUF file; of an unknown architecture its name as model_type, and the generic ones.
+    """config.json facts of a GGUF file. For an unknown architecture: its name as model_type, and the generic facts.
 
-    Keys without a value are left out. Never raises: ``arch.describe`` says what is missing.
+    Keys without a value are left out. Never raises: ``arch.describe`` reports what is missing.
     """
     facts = Facts(header)
     table = TABLES.get(facts.architecture, Table(facts.architecture))
@@ -91,7 +92,7 @@ def config_of(header: Header) -> dict[str, Any]:
 
 
 def _generic(facts: Facts) -> dict[str, Any]:
-    """What every architecture has."""
+    """The keys that every architecture has."""
     number = facts.number
     hidden, heads = number("embedding_length"), number("attention.head_count")
     rows, tokens = facts.shape("token_embd.weight"), facts.header.metadata.get("tokenizer.ggml.tokens")
@@ -118,7 +119,7 @@ def _generic(facts: Facts) -> dict[str, Any]:
 
 
 def _llama(facts: Facts) -> dict[str, Any]:
-    """Also Mistral, Mixtral, and a qwen2 that needed llama's rope scaling: seed_oss is llama with biases of its own."""
+    """Also Mistral, Mixtral, and a qwen2 that needed llama's rope scaling: seed_oss is llama with other biases."""
     if facts.number("expert_count"):
         return {"model_type": "mixtral"}
     same = bool(facts.shape("attn_q.bias")) == bool(facts.shape("attn_output.bias"))
@@ -126,7 +127,7 @@ def _llama(facts: Facts) -> dict[str, Any]:
 
 
 def _period(facts: Facts, otherwise: int) -> dict[str, Any]:
-    """sliding_window_pattern: every so many layers one has full attention."""
+    """sliding_window_pattern: the distance between layers with full attention."""
     pattern = facts.each("attention.sliding_window_pattern")
     given = facts.value("attention.sliding_window_pattern")
     if pattern and not all(pattern):
@@ -168,7 +169,7 @@ def _gemma3n(facts: Facts) -> dict[str, Any]:
 
 
 def _sparse(facts: Facts) -> dict[str, Any]:
-    """Layers without experts among those with."""
+    """The layers without experts, if other layers have some."""
     experts = {n.split(".")[1] for n in facts.header.tensors if n.startswith("blk.") and ".ffn_gate_exps." in n}
     dense = [i for i in range(min(facts.layers, 1024)) if str(i) not in experts]
     return {"mlp_only_layers": dense if experts else [], "decoder_sparse_step": 1}
@@ -241,7 +242,7 @@ def _granite(facts: Facts) -> dict[str, Any]:
 
 
 def _nemotron(facts: Facts) -> dict[str, Any]:
-    """Every layer is one thing only: which, its tensors say."""
+    """The kind of every layer by its tensors."""
     letters = {"ssm_in": "M", "attn_q": "*", "ffn_down": "-", "ffn_down_exps": "E"}
     tensors = facts.header.tensors
     found = [

@@ -1,9 +1,8 @@
-"""A GGUF file, or all parts of one, rebuilt as an MLX model directory: what exporting/export.py does, undone, tensor by
+"""A GGUF file, or all parts of one, rebuilt as an MLX model directory: the reverse of exporting/export.py, tensor by
 tensor.
 
-Names and shapes come from the family's table, as they do on the way out; the header is read by our own bounded reader,
-the data a few rows at a time. Codes of quantized tensors are kept where MLX has a packing for them
-(gguf/read/blocks.py).
+Names and shapes come from the family's table, as in an export. Our own bounded reader reads the header, and the data
+come a few rows at a time. Codes of quantized tensors are kept if MLX has a packing for them (gguf/read/blocks.py).
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from . import blocks as gguf_blocks, settings as gguf_settings, tokenizer as ggu
 from .settings import Settings
 from .tensors import FLOATS, Rounding, Row, float_parts, holds, words
 
-MAX_ROW = 1 << 24  # values of a row, which is read at once
+MAX_ROW = 1 << 24  # values of a row, because whole rows are read
 MAX_FACTORS = 1 << 12  # of the rope, half a head
 MB = 1 << 20
 
 
 @dataclass
 class Opened:
-    """A GGUF file whose header made sense."""
+    """A GGUF file with a sound header."""
 
     path: Path
     settings: Settings
@@ -54,15 +53,23 @@ class Opened:
 
 
 def rebuild(gguf: Path, out: Path, dense: bool = False, origin: str | None = None) -> dict:
-    """Write the model of a GGUF file (or of all parts of one, given any) as the MLX model directory ``out``.
+    """Write the model of a GGUF file as an MLX model directory. Memory: a few rows, and the tokenizer.
 
-    F32, F16 and BF16 stay; Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, TQ1_0, TQ2_0 and MXFP4 keep codes and scales, Q4_K and Q5_K
-    codes, with scales rounded to float16; other types are packed anew with 8 bits. ``dense``: quantized
-    ones become float16. ``origin``: the hash of the file's bytes, which then is part of config.json, and so of what
-    tells the model apart from others (Checkpoint.identity).
-    Returns path, architecture, model_type, bytes, tensors, types (how many of each), rounded (by type: stored, tensors,
-    relative_error, worst) and notes. Raises Refused where ``out`` exists, PareError for what cannot be rebuilt or is no
-    sound model; nothing is left then. Memory: a few rows, and the tokenizer.
+    F32, F16 and BF16 stay, except for F32 vectors: they get the embedding's float dtype if it holds all their values.
+    Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, TQ1_0, TQ2_0 and MXFP4 keep codes and scales. Q4_K and Q5_K keep codes, and their
+    scales are rounded to float16. Other types are packed again with 8 bits.
+
+    Args:
+        gguf: the file, or any part of a split one.
+        out: the directory to create.
+        dense: whether quantized tensors become float16.
+        origin: the sha256 of the file's bytes for config.json, and so for Checkpoint.identity; None: left out.
+    Returns:
+        path, architecture, model_type, bytes, tensors, types (how many of each), rounded (by type: stored, tensors,
+        relative_error, worst) and notes.
+    Raises:
+        Refused: ``out`` exists.
+        PareError: the file cannot be rebuilt or is no sound model; nothing is left then.
     """
     gguf, out = Path(gguf), Path(out)
     refuse_existing(out)
@@ -78,7 +85,7 @@ def rebuild(gguf: Path, out: Path, dense: bool = False, origin: str | None = Non
         write_config(place, opened.settings.config | ({OUR_KEY: {"gguf_sha256": origin}} if origin else {}))
         if opened.licence:
             (place / "README.md").write_text(f"---\nlicense: {opened.licence}\n---\n", "utf-8")
-        with suppress(Unsupported):  # what can be run, but not cut
+        with suppress(Unsupported):  # a model that can be run, but not cut
             _ = Checkpoint(place).arch
     types: dict[str, int] = {}
     for row in opened.rows:
@@ -99,8 +106,11 @@ def rebuild(gguf: Path, out: Path, dense: bool = False, origin: str | None = Non
 
 
 def open_gguf(path: Path, dense: bool = False) -> Opened:
-    """The tensors of a GGUF file as those of an MLX model. Raises PareError where one is missing, too many or of
-    another shape, Unsupported for an architecture or a type that cannot be rebuilt."""
+    """Map the tensors of a GGUF file to those of an MLX model.
+
+    Raises PareError if one is missing, unknown or of another shape, Unsupported for an architecture or a type that
+    cannot be rebuilt.
+    """
     files = gguf_header.read_parts(path)
     header, first = gguf_header.union(path, files), next(iter(files))
     where = {name: (file, part.data_start) for file, part in files.items() for name in part.tensors}
@@ -129,7 +139,7 @@ def open_gguf(path: Path, dense: bool = False) -> Opened:
 
 
 def _untie(settings: Settings, header: gguf_header.Header) -> None:
-    """seed_oss multiplies by the embedding's words where that is its head too, so a packed one is stored twice."""
+    """Store a packed embedding twice if it is also the head of a seed_oss, whose class multiplies by packed words."""
     table = header.tensors.get("token_embd.weight")
     if settings.arch.family.name == "seed_oss" and settings.arch.tied and table and table.type not in FLOATS:
         settings.config["tie_word_embeddings"] = False
@@ -137,7 +147,7 @@ def _untie(settings: Settings, header: gguf_header.Header) -> None:
 
 
 def _names(settings: Settings, path: Path) -> dict[str, list[Tensor] | None]:
-    """Which of our tensors each tensor of the file is; an untied head may be the embedding once more."""
+    """Our tensors for each name in the file. An untied head may be the embedding once more."""
     import gguf
 
     number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -172,7 +182,7 @@ def _row(
     if info.shape[-1] > MAX_ROW:
         raise PareError(f"{name} in {path} has rows of {info.shape[-1]} values")
     rope = settings.source.norm_rope and "rope" in tensor.spec.transforms
-    entry, count = stored[name], tensor.shape[0] if tensor.matrix or rope else 1  # of a bias every value is a row
+    entry, count = stored[name], tensor.shape[0] if tensor.matrix or rope else 1  # every value of a bias is a row
     entry = replace(entry, shape=(count, info.nbytes // count))
     order = None
     if rope:
@@ -185,7 +195,7 @@ def _row(
 
 
 def _undone(order: Sequence[int]) -> list[int]:
-    """The permutation that takes this one back."""
+    """The permutation that reverses this one."""
     back = [0] * len(order)
     for there, here in enumerate(order):
         back[here] = there
@@ -193,7 +203,7 @@ def _undone(order: Sequence[int]) -> list[int]:
 
 
 def _factors(header: gguf_header.Header, stored: Mapping[str, Entry]) -> list[float] | None:
-    """The values of rope_freqs.weight, where a file has it."""
+    """The values of rope_freqs.weight; None if the file has none."""
     info = header.tensors.get("rope_freqs.weight")
     if info is None:
         return None
@@ -209,8 +219,11 @@ def _licence(header: gguf_header.Header) -> str | None:
 
 
 def _narrow(opened: Opened) -> None:
-    """GGUF files hold vectors in F32, whatever the model was. Where all of them are numbers of the dtype that the
-    embedding has, they become that: one in float32 would make MLX compute all that follows in float32."""
+    """Give vectors in F32 the dtype of the embedding, if it holds all their values.
+
+    GGUF files hold vectors in F32 for every model. One vector in float32 would make MLX compute everything after it in
+    float32.
+    """
     dtype = opened.rows[0].dtype  # of the embedding, or of its scales
     vectors = {row.tensor.name: row for row in opened.rows if not row.tensor.matrix and row.kind == "F32"}
     if dtype == "F32" or not vectors:
@@ -222,7 +235,7 @@ def _narrow(opened: Opened) -> None:
 
 
 def _quantization(opened: Opened) -> None:
-    """config.json says the packing of most matrices, and of every module that differs."""
+    """Write to config.json the packing of most matrices, and of every module that differs."""
     packed = {row.tensor.module: row.packing for row in opened.rows if row.packing}
     if not packed:
         return
@@ -236,7 +249,7 @@ def _quantization(opened: Opened) -> None:
 
 
 def _write(opened: Opened, directory: Path) -> dict[str, Any]:
-    """All tensors. Returns what was rounded, by type."""
+    """Write all tensors. Returns what was rounded, by type."""
     rounded: dict[str, Rounding] = {}
     writer = ShardWriter(directory, (planned for row in opened.rows for planned in row.planned()))
     total, done = sum(row.stored.nbytes for row in opened.rows), 0

@@ -1,8 +1,8 @@
-"""What a model of a GGUF file computes with, beside its sizes (gguf/read/config.py): eps, rope and its scaling, scores,
-the ids of special tokens. Together they are a whole config.json. No arrays.
+"""The numbers that a model of a GGUF file computes with, besides its sizes (gguf/read/config.py): eps, rope and its
+scaling, scores, the ids of special tokens. Together they are a whole config.json. No arrays.
 
-SOURCES is one row per llama.cpp architecture that can be rebuilt. Sources: llama.cpp src/llama-model.cpp and
-src/models, for what it takes where the metadata says nothing, and ModelArgs in mlx_lm/models.
+SOURCES has one row per llama.cpp architecture that can be rebuilt. Sources: llama.cpp src/llama-model.cpp and
+src/models, for its defaults if the metadata set nothing, and ModelArgs in mlx_lm/models.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ ENDS = ("eot", "eom")  # end a message, and so generation, as eos does
 
 @dataclass(frozen=True)
 class Source:
-    """One architecture. ``norm_rope``: rotary pairs are neighbours there, halves of a head in MLX. ``scalings``: of the
-    rope, that llama.cpp applies and MLX too. ``settings``: what the metadata does not spell as ModelArgs do.
-    ``names``: of classes in transformers by model type. ``notes``: what differs between the runtimes."""
+    """One architecture.
+
+    ``norm_rope``: its rotary pairs are neighbours, while MLX pairs halves of a head. ``scalings``: of the rope that
+    both llama.cpp and MLX apply. ``settings``: keys that the metadata spell differently from ModelArgs. ``names``:
+    classes in transformers by model type. ``notes``: differences between the runtimes.
+    """
 
     names: Mapping[str, str]
     norm_rope: bool = False
@@ -49,7 +52,7 @@ class Settings:
 
 
 def settings(header: Header, factors: Sequence[float] | None = None) -> Settings:
-    """The whole config.json of a GGUF file. ``factors``: of its rope_freqs.weight, where it has one.
+    """The whole config.json of a GGUF file. ``factors``: the values of its rope_freqs.weight; None if it has none.
 
     Raises Unsupported for an architecture without a row, PareError for what MLX could not compute.
     """
@@ -80,7 +83,7 @@ def settings(header: Header, factors: Sequence[float] | None = None) -> Settings
 
 
 def short(number: float) -> float:
-    """The shortest decimal number that is the same in float32, which metadata are in."""
+    """The shortest decimal number that is the same in float32, the format of metadata."""
 
     def single(x: float) -> bytes:
         return struct.pack("<f", x)
@@ -106,7 +109,7 @@ def _theta(config: Mapping[str, Any]) -> float:
 
 
 def _check_heads(facts: Facts, config: Mapping[str, Any]) -> None:
-    """Heads whose values are as wide as their keys, all of it rotated: what the families here have."""
+    """Raise PareError unless values are as wide as keys and the rope turns whole heads, as in the families here."""
     width = config.get("head_dim")
     for key in ("attention.value_length", "rope.dimension_count"):
         found = facts.number(key)
@@ -117,7 +120,7 @@ def _check_heads(facts: Facts, config: Mapping[str, Any]) -> None:
 
 
 def _ids(header: Header, rows: int) -> dict[str, Any]:
-    """Ids of special tokens that the embedding has a row for; several ends are a list, eos first."""
+    """Ids of special tokens for which the embedding has a row; several ends become a list, eos first."""
 
     def found(name: str) -> int | None:
         value = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -130,7 +133,7 @@ def _ids(header: Header, rows: int) -> dict[str, Any]:
 
 
 def _left(arch: Architecture, config: dict[str, Any]) -> dict[str, Any]:
-    """The same model under a type whose class accepts its shape, where its own does not (arch/spec.py, Exit)."""
+    """The same model under a type whose class accepts its shape, if its own does not (arch/spec.py, Exit)."""
     sizes = {**arch.sizes, **arch.layers[0].sizes}
     sizes["q_head"] = sizes["kv_head"] * sizes["group"]
     for exit_ in arch.family.exits:
@@ -145,7 +148,7 @@ def _left(arch: Architecture, config: dict[str, Any]) -> dict[str, Any]:
 def _scaling(
     facts: Facts, source: Source, config: Mapping[str, Any], factors: Sequence[float] | None
 ) -> dict[str, Any]:
-    """rope_scaling, empty where there is none."""
+    """rope_scaling; empty if there is none."""
     kind, factor = facts.value("rope.scaling.type"), facts.number("rope.scaling.factor")
     if kind is None and (factor := factor or facts.number("rope.scale_linear")) not in (None, 1):  # until 2023
         kind = "linear"
@@ -184,11 +187,11 @@ def _yarn(facts: Facts, factor: float) -> dict[str, Any]:
 
 
 def llama3_scaling(factors: Sequence[float], theta: float) -> dict[str, Any]:
-    """The rope_scaling that rope_freqs.weight [head_dim / 2] stands for; empty when all are 1, "linear" when all are
-    alike. Raises PareError for factors that no llama3 scaling gives.
+    """The rope_scaling that rope_freqs.weight [head_dim / 2] stands for; empty if all factors are 1, "linear" if all
+    are equal.
 
-    1/factor is linear in 1/wavelength between its two ends, so two points there give both; with one, or none, every
-    line between its neighbours gives the same factors.
+    Raises PareError for factors that no llama3 scaling gives. 1/factor is linear in 1/wavelength between its two ends,
+    so two points there give both. With one point or none, every line between its neighbours gives the same factors.
     """
     if not factors or not all(1 <= f < math.inf for f in factors) or list(factors) != sorted(factors):
         raise PareError("rope_freqs.weight of the GGUF file holds what is no factor of a llama3 rope")
@@ -241,8 +244,10 @@ def _line(smooth: Sequence[float], waves: Sequence[float]) -> tuple[float, float
 
 
 def _llama(facts: Facts, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Neither runtime has a window here, and one in the config would be another model to transformers. What is a qwen2
-    but for its rope scaling, which llama.cpp has for llama only, becomes one again."""
+    """A window is dropped: neither runtime has one here, and transformers would take the model for another one.
+
+    A seed_oss that is a qwen2 except for its rope scaling, which llama.cpp has for llama only, becomes a qwen2 again.
+    """
     square = config.get("num_attention_heads", 0) * (config.get("head_dim") or 0) == config.get("hidden_size")
     biased = config.get("attention_bias") and not config.get("attention_out_bias") and not config.get("mlp_bias")
     if config["model_type"] == "seed_oss" and square and biased:
@@ -251,7 +256,7 @@ def _llama(facts: Facts, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scores(facts: Facts, config: Mapping[str, Any], large: int) -> dict[str, Any]:
-    """llama.cpp divides scores by sqrt(head_dim), in a model of so many layers by sqrt(hidden / heads)."""
+    """llama.cpp divides scores by sqrt(head_dim), but by sqrt(hidden / heads) in a model of ``large`` layers."""
     heads = config.get("num_attention_heads") or 1
     wide = config.get("hidden_size", 0) // heads if config.get("num_hidden_layers") == large else config.get("head_dim")
     return {"query_pre_attn_scalar": wide, "hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh"}
@@ -264,7 +269,7 @@ def _gemma2(facts: Facts, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3(facts: Facts, config: Mapping[str, Any]) -> dict[str, Any]:
-    """MLX takes the kind of a layer from its place, so a pattern must be one."""
+    """MLX derives the kind of a layer from its place, so a pattern must have a period."""
     period, count = config.get("sliding_window_pattern"), config.get("num_hidden_layers")
     if not isinstance(period, int) or not isinstance(count, int):
         raise PareError("the GGUF metadata lack the number of layers")

@@ -1,5 +1,5 @@
-"""Tensors of a GGUF file on their way into an MLX checkpoint: a few rows at a time, in our order, as the bytes that
-MLX stores, and how much of them was rounded."""
+"""Tensors of a GGUF file on their way into an MLX checkpoint: a few rows at a time, in our order, as the bytes that MLX
+stores, and how much of them was rounded."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from ...tensors.safetensors import Entry
 from ...tensors.shards import Planned
 from . import blocks as gguf_blocks
 
-FLOATS = {"F32": np.dtype("<u4"), "F16": np.dtype("<u2"), "BF16": np.dtype("<u2")}  # and how their bits are read
+FLOATS = {"F32": np.dtype("<u4"), "F16": np.dtype("<u2"), "BF16": np.dtype("<u2")}  # type -> dtype of its bits
 EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # all of these bits: NaN or infinity
-TINY = 2.0**-24  # the least that float16 can tell from 0, and float32 from 1
+TINY = 2.0**-24  # the smallest difference to 0 in float16, and to 1 in float32
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: ``stored`` is where its rows lie as bytes, ``order`` from which of them each of ours comes (None: the
-    same), ``dtype`` of floats, ``packing`` of codes."""
+    """One tensor.
+
+    ``stored``: where its rows lie as bytes. ``order``: the stored row of each of our rows; None: the same. ``dtype``:
+    of floats, or of scales. ``packing``: of codes; None: the tensor becomes floats.
+    """
 
     tensor: Tensor
     kind: str
@@ -46,7 +49,11 @@ class Row:
         return [Planned(self.tensor.name, "U32", (rows, self.packing.words(columns))), *rest]
 
     def panels(self) -> Iterator[np.ndarray]:
-        """Its rows as they are stored, some at a time, in our order: uint8 [rows, bytes of one]."""
+        """Read its rows as they are stored, some at a time, in our order.
+
+        Returns:
+            Panels, uint8 [some rows, bytes of a row].
+        """
         yield from row_panels(self.stored, self.order, max(1, PANEL_VALUES // self.tensor.shape[-1]))
 
 
@@ -73,7 +80,7 @@ def holds(row: Row, dtype: str) -> bool:
 
 
 def _hold(values: np.ndarray, row: Row, dtype: str) -> bool:
-    """Whether a dtype holds these numbers, but for what is too small for float16, and as ``_shifted`` has it."""
+    """Whether a dtype holds these numbers as ``_shifted`` has them, except for what is too small for float16."""
     shifted = _shifted(values, row)
     found = np.array(_cast(shifted, dtype).astype(mx.float32))
     if shifted is not values:
@@ -82,8 +89,10 @@ def _hold(values: np.ndarray, row: Row, dtype: str) -> bool:
 
 
 def _shifted(values: np.ndarray, row: Row) -> np.ndarray:
-    """A Gemma norm without the 1 that the file has in it. The difference is exact for what is above a half; what the
-    model adds to it again is what the file says."""
+    """A Gemma norm without the 1 that the file includes. The difference is exact for values above a half.
+
+    The model adds the 1 again, and gets what the file says.
+    """
     return values - np.float32(1) if "norm+1" in row.tensor.spec.transforms else values
 
 
@@ -92,7 +101,16 @@ def _cast(values: np.ndarray, dtype: str) -> mx.array:
 
 
 def float_parts(row: Row, rounded: dict[str, Rounding]) -> Iterator[memoryview]:
-    """The bytes of a tensor that becomes floats."""
+    """Convert a tensor to the bytes of its floats.
+
+    Args:
+        row: the tensor.
+        rounded: by GGUF type, what was lost so far; the tensor is added unless its type is a float type.
+    Returns:
+        The bytes of ``row.dtype``, a few rows at a time.
+    Raises:
+        PareError: a value is NaN, infinite or too large for the dtype.
+    """
     same = row.kind == row.dtype and "norm+1" not in row.tensor.spec.transforms
     lost = whole = 0.0
     for panel in row.panels():
@@ -110,7 +128,7 @@ def float_parts(row: Row, rounded: dict[str, Rounding]) -> Iterator[memoryview]:
 
 
 def _finite(raw: np.ndarray, row: Row) -> memoryview:
-    """The bytes of floats. Raises PareError for NaN and infinity among them."""
+    """The bytes of floats. Raises PareError for NaN and infinity."""
     raw = np.ascontiguousarray(raw).reshape(-1)
     if ((raw.view(FLOATS[row.dtype]) & EXPONENT[row.dtype]) == EXPONENT[row.dtype]).any():
         raise _unsound(row)
@@ -127,7 +145,7 @@ def _unsound(row: Row) -> PareError:
 
 
 def _packed(panel: np.ndarray, row: Row) -> tuple[Packed, np.ndarray | None]:
-    """Some rows as MLX packs them, and energies [2] of what that rounds; None where nothing is."""
+    """Some rows as MLX packs them, and the energies [2] of the rounding; None if nothing is rounded."""
     form = gguf_blocks.FORMS.get(row.kind)
     if form is None:
         values = mx.array(gguf_blocks.dense(panel, row.kind))
@@ -148,7 +166,17 @@ def _packed(panel: np.ndarray, row: Row) -> tuple[Packed, np.ndarray | None]:
 
 
 def words(row: Row, rest: Sequence[IO[bytes]], rounded: dict[str, Rounding]) -> Iterator[memoryview]:
-    """The words of a tensor; its scales and biases go into these files meanwhile."""
+    """Convert a tensor to packed words; its scales and biases are written to files meanwhile.
+
+    Args:
+        row: the tensor.
+        rest: open files, one for the scales, and one for the biases if the packing is affine.
+        rounded: by GGUF type, what was lost so far; the tensor is added if anything was rounded.
+    Returns:
+        The bytes of the words, a few rows at a time.
+    Raises:
+        PareError: a value is NaN, infinite or too large for float16.
+    """
     total = None
     for panel in row.panels():
         made, lost = _packed(panel, row)

@@ -1,9 +1,8 @@
-"""tokenizer.json and tokenizer_config.json out of the metadata of a GGUF file: what gguf/write/tokenizer.py does,
-undone.
+"""tokenizer.json and tokenizer_config.json from the metadata of a GGUF file: the reverse of gguf/write/tokenizer.py.
 
-A file says its tokens, the name of a pre-tokenizer, and either merges (byte-level BPE, "gpt2") or scores
-(SentencePiece-style BPE, "llama"), from which merges follow. What llama.cpp does not do to text (a normalization), a
-file does not tell, so the result tokenizes as llama.cpp does.
+A file holds its tokens, the name of a pre-tokenizer, and either merges (byte-level BPE, "gpt2") or scores
+(SentencePiece-style BPE, "llama"), from which merges follow. A file does not hold what llama.cpp does not do to text (a
+normalization), so the result tokenizes as llama.cpp does.
 """
 
 from __future__ import annotations
@@ -19,33 +18,42 @@ from ..header import Skipped
 from ..tokenizers import CONTROL, DIGITS, GPT2, NORMAL, PRE_TOKENIZERS, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
 MAX_SPLITS = 1 << 28  # characters of all tokens cut in two everywhere: gemma's have 20 million
-NEVER = -1e8  # scores below are of what no merge makes: gguf/write/tokenizer.py gives it -1e9
+NEVER = -1e8  # lower scores belong to tokens that no merge makes: gguf/write/tokenizer.py gives them -1e9
 # Other names of the same pre-tokenizers, in llama_vocab::impl::load of llama.cpp src/llama-vocab.cpp
 ALIASES = {
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "pixtral"),
     "gpt-2": ("phi-2", "jina-es", "jina-de", "gigachat"),
     "qwen2": ("deepseek-r1-qwen",),
 }
-ADDS_BOS = ("llama-bpe",)  # ... of which some add one where the file does not say
+ADDS_BOS = ("llama-bpe",)  # ... that add a bos token if the file does not set it
 
 
 @dataclass
 class Files:
-    """What is to be written: two documents, and what differs from the original's tokenizer."""
+    """What will be written: two documents, and what differs from the original's tokenizer."""
 
     tokenizer: dict[str, Any]
     config: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
     def write(self, directory: Path) -> None:
-        """tokenizer.json and tokenizer_config.json."""
+        """Write tokenizer.json and tokenizer_config.json."""
         (directory / "tokenizer.json").write_text(json.dumps(self.tokenizer, ensure_ascii=False), "utf-8")
         (directory / "tokenizer_config.json").write_text(json.dumps(self.config, indent=1) + "\n", "utf-8")
 
 
 def files(metadata: Mapping[str, Any], rows: int, length: int | None = None) -> Files:
-    """The tokenizer of a GGUF file whose embedding has so many ``rows``. ``metadata``: from header.vocabulary;
-    ``length``: of the model's context. Raises PareError for one that is damaged or of another kind."""
+    """Rebuild the tokenizer of a GGUF file.
+
+    Args:
+        metadata: from header.vocabulary.
+        rows: of the embedding.
+        length: tokens of the model's context; None: unknown.
+    Returns:
+        The documents to write, and notes.
+    Raises:
+        PareError: the tokenizer is damaged or of another kind.
+    """
     facts = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind = facts.get("model")
     if kind not in KINDS:
@@ -90,7 +98,7 @@ def _tokens(facts: Mapping[str, Any], rows: int) -> tuple[Sequence[str], Sequenc
 
 
 def _each(facts: Mapping[str, Any], key: str, count: int, otherwise: Any) -> Sequence[Any]:
-    """One number per token; where there are none all are ``otherwise``."""
+    """One number per token; ``otherwise`` for all if the file has none."""
     found = facts.get(key)
     if found is None:
         return (otherwise,) * count
@@ -110,12 +118,12 @@ def _flag(facts: Mapping[str, Any], key: str, otherwise: bool) -> bool:
 
 
 def _padding(number: int, text: str, kind: int) -> bool:
-    """Whether a token is only there because the embedding has a row for it."""
+    """Whether a token exists only because the embedding has a row for it."""
     return kind == UNUSED and text == f"[PAD{number}]"
 
 
 def _added(number: int, text: str, kind: int) -> dict[str, Any]:
-    """A token that is cut out of the text before the rest is split: it need not be made by merges."""
+    """A token that is cut out of the text before the rest is split. No merge needs to make it."""
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": text, **plain, "special": kind != USER_DEFINED}
 
@@ -183,9 +191,19 @@ def _sentencepiece(facts: Mapping[str, Any], tokens: Sequence[str], types: Seque
 
 
 def merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, in the order of the scores of what they make: SentencePiece, like
-    llama.cpp, joins the neighbours whose result scores highest. Pairs that make the same token follow the ids of their
-    parts, as in transformers convert_slow_tokenizer.generate_merges.
+    """List every pair of tokens that makes a token, in the order of the scores of what they make.
+
+    SentencePiece, like llama.cpp, joins the neighbours whose result scores highest. Pairs that make the same token
+    follow the ids of their parts, as in transformers convert_slow_tokenizer.generate_merges.
+
+    Args:
+        tokens: the texts by id.
+        types: the kind of each token (gguf/tokenizers.py).
+        scores: the score of each token.
+    Returns:
+        The pairs.
+    Raises:
+        PareError: the tokens are too long to be cut in two everywhere.
     """
     ids = {text: i for i, text in enumerate(tokens) if types[i] in (NORMAL, UNUSED, USER_DEFINED)}
     made = {text: i for text, i in ids.items() if types[i] == NORMAL and scores[i] > NEVER}
@@ -207,7 +225,7 @@ KINDS: dict[str, Callable[..., tuple]] = {"gpt2": _gpt2, "llama": _sentencepiece
 
 
 def _template(tokens: Sequence[str], ids: Mapping[str, int | None], adds: Mapping[str, bool]) -> dict | None:
-    """The post-processor that puts special tokens around a text; None when it adds none."""
+    """The post-processor that puts special tokens around a text; None if it adds none."""
     put = {role: ids[role] for role in ("bos", "eos") if adds[role] and ids[role] is not None}
     if not put:
         return None

@@ -1,4 +1,4 @@
-"""The values of one tensor as a GGUF file has them: rows in the order of llama.cpp's rope, encoded, checked."""
+"""The values of one tensor as a GGUF file stores them: rows in the order of llama.cpp's rope, encoded, checked."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 def encoded(checkpoint: Checkpoint, row: Row, q_norm: float = 1.0) -> Iterator[memoryview]:
-    """The bytes of one tensor as they stand in the file, a few rows at a time; ``q_norm``: see architectures.Target.
+    """Encode one tensor as it is stored in the file, a few rows at a time.
 
-    Raises PareError for values that are not finite, or not in the row's type."""
+    Args:
+        checkpoint: the model.
+        row: the tensor of the file.
+        q_norm: factor on the weights of q_norm (architectures.Target).
+    Returns:
+        The bytes.
+    Raises:
+        PareError: a value is not finite, or becomes infinite in the row's type.
+    """
     import mlx.core as mx
 
     from ...model.weights import read_panels
@@ -35,7 +43,14 @@ def encoded(checkpoint: Checkpoint, row: Row, q_norm: float = 1.0) -> Iterator[m
 
 
 def convert(values: Any, kind: str) -> Any:
-    """float32 rows (an MLX array) as uint8 of a type: F32, F16, BF16, Q8_0, Q6_K, Q4_0, Q4_1, Q5_0 or Q5_1."""
+    """Encode float32 rows as a GGUF type.
+
+    Args:
+        values: an MLX array, float32 [..., columns].
+        kind: F32, F16, BF16, Q8_0, Q6_K, Q4_0, Q4_1, Q5_0 or Q5_1.
+    Returns:
+        The bytes, a flat uint8 numpy array.
+    """
     import mlx.core as mx
     import numpy as np
 
@@ -52,9 +67,11 @@ def convert(values: Any, kind: str) -> Any:
 
 
 def _q8_0(values: Any) -> Any:
-    """Blocks of 32 values: a scale in float16, codes of 8 bits rounded half away from zero. The bytes that
-    quantize_row_q8_0_ref of ggml-quants.c and gguf.quants write, in a third of the latter's time; on the CPU, whose
-    divisions are exact."""
+    """Blocks of 32 values: a scale in float16, codes of 8 bits rounded half away from zero.
+
+    The bytes are those of quantize_row_q8_0_ref of ggml-quants.c and of gguf.quants, in a third of the latter's time.
+    It runs on the CPU, whose divisions are exact.
+    """
     import mlx.core as mx
     import numpy as np
 
@@ -70,9 +87,11 @@ def _q8_0(values: Any) -> Any:
 
 
 def _q6_k(values: Any) -> Any:
-    """Blocks of 256 values: codes of 6 bits, of every 16 an 8-bit scale, of the block one in float16. Layout and choice
-    of scales of quantize_row_q6_K_ref of ggml-quants.c: of 19 near the one that the largest value asks for, that of the
-    least error weighted by the square of the values."""
+    """Blocks of 256 values: codes of 6 bits, an 8-bit scale for every 16, and one scale in float16 for the block.
+
+    Layout and choice of scales are those of quantize_row_q6_K_ref of ggml-quants.c. Of 19 scales near the one that the
+    largest value asks for, it takes that of the least error, weighted by the square of the values.
+    """
     import mlx.core as mx
     import numpy as np
 
@@ -94,7 +113,7 @@ def _q6_k(values: Any) -> Any:
 
 
 def _best_scales(parts: Any) -> Any:
-    """The scale of every row of [n, 16] whose codes of 6 bits, -32 to 31, come nearest; 0 where all is (nearly) 0."""
+    """The scale of every row of [n, 16] whose codes of 6 bits, -32 to 31, come nearest; 0 if all is (nearly) 0."""
     import mlx.core as mx
 
     peak = mx.take_along_axis(parts, mx.argmax(mx.abs(parts), axis=1, keepdims=True), axis=1)
@@ -114,7 +133,7 @@ def _best_scales(parts: Any) -> Any:
 
 
 def _checked(raw: Any, values: Any, row: Row) -> memoryview:
-    """Encoded rows. Raises PareError for what is not finite, before or after."""
+    """Encoded rows. Raises PareError for values that are not finite, before or after."""
     import mlx.core as mx
 
     told = row.type in (*FLOATS, "Q8_0")  # by the encoded bytes alone; others hide a value among those of its block
@@ -126,8 +145,14 @@ def _checked(raw: Any, values: Any, row: Row) -> memoryview:
 
 
 def finite(raw: Any, kind: str) -> bool:
-    """Whether encoded whole values (or blocks: what scales them, where they have such a number) are finite; ``raw`` is
-    uint8."""
+    """Check that encoded values are finite; of blocks, the numbers that scale them, if there are any.
+
+    Args:
+        raw: uint8 [bytes], of whole values or blocks.
+        kind: the GGUF type.
+    Returns:
+        Whether no number is NaN or infinite.
+    """
     import numpy as np
 
     if kind not in FLOATS:

@@ -1,10 +1,10 @@
 """An importance matrix: for every linear layer the mean square of each of its inputs, over some text.
 
-llama.cpp's quantizer weighs the error of a weight by it. Ours comes from one streamed pass, one block in memory at a
-time; the file is that of llama.cpp (common/imatrix-loader.cpp, tools/imatrix): GGUF with two tensors for each matrix,
-``NAME.in_sum2`` [1, columns], the sum of squares over all tokens, and ``NAME.counts`` [1, 1], how many tokens those
-were. As there by default, the head has no entry: it is better quantized without (tools/imatrix/README.md). Rows of q
-and k are stored in another order than ours, their columns are not.
+llama.cpp's quantizer weighs the error of a weight by it. Ours comes from one streamed pass with one block in memory at
+a time. The file is that of llama.cpp (common/imatrix-loader.cpp, tools/imatrix): GGUF with two tensors per matrix,
+``NAME.in_sum2`` [1, columns], the sum of squares over all tokens, and ``NAME.counts`` [1, 1], the number of tokens.
+As there by default, the head has no entry: it is better quantized without (tools/imatrix/README.md). Rows of q and k
+are stored in another order than ours, but their columns are not.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ TOLD = 127  # bytes of a string that llama-quantize puts into a file's metadata 
 
 @dataclass(frozen=True)
 class Importance:
-    """``sums`` float32 [columns] and ``counts`` by the name of a matrix in GGUF; which texts (``datasets``), as
-    ``chunks`` pieces of ``chunk_size`` tokens; ``name`` of the file it is to be known by."""
+    """An importance matrix.
+
+    ``sums`` (float32 [columns]) and ``counts`` by the name of a matrix in GGUF. ``datasets``: the texts, read as
+    ``chunks`` pieces of ``chunk_size`` tokens. ``name``: the file name that is recorded for it.
+    """
 
     sums: Mapping[str, np.ndarray]
     counts: Mapping[str, float]
@@ -40,15 +43,19 @@ class Importance:
     name: str = "imatrix.gguf"
 
     def means(self) -> dict[str, np.ndarray]:
-        """What the quantizer takes: the mean square of every input, float32 [columns]; ones where no token was seen
-        (load_imatrix of tools/quantize/quantize.cpp)."""
+        """Compute what the quantizer takes: the mean square of every input (load_imatrix of
+        tools/quantize/quantize.cpp).
+
+        Returns:
+            Name of a matrix -> float32 [columns]; ones if no token was seen.
+        """
         return {
             name: sums / np.float32(self.counts[name]) if self.counts[name] > 0 else np.ones_like(sums)
             for name, sums in self.sums.items()
         }
 
     def describe(self, writer: Any) -> None:
-        """The keys that llama-quantize adds to a file made with an importance matrix, to a gguf.GGUFWriter."""
+        """Add the keys that llama-quantize adds to a file made with an importance matrix, to a gguf.GGUFWriter."""
         writer.add_string("quantize.imatrix.file", _cut(self.name))
         writer.add_string("quantize.imatrix.dataset", _cut(self.datasets[0]))
         writer.add_uint32("quantize.imatrix.entries_count", len(self.sums))
@@ -87,7 +94,7 @@ def _cut(text: str) -> str:
 
 
 def load(path: Path) -> Importance:
-    """Read an importance matrix, ours or llama.cpp's. Raises PareError for a file that is none, or is damaged."""
+    """Read an importance matrix, ours or llama.cpp's. Raises PareError if the file is none, or is damaged."""
     path = Path(path)
     header = gguf_header.read(path)
     known = header.metadata
@@ -114,7 +121,7 @@ def load(path: Path) -> Importance:
 
 
 def check(of: Importance, checkpoint: Checkpoint) -> None:
-    """Raises UsageError when it belongs to another model: it lacks a matrix of a block, or has one of other columns."""
+    """Raise UsageError if it belongs to another model: it lacks a matrix of a block, or has one of other columns."""
     for row in table(checkpoint.arch, target_of(checkpoint), "f16"):
         if row.source is None or row.source.layer is None or not row.source.matrix:
             continue

@@ -1,7 +1,7 @@
 """llama.cpp's own quantizer: for the GGUF types that we do not write, and for all with an importance matrix.
 
-``llama-quantize`` where it is on PATH, else llama_model_quantize of llama-cpp-python (the extra "llama"); both in a
-child process, because llama.cpp aborts on some bad files. Run as a module it is that child.
+mlx-pare uses ``llama-quantize`` if it is on PATH, else llama_model_quantize of llama-cpp-python (the extra "llama").
+Both run in a child process, because llama.cpp aborts on some bad files. Run as a module, this file is that child.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REASONS = {
 
 
 def known(kind: str) -> str:
-    """The kind in lower case, when it can be written. Raises UsageError otherwise."""
+    """The kind in lower case, if it can be written. Raises UsageError otherwise."""
     kind = quant_mixes.known(kind)
     if kind not in FILE_TYPES:
         raise UsageError(f"{kind} {REASONS[kind]}", "choose another type, e.g. q4_k_m")
@@ -52,19 +52,19 @@ def direct(kind: str, matrix: bool) -> bool:
 
 
 def between(checkpoint: Checkpoint) -> str:
-    """The kind of the file that is quantized from, as exact as the checkpoint; packed values are taken as float16."""
+    """The kind of the float file to quantize from, as exact as the checkpoint; packed values count as float16."""
     matrices = [tensor for tensor in checkpoint.arch.tensors() if tensor.matrix]
     dtypes = {"F16" if checkpoint.packing(t.module) else checkpoint.dtype(t) for t in matrices}
     return "f32" if "F32" in dtypes else "bf16" if dtypes == {"BF16"} else "f16"
 
 
 def program() -> str | None:
-    """The llama-quantize on PATH."""
+    """The path of llama-quantize; None if it is not on PATH."""
     return shutil.which("llama-quantize")
 
 
 def require(kind: str) -> None:
-    """Raises PareError when nothing here makes files of this kind."""
+    """Raise PareError if nothing on this computer makes files of this kind."""
     if program() is None and importlib.util.find_spec("llama_cpp") is None:
         raise PareError(
             f"{kind} takes llama.cpp's quantizer, and neither llama-cpp-python nor llama-quantize is here",
@@ -73,16 +73,22 @@ def require(kind: str) -> None:
 
 
 def quantize(source: Path, out: Path, kind: str, tensors: int, matrix: Path | None = None) -> None:
-    """Write ``source``, a GGUF file of floats with so many ``tensors``, as ``out`` of ``kind``; ``matrix``: the file of
-    an importance matrix.
+    """Quantize a GGUF file of floats with llama.cpp.
 
-    Raises PareError with what llama.cpp says when it fails; ``out`` may then be there in part.
+    Args:
+        source: the GGUF file of floats.
+        out: the file to write; it may be there in part after an error.
+        kind: the kind of the new file, such as "q4_k_m".
+        tensors: of ``source``, for the progress.
+        matrix: the file of an importance matrix; None: without.
+    Raises:
+        PareError: there is no quantizer, or llama.cpp fails, with its message.
     """
     require(kind)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = program()
     if found:
-        chosen = ["--imatrix", matrix.name] if matrix else []  # by name alone: it is told in the file
+        chosen = ["--imatrix", matrix.name] if matrix else []  # by name alone: the file records it
         command = [found, *chosen, *map(str, (source.resolve(), out.resolve())), kind.upper(), str(threads)]
         request = ""
     else:
@@ -96,7 +102,7 @@ def quantize(source: Path, out: Path, kind: str, tensors: int, matrix: Path | No
 
 
 def _watched(command: Sequence[str], request: str, tensors: int, where: Path | None) -> tuple[int, list[str]]:
-    """Run a quantizer, show its progress; its exit status and last lines. It ends with us."""
+    """Run a quantizer and show its progress. Returns its exit status and last lines. It ends with this process."""
     child = children.start(
         command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, encoding="utf-8", errors="replace", cwd=where
     )
@@ -119,7 +125,7 @@ def _watched(command: Sequence[str], request: str, tensors: int, where: Path | N
 
 
 def _entries(library: Any, matrix: Path) -> tuple[Any, list[Any]]:
-    """The matrix as llama.cpp takes it: an array that ends with an empty entry; and what must not be collected."""
+    """The matrix as llama.cpp takes it, an array that ends with an empty entry; and what must stay alive for it."""
     from . import imatrix_file
 
     means = imatrix_file.load(matrix).means()

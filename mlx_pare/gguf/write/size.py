@@ -1,4 +1,4 @@
-"""What a GGUF file will be before it is written: the type and the bytes of every tensor, and the header to the byte."""
+"""What a GGUF file will be before it is written: type and bytes of every tensor, and the exact bytes of the header."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 
 def padded(nbytes: int) -> int:
-    """Bytes up to where the next tensor begins."""
+    """Bytes up to the beginning of the next tensor."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A GGUF file of ``kind`` as it will be. ``rows``: its tensors; ``header_bytes``: everything before their data, the
-    vocabulary most of all; ``fallbacks``: name of a tensor -> its type if its rows were whole blocks of that."""
+    """A GGUF file of ``kind`` as it will be.
+
+    ``rows``: its tensors. ``header_bytes``: everything before their data, mostly the vocabulary. ``fallbacks``: name of
+    a tensor -> its type if its rows were whole blocks of that.
+    """
 
     kind: str
     target: Target
@@ -39,12 +42,12 @@ class Prediction:
 
     @property
     def tensor_bytes(self) -> int:
-        """Of data, without padding."""
+        """Bytes of data, without padding."""
         return sum(row.nbytes for row in self.rows)
 
     @property
     def nbytes(self) -> int:
-        """Of the file, once the header was measured."""
+        """Bytes of the file, once the header is measured."""
         return self.header_bytes + sum(padded(row.nbytes) for row in self.rows)
 
     def about(self) -> dict[str, Any]:
@@ -68,8 +71,18 @@ class Prediction:
 
 
 def predict(checkpoint: Checkpoint, kind: str, matrix: bool = False) -> Prediction:
-    """The tensors of a file, without its header. Raises PareError when llama.cpp could not compute what the model does,
-    UsageError for a kind that is not known."""
+    """Predict the tensors of a file, without its header.
+
+    Args:
+        checkpoint: the model.
+        kind: such as "q4_k_m".
+        matrix: whether an importance matrix is used.
+    Returns:
+        The prediction, with a header of 0 bytes.
+    Raises:
+        PareError: llama.cpp cannot compute what the model does.
+        UsageError: there is no such kind.
+    """
     target = target_of(checkpoint)
     rows = table(checkpoint.arch, target, kind, matrix)
     fallbacks = {row.name: row.ideal for row in rows if row.ideal not in ("", row.type)}
@@ -77,8 +90,16 @@ def predict(checkpoint: Checkpoint, kind: str, matrix: bool = False) -> Predicti
 
 
 def measured(checkpoint: Checkpoint, kind: str, matrix: Importance | None = None, needs: bool = False) -> Prediction:
-    """``predict`` with the header, which is written to a temporary file and measured. ``needs``: there will be an
-    importance matrix that is not made yet, whose few words in the header are not counted. Raises as ``predict``."""
+    """Predict a file with its header, which is written to a temporary file and measured. Raises as ``predict``.
+
+    Args:
+        checkpoint: the model.
+        kind: such as "q4_k_m".
+        matrix: the importance matrix; None: none yet.
+        needs: whether a matrix will be made later; its few words in the header are not counted.
+    Returns:
+        The prediction.
+    """
     found = predict(checkpoint, kind, matrix is not None or needs)
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "header.gguf"
@@ -91,7 +112,18 @@ def measured(checkpoint: Checkpoint, kind: str, matrix: Importance | None = None
 def begun(
     path: Path, checkpoint: Checkpoint, of: Prediction, matrix: Importance | None = None
 ) -> tuple[Any, list[str]]:
-    """A gguf.GGUFWriter that has written everything up to the data of the first tensor, and notes on the tokenizer."""
+    """Write everything up to the data of the first tensor.
+
+    Args:
+        path: the file to write.
+        checkpoint: the model.
+        of: the prediction of the file.
+        matrix: the importance matrix to name in the header; None: none.
+    Returns:
+        The open gguf.GGUFWriter, and notes on the tokenizer.
+    Raises:
+        PareError: llama.cpp would read the tokenizer differently, or it is damaged.
+    """
     import gguf
     import numpy as np
 

@@ -1,5 +1,5 @@
-"""Every tensor of a GGUF file: its name, shape and type there, and which rows of which of ours it is. No arrays but
-those of a few constants."""
+"""Every tensor of a GGUF file: its name, shape and type there, and which rows of which of our tensors it holds. No
+arrays except for a few constants."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from ..special_cases import LONG, rotary
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the file: rows ``take`` of ``source``, in that order (None: all), times a ``factor``, or a float32
-    ``constant``. ``ideal``: its type if its rows were whole blocks of any."""
+    """One tensor of the file: rows ``take`` of ``source``, in that order (None: all), times ``factor``, or a
+    ``constant``.
+
+    ``constant`` is a float32 array. ``ideal``: its type if its rows were whole blocks of any type.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -36,7 +39,19 @@ class Row:
 
 
 def table(arch: Architecture, target: Target, kind: str, matrix: bool = False) -> list[Row]:
-    """Every tensor of a file of ``kind``, in order; ``matrix``: whether an importance matrix is used."""
+    """List every tensor of a file, in order.
+
+    Args:
+        arch: the model.
+        target: how llama.cpp will run it.
+        kind: the kind of the file, such as "q4_k_m".
+        matrix: whether an importance matrix is used.
+    Returns:
+        The tensors.
+    Raises:
+        PareError: the architecture has no name for a tensor.
+        UsageError: there is no such kind.
+    """
     import gguf
 
     number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[target.architecture]
@@ -71,8 +86,8 @@ def table(arch: Architecture, target: Target, kind: str, matrix: bool = False) -
 
 
 def _order(tensor: Tensor, name: str, take: range, target: Target, head_dim: int) -> list[int] | None:
-    """Which rows of a tensor stand in one of the file, queries and keys in the order of the target's rope; None: all,
-    as they are."""
+    """The rows of a tensor that one in the file holds; None: all, as they are. Queries and keys follow the target's
+    rope."""
     whole = len(take) == tensor.shape[0]
     turned = "rope" in tensor.spec.transforms if whole else name.split(".")[2] in uneven_layers.ROPE
     if target.permute and turned:
@@ -81,17 +96,24 @@ def _order(tensor: Tensor, name: str, take: range, target: Target, head_dim: int
 
 
 def _head(embedding: Row, types_of: Callable, ideals_of: Callable) -> Row:
-    """The embedding once more, as the head that some architectures want."""
+    """The embedding once more, as the separate head that some architectures need."""
     head = embedding.source._replace(spec=replace(embedding.source.spec, role="lm_head"))
     return replace(embedding, name="output.weight", type=types_of(head)[0], ideal=ideals_of(head)[0])
 
 
-# llama.cpp takes the short ones while the context is no longer than the original length; mlx-lm never does
+# llama.cpp uses the short ones while the context is no longer than the original length; mlx-lm never does
 LONG_NAMES = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def long_factors(target: Target, dims: int) -> Any:
-    """float32 (dims / 2,): what longrope divides each rotary frequency by (mlx-lm's SuScaledRoPE)."""
+    """Compute what longrope divides each rotary frequency by (mlx-lm's SuScaledRoPE).
+
+    Args:
+        target: how llama.cpp will run the model.
+        dims: dimensions of a head that the rope turns.
+    Returns:
+        The divisors, float32 [dims / 2].
+    """
     import numpy as np
 
     found = np.broadcast_to(np.asarray(target.scaling["long_factor"], np.float32), (dims // 2,))
@@ -99,7 +121,14 @@ def long_factors(target: Target, dims: int) -> Any:
 
 
 def rope_factors(target: Target, head_dim: int) -> Any:
-    """float32 (head_dim / 2,): what llama3 scaling divides each rotary frequency by."""
+    """Compute what llama3 scaling divides each rotary frequency by.
+
+    Args:
+        target: how llama.cpp will run the model.
+        head_dim: the width of a head.
+    Returns:
+        The divisors, float32 [head_dim / 2].
+    """
     import numpy as np
 
     waves = [2 * math.pi * target.theta ** (i / head_dim) for i in range(0, head_dim, 2)]

@@ -1,7 +1,7 @@
 """The tokenizer section of a GGUF, from tokenizer.json and tokenizer_config.json alone.
 
-llama.cpp tokenizes with code of its own and learns from the file only which of its pre-tokenizers to use. A wrong
-choice loads, runs and mis-tokenizes without a word, so the choice is a literal table here, anything else an error.
+llama.cpp tokenizes with its own code, and learns from the file only which of its pre-tokenizers to use. A wrong choice
+loads, runs and mis-tokenizes silently. So the choices are a literal table, and anything else is an error.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ TWO_SPACES = Note(
 
 @dataclass
 class Tokenizer:
-    """What goes into the file. ``tokens`` and ``types`` by id; ``known``: differences that llama.cpp cannot avoid.
+    """The content of the section.
 
-    ``phi3``: the file needs a name by which llama.cpp takes it for Phi-3 (gguf/added_tokens.py).
+    ``tokens`` and ``types``: by id. ``known``: differences that llama.cpp cannot avoid. ``phi3``: whether the file
+    needs a name by which llama.cpp takes it for Phi-3 (gguf/added_tokens.py).
     """
 
     model: str  # llama.cpp's tokenizer.ggml.model: "gpt2" (byte-level BPE) or "llama" (SentencePiece-style)
@@ -63,16 +64,22 @@ class Tokenizer:
         return [note.text for note in self.known]
 
     def foreseen(self, text: str) -> bool:
-        """Whether llama.cpp may read a text as other tokens, by a known difference."""
+        """Whether llama.cpp may read a text as other tokens because of a known difference."""
         return any(note.shows(text) for note in self.known)
 
 
 def write(writer: Any, directory: Path, rows: int, config: Mapping[str, Any]) -> Tokenizer:
-    """Add the tokenizer of a model directory to a gguf.GGUFWriter.
+    """Add the tokenizer of a model directory to a file.
 
-    ``rows``: rows of the embedding; a shorter vocabulary is padded with unused tokens. ``config``: the model's
-    config.json, for the ids of special tokens that tokenizer_config.json does not name. Raises PareError for a
-    tokenizer that llama.cpp would read differently, and for one that is damaged.
+    Args:
+        writer: a gguf.GGUFWriter.
+        directory: the model directory.
+        rows: of the embedding; a shorter vocabulary is padded with unused tokens.
+        config: the config.json, for ids of special tokens that tokenizer_config.json does not name.
+    Returns:
+        What was written.
+    Raises:
+        PareError: llama.cpp would read the tokenizer differently, or it is damaged.
     """
     with _damage(directory):
         found, raw, settings = _opened(directory, rows)
@@ -84,7 +91,15 @@ def write(writer: Any, directory: Path, rows: int, config: Mapping[str, Any]) ->
 
 
 def check(directory: Path, rows: int, config: Mapping[str, Any]) -> Tokenizer:
-    """What ``write`` would write, with nothing written. Raises as ``write``."""
+    """Find what ``write`` would write, and write nothing. Raises as ``write``.
+
+    Args:
+        directory: the model directory.
+        rows: of the embedding.
+        config: the config.json.
+    Returns:
+        What would be written.
+    """
     with _damage(directory):
         found, raw, settings = _opened(directory, rows)
         _special_ids(raw, settings, config, found.tokens)
@@ -93,7 +108,7 @@ def check(directory: Path, rows: int, config: Mapping[str, Any]) -> Tokenizer:
 
 @contextmanager
 def _damage(directory: Path) -> Iterator[None]:
-    """Errors of files that are of another shape than the tokenizers library writes, as PareErrors."""
+    """Turn errors from files of another shape than the tokenizers library writes into PareErrors."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError) as error:
@@ -130,7 +145,17 @@ def _add(writer: Any, found: Tokenizer) -> None:
 
 
 def read(raw: Mapping[str, Any], rows: int, where: str) -> Tokenizer:
-    """The content of a tokenizer.json as llama.cpp needs it. ``where`` is named in errors."""
+    """Convert a tokenizer.json to what llama.cpp needs.
+
+    Args:
+        raw: the content of tokenizer.json.
+        rows: of the embedding.
+        where: the file, for messages.
+    Returns:
+        The tokenizer section.
+    Raises:
+        PareError: llama.cpp would read the tokenizer differently.
+    """
     model = raw.get("model") or {}
     if model.get("type") != "BPE":
         raise PareError(f"{where} is a {model.get('type')} tokenizer, which is not supported", "supported is BPE")
@@ -159,7 +184,8 @@ def _pair(merge: Any) -> tuple[str, str]:
 
 
 def _tokens(raw: Mapping[str, Any], rows: int, where: str) -> tuple[list[str], list[int], list[Note]]:
-    """Texts and types by id, holes and the rest up to ``rows`` filled with unused tokens; and what is left out.
+    """Texts and types by id, and notes on tokens that are left out. Unused tokens fill holes and the rest up to
+    ``rows``.
 
     Added tokens beyond the rows belong to other models of the family (an image token), or were never trained (a pad
     token): llama.cpp's own converter leaves them out as well. Raises PareError for ordinary tokens beyond the rows.
@@ -195,7 +221,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _without_rows(contents: Sequence[str]) -> Note:
-    """What is said of added tokens that are left out."""
+    """The note on added tokens that are left out."""
     listed = ", ".join(contents[:3]) + (", ..." if len(contents) > 3 else "")
     return Note(
         f"{len(contents)} added tokens have no row in the embedding and are left out: {listed}",
@@ -207,7 +233,8 @@ def _without_rows(contents: Sequence[str]) -> Note:
 
 
 def pre_tokenizer(raw: Mapping[str, Any], where: str) -> tuple[str, list[Note]]:
-    """llama.cpp's name for the way a byte-level tokenizer.json splits text, and what will differ."""
+    """llama.cpp's name for how a byte-level tokenizer.json splits text, and what will differ. Raises PareError if it
+    has none."""
     pieces = [piece for step in _steps(raw.get("pre_tokenizer"), "pretokenizers") for piece in _pieces(step)]
     key = (tuple(p for p in pieces if p != "bytes"), bool(raw["model"].get("ignore_merges")))
     if pieces[-1:] != ["bytes"] or key not in PRE_TOKENIZERS:
@@ -262,7 +289,7 @@ def _sentencepiece(raw: Mapping[str, Any], tokens: list[str], types: list[int], 
 
 
 def _space_prefix(raw: Mapping[str, Any], where: str) -> tuple[bool, list[Note]]:
-    """Whether a space is put in front of the text. Raises PareError when llama.cpp treats spaces differently."""
+    """Whether a space is put in front of the text. Raises PareError if llama.cpp treats spaces differently."""
     spaces = [dict(step) for step in _steps(raw.get("normalizer"), "normalizers")]
     splits = [dict(step) for step in _steps(raw.get("pre_tokenizer"), "pretokenizers")]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -323,7 +350,8 @@ def _adds(role: str, raw: Mapping[str, Any], settings: Mapping[str, Any]) -> boo
 
 
 def first_token(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """The special token that is put before every text, by the tokenizer.json and tokenizer_config.json of a model."""
+    """The special token put before every text, by a model's tokenizer.json and tokenizer_config.json; None if there is
+    none."""
     found = _special("bos", settings)
     return found if isinstance(found, str) and _adds("bos", raw, settings) else None
 
