@@ -273,6 +273,31 @@ def test_public_names_say_what_they_are(file):
     assert not [node.name for node in public(file) if not ast.get_docstring(node)], "without docstring"
 
 
+ARRAYS = ("mx.array", "np.ndarray", "Rows")
+
+
+def unexplained(file: Path) -> Iterator[str]:
+    """Public functions that take or return arrays, or take more than two arguments, and do not say what these are. The
+    docstring of a command is its help, where every option has a text."""
+    for place in [TREES[file], *(node for node in public(file) if isinstance(node, ast.ClassDef))]:
+        for node in place.body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            if any(isinstance(d, ast.Call) and getattr(d.func, "id", "") == "command" for d in node.decorator_list):
+                continue
+            every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            taken = [argument for argument in every if argument.arg not in ("self", "cls")]
+            types = " ".join(ast.unparse(t) for t in (*(a.annotation for a in taken), node.returns) if t)
+            needed = "Args:" if taken else "Returns:"
+            if (len(taken) > 2 or any(name in types for name in ARRAYS)) and needed not in ast.get_docstring(node):
+                yield node.name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_arguments_are_explained(file):
+    assert not list(unexplained(file))
+
+
 @pytest.mark.parametrize("wing", MAY_IMPORT)
 def test_tests_mirror_the_wings(wing):
     assert list((ROOT / "tests" / wing).glob("test_*.py"))

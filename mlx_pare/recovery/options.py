@@ -19,7 +19,7 @@ from ..options.settings import GeneralOptions, RecoveryOptions, TrainingOptions
 from ..options.values import COUNT, FROM_NONE, MOST, SEED, WEIGHT, above
 from ..stream import memory
 from ..text.corpus import Extent, Rows
-from . import on_policy, teacher, topk_targets
+from . import on_policy, target_records, teacher
 from .block_trainer import Options as BlockOptions
 from .objective import Objective
 from .student import trained_values
@@ -83,7 +83,7 @@ class Options(TrainingOptions):
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", f"choose one of {', '.join(METHODS)}")
         if vocab is not None and self.top is not None:
-            topk_targets.check(self.top, vocab)
+            target_records.check(self.top, vocab)
         on_policy.check(self.on_policy, self.top, self.cross_entropy)
         self.objective.check()
         self.course.learning_rate()

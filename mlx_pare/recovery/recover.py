@@ -81,8 +81,8 @@ def recover(
             training.
         Diverged: the validation loss is not finite any more.
     """
-    options.check(Checkpoint(student).arch.sizes["vocab"])
     student, original, out = opened(student), opened(original), Path(out)
+    options.check(Checkpoint(student).arch.sizes["vocab"])
     refuse_existing(out)
     if usual := options.learning_rate is None:
         rate = RATES[options.method](Checkpoint(student).arch.sizes["hidden"])

@@ -16,6 +16,7 @@ import reference
 
 from mlx_pare import lm
 from mlx_pare.base.errors import PareError, Refused, UsageError
+from mlx_pare.exporting.export import export
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.planning.goal import Options as PlanOptions
 from mlx_pare.planning.plan import plan
@@ -307,6 +308,15 @@ def test_the_smallest_change_that_would_fit_is_named(cut, texts, tmp_path):
     with pytest.raises(Refused) as found:
         recover(student, original, *texts, tmp_path / "out", options, memory_cap=bytes_of[1])
     assert found.value.cure.startswith("--grad-checkpoint --accumulate 2 --batch 4 would take")
+
+
+def test_a_gguf_file_is_a_student(cut, texts, tmp_path, monkeypatch):
+    """As every MODEL: it is rebuilt into the cache."""
+    monkeypatch.setenv("MLX_PARE_CACHE", str(tmp_path / "cache"))
+    pruned, original = cut("llama")
+    export(pruned, tmp_path / "pruned.gguf", "f32")
+    found = recover(tmp_path / "pruned.gguf", original, *texts, tmp_path / "out", replace(OPTIONS, steps=1))
+    assert found["kl_before"] > 0 and Checkpoint(tmp_path / "out").nbytes()
 
 
 def test_existing_place_is_not_overwritten(cut, texts, tmp_path):

@@ -17,7 +17,8 @@ from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.evaluation.divergence import between_top, kl
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.recovery import topk_targets
-from mlx_pare.recovery.topk_targets import Targets, collect, largest, pack, record, unpack
+from mlx_pare.recovery.target_records import Top, largest, pack, record, unpack
+from mlx_pare.recovery.topk_targets import Targets, collect
 from mlx_pare.stream import batches, head, memory, walk as stream
 from mlx_pare.text.corpus import Rows
 
@@ -129,7 +130,7 @@ def test_bytes_and_values_at_any_vocabulary(vocab, most):
     high = np.stack([np.random.default_rng(i).permutation(vocab)[: k - 2] for i in range(tokens)])
     np.put_along_axis(logits, high, np.linspace(50, 60, k - 2, dtype=np.float32)[None], axis=-1)
     logits[:, [vocab - 1, vocab - 2]] = 55.5
-    top = topk_targets.Top(k)
+    top = Top(k)
     for start in range(0, vocab, 50_000):
         top.update(start, mx.array(logits[:, start : start + 50_000]))
     ids, log_p, log_tail = top.found()
@@ -154,7 +155,7 @@ def test_ids_of_odd_number(k):
 
 def test_tokens_that_cannot_be_said():
     """A head may answer -inf for ids that are only padding."""
-    top = topk_targets.Top(4)
+    top = Top(4)
     top.update(0, mx.array([[0.0, -np.inf, 1.0, -np.inf, -np.inf, -np.inf]]))
     ids, log_p, log_tail = unpack(pack(*top.found(), 6))
     assert ids[0, :2].tolist() == [2, 0] and np.exp(log_p).sum() == pytest.approx(1) and np.isneginf(log_tail).all()
