@@ -16,7 +16,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_pare.arch import rope
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.capacity.fit import fit
 from mlx_pare.capacity.form import Form
@@ -278,7 +277,7 @@ def test_damage_in_the_middle_of_a_quantized_tensor_is_found(tmp_path, pico_mode
 def test_a_wrong_order_of_rows_is_seen_before_it_is_quantized(tmp_path, pico_models, monkeypatch):
     """In four bits it would pass: the noise of quantizing is as large."""
     model = pico_models("llama", **WIDE)
-    monkeypatch.setattr(rope, "rope_order", lambda heads, head_dim: list(range(heads * head_dim)))
+    monkeypatch.setattr("mlx_pare.gguf.write.tensors.rope_order", lambda heads, head_dim: list(range(heads * head_dim)))
     export(model, tmp_path / "q.gguf", "q4_k_m")
     assert llama_cpp.judged(model, tmp_path / "q.gguf", "q4_k_m")["checked"]
     with pytest.raises(PareError, match=r"computes something else .*\. Nothing was written"):
