@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import hashlib
 import json
 import resource
@@ -62,10 +61,14 @@ def check(directory: Path) -> None:
         raise PareError(f"{file} is not valid JSON: {error}", "download or copy it again") from error
 
 
-@functools.lru_cache
+_passed: set[str] = set()  # sha256 of every tokenizer.json that was tried: a run has a dozen copies of one
+
+
 def _try(file: str, digest: str) -> None:
     """Raise PareError if the other process cannot use a tokenizer.json of this content. A content that passed is not
-    tried again."""
+    tried again, wherever it lies."""
+    if digest in _passed:
+        return
     try:
         done = children.run(children.module("model.tokenizer_files", file), timeout=START_SECONDS)
     except TimeoutExpired:
@@ -76,6 +79,7 @@ def _try(file: str, digest: str) -> None:
         raise PareError(
             f"cannot load the tokenizer {file}: it {why}", "tokenizer.json must be whole, and of a sane model"
         )
+    _passed.add(digest)
 
 
 def has_chat_template(directory: Path) -> bool:

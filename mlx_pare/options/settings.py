@@ -40,8 +40,8 @@ from .values import (
 TARGETS = ("keep", "target_size", "target_params", "mac", "stages")  # exactly one of these is given
 FOR_A_MAC = ("min_speed",)  # has no meaning without --for
 RATES = ("cosine", "linear", "constant")
-CRITERIA = ("obs", "minitron", "magnitude", "wanda", "flap", "composite", "taylor", "taylor2", "iterative",
-            "block-influence", "angular", "random")  # fmt: skip
+CRITERION_NAMES = ("obs", "minitron", "magnitude", "wanda", "flap", "composite", "taylor", "taylor2", "iterative",
+                   "block-influence", "angular", "random")  # fmt: skip
 STAGES = "0.8,0.65,0.5"  # an example
 
 
@@ -192,7 +192,7 @@ class SearchOptions:
     PANEL: ClassVar[str] = "Search"
 
     criterion: str = setting(
-        "obs", f"How units are ranked: {', '.join(CRITERIA)}.", metavar="NAME", choices=CRITERIA)
+        "obs", f"How units are ranked: {', '.join(CRITERION_NAMES)}.", metavar="NAME", choices=CRITERION_NAMES)
     reconstruct: bool = setting(
         True, "Solve the matrices behind the cut again, so that they compensate for it.")
     widths: str = setting(

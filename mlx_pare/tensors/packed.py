@@ -1,6 +1,6 @@
 """MLX packed weights as arrays: only this file knows how words, scales and biases are laid out, in every mode.
 
-Rows and whole groups of columns are sliced without changing a code. If a cut goes through a group of columns, the group
+tensors/panels.py slices rows and whole groups of columns: their codes stay. If a cut goes through a group of columns, the group
 must be dequantized, sliced and quantized again. That is lossy: the error is returned and ends up in the report.
 """
 
