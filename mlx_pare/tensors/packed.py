@@ -1,7 +1,8 @@
 """MLX packed weights as arrays: only this file knows how words, scales and biases are laid out, in every mode.
 
-tensors/panels.py slices rows and whole groups of columns: their codes stay. If a cut goes through a group of columns, the group
-must be dequantized, sliced and quantized again. That is lossy: the error is returned and ends up in the report.
+tensors/panels.py slices rows and whole groups of columns: their codes stay. If a cut goes through a group of columns,
+the group must be dequantized, sliced and quantized again. That is lossy: the error is returned and ends up in the
+report.
 """
 
 from __future__ import annotations
