@@ -43,11 +43,9 @@ bench: setup
 run-demo:
 	$(RUN) $(BIN)/mlx-pare demo --out runs/demo
 
-# one file more at a time than there are cores, because tests wait for processes and disks; four at most. BLAS has one
-# thread in each.
+# as many files at a time as there are cores, four at most; then BLAS has one thread in each
 run-test:
-	env OPENBLAS_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest --dist loadfile --maxprocesses 4 \
-	    --numprocesses $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
+	env OPENBLAS_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 run-bench:
 	$(RUN) $(BIN)/python benchmarks/start_up.py
