@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from .evaluation.metrics import Metrics
 from .lm import tokenizer
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
+from .options.values import is_whole
 from .planning.goal import Options as PlanOptions
 from .pruning.layout import size_of
 from .pruning.plan_file import Plan, Target
@@ -31,7 +31,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-def rows(model: StrPath, data: StrPath | None = None, samples: int = 128, length: int = 512) -> Rows:
+def rows(
+    model: StrPath, data: StrPath | None = None, samples: int = Settings.samples, length: int = Settings.length
+) -> Rows:
     """Take the calibration rows that `run` takes of a text.
 
     Args:
@@ -118,6 +120,6 @@ def _numbers(what: str, given: Iterable[int], count: int) -> set[int]:
     """Check numbers from 0 to less than ``count``. Raises UsageError for anything else, such as a module's name."""
     given = list(given)
     for number in given:
-        if not isinstance(number, Integral) or not 0 <= number < count:
+        if not is_whole(number) or not 0 <= number < count:
             raise UsageError(f"there is no {what} {number!r}", f"give numbers from 0 to {count - 1}")
     return {int(number) for number in given}

@@ -22,7 +22,7 @@ from hub_server import HubServer
 
 @pytest.fixture(scope="module", autouse=True)
 def short_collections() -> None:
-    """Nine thousand tests are two million objects: a full collection takes a second, unless they are set aside."""
+    """Set aside what was collected: a full collection goes through it all, and some tests ask for dozens."""
     gc.collect()
     gc.freeze()
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NOTE = (
     "weights, KV cache and states are counted; work memory, budgets and tok/s are estimates "
-    "(fit/memory.py, macs.py, speed.py say on what grounds); ? marks what could not be verified"
+    "(capacity/memory.py, macs.py, speed.py say on what grounds); ? marks what could not be verified"
 )
 
 

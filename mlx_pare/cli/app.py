@@ -129,9 +129,10 @@ DryRun = Annotated[
 def _read_recipe(context: click.Context, path: Path | None) -> None:
     """Let the recipe fill in what the command line leaves out, including required options and arguments."""
     if path is not None and not context.resilient_parsing:
-        if recipe_file.wants_json(path):  # even if something else in the recipe is wrong
+        raw = recipe_file.parsed(path)
+        if raw.get("json") is True:  # an error in the recipe is a document as well
             console.configure(as_json=True)
-        context.default_map = recipe_file.read(path)
+        context.default_map = recipe_file.checked(raw, path)
 
 
 Recipe = Annotated[

@@ -63,34 +63,34 @@ def evaluate(
     if predicted.sum() < 2:
         raise UsageError(f"{rows.total} tokens are too little to measure", "give more text or a larger --length")
     with tempfile.TemporaryDirectory() as scratch:
-        reference, what = None, f"evaluate {called(model)}: block"
-        if teacher is not None:
-            reference = end_of(teacher, rows, kept or Path(scratch) / "kept", memory_cap, "teacher: block")
+        place, what = Path(scratch), f"evaluate {called(model)}: block"
+        reference = teacher and end_of(teacher, rows, kept or place / "kept", memory_cap, "teacher: block")
         if teacher is None and kept is not None:
             student = end_of(model, rows, kept, memory_cap, what)
         else:
-            student = stream.walk(model, rows, what=what, spool=Path(scratch) if spooled else None)
+            student = stream.walk(model, rows, what=what, spool=place if spooled else None)
         found = measure(rows, student, reference)
+    _require_finite(found, model, teacher)
     nll = float(found["nll"].mean())
+    windows, perplexity = np.split(found["nll"], np.cumsum(predicted)[:-1]), math.exp(min(nll, MOST_NATS))
+    tokens, size = int(predicted.sum()), _bytes(rows, tokenizer)
+    return Metrics(
+        model=str(model), data=data, tokens=tokens, windows=rows.count, length=rows.length,
+        nll=nll,
+        perplexity=perplexity,
+        perplexity_stderr=perplexity * _error(windows),
+        bits_per_byte=nll * tokens / math.log(2) / size if size else None,
+        **_against(found),
+        window_nll=[float(window.mean()) for window in windows if len(window)],
+    )  # fmt: skip
+
+
+def _require_finite(found: dict[str, np.ndarray], model: Path, teacher: Path | None) -> None:
+    """Raise PareError if a model answers NaN or infinity; the weights that hold them are named."""
     for path, name in ((model, "nll"), (teacher, "kl")):
         if name in found and not math.isfinite(found[name].mean()):
             finite.require(Checkpoint(path))
             raise PareError(f"{path} answers NaN or infinity", "the model is broken: do not use it")
-    perplexity = math.exp(min(nll, MOST_NATS))
-    windows = np.split(found["nll"], np.cumsum(predicted)[:-1])
-    return Metrics(
-        model=str(model),
-        data=data,
-        tokens=int(predicted.sum()),
-        windows=rows.count,
-        length=rows.length,
-        nll=nll,
-        perplexity=perplexity,
-        perplexity_stderr=perplexity * _error(windows),
-        bits_per_byte=nll * int(predicted.sum()) / math.log(2) / size if (size := _bytes(rows, tokenizer)) else None,
-        **_against(found),
-        window_nll=[float(window.mean()) for window in windows if len(window)],
-    )
 
 
 def _error(rows: list[np.ndarray]) -> float:

@@ -64,12 +64,8 @@ def export(
     checkpoint = Checkpoint(model)
     predicted = gguf_size.predict(checkpoint, kind, matrix is not None)
     floats = None if direct else gguf_size.predict(checkpoint, quantizer.between(checkpoint))
-    if floats and any(row.source is None and len(row.shape) > 1 for row in predicted.rows):
-        raise PareError(
-            f"{model} has layers without attention or feed-forward, for which something else stands in the file, and "
-            "llama.cpp's quantizer may choose any type for that",
-            "export it as q8_0, f16 or another type that is written directly",
-        )
+    if floats:
+        _refuse_substitutes(model, predicted)
     if matrix:
         from ..gguf.write import imatrix_file
 
@@ -89,6 +85,17 @@ def export(
         "imatrix": told,
         "notes": [*predicted.target.notes, *notes, *tokenizer_class.differing(model)],
     }
+
+
+def _refuse_substitutes(model: Path, predicted: Prediction) -> None:
+    """Raise PareError if the file holds matrices that the model does not have: llama.cpp's quantizer may choose any
+    type for them."""
+    if any(row.source is None and len(row.shape) > 1 for row in predicted.rows):
+        raise PareError(
+            f"{model} has layers without attention or feed-forward, for which something else stands in the file, and "
+            "llama.cpp's quantizer may choose any type for that",
+            "export it as q8_0, f16 or another type that is written directly",
+        )
 
 
 def preflight(out: Path, kind: str, matrix: bool) -> None:

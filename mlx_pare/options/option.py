@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..base.errors import UsageError
-from .values import Values, is_number, shown
+from .values import Values, is_number, require
 
 
 def _same(value: Any) -> Any:
@@ -149,20 +149,10 @@ def check(options: Any) -> None:
                 f"{type(value).__name__}",
                 f"write {field.name}={value} without quotes" if _is_number(value) else None,
             )
-        if fault := wrong(field, value):
-            flag = "--" + (field.metadata.get("called") or field.name).replace("_", "-")
-            raise UsageError(f"{flag} {shown(value)} is not allowed", f"give {fault}")
+        if value is not None and (values := field.metadata.get("values")):
+            require("--" + (field.metadata.get("called") or field.name).replace("_", "-"), value, values)
         if (text := _as_text(value)) is not value:
             object.__setattr__(options, field.name, text)  # dataclasses of options are frozen
-
-
-def wrong(field: dataclasses.Field, value: Any) -> str | None:
-    """Say which values a field takes, if ``value`` is not one of them; None if it is, or if it is None.
-
-    The type of ``value`` must be right.
-    """
-    values = field.metadata.get("values")
-    return None if values is None or value is None or values.fits(value) else values.said
 
 
 # ---- types ----

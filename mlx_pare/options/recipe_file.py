@@ -47,20 +47,17 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises UsageError if the file is no recipe: an unknown key, a key given twice, a value of another type.
     """
+    return checked(parsed(path), path)
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """Read what stands in a recipe file, by the names there. Raises UsageError if it is no TOML, or cannot be read."""
     try:
-        return checked(_parsed(path), path)
+        return _parsed(path)
     except FileNotFoundError:
         raise UsageError(f"there is no recipe at {path}") from None
     except OSError as error:
         raise UsageError(f"cannot read the recipe {path}: {error.strerror}", "give another file") from error
-
-
-def wants_json(path: Path) -> bool:
-    """Whether a recipe asks for JSON, even if something else in it is wrong."""
-    try:
-        return _parsed(path).get("json") is True
-    except (PareError, OSError):
-        return False
 
 
 def of_run(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ arrays, and nothing that takes long to import: `--help` imports this file.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,6 +347,6 @@ def settings_of(**given: Any) -> Settings:
 
 
 def wrong(field: str, value: Any) -> str | None:
-    """Say which values the option of a field takes, if ``value`` is not one of them; None if it is."""
-    found = {each.name: each for each in dataclasses.fields(Settings)}.get(field)
-    return None if found is None else option.wrong(found, value)
+    """Return what the option of a field takes, if ``value`` is not of that; None if it is, or if there is none."""
+    values = TABLE[field].values if field in TABLE else None
+    return None if values is None or value is None or values.fits(value) else values.said

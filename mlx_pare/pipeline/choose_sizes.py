@@ -146,19 +146,7 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
         return replace(s, widths="even", choose_bits=())
     checkpoint = Checkpoint(model)
     if s.widths == "per-layer":
-        where = spaces(checkpoint, plan_options(s), True, s.choose_bits)
-        if all(space.tied for space in where) and not s.choose_bits:
-            why = why_uniform(checkpoint.arch)
-            console.warn(f"widths that differ between layers would load nowhere ({why}): all layers are cut alike")
-            s = replace(s, widths="uniform")
-        elif wants_gguf(s) and (why := uneven_layers.why_not(checkpoint.arch)):
-            if s.gguf or s.choose_bits:
-                raise Refused(
-                    f"there is no GGUF of this model with layers that differ ({why}), and one was asked for",
-                    "use --widths uniform, or leave out --gguf and --runtimes",
-                )
-            console.warn(f"llama.cpp would not run layers that differ ({why}): all layers are cut alike")
-            s = replace(s, widths="uniform")
+        s = _uneven_if_anything_loads_it(checkpoint, s)
     try:
         if s.widths != begun:
             _check_memory(checkpoint, s)
@@ -168,6 +156,27 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
         if begun != "even":
             console.warn(f"going on without trials, every axis is cut by the same share: {error.problem}")
         s = replace(s, widths="even")
+    return s
+
+
+def _uneven_if_anything_loads_it(checkpoint: Checkpoint, s: Settings) -> Settings:
+    """Cut all layers alike if nothing would load layers that differ, and warn.
+
+    Raises Refused if a GGUF file of layers that differ was asked for and cannot be made.
+    """
+    where = spaces(checkpoint, plan_options(s), True, s.choose_bits)
+    if all(space.tied for space in where) and not s.choose_bits:
+        why = why_uniform(checkpoint.arch)
+        console.warn(f"widths that differ between layers would load nowhere ({why}): all layers are cut alike")
+        return replace(s, widths="uniform")
+    if wants_gguf(s) and (why := uneven_layers.why_not(checkpoint.arch)):
+        if s.gguf or s.choose_bits:
+            raise Refused(
+                f"there is no GGUF of this model with layers that differ ({why}), and one was asked for",
+                "use --widths uniform, or leave out --gguf and --runtimes",
+            )
+        console.warn(f"llama.cpp would not run layers that differ ({why}): all layers are cut alike")
+        return replace(s, widths="uniform")
     return s
 
 

@@ -242,6 +242,7 @@ def calibrate_in_parts(
     """
     checkpoint = Checkpoint(model)
     require_cuttable(checkpoint.arch)
+    finite.require(checkpoint, finite.outside(checkpoint))  # the walk checks the layers
     memory.check_memory(checkpoint, rows, memory_cap)
     ends = [part.stop for part in batches.micro_batches(rows)]
     stops = sorted({next(end for end in ends if end >= min(count, rows.count)) for count in (*counts, rows.count)})

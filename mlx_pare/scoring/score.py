@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+from ..arch import require_cuttable
+from ..base.console import progress
 from ..base.errors import PareError, UsageError
+from ..model.checkpoint import Checkpoint
 from ..sources.open_model import StrPath, opened
+from ..store.arrays import Arrays
+from . import accumulators, formulas
+from .source import Source
 
 AXES = ("ffn", "kv_head", "hidden", "layer")
 
@@ -17,8 +24,7 @@ AXES = ("ffn", "kv_head", "hidden", "layer")
 class Criterion:
     """One way to tell what matters.
 
-    ``ffn``, ``kv_head``, ``hidden``: prefix of the functions in scoring/width.py.
-    ``layer``: function in scoring/depth.py.
+    ``ffn``, ``kv_head``, ``hidden``, ``layer``: names of formulas in scoring/formulas.py.
     ``own``: axes for which ``source`` has a formula; on the other axes the named function stands in.
     ``needs``: what it looks at. ``source``: paper or file it is taken from.
     ``extra``: what calibrate measures for it only on request (calibrate.EXTRA).
@@ -90,8 +96,6 @@ def described(stats: Path, name: str) -> dict[str, Any]:
 
     Raises PareError if they hold too little or cannot be read, UsageError if the criterion is unknown.
     """
-    from ..store.arrays import Arrays
-
     chosen, about = criterion(name), Arrays.described(stats, "statistics")
     if missing := set(chosen.extra) - set(about.get("extra", ())):
         raise PareError(
@@ -122,15 +126,6 @@ def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed:
         PareError: the statistics cannot be read, are of another model, or hold too little for the criterion; the model
             cannot be opened; ``out`` cannot be written.
     """
-    import mlx.core as mx
-
-    from ..arch import require_cuttable
-    from ..base.console import progress
-    from ..model.checkpoint import Checkpoint
-    from ..store.arrays import Arrays
-    from . import accumulators, depth, width
-    from .source import Source
-
     model, stats, out = opened(model), Path(stats), Path(out)
     chosen = criterion(name)
     checkpoint = Checkpoint(model)
@@ -140,25 +135,26 @@ def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed:
         raise PareError(f"{stats} was made from another model than {model}", "calibrate this model first")
     source = Source(checkpoint, mx.load(str(stats)), seed, about)
 
-    def unit(axis: str) -> Callable:
-        prefix = {"ffn": chosen.ffn, "heads": chosen.kv_head, "hidden": chosen.hidden}[axis]
-        return getattr(width, f"{prefix}_{axis}")
-
-    per_layer: dict[str, list[mx.array]] = {"mlp": [], "attention": [], "layer": [], "sparsity": []}
-    hidden = {norm: mx.zeros((checkpoint.arch.sizes["hidden"],)) for norm in ("attn_ln", "ffn_ln")}
-    layers = range(len(checkpoint.arch.layers))
-    with progress(f"score ({name}): layer", len(layers)) as bar:
-        for layer in layers:
-            per_layer["mlp"].append(unit("ffn")(source, layer))
-            per_layer["attention"].append(unit("heads")(source, layer))
-            per_layer["layer"].append(getattr(depth, chosen.layer)(source, layer))
-            sums = source.stat(layer, "ffn", "abs_sum"), source.stat(layer, "ffn", "sq_sum")
-            per_layer["sparsity"].append(accumulators.sparsity(*sums, source.tokens))
-            hidden = {norm: total + unit("hidden")(source, layer, norm) for norm, total in hidden.items()}
-            mx.eval(hidden, [values[-1] for values in per_layer.values()])
-            bar.advance()
-    arrays = {key: mx.stack(values) for key, values in per_layer.items()} | hidden
+    arrays = _arrays(source, chosen)
     if chosen.layer == "angular":
         arrays["angles"] = source.angles()
     Arrays(arrays, {"criterion": name, "seed": seed, "model": checkpoint.identity()}).save(out)
     return out
+
+
+def _arrays(source: Source, chosen: Criterion) -> dict[str, mx.array]:
+    """Compute the scores of all layers; the hidden size is summed over the layers."""
+    hidden = {norm: mx.zeros((source.arch.sizes["hidden"],)) for norm in ("attn_ln", "ffn_ln")}
+    per_layer: dict[str, list[mx.array]] = {"mlp": [], "attention": [], "layer": [], "sparsity": []}
+    layers = range(len(source.arch.layers))
+    with progress(f"score ({chosen.name}): layer", len(layers)) as bar:
+        for layer in layers:
+            per_layer["mlp"].append(formulas.FFN[chosen.ffn](source, layer))
+            per_layer["attention"].append(formulas.HEADS[chosen.kv_head](source, layer))
+            per_layer["layer"].append(formulas.LAYER[chosen.layer](source, layer))
+            sums = source.stat(layer, "ffn", "abs_sum"), source.stat(layer, "ffn", "sq_sum")
+            per_layer["sparsity"].append(accumulators.sparsity(*sums, source.tokens))
+            hidden = {n: total + formulas.HIDDEN[chosen.hidden](source, layer, n) for n, total in hidden.items()}
+            mx.eval(hidden, [values[-1] for values in per_layer.values()])
+            bar.advance()
+    return {key: mx.stack(values) for key, values in per_layer.items()} | hidden

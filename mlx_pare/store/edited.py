@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from itertools import count
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def replace(path: Path, data: bytes) -> None:
     If somebody changed it since we wrote it, it is renamed first (recipe.yours-1.toml), and mlx-pare warns."""
     if os.path.lexists(path) and not _unchanged(path):
         kept = next(name for n in count(1) if not os.path.lexists(name := path.with_stem(f"{path.stem}.yours-{n}")))
-        os.rename(path, kept)
+        shutil.copy2(path, kept, follow_symlinks=False)  # not renamed: a kill would leave nothing under its name
         console.warn(f"{path} was changed since mlx-pare wrote it: your version is kept as {kept}")
     replace_file(path, _sealed(path, data))
 

@@ -20,7 +20,6 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 
 from mlx_pare.arch import describe
-from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.capacity import macs
 from mlx_pare.capacity.fit import fit
@@ -45,22 +44,6 @@ FORMS = {"4": Form.named("4"), "mxfp4": Form.named("mxfp4"), "16": Form.named("1
 ENTRIES = {entry.name: entry for entry in catalogue.entries()}
 NOT_DROPPED = {"gemma-4-e4b"}  # published with keys and values that mlx-lm drops, see its note
 BYTES = ("weights_bytes", "kv_bytes", "activation_bytes", "total_bytes", "fits", "verdict", "max_context")
-
-
-@pytest.fixture
-def pare(capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
-    """Call a command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx-pare", *map(str, arguments)])
-        capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-            patch.setattr(sys, "stdout", sys.stdout)
-            cli.main()
-        return left.value.code or 0, *capsys.readouterr()
-
-    monkeypatch.setattr(console, "_state", dict(console._state))
-    return call
 
 
 @pytest.fixture

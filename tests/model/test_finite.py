@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from mlx_pare.model import finite
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
+from mlx_pare.scoring.calibrate import calibrate_in_parts
+from mlx_pare.text.corpus import Rows
 from mlx_pare.text.splits import DEMO
 
 FORMS = {"float32": (None, mx.float32), "float16": (None, mx.float16), "bfloat16": (None, mx.bfloat16),
@@ -104,3 +107,11 @@ def test_weights_that_are_finite_but_overflow_are_told_apart(pare, pico_models, 
     mx.save_safetensors(str(model / "model.safetensors"), weights, {"format": "mlx"})
     done = pare("calibrate", model, "--out", tmp_path / "run", *TEXT, "--quiet")
     assert done.code == 1 and "computes infinite numbers in layer 1, though its weights are finite" in done.line
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_parts_of_a_calibration_name_the_broken_tensor(pico_models, tmp_path, where):
+    """`stability` calibrates by another function than `calibrate`."""
+    bad = harmed(pico_models(), tmp_path, PLACES[where], float("nan"))
+    with pytest.raises(PareError, match=re.escape(PLACES[where])):
+        calibrate_in_parts(bad, Rows.full(np.arange(128).reshape(4, 32)), [2], tmp_path / "parts")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from mlx_pare.base import console
 from mlx_pare.base.errors import PareError
-from mlx_pare.cli import main as cli
 from mlx_pare.options.settings import TABLE, Settings, settings_of
 from mlx_pare.store.manifest import read_recipe
 
@@ -45,22 +42,6 @@ DAMAGES = {  # what stands in the file -> what the line names
     "widths": (b"widths = 1", "widths = 1"),
     "model": (b"model = 1", "model = 1"),
 }
-
-
-@pytest.fixture
-def pare(capsys, monkeypatch):
-    """Call a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["mlx-pare", *map(str, arguments)])
-        capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-            patch.setattr("sys.stdout", import_module("sys").stdout)
-            cli.main()
-        return (left.value.code or 0, *capsys.readouterr())
-
-    monkeypatch.setattr(console, "_state", dict(console._state))
-    return call
 
 
 @pytest.fixture(scope="module")

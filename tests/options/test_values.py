@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import math
 import resource
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from mlx_pare import bench
-from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, Refused, UsageError
-from mlx_pare.cli import main as cli
 from mlx_pare.options.settings import TABLE, Settings, settings_of
 from mlx_pare.pipeline import run as pipeline
 from mlx_pare.recovery.options import Options
@@ -49,22 +46,6 @@ NUMBERS = {  # settings that hold a number -> values that mean nothing
     "seed": (-1, 2**32),
 }
 WRONG = [(name, value) for name, values in NUMBERS.items() for value in (*values, math.nan, math.inf, -math.inf)]
-
-
-@pytest.fixture
-def pare(capsys, monkeypatch):
-    """Call a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx-pare", *map(str, arguments)])
-        capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-            patch.setattr(sys, "stdout", sys.stdout)
-            cli.main()
-        return (left.value.code or 0, *capsys.readouterr())
-
-    monkeypatch.setattr(console, "_state", dict(console._state))
-    return call
 
 
 def test_every_setting_is_an_option_and_every_number_is_held_to_a_range():

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mlx_pare.base import console
-from mlx_pare.cli import main as cli
 from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import choose_sizes, recipes, steps
 from mlx_pare.reporting.report import report
@@ -36,22 +33,6 @@ def planned(pico_models, two_texts, tmp_path_factory) -> Path:
 @pytest.fixture
 def out(planned, tmp_path) -> Path:
     return Path(shutil.copytree(planned, tmp_path / "run"))
-
-
-@pytest.fixture
-def pare(capsys, monkeypatch) -> Callable:
-    """Call a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx-pare", *map(str, arguments)])
-        capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-            patch.setattr(sys, "stdout", sys.stdout)
-            cli.main()
-        return (left.value.code or 0, *capsys.readouterr())
-
-    monkeypatch.setattr(console, "_state", dict(console._state))
-    return call
 
 
 def edited(out: Path, edit: Callable[[dict], None]) -> dict:

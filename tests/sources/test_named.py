@@ -18,9 +18,7 @@ from huggingface_hub import constants
 
 import mlx_pare
 from mlx_pare.arch import describe
-from mlx_pare.base import console
 from mlx_pare.base.errors import PareError, UsageError
-from mlx_pare.cli import main as cli
 from mlx_pare.exporting.export import export
 from mlx_pare.gguf.header import read
 from mlx_pare.model.hub_name import called
@@ -50,20 +48,10 @@ class Done:
 
 
 @pytest.fixture
-def pare(capsys, monkeypatch) -> Callable[..., Done]:
-    """Call a command in this process."""
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["mlx-pare", *map(str, arguments)])
-        capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-            patch.setattr(sys, "stdout", sys.stdout)
-            cli.main()
-        return Done(left.value.code or 0, *capsys.readouterr())
-
-    monkeypatch.setattr(console, "_state", dict(console._state))
+def pare(pare, monkeypatch) -> Callable[..., Done]:
+    """Call a command in this process; it waits for no server."""
     monkeypatch.setattr(hub_fetch, "PAUSE", 0.01)
-    return call
+    return lambda *arguments: Done(*pare(*arguments))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 
@@ -13,9 +13,8 @@ from mlx_pare.base import console
 from mlx_pare.cli import main as cli
 
 
-@dataclass
-class Done:
-    """What a command did."""
+class Done(NamedTuple):
+    """What a command did: its exit code, and what it wrote to stdout and stderr."""
 
     code: int
     out: str

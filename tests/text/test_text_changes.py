@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,7 @@ import pico
 import pytest
 from prose import paragraphs
 
-from mlx_pare.base import console
 from mlx_pare.base.errors import UsageError
-from mlx_pare.cli import main as cli
 from mlx_pare.pipeline import recipes, steps
 from mlx_pare.scoring.calibrate import calibrate
 from mlx_pare.store.rundir import Run
@@ -30,19 +27,13 @@ L = ["--length", "32", "--samples", "4"]
 
 
 @pytest.fixture
-def pare(capsys, monkeypatch) -> Callable[..., tuple[int, str]]:
+def pare(pare) -> Callable[..., tuple[int, str]]:
     """Call a command in this process: (exit code, what it said)."""
 
     def call(*arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx-pare", *map(str, arguments)])
-        capsys.readouterr()
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-            patch.setattr(sys, "stdout", sys.stdout)  # the command line moves it
-            cli.main()
-        found = capsys.readouterr()
-        return left.value.code or 0, found.out + found.err
+        code, out, err = pare(*arguments)
+        return code, out + err
 
-    monkeypatch.setattr(console, "_state", dict(console._state))
     return call
 
 
