@@ -17,6 +17,7 @@ from ..model.checkpoint import Checkpoint
 from ..options.settings import Settings
 from ..planning.drop_layers import layers_by_kl, trials
 from ..planning.plan import plan
+from ..planning.trial_cache import Known, finite, held_rows, once, plan_kl
 from ..planning.uniform import shape, splits
 from ..pruning.plan_file import Plan
 from ..pruning.reach import Level, protected_layers
@@ -26,7 +27,6 @@ from ..store.rundir import Run
 from ..store.schema import dump_json
 from ..text.splits import Texts
 from .steps import plan_options
-from .trial_cache import Known, finite, held_rows, once, plan_kl
 
 LAYERS_BY = ("block-influence", "angular", "kl")
 

@@ -6,7 +6,7 @@
   per-layer  every layer has its own widths: sensitivities, and an integer programme for many variations of them, all
              tried on held-out text; the best few are reconstructed for real, and the best of those is the plan
 
-If layers can be removed, pipeline/choose_layers.py chooses them. Nothing is tried twice (pipeline/trial_cache.py).
+If layers can be removed, pipeline/choose_layers.py chooses them. Nothing is tried twice (planning/trial_cache.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..planning.goal import Options, goal
 from ..planning.per_layer import Losses, propose, spaces
 from ..planning.plan import plan, plan_widths
 from ..planning.sensitivity import sensitivity
+from ..planning.trial_cache import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
 from ..planning.uniform import splits
 from ..pruning.plan_file import Plan
 from ..store.arrays import Arrays
@@ -41,7 +42,6 @@ from ..text.corpus import Extent
 from ..text.splits import Texts
 from .choose_layers import best_repaired, layers_by_of, with_layers
 from .steps import plan_options
-from .trial_cache import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
 
 WIDTHS = ("even", "uniform", "per-layer")
 TRIES = {"uniform": 12, "per-layer": 50}  # candidates without --tries

@@ -25,47 +25,46 @@ from .measure_steps import measured
 from .steps import RECONSTRUCTION, plan_of
 
 
-def contender_steps(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settings) -> None:
-    """Measure other plans of the same model, reconstructed if the result is.
+def contender_step(run: Run, name: str, plans: Mapping[str, Plan], texts: Texts, s: Settings) -> None:
+    """Measure another plan of the same model, reconstructed if the result is.
 
     Otherwise the gain of the result from error feedback would be credited to its cut. The original is streamed once for
     all plans that are not measured yet.
 
     Args:
         run: the run directory of the result.
-        plans: name -> plan.
+        name: of the plan to measure.
+        plans: all plans that the result is compared with, by name.
         texts: of the run.
         s: settings of the run.
     Raises:
-        Refused: a plan or a text changed since it was measured, or the memory does not suffice.
+        Refused: the plan or a text changed since it was measured, or the memory does not suffice.
         PareError: a plan does not suit the model.
     """
-    result = plan_of(run)
-    repaired = s.reconstruct and not result.cuts_hidden(Checkpoint(run.model).arch)
-    for name, plan in plans.items():
-        asked: dict[str, Any] = {"length": texts.test.length}
-        inputs = {
-            "original": run.manifest.source,
-            "data": texts.test.digest(),
-            "plan": hashlib.sha256(plan.dump()).hexdigest(),
-        }
+    plan, repaired = plans[name], s.reconstruct and not plan_of(run).cuts_hidden(Checkpoint(run.model).arch)
+    asked: dict[str, Any] = {"length": texts.test.length}
+    inputs = {
+        "original": run.manifest.source,
+        "data": texts.test.digest(),
+        "plan": hashlib.sha256(plan.dump()).hexdigest(),
+    }
+    if repaired:
+        asked["reconstructed"], inputs["calibration"] = RECONSTRUCTION, texts.calibration.digest()
+
+    def work(directory: Path) -> None:
+        model, made, repair = directory / "model", plan, None
         if repaired:
-            asked["reconstructed"], inputs["calibration"] = RECONSTRUCTION, texts.calibration.digest()
+            left = {n: p for n, p in plans.items() if n == name or f"evaluate-{n}" not in run.manifest.steps}
+            repair = _repairs(run, left, texts, s, run.kept or directory)[name]
+            made = Plan.load(repair / "plan.json")
+        prune(run.model, made, model, repair=repair)
+        if repair:
+            shutil.rmtree(repair)
+        measured(directory, model, texts, run.model, s, run.kept)
+        shutil.rmtree(model)
+        (directory / "plan.json").write_bytes(plan.dump())
 
-        def work(directory: Path, name: str = name, plan: Plan = plan) -> None:
-            model, made, repair = directory / "model", plan, None
-            if repaired:
-                left = {n: p for n, p in plans.items() if n == name or f"evaluate-{n}" not in run.manifest.steps}
-                repair = _repairs(run, left, texts, s, run.kept or directory)[name]
-                made = Plan.load(repair / "plan.json")
-            prune(run.model, made, model, repair=repair)
-            if repair:
-                shutil.rmtree(repair)
-            measured(directory, model, texts, run.model, s, run.kept)
-            shutil.rmtree(model)
-            (directory / "plan.json").write_bytes(plan.dump())
-
-        run.step(f"evaluate-{name}", asked, inputs, work)
+    run.step(f"evaluate-{name}", asked, inputs, work)
 
 
 def _repairs(run: Run, plans: Mapping[str, Plan], texts: Texts, s: Settings, kept: Path) -> dict[str, Path]:

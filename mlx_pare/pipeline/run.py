@@ -1,8 +1,8 @@
-"""The story of a run. Read this file first: the steps are a few lines each in pipeline/steps.py, each verb has its own
-file.
+"""The story of a run. Read this file first: pipeline/order.py has the order of the steps, pipeline/steps.py a few lines
+for each, and each verb has its own file.
 
-calibrate -> score -> plan -> reconstruct -> prune -> recover -> evaluate (original, pruned, recovered, random, fewer
-bits) -> export -> bench -> report
+calibrate -> score -> plan -> reconstruct -> prune -> evaluate (original, pruned) -> recover -> evaluate (recovered,
+random, fewer bits) -> export -> bench -> report
 
 With a schedule, every stage does the steps up to recover once, each stage in its own run directory
 (pipeline/stages.py).
@@ -11,8 +11,10 @@ With a schedule, every stage does the steps up to recover once, each stage in it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from ..store.rundir import Run
 from ..stream import kept
 from ..text import corpus
 from ..text.splits import VALIDATION_ROWS, Texts
-from . import choose_sizes, contenders, measure_steps, recipes, stages, steps
+from . import choose_sizes, contenders, measure_steps, order, recipes, stages, steps
 from .choose_layers import layers_by_of
 from .export_step import export_step, required
 
@@ -84,17 +86,12 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
         opened.kept = opened.path / "kept"
         if s.quick:
             console.say(f"--quick: {LEFT_OUT}; the same command without --quick goes on from what this one has done")
-        result = (_in_stages if s.stages else _at_once)(opened, texts, s)
-        others = {} if s.quick else _others(opened, result, s)
-        contenders.contender_steps(opened, others, texts, s)
-        kept.clear(opened.kept)
-        gguf = export_step(opened, result, texts, s)
-        if s.trials > 0:
-            measure_steps.bench_step(opened, result, s)
-        named = {"original", "pruned", *others, *(["recovered"] if s.recovers else [])}
-        measured = [n for n, _ in CONTENDERS if n in named or n.startswith("stage-")]
-        written = report(opened.path, measured)
-        summary = _summary(opened, result, gguf, written, measured)
+        under_way = UnderWay(opened, texts, s)
+        for stage, names in order.groups(vars(s)):
+            with under_way.stage(stage):
+                for name in names:
+                    under_way.do(name)
+        summary = under_way.summary()
         opened.write_recipe(asked)  # only now: a refused request leaves the recipe of what was done
         _quality_gate(summary, s)
         _fit_gate(summary, s)
@@ -119,58 +116,119 @@ def hurried(s: Settings) -> Settings:
     return replace(s, recover_steps=0, local_steps=0, trials=0)
 
 
-def _others(run: Run, result: Path, s: Settings) -> dict[str, Plan]:
-    """List what the result is compared with: a random cut, and the original with fewer bits if that can be as small.
-    With a schedule, also the units of the last stage, cut out of the original at once."""
-    plans = {"pruned": stages.plan_step(run, s)} if s.stages else {}
-    plans["random"] = contenders.random_plan(run, s)
-    narrow = whole(run.model, steps.plan_of(run), Checkpoint(result).nbytes())
-    return plans if narrow is None else {**plans, "fewer-bits": narrow}
+class UnderWay:
+    """A run under way: it does the steps one by one, and knows the model that they have left so far."""
+
+    def __init__(self, run: Run, texts: Texts, s: Settings):
+        """Begin with the original.
+
+        Args:
+            run: the run directory, open.
+            texts: of the run.
+            s: what is asked of the run.
+        """
+        self.whole, self.asked, self.texts = run, s, texts
+        self.run, self.s, self.seed = run, s, s.seed  # of the stage that works; outside of stages, of the whole run
+        self.result: Path = run.model
+        self.gguf: Path | None = None
+        self.measured: set[str] = set()
+
+    @contextmanager
+    def stage(self, name: str | None) -> Iterator[None]:
+        """Let steps cut what the stage before left, in a directory of their own. The original teaches, and all are
+        measured against it. Without a name, steps belong to the whole run."""
+        if name is None:
+            yield
+            return
+        stage, place = stages.named(self.asked, name), self.whole.path / name
+        console.say(f"{name} of {len(self.asked.stages)}: to {stage.share:g} of the original, {stage.steps} steps")
+        asked = stage.settings(self.asked, self.whole.model, self.result)
+        asked = choose_sizes.settled(self.result, asked, choose_sizes.begun(place))
+        with steps.open_run(self.result, place) as opened:
+            opened.kept = self.whole.kept
+            opened.write_recipe(recipes.recipe_of(self.result, asked), replace=False)
+            drawn = (self.asked.seed + stage.number - 1) % 2**32  # else every stage would train on the same rows
+            self.run, self.s, self.seed = opened, asked, drawn
+            yield
+        self.run, self.s, self.seed = self.whole, self.asked, self.asked.seed
+
+    def do(self, step: str) -> None:
+        """Do a step of pipeline/order.py, without the name of its stage. Raises PareError as the verb does."""
+        run, texts, s = self.run, self.texts, self.s
+        match step.partition("-"):
+            case "calibrate", _, _:
+                steps.calibrate_step(run, texts, s)
+            case "score", _, _:
+                steps.score_step(run, s)
+            case "sensitivity", _, _:
+                pass  # plan does it, also as a verb of its own
+            case "plan", _, _:
+                stages.plan_step(run, s) if s.stages else choose_sizes.plan_step(run, texts, s)
+            case "reconstruct", _, _:
+                steps.reconstruct_step(run, texts, s)
+            case "prune", _, _:
+                first = run is self.whole or run.model == self.whole.model
+                self.result = steps.prune_step(run, s.reconstruct, None if first else self.whole.model, s.memory_cap)
+            case "recover", _, _:
+                self.result = steps.recover_step(run, texts, replace(s, seed=self.seed))
+            case "evaluate", _, model:
+                self._measure(model)
+            case "export", _, _:
+                kept.clear(run.kept)
+                self.gguf = export_step(run, self.result, texts, s)
+            case "bench", _, _:
+                measure_steps.bench_step(run, self.result, s)
+            case _:
+                raise ValueError(step)
+
+    def _measure(self, name: str) -> None:
+        """Measure the original, what the steps have left, or a plan that it is compared with. "pruned" after stages is
+        such a plan."""
+        run, s, staged = self.whole, self.asked, self.asked.stages is not None
+        if name in ("random", "fewer-bits") or (name == "pruned" and staged):
+            if name not in self.compared:
+                return
+            contenders.contender_step(run, name, self.compared, self.texts, s)
+        else:
+            measure_steps.evaluate_step(run, name, run.model if name == "original" else self.result, self.texts, s)
+        self.measured.add(name)
+        if name == "pruned" and not staged:
+            console.say(first_result(metrics(run.path, ["original", "pruned"])))
+
+    @cached_property
+    def compared(self) -> dict[str, Plan]:
+        """What the result is compared with: a random cut, and the original with fewer bits if that can be as small.
+        With a schedule, also the units of the last stage, cut out of the original at once."""
+        run, s = self.whole, self.asked
+        plans = {"pruned": steps.plan_of(run)} if s.stages else {}
+        plans["random"] = contenders.random_plan(run, s)
+        narrow = whole(run.model, steps.plan_of(run), Checkpoint(self.result).nbytes())
+        return plans if narrow is None else {**plans, "fewer-bits": narrow}
+
+    def summary(self) -> dict[str, Any]:
+        """Write the report, and return what ``run`` returns."""
+        path, names = self.whole.path, [name for name, _ in CONTENDERS if name in self.measured]
+        found, written = metrics(path, names), report(path, names)
+        told = stage_table.story(path)
+        return {
+            "model": str(self.result),
+            "gguf": None if self.gguf is None else str(self.gguf),
+            "report": str(written),
+            "verdict": verdict(found, reconstructed(self.whole.manifest)),
+            "before": _measured(path, "original"),
+            "after": _measured(path, "recovered" if "recovered" in found else "pruned"),
+            "contenders": {name: _measured(path, name) for name in found},
+            "fits": step_files.read(path / "export" / "fits.json"),
+            **({"stages": told} if told else {}),
+            "bench": step_files.find(path / "bench" / "bench.json"),
+        }
 
 
-def _cut(run: Run, texts: Texts, s: Settings, original: Path | None = None) -> Path:
-    """Cut the model of a run once, without recovery. ``original`` is the original of a model that was cut before."""
-    steps.calibrate_step(run, texts, s)
-    steps.score_step(run, s)
-    choose_sizes.plan_step(run, texts, s)
-    if s.reconstruct:
-        steps.reconstruct_step(run, texts, s)
-    return steps.prune_step(run, s.reconstruct, original, s.memory_cap)
-
-
-def _at_once(run: Run, texts: Texts, s: Settings) -> Path:
-    """Cut once and recover once. Measure both results and the original."""
-    result = _cut(run, texts, s)
-    measure_steps.evaluate_step(run, "original", run.model, texts, s)
-    measure_steps.evaluate_step(run, "pruned", result, texts, s)
-    console.say(first_result(metrics(run.path, ["original", "pruned"])))
-    if s.recovers:
-        result = steps.recover_step(run, texts, s)
-        measure_steps.evaluate_step(run, "recovered", result, texts, s)
-    return result
-
-
-def _in_stages(run: Run, texts: Texts, s: Settings) -> Path:
-    """Let every stage cut what the stage before left, with the original as the teacher; all are measured against the
-    original.
-
-    "pruned" is then measured among the other contenders.
-    """
-    measure_steps.evaluate_step(run, "original", run.model, texts, s)
-    result = run.model
-    for stage in stages.stages(s):
-        place = run.path / stage.name
-        console.say(f"{stage.name} of {len(s.stages)}: to {stage.share:g} of the original, {stage.steps} steps")
-        asked = choose_sizes.settled(result, stage.settings(s, run.model, result), choose_sizes.begun(place))
-        with steps.open_run(result, place) as opened:
-            opened.kept = run.kept
-            opened.write_recipe(recipes.recipe_of(result, asked), replace=False)
-            pruned = _cut(opened, texts, asked, None if result == run.model else run.model)
-            measure_steps.evaluate_step(run, f"{stage.name}-pruned", pruned, texts, s)
-            drawn = (s.seed + stage.number - 1) % 2**32  # else every stage would train on the same rows
-            result = steps.recover_step(opened, texts, replace(asked, seed=drawn))
-        measure_steps.evaluate_step(run, stage.recovered, result, texts, s)
-    return result
+def _measured(run: Path, name: str) -> dict[str, Any]:
+    """Return what was measured of a model, as JSON keys."""
+    step = run / f"evaluate-{name}"
+    measured = Metrics.load(step / "metrics.json")
+    return measured.model_dump() | {"nll": measured.mean_nll} | step_files.read(step / "size.json")
 
 
 def dry_run(model: StrPath, s: Settings) -> dict[str, Any]:
@@ -270,27 +328,6 @@ def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
     """
     if name not in known:
         raise UsageError(f"unknown {what} {name!r}", f"choose one of {', '.join(filter(None, known))}")
-
-
-def _summary(run: Run, model: Path, gguf: Path | None, written: Path, measured: Sequence[str]) -> dict[str, Any]:
-    def of(name: str) -> dict[str, Any]:
-        step = run.directory(f"evaluate-{name}")
-        measured = Metrics.load(step / "metrics.json")
-        return measured.model_dump() | {"nll": measured.mean_nll} | step_files.read(step / "size.json")
-
-    found = metrics(run.path, measured)
-    return {
-        "model": str(model),
-        "gguf": None if gguf is None else str(gguf),
-        "report": str(written),
-        "verdict": verdict(found, reconstructed(run.manifest)),
-        "before": of("original"),
-        "after": of("recovered" if "recovered" in found else "pruned"),
-        "contenders": {name: of(name) for name in found},
-        "fits": step_files.read(run.directory("export") / "fits.json"),
-        **({"stages": told} if (told := stage_table.story(run.path)) else {}),
-        "bench": step_files.find(run.directory("bench") / "bench.json"),
-    }
 
 
 def _fit_gate(summary: dict[str, Any], s: Settings) -> None:

@@ -39,11 +39,6 @@ class Stage:
     def name(self) -> str:
         return name_of(self.number)
 
-    @property
-    def recovered(self) -> str:
-        """Return the name of its recovered model among all that are measured."""
-        return "recovered" if self.last else f"{self.name}-recovered"
-
     def settings(self, s: Settings, original: Path, parent: Path) -> Settings:
         """Return what is asked of this stage alone, with the original as the teacher.
 
@@ -100,6 +95,11 @@ def stages(s: Settings) -> Iterator[Stage]:
         yield Stage(index + 1, share, every + (index < over), index + 1 == len(s.stages))
 
 
+def named(s: Settings, name: str) -> Stage:
+    """Return one of the stages by its name."""
+    return next(stage for stage in stages(s) if stage.name == name)
+
+
 def agree(run: Run, s: Settings) -> None:
     """Raises Refused for a run directory that was begun in one shot and would continue in stages, or the other way
     round. Otherwise that would be found only at the end."""
@@ -130,7 +130,7 @@ def composed(run: Path, asked: Sequence[float]) -> Plan:
     return done.model_copy(update={**changes, "before": begun.before, "hidden": hidden, "layers": layers})
 
 
-def plan_step(run: Run, s: Settings) -> Plan:
+def plan_step(run: Run, s: Settings) -> None:
     """Record the cut of all stages together as the plan of the run."""
     made = composed(run.path, s.stages)
     run.step(
@@ -139,4 +139,3 @@ def plan_step(run: Run, s: Settings) -> Plan:
         {"model": run.manifest.source, "composed": hashlib.sha256(made.dump()).hexdigest()},
         lambda directory: (directory / "plan.json").write_bytes(made.dump()),
     )
-    return Plan.load(run.output("plan", "plan.json"))

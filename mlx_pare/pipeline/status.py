@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,7 @@ from ..sources.open_model import StrPath
 from ..store.manifest import read_manifest, read_recipe
 from ..store.places import name_of
 from ..store.rundir import is_locked
-
-
-def expected(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the steps of a run in their order (pipeline/run.py), as far as the recipe tells. Steps of a stage begin
-    with its name. Some may turn out not to be needed."""
-    cut = ["calibrate", "score", *(["sensitivity"] if recipe.get("widths") == "per-layer" else []), "plan"]
-    cut += [*(["reconstruct"] if recipe.get("reconstruct", True) else []), "prune"]
-    stages = recipe.get("stages") or []
-    if stages:
-        found = ["evaluate-original"]
-        for name in map(name_of, range(1, len(stages) + 1)):
-            after = "recovered" if name == name_of(len(stages)) else f"{name}-recovered"
-            found += [f"{name}/{step}" for step in cut]
-            found += [f"evaluate-{name}-pruned", f"{name}/recover", f"evaluate-{after}"]
-        found += ["plan", "evaluate-pruned"]
-    else:
-        found = [*cut, "evaluate-original", "evaluate-pruned"]
-        if recipe.get("recover_steps", 0) or recipe.get("local_steps", 0):
-            found += ["recover", "evaluate-recovered"]
-    found += [] if recipe.get("quick") else ["evaluate-random", "evaluate-fewer-bits"]
-    found += ["export"]
-    return found + (["bench"] if recipe.get("trials", 0) else [])
+from .order import step_names
 
 
 def status(run: StrPath) -> dict[str, Any]:
@@ -59,7 +37,7 @@ def status(run: StrPath) -> dict[str, Any]:
         {"step": name, "seconds": r.seconds, "peak_bytes": r.peak_bytes, "bytes": _bytes(run / name)}
         for name, r in records.items()
     ]
-    order = expected(recipe)
+    order = step_names(recipe)
     reached = max((order.index(name) for name in records if name in order), default=-1)
     begun = sorted(str(p.relative_to(run).with_suffix("")) for p in [*run.glob("*.partial"), *run.glob("*/*.partial")])
     begun = [name for name in begun if name in order or "/" not in name]  # a partial model inside a step is not a step

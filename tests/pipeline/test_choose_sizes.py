@@ -16,7 +16,8 @@ from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.cli import main as cli
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
-from mlx_pare.pipeline import choose_sizes, run as pipeline, steps, trial_cache
+from mlx_pare.pipeline import choose_sizes, run as pipeline, steps
+from mlx_pare.planning import trial_cache
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.text.corpus import Rows

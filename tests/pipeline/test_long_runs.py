@@ -20,8 +20,9 @@ from mlx_pare.base import console, log, machine
 from mlx_pare.base.errors import PareError
 from mlx_pare.base.units import duration
 from mlx_pare.options.settings import Settings
+from mlx_pare.pipeline.order import step_names
 from mlx_pare.pipeline.run import run as run_all
-from mlx_pare.pipeline.status import expected, status
+from mlx_pare.pipeline.status import status
 from mlx_pare.store import rundir
 from mlx_pare.text.splits import DEMO
 
@@ -221,9 +222,9 @@ def test_status_of_a_run_that_is_done(whole):
 
 
 def test_status_knows_the_steps_of_a_run(whole):
-    """The order of pipeline/run.py, told from what was asked."""
+    """Told from what was asked, before anything is done."""
     run = rundir.Run(whole, locked=False)
-    assert expected(run.recipe()) == list(run.manifest.steps)
+    assert step_names(run.recipe()) == list(run.manifest.steps)
     run.close()
 
 
@@ -233,7 +234,7 @@ def test_status_knows_the_steps_of_stages(pico_models, settings, tmp_path):
     found = status(tmp_path / "run")
     assert found["state"] == "finished" and found["left"] == []
     assert sorted(s["step"] for s in found["steps"]) == sorted(
-        name for name in expected(rundir.Run(tmp_path / "run", locked=False).recipe())
+        name for name in step_names(rundir.Run(tmp_path / "run", locked=False).recipe())
     )
 
 

@@ -26,7 +26,8 @@ from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.evaluation.sanity import check, repeats
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
-from mlx_pare.pipeline import choose_sizes, contenders, measure_steps, run as pipeline, steps, trial_cache
+from mlx_pare.pipeline import choose_sizes, contenders, measure_steps, run as pipeline, steps
+from mlx_pare.planning import trial_cache
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.repair.reconstruct import reconstruct
@@ -312,13 +313,15 @@ def test_contender_is_measured_anew_only_by_another_reconstruction(finished, cop
     made = Plan.load(copied / "evaluate-fewer-bits" / "plan.json")
     texts, other = (steps.Texts(finished["model"], replace(settings, seed=seed)) for seed in (0, 1))
     with steps.open_run(finished["model"], copied) as run:
-        contenders.contender_steps(run, {"fewer-bits": made}, texts, settings)
+        contenders.contender_step(run, "fewer-bits", {"fewer-bits": made}, texts, settings)
         with pytest.raises(Refused, match=r"evaluate-fewer-bits.*calibration changed"):
-            contenders.contender_steps(run, {"fewer-bits": made}, other, settings)
+            contenders.contender_step(run, "fewer-bits", {"fewer-bits": made}, other, settings)
         with pytest.raises(Refused, match=r"evaluate-fewer-bits.*reconstructed was"):
-            contenders.contender_steps(run, {"fewer-bits": made}, texts, replace(settings, reconstruct=False))
+            contenders.contender_step(
+                run, "fewer-bits", {"fewer-bits": made}, texts, replace(settings, reconstruct=False)
+            )
         with pytest.raises(Refused, match="--memory-cap allows"):
-            contenders.contender_steps(run, {"another": made}, texts, replace(settings, memory_cap=10_000))
+            contenders.contender_step(run, "another", {"another": made}, texts, replace(settings, memory_cap=10_000))
 
 
 # ---- the gates ----

@@ -20,8 +20,9 @@ from mlx_pare.base.units import readable
 from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
-from mlx_pare.pipeline import choose_sizes, stability, steps, trial_cache
+from mlx_pare.pipeline import choose_sizes, stability, steps
 from mlx_pare.pipeline.stability import Question, agreement, drawn, jaccard, kept, orders, rank_correlation
+from mlx_pare.planning import trial_cache
 from mlx_pare.planning.goal import Options
 from mlx_pare.planning.plan import plan
 from mlx_pare.pruning.plan_file import Plan

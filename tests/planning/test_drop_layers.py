@@ -19,9 +19,9 @@ from mlx_pare.arch import can_keep
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import TABLE, Settings
-from mlx_pare.pipeline import choose_layers, choose_sizes, steps, trial_cache
+from mlx_pare.pipeline import choose_layers, choose_sizes, steps
 from mlx_pare.pipeline.steps import plan_options
-from mlx_pare.planning import candidate as trial_candidate, choose_units
+from mlx_pare.planning import candidate as trial_candidate, choose_units, trial_cache
 from mlx_pare.planning.drop_layers import layers_by_kl, trials
 from mlx_pare.planning.goal import Options
 from mlx_pare.planning.plan import plan

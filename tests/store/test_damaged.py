@@ -14,7 +14,8 @@ import pytest
 
 from mlx_pare.base.errors import PareError
 from mlx_pare.options.settings import Settings
-from mlx_pare.pipeline import run as pipeline, trial_cache
+from mlx_pare.pipeline import run as pipeline
+from mlx_pare.planning import trial_cache
 from mlx_pare.reporting.report import report
 from mlx_pare.store import step_files
 from mlx_pare.store.rundir import Run

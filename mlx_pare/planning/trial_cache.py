@@ -12,8 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 from ..options.settings import Settings
-from ..planning.candidate import Candidate, Curve, Curves
-from ..planning.try_candidates import try_out
 from ..pruning.plan_file import Plan
 from ..repair.reconstruct import reconstructed_kl
 from ..store import step_files
@@ -23,6 +21,8 @@ from ..store.rundir import Run
 from ..store.schema import dump_json
 from ..text.corpus import Rows
 from ..text.splits import Texts
+from .candidate import Candidate, Curve, Curves
+from .try_candidates import try_out
 
 HELD_TOKENS = 4096  # at least, on which candidates are tried: from the validation text, never from calibration or test
 
