@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import mmap
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,19 +49,13 @@ def logits(gguf: Path, tokens: Sequence[int]) -> np.ndarray:
     Raises:
         PareError: llama-cpp-python is not installed, or llama.cpp cannot use the file.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "logits.npy"
-        _ask({"task": "logits", "gguf": str(gguf), "tokens": [int(t) for t in tokens], "answer": str(answer)})
-        return np.load(answer)
+    return _ask(gguf, tokens=tokens)["logits"]
 
 
 def tokenize(gguf: Path, strings: Sequence[str]) -> list[list[int]]:
     """Return the token ids of each string. Nothing is added, and names of special tokens in the text are ordinary
     text."""
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "tokens.json"
-        _ask({"task": "tokenize", "gguf": str(gguf), "strings": list(strings), "answer": str(answer)})
-        return json.loads(answer.read_text())
+    return _ask(gguf, strings=strings)["ids"]
 
 
 def greedy(gguf: Path, tokens: Sequence[int], count: int) -> list[int]:
@@ -77,19 +70,33 @@ def greedy(gguf: Path, tokens: Sequence[int], count: int) -> list[int]:
     Raises:
         PareError: as ``logits``.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "greedy.json"
-        asked = {"task": "greedy", "gguf": str(gguf), "tokens": [int(t) for t in tokens], "count": count}
-        _ask(asked | {"answer": str(answer)})
-        return json.loads(answer.read_text())
+    return _ask(gguf, tokens=tokens, count=count)["greedy"]
 
 
-def _ask(request: dict[str, Any]) -> None:
+def _ask(gguf: Path, **asked: Any) -> dict[str, Any]:
+    """Ask llama.cpp about a file, all at once, because each child loads the file anew (see exporting/llama_child.py).
+
+    Args:
+        gguf: the file.
+        asked: "strings" to tokenize; "tokens" to compute the logits of; "count" of tokens to generate after them.
+    Returns:
+        "ids" of the strings; "logits", float32 [tokens, vocab]; "greedy", ids.
+    Raises:
+        PareError: llama-cpp-python is not installed, or llama.cpp cannot use the file.
+    """
     if not available():
         raise PareError("llama-cpp-python is not installed", INSTALL)
-    done = children.run(children.module("exporting.llama_cpp"), json.dumps(request))
-    if done.returncode or not Path(request["answer"]).exists():
-        raise PareError(f"llama.cpp cannot use {request['gguf']}: {_reason(done)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        answer, logits = Path(scratch) / "answer.json", Path(scratch) / "logits.npy"
+        asked = {name: list(map(int, value)) if name == "tokens" else value for name, value in asked.items()}
+        # its threads spin while they wait: next to other work, two take longer than one for a small model
+        threads = 1 if gguf.exists() and gguf.stat().st_size < SMALL else None
+        request = {"gguf": str(gguf), "threads": threads, "answer": str(answer), "logits": str(logits), **asked}
+        done = children.run(children.module("exporting.llama_child"), json.dumps(request))
+        if done.returncode or not answer.exists():
+            raise PareError(f"llama.cpp cannot use {gguf}: {_reason(done)}")
+        found = json.loads(answer.read_text())
+        return found | ({"logits": np.load(logits)} if logits.exists() else {})
 
 
 def _reason(done: CompletedProcess) -> str:
@@ -118,10 +125,10 @@ def compare(model: Path, gguf: Path) -> dict:
     arch, config = Checkpoint(model).arch, Checkpoint(model).config
     known = gguf_tokenizer.check(model, arch.sizes["vocab"], config)
     ours = by_file(model, PROBES)  # not by mlx-lm, whose transformers may leave tokenizer.json
-    theirs = tokenize(gguf, PROBES)
     tokens = [t for ids in ours for t in ids]
     tokens = (tokens * (64 // max(len(tokens), 1) + 1))[:64]
-    here, there = mlx_logits(model, tokens), logits(gguf, tokens)
+    answer = _ask(gguf, strings=PROBES, tokens=tokens)
+    theirs, here, there = answer["ids"], mlx_logits(model, tokens), answer["logits"]
     return {
         "tokens": len(tokens),
         "max_abs_difference": float(np.abs(here - there).max()),
@@ -253,52 +260,6 @@ def _parts(row: Row, every: bool) -> list[slice]:
         return [slice(at, min(at + step, row.nbytes)) for at in range(0, row.nbytes, step)]
     size = min(row.nbytes, step) // unit * unit or row.nbytes
     return [slice(0, size), slice(row.nbytes - size, row.nbytes)]
-
-
-# ---- the child ----
-
-
-def _answer(request: dict[str, Any]) -> None:
-    from llama_cpp import Llama
-
-    answer = Path(request["answer"])
-    if request["task"] == "tokenize":
-        model = Llama(request["gguf"], vocab_only=True)
-        found = [model.tokenize(s.encode(), add_bos=False, special=False) for s in request["strings"]]
-        answer.write_text(json.dumps(found))
-        return
-    tokens, count = request["tokens"], request.get("count", 0)
-    size = max(len(tokens) + count, 32)
-    # its threads spin while they wait: next to other work, two take longer than one for a small model
-    threads = 1 if Path(request["gguf"]).stat().st_size < SMALL else None
-    model = Llama(
-        request["gguf"],
-        n_ctx=size,
-        n_batch=size,
-        n_ubatch=size,
-        n_gpu_layers=0,
-        offload_kqv=False,
-        op_offload=False,
-        logits_all=True,
-        flash_attn=False,
-        n_threads=threads,
-        n_threads_batch=threads,
-        type_k=0,  # GGML_TYPE_F32
-        type_v=0,
-    )
-    model.eval(tokens)
-    if request["task"] == "greedy":
-        found = [int(model._scores[len(tokens) - 1].argmax())]
-        while len(found) < count:
-            model.eval(found[-1:])
-            found.append(int(model._scores[len(tokens) + len(found) - 1].argmax()))
-        answer.write_text(json.dumps(found))
-        return
-    np.save(answer, model._scores[: len(tokens)].astype(np.float32))
-
-
-if __name__ == "__main__":
-    _answer(json.load(sys.stdin))
 
 
 def verify(model: Path, gguf: Path) -> dict:

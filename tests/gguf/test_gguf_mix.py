@@ -258,11 +258,11 @@ def test_the_models_use_names_that_gguf_has():
 
 SMALL = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 32}
 FILES = {
-    "llama": ("llama-untied", {**SMALL, "num_hidden_layers": 16, "num_key_value_heads": 1}),
-    "llama, tied": ("llama", {**SMALL, "num_hidden_layers": 9, "num_attention_heads": 2, "num_key_value_heads": 2}),
-    "qwen2": ("qwen2", {"hidden_size": 320, "intermediate_size": 352, "num_hidden_layers": 12}),
-    "qwen3": ("qwen3", {**SMALL, "num_hidden_layers": 9, "tie_word_embeddings": False, "num_key_value_heads": 2}),
-    "gemma3_text": ("gemma3_text", {**SMALL, "num_hidden_layers": 12, "intermediate_size": 288}),
+    "llama": ("llama-untied", {**SMALL, "num_hidden_layers": 8, "num_key_value_heads": 1}),
+    "llama, tied": ("llama", {**SMALL, "num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 2}),
+    "qwen2": ("qwen2", {"hidden_size": 320, "intermediate_size": 352, "num_hidden_layers": 8}),
+    "qwen3": ("qwen3", {**SMALL, "num_hidden_layers": 5, "tie_word_embeddings": False, "num_key_value_heads": 2}),
+    "gemma3_text": ("gemma3_text", {**SMALL, "num_hidden_layers": 8, "intermediate_size": 288}),
 }
 # The dry runs judge all kinds; here those are left out whose tables take llama.cpp seconds to set up
 SLOW = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs"}

@@ -554,7 +554,7 @@ def test_estimate_holds(pico_models, tmp_path, variant):
     """Against what MLX had at its peak; numpy's matrices, which are small here, are left out on both sides."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(output_projection, "cost", lambda *_: Cost(False, 0, 0.0))
-        path, data = pico_models(variant), Rows.full(RANDOM.integers(0, 500, (200, 64)))
+        path, data = pico_models(variant), Rows.full(RANDOM.integers(0, 500, (80, 64)))
         estimate = memory.required_bytes(Checkpoint(path), data) + module.held_bytes(Checkpoint(path), data)
     gc.collect()
     before = mx.get_active_memory()
