@@ -16,12 +16,12 @@ from .lm import tokenizer
 from .model.checkpoint import Checkpoint
 from .options.settings import Settings
 from .options.values import is_whole
+from .planning.choose_units import read_scores
 from .planning.goal import Options as PlanOptions
 from .pruning.layout import size_of
 from .pruning.plan_file import Plan, Target
 from .recovery.options import Options as RecoverOptions
 from .sources.open_model import StrPath, opened
-from .store.arrays import Arrays
 from .text.corpus import Rows
 from .text.splits import Texts
 
@@ -64,12 +64,12 @@ def candidates(scores: StrPath, ratio: float) -> dict[str, Any]:
     """
     if not 0 <= ratio < 1:
         raise UsageError(f"the ratio {ratio!r} is not between 0 and 1", "give the share to remove, e.g. 0.25")
-    found = Arrays.load(Path(scores), "scores")
+    found = read_scores(Path(scores))
 
     def lowest(values: Any) -> list[int]:
         return sorted(values.argsort(kind="stable")[: int(ratio * len(values))].tolist())
 
-    ffn = {layer: lowest(values) for layer, values in enumerate(found.arrays["mlp"])}
+    ffn = {layer: lowest(values) for layer, values in enumerate(found.arrays["ffn"])}
     return {"criterion": found.about["criterion"], "ffn": ffn, "layers": lowest(found.arrays["layer"])}
 
 

@@ -29,9 +29,9 @@ def test_candidates_are_the_units_with_the_lowest_scores(scores):
     found, arrays = api.candidates(scores, 0.25), Arrays.load(scores, "scores").arrays
     assert found["criterion"] == "wanda" and list(found["ffn"]) == [0, 1, 2, 3]
     for layer, channels in found["ffn"].items():
-        left = np.delete(arrays["mlp"][layer], channels)
+        left = np.delete(arrays["ffn"][layer], channels)
         assert len(channels) == 32 and channels == sorted(channels)
-        assert arrays["mlp"][layer][channels].max() <= left.min()
+        assert arrays["ffn"][layer][channels].max() <= left.min()
     assert found["layers"] == [int(arrays["layer"].argmin())]
 
 

@@ -15,6 +15,7 @@ from ..base.errors import UsageError
 from ..base.untrusted import read_json
 from ..model.checkpoint import Checkpoint
 from ..options.settings import Settings
+from ..planning.choose_units import read_scores
 from ..planning.drop_layers import layers_by_kl, trials
 from ..planning.plan import plan
 from ..planning.trial_cache import Known, finite, held_rows, once, plan_kl
@@ -67,14 +68,14 @@ def with_layers(run: Run, texts: Texts, s: Settings, most: int, by: str, scores:
         The file that was written.
     Raises:
         Refused: with "kl", the layers cannot be kept, or the memory does not suffice.
-        PareError: a file cannot be read, or the statistics hold no angles.
+        PareError: a file cannot be read or is of another model, or the statistics hold no angles.
     """
-    found, out = Arrays.load(scores, "scores"), directory / f"{by}.safetensors"
+    found, out = read_scores(scores, Checkpoint(run.model)), directory / f"{by}.safetensors"
     if by == "kl":
         deep = {"kept": _kept_by_kl(run, texts, s, most, directory)}
     else:
         stats = run.output("calibrate", "stats.safetensors")
-        deep = Arrays.load(score(run.model, stats, out, by, s.seed), "scores").arrays
+        deep = read_scores(score(run.model, stats, out, by, s.seed)).arrays
         deep = {name: deep[name] for name in ("layer", "angles") if name in deep}
     arrays = {name: array for name, array in found.arrays.items() if name != "angles"} | deep
     Arrays({name: mx.array(array) for name, array in arrays.items()}, {**found.about, "layers_by": by}).save(out)

@@ -141,24 +141,21 @@ def orders(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> 
 
     Args:
         arch: the model.
-        scores: arrays of ``score``: mlp [layers, ffn], attention [layers, q_head], layer [layers], attn_ln and ffn_ln
-            [hidden].
+        scores: arrays of ``score``: ffn [layers, ffn], kv_head [layers, kv_head], layer [layers], hidden [hidden].
         plan: whose cuts count.
     Returns:
-        (axis, layer; -1 for an axis that has none) -> float [units]; of kv heads the sum over their query heads.
+        (axis, layer; -1 for an axis that has none) -> float [units].
     """
     found: dict[tuple[str, int], np.ndarray] = {}
     for layer in plan.layers:
         sizes = arch.layers[layer.source].sizes
-        if len(layer.ffn) < sizes["ffn"]:
-            found["ffn", layer.source] = scores["mlp"][layer.source]
-        if len(layer.kv_head) < sizes["kv_head"]:
-            heads = scores["attention"][layer.source].reshape(sizes["kv_head"], sizes["group"])
-            found["kv_head", layer.source] = heads.sum(axis=1)
+        for axis, units in (("ffn", layer.ffn), ("kv_head", layer.kv_head)):
+            if len(units) < sizes[axis]:
+                found[axis, layer.source] = scores[axis][layer.source]
     if len(plan.layers) < len(arch.layers) and "kept" not in scores:
         found["layer", -1] = scores["layer"]
     if plan.cuts_hidden(arch):
-        found["hidden", -1] = scores["attn_ln"] + scores["ffn_ln"]
+        found["hidden", -1] = scores["hidden"]
     return found
 
 
@@ -174,7 +171,7 @@ def kept(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> Ke
     """
     found: Kept = {}
     for layer in plan.layers:
-        units = choose_units.units_of(arch, layer.source, scores, len(layer.ffn), len(layer.kv_head))
+        units = choose_units.units_of(layer.source, scores, len(layer.ffn), len(layer.kv_head))
         found |= {(axis, layer.source): set(chosen) for axis, chosen in units.items()}
     planned = {layer.source for layer in plan.layers}
     protected = [i for i in protected_layers(arch) if i in planned]
@@ -301,7 +298,7 @@ def drawn(rows: Rows, samples: int, order: np.ndarray, draws: int = DRAWS) -> tu
 
 
 def _scores(q: Question, model: Path, stats: Path, name: str) -> Mapping[str, np.ndarray]:
-    return Arrays.load(_scored(q, model, stats, name), "scores").arrays
+    return choose_units.read_scores(_scored(q, model, stats, name)).arrays
 
 
 def _scored(q: Question, model: Path, stats: Path, name: str) -> Path:
@@ -311,7 +308,7 @@ def _scored(q: Question, model: Path, stats: Path, name: str) -> Path:
     if not out.exists():
         score(model, stats, out, name, q.seed)
         if not q.choose_layers:
-            made, layers = Arrays.load(out, "scores"), {layer.source for layer in q.plan.layers}
+            made, layers = choose_units.read_scores(out), {layer.source for layer in q.plan.layers}
             total = len(made.arrays["layer"])
             rows = np.zeros((total + 1, total), np.int32)
             rows[len(layers)] = [i in layers for i in range(total)]

@@ -3,29 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from ..arch import Architecture, Keep, LayerKeep, can_keep, positions
+from ..base.errors import PareError
+from ..model.checkpoint import Checkpoint
 from ..pruning.reach import Level, best_layers
+from ..store.arrays import Arrays
+
+
+def read_scores(path: Path, checkpoint: Checkpoint | None = None) -> Arrays:
+    """Read a file that ``score`` wrote.
+
+    A file of an earlier version is read too: runs that were begun with it go on.
+
+    Args:
+        path: the file.
+        checkpoint: the model that was scored; None: any model.
+    Returns:
+        The arrays by the names that ``score`` gives them today. Without ``checkpoint``, a file of an earlier version
+        gives no kv_head.
+    Raises:
+        PareError: the file cannot be read, or was made from another model.
+    """
+    found = Arrays.load(path, "scores")
+    if checkpoint is not None and found.about.get("model") != checkpoint.identity():
+        raise PareError(f"{path} was made from another model than {checkpoint.path}", "score this model first")
+    arrays = found.arrays
+    if "mlp" in arrays:  # the earlier names: query heads were apart, and so were the norms
+        arrays["ffn"], arrays["hidden"] = arrays.pop("mlp"), arrays.pop("attn_ln") + arrays.pop("ffn_ln")
+        heads = arrays.pop("attention")
+        if checkpoint is not None:
+            arrays["kv_head"] = heads.reshape(len(heads), checkpoint.arch.uniform("kv_head"), -1).sum(axis=2)
+    return found
 
 
 def choose_units(arch: Architecture, level: Level, scores: Mapping[str, np.ndarray], protected: Sequence[int]) -> Keep:
     """Choose the units with the highest scores for a level.
 
-    The scores of query heads are summed over the group of a kv head.
-
     Args:
         arch: the model.
         level: how many units of each axis are kept.
-        scores: arrays of ``score``: mlp [layers, ffn], attention [layers, q_head], attn_ln and ffn_ln [hidden], and
-            what ``layers_of`` reads.
+        scores: arrays of ``score``: ffn [layers, ffn], kv_head [layers, kv_head], hidden [hidden], and what
+            ``layers_of`` reads.
         protected: layers that stay.
     Returns:
         The cut.
     """
     chosen = layers_of(arch, scores, level.layer, protected)
-    layers = tuple(LayerKeep(i, units_of(arch, i, scores, level.ffn, level.kv_head)) for i in chosen)
+    layers = tuple(LayerKeep(i, units_of(i, scores, level.ffn, level.kv_head)) for i in chosen)
     return Keep(layers, hidden_of(scores, level.hidden))
 
 
@@ -88,35 +116,30 @@ def around_blocks(arch: Architecture, angles: np.ndarray, count: int, protected:
     return found[2] if found is not None and can_keep(arch, found[2]) else None
 
 
-def units_of(
-    arch: Architecture, layer: int, scores: Mapping[str, np.ndarray], ffn: int, kv_head: int
-) -> dict[str, list[int]]:
+def units_of(layer: int, scores: Mapping[str, np.ndarray], ffn: int, kv_head: int) -> dict[str, list[int]]:
     """Choose the units of one layer with the highest scores.
 
     Args:
-        arch: the model.
         layer: index of the layer.
-        scores: mlp [layers, ffn], attention [layers, q_head].
+        scores: ffn [layers, ffn], kv_head [layers, kv_head].
         ffn: number of channels to keep.
         kv_head: number of kv heads to keep.
     Returns:
         "ffn" and "kv_head": the kept indices, ascending.
     """
-    sizes = arch.layers[layer].sizes
-    heads = scores["attention"][layer].reshape(sizes["kv_head"], sizes["group"]).sum(axis=1)
-    return {"ffn": top(scores["mlp"][layer], ffn), "kv_head": top(heads, kv_head)}
+    return {"ffn": top(scores["ffn"][layer], ffn), "kv_head": top(scores["kv_head"][layer], kv_head)}
 
 
 def hidden_of(scores: Mapping[str, np.ndarray], count: int) -> list[int]:
-    """Choose the hidden channels with the highest scores, summed over both norms of all layers.
+    """Choose the hidden channels with the highest scores.
 
     Args:
-        scores: attn_ln and ffn_ln [hidden], each summed over layers.
+        scores: hidden [hidden].
         count: number of channels to keep.
     Returns:
         The kept indices, ascending.
     """
-    return top(scores["attn_ln"] + scores["ffn_ln"], count)
+    return top(scores["hidden"], count)
 
 
 def top(scores: np.ndarray, count: int) -> list[int]:

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..arch import Keep, LayerKeep
-from ..base.errors import PareError
 from ..model.checkpoint import Checkpoint
 from ..pruning import reach
 from ..pruning.layout import size_of
 from ..pruning.plan_file import Plan, Size
 from ..pruning.reach import Level
 from ..sources.open_model import StrPath, opened
-from ..store.arrays import Arrays
 from ..tensors.packing import BITS, Packing
 from . import choose_units
 from .candidate import PARTS, Candidate
@@ -53,7 +51,7 @@ def plan(model: StrPath, scores: StrPath, options: Options, level: Level | None 
         PareError: the scores cannot be read, or were made from another model.
     """
     checkpoint = Checkpoint(opened(model))
-    found = _scores_of(checkpoint, Path(scores))
+    found = choose_units.read_scores(Path(scores), checkpoint)
     made = shape(checkpoint, options, level)
     keep = choose_units.choose_units(checkpoint.arch, made.level, found.arrays, made.protected)
     return Plan(
@@ -88,14 +86,14 @@ def plan_widths(model: Path, scores: Path, candidate: Candidate, losses: Losses,
         PareError: the scores were made from another model, or what is left would load nowhere.
     """
     checkpoint = Checkpoint(model)
-    arch, found = checkpoint.arch, _scores_of(checkpoint, scores)
+    arch, found = checkpoint.arch, choose_units.read_scores(scores, checkpoint)
     layers = []
     for source, width in enumerate(candidate):
         if width is None:
             continue
         units = {of.axis: losses.kept(source, part, width.units(part)) for part, of in PARTS.items()}
         if found.about["criterion"] != "obs":
-            units = choose_units.units_of(arch, source, found.arrays, width.ffn, width.kv_head)
+            units = choose_units.units_of(source, found.arrays, width.ffn, width.kv_head)
         bits = {f"{part}_bits": width.bits(part) for part in PARTS}
         layers.append({"source": source, **units, **bits})
     grouped = options.bits or any(layer["attention_bits"] or layer["ffn_bits"] for layer in layers)
@@ -127,13 +125,13 @@ def redraw(model: Path, scores: Path, like: Plan) -> Plan:
         PareError: the scores cannot be read, or were made from another model.
     """
     checkpoint = Checkpoint(model)
-    arch, found = checkpoint.arch, _scores_of(checkpoint, scores)
+    arch, found = checkpoint.arch, choose_units.read_scores(scores, checkpoint)
     kept = {layer.source for layer in like.layers}
     protected = [i for i in reach.protected_layers(arch) if i in kept]  # --no-protect may have cut them
     sources = choose_units.layers_of(arch, found.arrays, len(like.layers), protected)
     layers = []
     for source, layer in zip(sources, like.layers, strict=True):
-        units = choose_units.units_of(arch, source, found.arrays, len(layer.ffn), len(layer.kv_head))
+        units = choose_units.units_of(source, found.arrays, len(layer.ffn), len(layer.kv_head))
         layers.append({**layer.model_dump(), "source": source, **units})
     changes = {"criterion": found.about["criterion"], "layers": layers}
     if like.hidden:
@@ -169,13 +167,6 @@ def whole(model: Path, like: Plan, limit: int) -> Plan | None:
             }
             return Plan.model_validate({**like.model_dump(), **changes, **_units(checkpoint, everything)})
     return None
-
-
-def _scores_of(checkpoint: Checkpoint, scores: Path) -> Arrays:
-    found = Arrays.load(scores, "scores")
-    if found.about.get("model") != checkpoint.identity():
-        raise PareError(f"{scores} was made from another model than {checkpoint.path}", "score this model first")
-    return found
 
 
 def _units(checkpoint: Checkpoint, keep: Keep) -> dict[str, Any]:

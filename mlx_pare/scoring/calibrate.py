@@ -29,16 +29,17 @@ from ..tensors.packed import matrix
 from ..text.corpus import Extent, Rows
 from . import gradients
 from .accumulators import BlockCosine, HeadContribution, LastToken, Moments, Removal, angles
+from .source import read_stats
 
 # site -> (role of the module in the family's table, side of the module that is watched)
 SITES = {
     "ffn": ("down_proj", "input"),
     "attention": ("o_proj", "input"),
-    "attn_ln": ("attn_norm", "output"),
-    "ffn_ln": ("ffn_norm", "output"),
+    "attn_norm": ("attn_norm", "output"),
+    "ffn_norm": ("ffn_norm", "output"),
 }
 # If a layer has no such norm, its matrices read the stream itself, which is watched instead.
-INSTEAD = {"attn_ln": ("q_proj", "input"), "ffn_ln": ("up_proj", "input")}
+INSTEAD = {"attn_norm": ("q_proj", "input"), "ffn_norm": ("up_proj", "input")}
 # Measured only on request, because it costs more. Criterion.extra names what a criterion needs.
 EXTRA = ("contributions", "gradients")
 SAVE_EVERY_S = 30.0
@@ -149,8 +150,8 @@ def calibrate(
 
     The file holds these arrays, float32, for each layer i:
     ``{i}.{site}.{name}``: the sums that accumulators.Moments names. Sites are ffn [ffn] and attention [q_head*head_dim]
-    (inputs of down_proj and o_proj), attn_ln and ffn_ln [hidden] (outputs of the norms, or the stream itself if a layer
-    has no such norm).
+    (inputs of down_proj and o_proj), attn_norm and ffn_norm [hidden] (outputs of the norms, or the stream itself if a
+    layer has no such norm).
     ``{i}.block.cosine`` []: accumulators.BlockCosine.
     With "contributions": ``{i}.ffn.removal`` [ffn] (accumulators.Removal), ``{i}.attention.contribution`` [kv_head]
     (HeadContribution). With "gradients": the arrays of gradients.measure.
@@ -325,7 +326,7 @@ def _merge(
     blocks = [directory / f"block-{i:04d}.safetensors" for i in range(len(checkpoint.arch.layers))]
     states: list[mx.array] = []
     for index, file in enumerate(blocks):
-        found = mx.load(str(file))
+        found = read_stats(file)
         states += [found.pop(f"{LAST}.{side}") for side in ("before", "after") if f"{LAST}.{side}" in found]
         arrays |= {f"{index}.{name}": array for name, array in found.items()}
     arrays["angles"] = angles(states)

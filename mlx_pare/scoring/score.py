@@ -14,8 +14,8 @@ from ..base.errors import PareError, UsageError
 from ..model.checkpoint import Checkpoint
 from ..sources.open_model import StrPath, opened
 from ..store.arrays import Arrays
-from . import accumulators, formulas
-from .source import Source
+from . import accumulators, formulas, width
+from .source import Source, read_stats
 
 AXES = ("ffn", "kv_head", "hidden", "layer")
 
@@ -108,9 +108,9 @@ def described(stats: Path, name: str) -> dict[str, Any]:
 def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed: int = 0) -> Path:
     """Write the scores of one criterion to ``out``; higher scores mean keep.
 
-    The arrays are float32: mlp [layers, ffn], attention [layers, q_head], attn_ln [hidden] and ffn_ln [hidden] (both
-    summed over the layers), layer [layers]. The criterion angular adds angles [layers + 1, layers + 1]. For reading
-    only, the file also holds sparsity [layers, ffn].
+    The arrays are float32 and named after the axes: ffn [layers, ffn], kv_head [layers, kv_head], hidden [hidden]
+    (summed over both norms of all layers), layer [layers]. The criterion angular adds angles [layers + 1, layers + 1].
+    For reading only, the file also holds sparsity [layers, ffn].
 
     Args:
         model: model directory, GGUF file, or name of a model that can be downloaded.
@@ -133,7 +133,7 @@ def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed:
     about = described(stats, name)
     if about.get("model") != checkpoint.identity():
         raise PareError(f"{stats} was made from another model than {model}", "calibrate this model first")
-    source = Source(checkpoint, mx.load(str(stats)), seed, about)
+    source = Source(checkpoint, read_stats(stats), seed, about)
 
     arrays = _arrays(source, chosen)
     if chosen.layer == "angular":
@@ -143,18 +143,20 @@ def score(model: StrPath, stats: StrPath, out: StrPath, name: str = "obs", seed:
 
 
 def _arrays(source: Source, chosen: Criterion) -> dict[str, mx.array]:
-    """Compute the scores of all layers; the hidden size is summed over the layers."""
-    hidden = {norm: mx.zeros((source.arch.sizes["hidden"],)) for norm in ("attn_ln", "ffn_ln")}
-    per_layer: dict[str, list[mx.array]] = {"mlp": [], "attention": [], "layer": [], "sparsity": []}
+    """Compute the scores of all layers; the hidden size is summed over the norms and the layers."""
+    hidden, rows = mx.zeros((source.arch.sizes["hidden"],)), []
     layers = range(len(source.arch.layers))
     with progress(f"score ({chosen.name}): layer", len(layers)) as bar:
         for layer in layers:
-            per_layer["mlp"].append(formulas.FFN[chosen.ffn](source, layer))
-            per_layer["attention"].append(formulas.HEADS[chosen.kv_head](source, layer))
-            per_layer["layer"].append(formulas.LAYER[chosen.layer](source, layer))
             sums = source.stat(layer, "ffn", "abs_sum"), source.stat(layer, "ffn", "sq_sum")
-            per_layer["sparsity"].append(accumulators.sparsity(*sums, source.tokens))
-            hidden = {n: total + formulas.HIDDEN[chosen.hidden](source, layer, n) for n, total in hidden.items()}
-            mx.eval(hidden, [values[-1] for values in per_layer.values()])
+            row = {
+                "ffn": formulas.FFN[chosen.ffn](source, layer),
+                "kv_head": formulas.HEADS[chosen.kv_head](source, layer),
+                "layer": formulas.LAYER[chosen.layer](source, layer),
+                "sparsity": accumulators.sparsity(*sums, source.tokens),
+            }
+            hidden = hidden + sum(formulas.HIDDEN[chosen.hidden](source, layer, norm) for norm in width.READING)
+            mx.eval(hidden, row)
+            rows.append(row)
             bar.advance()
-    return {key: mx.stack(values) for key, values in per_layer.items()} | hidden
+    return {name: mx.stack([row[name] for row in rows]) for name in rows[0]} | {"hidden": hidden}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,24 @@ from ..base.errors import PareError
 from ..model.checkpoint import Checkpoint
 from ..model.weights import read_panels
 from ..tensors.packed import Packed
+
+OLD_SITES = {"attn_ln.": "attn_norm.", "ffn_ln.": "ffn_norm."}  # an earlier version's name: today's
+
+
+def read_stats(file: Path) -> dict[str, mx.array]:
+    """Read the arrays of stats.safetensors, or of one block of it.
+
+    A file of an earlier version is read too: calibrations and runs that were begun with it go on.
+
+    Args:
+        file: what calibrate wrote.
+    Returns:
+        The arrays by the names that calibrate.calibrate gives them today.
+    """
+    arrays = mx.load(str(file))
+    for old, new in OLD_SITES.items():
+        arrays = {name.replace(old, new): array for name, array in arrays.items()}
+    return arrays
 
 
 class Source:
@@ -41,7 +60,7 @@ class Source:
 
         Args:
             layer: number of the layer.
-            site: "ffn", "attention", "attn_ln", "ffn_ln" or "block".
+            site: "ffn", "attention", "attn_norm", "ffn_norm" or "block".
             name: name of the sum, e.g. "sq_sum".
         Returns:
             float32 [units] of the site, for "block" [].
@@ -94,31 +113,14 @@ class Source:
         """
         return mx.random.key(self.seed * 1_000_003 + layer * 101 + sum(map(ord, axis)))
 
-    def heads(self, layer: int) -> tuple[int, int, int]:
-        """(q heads, kv heads, head_dim) of a layer."""
-        sizes = self.arch.layer_sizes(layer)
-        return sizes["kv_head"] * sizes["group"], sizes["kv_head"], sizes["head_dim"]
-
     def per_head(self, layer: int, channels: mx.array) -> mx.array:
-        """Divide the channels at the input of o_proj among the query heads.
+        """Divide the channels at the input of o_proj among the kv heads and the query heads of each.
 
         Args:
             layer: number of the layer.
             channels: values of the channels [q_head*head_dim].
         Returns:
-            The same values [q_head, head_dim].
+            The same values [kv_head, group, head_dim].
         """
-        q_heads, _, head_dim = self.heads(layer)
-        return channels.reshape(q_heads, head_dim)
-
-    def shared(self, layer: int, kv_heads: mx.array) -> mx.array:
-        """Divide the score of each kv head equally among its query heads; `plan` adds the parts up again.
-
-        Args:
-            layer: number of the layer.
-            kv_heads: scores [kv_head].
-        Returns:
-            Scores [q_head].
-        """
-        q_heads, count, _ = self.heads(layer)
-        return mx.repeat(kv_heads / (q_heads // count), q_heads // count)
+        sizes = self.arch.layer_sizes(layer)
+        return channels.reshape(sizes["kv_head"], sizes["group"], sizes["head_dim"])

@@ -1,4 +1,7 @@
-"""Importance of FFN channels [ffn], query heads [q_head] and hidden channels [hidden]. Higher: keep."""
+"""Importance of FFN channels [ffn], kv heads [kv_head] and hidden channels [hidden]. Higher: keep.
+
+A kv head leaves with its query heads. A formula for query heads is summed over those of each kv head.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from .accumulators import sparsity
 from .source import Source
 
 # For each norm: the part whose matrices read its output, and the matrix that writes back to the stream after them.
-READING = {"attn_ln": "attention", "ffn_ln": "ffn"}
-WRITER = {"attn_ln": "o_proj", "ffn_ln": "down_proj"}
+READING = {"attn_norm": "attention", "ffn_norm": "ffn"}
+WRITER = {"attn_norm": "o_proj", "ffn_norm": "down_proj"}
 
 
 def _columns(source: Source, layer: int, norm: str, of: Callable[[mx.array], mx.array]) -> mx.array:
@@ -41,16 +44,15 @@ def minitron_ffn(source: Source, layer: int) -> mx.array:
 
 
 def minitron_heads(source: Source, layer: int) -> mx.array:
-    """Score query heads by the L2 norm of ``minitron_ffn``'s formula over their channels at the input of o_proj.
+    """Score kv heads by the L2 norms of ``minitron_ffn``'s formula over each query head's channels before o_proj.
 
     Args:
         source: statistics and weights of the model.
         layer: number of the layer.
     Returns:
-        float32 [q_head].
+        float32 [kv_head].
     """
-    q_heads, _, head_dim = source.heads(layer)
-    return mx.sqrt(source.stat(layer, "attention", "row_sq").reshape(q_heads, head_dim).sum(axis=1))
+    return mx.sqrt(source.per_head(layer, source.stat(layer, "attention", "row_sq")).sum(axis=2)).sum(axis=1)
 
 
 def minitron_hidden(source: Source, layer: int, norm: str) -> mx.array:
@@ -59,7 +61,7 @@ def minitron_hidden(source: Source, layer: int, norm: str) -> mx.array:
     Args:
         source: statistics and weights of the model.
         layer: number of the layer.
-        norm: "attn_ln" or "ffn_ln".
+        norm: "attn_norm" or "ffn_norm".
     Returns:
         float32 [hidden].
     """
@@ -83,20 +85,23 @@ def magnitude_ffn(source: Source, layer: int) -> mx.array:
 
 
 def magnitude_heads(source: Source, layer: int) -> mx.array:
-    """Score query heads by the L2 norm of their rows of q, columns of o, and share of the group's k and v rows.
+    """Score kv heads by the L2 norms of each query head's rows of q, columns of o, and share of the k and v rows.
 
     Args:
         source: statistics and weights of the model.
         layer: number of the layer.
     Returns:
-        float32 [q_head].
+        float32 [kv_head].
     """
-    q_heads, kv_heads, head_dim = source.heads(layer)
-    own = source.sums(layer, "q_proj", mx.square, 1) + source.sums(layer, "o_proj", mx.square, 0)
+    return _magnitude_queries(source, layer).sum(axis=1)
+
+
+def _magnitude_queries(source: Source, layer: int) -> mx.array:
+    """Compute the norms that ``magnitude_heads`` sums: [kv_head, group]."""
+    rows, columns = source.sums(layer, "q_proj", mx.square, 1), source.sums(layer, "o_proj", mx.square, 0)
+    own = source.per_head(layer, rows + columns).sum(axis=2)
     shared = sum(source.sums(layer, role, mx.square, 1) for role in ("k_proj", "v_proj"))
-    group = q_heads // kv_heads
-    shared = mx.repeat(shared.reshape(kv_heads, head_dim).sum(axis=1) / group, group)
-    return mx.sqrt(own.reshape(q_heads, head_dim).sum(axis=1) + shared)
+    return mx.sqrt(own + shared.reshape(len(own), -1).sum(axis=1, keepdims=True) / own.shape[1])
 
 
 def magnitude_hidden(source: Source, layer: int, norm: str) -> mx.array:
@@ -105,7 +110,7 @@ def magnitude_hidden(source: Source, layer: int, norm: str) -> mx.array:
     Args:
         source: statistics and weights of the model.
         layer: number of the layer.
-        norm: "attn_ln" or "ffn_ln".
+        norm: "attn_norm" or "ffn_norm".
     Returns:
         float32 [hidden].
     """
@@ -129,17 +134,16 @@ def wanda_ffn(source: Source, layer: int) -> mx.array:
 
 
 def wanda_heads(source: Source, layer: int) -> mx.array:
-    """Score query heads by ``wanda_ffn``'s formula for o_proj, summed over the channels of a head.
+    """Score kv heads by ``wanda_ffn``'s formula for o_proj, summed over their channels.
 
     Args:
         source: statistics and weights of the model.
         layer: number of the layer.
     Returns:
-        float32 [q_head].
+        float32 [kv_head].
     """
-    q_heads, _, head_dim = source.heads(layer)
     columns = source.sums(layer, "o_proj", mx.abs, 0) * _norm(source, layer, "attention")
-    return columns.reshape(q_heads, head_dim).sum(axis=1)
+    return source.per_head(layer, columns).sum(axis=(1, 2))
 
 
 def wanda_hidden(source: Source, layer: int, norm: str) -> mx.array:
@@ -148,7 +152,7 @@ def wanda_hidden(source: Source, layer: int, norm: str) -> mx.array:
     Args:
         source: statistics and weights of the model.
         layer: number of the layer.
-        norm: "attn_ln" or "ffn_ln".
+        norm: "attn_norm" or "ffn_norm".
     Returns:
         float32 [hidden].
     """
@@ -164,7 +168,7 @@ def variance(source: Source, layer: int, site: str) -> mx.array:
     Args:
         source: statistics and weights of the model.
         layer: number of the layer.
-        site: "ffn", "attention", "attn_ln" or "ffn_ln".
+        site: "ffn", "attention", "attn_norm" or "ffn_norm".
     Returns:
         float32 [units] of the site.
     """
@@ -185,16 +189,16 @@ def flap_ffn(source: Source, layer: int) -> mx.array:
 
 
 def flap_heads(source: Source, layer: int) -> mx.array:
-    """Score query heads by WIFV for o_proj, summed over their channels (FLAP squares these first, for its z-scores).
+    """Score kv heads by WIFV for o_proj, summed over their channels (FLAP squares these first, for its z-scores).
 
     Args:
         source: statistics and weights of the model.
         layer: number of the layer.
     Returns:
-        float32 [q_head].
+        float32 [kv_head].
     """
     columns = variance(source, layer, "attention") * source.sums(layer, "o_proj", mx.square, 0)
-    return source.per_head(layer, columns).sum(axis=1)
+    return source.per_head(layer, columns).sum(axis=(1, 2))
 
 
 # ---- composite: three views of a unit, as ranks within the layer, weighted ----
@@ -208,23 +212,23 @@ def rank(values: mx.array) -> mx.array:
     Ranks, not z-scores, because some views have a few values a thousand times the rest. These would decide alone.
 
     Args:
-        values: float32 [units].
+        values: float32, of any shape.
     Returns:
-        Ranks, float32 [units].
+        Ranks, float32 of the same shape.
     """
     found = np.array(values)
-    ordered = np.sort(found)
+    ordered = np.sort(found, axis=None)
     below, upto = (np.searchsorted(ordered, found, side) for side in ("left", "right"))
-    return mx.array(((below + upto - 1) / max(2 * (len(found) - 1), 1)).astype(np.float32))
+    return mx.array(((below + upto - 1) / max(2 * (found.size - 1), 1)).astype(np.float32))
 
 
 def composite(views: dict[str, mx.array]) -> mx.array:
     """Add the ranks of the views that COMPOSITE names, weighted.
 
     Args:
-        views: values by the name of the view, each float32 [units].
+        views: values by the name of the view, float32 of one shape.
     Returns:
-        Scores, float32 [units].
+        Scores, float32 of that shape.
     """
     return sum(weight * rank(views[name]) for name, weight in COMPOSITE.items())
 
@@ -249,17 +253,18 @@ def composite_ffn(source: Source, layer: int) -> mx.array:
 
 
 def composite_heads(source: Source, layer: int) -> mx.array:
-    """Score query heads by ranks of ``magnitude_heads``, and at o_proj of summed variances and mean activities.
+    """Score kv heads by their query heads' ranks: norms of ``magnitude_heads``, summed variances, mean activities.
 
     Args:
         source: statistics and weights of the model.
         layer: number of the layer.
     Returns:
-        float32 [q_head].
+        float32 [kv_head].
     """
-    spread = source.per_head(layer, variance(source, layer, "attention")).sum(axis=1)
-    activity = source.per_head(layer, _activity(source, layer, "attention")).mean(axis=1)
-    return composite({"magnitude": magnitude_heads(source, layer), "variance": spread, "activity": activity})
+    magnitude = _magnitude_queries(source, layer)
+    spread = source.per_head(layer, variance(source, layer, "attention")).sum(axis=2)
+    activity = source.per_head(layer, _activity(source, layer, "attention")).mean(axis=2)
+    return composite({"magnitude": magnitude, "variance": spread, "activity": activity}).sum(axis=1)
 
 
 def composite_hidden(source: Source, layer: int, norm: str) -> mx.array:
@@ -268,7 +273,7 @@ def composite_hidden(source: Source, layer: int, norm: str) -> mx.array:
     Args:
         source: statistics and weights of the model.
         layer: number of the layer.
-        norm: "attn_ln" or "ffn_ln".
+        norm: "attn_norm" or "ffn_norm".
     Returns:
         float32 [hidden].
     """
@@ -292,15 +297,15 @@ def taylor_ffn(source: Source, layer: int) -> mx.array:
 
 
 def taylor_heads(source: Source, layer: int) -> mx.array:
-    """Score kv heads by ``taylor_ffn``'s formula at the input of o_proj, in equal parts for their query heads.
+    """Score kv heads by ``taylor_ffn``'s formula at the input of o_proj.
 
     Args:
         source: statistics and weights of the model; gradients are among them.
         layer: number of the layer.
     Returns:
-        float32 [q_head], in nats.
+        float32 [kv_head], in nats.
     """
-    return source.shared(layer, source.stat(layer, "attention", "gradient_abs"))
+    return source.stat(layer, "attention", "gradient_abs")
 
 
 def taylor2_ffn(source: Source, layer: int) -> mx.array:
@@ -316,15 +321,15 @@ def taylor2_ffn(source: Source, layer: int) -> mx.array:
 
 
 def taylor2_heads(source: Source, layer: int) -> mx.array:
-    """Score kv heads by ``taylor2_ffn``'s formula at the input of o_proj, in equal parts for their query heads.
+    """Score kv heads by ``taylor2_ffn``'s formula at the input of o_proj.
 
     Args:
         source: statistics and weights of the model; gradients are among them.
         layer: number of the layer.
     Returns:
-        float32 [q_head], in nats^2.
+        float32 [kv_head], in nats^2.
     """
-    return source.shared(layer, source.stat(layer, "attention", "gradient_sq"))
+    return source.stat(layer, "attention", "gradient_sq")
 
 
 # ---- iterative: what the output would lack; scoring/accumulators.py has the formulas ----
@@ -343,15 +348,15 @@ def iterative_ffn(source: Source, layer: int) -> mx.array:
 
 
 def iterative_heads(source: Source, layer: int) -> mx.array:
-    """Score kv heads by the mean over tokens of ||A_g W_g^T||_2, in equal parts for their query heads.
+    """Score kv heads by the mean over tokens of ||A_g W_g^T||_2 (accumulators.HeadContribution).
 
     Args:
         source: statistics and weights of the model; contributions are among them.
         layer: number of the layer.
     Returns:
-        float32 [q_head].
+        float32 [kv_head].
     """
-    return source.shared(layer, source.stat(layer, "attention", "contribution") / source.tokens)
+    return source.stat(layer, "attention", "contribution") / source.tokens
 
 
 # ---- random: the row every table needs ----
@@ -370,15 +375,16 @@ def random_ffn(source: Source, layer: int) -> mx.array:
 
 
 def random_heads(source: Source, layer: int) -> mx.array:
-    """Draw the scores of query heads by lot, uniform in [0, 1).
+    """Score kv heads by lot: the sum of a draw for each of their query heads, uniform in [0, 1).
 
     Args:
         source: gives the seed and the sizes.
         layer: number of the layer.
     Returns:
-        float32 [q_head].
+        float32 [kv_head].
     """
-    return mx.random.uniform(shape=(source.heads(layer)[0],), key=source.key(layer, "heads"))
+    sizes = source.arch.layer_sizes(layer)
+    return mx.random.uniform(shape=(sizes["kv_head"], sizes["group"]), key=source.key(layer, "heads")).sum(axis=1)
 
 
 def random_hidden(source: Source, layer: int, norm: str) -> mx.array:
@@ -387,7 +393,7 @@ def random_hidden(source: Source, layer: int, norm: str) -> mx.array:
     Args:
         source: gives the seed and the sizes.
         layer: number of the layer.
-        norm: "attn_ln" or "ffn_ln".
+        norm: "attn_norm" or "ffn_norm".
     Returns:
         float32 [hidden].
     """

@@ -490,11 +490,10 @@ def begun(model: Path, out: Path, **options) -> Path:
     with steps.open_run(model, out) as run:
         checkpoint = Checkpoint(model)
         arch, random = checkpoint.arch, np.random.RandomState(0)
-        heads = arch.uniform("kv_head") * arch.uniform("group")
-        shapes = {"mlp": arch.uniform("ffn"), "attention": heads}
-        arrays = {name: mx.array(random.rand(len(arch.layers), n).astype(np.float32)) for name, n in shapes.items()}
-        arrays["layer"] = mx.array(random.rand(len(arch.layers)).astype(np.float32))
-        arrays |= {n: mx.array(random.rand(arch.sizes["hidden"]).astype(np.float32)) for n in ("attn_ln", "ffn_ln")}
+        layers = len(arch.layers)
+        shapes = {"ffn": (layers, arch.uniform("ffn")), "kv_head": (layers, arch.uniform("kv_head"))}
+        shapes |= {"layer": (layers,), "hidden": (arch.sizes["hidden"],)}
+        arrays = {axis: mx.array(random.rand(*shape).astype(np.float32)) for axis, shape in shapes.items()}
         Arrays(arrays, {"criterion": "random", "model": checkpoint.identity()}).save(run.path / "scores.safetensors")
         made = plan(model, run.path / "scores.safetensors", Options(**options))
         (out / "plan").mkdir()

@@ -22,8 +22,8 @@ from mlx_pare.text.corpus import Rows
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import llama_eval
 
-INPUTS = {"attn_q": "attn_ln", "attn_k": "attn_ln", "attn_v": "attn_ln", "attn_output": "attention"}
-INPUTS |= {"ffn_gate": "ffn_ln", "ffn_up": "ffn_ln", "ffn_down": "ffn"}
+INPUTS = {"attn_q": "attn_norm", "attn_k": "attn_norm", "attn_v": "attn_norm", "attn_output": "attention"}
+INPUTS |= {"ffn_gate": "ffn_norm", "ffn_up": "ffn_norm", "ffn_down": "ffn"}
 # of whole blocks of 256, so that K types do not fall back
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64, "num_hidden_layers": 2}
 

@@ -36,10 +36,8 @@ def rows(seed: int = 0) -> Rows:
 def scores_of(model, path):
     """Scores drawn by lot, in the form that `score` writes."""
     arch, draw = Checkpoint(model).arch, np.random.RandomState(1)
-    heads = arch.uniform("kv_head") * arch.uniform("group")
-    shapes = {"mlp": arch.uniform("ffn"), "attention": heads}
-    arrays = {k: mx.array(draw.rand(len(arch.layers), n)) for k, n in shapes.items()}
-    arrays |= {k: mx.array(draw.rand(arch.sizes["hidden"])) for k in ("attn_ln", "ffn_ln")}
+    arrays = {axis: mx.array(draw.rand(len(arch.layers), arch.uniform(axis))) for axis in ("ffn", "kv_head")}
+    arrays["hidden"] = mx.array(draw.rand(arch.sizes["hidden"]))
     arrays["layer"] = mx.array(draw.rand(len(arch.layers)))
     Arrays(arrays, {"criterion": "random", "seed": 0, "model": Checkpoint(model).identity()}).save(path)
     return path

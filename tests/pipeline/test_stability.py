@@ -153,18 +153,18 @@ def test_scores_agree_with_themselves(model_and_scores):
 def test_a_planted_difference_is_found_where_it_is(model_and_scores):
     """The last channel that is kept in layer 2 changes places with the first that is not."""
     model, made, scores = model_and_scores
-    order = np.argsort(-scores["mlp"][2])
+    order = np.argsort(-scores["ffn"][2])
     count = len(made.layers[2].ffn)
     inside, outside = order[count - 1], order[count]
-    other = {**scores, "mlp": scores["mlp"].copy()}
-    other["mlp"][2, [inside, outside]] = scores["mlp"][2, [outside, inside]]
+    other = {**scores, "ffn": scores["ffn"].copy()}
+    other["ffn"][2, [inside, outside]] = scores["ffn"][2, [outside, inside]]
     arch = Checkpoint(model).arch
     ours, theirs = kept(arch, scores, made), kept(arch, other, made)
     assert ours["ffn", 2] - theirs["ffn", 2] == {inside} and theirs["ffn", 2] - ours["ffn", 2] == {outside}
     found = agreement(arch, scores, other, made)["ffn"]
     assert [row["same"] for row in found["layers"]] == [1, 1, (count - 1) / count, 1]
     assert found["same"] == pytest.approx(1 - 1 / count / 4) and found["least_same"] == (count - 1) / count
-    expected = reference_criteria.spearman(scores["mlp"][2], other["mlp"][2])
+    expected = reference_criteria.spearman(scores["ffn"][2], other["ffn"][2])
     assert found["least_rank_correlation"] == pytest.approx(expected) and expected < 1
 
 

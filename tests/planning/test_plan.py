@@ -36,11 +36,9 @@ def scores_for(model: Path, path: Path, seed: int = 0) -> Path:
     """Random scores of every unit, as `score` writes them."""
     checkpoint, random = Checkpoint(model), np.random.RandomState(seed)
     arch = checkpoint.arch
-    heads = arch.uniform("kv_head") * arch.uniform("group")
-    sizes = {"mlp": arch.uniform("ffn"), "attention": heads}
-    arrays = {name: random.rand(len(arch.layers), n) for name, n in sizes.items()}
+    arrays = {axis: random.rand(len(arch.layers), arch.uniform(axis)) for axis in ("ffn", "kv_head")}
     arrays |= {"layer": random.rand(len(arch.layers)), "sparsity": random.rand(len(arch.layers))}
-    arrays |= {name: random.rand(arch.sizes["hidden"]) for name in ("attn_ln", "ffn_ln")}
+    arrays["hidden"] = random.rand(arch.sizes["hidden"])
     about = {"criterion": "random", "seed": seed, "model": checkpoint.identity()}
     Arrays({k: mx.array(v.astype(np.float32)) for k, v in arrays.items()}, about).save(path)
     return path
@@ -225,20 +223,10 @@ def test_the_highest_scores_are_kept(planned, tmp_path):
     model, found = planned(axes=ALL_AXES, keep=0.5)
     scores = Arrays.load(tmp_path / f"{model.name}.safetensors", "scores").arrays
     for layer in found.layers:
-        channels, heads = scores["mlp"][layer.source], scores["attention"][layer.source].reshape(2, 2).sum(axis=1)
-        for kept, of in ((layer.ffn, channels), (layer.kv_head, heads)):
+        for axis, kept in (("ffn", layer.ffn), ("kv_head", layer.kv_head)):
+            of = scores[axis][layer.source]
             dropped = sorted(set(range(len(of))) - set(kept))
             assert kept == sorted(kept) and (not dropped or of[kept].min() >= of[dropped].max())
-
-
-def test_a_kv_head_counts_with_all_its_query_heads(planned):
-    """The sum over the group decides, not its best or its first head."""
-    model, _ = planned(keep=1.0)
-    arch = Checkpoint(model).arch
-    scores = {"mlp": np.zeros((4, 128)), "layer": np.zeros(4), "attn_ln": np.zeros(64), "ffn_ln": np.zeros(64)}
-    scores["attention"] = np.tile([5.0, 0.0, 3.0, 3.0], (4, 1))
-    keep = choose_units.choose_units(arch, reach.Level(128, 1, 4, 64), scores, [])
-    assert [layer.keep["kv_head"] for layer in keep.layers] == [[1]] * 4
 
 
 def test_ties_go_to_the_lower_index():

@@ -43,7 +43,6 @@ SUMS = [
     "flap",
     "block-influence",
 ]  # have all of their axes in reference.scores
-ARRAYS = {"ffn": ("mlp",), "kv_head": ("attention",), "hidden": ("attn_ln", "ffn_ln"), "layer": ("layer",)}
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +103,7 @@ def test_what_stands_in_is_what_the_table_says(pico_models, scored, name):
     found = scored(pico_models("qwen3"), name).arrays
     for axis in set(AXES) - set(CRITERIA[name].own):
         stand_in = scored(pico_models("qwen3"), getattr(CRITERIA[name], axis).replace("_", "-")).arrays
-        assert all(np.array_equal(found[array], stand_in[array]) for array in ARRAYS[axis])
+        assert np.array_equal(found[axis], stand_in[axis])
 
 
 # ---- against the reference ----
@@ -125,8 +124,8 @@ def test_scores(pico_models, scored, family, packed, name):
             atol = max(atol, 1e-5 * values.max())
         np.testing.assert_allclose(found.arrays[axis], values, rtol=1e-4, atol=atol, err_msg=axis)
     layers, ffn, hidden = (config[k] for k in ("num_hidden_layers", "intermediate_size", "hidden_size"))
-    shapes = {"mlp": (layers, ffn), "attention": (layers, config["num_attention_heads"]), "layer": (layers,)}
-    shapes |= {"attn_ln": (hidden,), "ffn_ln": (hidden,), "sparsity": (layers, ffn)}
+    shapes = {"ffn": (layers, ffn), "kv_head": (layers, config["num_key_value_heads"]), "hidden": (hidden,)}
+    shapes |= {"layer": (layers,), "sparsity": (layers, ffn)}
     assert {axis: a.shape for axis, a in found.arrays.items()} == shapes
     assert found.about["criterion"] == name and found.about["model"] == Checkpoint(model).identity()
 
@@ -141,9 +140,9 @@ def test_composite(pico_models, scored, family, packed):
     _, layers = reference.forward(config, weights, DATA.tokens)
     bounds = [reference_criteria.composite(config, weights, i, a, DATA.lengths) for i, a in enumerate(layers)]
     loose = total = 0
-    for axis in ("mlp", "attention", "attn_ln", "ffn_ln"):
+    for axis in ("ffn", "kv_head", "hidden"):
         low, high = np.stack([b[axis] for b in bounds], axis=1)
-        if axis in reference.READS:
+        if axis == "hidden":
             low, high = low.sum(0), high.sum(0)
         assert (found[axis] >= low - 1e-5).all() and (found[axis] <= high + 1e-5).all(), axis
         loose, total = loose + (high - low > 1e-5).sum(), total + low.size
@@ -154,9 +153,9 @@ def test_composite_weights_its_views(pico_models, scored, monkeypatch):
     """With one view alone the order is that view's; the weights are read from the literal."""
     config, weights = reference.load(pico_models("llama"))
     monkeypatch.setattr(width, "COMPOSITE", {"magnitude": 2.0})
-    found = scored(pico_models("llama"), "composite").arrays["mlp"]
+    found = scored(pico_models("llama"), "composite").arrays["ffn"]
     for i, values in enumerate(found):
-        assert np.array_equal(values.argsort(), reference.magnitude(config, weights, i)["mlp"].argsort())
+        assert np.array_equal(values.argsort(), reference.magnitude(config, weights, i)["ffn"].argsort())
         assert values.min() == 0 and values.max() == 2
 
 
@@ -170,16 +169,14 @@ def test_ranks():
 @pytest.mark.parametrize("family", pico.FAMILIES)
 @pytest.mark.parametrize("name, sums", [("taylor", "gradient_abs"), ("taylor2", "gradient_sq")])
 def test_taylor(pico_models, scored, tmp_path, family, packed, name, sums):
-    """The scores are the statistics, those of a kv head in equal parts for its query heads."""
+    """The scores are the statistics."""
     model = pico_models(family, packed)
     found = scored(model, name).arrays
     stats = Arrays.load(calibrate(model, DATA, tmp_path / "s", extra=["gradients"]), "statistics").arrays
-    for i in range(len(found["mlp"])):
-        assert np.array_equal(found["mlp"][i], stats[f"{i}.ffn.{sums}"])
+    for i in range(len(found["ffn"])):
+        assert np.array_equal(found["ffn"][i], stats[f"{i}.ffn.{sums}"])
         assert found["layer"][i] == stats[f"{i}.block.{sums}"]
-        heads = found["attention"][i].reshape(len(stats[f"{i}.attention.{sums}"]), -1)
-        assert (heads == heads[:, :1]).all()
-        np.testing.assert_allclose(heads.sum(axis=1), stats[f"{i}.attention.{sums}"], rtol=1e-6)
+        assert np.array_equal(found["kv_head"][i], stats[f"{i}.attention.{sums}"])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 32, 1024])
@@ -196,8 +193,8 @@ def test_iterative(pico_models, tmp_path, monkeypatch, family, packed, micro_bat
     per_batch = max(1, micro_batch // 16)
     batches = [slice(start, start + per_batch) for start in range(0, 5, per_batch)]
     for i, a in enumerate(layers):
-        down, order = weights[f"model.layers.{i}.mlp.down_proj.weight"], found["mlp"][i].argsort()
-        assert sorted(found["mlp"][i]) == list(range(128))
+        down, order = weights[f"model.layers.{i}.mlp.down_proj.weight"], found["ffn"][i].argsort()
+        assert sorted(found["ffn"][i]) == list(range(128))
         gone = 0
         for part, count in zip(batches, reference_criteria.schedule(128, len(batches)), strict=True):
             lacks = reference_criteria.missing(a["ffn"][part], DATA.lengths[part], down, order[:gone].tolist())
@@ -210,8 +207,7 @@ def test_iterative(pico_models, tmp_path, monkeypatch, family, packed, micro_bat
         out = weights[f"model.layers.{i}.self_attn.o_proj.weight"]
         kv_heads = config["num_key_value_heads"]
         expected = reference_criteria.head_contribution(a["attention"], DATA.lengths, out, kv_heads)
-        heads = found["attention"][i].reshape(kv_heads, -1)
-        np.testing.assert_allclose(heads, np.repeat(expected[:, None], heads.shape[1], 1) / heads.shape[1], rtol=1e-5)
+        np.testing.assert_allclose(found["kv_head"][i], expected, rtol=1e-5)
 
 
 def test_iterative_sees_what_is_gone(pico_models, tmp_path, monkeypatch):
@@ -254,7 +250,7 @@ def unread_channel(layer: int, w: dict) -> None:
 def test_dead_channel(pico_models, scored, tmp_path, family, change, criteria):
     model = changed(pico_models(family), tmp_path / "m", change)
     for name in criteria:
-        found = scored(model, name).arrays["mlp"]
+        found = scored(model, name).arrays["ffn"]
         assert lowest(found) == {5} and found[:, 5].max() == 0, name
 
 
@@ -279,21 +275,21 @@ def unread_head(layer: int, w: dict) -> None:
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_dead_heads(pico_models, scored, tmp_path, name):
-    found = scored(changed(pico_models("llama"), tmp_path / "m", dead_heads), name).arrays["attention"]
-    assert found[:, 2:].max() < found[:, :2].min()
+    found = scored(changed(pico_models("llama"), tmp_path / "m", dead_heads), name).arrays["kv_head"]
+    assert found[:, 1].max() < found[:, 0].min()
 
 
 @pytest.mark.parametrize("name", OF_ACTIVATIONS)
 def test_silent_heads(pico_models, scored, tmp_path, name):
-    found = scored(changed(pico_models("llama"), tmp_path / "m", silent_heads), name).arrays["attention"]
-    assert found[:, 2:].max() == 0 < found[:, :2].min()
+    found = scored(changed(pico_models("llama"), tmp_path / "m", silent_heads), name).arrays["kv_head"]
+    assert found[:, 1].max() == 0 < found[:, 0].min()
 
 
 @pytest.mark.parametrize("name", ["wanda", "flap", "magnitude"])
 def test_unread_head(pico_models, scored, tmp_path, name):
-    """Criteria that look at o_proj and at query heads one by one must see it, and see it in this head alone."""
-    found = scored(changed(pico_models("llama"), tmp_path / "m", unread_head), name).arrays["attention"]
-    assert lowest(found) == {3}
+    """Criteria that look at o_proj and at query heads one by one must see it, in the kv head that it belongs to."""
+    found = scored(changed(pico_models("llama"), tmp_path / "m", unread_head), name).arrays["kv_head"]
+    assert lowest(found) == {1}
 
 
 def identity_layer(layer: int, w: dict) -> None:
@@ -329,8 +325,7 @@ def test_dead_hidden_channel(pico_models, scored, tmp_path, name):
                 w[reader][:, 7] = 0
 
     found = scored(changed(pico_models("llama"), tmp_path / "m", dead), name).arrays
-    for norm in ("attn_ln", "ffn_ln"):
-        assert found[norm].argmin() == 7 and found[norm][7] == 0
+    assert found["hidden"].argmin() == 7 and found["hidden"][7] == 0
 
 
 # ---- direction: a unit that does more ----
@@ -345,8 +340,8 @@ def loud_units(layer: int, w: dict) -> None:
 @pytest.mark.parametrize("name", ["wanda", "flap", "iterative", "magnitude", "taylor", "taylor2"])
 def test_loud_units(pico_models, scored, tmp_path, name):
     found = scored(changed(pico_models("llama"), tmp_path / "m", loud_units), name).arrays
-    assert set(found["mlp"].argmax(axis=1)) == {9}
-    assert (found["attention"][:, :2].sum(1) > found["attention"][:, 2:].sum(1)).all()
+    assert set(found["ffn"].argmax(axis=1)) == {9}
+    assert (found["kv_head"][:, 0] > found["kv_head"][:, 1]).all()
 
 
 # ---- permuting units permutes scores ----
@@ -361,9 +356,9 @@ def test_permuted_channels(pico_models, scored, tmp_path, name):
 
     before = scored(pico_models("llama"), name).arrays
     after = scored(changed(pico_models("llama"), tmp_path / "m", permute), name).arrays
-    np.testing.assert_allclose(after["mlp"], before["mlp"][:, order], rtol=1e-4, atol=1e-5 * before["mlp"].max())
+    np.testing.assert_allclose(after["ffn"], before["ffn"][:, order], rtol=1e-4, atol=1e-5 * before["ffn"].max())
     np.testing.assert_allclose(after["sparsity"], before["sparsity"][:, order], atol=1e-5)
-    for axis in ("attention", "layer", "attn_ln", "ffn_ln"):
+    for axis in ("kv_head", "layer", "hidden"):
         np.testing.assert_allclose(after[axis], before[axis], rtol=1e-4, atol=max(1e-6, 1e-5 * before[axis].max()))
 
 
@@ -376,9 +371,9 @@ def test_permuted_heads(pico_models, scored, tmp_path, name):
         w[Q], w[O] = w[Q][rows], w[O][:, rows]
         w[K], w[V] = (np.roll(w[n], 16, axis=0) for n in (K, V))
 
-    before = scored(pico_models("llama"), name).arrays["attention"]
-    after = scored(changed(pico_models("llama"), tmp_path / "m", permute), name).arrays["attention"]
-    np.testing.assert_allclose(after, before[:, [2, 3, 0, 1]], rtol=1e-4, atol=1e-5 * before.max())
+    before = scored(pico_models("llama"), name).arrays["kv_head"]
+    after = scored(changed(pico_models("llama"), tmp_path / "m", permute), name).arrays["kv_head"]
+    np.testing.assert_allclose(after, before[:, [1, 0]], rtol=1e-4, atol=1e-5 * before.max())
 
 
 # ---- random ----
@@ -387,7 +382,7 @@ def test_permuted_heads(pico_models, scored, tmp_path, name):
 def test_random_depends_on_the_seed_alone(pico_models, scored, tmp_path):
     plain, dead = pico_models("llama"), changed(pico_models("llama"), tmp_path / "m", dead_channel)
     first, again, other = scored(plain, "random", 3), scored(dead, "random", 3), scored(plain, "random", 4)
-    for axis in ("mlp", "attention", "layer", "attn_ln", "ffn_ln"):
+    for axis in AXES:
         assert np.array_equal(first.arrays[axis], again.arrays[axis]), axis
         assert not np.isin(first.arrays[axis], other.arrays[axis]).any(), axis
     assert first.about["seed"] == 3
@@ -395,9 +390,9 @@ def test_random_depends_on_the_seed_alone(pico_models, scored, tmp_path):
 
 def test_random_is_drawn_anew_for_every_unit(pico_models, scored):
     found = scored(pico_models("llama"), "random").arrays
-    every = np.concatenate([found[axis].ravel() for axis in ("mlp", "attention", "layer", "attn_ln", "ffn_ln")])
+    every = np.concatenate([found[axis].ravel() for axis in AXES])
     assert len(np.unique(every)) == len(every)
-    assert abs(found["mlp"].mean() - 0.5) < 0.1
+    assert abs(found["ffn"].mean() - 0.5) < 0.1
 
 
 @pytest.mark.parametrize("name", CRITERIA)

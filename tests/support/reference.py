@@ -159,7 +159,7 @@ def capped(x: np.ndarray, cap: float) -> np.ndarray:
 def forward(
     config: dict, weights: dict[str, np.ndarray], tokens: np.ndarray, factors: dict[int, float] | None = None
 ) -> tuple[np.ndarray, list[dict]]:
-    """Logits [rows, tokens, vocab], and per layer: ffn, attention (inputs of down_proj and o_proj), attn_ln, ffn_ln
+    """Logits [rows, tokens, vocab], and per layer: ffn, attention (inputs of down_proj and o_proj), attn_norm, ffn_norm
     (what attention and feed-forward read), before, after (of the block). ``factors``: on what a layer adds to the
     stream."""
     kind, by = config["model_type"], numbers(config)
@@ -202,13 +202,13 @@ def forward(
     layers = []
     for i in range(config["num_hidden_layers"]):
         block = f"model.layers.{i}"
-        kept = {"before": x, "attn_ln": x if behind else norm(x, f"{block}.input_layernorm.weight")}
-        kept["attention"] = attend(kept["attn_ln"], f"{block}.self_attn", i)
+        kept = {"before": x, "attn_norm": x if behind else norm(x, f"{block}.input_layernorm.weight")}
+        kept["attention"] = attend(kept["attn_norm"], f"{block}.self_attn", i)
         r = linear(kept["attention"], f"{block}.self_attn.o_proj")
         x = x + by["added"] * (norm(r, f"{block}.post_attention_layernorm.weight") if gemma or behind else r)
         before = f"{block}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm.weight"
-        kept["ffn_ln"] = x if behind else norm(x, before)
-        gate, up = (linear(kept["ffn_ln"], f"{block}.mlp.{n}_proj") for n in ("gate", "up"))
+        kept["ffn_norm"] = x if behind else norm(x, before)
+        gate, up = (linear(kept["ffn_norm"], f"{block}.mlp.{n}_proj") for n in ("gate", "up"))
         kept["ffn"] = (gelu_tanh(gate) if gemma else silu(gate)) * up
         r = linear(kept["ffn"], f"{block}.mlp.down_proj")
         x = x + by["added"] * (norm(r, f"{block}.post_feedforward_layernorm.weight") if gemma or behind else r)
@@ -279,8 +279,17 @@ def _layer(weights: dict[str, np.ndarray], layer: int, role: str) -> np.ndarray:
     return weights[f"model.layers.{layer}.{part}.{role}_proj.weight"]
 
 
-READS = {"attn_ln": ("q", "k", "v"), "ffn_ln": ("gate", "up")}
-WRITES = {"attn_ln": "o", "ffn_ln": "down"}
+READS = {"attn_norm": ("q", "k", "v"), "ffn_norm": ("gate", "up")}
+WRITES = {"attn_norm": "o", "ffn_norm": "down"}
+
+
+def by_axis(sites: dict[str, np.ndarray], config: dict) -> dict[str, np.ndarray]:
+    """Values [..., units] of a layer by site -> by axis: the query heads of a kv head are summed, and so are norms."""
+    found, heads = dict(sites), sites["attention"]
+    _, kv_heads, _ = sizes(config)
+    found["kv_head"] = heads.reshape(*heads.shape[:-1], kv_heads, -1).sum(axis=-1)
+    found["hidden"] = sum(sites[norm] for norm in READS)
+    return {name: values for name, values in found.items() if name not in ("attention", *READS)}
 
 
 def magnitude(config: dict, weights: dict, i: int) -> dict[str, np.ndarray]:
@@ -295,7 +304,7 @@ def magnitude(config: dict, weights: dict, i: int) -> dict[str, np.ndarray]:
             w["q"][own].sum() + w["o"][:, own].sum() + (w["k"][shared].sum() + w["v"][shared].sum()) / group
         )
     found = {
-        "mlp": w["gate"].sum(1) + w["up"].sum(1) + w["down"].sum(0),
+        "ffn": w["gate"].sum(1) + w["up"].sum(1) + w["down"].sum(0),
         "attention": np.array(attention),
         "layer": np.array(sum(m.sum() for m in w.values())),
     }
@@ -326,20 +335,20 @@ def scores(
         if criterion == "magnitude":
             row = magnitude(config, weights, i)
         elif criterion == "wanda":
-            row = {"mlp": wanda(a["ffn"], lengths, _layer(weights, i, "down")), "layer": influence}
+            row = {"ffn": wanda(a["ffn"], lengths, _layer(weights, i, "down")), "layer": influence}
             row["attention"] = wanda(a["attention"], lengths, _layer(weights, i, "o")).reshape(heads, d).sum(1)
             row |= {n: wanda(a[n], lengths, *(_layer(weights, i, r) for r in READS[n])) for n in READS}
         elif criterion == "flap":
-            row = {"mlp": flap(a["ffn"], lengths, _layer(weights, i, "down")), "layer": influence}
+            row = {"ffn": flap(a["ffn"], lengths, _layer(weights, i, "down")), "layer": influence}
             row["attention"] = flap(a["attention"], lengths, _layer(weights, i, "o")).reshape(heads, d).sum(1)
             row |= {n: wanda(a[n], lengths, *(_layer(weights, i, r) for r in READS[n])) for n in READS}
         else:
-            row = {"mlp": minitron(a["ffn"], lengths), "layer": influence}
+            row = {"ffn": minitron(a["ffn"], lengths), "layer": influence}
             row["attention"] = np.sqrt(row_sq(a["attention"], lengths).reshape(heads, d).sum(1))
             row |= {n: minitron(a[n], lengths) for n in READS}
-        rows.append({**row, "sparsity": hoyer(np.concatenate(valid(a["ffn"], lengths)))})
+        rows.append({**by_axis(row, config), "sparsity": hoyer(np.concatenate(valid(a["ffn"], lengths)))})
     stacked = {name: np.stack([r[name] for r in rows]) for name in rows[0]}
-    return {name: values.sum(0) if name in READS else values for name, values in stacked.items()}
+    return {name: values.sum(0) if name == "hidden" else values for name, values in stacked.items()}
 
 
 # ---- metrics ----

@@ -34,7 +34,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def composite(config: dict, weights: dict, i: int, a: dict, lengths: np.ndarray) -> dict[str, np.ndarray]:
-    """Bounds [2, units] of the composite criterion of one layer, with equal weights."""
+    """Bounds [2, units] of the composite criterion of one layer, with equal weights, by axis."""
     magnitude, (heads, _, d) = reference.magnitude(config, weights, i), reference.sizes(config)
     active = {site: 1 - reference.hoyer(np.concatenate(reference.valid(a[site], lengths))) for site in reference.READS}
     active |= {s: 1 - reference.hoyer(np.concatenate(reference.valid(a[s], lengths))) for s in ("ffn", "attention")}
@@ -42,10 +42,10 @@ def composite(config: dict, weights: dict, i: int, a: dict, lengths: np.ndarray)
     active["attention"] = active["attention"].reshape(heads, d).mean(axis=1)
     spread["attention"] = spread["attention"].reshape(heads, d).sum(axis=1)
     found = {}
-    for axis, site in (("mlp", "ffn"), ("attention", "attention"), ("attn_ln", "attn_ln"), ("ffn_ln", "ffn_ln")):
-        views = [(v, 1e-5 * np.abs(v)) for v in (magnitude[axis], spread[site])] + [(active[site], 2e-6)]
-        found[axis] = sum(rank_bounds(*view) for view in views) / 3
-    return found
+    for site in ("ffn", "attention", *reference.READS):
+        views = [(v, 1e-5 * np.abs(v)) for v in (magnitude[site], spread[site])] + [(active[site], 2e-6)]
+        found[site] = sum(rank_bounds(*view) for view in views) / 3
+    return reference.by_axis(found, config)
 
 
 # ---- iterative ----
