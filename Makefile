@@ -27,6 +27,7 @@ $(VENV)/.test: $(VENV)/.package
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@echo "building llama.cpp (llama-cpp-python), about 7 minutes the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[llama]'
+	@env GOCACHE=$(CURDIR)/$(VENV)/go-cache GOTOOLCHAIN=local $(BIN)/go build text/template encoding/json
 	@touch $@
 
 # the recipes below call make again, so that an OpenBLAS installed a moment ago is found

@@ -393,8 +393,8 @@ def random_hidden(source: Source, layer: int, norm: str) -> mx.array:
     Args:
         source: gives the seed and the sizes.
         layer: number of the layer.
-        norm: "attn_norm" or "ffn_norm".
+        norm: "attn_norm" or "ffn_norm"; drawn as attn_ln or ffn_ln, the names in earlier versions, whose runs go on.
     Returns:
         float32 [hidden].
     """
-    return mx.random.uniform(shape=(source.arch.sizes["hidden"],), key=source.key(0, norm))
+    return mx.random.uniform(shape=(source.arch.sizes["hidden"],), key=source.key(0, norm.replace("norm", "ln")))

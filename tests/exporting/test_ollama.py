@@ -79,7 +79,8 @@ def by_go(tmp_path_factory):
     """``by_go(template, chats)``: what Go's text/template makes of conversations."""
     folder = tmp_path_factory.mktemp("go")
     source = Path(__file__).with_name("go_template.go")
-    env = {**os.environ, "GOCACHE": str(folder / "cache"), "GOTOOLCHAIN": "local", "GO111MODULE": "off"}
+    cache = Path(sys.prefix) / "go-cache"  # where make has compiled Go's own packages
+    env = {**os.environ, "GOCACHE": str(cache), "GOTOOLCHAIN": "local", "GO111MODULE": "off"}
     env.pop("LD_PRELOAD", None)
     subprocess.run([GO, "build", "-o", str(folder / "written"), str(source)], check=True, env=env, timeout=300)
 
