@@ -224,9 +224,7 @@ def most_that_is_read(name: str, budget: int) -> str:
             untrusted.check_cost(text(count), 0)
         return int(re.search(r"(\d+) MiB", str(caught.value))[1]) << 20
 
-    count = (
-        min(budget / (cost(200_000) + (1 << 20)), untrusted.MAX_JSON / len(text(200_000).encode())) * 200_000
-    )
+    count = min(budget / (cost(200_000) + (1 << 20)), untrusted.MAX_JSON / len(text(200_000).encode())) * 200_000
     return text(int(count))
 
 

@@ -243,7 +243,7 @@ def test_the_smallest_cut_is_that_of_plan(pico_models, on_small_mac, family, pac
     checkpoint, form = Checkpoint(model), Form(Packing(bits, 32)) if bits else Form()
     whole = case_of(model, small_mac(0), form, context=context).row()["total_bytes"]
     cuts = 0
-    for axes, share in product(AXES, (0.97, 0.9, 0.8, 0.6)):
+    for axes, share in product(AXES, (0.97, 0.8, 0.6)):
         mac = on_small_mac(int(whole * share))
         case = case_of(model, mac, form, context=context)
         settings = Settings(mac="m4-24gb", context=context, axes=axes, bits=bits, group_size=32)
@@ -261,7 +261,7 @@ def test_the_smallest_cut_is_that_of_plan(pico_models, on_small_mac, family, pac
         assert (asked["mac"], asked["context"], asked["axes"]) == (mac.name, context, ",".join(axes))
         assert (asked["bits"], asked["group_size"]) == ((bits, 32) if bits else (None, 64))
         one_more(case, axes, made.level)
-    assert cuts >= 8
+    assert cuts >= 6
 
 
 def one_more(case: Case, axes, level: reach.Level) -> None:

@@ -272,18 +272,21 @@ QUICK = [kind for kind in kinds() if kind not in SLOW]
 @needs_llama
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_every_kind_are_predicted_to_the_byte(tmp_path, pico_models, name):
+    """The first model in every kind, the others in every third one, each beginning with another."""
     family, changes = FILES[name]
+    number = list(FILES).index(name)
+    tried = QUICK[number % 3 :: 3] if number else QUICK
     directory, source = pico_models(family, **changes), tmp_path / "f32.gguf"
     export(directory, source, "f32")
     columns = {n: t.shape[-1] for n, t in gguf_header.read(source).tensors.items() if len(t.shape) > 1}
     jobs = [
         {"gguf": str(source), "kind": kind, "out": str(tmp_path / kind)}
         | {"imatrix": columns if kind in llama_quantize.NEEDS_MATRIX else None}
-        for kind in QUICK
+        for kind in tried
     ]
     assert not [answer for answer in llama_quantize.types(jobs, tmp_path) if "refused" in answer]
     arch = Checkpoint(directory).arch
-    for kind in QUICK:
+    for kind in tried:
         header = gguf_header.read(tmp_path / kind)
         assert not agrees(arch, kind, {n: t.type for n, t in header.tensors.items()})
         assert header.tensor_bytes == sum(map(storage(arch, kind), arch.tensors()))

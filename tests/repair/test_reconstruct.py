@@ -156,8 +156,7 @@ def logits(path: Path) -> np.ndarray:
 # ---- against the reference ----
 
 
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant, stored", [(v, s) for v in VARIANTS for s in STORED if s != "bfloat16" or v in FIRST])
 @pytest.mark.usefixtures("unpacked")
 def test_matrices(model, tmp_path, variant, stored):
     """Rows are of different lengths, so the reference also says that padding does not count."""
@@ -488,7 +487,7 @@ def demo(tmp_path_factory) -> dict:
     tokenizer = lm.tokenizer(path)
     data, held = (
         corpus.windows(tokenizer, corpus.read(DEMO / f"{name}.txt"), 128, count)
-        for name, count in (("calibration", 56), ("test", 12))
+        for name, count in (("calibration", 32), ("test", 6))
     )
     made = reconstruct(path, plan_of(path, 512, 2), data, out / "repair")
 
