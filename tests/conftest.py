@@ -27,6 +27,14 @@ def short_collections() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No test survives a power cut, and flushing every small file to a slow disk takes minutes in all."""
+    real, os.fsync = os.fsync, lambda handle: None
+    yield
+    os.fsync = real
+
+
 @pytest.fixture
 def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
     """The hub that huggingface_hub talks to, its cache and login, for one test."""
