@@ -59,12 +59,12 @@ def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="session")
 def two_texts(tmp_path_factory) -> dict[str, str]:
-    """Our own text in two halves, as the settings ``data`` and ``test_data`` of a run."""
+    """The first half of our own text and a part of the second, as the settings ``data`` and ``test_data`` of a run."""
     folder, lines = tmp_path_factory.mktemp("text"), pico.TEXT.read_text("utf-8").split("\n")
-    halves = {"data": lines[: len(lines) // 2], "test_data": lines[len(lines) // 2 :]}
-    for name, part in halves.items():
-        (folder / f"{name}.txt").write_text("\n".join(part), "utf-8")
-    return {name: str(folder / f"{name}.txt") for name in halves}
+    texts = {"data": "\n".join(lines[: len(lines) // 2]), "test_data": "\n".join(lines[len(lines) // 2 :])[:4000]}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text, "utf-8")
+    return {name: str(folder / f"{name}.txt") for name in texts}
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from mlx_pare.gguf import header as gguf_header
 EVERYDAY = ["fit", "run", "evaluate", "export", "bench"]
 OTHERS = ["inspect", "import", "adapters", "demo", "doctor", "calibrate", "score", "plan", "stability", "reconstruct",
           "prune", "recover", "report", "status", "models"]  # fmt: skip
-SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--tries", "3", "--recover-steps", "2", "--trials", "0",
+SMALL = ["--keep", "0.75", "--length", "32", "--samples", "4", "--try", "3", "--recover-steps", "2", "--trials", "0",
          "--gguf", "f16", "--context", "256"]  # fmt: skip
 
 

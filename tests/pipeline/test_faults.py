@@ -65,8 +65,8 @@ class Job:
 def texts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     lines = (DEMO / "calibration.txt").read_text("utf-8").split("\n")
-    (folder / "data.txt").write_text("\n".join(lines[::2]), "utf-8")
-    (folder / "test.txt").write_text((DEMO / "test.txt").read_text("utf-8")[:4000], "utf-8")
+    (folder / "data.txt").write_text("\n".join(lines[::2])[:8000], "utf-8")
+    (folder / "test.txt").write_text((DEMO / "test.txt").read_text("utf-8")[:1500], "utf-8")
     return folder
 
 

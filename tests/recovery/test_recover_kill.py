@@ -18,7 +18,7 @@ from mlx_pare.text.splits import Texts
 
 KILLS = int(os.environ.get("PARE_KILLS", "1"))
 SETTINGS = Settings(keep=0.7, length=32, samples=8, criterion="minitron", reconstruct=False, axes=("ffn", "kv_head"))
-RECOVER = ["--recover-steps", "12", "--local-steps", "4", "--targets", "16", "--batch", "2", "--learning-rate", "1e-3"]
+RECOVER = ["--recover-steps", "6", "--local-steps", "2", "--targets", "16", "--batch", "2", "--learning-rate", "1e-3"]
 
 
 @pytest.fixture(scope="module")
