@@ -487,7 +487,7 @@ def demo(tmp_path_factory) -> dict:
     tokenizer = lm.tokenizer(path)
     data, held = (
         corpus.windows(tokenizer, corpus.read(DEMO / f"{name}.txt"), 128, count)
-        for name, count in (("calibration", 32), ("test", 6))
+        for name, count in (("calibration", 56), ("test", 12))
     )
     made = reconstruct(path, plan_of(path, 512, 2), data, out / "repair")
 
