@@ -27,6 +27,7 @@ from typing import Any
 WAY = "exec" if sys.platform == "linux" else "watch"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.2  # how often "watch" looks for its parent
+MEMORY_POLL_S = 0.1  # how often ``bound`` looks
 
 
 def module(name: str, *words: str) -> list[str]:
@@ -54,8 +55,28 @@ def start(command: Sequence[str], **how: Any) -> subprocess.Popen:
     return subprocess.Popen([*own, program, *command[1:]], **{"env": environment(), **how}, start_new_session=True)
 
 
+def bound(process: subprocess.Popen, most: int) -> None:
+    """Kill a process, with everything that it started, as soon as these together take more than ``most`` bytes.
+
+    macOS limits no memory, and Linux only the addresses of each process.
+    """
+
+    def watch() -> None:
+        import psutil
+
+        with suppress(psutil.Error):
+            own = psutil.Process(process.pid)
+            while process.poll() is None:
+                if sum(p.memory_info().rss for p in (own, *own.children(recursive=True))) > most:
+                    kill(process)
+                    return
+                time.sleep(MEMORY_POLL_S)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run(
-    command: Sequence[str], given: str = "", timeout: float | None = None, **how: Any
+    command: Sequence[str], given: str = "", timeout: float | None = None, most: int | None = None, **how: Any
 ) -> subprocess.CompletedProcess:
     """Run a command to its end and collect its output as text.
 
@@ -63,6 +84,7 @@ def run(
         command: the program and its arguments.
         given: text for its stdin.
         timeout: seconds after which the command is ended; None: never.
+        most: bytes of memory above which it is killed; None: any.
         how: further arguments of Popen, such as ``cwd``.
     Returns:
         The command, its exit status, stdout and stderr.
@@ -72,6 +94,8 @@ def run(
     """
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = start(command, encoding="utf-8", errors="replace", **pipes, **how)
+    if most is not None:
+        bound(process, most)
     try:
         out, err = process.communicate(given, timeout)
     except BaseException:

@@ -77,6 +77,17 @@ class Refused(PareError):
     exit_code = 3
 
 
+def _of_gpu(message: str) -> str | None:
+    """Return what an error of Metal means (mlx/backend/metal/device.cpp and allocator.cpp); None for any other."""
+    if "[METAL]" not in message and "[metal::malloc]" not in message:
+        return None
+    if "Insufficient Memory" in message or "[metal::malloc]" in message:
+        return "the GPU ran out of memory. Close other programs, or use fewer --samples or a smaller --memory-cap"
+    if "Timeout" in message or "Impacting Interactivity" in message:
+        return "macOS stopped work on the GPU that took too long. Close other programs, or use a shorter --length"
+    return f"the GPU failed ({plain(message, 200)})"
+
+
 def told(error: BaseException, continues: bool = True) -> tuple[str, int]:
     """Turn an error into a line for the user and an exit code.
 
@@ -100,6 +111,8 @@ def told(error: BaseException, continues: bool = True) -> tuple[str, int]:
             line += f". Make room on the disk: {after}."
         elif error.errno in FORBIDDEN:
             line += ". Give yourself the right to it, or use another place."
+    elif isinstance(error, RuntimeError) and (cause := _of_gpu(str(error))):
+        line, code = f"{cause}: {after}", 1
     else:  # a defect of mlx-pare: still one line, and where to look
         line, code = f"internal error, {type(error).__name__}: {error} (--debug shows where)", 1
     return " ".join(line.split()), code

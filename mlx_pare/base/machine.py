@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import platform
 import re
@@ -42,13 +44,11 @@ def sysctl(name: str) -> str | None:
 
 def this_machine() -> Machine:
     """The computer that this process runs on."""
-    import psutil
-
     limit = sysctl("iogpu.wired_limit_mb")
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         chip=sysctl("machdep.cpu.brand_string"),
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=memory_bytes(),
         gpu_cores=_gpu_cores(),
         wired_limit_bytes=int(limit) << 20 if limit and int(limit) > 0 else None,
         rosetta=sysctl("sysctl.proc_translated") == "1",
@@ -76,24 +76,77 @@ def _gpu_cores() -> int | None:
     return int(found[1]) if found else None
 
 
+def memory_bytes() -> int:
+    """Bytes of memory in this computer."""
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
 def available_bytes() -> int:
     """Bytes that can be taken without pushing anything out of memory; on a Mac at most what its GPU may keep."""
     import psutil
 
     free, most = psutil.virtual_memory().available, _working_set()
+    if sys.platform == "darwin":
+        done = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, check=False)
+        free = max(free, _droppable(done.stdout))
     return free if most is None else min(free, most)
 
 
+def _droppable(vm_stat: str) -> int:
+    """Bytes that macOS can give away at once, from the output of vm_stat: free pages and those that it can read again.
+
+    psutil leaves out most of the cache of files: after reading a large checkpoint, a Mac would look full.
+    """
+    size = re.search(r"page size of (\d+) bytes", vm_stat)
+    pages = {name: int(count) for name, count in re.findall(r"^Pages? ?(.*?):\s+(\d+)\.", vm_stat, re.MULTILINE)}
+    pages |= {name: int(count) for name, count in re.findall(r"^(File-backed) pages:\s+(\d+)\.", vm_stat, re.MULTILINE)}
+    found = (pages.get(name, 0) for name in ("free", "speculative", "purgeable", "File-backed"))
+    return int(size[1]) * sum(found) if size else 0
+
+
 def reset_peaks() -> None:
-    """Count peaks from now on: MLX's peak, and on Linux the resident one (Documentation/filesystems/proc.rst)."""
+    """Count peaks from now on: MLX's peak, and that of the process (Documentation/filesystems/proc.rst on Linux)."""
     if mlx := sys.modules.get("mlx.core"):
         mlx.reset_peak_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    with suppress(OSError, AttributeError):
+        _libproc().proc_reset_footprint_interval(os.getpid())
+
+
+def _libproc() -> ctypes.CDLL:
+    """The library of macOS that knows processes. Raises OSError elsewhere."""
+    return ctypes.CDLL("/usr/lib/libproc.dylib")
+
+
+class _Usage(ctypes.Structure):
+    """struct rusage_info_v4 of macOS (bsd/sys/resource.h): a UUID and 35 numbers, of which two are read here."""
+
+    _fields_ = (
+        ("uuid", ctypes.c_uint8 * 16),
+        ("first", ctypes.c_uint64 * 7),
+        ("footprint", ctypes.c_uint64),  # ri_phys_footprint
+        ("middle", ctypes.c_uint64 * 25),
+        ("peak_footprint", ctypes.c_uint64),  # ri_interval_max_phys_footprint
+        ("last", ctypes.c_uint64),
+    )
+
+
+def _peak_footprint() -> int:
+    """The largest footprint since ``reset_peaks``: what Activity Monitor shows, with the buffers of the GPU and with
+    compressed pages. Raises OSError or AttributeError if this system does not tell. It has never run on a Mac."""
+    found = _Usage()
+    if _libproc().proc_pid_rusage(os.getpid(), 4, ctypes.byref(found)):  # 4: RUSAGE_INFO_V4
+        raise OSError("proc_pid_rusage")
+    return max(found.footprint, found.peak_footprint)
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident size of this process in bytes since ``reset_peaks``; on a Mac since its start."""
+    """The most memory of this process in bytes since ``reset_peaks``: resident on Linux, the footprint on a Mac."""
+    with suppress(OSError, AttributeError):
+        return _peak_footprint()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
@@ -104,7 +157,7 @@ def peak_rss_bytes() -> int:
 def peak_gpu_bytes() -> int | None:
     """The most bytes that MLX has allocated since ``reset_peaks``; None before MLX is used.
 
-    On a Mac these bytes are not part of the resident size.
+    On a Mac they are part of the footprint.
     """
     mlx = sys.modules.get("mlx.core")
     return mlx.get_peak_memory() if mlx else None
@@ -115,6 +168,24 @@ def swap_bytes() -> int:
     import psutil
 
     return psutil.swap_memory().used
+
+
+def allow_files() -> None:
+    """Let this process open many files, as far as it may: macOS begins with 256, and large models have more shards."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 4096 if most == resource.RLIM_INFINITY else min(4096, most)
+    if now != resource.RLIM_INFINITY and now < enough:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
+
+
+def to_disk(handle: int) -> None:
+    """Have the drive write what was written to an open file. On macOS fsync(2) leaves it in the drive's own cache."""
+    if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+        with suppress(OSError):  # a network file system may not know it
+            fcntl.fcntl(handle, full)
+            return
+    os.fsync(handle)
 
 
 @contextmanager

@@ -21,6 +21,17 @@ PREFIX = "mlx-pare-path-"
 PLACES = ("/tmp", "/var/tmp")  # used if the user's folder for temporary files has no plain name
 
 
+def is_litter(name: str) -> bool:
+    """Whether macOS writes a file of this name by itself: the Finder's notes on a folder, or what other disks cannot
+    hold of a file. Such a file comes, changes and goes at any time."""
+    return name == ".DS_Store" or name.startswith("._")
+
+
+def files_below(directory: Path) -> list[Path]:
+    """All files in a directory and below it, without those that macOS writes by itself."""
+    return [f for f in sorted(directory.rglob("*")) if f.is_file() and not is_litter(f.name)]
+
+
 @contextmanager
 def plain(path: Path) -> Iterator[Path]:
     """Give the path itself if its name is plain, else a link to it, which is removed at the end of the block.

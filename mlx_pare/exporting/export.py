@@ -7,12 +7,11 @@ and all types with an importance matrix. For that, mlx-pare first writes a tempo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base import console
+from ..base import console, machine
 from ..base.errors import PareError, UsageError
 from ..gguf.architectures import target_of
 from ..gguf.quant_mixes import NEEDS_MATRIX
@@ -177,7 +176,7 @@ def _write(checkpoint: Checkpoint, of: Prediction, path: Path, matrix: Importanc
                 writer.write_padding(file, written)
                 bar.advance(note=row.name)
         file.flush()
-        os.fsync(file.fileno())
+        machine.to_disk(file.fileno())
     finally:
         writer.close()
     return notes

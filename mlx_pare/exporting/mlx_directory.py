@@ -10,6 +10,7 @@ from typing import Any
 from ..arch import Architecture
 from ..base import console
 from ..base.errors import PareError
+from ..base.plain_path import files_below
 from ..gguf.quant_mixes import GROUP_OF
 from ..model import finite
 from ..model.checkpoint import Checkpoint
@@ -125,7 +126,7 @@ def hub_ready(model: Path, out: Path) -> dict[str, Any]:
             shutil.copyfile(licence, place / "LICENSE")
         (place / "README.md").write_text(text, "utf-8")
         (place / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n", "utf-8")
-    sizes = {file.relative_to(out).as_posix(): file.stat().st_size for file in out.rglob("*") if file.is_file()}
+    sizes = {file.relative_to(out).as_posix(): file.stat().st_size for file in files_below(out)}
     for note in notes:
         console.say(f"note: {note}")
     return {"out": str(out), "files": sorted(sizes), "bytes": sum(sizes.values()), "notes": notes}

@@ -31,6 +31,7 @@ TOKENIZER_BUDGET = 640 << 20  # bytes of memory that reading one may take; gemma
 # What transformers opens to make a tokenizer, besides the files that every model has
 MORE_FILES = ("config.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "processor_config.json")
 TRY_SECONDS, TRY_BYTES = 20, 4 << 30  # of processor time and address space, to load a tokenizer and read PROBES
+MOST_RESIDENT = 2 << 30  # bytes in memory of the process that loads a tokenizer or writes chats
 START_SECONDS, CHAT_SECONDS = 120, 10  # until the process is ready, and until a chat is written
 MAX_CHAT = 64 << 20  # bytes of a written chat
 # What makes a search backtrack: runs of every sort of character, and ordinary text
@@ -70,7 +71,8 @@ def _try(file: str, digest: str) -> None:
     if digest in _passed:
         return
     try:
-        done = children.run(children.module("model.tokenizer_files", file), timeout=START_SECONDS)
+        command = children.module("model.tokenizer_files", file)
+        done = children.run(command, timeout=START_SECONDS, most=MOST_RESIDENT)
     except TimeoutExpired:
         done = None
     if done is None or done.returncode:
@@ -138,6 +140,7 @@ class Chats:
     def _start(self) -> None:
         command = children.module("lm.chat_writer", str(self.directory), str(CHAT_SECONDS))
         self._process = children.start(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        children.bound(self._process, MOST_RESIDENT)
         weakref.finalize(self, children.end, self._process)
         self._answer(START_SECONDS)
 
@@ -164,7 +167,7 @@ class Chats:
 
 
 def limit(what: int, most: int) -> None:
-    """Lower a limit of this process. macOS has no limit of memory."""
+    """Lower a limit of this process. macOS has no limit of memory: there the parent watches (children.bound)."""
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
 

@@ -27,6 +27,7 @@ from .. import lm
 from ..arch import Tensor
 from ..base import console
 from ..base.errors import PareError, Refused, UsageError
+from ..base.plain_path import is_litter
 from ..base.units import gb
 from ..evaluation import divergence
 from ..lm.cpu_math import MOST_KEPT
@@ -192,7 +193,7 @@ def check_memory(
     Raises:
         Refused: the estimate exceeds the cap.
     """
-    state = rows.count * rows.length * student.arch.sizes["hidden"] * memory.state_width(student)
+    state = rows.count * rows.length * student.arch.sizes["hidden"] * memory.STATE_BYTES
     training = training_bytes(student, rows, options)
     instead = f" and training a block {gb(training)}), or a smaller batch"
     needed = memory.check_memory(student, rows, cap, state + training, instead)
@@ -208,7 +209,7 @@ def _begin(scratch: Path, pair: Sequence[Checkpoint], rows: Sequence[Rows], opti
     inputs = {"models": models, "rows": [each.digest() for each in rows], "options": asdict(options)}
     scratch.mkdir(parents=True, exist_ok=True)
     note = scratch / "inputs.json"
-    if not note.exists() and not all(is_ours(file.name) for file in scratch.iterdir()):
+    if not note.exists() and not all(is_ours(f.name) or is_litter(f.name) for f in scratch.iterdir()):
         raise Refused(f"{scratch} was not made by mlx-pare", "move it away")
     if note.exists() and step_files.note(note) != inputs:
         raise Refused(f"{scratch} was begun with other models, rows or options", "remove it first")

@@ -327,6 +327,7 @@ def _merge(
     states: list[mx.array] = []
     for index, file in enumerate(blocks):
         found = read_stats(file)
+        mx.eval(found)  # a lazy array keeps its file open, and macOS allows 256
         states += [found.pop(f"{LAST}.{side}") for side in ("before", "after") if f"{LAST}.{side}" in found]
         arrays |= {f"{index}.{name}": array for name, array in found.items()}
     arrays["angles"] = angles(states)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from ..base import console, untrusted
 from ..base.errors import PareError, UsageError
+from ..base.plain_path import is_litter
 from ..gguf.header import Header, is_gguf, read_parts
 from ..model.hub_name import of_snapshot
 from . import resolve
@@ -221,7 +222,8 @@ def _list_files(directory: Path) -> None:
     from ..store.rundir import fingerprint
     from ..store.schema import dump_json
 
-    files = {file.name: fingerprint(file) for file in sorted(directory.iterdir()) if file.is_file()}
+    found = [file for file in sorted(directory.iterdir()) if file.is_file() and not is_litter(file.name)]
+    files = {file.name: fingerprint(file) for file in found}
     replace_file(directory / LIST, dump_json({"files": files}))
 
 

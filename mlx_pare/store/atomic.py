@@ -26,8 +26,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..base import console
+from ..base import console, machine
 from ..base.errors import PareError, Refused
+from ..base.plain_path import is_litter
 from ..base.units import gb
 from . import locks
 
@@ -140,16 +141,15 @@ def working(directory: Path) -> Iterator[Path]:
 
     It is removed at the end if only the note is in it. Raises Refused for any other directory that is not empty."""
     note = directory / ".mlx-pare"
-    if directory.exists() and not note.exists() and any(directory.iterdir()):
+    if directory.exists() and not note.exists() and any(not is_litter(file.name) for file in directory.iterdir()):
         raise Refused(f"{directory} exists already, and mlx-pare did not make it", "move it away")
     directory.mkdir(parents=True, exist_ok=True)
     note.touch()
     try:
         yield directory
     finally:
-        if directory.exists() and list(directory.iterdir()) == [note]:
-            note.unlink()
-            directory.rmdir()
+        if directory.exists() and all(file == note or is_litter(file.name) for file in directory.iterdir()):
+            shutil.rmtree(directory)
 
 
 def is_ours(name: str) -> bool:
@@ -298,7 +298,7 @@ def _flush(path: Path) -> None:
             continue
         handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            os.fsync(handle)
+            machine.to_disk(handle)
         finally:
             os.close(handle)
 

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 from .. import __version__
 from ..base import console, log, machine, untrusted
 from ..base.errors import PareError, Refused, shell, told
+from ..base.plain_path import files_below, is_litter
 from ..base.units import gb
 from ..options import recipe_file
 from . import edited, locks, step_files
@@ -42,7 +43,7 @@ BIG_FILE = 64 << 20
 PIECES = 256
 QUICK = "quick:"  # the fingerprint of a big file begins with it
 PATIENCE_S = 0.3  # for a lock, because `status` takes it for a moment
-HARMLESS = {".lock", ".DS_Store", log.NAME}  # a killed start, or the Finder, leaves these in a new directory
+HARMLESS = {".lock", log.NAME}  # a killed start leaves these in a new directory
 
 
 def fingerprint(path: Path) -> str:
@@ -267,7 +268,7 @@ class Run:
         with machine.awake():
             work(partial)
         os.rename(partial, final)
-        outputs = {str(f.relative_to(final)): fingerprint(f) for f in sorted(final.rglob("*")) if f.is_file()}
+        outputs = {str(f.relative_to(final)): fingerprint(f) for f in files_below(final)}
         big = {f"{name}/{file}": final / file for file, seen in outputs.items() if seen.startswith(QUICK)}
         self.manifest.contents |= _contents(big, f"{name}: hash")
         done = StepRecord(
@@ -299,7 +300,7 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
         elif (partial / "step.json").exists():
             begun = _read_begun(partial / "step.json")
-            if len(list(partial.iterdir())) > 1:  # the note alone: no work was done
+            if len([p for p in partial.iterdir() if not is_litter(p.name)]) > 1:  # the note alone: no work was done
                 self._same(name, begun, asked)
         partial.mkdir(exist_ok=True)
         if self._alone:
@@ -321,7 +322,7 @@ class Run:
         if self._sound:
             return
         known = self.manifest.contents
-        weights = {f"model:{file.name}": file for file in sorted(self.model.glob("*.safetensors"))}
+        weights = {f"model:{f.name}": f for f in sorted(self.model.glob("*.safetensors")) if not is_litter(f.name)}
         outputs = {name: self.path / name for name in known if (self.path / name).is_file()}
         now = _contents(weights | outputs, "compare with before")
         for name, digest in now.items():
@@ -368,7 +369,7 @@ def _set_aside(place: Path, known: set[str]) -> None:
     ``known``: the relative names of the files that mlx-pare wrote."""
     if not place.is_dir():
         return
-    files = [file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file()]
+    files = [file.relative_to(place).as_posix() for file in files_below(place)]
     if not any(
         name not in known and not is_ours(Path(name).name) and Path(name).name not in HARMLESS for name in files
     ):
@@ -381,7 +382,8 @@ def _set_aside(place: Path, known: set[str]) -> None:
 
 def _harmless(file: Path) -> bool:
     """Whether a file may be in a directory that becomes a run directory. A link may not: writing would follow it."""
-    return is_ours(file.name) or (file.name in HARMLESS and file.is_file() and not file.is_symlink())
+    own = file.name in HARMLESS or is_litter(file.name)
+    return is_ours(file.name) or (own and file.is_file() and not file.is_symlink())
 
 
 def _contents(files: Mapping[str, Path], what: str) -> dict[str, str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base import machine
 from .safetensors import DTYPE_BYTES
 
 SHARD_BYTES = 4 << 30
@@ -98,7 +98,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._file is not None:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            machine.to_disk(self._file.fileno())
             self._file.close()
             self._file = None
 

@@ -294,7 +294,7 @@ def test_status_is_quick_and_changes_nothing(whole):
         times.append(now.children_user + now.children_system - used.children_user - used.children_system)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["state"] == "finished"
-    assert min(times) < 0.5  # of the processor: others may be busy
+    assert min(times) < 0.8  # of the processor; 0.35 on a quiet machine, and twice that beside other work
     assert tree() == before
 
 
@@ -321,7 +321,7 @@ def on_a_mac(monkeypatch) -> Callable[[], None]:
 
 def sleeping(parent: int) -> int:
     """Children of this process that are `sleep` now."""
-    done = subprocess.run(["ps", "-o", "ppid=,args="], capture_output=True, text=True, check=True)
+    done = subprocess.run(["ps", "-ax", "-o", "ppid=", "-o", "args="], capture_output=True, text=True, check=True)
     return sum(line.split()[0] == str(parent) and "sleep 60" in line for line in done.stdout.splitlines())
 
 

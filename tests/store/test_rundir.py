@@ -402,3 +402,42 @@ def test_the_peak_is_that_of_the_step(out, model):
             run.step(name, {}, {}, lambda directory, size=size: bytearray(size).find(b"x"))
         large, small = (run.manifest.steps[name].peak_bytes for name in sizes)
     assert large - small > 200 << 20
+
+
+# ---- what macOS writes by itself ----
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._model.safetensors"])
+def test_files_of_the_finder_are_no_outputs(tmp_path, name):
+    """They come into a step before it ends or after, change, and go; the step stays done."""
+    (tmp_path / "model").mkdir()
+
+    def work(directory: Path) -> None:
+        (directory / "made").write_text("made")
+        (directory / name).write_text("of the Finder")
+
+    with rundir.Run(tmp_path / "run", tmp_path / "model", "identity") as run:
+        assert run.step("step", {}, {}, work)
+        assert list(run.manifest.steps["step"].outputs) == ["made", "step.json"]
+        for content in ("changed", None):
+            file = tmp_path / "run" / "step" / name
+            file.write_text(content) if content else file.unlink()
+            assert not run.step("step", {}, {}, work)
+
+
+def test_a_new_run_directory_may_hold_what_the_finder_wrote(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "run").mkdir()
+    for name in (".DS_Store", "._log.txt"):
+        (tmp_path / "run" / name).touch()
+    rundir.Run(tmp_path / "run", tmp_path / "model", "identity").close()
+
+
+def test_a_working_directory_may_hold_what_the_finder_wrote(tmp_path):
+    from mlx_pare.store.atomic import working
+
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / ".DS_Store").touch()
+    with working(tmp_path / "work") as place:
+        (place / "._half").touch()
+    assert not (tmp_path / "work").exists()

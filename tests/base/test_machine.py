@@ -1,0 +1,106 @@
+"""What macOS tells of memory and files, read from recorded output; and how much of both a process may take."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from mlx_pare.base import children, machine
+
+# vm_stat of a Mac with 16 GB after a file of 6 GB was read (shortened)
+VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               10000.
+Pages active:                            300000.
+Pages inactive:                          280000.
+Pages speculative:                         5000.
+Pages wired down:                        120000.
+Pages purgeable:                           2000.
+"Translation faults":                 123456789.
+File-backed pages:                       390000.
+Anonymous pages:                         190000.
+Pages stored in compressor:              100000.
+"""
+
+
+def test_pages_that_macos_can_read_again_are_free():
+    assert machine._droppable(VM_STAT) == 16384 * (10000 + 5000 + 2000 + 390000)
+    assert machine._droppable("") == 0
+
+
+def test_free_memory_on_a_mac_is_the_larger_of_two_answers(monkeypatch):
+    free = psutil.virtual_memory().available
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    monkeypatch.setattr(machine, "_working_set", lambda: None)
+    for pages, expected in ((1, None), (1 << 28, 16384 << 28)):
+        said = f"(page size of 16384 bytes)\nPages free: {pages}.\n"
+        monkeypatch.setattr(
+            machine.subprocess, "run", lambda *_, said=said, **__: subprocess.CompletedProcess([], 0, said)
+        )
+        found = machine.available_bytes()
+        assert found == expected if expected else abs(found - free) < 4 << 30
+
+
+def test_the_structure_of_macos_is_as_its_header_says():
+    """bsd/sys/resource.h: a UUID of 16 bytes and 35 numbers of 8, of which these are the 8th and the 34th."""
+    assert ctypes.sizeof(machine._Usage) == 16 + 35 * 8
+    assert machine._Usage.footprint.offset == 16 + 7 * 8
+    assert machine._Usage.peak_footprint.offset == 16 + 33 * 8
+
+
+def test_the_footprint_is_the_peak_on_a_mac(monkeypatch):
+    class Libproc:
+        def proc_pid_rusage(self, pid, flavor, place):
+            assert (pid, flavor) == (os.getpid(), 4)
+            found = place._obj
+            found.footprint, found.peak_footprint = 5 << 30, 6 << 30
+            return 0
+
+    monkeypatch.setattr(machine, "_libproc", Libproc)
+    assert machine.peak_rss_bytes() == 6 << 30
+
+
+def test_a_process_may_open_as_many_files_as_it_needs(monkeypatch):
+    before, set_to = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: set_to.append(limits))
+    for limits in ((256, resource.RLIM_INFINITY), (256, 1024), (8192, 1 << 20)):
+        monkeypatch.setattr(resource, "getrlimit", lambda what, limits=limits: limits)
+        machine.allow_files()
+    assert set_to == [(4096, resource.RLIM_INFINITY), (1024, 1024)]
+    monkeypatch.undo()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_written_leaves_the_cache_of_the_drive(tmp_path, monkeypatch, known):
+    asked = []
+
+    def asked_for(handle, what):
+        asked.append(what)
+        if not known:
+            raise OSError(45, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", asked_for)
+    monkeypatch.setattr(os, "fsync", lambda handle: asked.append("fsync"))
+    with (tmp_path / "f").open("wb") as file:
+        machine.to_disk(file.fileno())
+    assert asked == ([51] if known else [51, "fsync"])
+
+
+def test_a_child_that_takes_too_much_memory_is_killed():
+    """Where the system limits nothing, as on macOS; also what the child itself started."""
+    hungry = "import time; a = bytearray(400 << 20); a[::4096] = b'x' * len(a[::4096]); time.sleep(60)"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hungry!r}])"
+    begun = time.monotonic()
+    for code in (hungry, nested):
+        assert children.run([sys.executable, "-c", code], timeout=60, most=200 << 20).returncode < 0
+    assert children.run([sys.executable, "-c", "print(1)"], most=200 << 20).stdout == "1\n"
+    assert time.monotonic() - begun < 30
