@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "exporting": "base tensors options arch model store gguf sources lm text stream reporting",
     "pipeline": "base options arch model store gguf sources lm text "
     "stream pruning capacity evaluation scoring repair planning recovery reporting exporting",
-    "cli": "base options arch model store gguf sources "
+    "cli": "base tensors options arch model store gguf sources "
     "lm text pruning capacity evaluation reporting exporting pipeline",
 }
 FOLDERS = {  # folder in a wing: the folders of the same wing that it may import
@@ -377,3 +377,55 @@ def test_circles_and_arrows_that_run_back_are_found():
     assert running_back(graph) in ([("b", "c")], [("c", "b")])
     assert not circles({"a": {"b"}, "b": set()}) and not running_back({"a": {"b"}, "b": set()})
     assert {room("mlx_pare.gguf.read.config"), room("mlx_pare.cli.main")} == {"gguf", "cli"}
+
+
+# ---- what Metal refuses, or does otherwise than the CPU ----
+
+
+def dotted(node: ast.AST) -> str:
+    """``mx.linalg.qr`` of such an expression; "" of any other."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def calls() -> Iterator[tuple[Path, str, ast.Call]]:
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                yield file, dotted(node.func), node
+
+
+def test_decompositions_are_asked_of_the_cpu():
+    """They have no kernels on Metal."""
+    given = [(f, name, [k.arg for k in node.keywords]) for f, name, node in calls() if name.startswith("mx.linalg.")]
+    assert not [(f, name) for f, name, keywords in given if "stream" not in keywords]
+    streams = {ast.unparse(node.args[0]) for _, name, node in calls() if name == "mx.stream"}
+    assert streams <= {"mx.cpu"}
+
+
+def test_numpy_memory_is_copied():
+    """mx.asarray may adopt it on Metal, and buffers are used again here."""
+    assert not [(f, name) for f, name, _ in calls() if name == "mx.asarray"]
+
+
+def test_one_place_writes_to_the_drive():
+    """On macOS os.fsync leaves it in the drive's cache (machine.to_disk). A spool need not survive a power cut."""
+    assert {f.name for f, name, _ in calls() if name == "os.fsync"} == {"machine.py", "spool.py"}
+
+
+def test_other_threads_do_not_compute():
+    """The streams of MLX belong to the thread that made them."""
+    threaded = [f for f, tree in TREES.items() if "threading" in imported(tree)]
+    assert len(threaded) > 2 and not [f for f in threaded if "mlx" in imported(TREES[f])]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The top-level names of the packages that a file imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found

@@ -19,7 +19,7 @@ from ..base import console
 from ..base.errors import told
 from ..options import recipe_file
 from ..options.option import Option
-from ..options.settings import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS
+from ..options.settings import FOR_A_MAC, GENERAL, OUTPUT, TABLE, TARGETS, memory
 from ..sources import resolve
 from ..sources.open_model import opened
 from . import unused
@@ -183,6 +183,10 @@ def command(
                 for line in unused.lines(name, typed, given):
                     console.warn(line)
                 given = _directories(_one_target(given, typed))
+                if cap := memory(given.get("memory_cap")):
+                    from .. import lm  # these commands compute, so they import it in any case
+
+                    lm.limit_memory(cap)
                 with nullcontext() if network else resolve.offline():  # every model is here: no waiting
                     console.document(function(**given))
             except BrokenPipeError:  # `| head` has seen enough

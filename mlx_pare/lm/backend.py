@@ -1,22 +1,28 @@
-"""Device differences. On Metal (and CUDA) models compute in their own dtype with the stock layers.
+"""Device differences. On Metal (and CUDA) models compute with the stock layers.
 
-On the CPU backend every matrix is expanded to float32 during one call (see tensors/packed.py). There mx.compile is off,
-because it calls a C++ compiler. Products of float32 matrices are computed in full float32: by default MLX rounds their
-factors to ten bits on CUDA and on Macs from the M5 on, and every Gram matrix would contain that error. The Metal side
-has not been run yet.
+A walk gives them hidden states in float32, and they compute in float32 by MLX's rules of promotion. Training uses the
+model's own dtype. On the CPU backend every matrix is expanded to float32 during one call (tensors/float32_layers.py).
+There mx.compile is off, because it calls a C++ compiler. Products of float32 matrices are computed in full float32: by
+default MLX rounds their factors to ten bits on CUDA and on Macs from the M5 on, and every Gram matrix would contain
+that error. The Metal side has not been run yet.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read by MLX at its first product
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..arch import Architecture
+from ..base import machine
+from ..base.errors import Refused
 from ..tensors.packing import Packing
 from . import cpu_math
 
@@ -26,8 +32,69 @@ def cpu_backend() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
-if cpu_backend():
-    mx.disable_compile()
+def cache_bytes() -> int:
+    """Bytes of freed buffers that MLX keeps for later; the CPU backend keeps none.
+
+    Without a limit Metal keeps most of the memory: buffers are used again only for requests of nearly the same size
+    (mlx/backend/common/buffer_cache.h), and the sizes of candidates differ.
+    """
+    return 0 if cpu_backend() else min(1 << 30, machine.memory_bytes() // 16)
+
+
+def prepare() -> None:
+    """Set MLX up for this device, before anything is computed."""
+    if cpu_backend():
+        mx.disable_compile()
+    else:
+        mx.set_cache_limit(cache_bytes())
+
+
+prepare()
+
+
+def limit_memory(cap: int | None) -> None:
+    """Let MLX on a GPU wait for work under way before it allocates more bytes than ``cap``; None: its own limit."""
+    if cap is not None and not cpu_backend():
+        mx.set_memory_limit(cap)
+
+
+@contextmanager
+def own_wired_limit() -> Iterator[None]:
+    """Give the wired limit back after the block.
+
+    mlx-lm's trainer sets it to all that the GPU may use, and leaves it there. Whatever runs later in the process is
+    wired too, which has led to kernel panics (mlx issues 3186 and 3346).
+    """
+    working_set = mx.device_info().get("max_recommended_working_set_size")
+    before = None if working_set is None else mx.set_wired_limit(0)
+    if before is not None:
+        mx.set_wired_limit(before)
+    try:
+        yield
+    finally:
+        if before is not None:
+            mx.set_wired_limit(before)
+
+
+EXACT = 1e-5  # largest relative error of a float32 product; with factors of ten bits it is 3e-4 and more
+
+
+def product_error() -> float:
+    """Return the relative error of a product of two float32 matrices on this device, against float64."""
+    random = np.random.default_rng(0)
+    a, b = (random.standard_normal((64, 64)).astype(np.float32) for _ in range(2))
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    return float(np.linalg.norm(np.array(mx.array(a) @ mx.array(b)) - exact) / np.linalg.norm(exact))
+
+
+@cache
+def require_exact_products() -> None:
+    """Raises Refused if float32 products are rounded on this device: every Gram matrix would contain that error."""
+    if (error := product_error()) > EXACT:
+        raise Refused(
+            f"float32 products are {error:.0e} wrong on this device: MLX computes them in TF32",
+            "set MLX_ENABLE_TF32=0 before Python starts",
+        )
 
 
 def swift(kept: int = 0) -> AbstractContextManager[None]:
@@ -52,12 +119,11 @@ def swift_kept(arch: Architecture, tokens: int, blocks: int = 1) -> int:
 
 
 def for_backend(module: nn.Module) -> nn.Module:
-    """Return the module as it should compute on this device."""
-    if not cpu_backend():
-        return module
-    from ..tensors.packed import to_float32
+    """Return the module as it should compute in a walk on this device: in float32, with matrices as they are stored if
+    the kernels take them."""
+    from ..tensors.float32_layers import others_to_float32, to_float32
 
-    return to_float32(module)
+    return to_float32(module) if cpu_backend() else others_to_float32(module)
 
 
 def packed(module: nn.Module, packing: Packing, dtype: mx.Dtype | None = None) -> nn.Module:

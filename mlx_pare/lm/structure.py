@@ -49,6 +49,22 @@ def logit_shape(model: nn.Module) -> tuple[float, float | None]:
     return 1 / getattr(model, "logits_scaling", 1.0), getattr(model, "final_logit_softcapping", None)
 
 
+def logits(model: nn.Module, tokens: mx.array) -> mx.array:
+    """Compute logits with a head in float32, whatever the model computes in.
+
+    bfloat16 logits between 16 and 32 are an eighth apart, which would be the noise of every divergence.
+
+    Args:
+        model: the model.
+        tokens: int [rows, length].
+    Returns:
+        float32 [rows, length, vocab].
+    """
+    states, readout, (factor, cap) = body(model)(tokens).astype(mx.float32), head(model), logit_shape(model)
+    product = (readout.as_linear(states) if hasattr(readout, "as_linear") else readout(states)) * factor
+    return product if cap is None else cap * mx.tanh(product / cap)
+
+
 def each_block(model: nn.Module, call: Callable[[Callable], Callable]) -> None:
     """Replace the ``__call__`` of every block by what ``call`` makes of it.
 

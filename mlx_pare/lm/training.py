@@ -13,6 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..tensors.packed import dense_weight
+from .backend import cache_bytes, own_wired_limit
 from .structure import blocks
 
 
@@ -32,14 +34,21 @@ def add_lora(model: nn.Module, rank: int, scale: float, dora: bool = False) -> N
 
 
 def fused(module: nn.Module) -> mx.array:
-    """Fold the adapter of a linear layer into its weight.
+    """Fold the adapter of a linear layer into its weight, in float32.
+
+    mlx-lm's own ``fuse`` adds in the dtype of the scales: in bfloat16 most of a small change is lost. The formulas are
+    those of mlx_lm/tuner/lora.py and dora.py.
 
     Args:
         module: a LoRA or DoRA layer of mlx-lm.
     Returns:
-        Dense weight [out, in].
+        Dense weight, float32 [out, in].
     """
-    return module.fuse(dequantize=True).weight
+    change = module.lora_b.T.astype(mx.float32) @ module.lora_a.T.astype(mx.float32)
+    weight = dense_weight(module.linear) + module.scale * change
+    if "m" in module:  # DoRA: magnitudes of the rows
+        weight = (module.m / mx.sqrt(mx.square(weight).sum(axis=1)))[:, None] * weight
+    return weight
 
 
 def checkpointed(call: Callable) -> Callable:
@@ -91,7 +100,8 @@ def train(
         def on_train_loss_report(self, info: dict) -> None:
             on_report(info)
 
-    with TemporaryDirectory() as directory, redirect_stdout(io.StringIO()):  # its own progress display; ours reports
+    quiet = redirect_stdout(io.StringIO())  # its own progress display; ours reports
+    with TemporaryDirectory() as directory, quiet, own_wired_limit():
         discarded = (
             Path(directory) / "adapters.safetensors"
         )  # mlx-lm saves at the end; mx adds this suffix if it is missing
@@ -104,6 +114,7 @@ def train(
             steps_per_save=steps * accumulate + 1,
             grad_accumulation_steps=accumulate,
             adapter_file=str(discarded),
+            clear_cache_threshold=cache_bytes(),  # the cache is limited anyway: it need not be cleared at every step
         )
         run(
             model,

@@ -152,7 +152,7 @@ def check_memory(
     Raises:
         Refused: the estimate exceeds ``cap``.
     """
-    value, sizes, rows = memory.state_width(checkpoint), checkpoint.arch.layer_sizes(0), calibration.joined(held)
+    value, sizes, rows = memory.STATE_BYTES, checkpoint.arch.layer_sizes(0), calibration.joined(held)
     streams = (count + 1) * held.count * held.length * sizes["hidden"] * value
     inputs = rows.count * rows.length * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
     solved = max(each.nbytes for each in solve_costs(checkpoint, calibration.total)) if calibration.count else 0
@@ -223,6 +223,7 @@ class _SideBySide(stream.Observer):
                     state = run(state, self.first)
             missed = mx.square((state.astype(mx.float32) - reference) * self.text).sum()
             self.states[number] = state if (missed < self.lost * energy).item() else math.inf
+            mx.clear_cache()  # the matrices of the next candidate have other sizes
 
     # ---- one block ----
 

@@ -98,7 +98,7 @@ def loss_of(objective: Objective, how: str, taps: Taps | None) -> Callable[..., 
     share, scale = objective.cross_entropy, objective.temperature**2
 
     def loss(model: nn.Module, tokens: mx.array, *given: mx.array) -> tuple[mx.array, mx.array]:
-        logits = model(tokens)
+        logits = lm.logits(model, tokens)
         count = len(taps.layers) if taps else 0
         targets, states = given[: len(given) - count], given[len(given) - count :]
         total = (1 - share) * scale * apart(objective, targets, logits).mean() if share < 1 else mx.array(0.0)

@@ -189,7 +189,7 @@ def work_bytes(student: Checkpoint, original: Checkpoint, rows: Rows | Extent, a
     Returns:
         Bytes.
     """
-    arch, value = student.arch, memory.state_width(student)
+    arch, value = student.arch, memory.resident_width(student)
     count, prompt = min(at_once, rows.count), prompt_length(rows.length)
     cached = 2 * arch.largest("kv_head") * arch.largest("head_dim") * len(arch.layers) * rows.length
     units = 3 * arch.largest("ffn") + 8 * arch.sizes["hidden"] + arch.largest("kv_head", "group") * prompt

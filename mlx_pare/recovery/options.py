@@ -119,7 +119,7 @@ def required_bytes(
     Returns:
         Bytes.
     """
-    value = 4 if options.method == "full" else memory.state_width(student)
+    value = 4 if options.method == "full" else memory.resident_width(student)
     arch = student.arch
     weights = sum(t.size for t in arch.tensors()) * value
     if options.method != "full" and not lm.cpu_backend():

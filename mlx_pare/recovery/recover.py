@@ -256,7 +256,9 @@ class _Job:
 
         def validate() -> dict[str, float]:
             tokens = self.validation.rows.tokens
-            return by_domain(lambda r: model(mx.array(tokens[r])), self.judge, self.validation, options.batch)
+            return by_domain(
+                lambda r: lm.logits(model, mx.array(tokens[r])), self.judge, self.validation, options.batch
+            )
 
         def batch(chosen: np.ndarray) -> tuple:
             found = (

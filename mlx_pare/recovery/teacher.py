@@ -114,5 +114,5 @@ def held_bytes(teacher: Checkpoint, rows: Rows | Extent, matched: int, whole: bo
     Returns:
         Bytes.
     """
-    states = rows.count * rows.length * teacher.arch.sizes["hidden"] * memory.state_width(teacher) * (whole + matched)
+    states = rows.count * rows.length * teacher.arch.sizes["hidden"] * memory.STATE_BYTES * (whole + matched)
     return states + whole * memory.head_bytes(teacher)

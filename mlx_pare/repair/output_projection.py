@@ -145,6 +145,7 @@ class Site:
             _check_finite(energy + float(np.abs(inputs).max()))
             return Dual(inputs, targets, weight, damping, fixed), energy
         gram, cross, energy = _sums(pieces)
+        mx.clear_cache()  # a GPU would keep the last product, while LAPACK needs several times as much outside of MLX
         if target is None:
             cross = gram @ weight.T.astype(np.float64)
             energy = float(np.vdot(weight.T, cross))

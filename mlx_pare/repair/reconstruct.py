@@ -145,7 +145,7 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent, plans: int = 1) -> i
     """Estimate what pruned streams need beyond a plain walk: more hidden states, inputs and new weights of the two
     matrices, and what the more expensive one takes to be solved. With several plans the output of the dense block is
     there until the last has gone through. Args: ``rows``: all, or their extent; ``plans``: number. Returns: bytes."""
-    arch, value = checkpoint.arch, memory.state_width(checkpoint)
+    arch, value = checkpoint.arch, memory.STATE_BYTES
     sizes = arch.layer_sizes(0)
     attention = sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
     states = (6 if behind_norm(arch, 0) else 3) + (2 * (plans - 1) if plans > 1 else 0)

@@ -116,7 +116,7 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
     Returns:
         Bytes.
     """
-    arch, value = checkpoint.arch, memory.state_width(checkpoint)
+    arch, value = checkpoint.arch, memory.STATE_BYTES
     states = (len(arch.layers) + 3) * rows.count * rows.length * arch.sizes["hidden"] * value
     block = sum(t.size for t in arch.tensors() if t.layer == 0)
     computed, kept = 2 * memory.activation_bytes(checkpoint, rows), _swift_kept(arch, rows)

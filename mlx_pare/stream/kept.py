@@ -102,7 +102,7 @@ def keep(streamed: Streamed, model: Path, rows: Rows, kept: Path) -> None:
 
 
 def _file(model: Path, rows: Rows, kept: Path) -> Path:
-    about = f"{Checkpoint(model).identity()} {rows.digest()} {memory.state_width(Checkpoint(model))}"
+    about = f"{Checkpoint(model).identity()} {rows.digest()} {memory.STATE_BYTES}"
     return kept / f"states-{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
 
 

@@ -8,13 +8,14 @@ from ..base import machine
 from ..base.errors import Refused
 from ..base.units import gb
 from ..model.checkpoint import Checkpoint
-from ..tensors.packed import EXPANDED_BYTES
+from ..tensors.float32_layers import EXPANDED_BYTES
 from ..tensors.safetensors import DTYPE_BYTES
 from ..text.corpus import Extent, Rows
 from . import head
 from .batches import micro_batch
 
 BASE_BYTES = 250 << 20  # Python, MLX, the tokenizer and everything else that is loaded
+STATE_BYTES = 4  # of a value of the hidden states, and of what a block computes from them: float32
 
 
 def required_bytes(checkpoint: Checkpoint, rows: Rows | Extent, spooled: bool = False) -> int:
@@ -28,25 +29,28 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows | Extent, spooled: bool = 
     Returns:
         Bytes.
     """
-    arch, value = checkpoint.arch, state_width(checkpoint)
+    arch = checkpoint.arch
     there = micro_batch(rows) if spooled else rows.count
-    states = 3 * there * rows.length * arch.sizes["hidden"] * value
+    states = 3 * there * rows.length * arch.sizes["hidden"] * STATE_BYTES
     block, expanded = [0] * len(arch.layers), [0] * len(arch.layers)
     wide = 0
     for tensor in arch.tensors():
         if tensor.layer is not None:
             block[tensor.layer] += _stored_bytes(checkpoint, tensor)
-            if 4 * tensor.size <= EXPANDED_BYTES:  # MLX may expand these together, and larger ones a part at a time
+            if not lm.cpu_backend():  # its kernels read packed matrices; others of 16 bits are expanded as a whole
+                narrow = not checkpoint.packing(tensor.module) and DTYPE_BYTES[checkpoint.dtype(tensor)] < 4
+                expanded[tensor.layer] += 4 * tensor.size * narrow
+            elif 4 * tensor.size <= EXPANDED_BYTES:  # MLX may expand these together, and larger ones a part at a time
                 expanded[tensor.layer] += 4 * tensor.size
             else:
                 wide = 2 * EXPANDED_BYTES
-    more = max(expanded) + wide if lm.cpu_backend() else 0
-    running = max(block) + more + activation_bytes(checkpoint, rows)
-    return BASE_BYTES + states + max(running, head_bytes(checkpoint) + 4 * head.CHUNK_BYTES)
+    running = max(block) + max(expanded) + wide + activation_bytes(checkpoint, rows)
+    base = BASE_BYTES + lm.cache_bytes()
+    return base + states + max(running, head_bytes(checkpoint) + 4 * head.CHUNK_BYTES)
 
 
-def state_width(checkpoint: Checkpoint) -> int:
-    """Bytes per value of the hidden states: those of the model's dtype, or 4 on the CPU backend (float32)."""
+def resident_width(checkpoint: Checkpoint) -> int:
+    """Bytes per value of a model that is in memory as a whole: its own dtype, or float32 on the CPU backend."""
     return 4 if lm.cpu_backend() else checkpoint.value_bytes
 
 
@@ -76,7 +80,7 @@ def activation_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
     heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
     tokens = micro_batch(rows) * rows.length
     units = 3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length
-    return tokens * units * state_width(checkpoint)
+    return tokens * units * STATE_BYTES
 
 
 def check_memory(
@@ -105,7 +109,7 @@ def check_memory(
     """
     needed, limit = required_bytes(checkpoint, rows, spooled) + held, cap or machine.available_bytes()
     if needed > limit:
-        states = 3 * rows.count * rows.length * checkpoint.arch.sizes["hidden"] * state_width(checkpoint)
+        states = 3 * rows.count * rows.length * checkpoint.arch.sizes["hidden"] * STATE_BYTES
         aside = "lie on disk already" if spooled else f"take {gb(states)}"
         raise Refused(
             f"streaming {rows.count} x {rows.length} tokens through {checkpoint.path} needs about {gb(needed)}, "

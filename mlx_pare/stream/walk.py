@@ -25,7 +25,6 @@ from ..base.console import progress
 from ..model import finite
 from ..model.checkpoint import Checkpoint
 from ..model.weights import StoredEmbedding
-from ..tensors.packed import stored_dtype
 from ..text.corpus import Rows
 from . import head
 from .batches import micro_batches, shares
@@ -230,16 +229,18 @@ def walk(
 
     Raises:
         UsageError: the rows hold tokens that the model does not have.
+        Refused: float32 products are rounded on this device.
         PareError: the model is damaged, cannot be spooled, or computes infinite numbers; the message names the layer or
             the broken weight.
     """
     checkpoint = Checkpoint(path)
     rows.require_known(checkpoint.arch.sizes["vocab"])
+    lm.require_exact_products()
     model = lm.load(path)
     end = _ending(model)
-    dtype = mx.float32 if lm.cpu_backend() else stored_dtype(lm.embedding(model))
     model = lm.for_backend(model)
-    embedding = StoredEmbedding(checkpoint, next(checkpoint.arch.tensors()).name, dtype)
+    # float32 states make every block compute in float32: in 16 bits, errors of the stream hide what a cut changes
+    embedding = StoredEmbedding(checkpoint, next(checkpoint.arch.tensors()).name, mx.float32)
     blocks, body = lm.blocks(model), lm.body(model)
     own, tokens = list(blocks), mx.array(rows.tokens)
     store = Spooled(spool, rows.count) if spool else InMemory()
@@ -253,7 +254,7 @@ def walk(
             if not resume:
                 store.begin((part, _into_the_first(body, blocks, tokens[part])) for part in state.parts)
             size = checkpoint.arch.sizes["hidden"]
-            lm.put_embedding(model, lambda tokens: placeholder((*tokens.shape, size), dtype))
+            lm.put_embedding(model, lambda tokens: placeholder((*tokens.shape, size), mx.float32))
         hidden = body(tokens)  # up to the final norm: the head is not applied
         if spool:
             return end(store.states.normed(body.norm), body.norm)

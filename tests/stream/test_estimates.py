@@ -1,4 +1,4 @@
-"""Estimates of memory off the CPU backend: hidden states have the dtype of the checkpoint (house fault 4)."""
+"""Estimates of memory off the CPU backend: walks are float32, a resident model has its own dtype (house fault 4)."""
 
 from __future__ import annotations
 
@@ -37,14 +37,18 @@ ESTIMATES = {
 }  # fmt: skip
 
 
+RESIDENT = ("sampling", "recovery")
+
+
 @pytest.mark.parametrize("what", ESTIMATES)
-def test_house_4_float32_takes_twice_what_bfloat16_does(pico_models, monkeypatch, what):
-    """On Metal and CUDA the engine computes in the checkpoint's own dtype. 2 bytes per number were assumed for all."""
+def test_house_4_estimates_count_what_a_gpu_computes_in(pico_models, monkeypatch, what):
+    """2 bytes per number were assumed for all. A walk takes 4, whatever is stored; a resident model its own dtype."""
     monkeypatch.setattr(lm, "cpu_backend", lambda: False)
     wide, narrow = (Checkpoint(pico_models("llama", dtype=dtype)) for dtype in (mx.float32, mx.bfloat16))
     estimate = ESTIMATES[what]
     grows = [estimate(model, rows(4096)) - estimate(model, rows(2048)) for model in (wide, narrow)]
-    assert grows[1] > 0 and 1.4 * grows[1] < grows[0]
+    assert grows[1] > 0
+    assert 1.4 * grows[1] < grows[0] if what in RESIDENT else grows[0] == grows[1]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-untied", "gemma3_text"])
@@ -55,4 +59,4 @@ def test_house_15_the_head_is_counted_once_as_it_is_stored(pico_models, family, 
     stored = [e.nbytes for n, e in checkpoint.entries.items() if n.rpartition(".")[0] == name]
     assert stored and memory.head_bytes(checkpoint) == sum(stored)
     none = teacher.held_bytes(checkpoint, rows(1), 0, whole=False)
-    assert teacher.held_bytes(checkpoint, rows(1), 0) - none - 64 * 64 * memory.state_width(checkpoint) == sum(stored)
+    assert teacher.held_bytes(checkpoint, rows(1), 0) - none - 64 * 64 * memory.STATE_BYTES == sum(stored)

@@ -18,7 +18,7 @@ from mlx_pare.base.units import readable
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import contenders, run as pipeline, steps
-from mlx_pare.pipeline.status import expected
+from mlx_pare.pipeline.order import step_names
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.recovery import options as recover_options
 from mlx_pare.repair.reconstruct import check_memory, reconstruct, reconstruct_all
@@ -211,7 +211,7 @@ def test_quick_has_no_stages(pico_models, settings, tmp_path):
 
 
 def test_status_of_a_quick_run_waits_for_nothing_else():
-    assert expected({"quick": True, "recover_steps": 0, "trials": 0})[-3:] == [
+    assert step_names({"quick": True, "recover_steps": 0, "trials": 0})[-3:] == [
         "evaluate-original", "evaluate-pruned", "export",
     ]  # fmt: skip
 

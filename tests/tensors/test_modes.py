@@ -38,7 +38,7 @@ from mlx_pare.repair import gptq
 from mlx_pare.repair.reconstruct import reconstruct
 from mlx_pare.store.places import repair_file
 from mlx_pare.stream import walk as stream
-from mlx_pare.tensors import minifloat, packed as quantized
+from mlx_pare.tensors import float32_layers, minifloat, packed as quantized
 from mlx_pare.tensors.packed import Packed, pack, repacked, rounded_on
 from mlx_pare.tensors.packing import FLOAT_MODES, Packing
 from mlx_pare.text.corpus import Rows
@@ -195,7 +195,7 @@ def test_modules_compute_in_float32(mode):
     assert quantized.packed_so(linear, Packing.named(mode)) and not quantized.packed_so(linear, Packing(4, 32))
     weight, x = unpacked(quantized.packed(linear)), matrix(3, 64)
     expected = np.array(x, dtype=np.float64) @ weight.T + np.array(linear.bias.astype(mx.float32))
-    assert np.abs(np.array(quantized.to_float32(linear)(x)) - expected).max() < 1e-5
+    assert np.abs(np.array(float32_layers.to_float32(linear)(x)) - expected).max() < 1e-5
     assert np.array_equal(np.array(quantized.dense_weight(linear, 2, 5)), weight[2:5])
     anew = quantized.packed_layer(linear, Packing(8, 64))
     assert (anew.mode, anew.bits, anew.scales.dtype) == ("affine", 8, mx.bfloat16)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import reference_packing as reference
 
-from mlx_pare.tensors import packed as quantized
-from mlx_pare.tensors.packed import Packed, pack, raw_bytes, relative_error, to_float32, whole_groups
+from mlx_pare.tensors import float32_layers, packed as quantized
+from mlx_pare.tensors.float32_layers import to_float32
+from mlx_pare.tensors.packed import Packed, pack, raw_bytes, relative_error, whole_groups
 from mlx_pare.tensors.packing import BITS, GROUP_SIZES, Packing
 
 ROWS, COLUMNS = 6, 384
@@ -180,7 +181,7 @@ def test_float32_linear(bits, bias):
         weight = reference.dense(np.array(inner.weight), as_numpy(inner.scales), as_numpy(inner.biases), bits)
     x = matrix(3, 128)
     expected = np.array(x, dtype=np.float64) @ weight.astype(np.float64).T + offset
-    assert np.abs(np.array(quantized.Float32Linear(inner)(x)) - expected).max() < 1e-5
+    assert np.abs(np.array(float32_layers.Float32Linear(inner)(x)) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("bits", [None, *BITS])
@@ -190,7 +191,7 @@ def test_float32_embedding(bits):
     if bits:
         inner = inner.to_quantized(group_size=64, bits=bits)
         weight = reference.dense(np.array(inner.weight), as_numpy(inner.scales), as_numpy(inner.biases), bits)
-    found, x = quantized.Float32Embedding(inner), matrix(3, 128)
+    found, x = float32_layers.Float32Embedding(inner), matrix(3, 128)
     tokens = mx.array([[3, 0, 15]])
     assert np.abs(np.array(found(tokens))[0] - weight[[3, 0, 15]]).max() < 1e-6
     assert np.abs(np.array(found.as_linear(x)) - np.array(x, dtype=np.float64) @ weight.T).max() < 1e-4
