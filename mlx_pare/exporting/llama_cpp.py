@@ -28,6 +28,7 @@ from ..gguf.write.size import padded
 from ..gguf.write.tensors import Row
 from ..model.checkpoint import Checkpoint
 
+TOKENS = 64  # on which logits are compared
 SMALL = 64 << 20  # bytes of a file for which one thread is enough
 
 
@@ -126,7 +127,7 @@ def compare(model: Path, gguf: Path) -> dict:
     known = gguf_tokenizer.check(model, arch.sizes["vocab"], config)
     ours = by_file(model, PROBES)  # not by mlx-lm, whose transformers may leave tokenizer.json
     tokens = [t for ids in ours for t in ids]
-    tokens = (tokens * (64 // max(len(tokens), 1) + 1))[:64]
+    tokens = (tokens * (TOKENS // max(len(tokens), 1) + 1))[:TOKENS]
     answer = _ask(gguf, strings=PROBES, tokens=tokens)
     theirs, here, there = answer["ids"], mlx_logits(model, tokens), answer["logits"]
     return {
@@ -139,28 +140,21 @@ def compare(model: Path, gguf: Path) -> dict:
     }
 
 
-def mlx_logits(model: Path, tokens: Sequence[int]) -> Any:
-    """Compute logits with the stock mlx-lm model, in float32 on the CPU.
+def mlx_logits(model: Path, tokens: Sequence[int]) -> np.ndarray:
+    """Compute logits with the stock blocks of mlx-lm in float32, with one block in memory at a time.
 
     Args:
         model: model directory.
         tokens: ids, one after the other.
     Returns:
         Logits after each token, float32 [tokens, vocab].
+    Raises:
+        PareError: as ``stream.walk``.
     """
-    import mlx.core as mx
+    from ..stream.walk import walk
+    from ..text.corpus import Rows
 
-    from .. import lm
-
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    mx.disable_compile()  # on the CPU it needs a C++ compiler
-    try:
-        return np.array(lm.for_backend(lm.load(model))(mx.array(tokens)[None])[0].astype(mx.float32))
-    finally:
-        mx.set_default_device(device)
-        if not lm.cpu_backend():
-            mx.enable_compile()
+    return np.array(walk(model, Rows.full([[int(t) for t in tokens]]), what=None).all_logits(slice(0, 1))[0])
 
 
 # A file is rejected if its mean logit difference over the spread of the logits is larger. That is 1.13 for logits with
@@ -192,7 +186,10 @@ def judged(model: Path, gguf: Path, kind: str, keep: bool = True) -> dict:
     Raises:
         PareError: llama.cpp refuses the file, or tokenizes or computes differently; the message says which.
     """
-    size = 4 * sum(t.size for t in Checkpoint(model).arch.tensors()) + gguf.stat().st_size
+    from ..stream.memory import required_bytes
+    from ..text.corpus import Extent
+
+    size = required_bytes(Checkpoint(model), Extent(1, TOKENS)) + gguf.stat().st_size
     if size > machine.available_bytes():
         return {"checked": False, "reason": f"it would need {gb(size)} of memory"}
     try:
@@ -263,7 +260,7 @@ def _parts(row: Row, every: bool) -> list[slice]:
 
 
 def verify(model: Path, gguf: Path) -> dict:
-    """Ask llama.cpp itself: compare its logits on 64 tokens with stock MLX's, and its tokens of a few strings.
+    """Ask llama.cpp itself: compare its logits on 64 tokens with MLX's, and its tokens of a few strings.
 
     Both compute in float32 on the CPU from the weights as stored, so an F32 file differs by rounding only (gemma3 by up
     to about 0.01: llama.cpp tabulates GELU in float16). It returns checked, tokens, max_abs_difference, same_argmax (a
