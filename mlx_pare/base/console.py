@@ -104,6 +104,16 @@ def error(text: str) -> None:
     _print(f"mlx-pare: {plain(text)}", sys.stderr)
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Say nothing but errors and warnings during the block, as with --quiet."""
+    before, _state["quiet"] = _state["quiet"], True
+    try:
+        yield
+    finally:
+        _state["quiet"] = before
+
+
 def document(value: Any) -> None:
     """Print the result of a command with --json: the one JSON document on stdout. Without --json, print nothing.
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from ..base import console
+from ..base import console, machine
 from ..base.errors import PareError, told
 from ..base.units import gb
 from ..options.option import Option
@@ -216,29 +216,38 @@ def demo_command(
     return _run(DEMO / "model", out, settings_of(keep=0.75, length=256, recover_steps=60, context=512, quick=quick))
 
 
-@command("doctor", "mlx-pare doctor")
-def doctor_command() -> dict[str, Any]:
-    """Show this computer and the installed versions."""
-    from ..base.machine import available_bytes, this_machine, versions
+@command("doctor", "mlx-pare doctor | mlx-pare doctor --check --json")
+def doctor_command(
+    check: Annotated[bool, typer.Option("--check", help="Also test this device for about half a minute.")] = False,
+) -> dict[str, Any]:
+    """Show this computer and the installed versions.
 
-    machine = this_machine()
-    found = {"machine": machine.as_dict(), "available_bytes": available_bytes(), "versions": versions()}
+    With --check it also computes a small job, and compares the numbers with those of the CPU.
+    """
+    here, free = machine.this_machine(), machine.available_bytes()
+    found = {"machine": here.as_dict(), "available_bytes": free, "versions": machine.versions()}
     rows = [
-        ["system", machine.system],
-        ["chip", machine.chip or "unknown (not a Mac)"],
-        ["memory", gb(machine.memory_bytes)],
+        ["system", here.system],
+        ["chip", here.chip or "unknown (not a Mac)"],
+        ["memory", gb(here.memory_bytes)],
     ]
-    rows += [["GPU cores", machine.gpu_cores or "unknown"], ["free now", gb(found["available_bytes"])]]
+    rows += [["GPU cores", here.gpu_cores or "unknown"], ["free now", gb(free)]]
     rows += [[name, found_version] for name, found_version in found["versions"].items()]
     console.table("mlx-pare doctor", ["<", "<value"], rows)
-    if machine.rosetta:
+    if here.rosetta:
         console.warn("this Python runs under Rosetta: install an arm64 Python, MLX needs it")
+    if check:
+        from . import self_check
+
+        found["check"] = self_check.self_check()
+        self_check.show(found["check"])
     return found
 
 
 def main() -> None:
     """Run the command line; this is its entry point."""
     interrupts.listen()
+    machine.allow_files()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
