@@ -188,6 +188,8 @@ def undisturbed() -> Iterator[None]:
 
 # ---- the private directory ----
 
+_held: set[Path] = set()  # private directories of this process, which it has locked
+
 
 @contextmanager
 def _private(out: Path) -> Iterator[Path]:
@@ -200,9 +202,11 @@ def _private(out: Path) -> Iterator[Path]:
             _make(place, out)
             lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             locks.acquire(lock)
+            _held.add(place)
         yield place
     finally:
         with undisturbed():
+            _held.discard(place)
             try:
                 if place is not None:
                     shutil.rmtree(place, ignore_errors=True)
@@ -242,7 +246,11 @@ def _beginning(out: Path) -> str:
 def _alone(parent: Path) -> Iterator[None]:
     """Keep other mlx-pare processes from making or removing a private directory in ``parent``, if there are locks.
 
-    This is needed because a new directory is not locked at once. After PATIENCE_S the block runs without the lock."""
+    This is needed because a new directory is not locked at once. After PATIENCE_S the block runs without the lock. In a
+    private directory of this process there are no others."""
+    if parent in _held:
+        yield
+        return
     try:
         handle = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:  # a directory that may be written to but not read

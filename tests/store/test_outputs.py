@@ -497,3 +497,16 @@ def test_case_17_a_template_may_not_lead_out_of_its_model(place, tmp_path):
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").symlink_to(tmp_path / "secret")
     assert "outside of the model's directory" in pare("export", model, "--hub-ready", tmp_path / "hub", code=1)
+
+
+def test_what_is_made_inside_of_an_unfinished_output_waits_for_nobody(tmp_path, monkeypatch):
+    """A command that makes a directory has its verbs write into it: the lock on it is our own."""
+    from mlx_pare.store import atomic
+
+    monkeypatch.setattr(atomic.time, "sleep", lambda seconds: pytest.fail("waits for itself"))
+    with atomic.created(tmp_path / "out") as outer:
+        with atomic.created(outer.with_name("inner")) as inner:
+            inner.write_text("made")
+        outer.mkdir()
+        (outer.with_name("inner")).rename(outer / "inner")
+    assert (tmp_path / "out" / "inner").read_text() == "made"
