@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import platform
@@ -14,8 +13,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -116,28 +115,36 @@ def reset_peaks() -> None:
         _libproc().proc_reset_footprint_interval(os.getpid())
 
 
-def _libproc() -> ctypes.CDLL:
+def _libproc() -> Any:
     """The library of macOS that knows processes. Raises OSError elsewhere."""
+    import ctypes
+
     return ctypes.CDLL("/usr/lib/libproc.dylib")
 
 
-class _Usage(ctypes.Structure):
-    """struct rusage_info_v4 of macOS (bsd/sys/resource.h): a UUID and 35 numbers, of which two are read here."""
+def _usage() -> Any:
+    """An empty struct rusage_info_v4 of macOS (bsd/sys/resource.h): a UUID and 35 numbers, of which two are read."""
+    import ctypes
 
-    _fields_ = (
-        ("uuid", ctypes.c_uint8 * 16),
-        ("first", ctypes.c_uint64 * 7),
-        ("footprint", ctypes.c_uint64),  # ri_phys_footprint
-        ("middle", ctypes.c_uint64 * 25),
-        ("peak_footprint", ctypes.c_uint64),  # ri_interval_max_phys_footprint
-        ("last", ctypes.c_uint64),
-    )
+    class Usage(ctypes.Structure):
+        _fields_ = (
+            ("uuid", ctypes.c_uint8 * 16),
+            ("first", ctypes.c_uint64 * 7),
+            ("footprint", ctypes.c_uint64),  # ri_phys_footprint
+            ("middle", ctypes.c_uint64 * 25),
+            ("peak_footprint", ctypes.c_uint64),  # ri_interval_max_phys_footprint
+            ("last", ctypes.c_uint64),
+        )
+
+    return Usage()
 
 
 def _peak_footprint() -> int:
     """The largest footprint since ``reset_peaks``: what Activity Monitor shows, with the buffers of the GPU and with
     compressed pages. Raises OSError or AttributeError if this system does not tell. It has never run on a Mac."""
-    found = _Usage()
+    import ctypes
+
+    found = _usage()
     if _libproc().proc_pid_rusage(os.getpid(), 4, ctypes.byref(found)):  # 4: RUSAGE_INFO_V4
         raise OSError("proc_pid_rusage")
     return max(found.footprint, found.peak_footprint)
@@ -211,6 +218,8 @@ def awake() -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {"python": platform.python_version()}
     for package in ("mlx-pare", "mlx", "mlx-lm", "numpy", "gguf", "transformers", "llama-cpp-python"):
         try:
