@@ -21,15 +21,15 @@ PREFIX = "mlx-pare-path-"
 PLACES = ("/tmp", "/var/tmp")  # used if the user's folder for temporary files has no plain name
 
 
-def is_litter(name: str) -> bool:
-    """Whether macOS writes a file of this name by itself: the Finder's notes on a folder, or what other disks cannot
-    hold of a file. Such a file comes, changes and goes at any time."""
-    return name == ".DS_Store" or name.startswith("._")
+def is_litter(file: Path) -> bool:
+    """Whether macOS writes this file by itself: the Finder's notes on a folder, or what other disks cannot hold of a
+    file. Such a file comes, changes and goes at any time. A folder of such a name is somebody's."""
+    return (file.name == ".DS_Store" or file.name.startswith("._")) and not file.is_dir()
 
 
 def files_below(directory: Path) -> list[Path]:
     """All files in a directory and below it, without those that macOS writes by itself."""
-    return [f for f in sorted(directory.rglob("*")) if f.is_file() and not is_litter(f.name)]
+    return [f for f in sorted(directory.rglob("*")) if f.is_file() and not is_litter(f)]
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def _begin(scratch: Path, pair: Sequence[Checkpoint], rows: Sequence[Rows], opti
     inputs = {"models": models, "rows": [each.digest() for each in rows], "options": asdict(options)}
     scratch.mkdir(parents=True, exist_ok=True)
     note = scratch / "inputs.json"
-    if not note.exists() and not all(is_ours(f.name) or is_litter(f.name) for f in scratch.iterdir()):
+    if not note.exists() and not all(is_ours(f.name) or is_litter(f) for f in scratch.iterdir()):
         raise Refused(f"{scratch} was not made by mlx-pare", "move it away")
     if note.exists() and step_files.note(note) != inputs:
         raise Refused(f"{scratch} was begun with other models, rows or options", "remove it first")

@@ -222,7 +222,7 @@ def _list_files(directory: Path) -> None:
     from ..store.rundir import fingerprint
     from ..store.schema import dump_json
 
-    found = [file for file in sorted(directory.iterdir()) if file.is_file() and not is_litter(file.name)]
+    found = [file for file in sorted(directory.iterdir()) if file.is_file() and not is_litter(file)]
     files = {file.name: fingerprint(file) for file in found}
     replace_file(directory / LIST, dump_json({"files": files}))
 

@@ -141,15 +141,17 @@ def working(directory: Path) -> Iterator[Path]:
 
     It is removed at the end if only the note is in it. Raises Refused for any other directory that is not empty."""
     note = directory / ".mlx-pare"
-    if directory.exists() and not note.exists() and any(not is_litter(file.name) for file in directory.iterdir()):
+    if directory.exists() and not note.exists() and any(not is_litter(file) for file in directory.iterdir()):
         raise Refused(f"{directory} exists already, and mlx-pare did not make it", "move it away")
     directory.mkdir(parents=True, exist_ok=True)
     note.touch()
     try:
         yield directory
     finally:
-        if directory.exists() and all(file == note or is_litter(file.name) for file in directory.iterdir()):
-            shutil.rmtree(directory)
+        if directory.exists() and all(file == note or is_litter(file) for file in directory.iterdir()):
+            for file in directory.iterdir():
+                file.unlink()
+            directory.rmdir()
 
 
 def is_ours(name: str) -> bool:

@@ -300,7 +300,7 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
         elif (partial / "step.json").exists():
             begun = _read_begun(partial / "step.json")
-            if len([p for p in partial.iterdir() if not is_litter(p.name)]) > 1:  # the note alone: no work was done
+            if len([p for p in partial.iterdir() if not is_litter(p)]) > 1:  # the note alone: no work was done
                 self._same(name, begun, asked)
         partial.mkdir(exist_ok=True)
         if self._alone:
@@ -322,7 +322,7 @@ class Run:
         if self._sound:
             return
         known = self.manifest.contents
-        weights = {f"model:{f.name}": f for f in sorted(self.model.glob("*.safetensors")) if not is_litter(f.name)}
+        weights = {f"model:{f.name}": f for f in sorted(self.model.glob("*.safetensors")) if not is_litter(f)}
         outputs = {name: self.path / name for name in known if (self.path / name).is_file()}
         now = _contents(weights | outputs, "compare with before")
         for name, digest in now.items():
@@ -382,7 +382,7 @@ def _set_aside(place: Path, known: set[str]) -> None:
 
 def _harmless(file: Path) -> bool:
     """Whether a file may be in a directory that becomes a run directory. A link may not: writing would follow it."""
-    own = file.name in HARMLESS or is_litter(file.name)
+    own = file.name in HARMLESS or is_litter(file)
     return is_ours(file.name) or (own and file.is_file() and not file.is_symlink())
 
 

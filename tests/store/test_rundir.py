@@ -433,6 +433,20 @@ def test_a_new_run_directory_may_hold_what_the_finder_wrote(tmp_path):
     rundir.Run(tmp_path / "run", tmp_path / "model", "identity").close()
 
 
+def test_a_folder_with_such_a_name_is_somebodys(tmp_path):
+    from mlx_pare.store.atomic import working
+
+    (tmp_path / "work" / "._mine").mkdir(parents=True)
+    (tmp_path / "work" / "._mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(Refused), working(tmp_path / "work"):
+        pytest.fail("somebody else's directory was taken")
+    (tmp_path / "new").mkdir()
+    with working(tmp_path / "new") as place:
+        (place / "._mine").mkdir()
+        (place / "._mine" / "thesis.txt").write_text("precious")
+    assert (tmp_path / "new" / "._mine" / "thesis.txt").read_text() == "precious"
+
+
 def test_a_working_directory_may_hold_what_the_finder_wrote(tmp_path):
     from mlx_pare.store.atomic import working
 
