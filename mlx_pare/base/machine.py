@@ -99,10 +99,8 @@ def _droppable(vm_stat: str) -> int:
     psutil leaves out most of the cache of files: after reading a large checkpoint, a Mac would look full.
     """
     size = re.search(r"page size of (\d+) bytes", vm_stat)
-    pages = {name: int(count) for name, count in re.findall(r"^Pages? ?(.*?):\s+(\d+)\.", vm_stat, re.MULTILINE)}
-    pages |= {name: int(count) for name, count in re.findall(r"^(File-backed) pages:\s+(\d+)\.", vm_stat, re.MULTILINE)}
-    found = (pages.get(name, 0) for name in ("free", "speculative", "purgeable", "File-backed"))
-    return int(size[1]) * sum(found) if size else 0
+    kinds = r"^(?:Pages free|Pages speculative|Pages purgeable|File-backed pages):\s+(\d+)\."
+    return int(size[1]) * sum(map(int, re.findall(kinds, vm_stat, re.MULTILINE))) if size else 0
 
 
 def reset_peaks() -> None:

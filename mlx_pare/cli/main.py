@@ -218,7 +218,7 @@ def demo_command(
 
 @command("doctor", "mlx-pare doctor | mlx-pare doctor --check --json")
 def doctor_command(
-    check: Annotated[bool, typer.Option("--check", help="Also test this device for about half a minute.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also test this device for about a minute.")] = False,
 ) -> dict[str, Any]:
     """Show this computer and the installed versions.
 

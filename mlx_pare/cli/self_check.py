@@ -1,5 +1,5 @@
-"""doctor --check: a self-test of half a minute on the device that MLX uses here. Its numbers say what no reading of the
-code can, and they can be sent as JSON."""
+"""doctor --check: a self-test of about a minute on the device that MLX uses here. Its numbers say what no reading of
+the code can, and they can be sent as JSON."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import scipy.linalg
 from .. import lm
 from ..base import console
 from ..base.errors import PareError
+from ..lm.backend import EXACT
 from ..options.settings import Settings
 from ..pipeline.run import dry_run, run
 from ..store.manifest import read_manifest
@@ -35,7 +36,6 @@ EXPECTED = {
     "KL divergence of the cut model": (0.32213, 0.05),
     "KL divergence after recovery": (0.30852, 0.05),
 }  # (value, share that another device may be away)
-EXACT = 1e-5  # see lm.require_exact_products
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,6 @@ def _job() -> Iterator[Row]:
         yield Row(what, here, f"{value:g} ± {share:.1%}", abs(here - value) <= share * value)
     estimate, peak = dry_run(model, JOB)["calibration_bytes"], steps["calibrate"].peak_bytes
     yield Row("peak memory of calibrate over its estimate", peak / estimate, "told only", None)
-    yield Row("GGUF file", done["gguf"] or "none", "told only", None)
 
 
 def _speed() -> Iterator[Row]:

@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What some models do with the product of hidden states and head to get logits.
+
+    They multiply it by ``factor`` (granite), and keep it within ``cap`` by cap * tanh(x / cap) (gemma2). None: no cap.
+    """
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the product is the logits."""
+        return self.factor == 1.0 and self.cap is None
+
+    def __call__(self, product: mx.array) -> mx.array:
+        """The logits of a product of any shape."""
+        scaled = product if self.factor == 1.0 else product * self.factor
+        return scaled if self.cap is None else self.cap * mx.tanh(scaled / self.cap)
+
+    def slope(self, logits: mx.array) -> mx.array:
+        """Compute the derivative of logits with respect to the product.
+
+        Args:
+            logits: logits of any shape.
+
+        Returns:
+            The derivative, of the same shape and dtype.
+        """
+        steep = mx.ones_like(logits) if self.cap is None else 1 - mx.square(logits / self.cap)
+        return self.factor * steep
 
 
 def body(model: nn.Module) -> nn.Module:
@@ -41,12 +75,12 @@ def head(model: nn.Module) -> nn.Module:
     return embedding(model) if own is None else own
 
 
-def logit_shape(model: nn.Module) -> tuple[float, float | None]:
-    """Return the factor on the product of hidden states and head, and its soft cap or None.
+def logit_shape(model: nn.Module) -> LogitShape:
+    """Return what the model does with the product of hidden states and head.
 
     The attributes are those of mlx_lm/models/granite.py and gemma2.py.
     """
-    return 1 / getattr(model, "logits_scaling", 1.0), getattr(model, "final_logit_softcapping", None)
+    return LogitShape(1 / getattr(model, "logits_scaling", 1.0), getattr(model, "final_logit_softcapping", None))
 
 
 def logits(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -60,9 +94,8 @@ def logits(model: nn.Module, tokens: mx.array) -> mx.array:
     Returns:
         float32 [rows, length, vocab].
     """
-    states, readout, (factor, cap) = body(model)(tokens).astype(mx.float32), head(model), logit_shape(model)
-    product = (readout.as_linear(states) if hasattr(readout, "as_linear") else readout(states)) * factor
-    return product if cap is None else cap * mx.tanh(product / cap)
+    states, readout = body(model)(tokens).astype(mx.float32), head(model)
+    return logit_shape(model)(readout.as_linear(states) if hasattr(readout, "as_linear") else readout(states))
 
 
 def each_block(model: nn.Module, call: Callable[[Callable], Callable]) -> None:

@@ -77,7 +77,11 @@ def _try(file: str, digest: str) -> None:
         done = None
     if done is None or done.returncode:
         lines = done.stderr.strip().splitlines() if done else []
-        why = "takes too long" if done is None or done.returncode < 0 else (lines or ["cannot be loaded"])[-1][:300]
+        why = (
+            "takes too long, or too much memory"
+            if done is None or done.returncode < 0
+            else (lines or ["cannot be loaded"])[-1][:300]
+        )
         raise PareError(
             f"cannot load the tokenizer {file}: it {why}", "tokenizer.json must be whole, and of a sane model"
         )

@@ -167,8 +167,8 @@ class UnderWay:
             case "reconstruct", _, _:
                 steps.reconstruct_step(run, texts, s)
             case "prune", _, _:
-                first = run is self.whole or run.model == self.whole.model
-                self.result = steps.prune_step(run, s.reconstruct, None if first else self.whole.model, s.memory_cap)
+                original = None if run.model == self.whole.model else self.whole.model
+                self.result = steps.prune_step(run, s.reconstruct, original, s.memory_cap)
             case "recover", _, _:
                 self.result = steps.recover_step(run, texts, replace(s, seed=self.seed))
             case "evaluate", _, model:

@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
+from ..lm import LogitShape
 from ..tensors.packed import dense_weight
 from .spool import Spool
 
 CHUNK_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What some models do with the product of hidden states and head to get logits.
-
-    They multiply it by ``factor`` (granite), and keep it within ``cap`` by cap * tanh(x / cap) (gemma2). None: no cap.
-    """
-
-    factor: float = 1.0
-    cap: float | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether the product is the logits."""
-        return self.factor == 1.0 and self.cap is None
-
-    def __call__(self, product: mx.array) -> mx.array:
-        """The logits of a product of any shape."""
-        scaled = product if self.factor == 1.0 else product * self.factor
-        return scaled if self.cap is None else self.cap * mx.tanh(scaled / self.cap)
-
-    def slope(self, logits: mx.array) -> mx.array:
-        """Compute the derivative of logits with respect to the product.
-
-        Args:
-            logits: logits of any shape.
-
-        Returns:
-            The derivative, of the same shape and dtype.
-        """
-        steep = mx.ones_like(logits) if self.cap is None else 1 - mx.square(logits / self.cap)
-        return self.factor * steep
 
 
 @dataclass
@@ -59,7 +27,7 @@ class Streamed:
     head: Any
     vocab: int
     norm: Callable[[mx.array], mx.array]
-    shape: Shape = Shape()
+    shape: LogitShape = field(default_factory=LogitShape)
 
     def of(self, hidden: mx.array) -> Streamed:
         """Return the same head for other hidden states.

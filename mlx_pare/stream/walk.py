@@ -26,7 +26,6 @@ from ..model import finite
 from ..model.checkpoint import Checkpoint
 from ..model.weights import StoredEmbedding
 from ..text.corpus import Rows
-from . import head
 from .batches import micro_batches, shares
 from .head import Streamed
 from .prefetch import read_ahead
@@ -280,7 +279,7 @@ def ended(path: Path, hidden: mx.array | Spool) -> Streamed:
 def _ending(model: Any) -> Callable[[Any, Any], Streamed]:
     """Return a function that makes the end of a walk from hidden states and the final norm. Call it before the model is
     changed."""
-    vocab, readout, shape = lm.embedding(model).weight.shape[0], lm.head(model), head.Shape(*lm.logit_shape(model))
+    vocab, readout, shape = lm.embedding(model).weight.shape[0], lm.head(model), lm.logit_shape(model)
     return lambda hidden, norm: Streamed(hidden, readout, vocab, norm, shape)
 
 

@@ -230,9 +230,14 @@ def processor_seconds(arguments: list[str]) -> float:
 def test_start_up_is_quick(pico_models, tmp_path, arguments):
     """0.3 s of processor time, or on a slow machine as many times what Python and typer alone take."""
     Run(tmp_path, pico_models(), "identity").close()
-    bare = processor_seconds([sys.executable, "-c", "import typer"])
     asked = [{"MODEL": str(pico_models()), "RUN": str(tmp_path)}.get(a, a) for a in arguments]
-    assert processor_seconds([*MODULE, *asked]) < max(0.3, 9 * bare)
+    rounds = []
+    for _ in range(3):  # beside other work one round says little
+        bare = processor_seconds([sys.executable, "-c", "import typer"])
+        rounds.append(processor_seconds([*MODULE, *asked]) / max(0.3, 6 * bare))
+        if rounds[-1] < 1:
+            break
+    assert min(rounds) < 1, rounds
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=lambda a: "-".join(a))

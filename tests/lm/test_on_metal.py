@@ -215,7 +215,7 @@ def test_logits_come_from_a_head_in_float32(pico_models, family):
     model = lm.load(pico_models(family, dtype=mx.bfloat16))
     found, states = lm.logits(model, mx.array(ROWS.tokens)), lm.body(model)(mx.array(ROWS.tokens))
     weight = np.array(lm.head(model).weight.astype(mx.float32)).astype(np.float64)
-    factor, _ = lm.logit_shape(model)
+    factor = lm.logit_shape(model).factor
     wanted = factor * np.array(states.astype(mx.float32)).astype(np.float64) @ weight.T
     assert found.dtype == mx.float32 and np.abs(np.array(found) - wanted).max() < 1e-5 * np.abs(wanted).max()
 

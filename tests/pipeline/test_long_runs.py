@@ -285,7 +285,7 @@ def test_status_is_quick_and_changes_nothing(whole):
         return {str(f): f.stat().st_mtime_ns for f in whole.rglob("*")}
 
     before, times = tree(), []
-    for _ in range(3):
+    for _ in range(8):
         used = os.times()
         done = subprocess.run(
             [sys.executable, "-m", "mlx_pare", "status", str(whole), "--json"], capture_output=True, timeout=60
@@ -294,7 +294,7 @@ def test_status_is_quick_and_changes_nothing(whole):
         times.append(now.children_user + now.children_system - used.children_user - used.children_system)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["state"] == "finished"
-    assert min(times) < 0.8  # of the processor; 0.35 on a quiet machine, and twice that beside other work
+    assert min(times) < 0.5  # of the processor: others may be busy
     assert tree() == before
 
 
