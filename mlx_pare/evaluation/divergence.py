@@ -8,7 +8,7 @@ teacher's entropy, so its number is a cross-entropy.)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -132,38 +132,27 @@ def _log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-class Running:
-    """Log-sum-exp, target logit and argmax of logits that come in chunks of the vocabulary.
+class Mass:
+    """Log-sum-exp of logits that come in chunks of the vocabulary. ``tokens``: how many there are."""
 
-    ``targets`` int [tokens]: the ids whose logits are wanted.
-    """
+    def __init__(self, tokens: int):
+        self.peak = mx.full((tokens,), -mx.inf)
+        self.mass = mx.zeros((tokens,))
+        self.shrink = mx.zeros((tokens,))  # exp(peak before - peak now): what earlier sums are multiplied by
 
-    def __init__(self, targets: mx.array):
-        self.targets = targets
-        self.peak = mx.full(targets.shape, -mx.inf)
-        self.mass = mx.zeros(targets.shape)
-        self.target = mx.zeros(targets.shape)
-        self.top = mx.zeros(targets.shape, dtype=mx.int32)
-
-    def update(self, start: int, logits: mx.array) -> mx.array:
+    def update(self, logits: mx.array) -> mx.array:
         """Add the logits of one chunk of the vocabulary.
 
         Args:
-            start: first token id of the chunk.
             logits: float32 [tokens, chunk].
         Returns:
             exp(logits - peak), float32 [tokens, chunk]; the peak is each token's largest logit so far.
         """
-        best = logits.max(axis=-1)
-        self.top = mx.where(best > self.peak, logits.argmax(axis=-1).astype(mx.int32) + start, self.top)
-        peak = mx.maximum(self.peak, best)
+        peak = mx.maximum(self.peak, logits.max(axis=-1))
         weights = mx.exp(logits - peak[:, None])
         self.shrink = mx.exp(self.peak - peak)
         self.mass = self.mass * self.shrink + weights.sum(axis=-1)
         self.peak = peak
-        inside = (self.targets >= start) & (self.targets < start + logits.shape[-1])
-        index = mx.where(inside, self.targets - start, 0)[:, None]
-        self.target = mx.where(inside, mx.take_along_axis(logits, index, axis=-1)[:, 0], self.target)
         return weights
 
     @property
@@ -174,6 +163,35 @@ class Running:
             float32 [tokens].
         """
         return self.peak + mx.log(self.mass)
+
+
+class Running(Mass):
+    """Log-sum-exp, target logit and argmax of logits that come in chunks of the vocabulary.
+
+    ``targets`` int [tokens]: the ids whose logits are wanted.
+    """
+
+    def __init__(self, targets: mx.array):
+        super().__init__(len(targets))
+        self.targets = targets
+        self.target = mx.zeros(targets.shape)
+        self.top = mx.zeros(targets.shape, dtype=mx.int32)
+
+    def see(self, start: int, logits: mx.array) -> mx.array:
+        """Add the logits of one chunk of the vocabulary.
+
+        Args:
+            start: first token id of the chunk.
+            logits: float32 [tokens, chunk].
+        Returns:
+            As ``update``.
+        """
+        higher = logits.max(axis=-1) > self.peak
+        self.top = mx.where(higher, logits.argmax(axis=-1).astype(mx.int32) + start, self.top)
+        inside = (self.targets >= start) & (self.targets < start + logits.shape[-1])
+        index = mx.where(inside, self.targets - start, 0)[:, None]
+        self.target = mx.where(inside, mx.take_along_axis(logits, index, axis=-1)[:, 0], self.target)
+        return self.update(logits)
 
     @property
     def nll(self) -> mx.array:
@@ -201,16 +219,54 @@ def compare(targets: mx.array, student: Iterable, teacher: Iterable | None = Non
     q = Running(targets)
     if teacher is None:
         for start, logits in student:
-            q.update(start, logits)
+            q.see(start, logits)
             mx.eval(q.mass, q.peak, q.target, q.top)
         return {"nll": q.nll}
     p, difference = Running(targets), mx.zeros(targets.shape)
     for (start, s), (_, t) in zip(student, teacher, strict=True):
-        q.update(start, s)
-        weights = p.update(start, t)
+        q.see(start, s)
+        weights = p.see(start, t)
         difference = difference * p.shrink + (weights * (t - s)).sum(axis=-1)
         mx.eval(difference, *(a for r in (p, q) for a in (r.mass, r.peak, r.target, r.top)))
     return {"nll": q.nll, "kl": difference / p.mass - p.lse + q.lse, "agree": p.top == q.top}
+
+
+def mean_kl(rows: Rows, students: Sequence[mx.array], teacher: Streamed) -> list[float]:
+    """Compute the mean KL divergence of several students that share the teacher's head, whose logits are made once.
+
+    Args:
+        rows: the token rows.
+        students: states of each student after the final norm [rows, length, hidden].
+        teacher: the end of the teacher's walk over ``rows``.
+    Returns:
+        Nats per predicted token, of each student.
+    """
+    if not students:
+        return []
+    step = max(1, TOKENS_AT_ONCE // rows.length)
+    sums, valid = np.zeros(len(students)), rows.mask()[:, 1:]
+    for start in range(0, rows.count, step):
+        part = slice(start, start + step)
+        states = [hidden[part, :-1].reshape(-1, hidden.shape[-1]) for hidden in (teacher.hidden, *students)]
+        with lm.swift():
+            found = _kl_of_each(teacher, *states)
+        sums += [np.array(kl).astype(np.float64)[valid[part].reshape(-1)].sum() for kl in found]
+    return (sums / valid.sum()).tolist()
+
+
+def _kl_of_each(teacher: Streamed, own: mx.array, *states: mx.array) -> list[mx.array]:
+    """KL(teacher || student) of every token [tokens], of each student, from their states [tokens, hidden]."""
+    p, each = Mass(len(own)), [Mass(len(own)) for _ in states]
+    differences = [mx.zeros((len(own),)) for _ in states]
+    for _, weight in teacher.chunks(own):
+        t = teacher.shape(own.astype(mx.float32) @ weight.T)
+        weights = p.update(t)
+        for i, (q, state) in enumerate(zip(each, states, strict=True)):
+            s = teacher.shape(state.astype(mx.float32) @ weight.T)
+            q.update(s)
+            differences[i] = differences[i] * p.shrink + (weights * (t - s)).sum(axis=-1)
+            mx.eval(differences[i], q.mass, q.peak, p.mass, p.peak, weights)
+    return [d / p.mass - p.lse + q.lse for d, q in zip(differences, each, strict=True)]
 
 
 def measure(rows: Rows, student: Streamed, teacher: Streamed | None = None) -> dict[str, np.ndarray]:

@@ -50,8 +50,9 @@ Candidate = tuple[Width | None, ...]  # one per layer of the source; None: the l
 class Curve:
     """How much of its output a part of a layer loses as units are removed.
 
-    ``order`` is int [units]: the units in the order in which greedy OBS removes them. ``loss`` is float [units + 1]:
-    the share of the squared output that is missed, by the number of units that are kept.
+    ``order`` is int [removed]: units in the order in which greedy OBS removes them, all or only the first ones.
+    ``loss`` is float [units + 1]: the share of the squared output that is missed, by the number of units that are kept;
+    infinite for numbers that the order does not reach.
     """
 
     order: np.ndarray
@@ -59,7 +60,8 @@ class Curve:
 
     def kept(self, count: int) -> list[int]:
         """Return the ``count`` units that are removed last, ascending."""
-        return sorted(self.order[len(self.order) - count :].tolist())
+        units = len(self.loss) - 1
+        return sorted(set(range(units)) - set(self.order[: units - count].tolist()))
 
 
 Curves = dict[tuple[int, str], Curve]

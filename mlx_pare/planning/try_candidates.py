@@ -27,6 +27,7 @@ from ..arch import Architecture
 from ..base.errors import Refused
 from ..evaluation import divergence
 from ..model.checkpoint import Checkpoint
+from ..repair.elimination import Removal
 from ..repair.output_projection import Site, solve_costs
 from ..stream import memory, walk as stream
 from ..stream.taps import replace_module
@@ -80,9 +81,10 @@ def try_out(
     """
     checkpoint = Checkpoint(model)
     most, found = affordable(checkpoint, calibration, held, max(1, len(candidates)), memory_cap), Tried([], {})
+    least = {} if curves is None else _least(checkpoint.arch, candidates)
     for start in range(0, max(1, len(candidates)), most):
         known = curves if start == 0 else found.curves
-        some = _walk(checkpoint, candidates[start : start + most], calibration, held, known, group_size, lost)
+        some = _walk(checkpoint, candidates[start : start + most], calibration, held, known, least, group_size, lost)
         found = Tried(found.kl + some.kl, some.curves)
     return found
 
@@ -117,23 +119,36 @@ def _walk(
     calibration: Rows,
     held: Rows,
     curves: Mapping[tuple[int, str], Curve] | None,
+    least: Mapping[tuple[int, str], int],
     group_size: int,
     lost: float | None,
 ) -> Tried:
     """Measure candidates that are tried side by side."""
     rows = calibration.joined(held)
     side_by_side = _SideBySide(
-        checkpoint.arch, candidates, rows, calibration.count, curves, group_size, LOST if lost is None else lost
+        checkpoint.arch, candidates, rows, calibration.count, curves, least, group_size, LOST if lost is None else lost
     )
     dense = stream.walk(checkpoint.path, rows, side_by_side, what=f"try {len(candidates)}: block")
     reference = dense.of(dense.hidden[calibration.count :])
-    found = []
-    for state in side_by_side.states:
-        if state is None or isinstance(state, float):
-            found.append(state or 0.0)
-        else:
-            found.append(float(divergence.measure(held, dense.ended(state), reference)["kl"].mean()))
+    found = [state if isinstance(state, float) else 0.0 for state in side_by_side.states]
+    made = {i: state for i, state in enumerate(side_by_side.states) if isinstance(state, mx.array)}
+    for i, kl in zip(
+        made, divergence.mean_kl(held, [dense.norm(state) for state in made.values()], reference), strict=True
+    ):
+        found[i] = kl
     return Tried([kl if math.isfinite(kl) else math.inf for kl in found], side_by_side.curves)
+
+
+def _least(arch: Architecture, candidates: Sequence[Candidate]) -> dict[tuple[int, str], int]:
+    """Return the fewest units that any candidate keeps of every part that one narrows: no order has to go further."""
+    full = whole(arch)
+    counts = {(i, part): _narrowed(candidates, i, part, full) for i in range(len(full)) for part in PARTS}
+    return {key: min(found) for key, found in counts.items() if found}
+
+
+def _narrowed(candidates: Sequence[Candidate], index: int, part: str, full: Candidate) -> set[int]:
+    kept = {candidate[index].units(part) for candidate in candidates if candidate[index] is not None}
+    return kept - {0, full[index].units(part)}
 
 
 def check_memory(
@@ -176,13 +191,14 @@ class _SideBySide(stream.Observer):
         rows: Rows,
         first: int,
         curves: Mapping[tuple[int, str], Curve] | None,
+        least: Mapping[tuple[int, str], int],
         group_size: int,
         lost: float,
     ):
         self.arch, self.candidates, self.first, self.group_size = arch, candidates, first, group_size
         self.lost = lost
         self.states: list[mx.array | float | None] = [None] * len(candidates)
-        self.every, self.curves = curves is None, dict(curves or {})
+        self.every, self.curves, self.least = curves is None, dict(curves or {}), least
         self.whole = whole(arch)
         self.mask = rows.mask()
         self.text = mx.array(self.mask[first:, :, None])
@@ -197,7 +213,7 @@ class _SideBySide(stream.Observer):
             site.remembering = bool(self.every or self._counts(index, part))
 
     def pending(self) -> list[mx.array]:
-        return [x for site in self.sites.values() for x in site.inputs]
+        return [x for site in self.sites.values() for x in (*site.inputs, *site.norms)]
 
     def leave(self, index: int, hidden: mx.array) -> None:
         del self.sites, self.block
@@ -206,7 +222,7 @@ class _SideBySide(stream.Observer):
         """Send every candidate through the block ``index``."""
         solved = {part: self._solved(index, part) for part, site in self.sites.items() if site.remembering}
         for site in self.sites.values():
-            site.remembering, site.inputs = False, []
+            site.remembering, site.inputs, site.norms = False, [], []
         reference = after[self.first :].astype(mx.float32)
         energy = mx.square(reference * self.text).sum()
         after_it: dict[Candidate, int] = {}  # candidates that are the same up to here share one stream
@@ -229,21 +245,20 @@ class _SideBySide(stream.Observer):
 
     def _counts(self, index: int, part: str) -> set[int]:
         """Return how many units the candidates keep of a part, if it is some but not all."""
-        kept = {candidate[index].units(part) for candidate in self.candidates if candidate[index] is not None}
-        return kept - {0, self.whole[index].units(part)}
+        return _narrowed(self.candidates, index, part, self.whole)
 
     def _solved(self, index: int, part: str) -> dict[int, tuple[mx.array, mx.array]]:
         """Return, for every number of units that a candidate keeps, the weight [out, in], zero at what is cut, and the
         bias."""
-        site = self.sites[part]
+        site, size, counts = self.sites[part], self._size(index, part), self._counts(index, part)
         problem, energy = site.problem(None, self.mask)
-        if (index, part) not in self.curves:
-            self.curves[index, part] = _curve(*problem.path(self._size(index, part)), energy)
-        found = {}
-        for count in self._counts(index, part):
-            columns = self._columns(index, part, count)
-            found[count] = site.made_of(problem.solve(columns), columns)
-        return found
+        if (index, part) in self.curves:
+            weights = {count: problem.solve(self._columns(index, part, count)) for count in counts}
+        else:
+            path = problem.path(size, self.least.get((index, part), 0), sorted(counts))
+            self.curves[index, part] = _curve(path, problem.width // size, energy)
+            weights = path.solved
+        return {count: site.made_of(weights.pop(count), self._columns(index, part, count)) for count in counts}
 
     def _size(self, index: int, part: str) -> int:
         """Return how many inputs of the last matrix belong to one unit of a part."""
@@ -304,8 +319,9 @@ def _packed(site: Site, columns: np.ndarray, packing: Packing) -> tuple[mx.array
     return made, bias
 
 
-def _curve(order: Sequence[int], prices: Sequence[float], energy: float) -> Curve:
-    """Make a curve from the order in which units are removed and the squares that each adds to those missed, out of
-    ``energy``."""
-    loss = np.cumsum([0.0, *np.maximum(prices, 0.0)])[::-1] / max(energy, TINY)
-    return Curve(np.array(order), loss)
+def _curve(path: Removal, units: int, energy: float) -> Curve:
+    """Make a curve from a path, whose prices add to the squares that are missed, out of ``energy``."""
+    loss = np.full(units + 1, np.inf)
+    reached = np.cumsum([0.0, *np.maximum(path.prices, 0.0)]) / max(energy, TINY)
+    loss[units - len(path.order) :] = reached[::-1]
+    return Curve(np.array(path.order, int), loss)

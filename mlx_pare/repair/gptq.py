@@ -16,7 +16,7 @@ import numpy as np
 from ..tensors import minifloat
 from ..tensors.packed import Packed, pack, pack_codes
 from ..tensors.packing import Packing
-from .elimination import Feedback
+from .feedback import Feedback
 
 
 def quantize(weight: np.ndarray, packing: Packing, dtype: mx.Dtype, feedback: Feedback) -> tuple[Packed, np.ndarray]:

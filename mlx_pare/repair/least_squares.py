@@ -22,7 +22,8 @@ from functools import cached_property
 
 import numpy as np
 
-from . import elimination as by
+from . import elimination as by, feedback
+from .factors import PANEL, TINY, WIDE, columns, factor, inverse, panels
 
 # lambda as a share of the mean diagonal (benchmarks/LOG.md). With few tokens per input the old weights are worth more.
 DAMPING, DAMPING_OF_FEW = 1e-4, 0.1
@@ -46,10 +47,19 @@ class _Layer:
         """The numbers of the inputs that are left if these candidates are kept: they and the fixed ones."""
         return np.concatenate([np.asarray(chosen, int), np.arange(self.width, self.width + self.fixed)])
 
-    def choose(self, size: int, count: int) -> list[int]:
-        """Return the ``count`` units of ``size`` inputs that are left at the end of ``path``, in ascending order."""
-        gone = set(self.path(size, count)[0])
-        return [unit for unit in range(self.width // size) if unit not in gone]
+    def choose(self, size: int, count: int) -> tuple[list[int], np.ndarray]:
+        """Choose units, and solve for them: the removal of a unit leaves the best weights of the others.
+
+        Args:
+            size: inputs of a unit.
+            count: units to keep.
+
+        Returns:
+            The units that are left at the end of ``path``, ascending, and what ``solve`` finds for their inputs.
+        """
+        path = self.path(size, count)
+        gone = set(path.order)
+        return [unit for unit in range(self.width // size) if unit not in gone], path.weights
 
     def old(self, chosen: Indices) -> np.ndarray:
         """The weights [out, chosen + fixed] as they were, in their dtype."""
@@ -60,12 +70,13 @@ class _Layer:
 class Problem(_Layer):
     """Least squares from sums over tokens: H is [n, n]. n counts the fixed inputs.
 
-    ``gram``: float64 [n, n]. ``cross``: float64 [n, out]. ``weight``: what the layer has now, [out, n], float32 will
-    do. ``damping``: lambda as a share of the mean of the diagonal of ``gram``, without the fixed inputs.
+    ``gram``: float64 [n, n]. ``cross``: float64 [n, out]; None: the target is what the layer gives now. ``weight``:
+    what the layer has now, [out, n], float32 will do. ``damping``: lambda as a share of the mean of the diagonal of
+    ``gram``, without the fixed inputs.
     """
 
     gram: np.ndarray
-    cross: np.ndarray
+    cross: np.ndarray | None
     weight: np.ndarray
     damping: float = DAMPING
     fixed: int = 0
@@ -73,7 +84,11 @@ class Problem(_Layer):
     @property
     def ridge(self) -> float:
         """lambda."""
-        return self.damping * max(float(np.diag(self.gram)[: self.width].mean()), by.TINY)
+        return self.damping * max(float(np.diag(self.gram)[: self.width].mean()), TINY)
+
+    @cached_property
+    def _cross(self) -> np.ndarray:
+        return self.gram @ self.weight.T.astype(np.float64) if self.cross is None else self.cross
 
     def solve(self, chosen: Indices) -> np.ndarray:
         """Compute the best weights if only some inputs are left.
@@ -85,13 +100,13 @@ class Problem(_Layer):
             Weights of these and of the fixed inputs, float64 [out, chosen + fixed].
 
         Raises:
-            LinAlgError: as ``elimination.factor``.
+            LinAlgError: as ``factors.factor``.
         """
         from scipy.linalg import lapack
 
         kept = self.with_fixed(chosen)
-        right = self.cross[kept] + self.ridge * self.weight[:, kept].T
-        return lapack.dpotrs(by.factor(self._damped(kept)), right, lower=1)[0].T
+        right = self._cross[kept] + self.ridge * self.weight[:, kept].T
+        return lapack.dpotrs(factor(self._damped(kept)), right, lower=1)[0].T
 
     def error(self, weight: np.ndarray, chosen: Indices, energy: float) -> float:
         """Compute the share of the target that weights miss: sum |W x - t|^2 / sum |t|^2, without the ridge.
@@ -105,32 +120,64 @@ class Problem(_Layer):
             The share, at least 0.
         """
         kept, square = self.with_fixed(chosen), energy
-        for part in by.panels(len(kept), by.PANEL):
+        for part in panels(len(kept), PANEL):
             some = kept[part]
-            square += np.vdot(weight @ self.gram[np.ix_(kept, some)] - 2 * self.cross[some].T, weight[:, part])
-        return max(0.0, float(square / max(energy, by.TINY)))  # rounding may leave a little less than nothing
+            square += np.vdot(weight @ self.gram[np.ix_(kept, some)] - 2 * self._cross[some].T, weight[:, part])
+        return max(0.0, float(square / max(energy, TINY)))  # rounding may leave a little less than nothing
 
-    def path(self, size: int, count: int = 0) -> tuple[list[int], list[float]]:
+    def best_error(self, weight: np.ndarray, chosen: Indices, energy: float) -> float:
+        """Compute what ``error`` does for weights that ``solve`` returned, without a product of matrices.
+
+        From (G + lambda) W^T = C + lambda W0^T follows sum |W x - t|^2 = energy - tr(W C) + lambda tr(W (W0 - W)^T).
+
+        Args:
+            weight: weights as ``solve`` returns them, [out, chosen + fixed].
+            chosen: numbers of the candidates that are left, int [chosen].
+            energy: sum |t|^2.
+
+        Returns:
+            The share, at least 0.
+        """
+        kept, square = self.with_fixed(chosen), energy
+        for part in panels(len(kept), PANEL):
+            some, own = kept[part], weight[:, part]
+            square += np.vdot(self.ridge * (self.weight[:, some] - own) - self._cross[some].T, own)
+        return max(0.0, float(square / max(energy, TINY)))
+
+    def path(self, size: int, count: int = 0, at: Sequence[int] = ()) -> by.Removal:
         """Remove units of ``size`` neighbouring inputs until ``count`` are left.
 
         Greedy: the unit that costs least goes, given that the weights of all others are solved again after its removal:
         cost = tr(B_u^T (H^-1_uu)^-1 B_u) for weights B and H = G + lambda. If there are at least 2 * by.ROUNDS units,
         several go before the costs are computed again.
 
-        Returns:
-            The removed units in their order, and for each the increase of the sum that is minimised.
-        """
-        whole = by.inverse(self._damped(np.arange(len(self.gram))))
-        weights = whole @ (self.cross + self.ridge * self.weight.T)
-        return by.greedy(by.Inverse(whole), weights, self.width, size, count)
+        Args:
+            size: inputs of a unit.
+            count: units to keep.
+            at: numbers of units at which the best weights are wanted; see ``elimination.greedy``.
 
-    def feedback(self, chosen: Indices) -> by.Feedback:
+        Returns:
+            The removed units in their order with the increases of the sum that is minimised, and the weights.
+        """
+        from scipy.linalg import lapack
+
+        whole = self._damped(np.arange(len(self.gram)))
+        low = factor(whole)
+        if self.cross is None:  # with all inputs there is nothing better than the weights themselves
+            weights = np.array(self.weight.T, np.float64, order="C")
+        else:
+            weights = np.asfortranarray(self.cross + self.ridge * self.weight.T)
+            weights = np.ascontiguousarray(lapack.dpotrs(low, weights, lower=1, overwrite_b=1)[0])
+        lapack.dpotri(low, lower=1, overwrite_c=1)
+        return by.greedy(by.Inverse(whole), weights, self.width, size, count, at)
+
+    def feedback(self, chosen: Indices) -> feedback.Feedback:
         """The feedback for the columns of ``solve(chosen)`` in their order."""
         from scipy.linalg import lapack
 
         kept = self.with_fixed(chosen)[::-1]  # H = R R^T with an upper R is the usual factor of H backwards
-        lower = lapack.dtrtri(by.factor(self._damped(kept)), lower=1, overwrite_c=1)[0]
-        return by.Backlog(lower[::-1, ::-1], len(self.weight))
+        lower = lapack.dtrtri(factor(self._damped(kept)), lower=1, overwrite_c=1)[0]
+        return feedback.Backlog(lower[::-1, ::-1], len(self.weight))
 
     def _damped(self, kept: np.ndarray) -> np.ndarray:
         left = self.gram[np.ix_(kept, kept)]
@@ -155,8 +202,8 @@ class Dual(_Layer):
     @cached_property
     def ridge(self) -> float:
         """lambda."""
-        square = sum(np.square(part).sum() for _, part in by.columns(self.inputs, np.arange(self.width)))
-        return self.damping * max(float(square) / self.width, by.TINY)
+        square = sum(np.square(part).sum() for _, part in columns(self.inputs, np.arange(self.width)))
+        return self.damping * max(float(square) / self.width, TINY)
 
     def solve(self, chosen: Indices) -> np.ndarray:
         """Compute the best weights if only some inputs are left.
@@ -168,16 +215,29 @@ class Dual(_Layer):
             Weights of these and of the fixed inputs, float64 [out, chosen + fixed].
 
         Raises:
-            LinAlgError: as ``elimination.factor``.
+            LinAlgError: as ``factors.factor``.
         """
         from scipy.linalg import lapack
 
         kept = self.with_fixed(chosen)
-        short = lapack.dpotrs(by.factor(self._gram(kept)), self._residual(self.weight, kept), lower=1)[0].T
+        short = lapack.dpotrs(factor(self._gram(kept)), self._residual(self.weight, kept), lower=1)[0].T
         solved = np.empty((len(short), len(kept)))
-        for part, x in by.columns(self.inputs, kept):
+        for part, x in columns(self.inputs, kept):
             solved[:, part] = self.weight[:, kept[part]] + short @ x
         return solved
+
+    def choose(self, size: int, count: int) -> tuple[list[int], np.ndarray]:
+        """Choose units as a Problem does. They are solved anew: this form loses digits on its way.
+
+        Args:
+            size: inputs of a unit.
+            count: units to keep.
+
+        Returns:
+            The units that are left at the end of ``path``, ascending, and what ``solve`` finds for their inputs.
+        """
+        units, _ = super().choose(size, count)
+        return units, self.solve(by.inputs_of(np.array(units, int), size))
 
     def error(self, weight: np.ndarray, chosen: Indices, energy: float) -> float:
         """Compute the share of the target that weights miss: sum |W x - t|^2 / sum |t|^2, without the ridge.
@@ -192,29 +252,40 @@ class Dual(_Layer):
         """
         kept = self.with_fixed(chosen)
         left = self._residual(weight, kept, np.arange(len(kept)))
-        return float(np.vdot(left, left) / max(energy, by.TINY))
+        return float(np.vdot(left, left) / max(energy, TINY))
 
-    def path(self, size: int, count: int = 0) -> tuple[list[int], list[float]]:
-        """Remove units as ``Problem.path`` does."""
+    best_error = error
+
+    def path(self, size: int, count: int = 0, at: Sequence[int] = ()) -> by.Removal:
+        """Remove units as ``Problem.path`` does.
+
+        Args:
+            size: inputs of a unit.
+            count: units to keep.
+            at: numbers of units at which the best weights are wanted.
+
+        Returns:
+            As ``Problem.path``.
+        """
         every = np.arange(self.inputs.shape[1])
-        within = by.inverse(self._gram(every))
+        within = inverse(self._gram(every))
         short = within @ self._residual(self.weight, every)
         weights = np.empty((len(every), len(self.weight)))
-        for part, x in by.columns(self.inputs, every):
+        for part, x in columns(self.inputs, every):
             weights[part] = self.weight[:, part].T + x.T @ short
         del short
-        return by.greedy(by.Tokens(self.inputs, within, self.ridge), weights, self.width, size, count)
+        return by.greedy(by.Tokens(self.inputs, within, self.ridge), weights, self.width, size, count, at)
 
-    def feedback(self, chosen: Indices) -> by.Feedback:
+    def feedback(self, chosen: Indices) -> feedback.Feedback:
         """The feedback for the columns of ``solve(chosen)`` in their order."""
         kept = self.with_fixed(chosen)
         inputs = self.inputs if len(kept) == self.inputs.shape[1] else self.inputs[:, kept]  # no copy if all are kept
-        return by.Ahead(by.Tokens(inputs, by.inverse(self._gram(kept)), self.ridge), len(self.weight))
+        return feedback.Ahead(by.Tokens(inputs, inverse(self._gram(kept)), self.ridge), len(self.weight))
 
     def _gram(self, kept: np.ndarray) -> np.ndarray:
         """K [tokens, tokens] of these inputs, float64."""
         gram = np.zeros((len(self.inputs), len(self.inputs)))
-        for _, x in by.columns(self.inputs, kept):
+        for _, x in columns(self.inputs, kept):
             gram += x @ x.T
         np.fill_diagonal(gram, gram.diagonal() + self.ridge)
         return gram
@@ -226,7 +297,7 @@ class Dual(_Layer):
         """
         left = self.target.astype(np.float64)
         own = kept if own is None else own
-        for part, x in by.columns(self.inputs, kept):
+        for part, x in columns(self.inputs, kept):
             left -= x @ weight[:, own[part]].T
         return left
 
@@ -269,7 +340,7 @@ def cost(tokens: int, inputs: int, outputs: int) -> Cost:
     batch = max(1, inputs // by.ROUNDS)
     nbytes = (  # tokens, targets and residuals; weights and new ones; two K; a round of removals
         4 * tokens * inputs + 20 * tokens * outputs + 12 * through + 16 * tokens**2
-        + 32 * batch * inputs + 8 * by.WIDE * (tokens + outputs)
+        + 32 * batch * inputs + 8 * WIDE * (tokens + outputs)
     )  # fmt: skip
     flops = 1.0 * tokens**3 + 4.0 * tokens**2 * inputs + 4.0 * tokens * through + 1.0 * inputs**2 * (tokens + outputs)
     return Cost(True, nbytes, flops)

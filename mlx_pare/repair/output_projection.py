@@ -16,7 +16,11 @@ from ..model.checkpoint import Checkpoint
 from ..stream import walk as stream
 from ..stream.taps import replace_module
 from ..tensors.packed import dense_weight
+from .factors import mirror, panels
 from .least_squares import Cost, Dual, Problem, cost, damping_for
+
+SUMMED = 8192  # tokens of one float32 product: more would round more than BLAS does by itself
+STRIPS, NARROW = 8, 128  # of a Gram matrix: how many at most, and inputs of each at least
 
 
 class Site:
@@ -27,6 +31,7 @@ class Site:
         self.remembering = False  # whether its inputs are remembered
         self.listening = False  # whether its inputs are remembered and the block stops there
         self.inputs: list[mx.array] = []  # remembered inputs [rows, length, in], one array per micro-batch
+        self.norms: list[mx.array] = []  # sum of squares of its outputs, bias aside [rows, length], if it remembers
         self.outputs: list[mx.array] | None = None  # its outputs [rows, length, out]; None: they are not remembered
         self.new: tuple[mx.array, mx.array] | None = None  # weight [out, in], zero at what is cut; bias
         self.gone = False  # nothing feeds it any more: it returns zero, without its bias
@@ -47,9 +52,10 @@ class Site:
             raise stream.Enough
         if self.new is not None:
             return self._replaced(x)
+        y = self.module(x)
         if self.remembering:
             self.inputs.append(x)
-        y = self.module(x)
+            self.norms.append(mx.square(y.astype(mx.float32) - self.bias).sum(axis=-1))
         if self.outputs is not None:
             self.outputs.append(y)
         return mx.zeros_like(y) if self.gone else y
@@ -147,9 +153,11 @@ class Site:
         gram, cross, energy = _sums(pieces)
         mx.clear_cache()  # a GPU would keep the last product, while LAPACK needs several times as much outside of MLX
         if target is None:
-            cross = gram @ weight.T.astype(np.float64)
-            energy = float(np.vdot(weight.T, cross))
-        _check_finite(energy + gram.trace() + cross.sum())
+            energy = sum(
+                float(np.array(n)[m].sum(dtype=np.float64))
+                for n, m in zip(self.norms, parts(mask, self.inputs), strict=True)
+            )
+        _check_finite(energy + gram.trace() + (0.0 if cross is None else cross.sum()))
         return Problem(gram, cross, weight, damping, fixed), energy
 
 
@@ -215,20 +223,56 @@ def _chosen(array: mx.array, text: mx.array | None) -> mx.array:
 def _sums(pieces: Iterable[tuple[mx.array, mx.array | None]]) -> tuple[np.ndarray, np.ndarray | None, float]:
     """Return the Gram matrix [n, n], the cross terms [n, out] and the sum of squares of the target.
 
-    Products of a micro-batch are float32, their sums float64. Without a target there are no cross terms (None).
+    Products are float32, over at most SUMMED tokens; their sums are float64. Without a target there are no cross terms
+    (None).
     """
-    totals: list[np.ndarray] = []
-    energy = 0.0
+    sums, energy = None, 0.0
     for x, t in pieces:
-        products = [x.T @ x] if t is None else [x.T @ x, x.T @ t]
-        square = mx.square(t).sum() if t is not None else mx.zeros(())
-        mx.eval(products, square)
-        totals = totals or [np.zeros(product.shape) for product in products]
+        sums = sums or _Sums(x.shape[1], 0 if t is None else t.shape[1])
+        squares = mx.square(t).sum(axis=-1) if t is not None else mx.zeros(())
+        sums.add(x, t, squares)
+        energy += float(np.asarray(squares).sum(dtype=np.float64))  # float32 sums of all numbers lose four digits
+    return *sums.finish(), energy
+
+
+class _Sums:
+    """Gram matrix and cross terms while they grow. Of the Gram matrix only the rows up to the diagonal are computed, in
+    STRIPS strips, which nearly halves the work."""
+
+    def __init__(self, inputs: int, outputs: int):
+        self.gram, self.cross = np.zeros((inputs, inputs)), np.zeros((inputs, outputs)) if outputs else None
+        self.strips = list(panels(inputs, max(NARROW, -(-inputs // STRIPS))))
+        self.made: list[mx.array] = []
+        self.tokens = 0
+
+    def add(self, x: mx.array, t: mx.array | None, other: mx.array) -> None:
+        """Add tokens, x [tokens, n] and t [tokens, out]; evaluate another array with them."""
+        if self.tokens + len(x) > SUMMED:
+            self._flush()
+        columns = mx.contiguous(x.T)
+        pairs = [(columns[strip], columns[: strip.stop].T) for strip in self.strips]
+        pairs += [] if t is None else [(columns, t)]
+        if self.made:
+            self.made = [mx.addmm(made, *pair) for made, pair in zip(self.made, pairs, strict=True)]
+        else:
+            self.made = [left @ right for left, right in pairs]
+        mx.eval(self.made, other)
+        self.tokens += len(x)
+
+    def _flush(self) -> None:
+        """Add what was made to the sums in float64."""
         with np.errstate(all="ignore"):  # ``_check_finite`` reports infinite numbers at the end
-            for total, product in zip(totals, products, strict=True):
-                total += np.asarray(product)
-        energy += square.item()
-    return totals[0], totals[1] if len(totals) > 1 else None, energy
+            for strip, made in zip(self.strips, self.made, strict=False):
+                self.gram[strip, : strip.stop] += np.asarray(made)
+            if self.cross is not None and self.made:
+                self.cross += np.asarray(self.made[-1])
+        self.made, self.tokens = [], 0
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the Gram matrix with both halves, and the cross terms."""
+        self._flush()
+        mirror(self.gram.T)
+        return self.gram, self.cross
 
 
 def _check_finite(total: float) -> None:

@@ -41,6 +41,7 @@ from ..stream.taps import replace_module
 from ..tensors.packed import MX_DTYPE, Packed, relative_error
 from ..text.corpus import Extent, Rows
 from . import gptq
+from .elimination import inputs_of
 from .least_squares import Cost
 from .output_projection import Site, parts, solve_costs
 
@@ -343,15 +344,15 @@ class _Pair:
                 replace_module(block.module, path, lambda _, module=module: module)
 
     def _fit(self, role: str, site: Site, target: Iterable[mx.array], size: int, planned: Sequence[int]) -> list[int]:
-        """Choose the units of a matrix, or take the plan's; solve what is left; pack it if it will be stored so.
-        Replace the matrix by the result, and return the units."""
+        """Choose the units of a matrix, or take the plan's; solve and pack it; replace it; and return the units."""
         problem, energy = site.problem(target, self.mask, self.damping)
-        chosen = list(planned)
-        if self.plan.criterion == CHOOSES and len(chosen) * size < problem.width:
-            chosen = problem.choose(size, len(chosen))
-        kept = (np.array(chosen)[:, None] * size + np.arange(size)).reshape(-1)
-        new, count = problem.solve(kept), len(kept)
-        errors = [problem.error(weight, kept, energy) for weight in (problem.old(kept), new)]
+        count = len(planned) * size
+        if self.plan.criterion == CHOOSES and count < problem.width:
+            chosen, new = problem.choose(size, len(planned))
+        else:
+            chosen, new = list(planned), problem.solve(inputs_of(np.array(planned), size))
+        kept = inputs_of(np.array(chosen), size)
+        errors = [problem.error(problem.old(kept), kept, energy), problem.best_error(new, kept, energy)]
         made = self.made_of[role] = _Made(errors, mx.array(new[:, :count].astype(np.float32)))
         piece, rest = self.pieces[len(self.layers), role][0], new[:, count:].copy()
         if piece.packing is not None:

