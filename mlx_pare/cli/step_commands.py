@@ -243,8 +243,9 @@ def recover_command(run: RunDir, **asked: Any) -> dict[str, Any]:
     """Train the pruned model to predict like the original.
 
     The result is RUN/recover/model. It is kept only if it is better than the pruned model. It trains on the calibration
-    text of the run, unless --data names another. After a kill the same command continues. Under mlx.launch, processes
-    share every batch.
+    text of the run, unless --data names another. If the training does not fit in memory, mlx-pare saves memory without
+    changing what is trained, and says how. After a kill the same command continues. Under mlx.launch, processes share
+    every batch.
     """
     from ..lm import distributed
     from ..pipeline import recipes, steps

@@ -33,7 +33,7 @@ from ..planning.plan import whole
 from ..planning.uniform import shape
 from ..pruning.plan_file import Plan
 from ..recovery.blockwise import check_memory as check_local
-from ..recovery.options import METHODS, check_memory as check_recovery
+from ..recovery.options import METHODS, fitting
 from ..repair.reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
 from ..reporting import stage_table
 from ..reporting.report import report
@@ -43,6 +43,7 @@ from ..scoring.score import criterion
 from ..sources.open_model import StrPath, opened as model_of
 from ..store import step_files
 from ..store.arrays import MOST_NATS
+from ..store.manifest import begun
 from ..store.places import CONTENDERS, name_of
 from ..store.rundir import Run
 from ..stream import kept
@@ -75,7 +76,7 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
     out, settings = Path(out), _with_teacher(settings)
     model = model_of(model, out)
     s = affordable(model, choose_sizes.with_possible_axes(model, recipes.dated(out, hurried(settings))))
-    preflight(model, s)
+    preflight(model, s, begun(out, "recover") is not None)
     s = choose_sizes.settled(model, s, choose_sizes.begun(out / name_of(1) if s.stages else out))
     texts = Texts(model, s)
     _ = texts.test, texts.validation, texts.calibration  # a text that is too short fails before anything is written
@@ -235,7 +236,8 @@ def dry_run(model: StrPath, s: Settings) -> dict[str, Any]:
     """Return what a run would make: sizes before and after, and the memory it would need. It writes nothing."""
     model, s = model_of(model), _with_teacher(s)
     s = affordable(model, choose_sizes.with_possible_axes(model, s))
-    preflight(model, s)
+    if line := preflight(model, s):
+        console.warn(line)
     choose_sizes.settled(model, s)
     rows = corpus.Extent(s.samples, s.length)
     needed = check_calibration(Checkpoint(model), rows, s.memory_cap, criterion(s.criterion).extra)
@@ -257,9 +259,19 @@ def shape_of(model: Path, s: Settings) -> dict[str, Any]:
     return found
 
 
-def preflight(model: Path, s: Settings) -> None:
-    """Find what cannot work before any work: wrong names, a target out of reach, a recovery that does not fit in memory
-    (the uncut model bounds the cut one)."""
+def preflight(model: Path, s: Settings, recovering: bool = False) -> str:
+    """Find what cannot work before any work: wrong names, a target out of reach, a recovery that does not fit in
+    memory. The uncut model bounds the cut one.
+
+    Args:
+        model: model directory.
+        s: what is asked.
+        recovering: whether recovery was begun before. It goes on as it began, and checks the memory for that itself.
+    Returns:
+        A line that says what the uncut model would need in recovery, if it does not fit as it was asked; or nothing.
+    Raises:
+        UsageError, Refused: as ``run``.
+    """
     stages.check(s)
     criterion(s.criterion)
     one_of("recovery method", s.method, METHODS)
@@ -278,12 +290,13 @@ def preflight(model: Path, s: Settings) -> None:
     options.check(Checkpoint(model).arch.sizes["vocab"])
     if s.teacher:
         lm.require_same_tokens(model, Path(s.teacher))
-    if s.recovers:
-        _recoverable(Checkpoint(model), Checkpoint(s.teacher or model), s)
+    return _recoverable(Checkpoint(model), Checkpoint(s.teacher or model), s, recovering) if s.recovers else ""
 
 
-def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
-    """Raises UsageError if blocks cannot be healed one by one, Refused if the recovery does not fit in memory."""
+def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings, recovering: bool) -> str:
+    """Return what would be chosen so that the recovery fits in memory, as a line; or nothing.
+
+    Raises UsageError if blocks cannot be healed one by one, Refused if the recovery does not fit."""
     train, validation = (corpus.Extent(count, s.length) for count in (s.train_rows, VALIDATION_ROWS))
     options = steps.recover_options(s, s.seed)
     if s.local_steps:
@@ -293,8 +306,9 @@ def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings) -> None:
                 "use --local-steps 0" + (", or leave hidden out of --axes" if "hidden" in s.axes else ""),
             )
         check_local(model, teacher, train.joined(validation), options.blocks, s.memory_cap)
-    if s.recover_steps > 0:
-        check_recovery(model, teacher, train, validation, options, s.memory_cap)
+    if recovering or not s.recover_steps:
+        return ""
+    return fitting(model, teacher, train, validation, options, s.memory_cap)[1]
 
 
 def affordable(model: Path, s: Settings) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +23,8 @@ from ..options.settings import RecoveryOptions, Settings, TrainingOptions
 from ..planning.goal import Options as PlanOptions
 from ..pruning.plan_file import Plan
 from ..pruning.prune import Lineage, prune
-from ..recovery.options import Options as RecoverOptions
-from ..recovery.recover import recover
+from ..recovery.options import Options as RecoverOptions, as_begun, flags
+from ..recovery.recover import fitted, recover
 from ..recovery.trainer import Diverged
 from ..repair.least_squares import DAMPING, DAMPING_OF_FEW, FEW
 from ..repair.reconstruct import reconstruct
@@ -32,7 +33,7 @@ from ..scoring.score import criterion, described, score
 from ..sources import resolve
 from ..sources.open_model import require
 from ..store.atomic import replace_file
-from ..store.manifest import read_manifest
+from ..store.manifest import begun, read_manifest
 from ..store.rundir import Run, fingerprint
 from ..store.schema import dump_json
 from ..text import provenance
@@ -246,8 +247,9 @@ def prune_step(run: Run, repaired: bool = True, original: Path | None = None, me
 def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
     """Heal the cut model and check the result.
 
+    If the training does not fit in memory, options that only say how memory is used are chosen (recover.fitted).
     If there are several processes (mlx.launch), the first keeps the run directory and tells the others whether there is
-    anything to do. The others help it train and discard their results.
+    anything to do, and with which options. The others help it train and discard their results.
 
     Args:
         run: the run directory, with a pruned model.
@@ -272,7 +274,7 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
 
     def work(directory: Path) -> None:
         note = directory / "recovery.json"
-        distributed.from_first({"train": not note.exists()})
+        distributed.from_first({"train": not note.exists(), "options": asdict(options)})
         if not note.exists():  # else it was healed before, and a later check failed
             shutil.rmtree(directory / "model", ignore_errors=True)
             try:
@@ -291,12 +293,26 @@ def recover_step(run: Run, texts: Texts, s: Settings) -> Path:
         "validation": rows[1].digest(),
     }
     if distributed.this()[0] == 0:
+        options = _that_fit(run, options, lambda: fitted(pruned, teacher, *rows, options, s.memory_cap))
         if not run.step("recover", asdict(options), inputs, work, resumes=True):
             distributed.from_first({"train": False})
-    elif distributed.from_first({})[0]["train"]:
+    elif (first := distributed.from_first({})[0])["train"]:
+        options = RecoverOptions(**first["options"])  # memory may differ between the machines
         with TemporaryDirectory() as scratch:
             heal(Path(scratch))
     return run.path / "recover" / "model"
+
+
+def _that_fit(run: Run, options: RecoverOptions, choose: Callable[[], RecoverOptions]) -> RecoverOptions:
+    """Return the options that recovery was begun with, whatever memory is free now; those of ``choose`` if it begins
+    now."""
+    before = begun(run.path, "recover")
+    if before is None:
+        return choose()
+    found = as_begun(options, before)
+    if found != options and not run.directory("recover").exists():  # else it is finished
+        console.say(f"recover: goes on with {flags(found)}, as it began")
+    return found
 
 
 def _gate(model: Path, original: Path, directory: Path, memory_cap: int | None) -> None:

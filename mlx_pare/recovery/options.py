@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from .. import lm
 from ..base import machine
 from ..base.errors import Refused, UsageError
 from ..base.units import gb
-from ..lm import cpu_math
+from ..lm import cpu_math, distributed
 from ..model.checkpoint import Checkpoint
 from ..options import option
 from ..options.option import setting
@@ -19,7 +19,7 @@ from ..options.settings import GeneralOptions, RecoveryOptions, TrainingOptions
 from ..options.values import COUNT, FROM_NONE, MOST, SEED, WEIGHT, above
 from ..stream import memory
 from ..text.corpus import Extent, Rows
-from . import on_policy, target_records, teacher
+from . import on_policy, target_records, teacher, topk_targets
 from .block_trainer import Options as BlockOptions
 from .objective import Objective
 from .student import trained_values
@@ -37,6 +37,8 @@ RATES: dict[str, Callable[[int], float]] = {
 DRAW_BYTES = 128  # of an array of row numbers, without the numbers
 GENTLE_BELOW = 0.1  # nats of KL divergence at the start, below which these rates are too high (see Course)
 METHODS = tuple(RATES)
+SAVING = ("grad_checkpoint", "batch", "accumulate", "top")  # options that only say how memory is used
+TOP = 64  # tokens kept of the teacher's predictions, to save memory
 LOCAL = {"lora": "lora", "dora": "lora", "full": "full", "norms": "full"}  # how the blocks are trained before that
 
 
@@ -147,6 +149,74 @@ def required_bytes(
     return weights + trained_values(student, options.method, options.rank) * 4 * copies + held + work
 
 
+def teaching_bytes(original: Checkpoint, train: Rows | Extent, options: Options, matched: int = 0) -> int:
+    """Estimate the memory that the teacher takes while it is streamed over the text. The student comes after it.
+
+    Args:
+        original: the teacher.
+        train: rows to train on, or their number and length.
+        options: how to train.
+        matched: places where the teacher's hidden states are matched.
+    Returns:
+        Bytes; 0 if the student writes all rows.
+    """
+    if options.on_policy == 1:
+        return 0
+    parts = 0 if options.top is None else topk_targets.least_bytes(original, train)
+    if options.top is not None and not matched:
+        return parts
+    held = teacher.held_bytes(original, train, matched, options.top is None)
+    return max(parts, memory.required_bytes(original, train) + held)
+
+
+def fitting(
+    student: Checkpoint,
+    original: Checkpoint,
+    train: Rows | Extent,
+    validation: Rows | Extent,
+    options: Options,
+    cap: int | None,
+    matched: int = 0,
+) -> tuple[Options, str]:
+    """Return the options as they are if training fits in memory, else the first of ``alike`` with which it fits.
+
+    Args:
+        student: the model to train.
+        original: the teacher.
+        train: rows to train on, or their number and length.
+        validation: rows to validate on, or their number and length.
+        options: how to train.
+        cap: bytes that may be used; None: the memory that is free.
+        matched: places where the teacher's hidden states are matched.
+    Returns:
+        The options, and a line that says what was chosen and why; an empty one if nothing was.
+    Raises:
+        Refused: the training does not fit, nor with any of ``alike``.
+    """
+
+    def needed(o: Options) -> int:
+        training = required_bytes(student, original, train, validation, o, matched)
+        return max(training, teaching_bytes(original, train, o, matched))
+
+    def possible(o: Options) -> bool:
+        shared = min(o.batch, train.count) % distributed.this()[1] == 0
+        return shared and (o.top is None or o.top <= original.arch.sizes["vocab"] <= target_records.HIGH)
+
+    limit, before = cap or machine.available_bytes(), needed(options)
+    if before > limit:
+        for one in filter(possible, alike(options)):
+            if (least := needed(one)) <= limit:
+                what = f"{_exceeds(student, before, cap, limit)}: going on with {flags(one)}"
+                return one, f"{what}, which takes about {gb(least)}"
+    check_memory(student, original, train, validation, options, cap, matched)
+    return options, ""
+
+
+def _exceeds(student: Checkpoint, needed: int, cap: int | None, limit: int) -> str:
+    allowed = "--memory-cap allows" if cap else "free are"
+    return f"recovering {student.path} needs about {gb(needed)}, {allowed} {gb(limit)}"
+
+
 def check_memory(
     student: Checkpoint,
     original: Checkpoint,
@@ -180,14 +250,10 @@ def check_memory(
         return required_bytes(student, original, train, validation, options, matched, swift=True)
     if needed(options) <= limit:
         return needed(options)
-    fitting = ((flags, needed(o)) for flags, o in savings(options) if needed(o) <= limit)
-    flags, least = next(fitting, ("", 0))
-    cure = f"{flags} would take {gb(least)}" if flags else "use --recover-steps 0 or a shorter --length"
-    raise Refused(
-        f"recovering {student.path} needs about {gb(needed(options))}, "
-        f"{'--memory-cap allows' if cap else 'free are'} {gb(limit)}",
-        cure,
-    )
+    enough = ((text, needed(o)) for text, o in savings(options) if needed(o) <= limit)
+    text, least = next(enough, ("", 0))
+    cure = f"{text} would take {gb(least)}" if text else "use --recover-steps 0 or a shorter --length"
+    raise Refused(_exceeds(student, needed(options), cap, limit), cure)
 
 
 def swift_fits(
@@ -224,23 +290,57 @@ def savings(options: Options) -> Iterator[tuple[str, Options]]:
     """Ways to take less memory, each with the ones before it: (text for the command line, options).
 
     A step still trains on at least as many rows."""
-    flags: dict[str, str] = {}
+    given: dict[str, str] = {}
 
     def less(flag: str, value: str = "", **change: Any) -> tuple[str, Options]:
         nonlocal options
-        flags[flag], options = value, replace(options, **change)
-        return " ".join(f"--{name} {value}".strip() for name, value in flags.items()), options
+        given[flag], options = value, replace(options, **change)
+        return " ".join(f"--{name} {value}".strip() for name, value in given.items()), options
 
     if not options.grad_checkpoint:
         yield less("grad-checkpoint", grad_checkpoint=True)
     while options.batch > 1:
         batch = (options.batch + 1) // 2
         accumulate = math.ceil(options.accumulate * options.batch / batch)
-        flags["accumulate"] = str(accumulate)
+        given["accumulate"] = str(accumulate)
         yield less("batch", str(batch), batch=batch, accumulate=accumulate)
     if options.on_policy:
         yield less("on-policy", "0", on_policy=0.0)
     if options.top is None:
-        yield less("targets", "64", top=64)
+        yield less("targets", str(TOP), top=TOP)
     if options.method != "lora":
         yield less("method", "lora", method="lora")
+
+
+def alike(options: Options) -> Iterator[Options]:
+    """Ways to take less memory that train the same rows by the same method, the best first.
+
+    Whoever gave one of SAVING has decided how memory is used: then there are none. A value that equals its default
+    counts as not given, because recipes name every option."""
+    usual = Options()
+    if any(getattr(options, name) != getattr(usual, name) for name in SAVING):
+        return
+    rows = options.batch * options.accumulate
+    batches = [b for b in range(options.batch, 0, -1) if rows % b == 0]
+    if options.local_steps:  # blocks are healed with this batch too, and accumulate nothing
+        batches = batches[:1]
+    for top in (None,) if options.on_policy else (None, TOP):  # the whole vocabulary as long as possible
+        if top is not None:
+            yield replace(options, top=top)
+        for batch in batches:
+            yield replace(options, grad_checkpoint=True, batch=batch, accumulate=rows // batch, top=top)
+
+
+def as_begun(options: Options, begun: Mapping[str, Any]) -> Options:
+    """Take over what an earlier call chose, as it noted it. Other options stay, and may be refused as a change."""
+    before = {name: begun.get(name) for name in SAVING}
+    return next((o for o in alike(options) if all(getattr(o, name) == before[name] for name in SAVING)), options)
+
+
+def flags(options: Options) -> str:
+    """What SAVING is, as the command line gives it, without defaults."""
+    usual, found = Options(), []
+    if options.grad_checkpoint:
+        found.append("--grad-checkpoint")
+    found += [f"--{n} {value}" for n in ("accumulate", "batch") if (value := getattr(options, n)) != getattr(usual, n)]
+    return " ".join(found + ([] if options.top is None else [f"--targets {options.top}"]))

@@ -41,8 +41,8 @@ from ..stream.kept import end_of
 from ..text.corpus import Rows
 from ..text.domains import Domains, Sampler
 from . import blockwise, on_policy, teacher, topk_targets
-from .objective import Taps, loss_of
-from .options import GENTLE_BELOW, RATES, Options, check_memory, swift_fits
+from .objective import Objective, Taps, loss_of
+from .options import GENTLE_BELOW, RATES, Options, check_memory, fitting, swift_fits
 from .student import merged, prepare, resident
 from .trainer import Course, Diverged, Trainer
 
@@ -104,6 +104,48 @@ def recover(
             _keep_the_best(job, summary, out)
             remove(place)
     return summary
+
+
+def fitted(
+    student: Path,
+    original: Path,
+    train: Domains,
+    validation: Domains,
+    options: Options,
+    memory_cap: int | None = None,
+) -> Options:
+    """Return the options with which the training fits in memory. If they are not those given, a warning says so.
+
+    Args:
+        student: directory of the pruned model.
+        original: directory of the teacher.
+        train: token rows to train on.
+        validation: token rows that judge.
+        options: how to train.
+        memory_cap: bytes that may be used; None: the memory that is free.
+    Returns:
+        The options. Only those change that say how memory is used, and only if all of them have their defaults.
+    Raises:
+        Refused: the training does not fit so.
+    """
+    if not options.steps:
+        return options
+    _, places = _matched(student, original, options.objective)
+    pair, matched = (Checkpoint(student), Checkpoint(original)), len(places.own) if places else 0
+    found, line = fitting(*pair, train.rows, validation.rows, options, memory_cap, matched)
+    if line:
+        console.warn(line)
+    return found
+
+
+def _matched(student: Path, original: Path, objective: Objective) -> tuple[str, teacher.Places | None]:
+    """How hidden states are to be matched, and where; None: nowhere, because nothing asks for it or relates them."""
+    left = survivors(p) if (p := student / "survivors.json").exists() else None
+    checkpoint = Checkpoint(original)
+    related = left is not None and left["source_identity"] == checkpoint.identity()
+    cut = related and len(left["layers"]) < len(checkpoint.arch.layers)
+    how = objective.matching(cut)
+    return how, teacher.places(left, checkpoint) if related and how != "none" else None
 
 
 class _Job:
@@ -207,18 +249,11 @@ class _Job:
         """Where hidden states are matched; None: nowhere.
 
         They are matched if it was asked for or layers were cut, and if the student's units come from this teacher."""
-        left = survivors(p) if (p := self.student / "survivors.json").exists() else None
-        checkpoint = Checkpoint(self.original)
-        related = left is not None and left["source_identity"] == checkpoint.identity()
-        cut = related and len(left["layers"]) < len(checkpoint.arch.layers)
-        self.how = self.options.objective.matching(cut)
-        if self.how == "none":
-            return None
-        if not related:
+        self.how, places = _matched(self.student, self.original, self.options.objective)
+        if self.how != "none" and places is None:
             console.warn(f"hidden states are not matched: {self.student} was not cut from {self.original}")
             self.how = "none"
-            return None
-        return teacher.places(left, checkpoint)
+        return places
 
     def _teach(self, places: teacher.Places | None) -> tuple[teacher.Guide, list[mx.array]]:
         """The teacher's targets for the training rows, and its hidden states at the places."""

@@ -29,7 +29,7 @@ from ..model.checkpoint import Checkpoint
 from ..store import step_files
 from ..store.atomic import replace_file, sweep
 from ..stream import batches, head, memory, walk as stream
-from ..text.corpus import Rows
+from ..text.corpus import Extent, Rows
 from .target_records import Top, pack, record, unpack
 
 SCHEMA = 1
@@ -225,9 +225,8 @@ def _begin(checkpoint: Checkpoint, rows: Rows, out: Path, k: int, temperature: f
         raise UsageError(
             f"the data holds {rows.total} tokens up to {rows.tokens.max(initial=0)}, the model knows {vocab}"
         )
-    step = batches.micro_batches(rows)[0].stop
     about = {"schema": SCHEMA, "model": checkpoint.identity(), "data": rows.digest(), "vocab": vocab, "k": k}
-    about |= {"temperature": float(temperature), "rows_per_part": step * max(1, PART_TOKENS // (step * rows.length))}
+    about |= {"temperature": float(temperature), "rows_per_part": _rows_per_part(rows)}
     if out.exists() and not out.is_dir():
         raise Refused(f"{out} exists and is not a directory", "choose another place")
     before = _about(out)
@@ -235,6 +234,24 @@ def _begin(checkpoint: Checkpoint, rows: Rows, out: Path, k: int, temperature: f
         differs = ", ".join(name for name in about if before.get(name) != about[name])
         raise Refused(f"{out} holds targets made differently ({differs})", "choose another place, or delete it")
     return Targets(out, rows, about)
+
+
+def _rows_per_part(rows: Rows | Extent) -> int:
+    step = batches.micro_batch(rows)
+    return step * max(1, PART_TOKENS // (step * rows.length))
+
+
+def least_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
+    """Estimate the least memory that ``collect`` takes, a part at a time.
+
+    Args:
+        checkpoint: the teacher.
+        rows: token rows, or their number and length.
+    Returns:
+        Bytes.
+    """
+    part = Extent(min(rows.count, _rows_per_part(rows)), rows.length)
+    return memory.required_bytes(checkpoint, part) + 2 * head.CHUNK_BYTES
 
 
 def _check_disk(targets: Targets, left: int, budget: int | None) -> None:

@@ -209,6 +209,7 @@ def _recovery(run: Path) -> str:
         f"{options['method']}, {options['steps']} steps, best at {done['best_step']}: validation KL "
         f"{done['kl_before']:.5f} -> {done['kl_after']:.5f} nats per token, measured on the packed result: {outcome}."
     )
+    text += _each_step(options)
     if options["on_policy"]:
         text += f" The student wrote {options['on_policy']:.0%} of the rows itself ({options['kind']} divergence)."
     if "trained" in done["kl"]:
@@ -219,6 +220,19 @@ def _recovery(run: Path) -> str:
         text += f" Block by block before that: {done['kl']['pruned']:.5f} -> {done['kl']['local']:.5f}."
     head = ["step", "validation KL", *(f"KL of {name}" for name in names), "training loss"]
     return f"## Recovery\n\n{text}\n\n" + (markdown.table(head, rows) if rows else "")
+
+
+def _each_step(options: Mapping[str, Any]) -> str:
+    """Return how a step of recovery used memory, because mlx-pare may have chosen that; older runs do not say it."""
+    batches, rows = options.get("accumulate"), options.get("batch")
+    if batches is None or rows is None:
+        return ""
+    parts = [f"{batches * rows} rows" + (f" in {batches} batches" if batches > 1 else "")]
+    if options.get("grad_checkpoint"):
+        parts.append("activations computed twice")
+    if options.get("top"):
+        parts.append(f"the teacher's {options['top']} most likely tokens")
+    return f" Each step: {', '.join(parts)}."
 
 
 def _speed(run: Path) -> str:

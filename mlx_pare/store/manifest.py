@@ -12,10 +12,12 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from ..base import untrusted
-from ..base.errors import PareError
+from ..base.errors import PareError, shell
+from ..base.plain_path import is_litter
 from ..model.hub_name import HubName, of_snapshot
 from ..options import recipe_file, settings
 from ..options.values import shown
+from . import step_files
 from .schema import SCHEMA, Count, Strict
 
 MANIFEST, RECIPE = "manifest.json", "recipe.toml"
@@ -122,3 +124,36 @@ def require_run(manifest: Path) -> None:
             f"no run at {manifest.parent}",
             "start one with `mlx-pare calibrate MODEL --out RUN` or `mlx-pare run MODEL --out RUN`",
         )
+
+
+# ---- steps that are under way ----
+
+NOTE = "step.json"  # in the directory of every step: its parameters and inputs
+
+
+def noted(step: Path) -> dict[str, Any] | None:
+    """Return "parameters" and "inputs" of the work that was done in a step's directory; None if there is no work yet.
+
+    Raises PareError if the note is damaged."""
+    note = step / NOTE
+    if not note.exists():
+        return None
+    try:
+        found = step_files.note(note)
+        begun = {"parameters": dict(found["parameters"]), "inputs": dict(found["inputs"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PareError(f"{note} is damaged", f"delete {shell(step)} to do the step again") from error
+    return begun if any(p.name != NOTE and not is_litter(p) for p in step.iterdir()) else None
+
+
+def begun(run: Path, step: str) -> dict[str, Any] | None:
+    """Return the parameters with which a step was done, or is under way. None: it was not begun, or it cannot be read,
+    which is an error of the step."""
+    try:
+        record = read_manifest(run).steps.get(step)
+        if record is not None and (run / step).exists():
+            return record.parameters
+        found = noted(run / step) or noted(run / f"{step}.partial")
+    except (OSError, PareError):
+        return None
+    return found and found["parameters"]

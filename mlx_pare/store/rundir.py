@@ -34,9 +34,9 @@ from ..base.errors import PareError, Refused, shell, told
 from ..base.plain_path import files_below, is_litter
 from ..base.units import gb
 from ..options import recipe_file
-from . import edited, locks, step_files
+from . import edited, locks
 from .atomic import is_ours, replace_file, sweep
-from .manifest import MANIFEST, RECIPE, Manifest, StepRecord, read_manifest, read_recipe, require_run
+from .manifest import MANIFEST, NOTE, RECIPE, Manifest, StepRecord, noted, read_manifest, read_recipe, require_run
 from .schema import dump_json
 
 BIG_FILE = 64 << 20
@@ -291,27 +291,25 @@ class Run:
             if place.is_symlink():  # the target of the link is not ours to empty
                 raise Refused(f"{place} is a link, and mlx-pare makes none", "remove the link")
         for place in [final] if resumes else [final, partial]:
-            if not (place / "step.json").is_file():  # every step begins with this note: other files are not ours
-                _set_aside(place, {"step.json"})
+            if not (place / NOTE).is_file():  # every step begins with this note: other files are not ours
+                _set_aside(place, {NOTE})
         if final.exists():  # finished, but killed before the manifest had it: done again, or continued
             shutil.rmtree(partial, ignore_errors=True)
             os.rename(final, partial)
         if not resumes:
             shutil.rmtree(partial, ignore_errors=True)
-        elif (partial / "step.json").exists():
-            begun = _read_begun(partial / "step.json")
-            if len([p for p in partial.iterdir() if not is_litter(p)]) > 1:  # the note alone: no work was done
-                self._same(name, begun, asked)
+        elif (begun := noted(partial)) is not None:
+            self._same(name, begun, asked)
         partial.mkdir(exist_ok=True)
         if self._alone:
             sweep(partial, deep=True)
-        replace_file(partial / "step.json", dump_json(asked))
+        replace_file(partial / NOTE, dump_json(asked))
         return partial
 
     def forget(self, name: str) -> None:
         """Delete a step, to do it again. Its record goes first, so that a kill leaves an unfinished step."""
         record = self.manifest.steps.pop(name, None)
-        _set_aside(self.path / name, {"step.json", *(record.outputs if record else ())})
+        _set_aside(self.path / name, {NOTE, *(record.outputs if record else ())})
         replace_file(self._file, dump_json(self.manifest))
         for place in (self.path / name, self.path / f"{name}.partial"):
             shutil.rmtree(place, ignore_errors=True)
@@ -390,11 +388,3 @@ def _contents(files: Mapping[str, Path], what: str) -> dict[str, str]:
     """The sha256 of every file by its name, which takes about half a second per gigabyte."""
     with console.progress(f"{what}: MiB", sum(math.ceil(f.stat().st_size / (1 << 20)) for f in files.values())) as bar:
         return {name: sha256(file, bar) for name, file in files.items()}
-
-
-def _read_begun(path: Path) -> dict[str, Any]:
-    try:
-        begun = step_files.note(path)
-        return {"parameters": dict(begun["parameters"]), "inputs": dict(begun["inputs"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise PareError(f"{path} is damaged", f"delete {shell(path.parent)} to do the step again") from error

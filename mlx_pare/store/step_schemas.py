@@ -117,6 +117,10 @@ class Trained(Checked):
     steps: Count
     on_policy: Number
     kind: str
+    batch: Count | None = None
+    accumulate: Count | None = None
+    grad_checkpoint: bool = False
+    top: Count | None = None
 
 
 class Recovery(Checked):
