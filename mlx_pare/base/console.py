@@ -21,6 +21,7 @@ from .errors import plain
 from .units import duration
 
 _logged: list[Path] = []  # the open run directories; a stage is inside another one that is also open
+_warned: set[str] = set()  # by warn_once, while a run directory is open
 _state = {"json": False, "quiet": False, "stdout": sys.stdout, "lost": None}
 
 
@@ -77,6 +78,8 @@ def logged(directory: Path) -> Iterator[None]:
         yield
     finally:
         _logged.remove(directory)
+        if not _logged:
+            _warned.clear()
 
 
 def record(kind: str, text: str) -> None:
@@ -97,6 +100,14 @@ def warn(text: str) -> None:
     """Print a warning of one line on stderr, also with --quiet."""
     record("warning", text)
     _print(f"warning: {plain(text)}", sys.stderr)
+
+
+def warn_once(text: str) -> None:
+    """Print a warning as ``warn``, unless it was printed before while a run directory is open."""
+    if text not in _warned:
+        warn(text)
+    if _logged:
+        _warned.add(text)
 
 
 def error(text: str) -> None:

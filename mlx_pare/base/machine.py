@@ -10,11 +10,15 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from . import console
+
+Computed = Mapping[str, str | None]  # what computes_on returns
 
 
 @dataclass(frozen=True)
@@ -225,3 +229,36 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def computes_on() -> dict[str, str | None]:
+    """What the bytes of a result depend on besides its inputs: the version of MLX, its device (cpu or gpu), and on a
+    Mac the chip and the version of macOS. It imports MLX."""
+    import mlx.core as mx
+
+    return {
+        "mlx": mx.__version__,
+        "device": mx.default_device().type.name,
+        "chip": sysctl("machdep.cpu.brand_string"),
+        "macos": sysctl("kern.osproductversion"),
+    }
+
+
+def went_on(known: Sequence[Computed]) -> list[Computed]:
+    """Return on what work was computed that goes on here. If it was begun on something else, one warning says so.
+
+    ``known``: what this returned before, first what it was begun on. It is empty and stays so if an earlier version
+    began the work, which did not note it."""
+    if not known:
+        return []
+    now, first = computes_on(), known[0]
+    changed = [
+        f"{name} was {first[name] or 'unknown'}, now it is {value or 'unknown'}"
+        for name, value in now.items()
+        if name in first and first[name] != value
+    ]
+    if changed:
+        console.warn_once(
+            f"it goes on elsewhere than it was begun ({'; '.join(changed)}): results agree to rounding only"
+        )
+    return [*known] if now in known else [*known, now]

@@ -73,8 +73,8 @@ def recover(
     Returns:
         A summary, as recovery.json holds it: "kl_before" and "kl_after", the mean KL divergence to the teacher on
         ``validation``, nats per token; "improved"; "kept", the candidate that became ``out``; "kl" of every candidate;
-        "curve", the validations; "best_step"; and what was trained how. Under mlx.launch only the first process
-        measures the candidates and writes ``out``.
+        "curve", the validations; "best_step"; what was trained how, and on what it was computed. Under mlx.launch only
+        the first process measures the candidates and writes ``out``.
     Raises:
         UsageError: an option names something unknown, or the processes of mlx.launch cannot share a batch.
         Refused: ``out`` exists, the tokenizers differ, the training does not fit in memory, or ``work`` is of another
@@ -186,6 +186,7 @@ class _Job:
             "options": asdict(options) | {"kind": options.objective.kind},
             "matched": None if places is None else {"student": places.own, "teacher": places.teacher},
             "local": self._local(),
+            "computed_on": [machine.computes_on()],
         }
         return found | (
             self._trained(places) if options.steps else {"curve": [], "best_step": 0, "rate": 0.0, "domains": {}}
@@ -213,6 +214,7 @@ class _Job:
                 self.candidates[name] = place
         rate = self.course.full_rate(trainer.curve[0]["loss"])
         about = {"best_step": trainer.best_step, "rate": rate, "domains": trainer.sampler.weights}
+        about["computed_on"] = trainer.computed_on
         return {"curve": trainer.curve} | about
 
     def _swift(self, *asked: Any) -> bool:

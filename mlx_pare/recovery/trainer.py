@@ -2,9 +2,10 @@
 
 Between two segments the model is validated, the best state is kept apart, and weights, optimizer and the place in the
 data are saved (random numbers begin again with every segment). After a kill at any moment, the same call goes on from
-there, to the same bytes (on the CPU). mlx-lm's trainer has none of that, and no clipping: it is called for one segment
-at a time. Under mlx.launch every process draws the same batches and takes its share of their rows; mlx-lm averages the
-gradients. Only the first process writes, and it sends its saved state to the others.
+there: on the CPU to the same bytes, on a GPU to the same up to rounding. mlx-lm's trainer has none of that, and no
+clipping: it is called for one segment at a time. Under mlx.launch every process draws the same batches and takes its
+share of their rows; mlx-lm averages the gradients. Only the first process writes, and it sends its saved state to the
+others.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import lm
-from ..base import console
+from ..base import console, machine
 from ..base.errors import PareError, Refused, UsageError
 from ..base.units import gb
 from ..lm import distributed
@@ -138,6 +139,7 @@ class Trainer:
         self.step, self.curve = 0, []
         self.best_step, self.best = 0, self.weights()
         self.rank, self.ranks = distributed.this()
+        self.computed_on = [machine.computes_on()]
 
     def weights(self) -> dict[str, mx.array]:
         """Give the parameters that are trained.
@@ -247,6 +249,7 @@ class Trainer:
             "best_step": self.best_step,
             "curve": self.curve,
             "sampler": self.sampler.state(),
+            "computed_on": self.computed_on,
         }
         file = self.directory / f"state-{self.step:08d}.safetensors"
         self._write(file, dict(tree_flatten(state)), about)
@@ -262,6 +265,8 @@ class Trainer:
             return False
         if about["about"] != json.loads(json.dumps(self.about)):
             raise Refused(f"{self.directory} holds the state of another training", "remove it to begin again")
+        known = about.get("computed_on", [])  # the others may be on other machines than the first
+        self.computed_on = machine.went_on(known) if self.rank == 0 else known
         state = tree_unflatten(list(arrays.items()))
         self.model.update(state["weights"])
         self.step, self.best_step, self.curve = about["step"], about["best_step"], about["curve"]

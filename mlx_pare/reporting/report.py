@@ -58,8 +58,19 @@ def _title(manifest: Manifest) -> str:
         f"# {markdown.escaped(manifest.called)}\n\n"
         f"Source `{manifest.source[:16]}`, on {manifest.machine.get('system', 'an unknown system')} ({chip}); "
         + ", ".join(f"{k} {v}" for k, v in manifest.versions.items() if v != "not installed")
-        + "."
+        + f".{_computed_by(manifest)}"
     )
+
+
+def _computed_by(manifest: Manifest) -> str:
+    """Return on what the run was begun and went on; older runs do not say it."""
+    places = []
+    for on in manifest.computed_on:
+        mac = [*filter(None, (on.get("chip"), on.get("macos") and f"macOS {on['macos']}"))]
+        where = f" ({', '.join(mac)})" if mac else ""
+        places.append(markdown.escaped(f"MLX {on.get('mlx')} on the {on.get('device')}{where}"))
+    agree = ": the numbers agree to rounding only" if len(places) > 1 else ""
+    return f" Computed by {', then by '.join(places)}{agree}." if places else ""
 
 
 def _contenders(found: Found) -> str:

@@ -158,8 +158,8 @@ def calibrate(
     Once for the model: ``angles`` [layers + 1, layers + 1] between the inputs of all blocks, with the output of the
     last block at the end (accumulators.angles).
 
-    If ``directory`` holds blocks of an interrupted call, this call continues it and writes the same bytes in the end.
-    Gradients, which use few rows, start again.
+    If ``directory`` holds blocks of an interrupted call, this call continues it. On the CPU it writes the same bytes in
+    the end, on a GPU the same up to rounding. Gradients, which use few rows, start again.
 
     Args:
         model: model directory, GGUF file, or name of a model that can be downloaded.

@@ -1,7 +1,7 @@
 """Open MODEL as the user gives it: a model directory stays as it is, a GGUF file is rebuilt once into a cache.
 
 The cache is MLX_PARE_CACHE, or the system's usual place. Everything in it may be deleted at any time, also single
-files: the same GGUF file is rebuilt to the same bytes, so a run can continue.
+files: the same GGUF file is rebuilt to the same bytes on the same device, so a run can continue.
 
 The first four bytes identify a GGUF file as such, and the hash of all its bytes tells it from others. Hashing takes
 about half a second per gigabyte. So the hash is kept with a cheap check for changes: size, dates and inode of the file,

@@ -46,7 +46,8 @@ class Manifest(Strict):
 
     ``contents``: sha256 of all bytes of the model's weights ("model:" and the file name) and of every big output
     (step/file). ``origin``: for a model on the hub, the name that was given ("asked") and the same with its commit
-    ("hub").
+    ("hub"). ``computed_on``: what machine.computes_on returned where the run was begun, and wherever it went on; empty
+    in runs of earlier versions.
     """
 
     schema_version: int = SCHEMA
@@ -57,6 +58,7 @@ class Manifest(Strict):
     steps: dict[str, StepRecord] = Field(default_factory=dict)
     contents: dict[str, str] = Field(default_factory=dict)
     origin: dict[str, str] | None = None
+    computed_on: list[dict[str, str | None]] = Field(default_factory=list)
 
     @property
     def hub(self) -> HubName | None:

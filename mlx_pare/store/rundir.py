@@ -166,6 +166,7 @@ class Run:
             versions=machine.versions(),
             machine=machine.this_machine().as_dict(),
             origin=origin,
+            computed_on=[machine.computes_on()],
         )
         replace_file(self._file, dump_json(manifest))
         return manifest
@@ -316,9 +317,12 @@ class Run:
 
     def _compare(self) -> None:
         """Compare all bytes of the model's weights and of the big outputs with those of before, once per process.
-        Raises Refused if some differ."""
+        Raises Refused if some differ. Also note on what this process computes; a warning says if that changed."""
         if self._sound:
             return
+        if (on := machine.went_on(self.manifest.computed_on)) != self.manifest.computed_on:
+            self.manifest.computed_on = on
+            replace_file(self._file, dump_json(self.manifest))
         known = self.manifest.contents
         weights = {f"model:{f.name}": f for f in sorted(self.model.glob("*.safetensors")) if not is_litter(f)}
         outputs = {name: self.path / name for name in known if (self.path / name).is_file()}

@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 
-from mlx_pare.base import children, machine
+from mlx_pare.base import children, console, machine
 
 # vm_stat of a Mac with 16 GB after a file of 6 GB was read (shortened)
 VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
@@ -104,3 +104,56 @@ def test_a_child_that_takes_too_much_memory_is_killed():
         assert children.run([sys.executable, "-c", code], timeout=60, most=200 << 20).returncode < 0
     assert children.run([sys.executable, "-c", "print(1)"], most=200 << 20).stdout == "1\n"
     assert time.monotonic() - begun < 30
+
+
+# ---- on what something is computed ----
+
+MAC = {"mlx": "0.32.0", "device": "gpu", "chip": "Apple M1", "macos": "15.1"}
+
+
+def test_what_the_bytes_of_a_result_depend_on(monkeypatch):
+    import mlx.core as mx
+
+    here = {"mlx": mx.__version__, "device": mx.default_device().type.name}
+    told = {"machdep.cpu.brand_string": "Apple M4 Pro", "kern.osproductversion": "26.1"}
+    monkeypatch.setattr(machine, "sysctl", told.get)
+    assert machine.computes_on() == here | {"chip": "Apple M4 Pro", "macos": "26.1"}
+    monkeypatch.setattr(machine, "sysctl", lambda _: None)
+    assert machine.computes_on() == here | {"chip": None, "macos": None}
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"mlx": "0.33.0"}, "mlx was 0.32.0, now it is 0.33.0"),
+        ({"device": "cpu"}, "device was gpu, now it is cpu"),
+        ({"chip": "Apple M4"}, "chip was Apple M1, now it is Apple M4"),
+        ({"macos": "26.1"}, "macos was 15.1, now it is 26.1"),
+        ({"chip": None, "macos": None}, "chip was Apple M1, now it is unknown; macos was 15.1, now it is unknown"),
+    ],
+)
+def test_what_goes_on_elsewhere_is_told_in_one_line(monkeypatch, capsys, change, told):
+    now = MAC | change
+    monkeypatch.setattr(machine, "computes_on", lambda: now)
+    assert machine.went_on([MAC]) == [MAC, now]
+    line = f"warning: it goes on elsewhere than it was begun ({told}): results agree to rounding only\n"
+    assert capsys.readouterr().err == line
+    assert machine.went_on([MAC, now]) == [MAC, now]
+    assert capsys.readouterr().err == line  # it is still not where it was begun
+
+
+def test_what_goes_on_where_it_was_begun_is_not_told(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "computes_on", lambda: dict(MAC))
+    other = MAC | {"device": "cpu"}
+    assert machine.went_on([MAC]) == [MAC] and machine.went_on([MAC, other]) == [MAC, other]
+    assert machine.went_on([]) == []  # an earlier version began it
+    assert machine.went_on([{"mlx": "0.32.0"}]) == [{"mlx": "0.32.0"}, MAC]  # one that noted less
+    assert not capsys.readouterr().err
+
+
+def test_a_warning_is_given_once_for_an_open_run(tmp_path, capsys):
+    for _ in range(2):
+        with console.logged(tmp_path), console.logged(tmp_path / "stage-1"):
+            console.warn_once("something")
+            console.warn_once("something")
+        assert capsys.readouterr().err == "warning: something\n"

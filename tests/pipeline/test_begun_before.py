@@ -5,7 +5,9 @@ It goes on, too, with statistics and scores whose arrays have the names of an ea
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from mlx_pare import api
+from mlx_pare.base import machine
 from mlx_pare.base.errors import PareError
 from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import run as pipeline, steps
@@ -177,3 +180,24 @@ def test_a_run_with_earlier_files_makes_the_same_plan(run, pico_models, two_text
     assert "mlp" in Arrays.load(tmp_path / "run" / "score" / "scores.safetensors", "scores").arrays
     plans = [(place / "plan" / "plan.json").read_bytes() for place in (run, tmp_path / "run")]
     assert plans[0] == plans[1]
+
+
+# ---- keys that earlier manifests do not have ----
+
+
+def test_a_run_that_did_not_note_on_what_it_was_computed_goes_on(
+    run, pico_models, two_texts, tmp_path, monkeypatch, capsys
+):
+    """Without a warning, wherever it goes on."""
+    out, model = Path(shutil.copytree(run, tmp_path / "run")), pico_models("llama", (4, 32))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["computed_on"] == [machine.computes_on()]
+    del manifest["computed_on"], manifest["steps"]["export"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(out / "export")
+    monkeypatch.setattr(machine, "computes_on", lambda: {"mlx": "0.1", "device": "gpu", "chip": "x", "macos": "1"})
+    capsys.readouterr()
+    pipeline.run(model, out, asked(two_texts))
+    assert "elsewhere" not in capsys.readouterr().err
+    assert read_manifest(out).computed_on == [] and "export" in read_manifest(out).steps
+    assert "Computed by" not in (out / "report.md").read_text()

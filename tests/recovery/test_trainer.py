@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_pare import lm
+from mlx_pare.base import machine
 from mlx_pare.base.errors import Refused, UsageError
 from mlx_pare.recovery import trainer as training
 from mlx_pare.recovery.trainer import ClippedAdamW, Course, Diverged, Trainer
@@ -251,3 +252,62 @@ def test_accumulated_batches_are_one_large_batch(trainer):
         made.run()
         results.append(np.concatenate([np.array(a).ravel() for _, a in tree_flatten(made.model.parameters())]))
     assert np.allclose(*results, rtol=1e-4, atol=1e-6)
+
+
+# ---- on what it was computed ----
+
+MAC = {"mlx": "0.0.1", "device": "gpu", "chip": "Apple M1", "macos": "15.1"}
+
+
+def stopped(trainer, **more) -> None:
+    def dying(model, x, y):
+        raise Killed
+
+    with pytest.raises(Killed):
+        trainer(loss=dying, **more).run()
+
+
+def test_a_training_that_goes_on_elsewhere_says_so(trainer, monkeypatch, capsys):
+    here = machine.computes_on()
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "computes_on", lambda: MAC)
+        stopped(trainer)
+    again = trainer()
+    again.run()
+    assert again.step == COURSE.steps and again.computed_on == [MAC, here]
+    told = capsys.readouterr().err
+    assert told.count("warning: ") == 1 and f"mlx was 0.0.1, now it is {here['mlx']}" in told
+    finished = trainer()
+    finished.run()
+    assert finished.computed_on == [MAC, here]
+
+
+def test_a_state_of_an_earlier_version_did_not_note_it(trainer, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Arrays, "save", without_the_note(training.Arrays.save))
+        stopped(trainer)
+    again = trainer()
+    again.run()
+    assert again.step == COURSE.steps and again.computed_on == []
+    assert "warning" not in capsys.readouterr().err
+
+
+def without_the_note(save):
+    def saved(self, file):
+        self.about.pop("computed_on")
+        save(self, file)
+
+    return saved
+
+
+def test_only_the_first_process_compares(trainer, monkeypatch, capsys):
+    """The others of mlx.launch may be on other machines, and have the state of the first."""
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "computes_on", lambda: MAC)
+        stopped(trainer)
+    again = trainer()
+    monkeypatch.setattr(training.distributed, "from_first", lambda *given: state)
+    state = again._read()
+    again.rank = 1
+    assert again._resume() and again.computed_on == [MAC]
+    assert not capsys.readouterr().err

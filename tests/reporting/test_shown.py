@@ -14,7 +14,9 @@ from mlx_pare.evaluation import resident
 from mlx_pare.exporting.ollama import Modelfile
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.plan_file import Plan
+from mlx_pare.reporting import report as reporting
 from mlx_pare.sources.catalogue import entries
+from mlx_pare.store.manifest import Manifest
 from mlx_pare.text.splits import DEMO
 
 PYTHON = re.compile(r"\bNone\b|\bTrue\b|\bFalse\b|\[['\"]|['\"]\]|why_not|\{['\"]|why not:")
@@ -167,3 +169,25 @@ def test_window_and_sizes_of_layers_that_differ(pare, pico_models, tmp_path):
     assert isinstance(sizes, list) and f"{sizes[0]} to {sizes[-1]}" in seen
     assert "transformers does not load it: layers differ in width" in seen and not PYTHON.search(seen)
     assert Checkpoint(out / "prune" / "model").arch.family.result
+
+
+MAC = {"mlx": "0.32.0", "device": "gpu", "chip": "Apple M1", "macos": "15.1"}
+LINUX = {"mlx": "0.33.0", "device": "cpu", "chip": None, "macos": None}
+
+
+@pytest.mark.parametrize(
+    "places, told",
+    [
+        ([], ""),
+        ([LINUX], " Computed by MLX 0.33.0 on the cpu."),
+        ([MAC], " Computed by MLX 0.32.0 on the gpu (Apple M1, macOS 15.1)."),
+        (
+            [MAC, LINUX],
+            " Computed by MLX 0.32.0 on the gpu (Apple M1, macOS 15.1), then by MLX 0.33.0 on the cpu: the numbers "
+            "agree to rounding only.",
+        ),
+    ],
+)
+def test_a_report_says_on_what_it_was_computed(places, told):
+    known = Manifest(model="m", source="0" * 64, versions={"mlx": "0.32.0"}, machine={}, computed_on=places)
+    assert reporting._title(known).endswith(f"; mlx 0.32.0.{told}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_pare.base import machine
 from mlx_pare.base.errors import PareError, Refused
 from mlx_pare.store import atomic, rundir
 from mlx_pare.store.rundir import Run, fingerprint
@@ -455,3 +456,55 @@ def test_a_working_directory_may_hold_what_the_finder_wrote(tmp_path):
     with working(tmp_path / "work") as place:
         (place / "._half").touch()
     assert not (tmp_path / "work").exists()
+
+
+# ---- on what it was computed ----
+
+MAC = {"mlx": "0.32.0", "device": "gpu", "chip": "Apple M1", "macos": "15.1"}
+OTHER = MAC | {"chip": "Apple M4"}
+
+
+@pytest.fixture
+def on(monkeypatch) -> Callable[[dict], None]:
+    """``on(place)``: from now on this computer is that one."""
+    return lambda place: monkeypatch.setattr(machine, "computes_on", lambda: dict(place))
+
+
+def computed_on(out: Path) -> list:
+    return json.loads((out / "manifest.json").read_text())["computed_on"]
+
+
+def test_a_run_says_on_what_it_was_computed(out, model):
+    begun(out, model)
+    assert computed_on(out) == [machine.computes_on()]
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(out, model, on, capsys):
+    """It is not refused. What has been done is not computed again, so nothing is said of it."""
+    on(MAC)
+    begun(out, model)
+    on(OTHER)
+    with Run(out) as run:
+        assert run.step("score", PARAMETERS, INPUTS, never) is False
+        assert computed_on(out) == [MAC] and not capsys.readouterr().err
+        for name in ("plan", "prune"):
+            assert run.step(name, PARAMETERS, INPUTS, lambda place: (write()(place), machine.went_on([MAC])))
+    assert computed_on(out) == [MAC, OTHER]
+    told = capsys.readouterr().err
+    assert told.count("warning: ") == told.count("\n") == 1
+    assert "chip was Apple M1, now it is Apple M4" in told and "results agree to rounding only" in told
+    on(MAC)
+    with Run(out) as run:
+        assert run.step("export", PARAMETERS, INPUTS, write())
+    assert computed_on(out) == [MAC, OTHER] and not capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_did_not_note_it(out, model, on, capsys):
+    begun(out, model)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["computed_on"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    on(OTHER)
+    with Run(out) as run:
+        assert run.step("plan", PARAMETERS, INPUTS, write())
+    assert computed_on(out) == [] and not capsys.readouterr().err
