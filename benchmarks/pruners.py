@@ -53,7 +53,7 @@ class _Masks:
     def enter(self, index, block, mask) -> None:
         for part, of in PARTS.items():
             if (index, part) in self.cut:
-                site = Site.put(block, self.arch.path(index, of.roles[-1]))
+                site = Site.put(block, self.arch.path(index, of.writer))
                 kept, added = self.cut[index, part]
                 site.new = _masked(site, kept, self.units[part].inputs), site.bias + mx.array(added.astype(np.float32))
 
@@ -86,7 +86,7 @@ class _Sequential:
         self.state, self.cut = None, {}
 
     def enter(self, index, block, mask) -> None:
-        self.sites = {part: Site.put(block, self.arch.path(index, of.roles[-1])) for part, of in PARTS.items()}
+        self.sites = {part: Site.put(block, self.arch.path(index, of.writer)) for part, of in PARTS.items()}
         for site in self.sites.values():
             site.remembering = not self.own
 

