@@ -181,6 +181,7 @@ MEASURED = {  # page, section -> the files in benchmarks/results that its tables
     ("results", "Against other pruners"): ["quality-sizes-stories260K", "quality-sizes-novelist-9m"],
     ("results", "Recovery"): ["recovery-best-*", "recovery-factors-novelist-9m", "recovery-speed-novelist-9m"],
     ("results", "Importance matrices"): ["imatrix-novelist-9m"],
+    ("results", "Reconstruction"): ["repair-*"],
     ("results", "Speed"): ["speed"],
     ("memory", "A 32B model in 3 GB"): ["real-size-*"],
     ("families", "What loads what"): ["compat"],
