@@ -19,6 +19,8 @@ import pytest
 from commands import pare  # noqa: F401 a fixture
 from hub_server import HubServer
 
+from mlx_pare.base import console
+
 
 @pytest.fixture(scope="module", autouse=True)
 def short_collections() -> None:
@@ -33,6 +35,12 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     real, os.fsync = os.fsync, lambda handle: None
     yield
     os.fsync = real
+
+
+@pytest.fixture(autouse=True)
+def no_warning_was_given_before() -> None:
+    """A run that another test left open would keep warnings that are given once."""
+    console._warned.clear()
 
 
 @pytest.fixture

@@ -134,7 +134,8 @@ def required_bytes(
     if swift:
         activations = max(activations, lm.swift_kept(arch, tokens, layers))
     vocab = arch.sizes["vocab"]
-    held = teacher.held_bytes(original, validation, 0)
+    held = 4 * (train.count + validation.count) * length  # the rows themselves
+    held += teacher.held_bytes(original, validation, 0)
     if options.on_policy < 1:
         held += teacher.held_bytes(original, train, matched, options.top is None)
     work = 5 * tokens * vocab * 4 + activations

@@ -172,7 +172,7 @@ def _of_head(end: stream.Streamed, norm: Any, hidden: mx.array, rows: Rows, part
     targets = mx.array(rows.tokens[part, 1:].reshape(-1))
     total = Running(targets)
     for start, logits in end.logits(inner):
-        total.update(start, logits)
+        total.see(start, logits)
         mx.eval(total.mass, total.peak, total.target, total.top)
     slope = -dense_rows(end.head, targets)
     if not end.shape.plain:
