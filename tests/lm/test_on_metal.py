@@ -112,7 +112,8 @@ def test_a_walk_computes_in_float32_on_a_gpu(pico_models, monkeypatch, stored):
 
 def test_nothing_is_cached_while_lapack_works(calls, monkeypatch, pico_models):
     site = output_projection.Site(nn.Linear(16, 8))
-    site.inputs = [mx.random.normal((2, 30, 16))]
+    site.remembering = True
+    site(mx.random.normal((2, 30, 16)))
     made = site.problem(None, np.ones((2, 30), bool))[0]
     assert isinstance(made, Problem) and calls == [("clear_cache", 0)]
 
