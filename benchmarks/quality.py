@@ -102,7 +102,7 @@ def subjects(reference: Path | None, asked: Sequence[str] | None) -> Iterator[Su
 
 
 def _smollm2(data: Path) -> Subject:
-    """With the windows that ``measured/pruners.csv`` was made on; plans are selected on the 16 that follow them."""
+    """Calibrated on the first rows of the articles; plans are selected on the 16 that follow them."""
     model = smollm2.fetched()
     articles, unseen = data / "wikitext2-valid.txt", data / "wikitext2-test.txt"
     parts = [smollm2.windows(model, *place) for place in ((articles, 0, 32), (articles, 32, 16), (unseen, 0, 20))]
@@ -356,6 +356,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where to work; kept (default: a temporary directory)")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     asked = parser.parse_args()
+    if asked.subjects and not asked.reference:
+        parser.error("--subjects are reference models: give --reference")
     console.configure(quiet=True)
     levels = asked.levels or (LEVELS if asked.reference else (25, 50))
     with tempfile.TemporaryDirectory() as temporary:

@@ -41,7 +41,7 @@ def fetched(cache: Path = CACHE) -> Path:
 
 def windows(model: Path, text: Path, start: int, count: int) -> np.ndarray:
     """Return consecutive rows of a text, int32 [count, LENGTH], from row ``start`` on, without a token for the
-    beginning, as measured/pruners.csv was made."""
+    beginning."""
     ids = lm.tokenizer(model).encode(text.read_text("utf-8"), add_special_tokens=False, verbose=False)
     rows = np.array(ids[: (start + count) * LENGTH], np.int32).reshape(-1, LENGTH)
     assert len(rows) == start + count, f"{text} holds {len(rows)} rows"

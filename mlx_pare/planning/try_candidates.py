@@ -132,9 +132,8 @@ def _walk(
     reference = dense.of(dense.hidden[calibration.count :])
     found = [state if isinstance(state, float) else 0.0 for state in side_by_side.states]
     made = {i: state for i, state in enumerate(side_by_side.states) if isinstance(state, mx.array)}
-    for i, kl in zip(
-        made, divergence.mean_kl(held, [dense.norm(state) for state in made.values()], reference), strict=True
-    ):
+    kls = divergence.mean_kl(held, [dense.norm(state) for state in made.values()], reference)
+    for i, kl in zip(made, kls, strict=True):
         found[i] = kl
     return Tried([kl if math.isfinite(kl) else math.inf for kl in found], side_by_side.curves)
 
