@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 os.environ["MLX_DISABLE_COMPILE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -38,9 +39,10 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_warning_was_given_before() -> None:
-    """A run that another test left open would keep warnings that are given once."""
+def console_of_a_new_process() -> None:
+    """No test reads what another one left: warnings that are given once, and --json, which moves messages to stderr."""
     console._warned.clear()
+    console._state.update(json=False, quiet=False, stdout=sys.stdout, lost=None)
 
 
 @pytest.fixture
