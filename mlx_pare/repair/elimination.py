@@ -1,6 +1,7 @@
 """Removal of inputs from a least-squares problem, one after the other, in the order in which they cost least.
 
-H = X^T X + lambda for inputs X [tokens, n]. ``Inverse`` holds H^-1. ``Tokens`` holds X and A = (X X^T + lambda)^-1.
+H = X^T X + lambda for inputs X [tokens, n] and a ridge lambda [n]. ``Inverse`` holds H^-1. ``Tokens`` holds H^-1 of
+Z = X / sqrt(lambda) with a ridge of 1: the same removals at the same prices, with weights in the units of Z.
 ``greedy`` removes units for good (optimal brain surgeon). All arithmetic is float64.
 """
 
@@ -93,28 +94,28 @@ class Inverse:
 
 
 class Tokens:
-    """H^-1 = (1 - X^T A X) / lambda, computed from A [tokens, tokens].
+    """H^-1 = 1 - Z^T A Z for Z = X / root, computed from A = (Z Z^T + 1)^-1 [tokens, tokens].
 
-    ``inputs``: X [tokens, n], float32 or float64. ``within``: A, float64, changed in place. ``ridge``: lambda.
+    ``inputs``: X [tokens, n], float32 or float64. ``within``: A, float64, changed in place. ``root``: float64 [n].
     """
 
-    def __init__(self, inputs: np.ndarray, within: np.ndarray, ridge: float):
-        self.inputs, self.within, self.ridge = inputs, within, ridge
+    def __init__(self, inputs: np.ndarray, within: np.ndarray, root: np.ndarray):
+        self.inputs, self.within, self.root = inputs, within, root
         self.left = np.arange(inputs.shape[1])  # numbers of the inputs that were not dropped
-        self.seen = within[:0]  # X_S^T A of the inputs S that ``block`` or ``rows`` was asked for last
+        self.seen = within[:0]  # Z_S^T A of the inputs S that ``block`` or ``rows`` was asked for last
 
-    def block(self, columns: slice) -> tuple[np.ndarray, np.ndarray]:
+    def block(self, some: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return the columns of some inputs, which are removed next, and their block of H^-1.
 
         Args:
-            columns: which inputs, s of them.
+            some: which inputs, s of them.
 
         Returns:
-            X_S, float64 [tokens, s], and their block of H^-1, float64 [s, s].
+            Z_S, float64 [tokens, s], and their block of H^-1, float64 [s, s].
         """
-        x = self.inputs[:, columns].astype(np.float64)
-        self.seen = x.T @ self.within
-        return x, (np.eye(x.shape[1]) - self.seen @ x) / self.ridge
+        z = self.inputs[:, some].astype(np.float64) / self.root[some]
+        self.seen = z.T @ self.within
+        return z, np.eye(z.shape[1]) - self.seen @ z
 
     def rows(self, gone: np.ndarray) -> np.ndarray:
         """Compute rows of H^-1 of the inputs that are left.
@@ -125,16 +126,16 @@ class Tokens:
         Returns:
             Their rows, float64 [s, n].
         """
-        self.seen = self.inputs[:, self.left[gone]].T.astype(np.float64) @ self.within
+        own = self.left[gone]
+        self.seen = (self.inputs[:, own].astype(np.float64) / self.root[own]).T @ self.within
         rows = np.empty((len(gone), len(self.left)))
-        for part, x in columns(self.inputs, self.left):
-            rows[:, part] = self.seen @ x
-        rows /= -self.ridge
-        rows[np.arange(len(gone)), gone] += 1 / self.ridge
+        for part, z in columns(self.inputs, self.left, self.root):
+            np.matmul(-self.seen, z, out=rows[:, part])
+        rows[np.arange(len(gone)), gone] += 1
         return rows
 
     def remove(self, half: np.ndarray, low: np.ndarray) -> np.ndarray:
-        """Remove the inputs that ``rows`` or ``block`` was asked for last: K = X X^T + lambda loses their part.
+        """Remove the inputs that ``rows`` or ``block`` was asked for last: Z Z^T + 1 loses their part.
 
         The Woodbury formula updates A.
 
@@ -143,10 +144,10 @@ class Tokens:
             low: lower Cholesky factor of the block of these inputs, float64 [s, s].
 
         Returns:
-            low^-1 X_S^T A / lambda, with A as it was before, float64 [s, tokens].
+            low^-1 Z_S^T A, with A as it was before, float64 [s, tokens].
         """
-        seen = lower_solve(low, self.seen) / self.ridge
-        outer(self.within, self.ridge, seen, seen)
+        seen = lower_solve(low, self.seen)
+        outer(self.within, 1, seen, seen)
         return seen
 
     def keep(self, left: np.ndarray) -> None:
@@ -169,11 +170,12 @@ class Tokens:
         """
         blocks = np.empty((width // size, size, size))
         for part in panels(width, max(1, WIDE // size) * size):
-            x = self.inputs[:, part].T.astype(np.float64)
-            parts = (len(x) // size, size, -1)
-            through = (x @ self.within).reshape(parts)
-            blocks[part.start // size :][: len(through)] = through @ x.reshape(parts).transpose(0, 2, 1)
-        return (np.eye(size) - blocks) / self.ridge
+            z = self.inputs[:, part].T.astype(np.float64)
+            z /= self.root[part, None]
+            parts = (len(z) // size, size, -1)
+            through = (z @ self.within).reshape(parts)
+            blocks[part.start // size :][: len(through)] = through @ z.reshape(parts).transpose(0, 2, 1)
+        return np.eye(size) - blocks
 
 
 def greedy(

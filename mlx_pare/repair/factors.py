@@ -21,18 +21,25 @@ def panels(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def columns(inputs: np.ndarray, kept: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+def columns(
+    inputs: np.ndarray, kept: np.ndarray | None = None, divisor: np.ndarray | None = None
+) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield columns of the tokens, at most WIDE at a time.
 
     Args:
         inputs: X, float32 or float64 [tokens, n].
         kept: numbers of the columns to yield, int [kept]; None: all.
+        divisor: what the columns are divided by, float64 [n]; None: they stay.
 
     Returns:
         Pairs: which of the kept columns these are (a slice), and their values, float64 [tokens, at most WIDE].
     """
     for part in panels(inputs.shape[1] if kept is None else len(kept), WIDE):
-        yield part, inputs[:, part if kept is None else kept[part]].astype(np.float64)
+        own = part if kept is None else kept[part]
+        x = inputs[:, own].astype(np.float64)
+        if divisor is not None:
+            x /= divisor[own]
+        yield part, x
 
 
 def factor(matrix: np.ndarray) -> np.ndarray:

@@ -80,9 +80,9 @@ class Ahead:
         Returns:
             U, float64 [n, n], and what earlier errors add to the weights, float64 [out, n].
         """
-        x, block = self.state.block(slice(start, stop))
-        self.low = factor(block)
-        return np.triu(self.low.T), self.due @ x
+        z, block = self.state.block(slice(start, stop))
+        self.low, root = factor(block), self.state.root[start:stop]
+        return np.triu(self.low.T) / root, self.due @ z / root
 
     def missed(self, errors: np.ndarray) -> None:
         """Remove the columns of the group that was asked for last, and note their errors.

@@ -1,11 +1,13 @@
 """Which inputs of a linear layer to keep, and the best weights for the kept inputs: least squares in float64.
 
 A layer y = W x is judged on calibration data alone: inputs x, targets t. Everything here minimises
-sum |W x - t|^2 + lambda |W - W0|^2. lambda is a small share of the mean square sum of an input. There are two forms.
-``Problem`` holds the sums G = sum of x x^T and C = sum of x t^T, and works on H = G + lambda [inputs, inputs].
-``Dual`` holds the tokens themselves, X [tokens, inputs], and works on K = X X^T + lambda [tokens, tokens]. For a wide
-layer and few tokens K is much smaller. With A = K^-1 and R = t - X W0^T, the weights are W0^T + X^T A R and
-H^-1 = (1 - X^T A X) / lambda (Sherman-Morrison-Woodbury).
+sum |W x - t|^2 + sum_i lambda_i |W_i - W0_i|^2. The ridge lambda_i of input i is a share of its own sum of squares, so
+that an input of a thousand times the size of others, as language models have them, does not hold the others fast.
+There are two forms. ``Problem`` holds the sums G = sum of x x^T and C = sum of x t^T, and works on H = G + lambda
+[inputs, inputs]. ``Dual`` holds the tokens themselves, X [tokens, inputs], and works on K = Z Z^T + 1 [tokens, tokens]
+for Z = X / sqrt(lambda). For a wide layer and few tokens K is much smaller. With A = K^-1 and R = t - X W0^T, the
+weights are W0^T + Z^T A R / sqrt(lambda), and H^-1 = (1 - Z^T A Z) between two factors 1 / sqrt(lambda)
+(Sherman-Morrison-Woodbury).
 
 The last ``fixed`` inputs are no candidates. Such an input is constantly one, and its weight is the change of a bias. So
 the bias compensates the mean of what is cut (FLAP, An et al. 2024, arXiv 2312.11983, by least squares).
@@ -25,8 +27,9 @@ import numpy as np
 from . import elimination as by, feedback
 from .factors import PANEL, TINY, WIDE, columns, factor, inverse, panels
 
-# lambda as a share of the mean diagonal (benchmarks/LOG.md). With few tokens per input the old weights are worth more.
+# lambda as a share of the sum of squares (benchmarks/LOG.md). With few tokens per input the old weights are worth more.
 DAMPING, DAMPING_OF_FEW = 1e-4, 0.1
+SILENT = 1e-9  # share of the mean sum of squares: the ridge of an input that is always zero is a share of that
 FEW = 16  # tokens per input; fewer are few
 
 Indices = Sequence[int] | np.ndarray
@@ -71,8 +74,7 @@ class Problem(_Layer):
     """Least squares from sums over tokens: H is [n, n]. n counts the fixed inputs.
 
     ``gram``: float64 [n, n]. ``cross``: float64 [n, out]; None: the target is what the layer gives now. ``weight``:
-    what the layer has now, [out, n], float32 will do. ``damping``: lambda as a share of the mean of the diagonal of
-    ``gram``, without the fixed inputs.
+    what the layer has now, [out, n], float32 will do. ``damping``: lambda as a share of the diagonal of ``gram``.
     """
 
     gram: np.ndarray
@@ -81,10 +83,14 @@ class Problem(_Layer):
     damping: float = DAMPING
     fixed: int = 0
 
-    @property
-    def ridge(self) -> float:
-        """lambda."""
-        return self.damping * max(float(np.diag(self.gram)[: self.width].mean()), TINY)
+    @cached_property
+    def ridge(self) -> np.ndarray:
+        """lambda of every input.
+
+        Returns:
+            float64 [n].
+        """
+        return _ridge(self.damping, self.gram.diagonal(), self.width)
 
     @cached_property
     def _cross(self) -> np.ndarray:
@@ -105,7 +111,7 @@ class Problem(_Layer):
         from scipy.linalg import lapack
 
         kept = self.with_fixed(chosen)
-        right = self._cross[kept] + self.ridge * self.weight[:, kept].T
+        right = self._cross[kept] + self.ridge[kept, None] * self.weight[:, kept].T
         return lapack.dpotrs(factor(self._damped(kept)), right, lower=1)[0].T
 
     def error(self, weight: np.ndarray, chosen: Indices, energy: float) -> float:
@@ -128,7 +134,7 @@ class Problem(_Layer):
     def best_error(self, weight: np.ndarray, chosen: Indices, energy: float) -> float:
         """Compute what ``error`` does for weights that ``solve`` returned, without a product of matrices.
 
-        From (G + lambda) W^T = C + lambda W0^T follows sum |W x - t|^2 = energy - tr(W C) + lambda tr(W (W0 - W)^T).
+        From (G + lambda) W^T = C + lambda W0^T follows sum |W x - t|^2 = energy - tr(W C) + tr(W lambda (W0 - W)^T).
 
         Args:
             weight: weights as ``solve`` returns them, [out, chosen + fixed].
@@ -141,7 +147,7 @@ class Problem(_Layer):
         kept, square = self.with_fixed(chosen), energy
         for part in panels(len(kept), PANEL):
             some, own = kept[part], weight[:, part]
-            square += np.vdot(self.ridge * (self.weight[:, some] - own) - self._cross[some].T, own)
+            square += np.vdot((self.weight[:, some] - own) * self.ridge[some] - self._cross[some].T, own)
         return max(0.0, float(square / max(energy, TINY)))
 
     def path(self, size: int, count: int = 0, at: Sequence[int] = ()) -> by.Removal:
@@ -166,7 +172,7 @@ class Problem(_Layer):
         if self.cross is None:  # with all inputs there is nothing better than the weights themselves
             weights = np.array(self.weight.T, np.float64, order="C")
         else:
-            weights = np.asfortranarray(self.cross + self.ridge * self.weight.T)
+            weights = np.asfortranarray(self.cross + self.ridge[:, None] * self.weight.T)
             weights = np.ascontiguousarray(lapack.dpotrs(low, weights, lower=1, overwrite_b=1)[0])
         lapack.dpotri(low, lower=1, overwrite_c=1)
         return by.greedy(by.Inverse(whole), weights, self.width, size, count, at)
@@ -181,7 +187,7 @@ class Problem(_Layer):
 
     def _damped(self, kept: np.ndarray) -> np.ndarray:
         left = self.gram[np.ix_(kept, kept)]
-        np.fill_diagonal(left, left.diagonal() + self.ridge)
+        np.fill_diagonal(left, left.diagonal() + self.ridge[kept])
         return left
 
 
@@ -190,7 +196,7 @@ class Dual(_Layer):
     """Least squares from the tokens, for more inputs than tokens: nothing here is [n, n]. n counts the fixed inputs.
 
     It has the functions of a Problem. ``inputs`` [tokens, n], ``target`` [tokens, out] and ``weight`` [out, n] may be
-    float32. ``damping``: lambda as a share of the mean square sum of an input, without the fixed ones.
+    float32. ``damping``: lambda as a share of the sum of squares of an input.
     """
 
     inputs: np.ndarray
@@ -200,10 +206,19 @@ class Dual(_Layer):
     fixed: int = 0
 
     @cached_property
-    def ridge(self) -> float:
-        """lambda."""
-        square = sum(np.square(part).sum() for _, part in columns(self.inputs, np.arange(self.width)))
-        return self.damping * max(float(square) / self.width, TINY)
+    def ridge(self) -> np.ndarray:
+        """lambda of every input.
+
+        Returns:
+            float64 [n].
+        """
+        squares = np.concatenate([np.square(part).sum(axis=0) for _, part in columns(self.inputs)])
+        return _ridge(self.damping, squares, self.width)
+
+    @cached_property
+    def _root(self) -> np.ndarray:
+        """What inputs are divided by, float64 [n]."""
+        return np.sqrt(self.ridge)
 
     def solve(self, chosen: Indices) -> np.ndarray:
         """Compute the best weights if only some inputs are left.
@@ -223,7 +238,9 @@ class Dual(_Layer):
         short = lapack.dpotrs(factor(self._gram(kept)), self._residual(self.weight, kept), lower=1)[0].T
         solved = np.empty((len(short), len(kept)))
         for part, x in columns(self.inputs, kept):
-            solved[:, part] = self.weight[:, kept[part]] + short @ x
+            np.matmul(short, x, out=solved[:, part])
+            solved[:, part] /= self.ridge[kept[part]]
+            solved[:, part] += self.weight[:, kept[part]]
         return solved
 
     def choose(self, size: int, count: int) -> tuple[list[int], np.ndarray]:
@@ -271,23 +288,29 @@ class Dual(_Layer):
         within = inverse(self._gram(every))
         short = within @ self._residual(self.weight, every)
         weights = np.empty((len(every), len(self.weight)))
-        for part, x in columns(self.inputs, every):
-            weights[part] = self.weight[:, part].T + x.T @ short
+        for part, z in columns(self.inputs, every, self._root):
+            np.multiply(self.weight[:, part].T, self._root[part, None], out=weights[part])
+            weights[part] += z.T @ short
         del short
-        return by.greedy(by.Tokens(self.inputs, within, self.ridge), weights, self.width, size, count, at)
+        path = by.greedy(by.Tokens(self.inputs, within, self._root), weights, self.width, size, count, at)
+        units = self.width // size
+        for left, solved in [(count, path.weights), *path.solved.items()]:
+            kept = sorted(set(range(units)) - set(path.order[: units - left]))
+            solved /= self._root[self.with_fixed(by.inputs_of(np.array(kept, int), size))]
+        return path
 
     def feedback(self, chosen: Indices) -> feedback.Feedback:
         """The feedback for the columns of ``solve(chosen)`` in their order."""
         kept = self.with_fixed(chosen)
         inputs = self.inputs if len(kept) == self.inputs.shape[1] else self.inputs[:, kept]  # no copy if all are kept
-        return feedback.Ahead(by.Tokens(inputs, inverse(self._gram(kept)), self.ridge), len(self.weight))
+        return feedback.Ahead(by.Tokens(inputs, inverse(self._gram(kept)), self._root[kept]), len(self.weight))
 
     def _gram(self, kept: np.ndarray) -> np.ndarray:
         """K [tokens, tokens] of these inputs, float64."""
         gram = np.zeros((len(self.inputs), len(self.inputs)))
-        for _, x in columns(self.inputs, kept):
-            gram += x @ x.T
-        np.fill_diagonal(gram, gram.diagonal() + self.ridge)
+        for _, z in columns(self.inputs, kept, self._root):
+            gram += z @ z.T
+        np.fill_diagonal(gram, gram.diagonal() + 1)
         return gram
 
     def _residual(self, weight: np.ndarray, kept: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
@@ -300,6 +323,11 @@ class Dual(_Layer):
         for part, x in columns(self.inputs, kept):
             left -= x @ weight[:, own[part]].T
         return left
+
+
+def _ridge(damping: float, squares: np.ndarray, width: int) -> np.ndarray:
+    """lambda of inputs from their sums of squares [n], of which the first ``width`` are candidates."""
+    return damping * np.maximum(squares, max(SILENT * float(squares[:width].mean()), TINY))
 
 
 def damping_for(tokens: int, inputs: int) -> float:

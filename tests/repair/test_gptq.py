@@ -66,7 +66,7 @@ def test_codes(form, bits, dtype):
     kept = problem.with_fixed(chosen)
     own = np.random.default_rng(1).standard_normal((OUT, len(kept))) / 8
     packed, rest = gptq.quantize(own, Packing(bits, 32), dtype, problem.feedback(chosen))
-    hessian = x[:, kept].T @ x[:, kept] + problem.ridge * np.eye(len(kept))
+    hessian = x[:, kept].T @ x[:, kept] + np.diag(problem.ridge[kept])
     codes, left = reference.feedback(own, hessian, 32, bits, stored_scale(32, bits, dtype))
     assert np.array_equal(reference.codes(np.array(packed.words), bits), codes)
     assert rest.shape == (OUT, 1) and np.allclose(rest, left, rtol=0, atol=1e-7)

@@ -113,6 +113,17 @@ def test_solving_never_makes_it_worse(problem, count):
     assert made.error(made.solve(kept), kept, energy) <= made.error(weight[:, kept], kept, energy)
 
 
+@pytest.mark.parametrize("damping", [1e-3, 0.3])
+def test_the_size_of_an_input_says_nothing(problem, damping):
+    """An input a thousand times as large, with weights as much smaller, is the same input: also for the choice, and its
+    neighbours do not notice."""
+    x, weight, target = data(20)
+    factor = np.where(np.arange(20) % 7 == 3, 1e3, 1.0)
+    plain, wild = problem(x, weight, target, damping), problem(x * factor, weight / factor, target, damping)
+    (units, expected), (found, weights) = (made.choose(1, 12) for made in (plain, wild))
+    assert found == units and far(weights * factor[units], expected) < 1e-8
+
+
 # ---- units ----
 
 
@@ -205,7 +216,7 @@ def test_path(problem, monkeypatch, inputs, size, fixed, rounds):
     assert sorted(order) == list(range(units)) and len(prices) == units and min(prices) > 0
 
     def lost(kept: list[int]) -> float:
-        strong = reference.ridge_of(x[:, :inputs], DAMPING)
+        strong = reference.ridge_of(x, DAMPING, fixed)
         return reference.loss(x, target, weight, strong, reference.inputs_of(kept, size) + stay)
 
     for gone in range(units + 1):
@@ -306,7 +317,7 @@ def test_a_fixed_input_is_solved_and_never_goes(problem, size, count):
     target = target + 2.0
     ones, nothing = np.ones((len(x), 1)), np.zeros((5, 1))
     made = problem(np.hstack([x, ones]), np.hstack([weight, nothing]), target, fixed=1)
-    ridge = reference.ridge_of(x, DAMPING)
+    ridge = reference.ridge_of(np.hstack([x, ones]), DAMPING, 1)
     assert made.ridge == pytest.approx(ridge, rel=1e-10)
     chosen = made.choose(size, count)[0]
     assert chosen == reference.greedy(

@@ -389,23 +389,27 @@ def clustered_error(rows: list[np.ndarray]) -> float:
 # ---- reconstruction: ridge least squares towards the old weights, and the two streams ----
 
 
-def ridge_of(x: np.ndarray, damping: float) -> float:
-    return damping * float((x**2).sum(axis=0).mean())
+def ridge_of(x: np.ndarray, damping: float, fixed: int = 0) -> np.ndarray:
+    """The ridge of every input: a share of its sum of squares, or, if that is nothing, of 1e-9 of the mean one."""
+    squares = (x**2).sum(axis=0)
+    return damping * np.maximum(squares, 1e-9 * squares[: len(squares) - fixed].mean())
 
 
-def ridge(x: np.ndarray, target: np.ndarray, old: np.ndarray, weight: float, kept: list[int]) -> np.ndarray:
+def ridge(x: np.ndarray, target: np.ndarray, old: np.ndarray, weight: np.ndarray, kept: list[int]) -> np.ndarray:
     """Weights [out, kept] of least squares on the stacked system: data rows, and a row towards each old weight."""
-    rows = np.concatenate([x[:, kept], np.sqrt(weight) * np.eye(len(kept))])
-    return np.linalg.lstsq(rows, np.concatenate([target, np.sqrt(weight) * old[:, kept].T]), rcond=None)[0].T
+    pull = np.sqrt(weight[kept])
+    rows = np.concatenate([x[:, kept], np.diag(pull)])
+    scale = np.maximum(np.linalg.norm(rows, axis=0), 1e-300)  # lstsq cuts off small singular values
+    found = np.linalg.lstsq(rows / scale, np.concatenate([target, pull[:, None] * old[:, kept].T]), rcond=None)[0]
+    return (found / scale[:, None]).T
 
 
-def loss(x: np.ndarray, target: np.ndarray, old: np.ndarray, weight: float, kept: list[int]) -> float:
+def loss(x: np.ndarray, target: np.ndarray, old: np.ndarray, weight: np.ndarray, kept: list[int]) -> float:
     """What is left of the objective when only these inputs are; the ridge pulls the others' weights on both sides."""
     new = ridge(x, target, old, weight, kept)
-    away = np.delete(old, kept, axis=1)
-    return float(
-        ((x[:, kept] @ new.T - target) ** 2).sum() + weight * (((new - old[:, kept]) ** 2).sum() + (away**2).sum())
-    )
+    gone = np.delete(np.arange(x.shape[1]), kept)
+    away = (weight[gone] * old[:, gone] ** 2).sum() + (weight[kept] * (new - old[:, kept]) ** 2).sum()
+    return float(((x[:, kept] @ new.T - target) ** 2).sum() + away)
 
 
 def inputs_of(units: list[int], size: int) -> list[int]:
@@ -416,7 +420,7 @@ def greedy(
     x: np.ndarray,
     target: np.ndarray,
     old: np.ndarray,
-    weight: float,
+    weight: np.ndarray,
     size: int,
     count: int,
     batch: int = 1,
@@ -458,7 +462,7 @@ def repaired_alone(
             if bias is not None:
                 data = np.hstack([x, np.ones((len(x), 1))])
                 before, left = np.hstack([old, np.zeros((len(old), 1))]), [*chosen, old.shape[1]]
-            found = ridge(data, x @ old.T, before, ridge_of(x, damping), left)
+            found = ridge(data, x @ old.T, before, ridge_of(data, damping, bias is not None), left)
             new[f"{name}.weight"] = np.zeros_like(old)
             new[f"{name}.weight"][:, chosen] = found[:, : len(chosen)]
             if bias is not None:
@@ -514,7 +518,7 @@ def two_streams(
             if bias is not None:  # a constant input that always stays
                 data = np.hstack([x, np.ones((len(x), 1))])
                 before, left = np.hstack([old, bias[:, None]]), [*chosen, old.shape[1]]
-            found = ridge(data, target[text], before, ridge_of(x, damping), left)
+            found = ridge(data, target[text], before, ridge_of(data, damping, bias is not None), left)
             solved = np.zeros_like(old)
             solved[:, chosen] = found[:, : len(chosen)]
             result[f"{name}.weight"] = solved
