@@ -26,7 +26,7 @@ from ..pruning.prune import Lineage, prune
 from ..recovery.options import Options as RecoverOptions, as_begun, flags
 from ..recovery.recover import fitted, recover
 from ..recovery.trainer import Diverged
-from ..repair.least_squares import DAMPING, DAMPING_OF_FEW, FEW
+from ..repair.least_squares import DAMPING
 from ..repair.reconstruct import reconstruct
 from ..scoring.calibrate import calibrate
 from ..scoring.score import criterion, described, score
@@ -39,7 +39,7 @@ from ..store.schema import dump_json
 from ..text import provenance
 from ..text.splits import Texts
 
-RECONSTRUCTION = {"damping": [DAMPING, DAMPING_OF_FEW, FEW]}  # what the result depends on, besides model, plan and text
+RECONSTRUCTION = {"damping": DAMPING}  # what the result depends on, besides model, plan and text
 
 
 def recover_options(s: RecoveryOptions, seed: int = 0) -> RecoverOptions:

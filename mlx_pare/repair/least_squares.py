@@ -27,10 +27,8 @@ import numpy as np
 from . import elimination as by, feedback
 from .factors import PANEL, TINY, WIDE, columns, factor, inverse, panels
 
-# lambda as a share of the sum of squares (benchmarks/LOG.md). With few tokens per input the old weights are worth more.
-DAMPING, DAMPING_OF_FEW = 1e-4, 0.1
+DAMPING = 0.2  # lambda as a share of the sum of squares (benchmarks/LOG.md, "The ridge of an input")
 SILENT = 1e-9  # share of the mean sum of squares: the ridge of an input that is always zero is a share of that
-FEW = 16  # tokens per input; fewer are few
 
 Indices = Sequence[int] | np.ndarray
 
@@ -328,11 +326,6 @@ class Dual(_Layer):
 def _ridge(damping: float, squares: np.ndarray, width: int) -> np.ndarray:
     """lambda of inputs from their sums of squares [n], of which the first ``width`` are candidates."""
     return damping * np.maximum(squares, max(SILENT * float(squares[:width].mean()), TINY))
-
-
-def damping_for(tokens: int, inputs: int) -> float:
-    """The damping that worked best for this number of tokens and of inputs."""
-    return DAMPING if tokens >= FEW * inputs else DAMPING_OF_FEW
 
 
 # ---- what it takes ----

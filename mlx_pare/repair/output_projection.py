@@ -17,7 +17,7 @@ from ..stream import walk as stream
 from ..stream.taps import replace_module
 from ..tensors.packed import dense_weight
 from .factors import mirror, panels
-from .least_squares import Cost, Dual, Problem, cost, damping_for
+from .least_squares import DAMPING, Cost, Dual, Problem, cost
 
 SUMMED = 8192  # tokens of one float32 product: more would round more than BLAS does by itself
 STRIPS, NARROW = 8, 128  # of a Gram matrix: how many at most, and inputs of each at least
@@ -131,7 +131,7 @@ class Site:
             target: what the matrix should give, bias included, one array [rows, length, out] per micro-batch. None:
                 what it gives itself for these inputs.
             mask: which tokens count, bool [all rows, length].
-            damping: see least_squares; None: by the number of tokens and inputs.
+            damping: see least_squares; None: DAMPING.
 
         Returns:
             The problem, and the sum of squares of the target without the bias.
@@ -141,7 +141,7 @@ class Site:
         """
         weight, fixed = self.weight(), int(self.biased)
         tokens, width = int(mask.sum()), weight.shape[1] - fixed
-        damping = damping_for(tokens, width) if damping is None else damping
+        damping = DAMPING if damping is None else damping
         pieces = _text(self.inputs, target, parts(mask, self.inputs), self.bias, fixed)
         if cost(tokens, width, len(weight)).dual:
             inputs, targets = zip(*pieces, strict=True)

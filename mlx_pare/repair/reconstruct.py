@@ -68,7 +68,7 @@ def reconstruct(
             "o_proj.weight", "o_proj.scales" and, if affine, "o_proj.biases"; if there is a bias "o_proj_bias", float32
             [hidden]; and as description the units, and each matrix's errors (share of the target that is missed, in
             squares) before, after and, if packed, packed. A part that a layer loses has no such matrix.
-        damping: of every solve; None: least_squares.damping_for.
+        damping: of every solve; None: least_squares.DAMPING.
         memory_cap: bytes; None: the memory that is free now.
     Returns:
         The plan of the new matrices: if its criterion is "obs", as many ffn channels and kv heads, chosen again.

@@ -13,7 +13,7 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.planning.candidate import Curve, Width, whole
 from mlx_pare.planning.sensitivity import expected, rank_correlations, sensitivity
 from mlx_pare.planning.try_candidates import try_out
-from mlx_pare.repair import least_squares
+from mlx_pare.repair import output_projection
 from mlx_pare.store.arrays import Arrays
 from mlx_pare.text.corpus import Rows
 
@@ -25,7 +25,7 @@ DATA, HELD = (Rows.full(RANDOM.integers(0, 500, (count, 24))) for count in (24, 
 def little_damping():
     """What damping adds to the loss of a width would hide what these tests look at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(least_squares, "DAMPING_OF_FEW", least_squares.DAMPING)
+        patch.setattr(output_projection, "DAMPING", 1e-4)
         yield
 
 

@@ -16,7 +16,6 @@ from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.planning import try_candidates
 from mlx_pare.planning.candidate import Candidate, Width, whole
 from mlx_pare.planning.try_candidates import Tried, try_out
-from mlx_pare.repair import least_squares
 from mlx_pare.repair.least_squares import DAMPING
 from mlx_pare.stream import batches, head, walk as stream
 from mlx_pare.text.corpus import Rows
@@ -44,7 +43,6 @@ VARIANTS = {family: (family, {}) for family in (*pico.FAMILIES, "phi3", "olmo2")
 def small_batches(monkeypatch):
     """Four rows at a time, and a rest; calibration ends within a micro-batch."""
     monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 100)
-    monkeypatch.setattr(least_squares, "DAMPING_OF_FEW", DAMPING)  # the references know one
 
 
 @pytest.fixture
@@ -256,7 +254,9 @@ def test_orders_of_an_earlier_call_are_taken(model):
     assert try_out(path, made, DATA, HELD, first.curves).kl == pytest.approx(first.kl, rel=1e-5)
     turned = {key: replace(curve, order=curve.order[::-1]) for key, curve in first.curves.items()}
     again = try_out(path, made, DATA, HELD, turned)
-    assert again.kl[0] > 1.2 * first.kl[0]
+    assert again.kl[0] != pytest.approx(first.kl[0], rel=0.2)
+    narrow = [candidate(path, {1: {"ffn": 100}})]  # of four heads of a model drawn by lot, the dearest may be the best
+    assert try_out(path, narrow, DATA, HELD, turned).kl[0] > 2 * try_out(path, narrow, DATA, HELD, first.curves).kl[0]
     assert kl_of(path, *weights_of(path, made[0], again)) == pytest.approx(again.kl[0], rel=1e-3)
     needed = try_out(path, made, DATA, HELD, {})  # those that are asked for, and no others
     assert needed.kl == first.kl and set(needed.curves) == {(1, "ffn"), (1, "attention")}

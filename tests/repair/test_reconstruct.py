@@ -23,7 +23,7 @@ from mlx_pare.evaluation.evaluate import evaluate
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.pruning.plan_file import LayerPlan, Plan, Size, Target
 from mlx_pare.pruning.prune import prune
-from mlx_pare.repair import least_squares, output_projection, reconstruct as module
+from mlx_pare.repair import output_projection, reconstruct as module
 from mlx_pare.repair.least_squares import DAMPING, Cost
 from mlx_pare.repair.reconstruct import reconstruct
 from mlx_pare.store.arrays import Arrays
@@ -57,7 +57,6 @@ NOTHING = dict.fromkeys(Size.model_fields, 0)
 def small_batches(monkeypatch):
     """Four rows at a time, and a rest of two."""
     monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 100)
-    monkeypatch.setattr(least_squares, "DAMPING_OF_FEW", DAMPING)  # the references know one
 
 
 @pytest.fixture
