@@ -263,10 +263,10 @@ def sizes(bench: Bench, levels: Sequence[int]) -> Iterator[str]:
 
 
 def plain_sizes(bench: Bench) -> list[float]:
-    """The bytes of the whole model in 8 to 3 bits, as shares of what it has."""
+    """The bytes of the whole model in 3 to 8 bits, as shares of what it has."""
     checkpoint = Checkpoint(bench.subject.model)
     everything = Keep(tuple(LayerKeep(i) for i in range(len(checkpoint.arch.layers))))
-    return [size_of(checkpoint, everything, Packing(b, 64)).bytes / checkpoint.nbytes() for b in (8, 6, 5, 4, 3)]
+    return [size_of(checkpoint, everything, Packing(b, 64)).bytes / checkpoint.nbytes() for b in (3, 4, 5, 6, 8)]
 
 
 def budgets(bench: Bench, shares: Sequence[float], ways: Sequence[str]) -> Iterator[str]:
@@ -365,7 +365,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("sizes", "bytes", "costs"), default=["sizes", "costs"])
     parser.add_argument("--subjects", nargs="+", help="of the reference models only these")
     parser.add_argument("--levels", type=int, nargs="+", help="percent removed")
-    parser.add_argument("--plain-sizes", action="store_true", help="budgets: what the whole model takes in 8 to 3 bits")
+    parser.add_argument("--plain-sizes", action="store_true", help="budgets: what the whole model takes in 3 to 8 bits")
     parser.add_argument("--ways", nargs="+", choices=WAYS[1:], default=WAYS[1:], help="of a table of bytes")
     parser.add_argument("--try", dest="tries", type=int, default=50, help="candidates with widths of their own")
     parser.add_argument("--work", type=Path, help="where to work; kept (default: a temporary directory)")
