@@ -28,6 +28,7 @@ WAY = "exec" if sys.platform == "linux" else "watch"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.2  # how often "watch" looks for its parent
 MEMORY_POLL_S = 0.1  # how often ``bound`` looks
+FAMILY_LOOKS = 10  # after that many looks it asks only at every tenth which processes were started
 
 
 def module(name: str, *words: str) -> list[str]:
@@ -64,15 +65,28 @@ def bound(process: subprocess.Popen, most: int) -> None:
     def watch() -> None:
         import psutil
 
-        with suppress(psutil.Error):
+        looks, family = 0, []
+        with suppress(psutil.NoSuchProcess):
             own = psutil.Process(process.pid)
             while process.poll() is None:
-                if sum(p.memory_info().rss for p in (own, *own.children(recursive=True))) > most:
+                if looks < FAMILY_LOOKS or looks % FAMILY_LOOKS == 0:  # this reads about all processes of the computer
+                    family = own.children(recursive=True)
+                if sum(map(_resident, (own, *family))) > most:
                     kill(process)
                     return
+                looks += 1
                 time.sleep(MEMORY_POLL_S)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _resident(process: Any) -> int:
+    """Bytes of a psutil.Process in memory; 0 if it is gone."""
+    import psutil
+
+    with suppress(psutil.Error):
+        return process.memory_info().rss
+    return 0
 
 
 def run(

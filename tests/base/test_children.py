@@ -208,6 +208,38 @@ def test_a_polite_end_waits_for_the_child(monkeypatch, tmp_path, way):
     assert (tmp_path / "clean").exists() and process.returncode == 0
 
 
+GROWS = """
+import subprocess, sys, time
+begun = time.monotonic()
+while time.monotonic() - begun < 1.5:
+    subprocess.run([sys.executable, "-I", "-S", "-c", ""])
+subprocess.run([sys.executable, "-I", "-S", "-c", "import time; held = b'x' * 200_000_000; time.sleep(60)"])
+"""
+
+
+def test_memory_is_watched_while_processes_of_a_child_come_and_go():
+    """The one that takes too much begins late, when the family is read less often."""
+    command = [sys.executable, "-c", GROWS]
+    with pytest.raises(subprocess.TimeoutExpired):
+        children.run(command, timeout=3.5, most=1 << 30)
+    assert children.run(command, timeout=60, most=100_000_000).returncode == -signal.SIGKILL
+
+
+def test_watching_memory_takes_little_time():
+    """After the first second it asks once a second, not at every look, for all processes of the computer."""
+    waiting = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    looked = []
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            real = psutil.Process.children
+            patch.setattr(psutil.Process, "children", lambda *a, **k: looked.append(0) or real(*a, **k))
+            children.bound(waiting, 1 << 40)
+            time.sleep(3)
+    finally:
+        waiting.communicate()
+    assert children.FAMILY_LOOKS <= len(looked) <= children.FAMILY_LOOKS + 3
+
+
 def test_all_children_are_started_in_one_place():
     starts = re.compile(r"(subprocess\.|os\.(spawn|fork|posix))|Popen$")
     called = {
