@@ -22,6 +22,7 @@ from mlx_pare.options.settings import Settings
 from mlx_pare.pipeline import choose_sizes, steps
 
 LIMIT = 240  # where nothing else runs a call takes ten: seconds after which a call hangs, which is an error
+PIPE = 1 << 16  # bytes that a pipe holds
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 ASKED = ["--recover-steps", "6", "--method", "full", "--learning-rate", "3e-4", "--batch", "4"]
 MANY = ["--recover-steps", "12", "--batch", "4", "--rank", "4", "--local-steps", "1"]  # long enough to be killed in
@@ -72,11 +73,13 @@ class Launched:
         command = f'exec "{sys.executable}" -m mlx_pare recover "$0/run-$MLX_RANK" "$@" 2>"$0/said-$MLX_RANK"'
         launch = [str(LAUNCH), "-n", "2", "-p", str(free_port()), "--"]
         env = os.environ | {"TMPDIR": str(self.temporary), "PYTHONFAULTHANDLER": "1"}
-        # stdin stays open: mlx.launch spins on one that has ended
-        self.process = subprocess.Popen(
-            [*launch, "bash", "-c", command, str(directory), *options], env=env, text=True, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        with (directory / "said-launch").open("w") as said:
+            self.process = subprocess.Popen(
+                [*launch, "bash", "-c", command, str(directory), *options], env=env, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=said, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        # mlx.launch spins on a stdin that has ended, and as long as the pipe to any of its processes is not full
+        os.write(self.process.stdin.fileno(), bytes(PIPE))
 
     def end(self) -> str:
         """What was said, when all processes have ended by themselves. Fails after LIMIT seconds."""
@@ -89,8 +92,9 @@ class Launched:
         return said
 
     def _said(self, limit: float) -> str:
-        talk = self.process.communicate(timeout=limit)
-        return "\n".join([*talk, *(file.read_text() for file in sorted(self.directory.glob("said-*")))])
+        self.process.wait(limit)
+        self.process.stdin.close()
+        return "\n".join(file.read_text() for file in sorted(self.directory.glob("said-*")))
 
     def _where(self) -> str:
         """What was said, and the line each has come to (faulthandler)."""
@@ -110,7 +114,7 @@ class Launched:
                 pytest.fail(f"no state was saved: {self._where()}")
             time.sleep(0.02)
         self.kill()
-        self.process.communicate()
+        self._said(LIMIT)
 
     def left(self) -> list[str]:
         """What was forgotten among the temporary files: of ours, not of mlx.launch's."""
