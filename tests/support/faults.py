@@ -148,20 +148,27 @@ def leaves(value, name: str = ""):
         yield name, value
 
 
-def half_written(out: Path) -> list[str]:
+def half_written(out: Path, sound: set[int] | None = None) -> list[str]:
     """Files that have their name and yet cannot be read: of a run that was stopped. What says of itself that it is not
-    finished (.tmp, .part, .partial) may be anything."""
+    finished (.tmp, .part, .partial) may be anything.
+
+    ``sound``: inodes of files that were read and are sound, of several copies that share files; more are added.
+    """
     from mlx_pare.tensors.safetensors import read_header
 
     found = []
     for file in sorted(f for f in out.rglob("*") if f.is_file()):
         if ".tmp" in file.name or file.suffix == ".part" or ".part" in str(file.relative_to(out)):
             continue
+        if sound is not None and file.stat().st_ino in sound:
+            continue
         try:
             if file.suffix == ".json":
                 json.loads(file.read_bytes())
             if file.suffix == ".safetensors":
                 read_header(file)
+            if sound is not None:
+                sound.add(file.stat().st_ino)
         except Exception as error:
             found.append(f"{file.relative_to(out)}: {error}")
     return found
