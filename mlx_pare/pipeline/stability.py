@@ -29,6 +29,7 @@ from ..model.checkpoint import Checkpoint
 from ..options.settings import Settings
 from ..planning import choose_units
 from ..planning.plan import redraw
+from ..planning.ranks import rank_correlation
 from ..pruning.plan_file import Plan
 from ..pruning.prune import prune
 from ..pruning.reach import protected_layers
@@ -112,23 +113,6 @@ def stability_step(
 
 
 # ---- scores against scores ----
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Compute Spearman's rank correlation of two score vectors.
-
-    Args:
-        a, b: float [units].
-    Returns:
-        -1 to 1. It is 1 if both vectors are constant, and 0 if only one is.
-    """
-    from scipy.stats import rankdata
-
-    ranks = [rankdata(x) - (len(x) + 1) / 2 for x in (a, b)]
-    norms = [float(np.linalg.norm(r)) for r in ranks]
-    if not all(norms):
-        return float(norms[0] == norms[1])
-    return float(ranks[0] @ ranks[1] / norms[0] / norms[1])
 
 
 def jaccard(a: set[int], b: set[int]) -> float:

@@ -21,6 +21,7 @@ from ..model.checkpoint import Checkpoint
 from ..store.arrays import Arrays
 from ..text.corpus import Rows
 from .candidate import PARTS, Candidate, Curve, Curves, Width, whole
+from .ranks import rank_correlation
 from .try_candidates import try_out
 
 SHARES = (0.5, 0.875)  # of a part's units: the widths that are tried; between them the factor is interpolated
@@ -126,8 +127,6 @@ def expected(curve: Curve, points: dict[int, float]) -> np.ndarray:
 def rank_correlations(curves: Curves, measured: dict[Single, float]) -> dict[str, float]:
     """Return Spearman's rank correlation of local losses with measured KL, for each part and for all together. A part
     is left out unless both have at least three different values."""
-    from scipy.stats import spearmanr
-
     pairs = {part: [] for part in (*PARTS, "all")}
     for (layer, what, units), kl in measured.items():
         if what in PARTS and np.isfinite(kl):
@@ -135,4 +134,4 @@ def rank_correlations(curves: Curves, measured: dict[Single, float]) -> dict[str
             pairs["all"].append(pairs[what][-1])
     lists = {part: list(zip(*some, strict=True)) for part, some in pairs.items()}
     enough = {part: some for part, some in lists.items() if some and all(len(set(values)) > 2 for values in some)}
-    return {part: float(spearmanr(*some)[0]) for part, some in enough.items()}
+    return {part: rank_correlation(*map(np.array, some)) for part, some in enough.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -19,6 +20,7 @@ import mlx.core as mx
 import pico
 import pytest
 from commands import Done
+from faults import Driver
 
 from mlx_pare.cli import main as cli
 from mlx_pare.cli.app import app
@@ -690,7 +692,7 @@ def same_results(one: Path, two: Path) -> None:
     assert not left
 
 
-def test_interrupted_run_says_so_in_one_line_and_goes_on(small, whole, tmp_path):
+def test_interrupted_run_says_so_in_one_line_and_goes_on(small, whole, pare, tmp_path):
     out = tmp_path / "run"
     process = started(*small(out, "--quiet"))
     wait_for(process, (out / "calibrate").exists)
@@ -700,7 +702,7 @@ def test_interrupted_run_says_so_in_one_line_and_goes_on(small, whole, tmp_path)
     assert process.returncode == 1 and said == ""
     lines = [line for line in error.splitlines() if not line.startswith("warning: ")]
     assert lines == ["mlx-pare: interrupted: what is finished is kept, the same command continues"]
-    again = spawn(*small(out, "--quiet"))
+    again = pare(*small(out, "--quiet"))
     assert (again.code, again.out) == (0, ""), again.err
     same_results(whole["out"], out)
 
@@ -714,17 +716,21 @@ MOMENTS = [
 ]
 
 
-def test_killed_run_ends_with_the_same_bytes(small, whole, tmp_path):
+def test_killed_run_ends_with_the_same_bytes(small, whole, pare, tmp_path):
     """Killed once at each moment and a little later, always in the same directory."""
     out = tmp_path / "run"
-    for moment in MOMENTS:
-        process = started(*small(out, "--quiet"))
-        wait_for(process, lambda moment=moment: any(out.glob(moment)))
-        time.sleep(random.uniform(0, 0.1) if moment != MOMENTS[-1] else 0)
-        process.kill()
-        assert process.wait(timeout=60) == -signal.SIGKILL
-        assert not out.joinpath("report.md").exists()
-    done = spawn(*small(out, "--json"))
+    with Driver(tmp_path) as driver:
+        for moment in MOMENTS[:-1]:
+            seen = functools.partial(lambda name: any(out.glob(name)), moment)
+            killed = driver.run(small(out, "--quiet"), out, kill_after=random.uniform(0, 0.1), until=seen)
+            assert killed.code == -signal.SIGKILL, killed.err
+            assert not out.joinpath("report.md").exists()
+    process = started(*small(out, "--quiet"))  # the driver leaves out the check of the GGUF file: the moment is short
+    wait_for(process, lambda: any(out.glob(MOMENTS[-1])))
+    process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert not out.joinpath("report.md").exists()
+    done = pare(*small(out, "--json"))
     assert done.code == 0, done.err
     same_results(whole["out"], out)
     steps = [list(json.loads((o / "manifest.json").read_text())["steps"]) for o in (whole["out"], out)]

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,16 @@ class Driver:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, argv: list, out: Path, kill_after: float | None = None, sent: int = signal.SIGKILL, **fault) -> Done:
-        """One run to its end, or until it is sent a signal after so many seconds."""
+    def run(
+        self,
+        argv: list,
+        out: Path,
+        kill_after: float | None = None,
+        sent: int = signal.SIGKILL,
+        until: Callable[[], bool] = lambda: True,
+        **fault,
+    ) -> Done:
+        """One run to its end, or until it is sent a signal: so many seconds after ``until`` is seen to be true."""
         job = json.dumps({"argv": [str(a) for a in argv], "out": str(out), "stderr": str(self.said), **fault})
         begun = time.monotonic()
         if self.server:
@@ -83,12 +92,13 @@ class Driver:
         else:
             process = subprocess.Popen([sys.executable, str(DRIVER), job], env=self.environment)
             pid = process.pid
-        bomb = threading.Timer(kill_after, send, (pid, sent)) if kill_after is not None else None
-        if bomb:
+        over = threading.Event()
+        bomb = threading.Thread(target=strike, args=(pid, sent, until, kill_after, over))
+        if kill_after is not None:
             bomb.start()
         code = int(self.server.stdout.readline()) if self.server else process.wait()
-        if bomb:
-            bomb.cancel()
+        over.set()
+        if kill_after is not None:
             bomb.join()
         return Done(code, self.said.read_text("utf-8"), time.monotonic() - begun)
 
@@ -96,10 +106,14 @@ class Driver:
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(DRIVER.parents[2]), os.environ.get("PYTHONPATH", "")])}
 
 
-def send(pid: int, sent: int) -> None:
-    """A signal, unless the process is gone."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, sent)
+def strike(pid: int, sent: int, until: Callable[[], bool], after: float, over: threading.Event) -> None:
+    """A signal so many seconds after ``until`` is true, unless the process is over by then."""
+    while not until():
+        if over.wait(0.002):
+            return
+    if not over.wait(after):
+        with suppress(ProcessLookupError):
+            os.kill(pid, sent)
 
 
 # ---- what a run leaves ----
