@@ -313,21 +313,31 @@ def test_suffix_decides_and_the_same_input_makes_the_same_bytes(three, tmp_path,
     assert sorted(f.name for f in tmp_path.iterdir()) == [f"a{suffix}", f"b{suffix}"]
 
 
-def test_another_process_makes_the_same_bytes(tmp_path):
-    code = (
-        "import sys, pathlib; sys.path[:0] = sys.argv[2:]; from tests.reporting import test_fit_plot as t; "
-        "t.fit_plot.draw(t.every(), pathlib.Path(sys.argv[1]))"
-    )
-    made = []
-    for seed in "12":
-        file = tmp_path / f"{seed}.svg"
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(file), *HERE],
-            env={"PYTHONHASHSEED": seed},
-            timeout=60,
-        )
-        assert done.returncode == 0
-        made.append(file.read_bytes())
+DRAW = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+sys.path[:0] = sys.argv[2:-1]
+from tests.reporting import test_fit_plot as t
+t.fit_plot.draw(t.every(), folder / sys.argv.pop())
+(folder / "toolkit").write_text(str("matplotlib.pyplot" in sys.modules))
+if not (folder / "a.svg").exists():
+    t.fit_plot.draw(t.every(), folder / "a.svg")
+"""
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Two folders with a picture, by processes of different seeds for the order of sets. The first draws a PNG before,
+    and notes what that loads."""
+    folders = [tmp_path_factory.mktemp("drawn") for _ in "12"]
+    for seed, folder, first in zip("12", folders, ("a.png", "a.svg"), strict=True):
+        command = [sys.executable, "-c", DRAW, str(folder), *HERE, first]
+        assert subprocess.run(command, env={"PYTHONHASHSEED": seed}, timeout=60).returncode == 0
+    return folders
+
+
+def test_another_process_makes_the_same_bytes(drawn):
+    made = [(folder / "a.svg").read_bytes() for folder in drawn]
     assert made[0] == made[1]
 
 
@@ -428,12 +438,5 @@ sys.exit(", ".join(sorted({"matplotlib", "numpy", "mlx"} & set(sys.modules))) or
     assert done.returncode == 0, done.stderr
 
 
-def test_no_window_toolkit_is_loaded(tmp_path):
-    code = f"""
-import sys; sys.path[:0] = {HERE!r}
-import pathlib
-from tests.reporting import test_fit_plot as test_plot
-test_plot.fit_plot.draw(test_plot.every(), pathlib.Path({str(tmp_path)!r}) / "a.png")
-sys.exit("matplotlib.pyplot" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+def test_no_window_toolkit_is_loaded(drawn):
+    assert (drawn[0] / "a.png").exists() and (drawn[0] / "toolkit").read_text() == "False"
