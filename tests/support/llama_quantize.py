@@ -65,7 +65,7 @@ LINE = re.compile(
 )
 
 
-def _quantize(library, job: dict, lines: list[str]) -> dict:
+def _quantize(library, job: dict, lines: list[bytes]) -> dict:
     params = library.llama_model_quantize_default_params()
     name = f"LLAMA_FTYPE_MOSTLY_{job['kind'].upper()}"
     params.ftype = library.LLAMA_FTYPE_ALL_F32 if job["kind"] == "f32" else getattr(library, name)
@@ -81,7 +81,7 @@ def _quantize(library, job: dict, lines: list[str]) -> dict:
     lines.clear()
     out = (job["out"] or job["gguf"] + ".none").encode()
     failed = library.llama_model_quantize(job["gguf"].encode(), out, ctypes.byref(params))
-    text = "".join(lines)
+    text = b"".join(lines).decode(errors="replace")
     if failed:
         return {"refused": text.strip().splitlines()[-1]}
     return {m[1]: (m[3] or m[4] or m[2]).upper() for m in LINE.finditer(text)}
@@ -90,11 +90,11 @@ def _quantize(library, job: dict, lines: list[str]) -> dict:
 def _answer(request: dict) -> None:
     from llama_cpp import llama_cpp as library
 
-    lines: list[str] = []
+    lines: list[bytes] = []
 
     @library.llama_log_callback
     def log(level, text, data):
-        lines.append(text.decode(errors="replace"))
+        lines.append(text)  # there are thousands for a model
 
     library.llama_log_set(log, None)
     found = [_quantize(library, job, lines) for job in request["jobs"]]
