@@ -156,67 +156,82 @@ def capped(x: np.ndarray, cap: float) -> np.ndarray:
     return x if np.isinf(cap) else cap * np.tanh(x / cap)
 
 
+def attend(config: dict, weights: dict[str, np.ndarray], x: np.ndarray, layer: int) -> np.ndarray:
+    """What o_proj of a layer reads, from what attention reads."""
+    kind, by, name = config["model_type"], numbers(config), f"model.layers.{layer}.self_attn"
+    heads, kv_heads, head_dim = sizes(config)
+    count, length = x.shape[:2]
+    behind = kind.startswith("olmo")
+
+    def split(x: np.ndarray, n: int) -> np.ndarray:
+        return x.reshape(count, length, n, head_dim).transpose(0, 2, 1, 3)
+
+    q, k, v = (linear(weights, x, f"{name}.{p}_proj") for p in "qkv")
+    if behind:  # one norm over all heads
+        q, k = norm(config, weights, q, f"{name}.q_norm"), norm(config, weights, k, f"{name}.k_norm")
+    q, k, v = (split(a, n) for a, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    if not behind and f"{name}.q_norm.weight" in weights:
+        q, k = norm(config, weights, q, f"{name}.q_norm"), norm(config, weights, k, f"{name}.k_norm")
+    angles = turns(config, layer, head_dim)
+    if angles is not None:
+        q, k = rope(q, angles), rope(k, angles)
+    if kind == "ministral3":  # longer texts are looked at more sharply, step by step
+        p = config["rope_parameters"]
+        far = np.log(1 + np.arange(length) // p["original_max_position_embeddings"])
+        q = q * (1 + p["llama_4_scaling_beta"] * far)[:, None]
+    k, v = (np.repeat(a, heads // kv_heads, axis=1) for a in (k, v))
+    back = np.arange(length)[:, None] - np.arange(length)[None, :]
+    seen = (back >= 0) & (back < (window_of(config, layer) or length))
+    found = capped(q @ k.transpose(0, 1, 3, 2) * by["scores"], by["score cap"])
+    mixed = softmax(np.where(seen, found, -np.inf)) @ v
+    return mixed.transpose(0, 2, 1, 3).reshape(count, length, heads * head_dim)
+
+
+def norm(config: dict, weights: dict[str, np.ndarray], x: np.ndarray, name: str) -> np.ndarray:
+    one = 1 if config["model_type"].startswith("gemma") else 0
+    return rms_norm(x, weights[f"{name}.weight"] + one, config["rms_norm_eps"])
+
+
+def linear(weights: dict[str, np.ndarray], x: np.ndarray, name: str) -> np.ndarray:
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+
+
+def block(config: dict, weights: dict[str, np.ndarray], x: np.ndarray, layer: int) -> dict[str, np.ndarray]:
+    """The activations of one layer, as ``forward`` lists them, from the stream [rows, tokens, hidden] before it."""
+    kind, added, name = config["model_type"], numbers(config)["added"], f"model.layers.{layer}"
+    gemma, behind = kind.startswith("gemma"), kind.startswith("olmo")
+    kept = {"before": x, "attn_norm": x if behind else norm(config, weights, x, f"{name}.input_layernorm")}
+    kept["attention"] = attend(config, weights, kept["attn_norm"], layer)
+    r = linear(weights, kept["attention"], f"{name}.self_attn.o_proj")
+    x = x + added * (norm(config, weights, r, f"{name}.post_attention_layernorm") if gemma or behind else r)
+    before = f"{name}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm"
+    kept["ffn_norm"] = x if behind else norm(config, weights, x, before)
+    gate, up = (linear(weights, kept["ffn_norm"], f"{name}.mlp.{n}_proj") for n in ("gate", "up"))
+    kept["ffn"] = (gelu_tanh(gate) if gemma else silu(gate)) * up
+    r = linear(weights, kept["ffn"], f"{name}.mlp.down_proj")
+    after = f"{name}.post_feedforward_layernorm"
+    return {**kept, "after": x + added * (norm(config, weights, r, after) if gemma or behind else r)}
+
+
+def embedded(config: dict, weights: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """The stream before the first layer."""
+    return weights["model.embed_tokens.weight"][tokens] * numbers(config)["embedding"]
+
+
 def forward(
     config: dict, weights: dict[str, np.ndarray], tokens: np.ndarray, factors: dict[int, float] | None = None
 ) -> tuple[np.ndarray, list[dict]]:
     """Logits [rows, tokens, vocab], and per layer: ffn, attention (inputs of down_proj and o_proj), attn_norm, ffn_norm
     (what attention and feed-forward read), before, after (of the block). ``factors``: on what a layer adds to the
     stream."""
-    kind, by = config["model_type"], numbers(config)
-    gemma, behind = kind.startswith("gemma"), kind.startswith("olmo")
-    eps = config["rms_norm_eps"]
-    heads, kv_heads, head_dim = sizes(config)
-    count, length = tokens.shape
-
-    def norm(x: np.ndarray, name: str) -> np.ndarray:
-        return rms_norm(x, weights[name] + (1 if gemma else 0), eps)
-
-    def linear(x: np.ndarray, name: str) -> np.ndarray:
-        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
-
-    def split(x: np.ndarray, n: int) -> np.ndarray:
-        return x.reshape(count, length, n, head_dim).transpose(0, 2, 1, 3)
-
-    def attend(x: np.ndarray, name: str, layer: int) -> np.ndarray:
-        q, k, v = (linear(x, f"{name}.{p}_proj") for p in "qkv")
-        if behind:  # one norm over all heads
-            q, k = norm(q, f"{name}.q_norm.weight"), norm(k, f"{name}.k_norm.weight")
-        q, k, v = (split(a, n) for a, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
-        if not behind and f"{name}.q_norm.weight" in weights:
-            q, k = norm(q, f"{name}.q_norm.weight"), norm(k, f"{name}.k_norm.weight")
-        angles = turns(config, layer, head_dim)
-        if angles is not None:
-            q, k = rope(q, angles), rope(k, angles)
-        if kind == "ministral3":  # longer texts are looked at more sharply, step by step
-            p = config["rope_parameters"]
-            far = np.log(1 + np.arange(length) // p["original_max_position_embeddings"])
-            q = q * (1 + p["llama_4_scaling_beta"] * far)[:, None]
-        k, v = (np.repeat(a, heads // kv_heads, axis=1) for a in (k, v))
-        back = np.arange(length)[:, None] - np.arange(length)[None, :]
-        seen = (back >= 0) & (back < (window_of(config, layer) or length))
-        found = capped(q @ k.transpose(0, 1, 3, 2) * by["scores"], by["score cap"])
-        mixed = softmax(np.where(seen, found, -np.inf)) @ v
-        return mixed.transpose(0, 2, 1, 3).reshape(count, length, heads * head_dim)
-
-    x = weights["model.embed_tokens.weight"][tokens] * by["embedding"]
-    layers = []
+    by, x, layers = numbers(config), embedded(config, weights, tokens), []
     for i in range(config["num_hidden_layers"]):
-        block = f"model.layers.{i}"
-        kept = {"before": x, "attn_norm": x if behind else norm(x, f"{block}.input_layernorm.weight")}
-        kept["attention"] = attend(kept["attn_norm"], f"{block}.self_attn", i)
-        r = linear(kept["attention"], f"{block}.self_attn.o_proj")
-        x = x + by["added"] * (norm(r, f"{block}.post_attention_layernorm.weight") if gemma or behind else r)
-        before = f"{block}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm.weight"
-        kept["ffn_norm"] = x if behind else norm(x, before)
-        gate, up = (linear(kept["ffn_norm"], f"{block}.mlp.{n}_proj") for n in ("gate", "up"))
-        kept["ffn"] = (gelu_tanh(gate) if gemma else silu(gate)) * up
-        r = linear(kept["ffn"], f"{block}.mlp.down_proj")
-        x = x + by["added"] * (norm(r, f"{block}.post_feedforward_layernorm.weight") if gemma or behind else r)
+        layers.append(block(config, weights, x, i))
         if i in (factors or {}):
-            x = kept["before"] + factors[i] * (x - kept["before"])
-        layers.append({**kept, "after": x})
+            layers[i]["after"] = x + factors[i] * (layers[i]["after"] - x)
+        x = layers[i]["after"]
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    return capped(norm(x, "model.norm.weight") @ head.T * by["logits"], by["logit cap"]), layers
+    return capped(norm(config, weights, x, "model.norm") @ head.T * by["logits"], by["logit cap"]), layers
 
 
 # ---- statistics of activations [rows, tokens, units] of which the first lengths[r] tokens of a row are text ----
@@ -484,13 +499,14 @@ def two_streams(
 
     ``kept``: (kv heads, channels) of every layer that stays, none where it loses that part; ``residual`` False: the
     target is what the dense matrix gave, without the error that the pruned stream brings along. ``stored``: what the
-    pruned stream goes through in place of what is solved (rounded, say). That stream is a whole forward each time.
+    pruned stream goes through in place of what is solved (rounded, say). It runs through a layer anew behind each.
     """
     behind = config["model_type"].startswith(("gemma", "olmo"))  # a norm, which no linear solve can reach past
     factor = numbers(config)["added"]
     heads, kv_heads, d = sizes(config)
     text = np.arange(tokens.shape[1])[None] < lengths[:, None]
     dense, new, result, passed = forward(config, weights, tokens)[1], dict(weights), {}, np.zeros(())
+    stream = embedded(config, weights, tokens)  # the pruned one, before the layer
     for i, a in enumerate(dense):
         names = [f"model.layers.{i}.{n}" for n in ("self_attn.o_proj", "mlp.down_proj")]
         if i not in kept:  # nothing is added to the stream: the layer is not there
@@ -500,7 +516,7 @@ def two_streams(
         middle = a["attention"] @ weights[f"{names[0]}.weight"].T + weights.get(f"{names[0]}.bias", 0.0)
         middle = a["before"] + factor * middle
         for name, site, chosen in zip(names, ("attention", "ffn"), columns, strict=True):
-            own = forward(config, new, tokens)[1][i]
+            own = block(config, new, stream, i)
             if not chosen:
                 new |= {n: np.zeros_like(weights[n]) for n in weights if n.rpartition(".")[0] == name}
                 passed = own["before"] if site == "attention" else passed
@@ -530,4 +546,5 @@ def two_streams(
             if site == "attention":
                 passed = own[site] @ new[f"{name}.weight"].T + new.get(f"{name}.bias", 0.0)
                 passed = own["before"] + factor * passed
+        stream = block(config, new, stream, i)["after"]
     return {**new, **result}
