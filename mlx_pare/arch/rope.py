@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..base.errors import PareError
-from .spec import shown
+from ..base.untrusted import shown
 
 
 def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:

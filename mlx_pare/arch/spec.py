@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
 from ..base.errors import PareError
+from ..base.untrusted import shown
 from .axes import Dim, dim, length
 
 
@@ -211,13 +213,6 @@ def whole(config: Mapping[str, Any], key: str, what: str = "", least: int = 1) -
     return value
 
 
-def shown(value: Any) -> str:
-    """A value of the config for a message. A list of a million is not written out only to be cut off."""
-    if isinstance(value, list | dict) and len(value) > 20:
-        return f"a {type(value).__name__} of {len(value)}"
-    return repr(value)[:80]
-
-
 def listed_layers(config: Mapping[str, Any], key: str, count: int) -> list[Any]:
     """Read the config's list of some of its layers. Raises PareError if it is no list, or longer than ``count``.
 
@@ -330,17 +325,20 @@ class Architecture:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every stored tensor once, in the order of the model. A tied head is the embedding and is not repeated."""
-        outside = self._shapes(self.family.model, None)
-        yield from (Tensor(self.prefix + s.name, shape, s, None) for s, shape in outside if s.role == "embed_tokens")
+        return iter(self._tensors)
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, ...]:  # a search for a size asks for them again and again
+        outside = [Tensor(self.prefix + s.name, shape, s, None) for s, shape in self._shapes(self.family.model, None)]
+        found = [tensor for tensor in outside if tensor.spec.role == "embed_tokens"]
         known: dict[Any, list] = {}  # layers of one kind and size have the same shapes
         for layer, info in enumerate(self.layers):
             alike = (info.kind, frozenset(info.sizes.items()))
             if alike not in known:
                 known[alike] = self._shapes(self.family.blocks[info.kind], layer)
             prefix = self.prefix + self.family.prefix.format(layer=layer)
-            for spec, shape in known[alike]:
-                yield Tensor(prefix + spec.name, shape, spec, layer)
-        yield from (Tensor(self.prefix + s.name, shape, s, None) for s, shape in outside if s.role != "embed_tokens")
+            found += [Tensor(prefix + spec.name, shape, spec, layer) for spec, shape in known[alike]]
+        return (*found, *(tensor for tensor in outside if tensor.spec.role != "embed_tokens"))
 
     def _shapes(self, specs: Sequence[TensorSpec], layer: int | None) -> list[tuple[TensorSpec, tuple[int, ...]]]:
         sizes = self.layer_sizes(layer)

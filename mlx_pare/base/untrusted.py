@@ -183,3 +183,10 @@ def check_links(directory: Path) -> None:
 def _snapshot(place: Path) -> bool:
     """Whether this is models--org--name/snapshots/<commit> of Hugging Face's cache."""
     return place.parent.name == "snapshots" and place.parent.parent.name.startswith(("models--", "datasets--"))
+
+
+def shown(value: Any) -> str:
+    """A value of the config for a message. A list of a million is not written out only to be cut off."""
+    if isinstance(value, list | dict) and len(value) > 20:
+        return f"a {type(value).__name__} of {len(value)}"
+    return repr(value)[:80]

@@ -298,7 +298,8 @@ def _after(case: Case, keep: Keep, packed: bool) -> tuple[Architecture, int]:
         from ..pruning.layout import smaller, total_bytes
 
         packing = subject.form.packing
-        return smaller(subject.checkpoint, keep, packing), total_bytes(subject.checkpoint, keep, packing)
+        arch = smaller(subject.checkpoint, keep, packing)
+        return arch, total_bytes(subject.checkpoint, keep, packing, arch)
     arch = cut(case.needs.arch, keep, packed)
     return arch, _predicted(case, arch)
 

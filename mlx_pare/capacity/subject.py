@@ -347,7 +347,7 @@ def _planned(path: Path, form: Form) -> Subject:
     notes = () if plan.source == checkpoint.identity() else (changed,)
     if form.given:
         return replace(_predicted(str(path), "plan", arch.config, arch, form, width), notes=notes)
-    weights = planner.weights_of(arch, total_bytes(checkpoint, keep, packing))
+    weights = planner.weights_of(arch, total_bytes(checkpoint, keep, packing, arch))
     described = str(packing or "as the original is stored")
     stored = packing or checkpoint.quantization
     return Subject(str(path), "plan", form, described, weights, arch, None, stored, width, notes=notes)

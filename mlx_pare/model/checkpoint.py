@@ -126,6 +126,7 @@ class Checkpoint:
         self.entries = read_headers(self.path)
         refuse_foreign(self.config, self.path, {name: entry.dtype for name, entry in self.entries.items()})
         self._quantization = self._read_quantization()
+        self._packings: dict[str, Packing | None] = {}  # what ``packing`` found, by module
 
     def _check_index(self, files: list[Path]) -> None:
         index = self.path / INDEX
@@ -190,6 +191,11 @@ class Checkpoint:
             self._check_shape(tensor)
         return arch
 
+    @cached_property
+    def by_role(self) -> dict[tuple[int | None, str], Tensor]:
+        """The tensors of the architecture by layer (None: outside of the layers) and role."""
+        return {(t.layer, t.spec.role): t for t in self.arch.tensors()}
+
     def _check_described(self, arch: Architecture, expected: Mapping[str, Tensor]) -> None:
         missing = [name for name in expected if name not in self.entries]
         if missing:
@@ -250,6 +256,11 @@ class Checkpoint:
 
     def packing(self, module: str) -> Packing | None:
         """How a module is packed; None if it is dense."""
+        if module not in self._packings:
+            self._packings[module] = self._packing(module)
+        return self._packings[module]
+
+    def _packing(self, module: str) -> Packing | None:
         scales = self.entries.get(f"{module}.scales")
         if scales is None or not self.quantized:
             return None

@@ -73,8 +73,8 @@ def goal(checkpoint: Checkpoint, options: Options) -> Goal:
     def parameters(keep: Keep, what: str = "total") -> float:
         return footprint.parameters(smaller(checkpoint, keep, packing))[what]
 
-    def size(keep: Keep) -> float:
-        return total_bytes(checkpoint, keep, packing)
+    def size(keep: Keep, new: Architecture | None = None) -> float:
+        return total_bytes(checkpoint, keep, packing, new)
 
     given = [n for n in ("keep", "params", "size", "budget") if getattr(options, n) is not None]
     if len(given) != 1:
@@ -105,7 +105,8 @@ def goal(checkpoint: Checkpoint, options: Options) -> Goal:
         return Goal(target, size, options.size, True, "bytes", gb)
 
     def over_budget(keep: Keep) -> float:
-        return size(keep) - options.budget(smaller(checkpoint, keep, packing), checkpoint.value_bytes)
+        new = smaller(checkpoint, keep, packing)
+        return size(keep, new) - options.budget(new, checkpoint.value_bytes)
 
     target = Target(kind="for", value=0, asked=f"fitting {options.budget_name}")
     return Goal(target, over_budget, 0.0, True, "bytes", lambda v: f"{gb(-v)} of headroom")

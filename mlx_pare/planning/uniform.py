@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from ..arch import Architecture, require_cuttable
 from ..base.errors import Refused
@@ -48,14 +49,15 @@ def shape(checkpoint: Checkpoint, options: Options, level: Level | None = None) 
     protected = reach.protected_layers(arch) if options.protect else []
     space = reach.space(arch, options.axes, step_of(checkpoint, options), protected)
     wanted = goal(checkpoint, options)
-    level = level or _nearest(checkpoint, options, wanted, space, protected)
+    measure = _measure(arch, wanted, protected)
+    level = level or _nearest(checkpoint, options, wanted, space, measure)
     return Shape(
         wanted.target,
         level,
         protected,
         size_of(checkpoint, None, None),
         size_of(checkpoint, reach.skeleton(arch, level, protected), packing),
-        reach.neighbours(space, level, _measure(arch, wanted, protected), wanted.show),
+        reach.neighbours(space, level, measure, wanted.show),
     )
 
 
@@ -78,7 +80,8 @@ def splits(checkpoint: Checkpoint, options: Options, most: int) -> list[Level]:
     arch, wanted = checkpoint.arch, goal(checkpoint, options)
     protected = reach.protected_layers(arch) if options.protect else []
     space = reach.space(arch, options.axes, step_of(checkpoint, options), protected)
-    even, measure = _nearest(checkpoint, options, wanted, space, protected), _measure(arch, wanted, protected)
+    measure = _measure(arch, wanted, protected)
+    even = _nearest(checkpoint, options, wanted, space, measure)
     whole = size_of(checkpoint, None, None)
     tolerance = SAME * (whole.bytes if wanted.counts == "bytes" else whole.parameters)
     tolerance = max(tolerance, abs(measure(even) - wanted.value))
@@ -87,7 +90,7 @@ def splits(checkpoint: Checkpoint, options: Options, most: int) -> list[Level]:
     for layers, heads in sorted(pairs, key=lambda pair: abs(pair[0] - even.layer) + abs(pair[1] - even.kv_head)):
         narrowed = reach.Space({**space.choices, "layer": [layers], "kv_head": [heads]})
         try:
-            level = _nearest(checkpoint, options, wanted, narrowed, protected)
+            level = _nearest(checkpoint, options, wanted, narrowed, measure)
         except Refused:
             continue
         if level not in found and abs(measure(level) - wanted.value) <= tolerance:
@@ -96,11 +99,10 @@ def splits(checkpoint: Checkpoint, options: Options, most: int) -> list[Level]:
 
 
 def _nearest(
-    checkpoint: Checkpoint, options: Options, wanted: Goal, space: reach.Space, protected: Sequence[int]
+    checkpoint: Checkpoint, options: Options, wanted: Goal, space: reach.Space, measure: Callable[[Level], float]
 ) -> Level:
     """Return the reachable level that meets a goal best. Raises Refused if there is none, or if nothing needs to be
     cut."""
-    measure = _measure(checkpoint.arch, wanted, protected)
     packing = packing_of(options)
     if wanted.at_most:
         stored = packing or checkpoint.quantization
@@ -115,7 +117,8 @@ def _nearest(
 
 
 def _measure(arch: Architecture, wanted: Goal, protected: Sequence[int]) -> Callable[[Level], float]:
-    return lambda level: wanted.measure(reach.skeleton(arch, level, protected))
+    """What a goal measures of a level. A search asks for the same levels again and again: each is measured once."""
+    return cache(lambda level: wanted.measure(reach.skeleton(arch, level, protected)))
 
 
 def step_of(checkpoint: Checkpoint, options: Options) -> int:

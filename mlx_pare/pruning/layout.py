@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from ..arch import Architecture, Keep, Tensor, cut
 from ..arch.spec import FUSED
@@ -47,7 +48,10 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        return sum(planned.nbytes for planned in self.stored())
+        """The bytes of these entries together."""
+        if self.packing is None:
+            return self.tensor.size * DTYPE_BYTES[self.dtype]
+        return self.packing.nbytes(*self.tensor.shape)
 
 
 def embedding_packed(checkpoint: Checkpoint, keep: Keep, packing: Packing | None) -> bool:
@@ -82,7 +86,9 @@ def smaller(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) 
     return cut(checkpoint.arch, keep, embedding_packed(checkpoint, keep, packing))
 
 
-def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Iterator[Piece]:
+def layout(
+    checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None, new: Architecture | None = None
+) -> Iterator[Piece]:
     """Yield the pieces of the cut model in the order of the new model.
 
     A matrix whose columns no group size divides stays dense: its piece has no packing, so the caller sees it.
@@ -91,6 +97,7 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
         checkpoint: the source.
         keep: the cut; its packings of single parts come first.
         packing: how to quantize the rest of the result; None: each tensor as it is in the source.
+        new: what ``smaller`` returned for them; None: it is asked.
 
     Returns:
         One piece for each tensor.
@@ -98,8 +105,8 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
     Raises:
         PareError: as ``smaller``.
     """
-    new = smaller(checkpoint, keep, packing)
-    old = {(t.layer, t.spec.role): t for t in checkpoint.arch.tensors()}
+    new = new or smaller(checkpoint, keep, packing)
+    old = checkpoint.by_role
     for tensor in new.tensors():
         layer = None if tensor.layer is None else keep.layers[tensor.layer].source
         origins, segment = _origins(tensor, layer, old, checkpoint.arch.tied)
@@ -109,10 +116,15 @@ def layout(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -
             own = [checkpoint.packing(origin.module) for origin in origins]
             wanted = keep.packing(tensor.layer, tensor.spec.part) or packing or _common(own)
         if wanted is not None:
-            wanted = replace(wanted, scale_bytes=DTYPE_BYTES[dtype]).fitted(tensor.shape[-1])
+            wanted = _fitted(wanted, DTYPE_BYTES[dtype], tensor.shape[-1])
         if _emptied(tensor, keep):
             origins = ()
         yield Piece(tensor, origins, wanted, dtype, segment)
+
+
+@cache
+def _fitted(packing: Packing, scale_bytes: int, columns: int) -> Packing | None:
+    return replace(packing, scale_bytes=scale_bytes).fitted(columns)
 
 
 def _origins(
@@ -135,9 +147,8 @@ def _origins(
 
 def _emptied(tensor: Tensor, keep: Keep) -> bool:
     """Whether the tensor lies on an axis of which its layer keeps nothing: the family needs something in its place."""
-    kept = keep.of(tensor.layer)
-    axes = {axis for dim in tensor.spec.dims for segment in dim for axis in segment}
-    return any(axis in axes and not len(index) for axis, index in kept.items())
+    gone = [axis for axis, index in keep.of(tensor.layer).items() if not len(index)]
+    return bool(gone) and any(axis in gone for dim in tensor.spec.dims for segment in dim for axis in segment)
 
 
 def _common(packings: Sequence[Packing | None]) -> Packing | None:
@@ -147,13 +158,16 @@ def _common(packings: Sequence[Packing | None]) -> Packing | None:
     return max(packings, key=lambda p: (p.bits, -p.group_size))
 
 
-def total_bytes(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> int:
+def total_bytes(
+    checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None, new: Architecture | None = None
+) -> int:
     """Count the bytes of a cut model, as its tensors will be written.
 
     Args:
         checkpoint: the source.
         keep: the cut.
         packing: packing of the result; None: as in the source.
+        new: what ``smaller`` returned for them; None: it is asked.
 
     Returns:
         Bytes of all tensors.
@@ -161,7 +175,7 @@ def total_bytes(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = No
     Raises:
         PareError: as ``smaller``.
     """
-    return sum(piece.nbytes for piece in layout(checkpoint, keep, packing))
+    return sum(piece.nbytes for piece in layout(checkpoint, keep, packing, new))
 
 
 def size_of(checkpoint: Checkpoint, keep: Keep | None, packing: Packing | None) -> Size:
@@ -188,5 +202,5 @@ def size_of(checkpoint: Checkpoint, keep: Keep | None, packing: Packing | None) 
         hidden=arch.sizes["hidden"],
         parameters=counted["total"],
         non_embedding=counted["non_embedding"],
-        bytes=checkpoint.nbytes() if keep is None else total_bytes(checkpoint, keep, packing),
+        bytes=checkpoint.nbytes() if keep is None else total_bytes(checkpoint, keep, packing, arch),
     )

@@ -7,6 +7,7 @@ fills these sizes with units, and the fit planner uses them to say what would fi
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Space:
 
     def at(self, fraction: float) -> Level:
         """Return the level at which every axis has the reachable count nearest to ``fraction`` of the whole."""
-        return Level(**{a: min(c, key=lambda n: (abs(n - fraction * c[-1]), n)) for a, c in self.choices.items()})
+        return Level(**{a: _nearest(c, fraction * c[-1]) for a, c in self.choices.items()})
 
     def smallest(self) -> Level:
         return Level(**{a: c[0] for a, c in self.choices.items()})
@@ -46,6 +47,12 @@ class Space:
     @property
     def finest(self) -> str:
         return max(self.choices, key=lambda a: len(self.choices[a]))
+
+
+def _nearest(counts: Sequence[int], wanted: float) -> int:
+    """The count nearest to a number; the smaller one of two that are as near."""
+    above = bisect_left(counts, wanted)
+    return min(counts[max(0, above - 1) : above + 1], key=lambda n: (abs(n - wanted), n))
 
 
 def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequence[int]) -> Space:
