@@ -5,19 +5,21 @@ budget.
     subject to  one variant of each part of a layer, or the whole layer dropped (not all); sum of costs <= budget;
                 nothing whose loss is infinite
 
-It is a multiple-choice knapsack, solved by HiGHS (scipy.optimize.milp). The losses of single changes are added up,
-which is an approximation (as in Puzzle, Bercovich et al. 2024, arXiv 2411.19146). It gets worse the more is cut. So the
-caller solves the programme for several sets of losses and tries the results (planning/try_candidates.py).
+It is a multiple-choice knapsack, solved by HiGHS (scipy.optimize.milp); if all layers share their widths, all choices
+are tried. The losses of single changes are added up, which is an approximation (as in Puzzle, Bercovich et al. 2024,
+arXiv 2411.19146). It gets worse the more is cut. So the caller solves the programme for several sets of losses and
+tries the results (planning/try_candidates.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, isfinite
 
 from ..base.errors import Refused
 
+ROUNDING = 1e-9  # share of the largest cost by which the rounding of sums may exceed a budget
 SECONDS = 20.0  # HiGHS then stops with the best choice it has; models of 100 layers take a second
 
 
@@ -118,9 +120,9 @@ def _tied(menus: Sequence[Menu], budget: float) -> list[Choice] | None:
     """Find the best variants for every number of dropped layers, and return the best of these choices."""
     best: tuple[float, list[Choice]] | None = None
     for gone in _drops(menus):
-        one = _solve([_sum([menu for i, menu in enumerate(menus) if i not in gone])], budget)
+        one = _alone(_sum([menu for i, menu in enumerate(menus) if i not in gone]), budget)
         if one is not None:
-            chosen = [None if i in gone else one[0] for i in range(len(menus))]
+            chosen = [None if i in gone else one for i in range(len(menus))]
             best = min(filter(None, (best, (loss_of(menus, chosen), chosen))), key=lambda found: found[0])
     return best and best[1]
 
@@ -130,8 +132,23 @@ def _sum(menus: Sequence[Menu]) -> Menu:
     parts = []
     for alike in zip(*(menu.parts for menu in menus), strict=True):
         variants = zip(*alike, strict=True)
-        parts.append(tuple(replace(v[0], loss=sum(x.loss for x in v), cost=sum(x.cost for x in v)) for v in variants))
+        summed = ((v[0], sum(x.loss for x in v), sum(x.cost for x in v)) for v in variants)
+        parts.append(tuple(Variant(v.units, v.bits, loss, cost) for v, loss, cost in summed))
     return Menu(tuple(parts), sum(menu.cost for menu in menus))
+
+
+def _alone(menu: Menu, budget: float) -> Choice:
+    """Find the best variants of a layer that stays, by trying all of them together. Return None if nothing is within
+    the budget."""
+    import numpy as np
+
+    loss, cost = np.zeros(()), np.asarray(menu.cost)
+    for part in menu.parts:
+        loss = np.add.outer(loss, [variant.loss for variant in part])
+        cost = np.add.outer(cost, [variant.cost for variant in part])
+    loss = np.where(cost <= budget + ROUNDING * np.abs(cost).max(), loss, inf)
+    best = np.unravel_index(loss.argmin(), loss.shape)
+    return tuple(int(i) for i in best) if isfinite(loss[best]) else None
 
 
 def _solve(menus: Sequence[Menu], budget: float) -> list[Choice] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from math import inf, prod
 
@@ -178,12 +179,13 @@ def propose(
     """
     found: dict[Candidate, float] = {}
     refused: PareError | None = None
-    attempts = islice(_attempts(spaces, seed), 4 * count + len(spaces) * len(POWERS))
-    for number, (space, power, noise) in enumerate(attempts):
+    attempts = islice(_attempts(range(len(spaces)), seed), 4 * count + len(spaces) * len(POWERS))
+    search = cache(lambda place: _searched(checkpoint, losses, goal, options, spaces[place]))
+    for number, (place, power, noise) in enumerate(attempts):
         if number >= len(spaces) and len(found) >= count:
             break
         try:
-            made, loss = _solve(checkpoint, losses, goal, options, space, power, noise)
+            made, loss = _solve(search(place), losses, goal, options, power, noise)
             found.setdefault(made, loss)
         except PareError as error:  # out of reach with these widths, or what is left would load nowhere
             refused = refused or error
@@ -192,46 +194,61 @@ def propose(
     return sorted(found, key=found.__getitem__)[:count]
 
 
-def _attempts(spaces: Sequence[Space], seed: int) -> Iterator[tuple[Space, float, np.random.Generator | None]]:
+def _attempts(places: Sequence[int], seed: int) -> Iterator[tuple[int, float, np.random.Generator | None]]:
+    """Yield the number of a space, a power of the losses, and what disturbs them."""
     for power in POWERS:
-        for space in spaces:
-            yield space, power, None
+        for place in places:
+            yield place, power, None
     random = np.random.default_rng(seed)
     while True:
         for power in POWERS[:-1]:
-            for space in spaces[::-1]:
-                yield space, power, random
+            for place in places[::-1]:
+                yield place, power, random
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A space to search: what can become of its layers, the first budget, and how exactly a budget must be known."""
+
+    menus: list[Menu]
+    tied: bool
+    budget: float
+    near: float
+
+
+def _searched(checkpoint: Checkpoint, losses: Losses, goal: Goal, options: Options, space: Space) -> _Search:
+    """Set up the search of a space. Raises PareError if its largest choice would load nowhere."""
+    arch = checkpoint.arch
+    price = _Price(checkpoint, goal, options)
+    menus = [_menu(arch, losses, space, price, layer) for layer in range(len(arch.layers))]
+    largest = [tuple(len(part) - 1 for part in menu.parts) for menu in menus]
+    cost = knapsack.cost_of(menus, largest)
+    largest_size = goal.measure(keep_of(_candidate(menus, largest), losses, options))
+    return _Search(menus, space.tied, goal.value - largest_size + cost, NEAR * cost)
 
 
 def _solve(
-    checkpoint: Checkpoint, losses: Losses, goal: Goal, options: Options, space: Space, power: float,
-    random: np.random.Generator | None,
-) -> tuple[Candidate, float]:  # fmt: skip
+    search: _Search, losses: Losses, goal: Goal, options: Options, power: float, random: np.random.Generator | None
+) -> tuple[Candidate, float]:
     """Find the best candidate of a space that really meets the goal, and its sum of losses (not raised to the power).
 
     The cost of a variant is counted tensor by tensor. This misses that a cut may change the family, and that the KV
     cache grows in whole steps. So the budget is lowered by what the exact measure is over the goal, until the goal
     holds. Then the budget is raised again as far as the goal holds. Raises Refused if the goal never holds.
     """
-    arch = checkpoint.arch
-    price = _Price(checkpoint, goal, options)
-    menus = [_menu(arch, losses, space, price, layer) for layer in range(len(arch.layers))]
-    judged = _disturbed(menus, power, random, space.tied)
-    largest = [tuple(len(part) - 1 for part in menu.parts) for menu in menus]
-    largest_size = goal.measure(keep_of(_candidate(menus, largest), losses, options))
-    budget = goal.value - largest_size + knapsack.cost_of(menus, largest)
-    near = NEAR * knapsack.cost_of(menus, largest)
+    menus, budget = search.menus, search.budget
+    judged = _disturbed(menus, power, random, search.tied)
     met: tuple[Candidate, float] | None = None
     low, high = -inf, inf  # budgets that do, and that do not
     for _ in range(REPAIRS):
-        chosen = knapsack.solve(judged, budget, space.tied)
+        chosen = knapsack.solve(judged, budget, search.tied)
         made = _candidate(menus, chosen)
         missed = goal.measure(keep_of(made, losses, options)) - goal.value
         if missed <= 0:
             met, low = (made, knapsack.loss_of(menus, chosen)), budget
         else:
             high = budget
-        if met and (high == inf or high - low < near):
+        if met and (high == inf or high - low < search.near):
             return met
         budget = (low + high) / 2 if met else budget - missed
     if met:
@@ -268,7 +285,7 @@ def _disturbed(menus: Sequence[Menu], power: float, random: np.random.Generator 
     for menu in menus:
         own = shared if tied else factors(len(menu.parts))
         parts = (
-            tuple(replace(v, loss=float(factor) * max(v.loss, 0.0) ** power) for v in part)
+            tuple(Variant(v.units, v.bits, float(factor) * max(v.loss, 0.0) ** power, v.cost) for v in part)
             for factor, part in zip(own, menu.parts, strict=True)
         )
         drop = None if menu.drop is None else float(factors(1)[0]) * max(menu.drop, 0.0) ** power
@@ -319,7 +336,7 @@ class _Price:
     def __init__(self, checkpoint: Checkpoint, goal: Goal, options: Options):
         self.checkpoint, self.arch, self.goal = checkpoint, checkpoint.arch, goal
         self.packing, self.options = packing_of(options), options
-        self.tensors = {(t.layer, t.spec.role): t for t in self.arch.tensors()}
+        self.tensors = checkpoint.by_role
         self.cached = self._cached() if options.budget else 0.0
 
     def part(self, layer: int, part: str, units: int, bits: int | None) -> float:
