@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -81,9 +82,17 @@ def several(path: Path) -> dict[str, Candidate]:
     }
 
 
-def weights_of(path: Path, made: Candidate, tried: Tried, calibration: Rows = DATA) -> tuple[dict, dict]:
-    """(config, weights) by the reference; the units are those that were tried."""
+@lru_cache(maxsize=1)
+def original(path: Path) -> tuple[dict, dict, list[dict], np.ndarray]:
+    """(config, weights, activations of every layer on DATA, logits for HELD) by the reference."""
     config, weights = reference.load(path)
+    layers, held = reference.forward(config, weights, DATA.tokens)[1], reference.forward(config, weights, HELD.tokens)
+    return config, weights, layers, held[0][:, :-1]
+
+
+def weights_of(path: Path, made: Candidate, tried: Tried) -> tuple[dict, dict]:
+    """(config, weights) by the reference; the units are those that were tried."""
+    config, weights, layers, _ = original(path)
     full = whole(Checkpoint(path).arch)
 
     def units(layer: int, part: str, width: Width, of: int) -> list[int]:
@@ -95,13 +104,13 @@ def weights_of(path: Path, made: Candidate, tried: Tried, calibration: Rows = DA
         for i, width in enumerate(made)
         if width is not None
     }
-    return config, reference.repaired_alone(config, weights, calibration.tokens, calibration.lengths, kept, DAMPING)
+    return config, reference.repaired_alone(config, weights, DATA.tokens, DATA.lengths, kept, DAMPING, layers)
 
 
-def kl_of(path: Path, config: dict, weights: dict, held: Rows = HELD) -> float:
+def kl_of(path: Path, config: dict, weights: dict) -> float:
     """Over every predicted token of the text."""
-    dense, cut = (reference.forward(config, w, held.tokens)[0][:, :-1] for w in (reference.load(path)[1], weights))
-    return float(reference.kl(dense, cut)[held.mask()[:, 1:]].mean())
+    cut = reference.forward(config, weights, HELD.tokens)[0][:, :-1]
+    return float(reference.kl(original(path)[3], cut)[HELD.mask()[:, 1:]].mean())
 
 
 # ---- against the reference ----

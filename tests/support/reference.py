@@ -458,12 +458,14 @@ def repaired_alone(
     lengths: np.ndarray,
     kept: dict[int, tuple[list[int], list[int]]],
     damping: float,
+    layers: list[dict] | None = None,
 ) -> dict[str, np.ndarray]:
     """The weights of the original with o_proj and down_proj (and their biases) of every layer solved anew for itself:
-    inputs and target are those of the dense stream. ``kept`` as in ``two_streams``; what keeps all is left as it is."""
+    inputs and target are those of the dense stream. ``kept`` as in ``two_streams``; what keeps all is left as it is.
+    ``layers``: what ``forward`` gave for the original, if it is known."""
     heads, kv_heads, d = sizes(config)
     text, new = np.arange(tokens.shape[1])[None] < lengths[:, None], dict(weights)
-    for i, a in enumerate(forward(config, weights, tokens)[1]):
+    for i, a in enumerate(layers or forward(config, weights, tokens)[1]):
         channels, units = kept.get(i, ([], []))[::-1]
         columns = {"self_attn.o_proj": inputs_of(units, heads // kv_heads * d), "mlp.down_proj": channels}
         for (short, chosen), site in zip(columns.items(), ("attention", "ffn"), strict=True):
