@@ -445,7 +445,7 @@ def settings(two_texts) -> Settings:
 def test_run(pico_models, settings, tmp_path, how):
     """From the model to the GGUF, reconstructed and recovered: packed as it was, as large as was predicted, opened by
     stock mlx-lm. For affine packings of every width that no other test runs as well."""
-    source = pico_models("llama", how if isinstance(how, str) else (how, 32))
+    source = pico_models("llama", how if isinstance(how, str) else (how, 32), num_hidden_layers=2)
     # one with trials of widths, which take most of the time; two without recovery and comparison
     settings = replace(settings, widths="uniform" if how == "mxfp4" else "even", quick=how in (2, 5))
     done = pipeline.run(source, tmp_path / "run", settings)
@@ -464,7 +464,7 @@ def test_run(pico_models, settings, tmp_path, how):
 
 def test_run_with_bits_chosen_per_layer(pico_models, settings, tmp_path):
     """Parts that get bits of their own stand beside those that stay in the mode of the source."""
-    source = pico_models("llama", "mxfp4")
+    source = pico_models("llama", "mxfp4", num_hidden_layers=3)
     wanted = replace(settings, keep=None, target_size=f"{Checkpoint(source).nbytes() * 3 // 4}B", recover_steps=0)
     done = pipeline.run(source, tmp_path / "run", replace(wanted, widths="per-layer", tries=3, choose_bits=(3, 8)))
     plan = Plan.load(tmp_path / "run" / "plan" / "plan.json")
