@@ -1,4 +1,4 @@
-"""Reconstruction equals a float64 reference that runs whole forwards, never harms, is never mixed with other plans.
+"""Reconstruction equals a float64 reference of both streams, never harms, is never mixed with other plans.
 
 Solved matrices are compared by their distance in the Frobenius norm relative to the reference's.
 """
