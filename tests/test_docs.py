@@ -178,6 +178,7 @@ def test_errors_of_the_estimates_are_todays():
 
 MEASURED = {  # page, section -> the files in benchmarks/results that its tables repeat
     ("results", "Under a budget of bytes"): ["quality-bytes-novelist-9m"],
+    ("results", "A real language model under a budget of bytes"): ["quality-bytes-smollm2-135m"],
     ("results", "Against other pruners"): ["quality-sizes-stories260K", "quality-sizes-novelist-9m"],
     ("results", "Recovery"): ["recovery-best-*", "recovery-factors-novelist-9m", "recovery-speed-novelist-9m"],
     ("results", "Importance matrices"): ["imatrix-novelist-9m"],
