@@ -246,10 +246,7 @@ def sizes(bench: Bench, levels: Sequence[int], own_widths: bool = True) -> Itera
     for level in levels:
         s = bench.settings(keep=1 - level / 100)
         alike, like = bench.cut(f"uniform-{level}", replace(s, widths="uniform", tries=None))
-        if own_widths:
-            own, made = bench.cut(f"per-layer-{level}", replace(s, widths="per-layer"))
-        else:
-            own, made = alike, like
+        own, made = bench.cut(f"per-layer-{level}", replace(s, widths="per-layer")) if own_widths else (alike, like)
         (peer, peer_name), (best, best_name) = (published(name, level, peers) for peers in (True, False))
         other, other_nll = again(bench, level)
         base = peer if peer == peer else exp(other_nll.mean())
@@ -270,7 +267,7 @@ def plain_sizes(bench: Bench) -> list[float]:
     """The bytes of the whole model in 3 to 8 bits, as shares of what it has."""
     checkpoint = Checkpoint(bench.subject.model)
     everything = Keep(tuple(LayerKeep(i) for i in range(len(checkpoint.arch.layers))))
-    return [size_of(checkpoint, everything, Packing(b, 64)).bytes / checkpoint.nbytes() for b in (3, 4, 5, 6, 8)]
+    return [size_of(checkpoint, everything, Packing(b, 64)).bytes / checkpoint.nbytes() for b in BITS[1:]]
 
 
 def budgets(bench: Bench, shares: Sequence[float], ways: Sequence[str]) -> Iterator[str]:

@@ -66,7 +66,7 @@ def bound(process: subprocess.Popen, most: int) -> None:
         import psutil
 
         looks, family = 0, []
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):
             own = psutil.Process(process.pid)
             while process.poll() is None:
                 if looks < FAMILY_LOOKS or looks % FAMILY_LOOKS == 0:  # this reads about all processes of the computer
