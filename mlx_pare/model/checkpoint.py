@@ -240,7 +240,7 @@ class Checkpoint:
             self._check_scales(tensor, packing)
 
     def _check_scales(self, tensor: Tensor, packing: Packing) -> None:
-        rows, columns = tensor.shape
+        *rows, columns = tensor.shape
         for name in (f"{tensor.module}.{part}" for part in packing.parts[1:]):
             entry = self.entries.get(name)
             if entry is None:
@@ -248,9 +248,9 @@ class Checkpoint:
             allowed = FLOATS if packing.affine else {"U8"}
             if entry.dtype != packing.scale_dtype(self.dtype(tensor)) or entry.dtype not in allowed:
                 raise PareError(f"{name} has dtype {entry.dtype}, expected {' or '.join(sorted(allowed))}")
-            if entry.shape != (rows, packing.groups(columns)) or columns % packing.group_size:
+            if entry.shape != (*rows, packing.groups(columns)) or columns % packing.group_size:
                 raise PareError(
-                    f"{name} has shape {list(entry.shape)}, expected {rows} rows and a column for every "
+                    f"{name} has shape {list(entry.shape)}, expected {tensor.rows} rows and a column for every "
                     f"{packing.group_size} of the {columns} columns of {tensor.name}"
                 )
 

@@ -40,10 +40,10 @@ class Piece:
         """The one to three safetensors entries that the tensor becomes, in the order in which they are written."""
         if self.packing is None:
             return [Planned(self.tensor.name, self.dtype, self.tensor.shape)]
-        rows, columns = self.tensor.shape
+        *rows, columns = self.tensor.shape
         _, *others = self.packing.parts
-        dtype, groups = self.packing.scale_dtype(self.dtype), (rows, self.packing.groups(columns))
-        words = Planned(self.tensor.name, "U32", (rows, self.packing.words(columns)))
+        dtype, groups = self.packing.scale_dtype(self.dtype), (*rows, self.packing.groups(columns))
+        words = Planned(self.tensor.name, "U32", (*rows, self.packing.words(columns)))
         return [words, *(Planned(f"{self.tensor.module}.{part}", dtype, groups) for part in others)]
 
     @property
@@ -51,7 +51,7 @@ class Piece:
         """The bytes of these entries together."""
         if self.packing is None:
             return self.tensor.size * DTYPE_BYTES[self.dtype]
-        return self.packing.nbytes(*self.tensor.shape)
+        return self.packing.nbytes(self.tensor.rows, self.tensor.shape[-1])
 
 
 def embedding_packed(checkpoint: Checkpoint, keep: Keep, packing: Packing | None) -> bool:
@@ -199,6 +199,7 @@ def size_of(checkpoint: Checkpoint, keep: Keep | None, packing: Packing | None) 
         ffn=arch.each("ffn"),
         kv_heads=arch.each("kv_head"),
         q_heads=arch.each("kv_head", "group"),
+        experts=arch.each("expert"),
         hidden=arch.sizes["hidden"],
         parameters=counted["total"],
         non_embedding=counted["non_embedding"],
