@@ -358,6 +358,8 @@ def why_uniform(arch: Architecture, axis: str | None = None) -> str | None:
 
     ``axis``: "ffn" or "kv_head"; None: both.
     """
+    if arch.uses("expert"):
+        return f"mlx-lm's {arch.family.name} has one number of experts for all layers"
     nas, openelm = _whole_objections(arch)
     if openelm is None or (axis == "ffn" and nas is None):
         return None

@@ -34,7 +34,8 @@ from .training import add_lora, checkpointed, fused, train
 __all__ = [
     "SAMPLE", "LogitShape", "add_lora", "blocks", "body", "cache_bytes", "checkpointed", "continued", "convert",
     "cpu_backend",
-    "dequantized", "each_block", "embedding", "final_norm", "for_backend", "fused", "generate", "greedy", "head", "limit_memory",
+    "dequantized", "each_block", "embedding", "final_norm", "for_backend", "fused", "generate", "greedy", "head",
+    "limit_memory",
     "load", "load_stock", "logit_shape", "logits", "own_wired_limit", "packed", "product_error", "put_embedding",
     "require_exact_products", "require_same_tokens", "same_tokens", "speed", "stock_tokenizer", "swift", "swift_kept",
     "tokenizer", "train",

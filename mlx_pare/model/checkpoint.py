@@ -198,6 +198,11 @@ class Checkpoint:
 
     def _check_described(self, arch: Architecture, expected: Mapping[str, Tensor]) -> None:
         missing = [name for name in expected if name not in self.entries]
+        if missing and (stacks := [t.name for t in expected.values() if t.spec.stack]) and {*stacks} <= {*missing}:
+            raise Unsupported(
+                f"{self.path} names its experts as on the hub, not as mlx-lm does ({stacks[0]} is missing)",
+                "convert it with mlx_lm.convert first",
+            )
         if missing:
             raise PareError(
                 f"{self.path} lacks {missing[0]}"

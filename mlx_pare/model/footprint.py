@@ -78,7 +78,7 @@ def like(checkpoint: Checkpoint) -> Storage:
 
     def stored(tensor: Tensor) -> int:
         packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-        return packing.nbytes(tensor.rows, tensor.shape[-1]) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
+        return packing.stored_bytes(tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
 
     return stored
 

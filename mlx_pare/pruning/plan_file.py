@@ -35,7 +35,7 @@ class Size(Strict):
     ffn: Count | list[Count]
     kv_heads: Count | list[Count]
     q_heads: Count | list[Count]
-    experts: Count | list[Count] = 0
+    experts: Count = 0
     hidden: Count
     parameters: Count
     non_embedding: Count
@@ -46,7 +46,8 @@ class LayerPlan(Strict):
     """One surviving layer: where it comes from and which units it keeps (indices in the original).
 
     Layers may keep different numbers of units, and one of the lists may be empty: the layer then loses its feed-forward
-    or its attention, unless it has no such units at all (a layer with experts has no ffn). If stock mlx-lm has no class for such layers, the plan does not suit the model.
+    or its attention, unless it has no such units at all (a layer with experts has no ffn). If stock mlx-lm has no class
+    for such layers, the plan does not suit the model.
     ``attention_bits``, ``ffn_bits``: bits of the matrices of that part, in groups of the plan's ``group_size``. None:
     the plan's ``bits``, or, without them, as in the source.
     """
@@ -57,7 +58,6 @@ class LayerPlan(Strict):
     expert: list[int] = Field(default_factory=list)
     attention_bits: int | None = None
     ffn_bits: int | None = None
-
 
     @model_serializer(mode="wrap")
     def _without_experts(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..arch import Architecture, Keep, LayerKeep, can_keep, positions
 from ..arch.axes import UNITS
 from ..base.errors import Refused, UsageError
 
-AXES = ("ffn", "kv_head", "expert", "layer", "hidden")
+AXES = ("ffn", "kv_head", "layer", "hidden", "expert")
 WIDE_FFN = 4096  # from here on the step is 256, for MLX's fast kernels and llama.cpp's K-quants
 
 

@@ -163,13 +163,11 @@ def calibrate(
 ) -> Path:
     """Stream ``rows`` through ``model`` and write ``directory``/stats.safetensors.
 
-    The file holds these arrays, float32, for each layer i:
+    The file holds float32 arrays, for each layer i:
     ``{i}.{site}.{name}``: the sums that accumulators.Moments names. Sites are ffn [ffn] and attention [q_head*head_dim]
     (inputs of down_proj and o_proj), attn_norm and ffn_norm [hidden] (outputs of the norms, or the stream itself if a
     layer has no such norm).
-    ``{i}.block.cosine`` []: accumulators.BlockCosine.
-    Of a model with experts, instead of the sites: ``{i}.expert.{name}`` [expert]: accumulators.RoutedSums, of the layers
-    that have experts.
+    ``{i}.block.cosine`` []: accumulators.BlockCosine. With experts: no sites, but ``{i}.expert.{name}`` (RoutedSums).
     With "contributions": ``{i}.ffn.removal`` [ffn] (accumulators.Removal), ``{i}.attention.contribution`` [kv_head]
     (HeadContribution). With "gradients": the arrays of gradients.measure.
     Once for the model: ``angles`` [layers + 1, layers + 1] between the inputs of all blocks, with the output of the
@@ -287,6 +285,8 @@ def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, e
     """
     if unknown := sorted({*extra} - {*EXTRA}):
         raise UsageError(f"unknown extra statistics {', '.join(unknown)}", f"choose of {', '.join(EXTRA)}")
+    if extra and checkpoint.arch.uses("expert"):
+        raise UsageError(f"{' and '.join(extra)} of experts are not measured", "choose another --criterion")
     held = _held(checkpoint, rows, extra)
     spooled = memory.must_spool(checkpoint, rows, cap, held)
     needed = memory.required_bytes(checkpoint, rows, spooled) + held

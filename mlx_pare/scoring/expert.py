@@ -15,8 +15,8 @@ import numpy as np
 from .source import Source
 
 FEW = 30  # visits
-# Super experts, by CerebrasResearch/reap model_util.py: the largest activation is above this percentile of all, and above
-# this share of the largest; among this share of the layers, the first ones.
+# Super experts, by CerebrasResearch/reap model_util.py: the largest activation is above this percentile of all, and
+# above this share of the largest; among this share of the layers, the first ones.
 PERCENTILE, SHARE, FIRST = 99.5, 0.1, 0.75
 
 

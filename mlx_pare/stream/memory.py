@@ -65,7 +65,7 @@ def head_bytes(checkpoint: Checkpoint) -> int:
 
 def _stored_bytes(checkpoint: Checkpoint, tensor: Tensor) -> int:
     packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-    return packing.nbytes(tensor.rows, tensor.shape[-1]) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
+    return packing.stored_bytes(tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
 
 
 def activation_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:

@@ -128,8 +128,8 @@ def _wide(array: mx.array) -> mx.array:
 
 
 def to_float32(module: nn.Module) -> nn.Module:
-    """Wrap every matrix in ``module`` in Float32Linear, Float32Stack or Float32Embedding; other parameters become float32. A
-    ``module`` that is a single layer is wrapped itself."""
+    """Wrap every matrix in ``module`` in Float32Linear, Float32Stack or Float32Embedding; other parameters become
+    float32. A ``module`` that is a single layer is wrapped itself."""
 
     def wrap(leaf: nn.Module) -> nn.Module:
         if isinstance(leaf, nn.Linear | nn.QuantizedLinear):

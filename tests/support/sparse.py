@@ -15,12 +15,14 @@ from tests.support import pico
 ROUTED = {"n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
 COUNTED = {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
 LOCAL = {"num_local_experts": 12, "num_experts_per_tok": 3}
-GLM = {"first_k_dense_replace": 1, "n_group": 1, "rope_scaling": None, "partial_rotary_factor": 0.5, "topk_group": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True}
+GLM = {"first_k_dense_replace": 1, "n_group": 1, "rope_scaling": None, "partial_rotary_factor": 0.5, "topk_group": 1}
+GLM |= {"routed_scaling_factor": 1.5, "norm_topk_prob": True}
 LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
 LATENT |= {"num_key_value_heads": 4}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 1.0}
 YARN |= {"beta_fast": 32, "beta_slow": 1}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32}
+LINEAR |= {"linear_value_head_dim": 32}
 LINEAR |= {"linear_conv_kernel_dim": 4, "full_attention_interval": 2, "head_dim": 32}
 LINEAR |= {"shared_expert_intermediate_size": 64, "partial_rotary_factor": 0.5}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 2, "mamba_d_state": 32, "mamba_d_conv": 4}
@@ -39,14 +41,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**COUNTED, "shared_expert_intermediate_size": 64},
     "mixtral": LOCAL,
     "phimoe": {**LOCAL, "num_experts_per_tok": 2, "rope_scaling": None},
-    "olmoe": {**COUNTED, "norm_topk_prob": False},
+    "olmoe": {**COUNTED, "norm_topk_prob": False, "num_key_value_heads": 4},
     "gpt_oss": {**LOCAL, "head_dim": 32, "sliding_window": 16},
     "glm4_moe": {**ROUTED, **GLM, "head_dim": 32, "use_qk_norm": True, "attention_bias": True},
     "ernie4_5_moe": {
         "moe_num_experts": 12, "moe_k": 3, "moe_layer_start_index": 1, "moe_num_shared_experts": 1,
         "moe_intermediate_size": 64, "moe_layer_interval": 1, "use_bias": False,
     },
-    "deepseek_v2": {**ROUTED, **LATENT, "first_k_dense_replace": 1, "topk_method": "gready", "q_lora_rank": None, "rope_scaling": YARN},
+    "deepseek_v2": {**ROUTED, **LATENT, "first_k_dense_replace": 1, "topk_method": "gready", "q_lora_rank": None,
+                    "rope_scaling": YARN},
     "deepseek_v3": {**ROUTED, **LATENT, **GLM, "q_lora_rank": 48, "topk_method": "noaux_tc"},
     "glm4_moe_lite": {**ROUTED, **LATENT, **GLM, "q_lora_rank": 48},
     "qwen3_next": {**COUNTED, **LINEAR, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
@@ -59,6 +62,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "nemotron_h": {**ROUTED, **NEMOTRON, "hybrid_override_pattern": "MEM*EE", "num_hidden_layers": 6},
 }  # fmt: skip
+ONLY_EXPERTS = ("qwen3_next", "lfm2_moe", "granitemoehybrid", "nemotron_h")  # not cut along layers
 ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "mixtral": "MixtralForCausalLM",
     "phimoe": "PhimoeForCausalLM", "olmoe": "OlmoeForCausalLM", "gpt_oss": "GptOssForCausalLM",

@@ -163,7 +163,9 @@ NEMOTRON_MOE = (  # in some models the experts work on fewer dimensions than the
     tensor("mixer.fc2_latent_proj.bias", "hidden", "ffn", "fc2_latent_proj_bias", "moe_latent_size mlp_bias"),
 )
 LATENT = Fixed(
-    ("expert",), "its experts work on fewer dimensions than the model has", lambda config: bool(config.get("moe_latent_size"))
+    ("expert",),
+    "its experts work on fewer dimensions than the model has",
+    lambda config: bool(config.get("moe_latent_size")),
 )
 NEMOTRON_BLOCKS = {
     "mamba": mamba("mixer", "mamba_proj_bias", "use_conv_bias", "mamba_proj_bias", keeps_decay=True),

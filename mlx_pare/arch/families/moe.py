@@ -173,6 +173,7 @@ MIXTRAL = sparse(
     keys=keys_without("ffn", "head_dim", **LOCAL),
     defaults={"tie_word_embeddings": False, "num_local_experts": 8, "num_experts_per_tok": 2},
     gguf="llama",
+    gguf_rope="norm",
 )
 
 PHIMOE = sparse(
