@@ -9,6 +9,9 @@ import sys
 os.environ["MLX_DISABLE_COMPILE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Where no compiled files may be written, each of hundreds of processes compiles 250 modules, and assertions, once more.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
