@@ -10,8 +10,7 @@ os.environ["MLX_DISABLE_COMPILE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Where no compiled files may be written, each of hundreds of processes compiles 250 modules, and assertions, once more.
-sys.dont_write_bytecode = False
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,8 @@ from commands import pare  # noqa: F401 a fixture
 from hub_server import HubServer
 
 from mlx_pare.base import console
+
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="module", autouse=True)
