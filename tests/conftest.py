@@ -9,6 +9,8 @@ import sys
 os.environ["MLX_DISABLE_COMPILE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Where no compiled files may be written, each of hundreds of processes compiles 250 modules, and assertions, once more.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,8 @@ from commands import pare  # noqa: F401 a fixture
 from hub_server import HubServer
 
 from mlx_pare.base import console
+
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -44,11 +44,12 @@ MAY_IMPORT = {
     "scoring": "base tensors arch model store sources lm text stream evaluation",
     "repair": "base tensors arch model store sources lm text stream pruning evaluation",
     "planning": "base tensors options arch model store sources lm text stream pruning evaluation repair",
+    "routing": "base options arch model store text stream pruning planning",
     "recovery": "base tensors options arch model store sources lm text stream pruning evaluation",
     "reporting": "base model store sources pruning capacity evaluation",
     "exporting": "base tensors options arch model store gguf sources lm text stream reporting",
     "pipeline": "base options arch model store gguf sources lm text "
-    "stream pruning capacity evaluation scoring repair planning recovery reporting exporting",
+    "stream pruning capacity evaluation scoring repair planning routing recovery reporting exporting",
     "cli": "base tensors options arch model store gguf sources "
     "lm text pruning capacity evaluation tasks reporting exporting pipeline",
 }

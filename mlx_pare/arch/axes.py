@@ -54,6 +54,8 @@ AXES = {
     )
 }
 
+UNITS = ("ffn", "kv_head", "expert")  # the axes of which a plan lists the kept units of every layer
+
 Segment = tuple[str, ...]
 Dim = tuple[Segment, ...]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..base.errors import PareError, Unsupported
 from . import uneven
+from .axes import UNITS
 from .describe import describe, periodic
 from .keep import Keep
 from .rope import both_rope_spellings
@@ -35,7 +36,7 @@ def can_keep(arch: Architecture, layers: Sequence[int]) -> bool:
 
     It may derive the kind of a layer from its index.
     """
-    kinds = [arch.layers[i].kind for i in layers]
+    kinds = [arch.layers[i].mixing for i in layers]
     if arch.family.kinds == "sliding_window_pattern":
         return len(layers) >= arch.config["sliding_window_pattern"] and kinds == positions(arch, len(layers))
     return arch.family.needed <= set(kinds)
@@ -97,6 +98,9 @@ def _check_axes(arch: Architecture, keep: Keep) -> None:
             raise PareError(
                 f"{arch.family.name} cannot be cut along {axis}: {why}", f"choose from {', '.join(arch.cut_axes)}"
             )
+    for count in sorted({len(layer.keep["expert"]) for layer in keep.layers if "expert" in layer.keep}):
+        if count < (active := arch.layers[0].sizes["active"]):
+            raise PareError(f"{count} experts are left, and every token visits {active}", "keep more experts")
     for count in sorted({len(layer.keep["kv_head"]) for layer in keep.layers if "kv_head" in layer.keep} - {0}):
         if not arch.holds_heads(count):
             heads, hidden = count * arch.layers[0].sizes["group"], arch.sizes["hidden"]
@@ -109,9 +113,13 @@ def _check_axes(arch: Architecture, keep: Keep) -> None:
 
 def _config(arch: Architecture, smaller: Architecture, sources: list[int], packed: bool) -> dict[str, Any]:
     config = dict(arch.config)
-    widths = {a: smaller.uniform(a) for a in ("kv_head", "group", "head_dim", "ffn")}
-    widths |= {"q_head": widths["kv_head"] * widths["group"], "layer": len(sources), **smaller.sizes}
-    config |= {key: widths[axis] for axis, key in arch.family.keys.items()}
+    there = smaller.layers[0].sizes
+    widths = {a: smaller.uniform(a) for a in (*UNITS, "group", "head_dim") if a in there}
+    widths |= {"q_head": widths["kv_head"] * widths["group"]} if "kv_head" in widths else {}
+    widths |= {"layer": len(sources), **smaller.sizes}
+    config |= {key: widths[axis] for axis, key in arch.family.keys.items() if axis in widths}
+    if arch.family.recounted and len(sources) < len(arch.layers):
+        config |= arch.family.recounted(config, [layer.kind for layer in smaller.layers])
     for key, by_place in arch.family.by_place.items():
         if config.get(key) is None:
             config[key] = [by_place(arch.config, i) for i in range(len(arch.layers))]

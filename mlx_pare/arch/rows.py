@@ -48,7 +48,7 @@ def planned(name: str, blocks: Rows | Mapping[str, Rows], **more: Any) -> Family
     """
     blocks = blocks if isinstance(blocks, Mapping) else {"full_attention": blocks}
     given = {"model_types": (name,), "keys": KEYS, "model": (EMBED, NORM, HEAD), "gguf": name, **more}
-    return Family(name=name, blocks=blocks, cuttable=frozenset(), **given)
+    return Family(name=name, blocks=blocks, **{"cuttable": frozenset(), **given})
 
 
 # A bias exists if the named config flag is true, always (True), or never (False).

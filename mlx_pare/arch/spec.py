@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from ..base.errors import PareError
 from ..base.untrusted import shown
-from .axes import Dim, dim, length
+from .axes import UNITS, Dim, dim, length
+from .mixers import MIXERS, Mixer
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class TensorSpec:
     when: str | None = None
     transforms: tuple[str, ...] = ()
     stored: str = ""
+
+    @property
+    def stack(self) -> bool:
+        """Whether it holds a matrix for each expert."""
+        return len(self.dims) == 3 and self.dims[0] == (("expert",),)
 
     def present(self, config: Mapping[str, Any]) -> bool:
         flags = self.when.split() if self.when else ()
@@ -73,52 +79,7 @@ def tensor(
     return TensorSpec(name, parsed, role or name.split(".")[-2], part, when, tuple(transforms), stored)
 
 
-_HEAD, _HIDDEN = dim("head_dim"), dim("hidden")
-
-
-@dataclass(frozen=True)
-class Mixer:
-    """What a kind of layer remembers of earlier positions, in values. The first word of a layer's kind names its mixer.
-
-    ``cache``: for every position (K and V). ``windowed``: the cache covers the sliding window only. ``state``: once for
-    any length, in the model's dtype; ``state_f32``: the same in float32. ``attends``: it compares queries with
-    positions, which another layer may cache, with heads as wide as ``head``. ``fused``: mlx-lm calls MLX's fused
-    kernel, if there is one.
-    """
-
-    cache: Dim = ()
-    windowed: bool = False
-    state: Dim = ()
-    state_f32: Dim = ()
-    attends: bool = True
-    head: Dim = _HEAD
-    fused: bool = True
-
-
-_KV = dim("kv_head*head_dim + kv_head*head_dim")
-_CONV = dim("conv_tail*linear_k_head*linear_k_dim + conv_tail*linear_k_head*linear_k_dim + "
-            "conv_tail*linear_v_head*linear_v_dim")  # fmt: skip
-
-_SCAN = dim("linear_v_head*linear_v_dim*linear_k_dim")
-
-# Source of each: make_cache and __call__ in the mlx_lm/models file named; tests/arch/test_families.py compares them
-# with real caches. MLX has no fused kernel for keys and values of different widths.
-MIXERS = {
-    "full_attention": Mixer(cache=_KV),
-    "sliding_attention": Mixer(cache=_KV, windowed=True),
-    "full_attention_shared": Mixer(),  # gemma4_text, gemma3n: queries only, on the cache of an earlier layer
-    "sliding_attention_shared": Mixer(windowed=True),
-    "mla": Mixer(cache=dim("kv_latent + rope_dim"), head=dim("nope_dim"), fused=False),  # deepseek_v3
-    "mla_expanded": Mixer(  # deepseek_v2 caches the keys and values of every head
-        cache=dim("q_head*nope_dim + q_head*rope_dim + q_head*v_dim"), head=dim("nope_dim + rope_dim")
-    ),
-    "linear_attention": Mixer(state=_CONV, state_f32=_SCAN, attends=False),  # gated DeltaNet: qwen3_next, qwen3_5
-    "mamba": Mixer(state=_CONV, state_f32=_SCAN, attends=False),  # Mamba 2: nemotron_h, granitemoehybrid
-    "mamba_and_attention": Mixer(cache=_KV, state=_CONV, state_f32=_SCAN),  # falcon_h1: side by side
-    "conv": Mixer(state=dim("conv_tail*hidden"), attends=False),  # lfm2
-    "feed_forward": Mixer(attends=False),  # nemotron_h: a layer that mixes nothing
-}
-
+_HIDDEN = dim("hidden")
 
 FUSED = {  # matrices in which some families store several roles: the roles, in the order of the segments of its rows
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -166,7 +127,9 @@ class Family:
     per_layer: tuple[str, ...] = ("layer_types",)  # config lists with one entry per layer
     # lists that a cut must write if the config has none, because a missing one is derived from the layer's place
     by_place: Mapping[str, Callable[[Mapping[str, Any], int], Any]] = field(default_factory=dict)
-    needed: frozenset[str] = frozenset({"full_attention"})  # kinds of layers that its class needs to load
+    # config, kinds of the layers that are left -> keys by which its class gives every layer its kind
+    recounted: Callable[[Mapping[str, Any], Sequence[str]], Mapping[str, Any]] | None = None
+    needed: frozenset[str] = frozenset({"full_attention"})  # mixers that its class needs to load
     divides: bool = False  # transformers opens it only if the number of query heads divides the hidden size
     residual: str | None = None  # config key of a factor on everything that its blocks add to the stream
     exact: frozenset[str] = frozenset({"layer", "ffn", "kv_head", "vocab"})
@@ -272,8 +235,13 @@ class Layer:
     sizes: Mapping[str, int]
 
     @property
+    def mixing(self) -> str:
+        """The name of its mixer."""
+        return self.kind.partition("+")[0]
+
+    @property
     def mixer(self) -> Mixer:
-        return MIXERS[self.kind.partition("+")[0]]
+        return MIXERS[self.mixing]
 
 
 @dataclass(frozen=True)
@@ -310,10 +278,22 @@ class Architecture:
         """The axes along which it can be cut."""
         return sorted(axis for axis in self.family.cuttable if self.why_fixed(axis) is None)
 
-    def axes(self, kind: str) -> set[str]:
+    def axes(self, kind: str) -> frozenset[str]:
         """The axes on which tensors of this kind of layer lie. A config may also give sizes that no tensor has."""
-        specs = (spec for spec in self.family.blocks[kind] if spec.present(self.config))
-        return {axis for spec in specs for d in spec.dims for part in d for axis in part}
+        return self._axes[kind]
+
+    @cached_property
+    def _axes(self) -> dict[str, frozenset[str]]:
+        def of(specs: Sequence[TensorSpec]) -> frozenset[str]:
+            present = (spec for spec in specs if spec.present(self.config))
+            return frozenset(axis for spec in present for d in spec.dims for part in d for axis in part)
+
+        return {kind: of(specs) for kind, specs in self.family.blocks.items()}
+
+    def units(self, layer: int) -> dict[str, int]:
+        """The number of units that a layer has, by the axes of UNITS on which its tensors lie."""
+        info = self.layers[layer]
+        return {axis: info.sizes[axis] for axis in UNITS if axis in self._axes[info.kind]}
 
     def uses(self, axis: str) -> bool:
         """Whether any tensor of any layer lies on this axis."""
@@ -378,17 +358,24 @@ class Architecture:
         return float(self.config.get(self.family.residual, 1.0)) if self.family.residual else 1.0
 
     def each(self, *axes: str) -> int | list[int]:
-        """The size of a layer axis, or the product of several: one number if all layers agree, else one per layer."""
-        sizes = [prod(layer.sizes[axis] for axis in axes) for layer in self.layers]
+        """The size of a layer axis, or the product of several: one number if all layers agree, else one per layer. It
+        is 0 in a layer without tensors on the axes."""
+        sizes = [
+            prod(layer.sizes[axis] for axis in axes) if set(axes) <= self.axes(layer.kind) else 0
+            for layer in self.layers
+        ]
         return sizes[0] if len(set(sizes)) == 1 else sizes
 
     def largest(self, *axes: str) -> int:
-        """The size of a layer axis, or the product of several, in the widest layer."""
-        return max(prod(layer.sizes[axis] for axis in axes) for layer in self.layers)
+        """The size of a layer axis, or the product of several, in the widest layer; 0 if no tensor lies on them."""
+        there = (layer.sizes for layer in self.layers if set(axes) <= self.axes(layer.kind))
+        return max((prod(sizes[axis] for axis in axes) for sizes in there), default=0)
 
     def uniform(self, axis: str) -> int:
-        """The size of a layer axis; stock mlx-lm classes need one for all layers. Raises PareError if layers differ."""
-        sizes = {layer.sizes[axis] for layer in self.layers}
+        """The size of a layer axis; stock mlx-lm classes need one for all layers. Layers without tensors on the axis do
+        not count, unless there are no others. Raises PareError if layers differ."""
+        there = [layer for layer in self.layers if axis in self._axes[layer.kind]]
+        sizes = {layer.sizes[axis] for layer in there or self.layers}
         if len(sizes) != 1:
             raise PareError(
                 f"layers differ in {axis} ({', '.join(map(str, sorted(sizes)))})",

@@ -299,7 +299,9 @@ def roles(arch: Architecture) -> set[str]:
 
 
 def differ(smaller: Architecture) -> bool:
-    """Whether the layers of a cut each need a size: they differ, or all lack a part."""
+    """Whether the layers of a cut each need a size: they differ, or all lack a part. Layers with experts cannot."""
+    if smaller.uses("expert"):
+        return False
     sizes = {(layer.sizes["ffn"], layer.sizes["kv_head"]) for layer in smaller.layers}
     return len(sizes) > 1 or 0 in next(iter(sizes))
 
@@ -356,6 +358,8 @@ def why_uniform(arch: Architecture, axis: str | None = None) -> str | None:
 
     ``axis``: "ffn" or "kv_head"; None: both.
     """
+    if arch.uses("expert"):
+        return f"mlx-lm's {arch.family.name} has one number of experts for all layers"
     nas, openelm = _whole_objections(arch)
     if openelm is None or (axis == "ffn" and nas is None):
         return None
@@ -376,7 +380,7 @@ def why_no_sublayer_drops(arch: Architecture, sublayer: str = "attention") -> st
 
 def _whole_objections(arch: Architecture) -> tuple[str | None, str | None]:
     """Why nemotron-nas and openelm cannot hold a model's blocks, for any width that its feed-forwards are cut to."""
-    sizes = [{**layer.sizes, "ffn": max(UNIT, layer.sizes["ffn"] // UNIT * UNIT)} for layer in arch.layers]
+    sizes = [{**layer.sizes, "ffn": max(UNIT, layer.sizes.get("ffn", 0) // UNIT * UNIT)} for layer in arch.layers]
     layers = tuple(type(layer)(layer.kind, s) for layer, s in zip(arch.layers, sizes, strict=True))
     widened = Architecture(arch.family, arch.config, arch.sizes, layers, arch.tied)
     nas, openelm = (exit_.why_not(widened) for exit_ in EXITS)

@@ -38,7 +38,8 @@ GGUF_BITS = {8: "q8_0", 6: "q6_k", 5: "q5_k_m", 4: "q4_k_m", 3: "q3_k_m", 2: "q2
 CUT_LOSS = 5.0
 STEPS = (1024, 512, 256)  # tokens per prefill step: smaller ones begin to cost speed
 FRUGAL_STEP, FRUGAL_BITS = 512, 8  # tried together with fewer bits and with cuts
-CUTS = (CutOptions.axes, ("layer",), ("ffn",))
+CUTS = (CutOptions.axes, ("layer",), ("ffn",), ("expert",))
+COUNTED = ("expert", "expert_ffn", "ffn", "layer")  # axes along which a cut can be counted
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ class Case:
 
     @property
     def axes(self) -> Sequence:
-        """Axes to cut along: sets of them, or single ones if mlx-pare can only count the cut."""
+        """Axes to cut along: sets of them, and single ones along which mlx-pare can only count a cut."""
         arch = self.needs.arch
-        if arch.cuttable:
-            return CUTS
-        return [axis for axis in ("expert", "expert_ffn", "ffn", "layer") if axis == "layer" or arch.uses(axis)]
+        able = set(arch.cut_axes) if arch.cuttable else set()
+        if able >= {*CutOptions.axes}:
+            return CUTS[:3]
+        counted = [axis for axis in COUNTED if axis not in able and (axis == "layer" or arch.uses(axis))]
+        return [*(axes for axes in CUTS if {*axes} <= able), *counted]
 
     @property
     def usual(self) -> bool:
@@ -256,10 +259,10 @@ def _bits(case: Case) -> Iterator[Change]:
 
 
 def _cuts(case: Case, ways: Sequence | None = None) -> Iterator[Change]:
-    """Yield the smallest cut along each set of axes, or along single axes if mlx-pare cannot cut the family yet."""
+    """Yield the smallest cut along each set of axes, and along single axes that mlx-pare cannot cut yet."""
     if case.subject.storage is not None or case.subject.checkpoint is not None:
-        search = smallest_cut if case.needs.arch.cuttable else _shrunk
-        yield from filter(None, (search(case, way) for way in (ways or case.axes)))
+        found = (_shrunk(case, w) if isinstance(w, str) else smallest_cut(case, w) for w in ways or case.axes)
+        yield from filter(None, found)
 
 
 def smallest_cut(case: Case, axes: Sequence[str] = CutOptions.axes) -> Change | None:
@@ -348,7 +351,8 @@ def _shrunk(case: Case, axis: str) -> Change | None:
             high = middle - 1
     if best is None or best[0] == _whole(arch, axis):
         return None
-    how = f"mlx-pare cannot cut {arch.family.name} yet"
+    along = f" along {axis}" if arch.cuttable else ""
+    how = f"mlx-pare cannot cut {arch.family.name}{along} yet"
     return _cut(case, f"{axis} {best[0]} of {_whole(arch, axis)}", best[1], best[2], how)
 
 

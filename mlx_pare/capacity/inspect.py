@@ -36,7 +36,8 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
         kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
     packing = subject.checkpoint.quantization if subject.checkpoint else None
     cuttable = arch.cut_axes if arch.cuttable else []
-    fixed = {axis: arch.why_fixed(axis) for axis in AXES if arch.cuttable and axis not in cuttable}
+    others = {*AXES} - {*cuttable, *(() if arch.uses("expert") else ("expert",))}
+    fixed = {axis: arch.why_fixed(axis) for axis in AXES if arch.cuttable and axis in others}
     return {
         "model_type": config["model_type"],
         "family": family.name,

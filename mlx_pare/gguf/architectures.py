@@ -14,7 +14,7 @@ from ..arch import Architecture
 from ..base.errors import PareError
 from ..model.checkpoint import Checkpoint
 from ..model.licence import licence_name
-from . import uneven_layers
+from . import experts, uneven_layers
 from .special_cases import ALLOWED, FURTHER, LONG, NOTES, OBJECTIONS, WINDOWS, rotary
 
 FILE_TYPES = {  # the kinds that can be written: enum llama_ftype, llama.cpp include/llama.h
@@ -70,11 +70,12 @@ def target_of(checkpoint: Checkpoint) -> Target:
     if family.gguf in ("qwen2", "seed_oss") and (target.scaling_type == "llama3" or biased):
         # only the llama architecture has rope factors and those biases; its blocks differ in the row order alone
         target = Target("llama", True, theta, scaling)
-    kinds = {layer.kind for layer in arch.layers}
+    kinds = {layer.mixing for layer in arch.layers}
     if target.architecture not in WINDOWS and "sliding_attention" in kinds:
         raise PareError(f"{checkpoint.path} has sliding attention, which llama.cpp's {target.architecture} lacks")
-    if family.gguf in OBJECTIONS and (why := OBJECTIONS[family.gguf](arch)):
-        raise PareError(f"{checkpoint.path} {why}")
+    for objections in (OBJECTIONS, experts.OBJECTIONS if arch.uses("expert") else {}):
+        if family.gguf in objections and (why := objections[family.gguf](arch)):
+            raise PareError(f"{checkpoint.path} {why}")
     if config.get("rope_traditional"):
         raise PareError(f"{checkpoint.path} sets rope_traditional, which is not supported in GGUF")
     _check_scaling(checkpoint, target)
@@ -163,7 +164,7 @@ def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> 
         writer.add_head_count([layer.heads for layer in layers])
         writer.add_head_count_kv([layer.kv_heads for layer in layers])
     else:
-        writer.add_feed_forward_length(arch.uniform("ffn"))
+        writer.add_feed_forward_length(arch.layers[0].sizes.get("ffn") or arch.uniform("expert_ffn"))
         writer.add_head_count(arch.uniform("kv_head") * arch.uniform("group"))
         writer.add_head_count_kv(arch.uniform("kv_head"))
     writer.add_key_length(head_dim)
@@ -172,6 +173,8 @@ def metadata(writer: Any, checkpoint: Checkpoint, target: Target, kind: str) -> 
     writer.add_rope_dimension_count(rotary(arch, target.architecture))
     writer.add_rope_freq_base(target.theta)
     _scaling_metadata(writer, target)
+    if arch.uses("expert"):
+        experts.metadata(writer, arch, target.architecture)
     if target.architecture in FURTHER:
         FURTHER[target.architecture](writer, checkpoint)
 

@@ -14,7 +14,7 @@ from ..arch import Architecture
 from ..arch.rope import both_rope_spellings, rope_scaling, rotary_share
 from ..model.checkpoint import Checkpoint
 
-WINDOWS = ("gemma2", "gemma3", "olmo2")  # architectures that take a list of the layers with a window
+WINDOWS = ("gemma2", "gemma3", "olmo2", "gpt-oss")  # architectures that take a list of the layers with a window
 BY_PLACE = ("smollm3",)  # architectures that treat layers by their place, and take no list
 LONG = ("longrope", "su")  # two names of phi3's scaling, which has a factor for every pair
 
@@ -77,7 +77,7 @@ OBJECTIONS: Mapping[str, Callable[[Architecture], str | None]] = {
 
 def rotary(arch: Architecture, architecture: str) -> int:
     """How many dimensions of a head the rope turns."""
-    return int(arch.uniform("head_dim") * (rotary_share(arch.config) if architecture == "phi3" else 1.0))
+    return int(arch.uniform("head_dim") * (rotary_share(arch.config) if architecture in ("phi3", "glm4moe") else 1.0))
 
 
 def _windows(writer: Any, config: Mapping[str, Any], kinds: Sequence[str]) -> None:

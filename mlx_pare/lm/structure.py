@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -42,9 +42,25 @@ class LogitShape:
         return self.factor * steep
 
 
+# Names of these parts in mlx-lm's classes; the first that a model has is meant.
+BODIES = ("model", "transformer", "backbone")  # of most, of openelm, of nemotron_h
+EMBEDDINGS = ("embed_tokens", "token_embeddings", "embeddings")  # the same
+NORMS = ("norm", "embedding_norm", "final_layernorm", "norm_f")  # of most, of lfm2, of falcon_h1, of nemotron_h
+
+
+def _named(module: nn.Module, names: Sequence[str]) -> str:
+    return next(name for name in names if hasattr(module, name))
+
+
 def body(model: nn.Module) -> nn.Module:
     """Return the model up to its final norm, without the head."""
-    return model.transformer if "transformer" in model else model.model  # openelm uses other names
+    return getattr(model, _named(model, BODIES))
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """Return the norm behind the last block."""
+    inner = body(model)
+    return getattr(inner, _named(inner, NORMS))
 
 
 def blocks(model: nn.Module) -> list:
@@ -55,7 +71,7 @@ def blocks(model: nn.Module) -> list:
 def embedding(model: nn.Module) -> nn.Module:
     """Return the table of token embeddings."""
     inner = body(model)
-    return inner.token_embeddings if "token_embeddings" in inner else inner.embed_tokens
+    return getattr(inner, _named(inner, EMBEDDINGS))
 
 
 def put_embedding(model: nn.Module, embedding: Callable[[mx.array], mx.array]) -> None:
@@ -66,7 +82,7 @@ def put_embedding(model: nn.Module, embedding: Callable[[mx.array], mx.array]) -
         embedding: int token ids [b, n] -> hidden states [b, n, hidden].
     """
     inner = body(model)
-    setattr(inner, "token_embeddings" if "token_embeddings" in inner else "embed_tokens", embedding)
+    setattr(inner, _named(inner, EMBEDDINGS), embedding)
 
 
 def head(model: nn.Module) -> nn.Module:

@@ -19,7 +19,8 @@ from .structure import blocks
 
 
 def add_lora(model: nn.Module, rank: int, scale: float, dora: bool = False) -> None:
-    """Freeze a model and put adapters on every linear layer of every block (mlx_lm.tuner), without dropout.
+    """Freeze a model and put adapters on every linear layer of every block (mlx_lm.tuner), without dropout. Stacks of
+    experts stay as they are.
 
     Args:
         model: the model, changed in place.
@@ -30,7 +31,10 @@ def add_lora(model: nn.Module, rank: int, scale: float, dora: bool = False) -> N
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     model.freeze()
-    linear_to_lora_layers(model, len(blocks(model)), {"rank": rank, "scale": scale, "dropout": 0.0}, use_dora=dora)
+    linear = nn.Linear | nn.QuantizedLinear
+    keys = {name for block in blocks(model) for name, part in block.named_modules() if isinstance(part, linear)}
+    asked = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(keys)}
+    linear_to_lora_layers(model, len(blocks(model)), asked, use_dora=dora)
 
 
 def fused(module: nn.Module) -> mx.array:

@@ -198,6 +198,11 @@ class Checkpoint:
 
     def _check_described(self, arch: Architecture, expected: Mapping[str, Tensor]) -> None:
         missing = [name for name in expected if name not in self.entries]
+        if missing and (stacks := [t.name for t in expected.values() if t.spec.stack]) and {*stacks} <= {*missing}:
+            raise Unsupported(
+                f"{self.path} names its experts as on the hub, not as mlx-lm does ({stacks[0]} is missing)",
+                "convert it with mlx_lm.convert first",
+            )
         if missing:
             raise PareError(
                 f"{self.path} lacks {missing[0]}"
@@ -240,7 +245,7 @@ class Checkpoint:
             self._check_scales(tensor, packing)
 
     def _check_scales(self, tensor: Tensor, packing: Packing) -> None:
-        rows, columns = tensor.shape
+        *rows, columns = tensor.shape
         for name in (f"{tensor.module}.{part}" for part in packing.parts[1:]):
             entry = self.entries.get(name)
             if entry is None:
@@ -248,9 +253,9 @@ class Checkpoint:
             allowed = FLOATS if packing.affine else {"U8"}
             if entry.dtype != packing.scale_dtype(self.dtype(tensor)) or entry.dtype not in allowed:
                 raise PareError(f"{name} has dtype {entry.dtype}, expected {' or '.join(sorted(allowed))}")
-            if entry.shape != (rows, packing.groups(columns)) or columns % packing.group_size:
+            if entry.shape != (*rows, packing.groups(columns)) or columns % packing.group_size:
                 raise PareError(
-                    f"{name} has shape {list(entry.shape)}, expected {rows} rows and a column for every "
+                    f"{name} has shape {list(entry.shape)}, expected {tensor.rows} rows and a column for every "
                     f"{packing.group_size} of the {columns} columns of {tensor.name}"
                 )
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from ..arch import Architecture, Tensor
 from ..arch.axes import dim, length
-from ..arch.spec import MIXERS, Layer
+from ..arch.mixers import MIXERS
+from ..arch.spec import Layer
 from ..tensors.packing import Packing
 from ..tensors.safetensors import DTYPE_BYTES
 from .checkpoint import Checkpoint
@@ -77,7 +78,7 @@ def like(checkpoint: Checkpoint) -> Storage:
 
     def stored(tensor: Tensor) -> int:
         packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-        return packing.nbytes(*tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
+        return packing.stored_bytes(tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
 
     return stored
 

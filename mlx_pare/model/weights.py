@@ -72,21 +72,22 @@ def read_panels(
     Args:
         checkpoint: the model.
         tensor: the tensor.
-        rows: the rows to read, in this order; None: all.
+        rows: the rows to read, of all its matrices (tensors/panels.py), in this order; None: all.
     Returns:
-        Panels [some of the rows, ...] of the stored dtype, packed if the tensor is packed.
+        Panels [some of the rows, columns] of the stored dtype, packed if the tensor is packed.
     Raises:
         PareError: the file ends too early, because it was changed since it was opened.
     """
     packing = checkpoint.packing(tensor.module) if tensor.matrix else None
     names = [f"{tensor.module}.{part}" for part in packing.parts] if packing else [tensor.name]
     entries = [checkpoint.entries[name] for name in names]
-    step = max(1, PANEL_VALUES * tensor.shape[0] // tensor.size)
+    rows_of_all = tensor.rows if len(tensor.shape) > 1 else tensor.size
+    step = max(1, PANEL_VALUES * rows_of_all // tensor.size)
     for panels in zip(*(row_panels(entry, rows, step) for entry in entries), strict=True):
         arrays = [_array(panel, entry) for panel, entry in zip(panels, entries, strict=True)]
         yield Packed.of(arrays, packing) if packing else arrays[0]
 
 
 def _array(panel: np.ndarray, entry: Entry) -> mx.array:
-    array = mx.array(panel.view(_VIEWS[entry.dtype]).reshape(len(panel), *entry.shape[1:]))
+    array = mx.array(panel.view(_VIEWS[entry.dtype]).reshape(len(panel), *entry.shape[1:][-1:]))
     return array.view(mx.bfloat16) if entry.dtype == "BF16" else array

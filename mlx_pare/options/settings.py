@@ -41,6 +41,7 @@ FOR_A_MAC = ("min_speed",)  # has no meaning without --for
 RATES = ("cosine", "linear", "constant")
 CRITERION_NAMES = ("obs", "minitron", "magnitude", "wanda", "flap", "composite", "taylor", "taylor2", "iterative",
                    "block-influence", "angular", "random")  # fmt: skip
+EXPERT_CRITERION_NAMES = ("frequency", "seer", "ean", "man", "reap", "energy")
 STAGES = "0.8,0.65,0.5"  # an example
 
 
@@ -143,8 +144,8 @@ class CutOptions:
 
     axes: Sequence[str] = setting(
         ("ffn", "kv_head"),
-        "What may be cut: ffn (feed-forward channels), kv_head (attention heads), layer, hidden. Separate several with "
-        "commas.",
+        "What may be cut: ffn (feed-forward channels), kv_head (attention heads), layer, hidden, expert. Separate "
+        "several with commas. Models with experts: expert by default.",
         metavar="LIST", listed=True, read=_names)
     protect: bool = setting(
         True, "Do not remove the first layer, the last layer and the last full-attention layer.")
@@ -191,7 +192,9 @@ class SearchOptions:
     PANEL: ClassVar[str] = "Search"
 
     criterion: str = setting(
-        "obs", f"How units are ranked: {', '.join(CRITERION_NAMES)}.", metavar="NAME", choices=CRITERION_NAMES)
+        "obs",
+        f"How units are ranked: {', '.join(CRITERION_NAMES)}. For experts alone: {', '.join(EXPERT_CRITERION_NAMES)}.",
+        metavar="NAME", choices=CRITERION_NAMES + EXPERT_CRITERION_NAMES)
     reconstruct: bool = setting(
         True, "Solve the matrices behind the cut again, so that they compensate for it.")
     widths: str = setting(

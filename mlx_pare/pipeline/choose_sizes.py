@@ -33,6 +33,7 @@ from ..planning.sensitivity import sensitivity
 from ..planning.trial_cache import HELD_TOKENS, candidates_kl, finite, held_rows, plan_kl, written
 from ..planning.uniform import splits
 from ..pruning.plan_file import Plan
+from ..routing import plan_experts
 from ..store.arrays import Arrays
 from ..store.manifest import Manifest
 from ..store.rundir import Run, fingerprint
@@ -78,6 +79,9 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
     if s.widths != "even":
         asked |= {"widths": s.widths, "tries": tries(s)}
         inputs |= {"data": texts.calibration.digest(), "held": held_rows(texts).digest()}
+    if routes := plan_experts.chooses(run, s, scores):
+        provenance.check(run, texts)
+        asked["experts_by"], inputs["held"] = routes, held_rows(texts).digest()
     if by is not None:
         asked |= {"layers_by": by, "layers by default": s.layers_by is None, "reconstruct": s.reconstruct}
         inputs["held"] = held_rows(texts).digest()
@@ -91,6 +95,8 @@ def plan_step(run: Run, texts: Texts, s: Settings) -> Path:
         made, tried = {"even": _even, "uniform": _uniform, "per-layer": _per_layer}[s.widths](run, texts, s, chosen)
         if by == "kl" and s.layers_by is None and s.reconstruct and s.widths == "uniform":
             made = best_repaired(run, texts, s, made, scores, directory)
+        if routes:
+            made = plan_experts.with_experts(run, texts, s, made, chosen, directory)
         (directory / "plan.json").write_bytes(made.dump())
         if tried:
             (directory / "tried.json").write_bytes(dump_json({"widths": s.widths, **tried}))
@@ -120,7 +126,7 @@ def settled(model: Path, s: Settings, begun: str | None = None) -> Settings:
         Refused: a GGUF file is required and cannot be made, or the trials need more memory than --memory-cap allows, or
             (widths per layer) than is free.
     """
-    s = with_possible_axes(model, s)
+    s = plan_experts.settled(Checkpoint(model).arch, with_possible_axes(model, s))
     if wants_gguf(s) and "layer" in s.axes and (architecture := Checkpoint(model).arch.family.gguf) in BY_PLACE:
         raise Refused(
             f"llama.cpp treats the layers of a {architecture} by their place, which a cut changes, and a GGUF file was "
@@ -186,6 +192,8 @@ def with_possible_axes(model: Path, s: Settings) -> Settings:
     if tuple(s.axes) != CutOptions.axes:
         return s
     arch = Checkpoint(model).arch
+    if arch.uses("expert") and arch.why_fixed("expert") is None:
+        return replace(s, axes=("expert",))
     for axis in s.axes:
         if why := arch.why_fixed(axis):
             console.warn(f"{arch.family.name} is not cut along {axis}: {why}")

@@ -38,8 +38,9 @@ from ..repair.reconstruct import check_memory as check_reconstruction, costs as 
 from ..reporting import stage_table
 from ..reporting.report import report
 from ..reporting.verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict
+from ..routing import plan_experts
 from ..scoring.calibrate import check_memory as check_calibration
-from ..scoring.score import criterion
+from ..scoring.score import criterion, suits
 from ..sources.open_model import StrPath, opened as model_of
 from ..store import step_files
 from ..store.arrays import MOST_NATS
@@ -273,7 +274,7 @@ def preflight(model: Path, s: Settings, recovering: bool = False) -> str:
         UsageError, Refused: as ``run``.
     """
     stages.check(s)
-    criterion(s.criterion)
+    suits(s.criterion, Checkpoint(model).arch)
     one_of("recovery method", s.method, METHODS)
     layers_by_of(s, s.criterion)
     for name in s.runtimes:
@@ -300,6 +301,8 @@ def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings, recovering
     train, validation = (corpus.Extent(count, s.length) for count in (s.train_rows, VALIDATION_ROWS))
     options = steps.recover_options(s, s.seed)
     if s.local_steps:
+        if model.arch.uses("expert"):
+            raise UsageError("block by block, experts are not recovered yet", "use --local-steps 0")
         if "hidden" in s.axes or model.arch.sizes["hidden"] != teacher.arch.sizes["hidden"]:
             raise UsageError(
                 "--local-steps recovers block by block, which needs original and result to have the same hidden size",
@@ -314,7 +317,7 @@ def _recoverable(model: Checkpoint, teacher: Checkpoint, s: Settings, recovering
 def affordable(model: Path, s: Settings) -> Settings:
     """Switch reconstruction off, with a warning, if it would take hours or if the free memory does not suffice (a wide
     model on a small Mac). Under a --memory-cap, which the user chose, ``preflight`` refuses instead."""
-    rows = corpus.Extent(s.samples, s.length)
+    s, rows = plan_experts.settled(Checkpoint(model).arch, s), corpus.Extent(s.samples, s.length)
     if s.reconstruct and max(each.flops for each in reconstruction_costs(Checkpoint(model), rows)) > AFFORDABLE:
         console.warn(
             f"going on without reconstruction: with {rows.total} tokens it would take hours (fewer than the ffn is "

@@ -132,9 +132,9 @@ def orders(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> 
     """
     found: dict[tuple[str, int], np.ndarray] = {}
     for layer in plan.layers:
-        sizes = arch.layers[layer.source].sizes
-        for axis, units in (("ffn", layer.ffn), ("kv_head", layer.kv_head)):
-            if len(units) < sizes[axis]:
+        counts = arch.units(layer.source)
+        for axis, units in layer.units().items():
+            if len(units) < counts.get(axis, 0):
                 found[axis, layer.source] = scores[axis][layer.source]
     if len(plan.layers) < len(arch.layers) and "kept" not in scores:
         found["layer", -1] = scores["layer"]
@@ -155,7 +155,7 @@ def kept(arch: Architecture, scores: Mapping[str, np.ndarray], plan: Plan) -> Ke
     """
     found: Kept = {}
     for layer in plan.layers:
-        units = choose_units.units_of(layer.source, scores, len(layer.ffn), len(layer.kv_head))
+        units = choose_units.units_of(layer.source, scores, {axis: len(kept) for axis, kept in layer.units().items()})
         found |= {(axis, layer.source): set(chosen) for axis, chosen in units.items()}
     planned = {layer.source for layer in plan.layers}
     protected = [i for i in protected_layers(arch) if i in planned]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..arch import Architecture, Keep, LayerKeep, can_keep, positions
+from ..arch.axes import UNITS
 from ..base.errors import PareError
 from ..model.checkpoint import Checkpoint
 from ..pruning.reach import Level, best_layers
@@ -46,15 +47,17 @@ def choose_units(arch: Architecture, level: Level, scores: Mapping[str, np.ndarr
     Args:
         arch: the model.
         level: how many units of each axis are kept.
-        scores: arrays of ``score``: ffn [layers, ffn], kv_head [layers, kv_head], hidden [hidden], and what
-            ``layers_of`` reads.
+        scores: arrays of ``score``: ffn [layers, ffn], kv_head [layers, kv_head], expert [layers, expert], as far as
+            the model has such units; hidden [hidden]; and what ``layers_of`` reads.
         protected: layers that stay.
     Returns:
         The cut.
     """
     chosen = layers_of(arch, scores, level.layer, protected)
-    layers = tuple(LayerKeep(i, units_of(i, scores, level.ffn, level.kv_head)) for i in chosen)
-    return Keep(layers, hidden_of(scores, level.hidden))
+    counts = {axis: getattr(level, axis) for axis in UNITS}
+    layers = tuple(LayerKeep(i, units_of(i, scores, counts)) for i in chosen)
+    whole = level.hidden == arch.sizes["hidden"]
+    return Keep(layers, None if whole else hidden_of(scores, level.hidden))
 
 
 def layers_of(
@@ -116,18 +119,18 @@ def around_blocks(arch: Architecture, angles: np.ndarray, count: int, protected:
     return found[2] if found is not None and can_keep(arch, found[2]) else None
 
 
-def units_of(layer: int, scores: Mapping[str, np.ndarray], ffn: int, kv_head: int) -> dict[str, list[int]]:
+def units_of(layer: int, scores: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> dict[str, list[int]]:
     """Choose the units of one layer with the highest scores.
 
     Args:
         layer: index of the layer.
-        scores: ffn [layers, ffn], kv_head [layers, kv_head].
-        ffn: number of channels to keep.
-        kv_head: number of kv heads to keep.
+        scores: axis -> float [layers, units]. A row of NaN: the layer has no such units.
+        counts: axis -> number of units to keep.
     Returns:
-        "ffn" and "kv_head": the kept indices, ascending.
+        axis -> the kept indices, ascending.
     """
-    return {"ffn": top(scores["ffn"][layer], ffn), "kv_head": top(scores["kv_head"][layer], kv_head)}
+    there = [axis for axis in counts if axis in scores and not np.isnan(scores[axis][layer]).any()]
+    return {axis: top(scores[axis][layer], counts[axis]) for axis in there}
 
 
 def hidden_of(scores: Mapping[str, np.ndarray], count: int) -> list[int]:

@@ -93,7 +93,7 @@ def plan_widths(model: Path, scores: Path, candidate: Candidate, losses: Losses,
             continue
         units = {of.axis: losses.kept(source, part, width.units(part)) for part, of in PARTS.items()}
         if found.about["criterion"] != "obs":
-            units = choose_units.units_of(source, found.arrays, width.ffn, width.kv_head)
+            units = choose_units.units_of(source, found.arrays, {"ffn": width.ffn, "kv_head": width.kv_head})
         bits = {f"{part}_bits": width.bits(part) for part in PARTS}
         layers.append({"source": source, **units, **bits})
     grouped = options.bits or any(layer["attention_bits"] or layer["ffn_bits"] for layer in layers)
@@ -131,7 +131,7 @@ def redraw(model: Path, scores: Path, like: Plan) -> Plan:
     sources = choose_units.layers_of(arch, found.arrays, len(like.layers), protected)
     layers = []
     for source, layer in zip(sources, like.layers, strict=True):
-        units = choose_units.units_of(source, found.arrays, len(layer.ffn), len(layer.kv_head))
+        units = choose_units.units_of(source, found.arrays, {axis: len(kept) for axis, kept in layer.units().items()})
         layers.append({**layer.model_dump(), "source": source, **units})
     changes = {"criterion": found.about["criterion"], "layers": layers}
     if like.hidden:
@@ -173,8 +173,8 @@ def _units(checkpoint: Checkpoint, keep: Keep) -> dict[str, Any]:
     """Return a cut as the fields of a Plan, with every index written out."""
     layers = []
     for layer in keep.layers:
-        sizes = checkpoint.arch.layers[layer.source].sizes
-        kept = {axis: list(layer.keep.get(axis, range(sizes[axis]))) for axis in ("ffn", "kv_head")}
-        layers.append({"source": layer.source, **kept})
+        units = checkpoint.arch.units(layer.source)
+        kept = {axis: list(layer.keep.get(axis, range(count))) for axis, count in units.items()}
+        layers.append({"source": layer.source, "ffn": [], "kv_head": [], **kept})
     cut_hidden = keep.hidden is not None and len(keep.hidden) != checkpoint.arch.sizes["hidden"]
     return {"layers": layers, "hidden": list(keep.hidden) if cut_hidden else None}

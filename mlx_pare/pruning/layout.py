@@ -18,6 +18,7 @@ from ..tensors.safetensors import DTYPE_BYTES
 from ..tensors.shards import Planned
 from .plan_file import Size
 
+ROUTERS = ("router", "shared_router")  # they stay as they are stored: with fewer bits they choose wrong experts
 Role = tuple[int | None, str]  # the layer, or None for the model; the role of a tensor
 
 
@@ -40,10 +41,10 @@ class Piece:
         """The one to three safetensors entries that the tensor becomes, in the order in which they are written."""
         if self.packing is None:
             return [Planned(self.tensor.name, self.dtype, self.tensor.shape)]
-        rows, columns = self.tensor.shape
+        *rows, columns = self.tensor.shape
         _, *others = self.packing.parts
-        dtype, groups = self.packing.scale_dtype(self.dtype), (rows, self.packing.groups(columns))
-        words = Planned(self.tensor.name, "U32", (rows, self.packing.words(columns)))
+        dtype, groups = self.packing.scale_dtype(self.dtype), (*rows, self.packing.groups(columns))
+        words = Planned(self.tensor.name, "U32", (*rows, self.packing.words(columns)))
         return [words, *(Planned(f"{self.tensor.module}.{part}", dtype, groups) for part in others)]
 
     @property
@@ -51,7 +52,7 @@ class Piece:
         """The bytes of these entries together."""
         if self.packing is None:
             return self.tensor.size * DTYPE_BYTES[self.dtype]
-        return self.packing.nbytes(*self.tensor.shape)
+        return self.packing.stored_bytes(self.tensor.shape)
 
 
 def embedding_packed(checkpoint: Checkpoint, keep: Keep, packing: Packing | None) -> bool:
@@ -114,7 +115,8 @@ def layout(
         wanted = None
         if tensor.matrix:
             own = [checkpoint.packing(origin.module) for origin in origins]
-            wanted = keep.packing(tensor.layer, tensor.spec.part) or packing or _common(own)
+            asked = None if tensor.spec.role in ROUTERS else keep.packing(tensor.layer, tensor.spec.part) or packing
+            wanted = asked or _common(own)
         if wanted is not None:
             wanted = _fitted(wanted, DTYPE_BYTES[dtype], tensor.shape[-1])
         if _emptied(tensor, keep):
@@ -199,6 +201,7 @@ def size_of(checkpoint: Checkpoint, keep: Keep | None, packing: Packing | None) 
         ffn=arch.each("ffn"),
         kv_heads=arch.each("kv_head"),
         q_heads=arch.each("kv_head", "group"),
+        experts=arch.uniform("expert") if arch.uses("expert") else 0,
         hidden=arch.sizes["hidden"],
         parameters=counted["total"],
         non_embedding=counted["non_embedding"],

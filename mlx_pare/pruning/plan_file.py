@@ -9,9 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ..arch import Architecture, Keep, LayerKeep, cut
+from ..arch.axes import UNITS
 from ..base.errors import PareError, Refused
 from ..model.checkpoint import Checkpoint
 from ..store.schema import SCHEMA, Count, Strict
@@ -34,6 +35,7 @@ class Size(Strict):
     ffn: Count | list[Count]
     kv_heads: Count | list[Count]
     q_heads: Count | list[Count]
+    experts: Count = 0
     hidden: Count
     parameters: Count
     non_embedding: Count
@@ -44,7 +46,8 @@ class LayerPlan(Strict):
     """One surviving layer: where it comes from and which units it keeps (indices in the original).
 
     Layers may keep different numbers of units, and one of the lists may be empty: the layer then loses its feed-forward
-    or its attention. If stock mlx-lm has no class for such layers, the plan does not suit the model.
+    or its attention, unless it has no such units at all (a layer with experts has no ffn). If stock mlx-lm has no class
+    for such layers, the plan does not suit the model.
     ``attention_bits``, ``ffn_bits``: bits of the matrices of that part, in groups of the plan's ``group_size``. None:
     the plan's ``bits``, or, without them, as in the source.
     """
@@ -52,8 +55,19 @@ class LayerPlan(Strict):
     source: int
     ffn: list[int]
     kv_head: list[int]
+    expert: list[int] = Field(default_factory=list)
     attention_bits: int | None = None
     ffn_bits: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_experts(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``expert`` out if there are none: plans of most models stay as earlier versions wrote them."""
+        found = write(self)
+        return found if self.expert else {name: value for name, value in found.items() if name != "expert"}
+
+    def units(self) -> dict[str, list[int]]:
+        """The kept units by the axes of UNITS."""
+        return {axis: getattr(self, axis) for axis in UNITS}
 
 
 class Plan(Strict):
@@ -87,10 +101,10 @@ class Plan(Strict):
         """Return the plan as a cut. Axes that keep everything are left out, so their tensors are copied untouched."""
         layers = []
         for layer in self.layers:
-            sizes = arch.layers[layer.source].sizes
-            kept = {"ffn": layer.ffn, "kv_head": layer.kv_head}
+            units, kept = arch.units(layer.source), layer.units()
             packings = self._packings(attention=layer.attention_bits, ffn=layer.ffn_bits)
-            layers.append(LayerKeep(layer.source, {a: k for a, k in kept.items() if len(k) != sizes[a]}, packings))
+            cut_axes = {axis: kept[axis] for axis, count in units.items() if len(kept[axis]) != count}
+            layers.append(LayerKeep(layer.source, cut_axes, packings))
         hidden = self.hidden if self.cuts_hidden(arch) else None
         return Keep(tuple(layers), hidden, self._packings(embedding=self.embedding_bits))
 
@@ -125,11 +139,14 @@ class Plan(Strict):
         for layer in self.layers:
             if not 0 <= layer.source < len(arch.layers):
                 continue
-            sizes, lists = arch.layers[layer.source].sizes, {"ffn": layer.ffn, "kv_head": layer.kv_head}
-            if not (layer.ffn or layer.kv_head):
+            units = arch.units(layer.source)
+            if units and not any(layer.units().values()):
                 found.append(f"layer {layer.source} keeps nothing: leave it out of the layers")
-            for axis, kept in lists.items():
-                found += _index_problems(f"layer {layer.source}: {axis}", kept, sizes[axis]) if kept else []
+            for axis, kept in layer.units().items():
+                if kept:
+                    found += _index_problems(f"layer {layer.source}: {axis}", kept, units.get(axis, 0))
+                elif axis == "expert" and axis in units:
+                    found.append(f"layer {layer.source} keeps no expert")
         if self.hidden is not None:
             found += _index_problems("hidden", self.hidden, arch.sizes["hidden"])
             if self.cuts_hidden(arch) and (why := arch.why_fixed("hidden")):

@@ -36,7 +36,7 @@ from ..tensors.packing import Packing
 from ..tensors.panels import PANEL_VALUES, sliced
 from ..tensors.shards import OUR_KEY, ShardWriter
 from .layout import Piece, layout, size_of, smaller
-from .plan_file import Plan
+from .plan_file import Plan, Size
 from .survivors import survivors
 
 Stored = tuple[str, Iterable[memoryview]]  # a tensor name of the new model, and its bytes in parts
@@ -179,12 +179,20 @@ class _Surgeon:
 
     # ---- one tensor ----
 
-    def _kept(self, piece: Piece, origin: Tensor) -> list[list[int] | None]:
-        """Kept indices along each dimension of an original tensor; None for a dimension that keeps all."""
+    def _kept(self, piece: Piece, origin: Tensor) -> tuple[Sequence[int] | None, list[int] | None]:
+        """Kept rows (of all matrices of a stack, or the numbers of a vector) and columns of an original tensor; None:
+        it keeps all."""
         sizes = self.checkpoint.arch.layer_sizes(origin.layer)
         keep = self.keep.of(piece.tensor.layer)
         only = (piece.segment,)  # of the rows
-        return [select(d, sizes, keep, *only[n:]) for n, d in enumerate(origin.spec.dims)]
+        kept = [select(d, sizes, keep, *only[n:]) for n, d in enumerate(origin.spec.dims)]
+        columns = kept.pop() if len(kept) > 1 else None
+        rows = kept[0]
+        for found, count in zip(kept[1:], origin.shape[1:], strict=False):
+            if rows is not None or found is not None:
+                above = np.arange(origin.shape[0]) if rows is None else np.asarray(rows)
+                rows = (above[:, None] * count + (np.arange(count) if found is None else np.asarray(found))).reshape(-1)
+        return rows, columns
 
     def _exact(self, piece: Piece) -> tuple[list[int] | None, int] | None:
         """The kept columns (None: all), and of how many, in the unit in which bytes can be copied as they are: whole
@@ -196,7 +204,7 @@ class _Surgeon:
             if self.checkpoint.dtype(origin) != piece.dtype:
                 return None
         origin = piece.origins[0]  # columns of matrices that are joined are the same
-        columns = self._kept(piece, origin)[-1] if len(origin.shape) > 1 else None
+        columns = self._kept(piece, origin)[1]
         group = piece.packing.group_size if piece.packing else 1
         if columns is not None and group > 1 and (columns := whole_groups(columns, group)) is None:
             return None
@@ -224,8 +232,8 @@ class _Surgeon:
     def _dense(self, piece: Piece) -> Iterator[mx.array]:
         """Yield the kept rows and columns of a tensor, expanded, a few rows [some, columns] at a time."""
         for origin in piece.origins:
-            rows, *columns = self._kept(piece, origin)
-            index = None if columns in ([], [None]) else mx.array(columns[0])
+            rows, columns = self._kept(piece, origin)
+            index = None if columns is None else mx.array(columns)
             for panel in read_panels(self.checkpoint, origin, rows):
                 dense = panel.dense() if isinstance(panel, Packed) else panel
                 yield dense if index is None else mx.take(dense, index, axis=1)
@@ -297,9 +305,9 @@ class _Surgeon:
         for new, layer in enumerate(self.plan.layers):
             group = self.checkpoint.arch.layers[layer.source].sizes["group"]
             heads = [k * group + g for k in layer.kv_head for g in range(group)]
-            layers.append(
-                {"layer": new, "source": layer.source, "ffn": layer.ffn, "kv_head": layer.kv_head, "q_head": heads}
-            )
+            units = {"ffn": layer.ffn, "kv_head": layer.kv_head, "q_head": heads}
+            units |= {"expert": layer.expert} if layer.expert else {}
+            layers.append({"layer": new, "source": layer.source, **units})
         hidden = self.plan.hidden or list(range(self.checkpoint.arch.sizes["hidden"]))
         found = {"schema_version": 1, "source_identity": self.plan.source, "hidden": hidden, "layers": layers}
         if self.ancestry is None:
@@ -316,11 +324,17 @@ class _Surgeon:
         return (
             f"# {original}, pruned\n\n"
             f"Made by mlx-pare from {original}{way} ({chosen}).\n"
-            f"{before.layers} -> {after.layers} layers, ffn {span(before.ffn)} -> {span(after.ffn)}, kv heads "
-            f"{span(before.kv_heads)} -> {span(after.kv_heads)}, "
+            f"{before.layers} -> {after.layers} layers, {', '.join(_changes(before, after))}, "
             f"{before.parameters:,} -> {after.parameters:,} parameters.\n"
             "`survivors.json` maps every kept unit to its index in the original. The licence of the original applies.\n"
         )
+
+
+def _changes(before: Size, after: Size) -> list[str]:
+    """The counts of units before and after, in words, of the kinds of units that the model has."""
+    named = {"ffn": "ffn", "kv heads": "kv_heads", "experts": "experts"}
+    counts = {name: (getattr(before, field), getattr(after, field)) for name, field in named.items()}
+    return [f"{name} {span(old)} -> {span(new)}" for name, (old, new) in counts.items() if old]
 
 
 def _ancestry(checkpoint: Checkpoint, lineage: Lineage | None) -> dict[str, Any] | None:
@@ -338,7 +352,8 @@ def _descended(survivors: dict[str, Any], before: dict[str, Any]) -> dict[str, A
     layers = []
     for layer in survivors["layers"]:
         old = before["layers"][layer["source"]]
-        units = {axis: [old[axis][i] for i in layer[axis]] for axis in ("ffn", "kv_head", "q_head")}
+        axes = [axis for axis in ("ffn", "kv_head", "q_head", "expert") if axis in layer]
+        units = {axis: [old[axis][i] for i in layer[axis]] for axis in axes}
         layers.append({**layer, "source": old["source"], **units})
     hidden = [before["hidden"][i] for i in survivors["hidden"]]
     return {**survivors, "source_identity": before["source_identity"], "hidden": hidden, "layers": layers}

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..arch import Architecture, Keep, LayerKeep, can_keep, positions
+from ..arch.axes import UNITS
 from ..base.errors import Refused, UsageError
 
-AXES = ("ffn", "kv_head", "layer", "hidden")
+AXES = ("ffn", "kv_head", "layer", "hidden", "expert")
 WIDE_FFN = 4096  # from here on the step is 256, for MLX's fast kernels and llama.cpp's K-quants
 
 
@@ -26,9 +27,11 @@ class Level:
     kv_head: int
     layer: int
     hidden: int
+    expert: int = 0
 
     def __str__(self) -> str:
-        return f"{self.layer} layers, ffn {self.ffn}, {self.kv_head} kv heads, hidden {self.hidden}"
+        ffn, experts = (f", ffn {self.ffn}" if self.ffn else ""), f", {self.expert} experts" if self.expert else ""
+        return f"{self.layer} layers{ffn}, {self.kv_head} kv heads{experts}, hidden {self.hidden}"
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,8 @@ def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequenc
                 f"{arch.family.name} cannot be cut along {axis}: {why}",
                 f"choose from {', '.join(a for a in AXES if a in arch.cut_axes)}",
             )
-    full = {
-        "ffn": arch.uniform("ffn"),
-        "kv_head": arch.uniform("kv_head"),
-        "layer": len(arch.layers),
-        "hidden": arch.sizes["hidden"],
-    }
+    full = {axis: arch.uniform(axis) if arch.uses(axis) else 0 for axis in UNITS}
+    full |= {"layer": len(arch.layers), "hidden": arch.sizes["hidden"]}
     choices: dict[str, list[int]] = {axis: [size] for axis, size in full.items()}
     for axis in axes:
         if axis == "layer":
@@ -92,7 +91,8 @@ def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequenc
             choices[axis] = [n for n in depths if _realisable(arch, n, protected)]
         else:
             unit = step if axis in ("ffn", "hidden") else 1
-            choices[axis] = sorted({*range(unit, full[axis] + 1, unit), full[axis]})
+            least = arch.uniform("active") if axis == "expert" else unit
+            choices[axis] = sorted({*range(least, full[axis] + 1, unit), full[axis]})
             if axis == "kv_head":
                 choices[axis] = [n for n in choices[axis] if arch.holds_heads(n)]
     return Space(choices)
@@ -100,7 +100,7 @@ def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequenc
 
 def unit(arch: Architecture, group_size: int | None) -> int:
     """Return the unit of ffn (and hidden): 1 for dense results, a group for quantized ones, 256 for wide models."""
-    return 256 if arch.uniform("ffn") >= WIDE_FFN else group_size or 1
+    return 256 if arch.largest("ffn") >= WIDE_FFN else group_size or 1
 
 
 def growing(reach: Space, group_size: int, measure: Callable[[Level], float]) -> Space:
@@ -131,7 +131,7 @@ def growing(reach: Space, group_size: int, measure: Callable[[Level], float]) ->
 
 
 def _realisable(arch: Architecture, count: int, protected: Sequence[int]) -> bool:
-    if not any(positions(arch, count)) and arch.family.needed <= {arch.layers[i].kind for i in protected}:
+    if not any(positions(arch, count)) and arch.family.needed <= {arch.layers[i].mixing for i in protected}:
         return count >= len(protected)  # the other layers may be any
     return best_layers(arch, [0.0] * len(arch.layers), count, protected) is not None
 
@@ -139,7 +139,7 @@ def _realisable(arch: Architecture, count: int, protected: Sequence[int]) -> boo
 def protected_layers(arch: Architecture) -> list[int]:
     """The first layer, the last, and the last of every kind that mlx-lm needs, such as full attention. Cutting them
     costs most (every depth paper keeps the ends)."""
-    last = {layer.kind: i for i, layer in enumerate(arch.layers)}
+    last = {layer.mixing: i for i, layer in enumerate(arch.layers)}
     return sorted({0, len(arch.layers) - 1, *(last[kind] for kind in arch.family.needed if kind in last)})
 
 
@@ -174,8 +174,8 @@ def best_layers(arch: Architecture, scores: Sequence[float], count: int, protect
         best = new
     if best[count] is None or can_keep(arch, best[count][1]):
         return best[count] and best[count][1]
-    lacking = sorted(arch.family.needed - {arch.layers[i].kind for i in best[count][1]})
-    among = [i for i, layer in enumerate(arch.layers) if lacking and layer.kind == lacking[0]]
+    lacking = sorted(arch.family.needed - {arch.layers[i].mixing for i in best[count][1]})
+    among = [i for i, layer in enumerate(arch.layers) if lacking and layer.mixing == lacking[0]]
     if not among or len(protected) >= count:
         return None
     return best_layers(arch, scores, count, [*protected, max(among, key=lambda i: float(scores[i]))])
@@ -193,13 +193,13 @@ def skeleton(arch: Architecture, level: Level, protected: Sequence[int]) -> Keep
         A cut that keeps the first units of every axis.
     """
     layers = best_layers(arch, [0.0] * len(arch.layers), level.layer, protected)
-    keep = {}
-    if level.ffn != arch.uniform("ffn"):
-        keep["ffn"] = range(level.ffn)
-    if level.kv_head != arch.uniform("kv_head"):
-        keep["kv_head"] = range(level.kv_head)
+    counts = {axis: getattr(level, axis) for axis in UNITS}
+
+    def units(layer: int) -> dict[str, range]:
+        return {axis: range(counts[axis]) for axis, size in arch.units(layer).items() if counts[axis] != size}
+
     hidden = range(level.hidden) if level.hidden != arch.sizes["hidden"] else None
-    return Keep(tuple(LayerKeep(i, keep) for i in layers), hidden)
+    return Keep(tuple(LayerKeep(i, units(i)) for i in layers), hidden)
 
 
 def solve(

@@ -18,6 +18,7 @@ class SurvivingLayer(Strict):
     source: int = Field(ge=0)
     ffn: list[int]
     kv_head: list[int]
+    expert: list[int] = Field(default_factory=list)
     q_head: list[int]
 
 

@@ -74,7 +74,7 @@ def trained_values(student: Checkpoint, method: str, rank: int) -> int:
     if method == "norms":
         packed = [(t, p) for t in matrices if (p := student.packing(t.module)) and p.affine]
         return sum(t.size for t in blocks if not t.matrix) + sum(2 * t.size // p.group_size for t, p in packed)
-    return sum(rank * sum(t.shape) + t.shape[0] for t in matrices)
+    return sum(rank * sum(t.shape) + t.shape[0] for t in matrices if len(t.shape) == 2)
 
 
 def gains(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ import numpy as np
 
 from .. import lm
 from ..arch import Architecture
-from ..base.errors import PareError, Refused
+from ..base.errors import PareError, Refused, Unsupported
 from ..base.units import gb
 from ..evaluation import divergence
 from ..model.checkpoint import Checkpoint
@@ -120,7 +120,8 @@ def _lead(
     model: Path, plans: Sequence[tuple[Plan, Path]], rows: Rows, count: int, damping: float | None, cap: int | None
 ) -> tuple[list[_Pair], stream.Streamed]:
     """Lead the dense stream and those of all plans through the model; the first ``count`` rows serve to solve."""
-    checkpoint = Checkpoint(model)
+    if (checkpoint := Checkpoint(model)).arch.uses("expert"):
+        raise Unsupported("experts are chosen, but not reconstructed", "go on with prune")
     for plan, _ in plans:
         plan.check(checkpoint)
         if plan.cuts_hidden(checkpoint.arch):
@@ -138,8 +139,7 @@ def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, p
     """Check that memory suffices. Args: as ``held_bytes``; ``cap``: bytes, None: what is free now. Returns: the
     estimate, bytes. Raises: Refused if it exceeds the cap."""
     held = held_bytes(checkpoint, rows, plans)
-    instead = f"; --no-reconstruct needs {gb(held)} less"
-    return memory.check_memory(checkpoint, rows, cap, held, instead)
+    return memory.check_memory(checkpoint, rows, cap, held, f"; --no-reconstruct needs {gb(held)} less")
 
 
 def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent, plans: int = 1) -> int:
@@ -292,7 +292,7 @@ class _Pair:
     def _solve(
         self, index: int, block: _Block, before: mx.array, run: Callable, planned: LayerPlan, apart: bool
     ) -> None:
-        """The work of ``through``. ``apart``: the streams already differ, or other matrices of the block change."""
+        """The work of ``through``. ``apart``: the streams already differ, or other matrices change."""
         pruned, middle = before if self.pruned is None else self.pruned, block.between
         sizes, self.made_of = self.arch.layers[index].sizes, {}
         heads, channels = planned.kv_head, planned.ffn

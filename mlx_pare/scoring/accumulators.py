@@ -140,6 +140,46 @@ def angles(states: Sequence[mx.array]) -> mx.array:
     return mx.array(found.astype(np.float32))
 
 
+class RoutedSums:
+    """Sums over the tokens that visit each expert. g: weight of the expert's output f(x) for the token x.
+
+    ``visits``: their number. ``weight``: sum of g. ``norm``, ``norm_sq``: sums of ||f|| and ||f||^2. ``given``,
+    ``given_sq``: sums of g ||f|| and g^2 ||f||^2. ``max``: the largest |f_i| of all tokens and channels.
+    """
+
+    NAMES = ("visits", "weight", "norm", "norm_sq", "given", "given_sq", "max")
+
+    def __init__(self, experts: int) -> None:
+        self._sums = {name: mx.zeros((experts,)) for name in self.NAMES}
+
+    def update(self, experts: mx.array, weights: mx.array, outputs: mx.array, mask: mx.array) -> None:
+        """Add a micro-batch.
+
+        Args:
+            experts: those that each token visits, int [rows, tokens, active].
+            weights: g of each, float32 [rows, tokens, active].
+            outputs: f(x) of each, float32 [rows, tokens, active, hidden].
+            mask: 1 or True where there is text [rows, tokens].
+        """
+        there = mx.broadcast_to(mask[..., None], experts.shape).astype(mx.float32).reshape(-1)
+        place, weight = experts.reshape(-1), mx.abs(weights).reshape(-1)
+        norm_sq = mx.square(outputs).sum(axis=-1).reshape(-1)
+        norm = mx.sqrt(norm_sq)
+        values = (mx.ones_like(norm), weight, norm, norm_sq, weight * norm, mx.square(weight) * norm_sq)
+        for name, value in zip(self.NAMES, values, strict=False):
+            self._sums[name] = self._sums[name].at[place].add(value * there)
+        largest = mx.abs(outputs).max(axis=-1).reshape(-1)
+        self._sums["max"] = self._sums["max"].at[place].maximum(largest * there)
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Return the sums so far.
+
+        Returns:
+            float32 [experts] by each of ``NAMES``.
+        """
+        return self._sums
+
+
 class Removal:
     """The order in which channels would be removed one after the other; the least missed go first.
 

@@ -22,13 +22,14 @@ from ..store.arrays import Arrays
 from ..store.atomic import replace_file, sweep
 from ..store.schema import dump_json
 from ..stream import batches, memory, walk as stream
+from ..stream.experts import Routed
 from ..stream.kept import keep
 from ..stream.spool import Spool
 from ..stream.taps import Tap, replace_module
 from ..tensors.packed import matrix
 from ..text.corpus import Extent, Rows
 from . import gradients
-from .accumulators import BlockCosine, HeadContribution, LastToken, Moments, Removal, angles
+from .accumulators import BlockCosine, HeadContribution, LastToken, Moments, Removal, RoutedSums, angles
 from .source import read_stats
 
 # site -> (role of the module in the family's table, side of the module that is watched)
@@ -83,12 +84,26 @@ class Statistics(stream.Observer):
 
             replace_module(block, self.arch.path(index, role), tap)
 
+        if self.arch.uses("expert"):
+            if "expert" in self.arch.units(index):
+                self._watch_experts(index, block, mask)
+            return
         if self.rounds:
             kv_heads = self.arch.layer_sizes(index)["kv_head"]
             watch("ffn", lambda m: Removal(matrix(m), self.rounds))
             watch("attention", lambda m: HeadContribution(matrix(m), kv_heads))
         for site in SITES:
             watch(site, lambda m: Moments())
+
+    def _watch_experts(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
+        routed, sums = Routed.put(block, self.arch, index), RoutedSums(self.arch.units(index)["expert"])
+        self.sums.append(("expert", sums))
+
+        def add(x: mx.array, _: mx.array) -> None:
+            chosen = routed.chosen(x)
+            sums.update(chosen.experts, chosen.weights, chosen.outputs, mask())
+
+        routed.watch = add
 
     def seen(self, index: int, before: mx.array, after: mx.array, mask: mx.array) -> None:
         """Add the input and output of the block for a micro-batch.
@@ -148,11 +163,11 @@ def calibrate(
 ) -> Path:
     """Stream ``rows`` through ``model`` and write ``directory``/stats.safetensors.
 
-    The file holds these arrays, float32, for each layer i:
+    The file holds float32 arrays, for each layer i:
     ``{i}.{site}.{name}``: the sums that accumulators.Moments names. Sites are ffn [ffn] and attention [q_head*head_dim]
     (inputs of down_proj and o_proj), attn_norm and ffn_norm [hidden] (outputs of the norms, or the stream itself if a
     layer has no such norm).
-    ``{i}.block.cosine`` []: accumulators.BlockCosine.
+    ``{i}.block.cosine`` []: accumulators.BlockCosine. With experts: no sites, but ``{i}.expert.{name}`` (RoutedSums).
     With "contributions": ``{i}.ffn.removal`` [ffn] (accumulators.Removal), ``{i}.attention.contribution`` [kv_head]
     (HeadContribution). With "gradients": the arrays of gradients.measure.
     Once for the model: ``angles`` [layers + 1, layers + 1] between the inputs of all blocks, with the output of the
@@ -270,6 +285,8 @@ def check_memory(checkpoint: Checkpoint, rows: Rows | Extent, cap: int | None, e
     """
     if unknown := sorted({*extra} - {*EXTRA}):
         raise UsageError(f"unknown extra statistics {', '.join(unknown)}", f"choose of {', '.join(EXTRA)}")
+    if extra and checkpoint.arch.uses("expert"):
+        raise UsageError(f"{' and '.join(extra)} of experts are not measured", "choose another --criterion")
     held = _held(checkpoint, rows, extra)
     spooled = memory.must_spool(checkpoint, rows, cap, held)
     needed = memory.required_bytes(checkpoint, rows, spooled) + held

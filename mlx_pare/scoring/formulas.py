@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import depth, width
+from . import depth, expert, width
 
 FFN = {
     "minitron": width.minitron_ffn,
@@ -41,3 +41,4 @@ LAYER = {
     "taylor2": depth.taylor2,
     "random": depth.random,
 }
+EXPERT = expert.FORMULAS

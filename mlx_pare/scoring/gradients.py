@@ -76,7 +76,7 @@ def measure(model: Path, rows: Rows) -> dict[str, mx.array]:
     arch, fresh = Checkpoint(model).arch, lm.for_backend(lm.load(model))
     blocks, after = lm.blocks(fresh), kept.last
     with lm.swift(_swift_kept(arch, rows)):
-        cotangent = _joined(rows, lambda part: _of_head(end, lm.body(fresh).norm, after, rows, part))[0]
+        cotangent = _joined(rows, lambda part: _of_head(end, lm.final_norm(fresh), after, rows, part))[0]
         arrays: dict[str, mx.array] = {}
         with progress("gradients: backward, block", len(blocks)) as bar:
             for index in reversed(range(len(blocks))):

@@ -39,11 +39,13 @@ def required_bytes(checkpoint: Checkpoint, rows: Rows | Extent, spooled: bool = 
             block[tensor.layer] += _stored_bytes(checkpoint, tensor)
             if not lm.cpu_backend():  # its kernels read packed matrices; others of 16 bits are expanded as a whole
                 narrow = not checkpoint.packing(tensor.module) and DTYPE_BYTES[checkpoint.dtype(tensor)] < 4
-                expanded[tensor.layer] += 4 * tensor.size * narrow
+                expanded[tensor.layer] += 4 * tensor.size * (narrow and not tensor.spec.stack)
+            elif tensor.spec.stack:  # one matrix at a time
+                wide = max(wide, 2 * 4 * tensor.size // tensor.shape[0])
             elif 4 * tensor.size <= EXPANDED_BYTES:  # MLX may expand these together, and larger ones a part at a time
                 expanded[tensor.layer] += 4 * tensor.size
             else:
-                wide = 2 * EXPANDED_BYTES
+                wide = max(wide, 2 * EXPANDED_BYTES)
     running = max(block) + max(expanded) + wide + activation_bytes(checkpoint, rows)
     base = BASE_BYTES + lm.cache_bytes()
     return base + states + max(running, head_bytes(checkpoint) + 4 * head.CHUNK_BYTES)
@@ -63,7 +65,7 @@ def head_bytes(checkpoint: Checkpoint) -> int:
 
 def _stored_bytes(checkpoint: Checkpoint, tensor: Tensor) -> int:
     packing = checkpoint.packing(tensor.module) if tensor.matrix else None
-    return packing.nbytes(*tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
+    return packing.stored_bytes(tensor.shape) if packing else tensor.size * DTYPE_BYTES[checkpoint.dtype(tensor)]
 
 
 def activation_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
@@ -77,9 +79,13 @@ def activation_bytes(checkpoint: Checkpoint, rows: Rows | Extent) -> int:
         Bytes.
     """
     arch, hidden = checkpoint.arch, checkpoint.arch.sizes["hidden"]
-    heads, head_dim = arch.largest("kv_head", "group"), arch.largest("head_dim")
+    heads = arch.largest("kv_head", "group")
+    head_dim = max(arch.largest("head_dim"), arch.largest("nope_dim") + arch.largest("rope_dim"))
     tokens = micro_batch(rows) * rows.length
     units = 3 * arch.largest("ffn") + 4 * heads * head_dim + 4 * hidden + heads * rows.length
+    units += 3 * arch.largest("shared_ffn") + 6 * arch.largest("linear_v_head", "linear_v_dim")
+    if arch.uses("expert"):  # inputs, two inner widths and their product, and two outputs of every expert of a token
+        units += arch.layers[0].sizes["active"] * (3 * arch.largest("expert_ffn") + 3 * hidden)
     return tokens * units * STATE_BYTES
 
 

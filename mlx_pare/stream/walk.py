@@ -240,7 +240,7 @@ def walk(
     model = lm.for_backend(model)
     # float32 states make every block compute in float32: in 16 bits, errors of the stream hide what a cut changes
     embedding = StoredEmbedding(checkpoint, next(checkpoint.arch.tensors()).name, mx.float32)
-    blocks, body = lm.blocks(model), lm.body(model)
+    blocks, body, norm = lm.blocks(model), lm.body(model), lm.final_norm(model)
     own, tokens = list(blocks), mx.array(rows.tokens)
     store = Spooled(spool, rows.count) if spool else InMemory()
     with progress(what, len(own)) as bar, read_ahead(checkpoint) as ahead, lm.swift():
@@ -256,9 +256,9 @@ def walk(
             lm.put_embedding(model, lambda tokens: placeholder((*tokens.shape, size), mx.float32))
         hidden = body(tokens)  # up to the final norm: the head is not applied
         if spool:
-            return end(store.states.normed(body.norm), body.norm)
+            return end(store.states.normed(norm), norm)
         mx.eval(hidden)
-    return end(hidden, body.norm)
+    return end(hidden, norm)
 
 
 def ended(path: Path, hidden: mx.array | Spool) -> Streamed:
@@ -273,7 +273,7 @@ def ended(path: Path, hidden: mx.array | Spool) -> Streamed:
     """
     model = lm.load(path)
     end = _ending(model)
-    return end(hidden, lm.for_backend(lm.body(model).norm))
+    return end(hidden, lm.for_backend(lm.final_norm(model)))
 
 
 def _ending(model: Any) -> Callable[[Any, Any], Streamed]:

@@ -25,7 +25,9 @@ BESIDES = {"number": "tolerance", "choice": "options"}  # the key that may stand
 MOST_ANSWER = 1 << 20  # characters of an answer that are judged
 MOST_DIGITS = 400  # characters of a number
 # An answer's numbers, with groups of three digits or without; the search takes linear time
-NUMBER = re.compile(r"(?<![0-9A-Za-z_])(?<!\d\.)[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d))?")
+NUMBER = re.compile(
+    r"(?<![0-9A-Za-z_])(?<!\d\.)[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d))?"
+)
 FENCED = re.compile(r"```[\w-]*\n(.*?)```", re.DOTALL)
 JSON_BYTES = 16 << 20  # memory that the JSON of an answer may take
 

@@ -261,6 +261,20 @@ def dense_weight(module: nn.Module, start: int = 0, stop: int | None = None) -> 
     return packed(module).rows(slice(start, stop)).dense()
 
 
+def dense_matrix(module: nn.Module, index: int) -> mx.array:
+    """Read one matrix of a stack of matrices in float32, packed or not.
+
+    Args:
+        module: mlx-lm's SwitchLinear or QuantizedSwitchLinear.
+        index: number of the matrix.
+    Returns:
+        The matrix, float32 [out, in].
+    """
+    if "scales" not in module:
+        return module.weight[index].astype(mx.float32)
+    return packed(module).rows(index).dense()
+
+
 def matrix(module: nn.Module) -> mx.array:
     """Read the weight of a linear layer in float32, inside a Float32Linear or not.
 

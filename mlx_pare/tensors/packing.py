@@ -7,8 +7,9 @@ In the float modes the codes are small floats (tensors/minifloat.py), a scale is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 GROUP_SIZES = (128, 64, 32)  # what mx.quantize(mode="affine") accepts
@@ -71,6 +72,10 @@ class Packing:
         """Bytes of weight, scales and biases together."""
         per_group = 2 * self.scale_bytes if self.affine else 1
         return rows * (self.words(columns) * 4 + self.groups(columns) * per_group)
+
+    def stored_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a matrix, or of a stack of matrices, of this shape."""
+        return self.nbytes(prod(shape[:-1]), shape[-1])
 
     def words(self, columns: int) -> int:
         return columns * self.bits // 32

@@ -7,6 +7,7 @@ kept part is written out: memory that is new to the process costs more than the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 
 import numpy as np
 
@@ -17,13 +18,19 @@ PANEL_BYTES = 1 << 20  # of a tensor that are read at a time
 PANEL_VALUES = 1 << 19  # weights that are expanded at a time
 
 
+def row_count(entry: Entry) -> int:
+    """The number of rows of a stored tensor, of all its matrices together; of its numbers if it has one dimension."""
+    return prod(entry.shape[:-1]) if len(entry.shape) > 1 else entry.shape[0]
+
+
 def row_panels(entry: Entry, rows: Sequence[int] | None, step: int) -> Iterator[np.ndarray]:
     """Read chosen rows of a stored tensor in panels; a panel is valid only until the next one is read.
 
     For each panel, only the part of the file between its first and its last row is read.
 
     Args:
-        entry: where the tensor lies; its first dimension counts the rows.
+        entry: where the tensor lies. Its rows are those of all its matrices, one after the other; if it has a single
+            dimension, each number is a row.
         rows: the rows to read, in this order; None: all.
         step: rows per panel, at most.
     Returns:
@@ -31,7 +38,7 @@ def row_panels(entry: Entry, rows: Sequence[int] | None, step: int) -> Iterator[
     Raises:
         PareError: the file ends too early, because it was changed since it was opened.
     """
-    count = entry.shape[0]
+    count = row_count(entry)
     width = entry.nbytes // count
     index = np.arange(count) if rows is None else np.asarray(rows)
     buffer = np.empty(0, np.uint8)
@@ -64,7 +71,7 @@ def sliced(
     Raises:
         PareError: the file ends too early, because it was changed since it was opened.
     """
-    row_bytes = entry.nbytes // entry.shape[0]
+    row_bytes = entry.nbytes // row_count(entry)
     for panel in row_panels(entry, rows, max(1, PANEL_BYTES // row_bytes)):
         if columns is not None:
             panel = panel.view(f"V{row_bytes // width}").take(columns, axis=1)

@@ -25,7 +25,7 @@ from mlx_pare.pipeline import choose_layers, choose_sizes
 from mlx_pare.recovery import objective, on_policy, options as recover_options
 from mlx_pare.recovery.options import METHODS, Options
 from mlx_pare.recovery.trainer import SCHEDULES
-from mlx_pare.scoring.score import CRITERIA
+from mlx_pare.scoring.score import CRITERIA, EXPERT_CRITERIA
 from mlx_pare.store.rundir import Run
 from tests.cli.test_cli import EVERYDAY, IMPORTS, OTHERS
 
@@ -136,7 +136,7 @@ def test_help_names_the_learning_rates_of_the_code():
 
 def test_names_in_the_help_are_those_of_the_code():
     known = {
-        "criterion": tuple(CRITERIA), "method": METHODS, "widths": choose_sizes.WIDTHS,
+        "criterion": (*CRITERIA, *EXPERT_CRITERIA), "method": METHODS, "widths": choose_sizes.WIDTHS,
         "layers_by": choose_layers.LAYERS_BY,
         "schedule": SCHEDULES, "kind": tuple(divergence.KINDS), "match": objective.MATCHES, "runtimes": RUNTIMES,
     }  # fmt: skip

@@ -31,9 +31,9 @@ MANY = ["--recover-steps", "12", "--batch", "4", "--rank", "4", "--local-steps",
 @pytest.fixture(scope="module")
 def pruned(pico_models, tmp_path_factory) -> Path:
     """A run directory up to prune, of rows of 32 tokens."""
-    model, out = pico_models("llama-untied"), tmp_path_factory.mktemp("pruned") / "run"
+    model, out = pico_models("llama-untied", num_hidden_layers=2), tmp_path_factory.mktemp("pruned") / "run"
     text = out.with_name("text.txt")
-    text.write_text("\n\n".join(pico.TEXT.read_text("utf-8").split("\n\n")[:60]))
+    text.write_text("\n\n".join(pico.TEXT.read_text("utf-8").split("\n\n")[:30]))
     s = Settings(
         data=str(text), samples=8, length=32, criterion="magnitude", keep=0.6, reconstruct=False, widths="even"
     )

@@ -49,7 +49,7 @@ def pruned(pico_models, two_texts, tmp_path_factory) -> Path:
     """A run up to prune, made by single steps."""
     from mlx_pare.pipeline import choose_sizes, recipes, steps
 
-    out, model = tmp_path_factory.mktemp("edited") / "run", pico_models("llama")
+    out, model = tmp_path_factory.mktemp("edited") / "run", pico_models("llama", num_hidden_layers=2)
     s = Settings(**two_texts, samples=4, length=32, keep=0.75, widths="even")
     with steps.open_run(model, out) as run:
         run.write_recipe(recipes.recipe_of(model, recipes.dated(out, s)))
@@ -83,7 +83,7 @@ def test_f26_every_command_says_it_in_one_line(pare, out, pico_models, tmp_path,
     (out / "recipe.toml").write_bytes(raw + b"\n")
     place = {
         "RUN": out,
-        "MODEL": pico_models("llama"),
+        "MODEL": pico_models("llama", num_hidden_layers=2),
         "RUN/prune/model": out / "prune" / "model",
         "OUT": tmp_path / "o",
     }

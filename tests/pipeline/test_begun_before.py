@@ -42,7 +42,7 @@ CONTENT = re.compile(r"(?:quick:)?[0-9a-f]{16,64}|none|own")  # of a file, of ro
 def run(pico_models, two_texts, tmp_path_factory) -> Path:
     """A run of every step up to the pruned model and its measurement."""
     out = tmp_path_factory.mktemp("begun") / "run"
-    pipeline.run(pico_models("llama", (4, 32)), out, asked(two_texts))
+    pipeline.run(pico_models("llama", (4, 32), num_hidden_layers=2), out, asked(two_texts))
     return out
 
 
@@ -176,7 +176,7 @@ def test_a_run_with_earlier_files_makes_the_same_plan(run, pico_models, two_text
 
     monkeypatch.setattr(steps, "calibrate", calibrated)
     monkeypatch.setattr(steps, "score", lambda *args: earlier_scores(score(*args)))
-    pipeline.run(pico_models("llama", (4, 32)), tmp_path / "run", asked(two_texts))
+    pipeline.run(pico_models("llama", (4, 32), num_hidden_layers=2), tmp_path / "run", asked(two_texts))
     assert "mlp" in Arrays.load(tmp_path / "run" / "score" / "scores.safetensors", "scores").arrays
     plans = [(place / "plan" / "plan.json").read_bytes() for place in (run, tmp_path / "run")]
     assert plans[0] == plans[1]
@@ -189,7 +189,7 @@ def test_a_run_that_did_not_note_on_what_it_was_computed_goes_on(
     run, pico_models, two_texts, tmp_path, monkeypatch, capsys
 ):
     """Without a warning, wherever it goes on."""
-    out, model = Path(shutil.copytree(run, tmp_path / "run")), pico_models("llama", (4, 32))
+    out, model = Path(shutil.copytree(run, tmp_path / "run")), pico_models("llama", (4, 32), num_hidden_layers=2)
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["computed_on"] == [machine.computes_on()]
     del manifest["computed_on"], manifest["steps"]["export"]

@@ -206,7 +206,7 @@ def settings(tmp_path_factory) -> Settings:
 @pytest.fixture(scope="module")
 def whole(pico_models, settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("status") / "run"
-    run_all(pico_models("llama", (4, 32)), out, settings)
+    run_all(pico_models("llama", (4, 32), num_hidden_layers=2), out, settings)
     return out
 
 
@@ -230,7 +230,7 @@ def test_status_knows_the_steps_of_a_run(whole):
 
 def test_status_knows_the_steps_of_stages(pico_models, settings, tmp_path):
     asked = replace(settings, keep=None, stages=(0.9, 0.8), trials=0, reconstruct=False)
-    run_all(pico_models("llama", (4, 32)), tmp_path / "run", asked)
+    run_all(pico_models("llama", (4, 32), num_hidden_layers=2), tmp_path / "run", asked)
     found = status(tmp_path / "run")
     assert found["state"] == "finished" and found["left"] == []
     assert sorted(s["step"] for s in found["steps"]) == sorted(

@@ -38,6 +38,7 @@ from mlx_pare.store.places import repair_file
 
 STEPS = ["calibrate", "score", "plan", "reconstruct", "prune", "evaluate-original", "evaluate-pruned", "recover",
          "evaluate-recovered", "evaluate-random", "evaluate-fewer-bits", "export", "bench"]  # fmt: skip
+SMALL = {"num_hidden_layers": 2}  # of whole runs: half the time of four layers
 CONTENDERS = {"original", "pruned", "recovered", "random", "fewer-bits"}
 
 
@@ -61,7 +62,7 @@ def settings(two_texts) -> Settings:
 @pytest.fixture(scope="module")
 def finished(pico_models, settings, tmp_path_factory) -> dict:
     """One whole run: where, and what it returned."""
-    model = pico_models("llama", (4, 32))
+    model = pico_models("llama", (4, 32), **SMALL)
     before, out = hashes(model), tmp_path_factory.mktemp("whole") / "run"
     return {"model": model, "before": before, "out": out, "summary": pipeline.run(model, out, settings)}
 
@@ -203,7 +204,7 @@ WRONG = [
 @pytest.mark.parametrize("change, error, words", WRONG)
 def test_what_cannot_work_is_found_before_anything_is_written(pico_models, settings, tmp_path, change, error, words):
     with pytest.raises(error, match=words):
-        pipeline.run(pico_models("llama", (4, 32)), tmp_path / "run", replace(settings, **change))
+        pipeline.run(pico_models("llama", (4, 32), **SMALL), tmp_path / "run", replace(settings, **change))
     assert not (tmp_path / "run").exists()
 
 
@@ -220,7 +221,7 @@ def plain_run(pico_models, settings, tmp_path_factory) -> dict:
     """No recovery, no speed, and a model whose name is an attack on the report."""
     root = tmp_path_factory.mktemp("plain")
     model = root / "a|b <img src=x onerror=alert(1)> `c` #d"  # mlx-lm itself cannot open a path with [ ] or *
-    shutil.copytree(pico_models("llama", (4, 32)), model)
+    shutil.copytree(pico_models("llama", (4, 32), **SMALL), model)
     out = root / "run"
     return {"out": out, "summary": pipeline.run(model, out, replace(settings, recover_steps=0, trials=0))}
 
@@ -238,7 +239,7 @@ def test_run_without_recovery_and_bench(plain_run):
 @pytest.mark.parametrize("change", [dict(reconstruct=False), dict(axes=("hidden",))], ids=["not asked", "hidden"])
 def test_run_without_reconstruction(pico_models, settings, tmp_path, capsys, change):
     """The matrices are cut as they are; a cut of the hidden size cannot be made up for, which is said."""
-    model, out = pico_models("llama", (4, 32)), tmp_path / "run"
+    model, out = pico_models("llama", (4, 32), **SMALL), tmp_path / "run"
     asked = replace(settings, criterion="obs", recover_steps=0, trials=0, **change)
     summary = pipeline.run(model, out, asked)
     assert not list(out.glob("reconstruct*"))
@@ -252,25 +253,37 @@ def test_run_without_reconstruction(pico_models, settings, tmp_path, capsys, cha
 # ---- whom the result competes with ----
 
 
-@pytest.fixture
-def contender(pico_models, settings, tmp_path, monkeypatch) -> Callable[..., tuple[Path, Plan, Path]]:
-    """Of a run: the contender that was measured (model, plan), and the model it was made from."""
+@pytest.fixture(scope="module")
+def contender(pico_models, settings, tmp_path_factory) -> Callable[..., tuple[Path, Plan, Path, Path]]:
+    """Of a run: the contender that was measured (model, plan), the model it was made from, and where the run is. One
+    run shows all its contenders."""
+    runs: dict[str, tuple[Path, Path]] = {}
 
-    def make(name: str, stored: dict, **changes) -> tuple[Path, Plan, Path]:
-        real, model = measure_steps.measured, pico_models("llama", **stored)
+    def run_of(stored: dict, changes: dict) -> tuple[Path, Path]:
+        root, model = tmp_path_factory.mktemp("contenders"), pico_models("llama", **stored)
+        real = measure_steps.measured
 
         def measure(directory: Path, path: Path, *more) -> None:
             assert not (path.parent / "repair").exists(), "the matrices lie there twice"
-            shutil.copytree(path, tmp_path / directory.name.removesuffix(".partial"), dirs_exist_ok=True)
+            shutil.copytree(path, root / directory.name.removesuffix(".partial"), dirs_exist_ok=True)
             real(directory, path, *more)
 
-        for module in (measure_steps, contenders):
-            monkeypatch.setattr(module, "measured", measure)
-        pipeline.run(model, tmp_path / "run", replace(settings, recover_steps=0, trials=0, **changes))
-        assert {f.name for f in (tmp_path / "run" / f"evaluate-{name}").iterdir()} == {
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (measure_steps, contenders):
+                patch.setattr(module, "measured", measure)
+            pipeline.run(model, root / "run", replace(settings, recover_steps=0, trials=0, **changes))
+        return root, model
+
+    def make(name: str, stored: dict, **changes) -> tuple[Path, Plan, Path, Path]:
+        key = repr((stored, changes))
+        if key not in runs:
+            runs[key] = run_of(stored, changes)
+        root, model = runs[key]
+        assert {f.name for f in (root / "run" / f"evaluate-{name}").iterdir()} == {
             "metrics.json", "plan.json", "size.json", "step.json",
         }  # fmt: skip
-        return tmp_path / f"evaluate-{name}", Plan.load(tmp_path / "run" / f"evaluate-{name}" / "plan.json"), model
+        plan = Plan.load(root / "run" / f"evaluate-{name}" / "plan.json")
+        return root / f"evaluate-{name}", plan, model, root / "run"
 
     return make
 
@@ -283,7 +296,7 @@ ROLES = {"o_proj": "self_attn.o_proj", "down_proj": "mlp.down_proj"}
 @pytest.mark.parametrize("name", ["fewer-bits", "random"])
 def test_contenders_are_reconstructed_as_the_result_is(contender, settings, tmp_path, name, source):
     """Or error feedback, not the choice of units, would be what the verdict measures."""
-    found, plan, model = contender(name, SOURCES[source])
+    found, plan, model, _ = contender(name, SOURCES[source])
     assert plan.criterion == ("none" if name == "fewer-bits" else "random")
     rows, repair, plain = steps.Texts(model, settings).calibration, tmp_path / "repair", tmp_path / "plain"
     reconstruct(model, plan, rows, repair)
@@ -301,10 +314,10 @@ def test_contenders_are_reconstructed_as_the_result_is(contender, settings, tmp_
 @pytest.mark.parametrize("change", [dict(reconstruct=False), dict(axes=("hidden",))], ids=["not asked", "hidden"])
 @pytest.mark.parametrize("name", ["fewer-bits", "random"])
 def test_contenders_of_a_result_that_is_not_reconstructed_are_not(contender, tmp_path, name, change):
-    found, plan, model = contender(name, SOURCES["8 bits"], criterion="wanda", **change)
+    found, plan, model, out = contender(name, SOURCES["8 bits"], criterion="wanda", **change)
     prune(model, plan, tmp_path / "plain")
     assert (found / "model.safetensors").read_bytes() == (tmp_path / "plain" / "model.safetensors").read_bytes()
-    report = (tmp_path / "run" / "report.md").read_text()
+    report = (out / "report.md").read_text()
     assert "both without recovery" in report and "reconstructed as well" not in report
 
 
@@ -587,7 +600,7 @@ def test_text_from_outside_cannot_break_the_report(copied, name):
 @pytest.mark.parametrize("name", ["taylor", "iterative"])
 def test_a_run_measures_what_its_criterion_needs(pico_models, settings, tmp_path, name):
     asked = replace(settings, criterion=name, recover_steps=0, trials=0)
-    pipeline.run(pico_models("llama"), tmp_path / "run", asked)
+    pipeline.run(pico_models("llama", **SMALL), tmp_path / "run", asked)
     assert read(tmp_path / "run" / "plan" / "plan.json")["criterion"] == name
     recorded = read(tmp_path / "run" / "manifest.json")["steps"]["calibrate"]["parameters"]
     assert recorded["extra"] == list(CRITERIA[name].extra)

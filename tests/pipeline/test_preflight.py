@@ -15,6 +15,7 @@ from mlx_pare.pipeline import export_step, run as pipeline
 from mlx_pare.recovery.options import Options
 from mlx_pare.store.rundir import Run
 
+LAYERS = {"num_hidden_layers": 2}  # whole runs take half the time of four
 SMALL = dict(
     keep=0.75, samples=4, length=32, train_rows=8, recover_steps=0, trials=0, context=300, widths="even",
     criterion="minitron", reconstruct=False,
@@ -30,7 +31,7 @@ def settings(two_texts) -> Settings:
 def test_f30_more_targets_than_tokens_are_refused_before_any_work(pico_models, settings, tmp_path, top):
     for call in (pipeline.run, lambda model, _, s: pipeline.dry_run(model, s)):
         with pytest.raises(UsageError, match=f"--targets {top}.*512"):
-            call(pico_models("llama"), tmp_path / "run", replace(settings, recover_steps=2, top=top))
+            call(pico_models("llama", **LAYERS), tmp_path / "run", replace(settings, recover_steps=2, top=top))
     assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match="512"):
         Options(top=top).check(vocab=512)
@@ -38,9 +39,13 @@ def test_f30_more_targets_than_tokens_are_refused_before_any_work(pico_models, s
 
 
 def test_f30_a_teacher_of_other_tokens_is_refused_before_any_work(pico_models, settings, tmp_path):
-    other = pico_models("llama", tokenizer="spm")
+    other = pico_models("llama", tokenizer="spm", **LAYERS)
     with pytest.raises(PareError, match=r"tokenizer|vocabulary"):
-        pipeline.run(pico_models("llama"), tmp_path / "run", replace(settings, recover_steps=2, teacher=str(other)))
+        pipeline.run(
+            pico_models("llama", **LAYERS),
+            tmp_path / "run",
+            replace(settings, recover_steps=2, teacher=str(other)),
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -55,7 +60,7 @@ def stopped(pico_models, settings, tmp_path_factory) -> Path:
 
         patch.setattr(export_step, "fits_of", fails)
         with pytest.raises(UsageError, match="means nothing"):
-            pipeline.run(pico_models("llama"), out, settings)
+            pipeline.run(pico_models("llama", **LAYERS), out, settings)
     with Run(out) as run:
         assert "plan" in run.manifest.steps and "export" not in run.manifest.steps
     return out
@@ -78,10 +83,10 @@ def test_f30_the_context_of_a_stopped_run_can_be_mended(pico_models, settings, o
     if earlier:
         noted(out, context=300)
     monkeypatch.setattr("mlx_pare.pipeline.steps.prune", lambda *_, **__: pytest.fail("cut again"))
-    summary = pipeline.run(pico_models("llama"), out, replace(settings, context=400))
+    summary = pipeline.run(pico_models("llama", **LAYERS), out, replace(settings, context=400))
     assert summary["fits"]["context"] == 400
     with pytest.raises(Refused, match=r"export step.*context was 400, now it is 500"):
-        pipeline.run(pico_models("llama"), out, replace(settings, context=500))
+        pipeline.run(pico_models("llama", **LAYERS), out, replace(settings, context=500))
 
 
 def test_f30_the_context_belongs_to_a_plan_for_a_mac(pico_models, two_texts, tmp_path):

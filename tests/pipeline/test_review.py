@@ -167,12 +167,12 @@ def test_what_is_written_about_an_edited_plan_is_counted(pico_models, tmp_path):
 
 def test_a_run_repeated_without_recovery_reports_the_pruned_model(pico_models, tmp_path):
     s = Settings(keep=0.8, length=32, samples=8, recover_steps=2, trials=0, gguf="f16", context=128, seed=1)
-    pipeline.run(pico_models("llama"), tmp_path / "run", s)
+    pipeline.run(pico_models("llama", num_hidden_layers=2), tmp_path / "run", s)
     for step in ("export",):  # as if it had been stopped before the export
         manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
         del manifest["steps"][step]
         (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
-    found = pipeline.run(pico_models("llama"), tmp_path / "run", replace(s, recover_steps=0))
+    found = pipeline.run(pico_models("llama", num_hidden_layers=2), tmp_path / "run", replace(s, recover_steps=0))
     assert "/prune/model" in found["model"] and "/prune/model" in found["after"]["model"]
     assert "recovered" not in found["contenders"] and "## Recovery" not in (tmp_path / "run" / "report.md").read_text()
 

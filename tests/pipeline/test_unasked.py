@@ -64,7 +64,7 @@ WITHOUT = {"pattern": (by_another_pattern, "splits text by"), "two files": (in_t
 @pytest.mark.parametrize("name", WITHOUT)
 def test_case_02_run_goes_on_without_a_gguf_file(tmp_path, quick, capsys, name):
     change, why = WITHOUT[name]
-    model = change(pico.make(tmp_path / "model", "qwen2"))
+    model = change(pico.make(tmp_path / "model", "qwen2", num_hidden_layers=2))
     summary = pipeline.run(model, tmp_path / "run", quick)
     assert summary["gguf"] is None and summary["fits"]["gguf_rows"] == []
     said = [line for line in capsys.readouterr().err.splitlines() if "going on without a GGUF file" in line]
@@ -75,7 +75,7 @@ def test_case_02_run_goes_on_without_a_gguf_file(tmp_path, quick, capsys, name):
 
 
 def test_case_02_one_that_was_asked_for_is_refused_before_any_work(tmp_path, quick):
-    model = by_another_pattern(pico.make(tmp_path / "model", "qwen2"))
+    model = by_another_pattern(pico.make(tmp_path / "model", "qwen2", num_hidden_layers=2))
     for asked in ({"gguf": "f16"}, {"runtimes": ("llama.cpp",)}):
         with pytest.raises(Refused, match=r"no GGUF file can be made of it: .*splits text by"):
             pipeline.run(model, tmp_path / "run", steps.replace(quick, **asked))
@@ -98,7 +98,7 @@ def test_case_02_a_gguf_file_that_fails_ends_nothing(pico_models, tmp_path, quic
 
     with monkeypatch.context() as patched:
         patched.setattr(export_step, function, fails)
-        summary = pipeline.run(pico_models("llama"), tmp_path / "run", quick)
+        summary = pipeline.run(pico_models("llama", num_hidden_layers=2), tmp_path / "run", quick)
     assert summary["gguf"] is None and "There is no GGUF file" in Path(summary["report"]).read_text()
     assert str(error).partition(".")[0] in capsys.readouterr().err
 
@@ -113,16 +113,16 @@ def test_case_02_one_that_was_asked_for_fails_after_the_report_and_is_tried_agai
     with monkeypatch.context() as patched:
         patched.setattr(export_step, "export", fails)
         with pytest.raises(PareError, match=r"no GGUF file was made: the file reads back wrong\. .*report\.md"):
-            pipeline.run(pico_models("llama"), tmp_path / "run", asked)
+            pipeline.run(pico_models("llama", num_hidden_layers=2), tmp_path / "run", asked)
     assert "There is no GGUF file: the file reads back wrong" in (tmp_path / "run" / "report.md").read_text()
-    summary = pipeline.run(pico_models("llama"), tmp_path / "run", asked)
+    summary = pipeline.run(pico_models("llama", num_hidden_layers=2), tmp_path / "run", asked)
     assert Path(summary["gguf"]).read_bytes()[:4] == b"GGUF"
 
 
 def test_case_02_what_llama_cpp_rejected_is_kept_and_named(pico_models, tmp_path, quick, monkeypatch):
     found = {"checked": True, "different": ["x"], "relative_difference": 0.0, "max_abs_difference": 0.0}
     monkeypatch.setattr(llama_cpp, "verify", lambda *args: found)
-    summary = pipeline.run(pico_models("llama"), tmp_path / "run", quick)
+    summary = pipeline.run(pico_models("llama", num_hidden_layers=2), tmp_path / "run", quick)
     assert (tmp_path / "run" / "export" / "model-f16.gguf.rejected").exists()
     told = json.loads((tmp_path / "run" / "export" / "export.json").read_text())
     assert told["path"] is None and "export/model-f16.gguf.rejected" in told["why"] and "partial" not in told["why"]
@@ -134,7 +134,7 @@ def test_case_02_a_bench_that_fails_ends_nothing(pico_models, tmp_path, quick, c
         raise RuntimeError("the GPU is gone")
 
     monkeypatch.setattr(measure_steps, "bench", fails)
-    summary = pipeline.run(pico_models("llama"), tmp_path / "run", steps.replace(quick, trials=1))
+    summary = pipeline.run(pico_models("llama", num_hidden_layers=2), tmp_path / "run", steps.replace(quick, trials=1))
     assert summary["bench"] is None and Path(summary["report"]).exists()
     assert "speed was not measured" in (said := capsys.readouterr().err) and "the GPU is gone" in said
 
@@ -144,7 +144,7 @@ def test_case_02_a_text_that_cannot_be_written_is_a_warning(pico_models, tmp_pat
         raise ValueError("no such sampler")
 
     monkeypatch.setattr(lm, "generate", fails)
-    summary = pipeline.run(pico_models("llama"), tmp_path / "run", quick)
+    summary = pipeline.run(pico_models("llama", num_hidden_layers=2), tmp_path / "run", quick)
     report = Path(summary["report"]).read_text()
     assert "no text was generated" in report and "no such sampler" in report
 
@@ -180,7 +180,7 @@ def opened_by_transformers(monkeypatch, closed: tuple[Path, ...]) -> None:
 
 
 def test_case_02_what_transformers_cannot_open_either_way_is_a_warning(pico_models, tmp_path, monkeypatch):
-    model, out = pico_models("llama"), tmp_path / "out"
+    model, out = pico_models("llama", num_hidden_layers=2), tmp_path / "out"
     prune(model, plan_of(model, ("ffn",)), out)
     opened_by_transformers(monkeypatch, (model, out))
     assert any("neither the original nor the result: " in line for line in check(out, model))

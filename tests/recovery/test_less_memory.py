@@ -200,7 +200,7 @@ def test_what_an_earlier_call_chose_is_taken_over():
 @pytest.fixture(scope="module")
 def pruned(pico_models, two_texts, tmp_path_factory) -> Path:
     """A run that is done up to prune."""
-    out, model = tmp_path_factory.mktemp("less") / "run", pico_models("llama")
+    out, model = tmp_path_factory.mktemp("less") / "run", pico_models("llama", num_hidden_layers=2)
     asked = replace(ASKED, **two_texts)
     texts = Texts(model, asked)
     with steps.open_run(model, out) as run:

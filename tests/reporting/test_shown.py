@@ -70,9 +70,11 @@ def test_inspect_says_why_a_program_does_not_load_it(pare, pico_models):
 
 
 def test_inspect_says_why_a_model_cannot_be_cut(pare):
-    seen, told = inspected(pare, "qwen3-30b-a3b")
-    assert "mlx-pare cannot cut this model: no one has described yet how to cut qwen3_moe." in seen
+    seen, told = inspected(pare, "apertus-8b")
+    assert "mlx-pare cannot cut this model: no one has described yet how to cut apertus." in seen
     assert told["cuttable"] == {} and told["not_cuttable"] == {}
+    seen, told = inspected(pare, "qwen3-30b-a3b")
+    assert told["cuttable"] == {"expert": "exact", "layer": "exact"} and "cannot cut this model" not in seen
 
 
 # ---- evaluate, bench, report ----

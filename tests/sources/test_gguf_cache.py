@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def file(tmp_path, pico_models) -> Path:
-    export(pico_models("llama"), tmp_path / "model.gguf", "q8_0")
+    export(pico_models("llama", num_hidden_layers=2), tmp_path / "model.gguf", "q8_0")
     return tmp_path / "model.gguf"
 
 
@@ -213,7 +213,7 @@ def test_f04_a_step_says_how_to_get_the_model_back(pare, file, cache, two_texts,
 
 
 def test_f04_a_model_that_is_no_gguf_file_may_have_moved(pare, pico_models, two_texts, tmp_path):
-    model = Path(shutil.copytree(pico_models("llama"), tmp_path / "m"))
+    model = Path(shutil.copytree(pico_models("llama", num_hidden_layers=2), tmp_path / "m"))
     asked = ["--out", tmp_path / "run", "--data", two_texts["data"], "--samples", 4, "--length", 32]
     assert pare("calibrate", model, *asked).code == 0
     model.rename(tmp_path / "moved")
@@ -272,7 +272,7 @@ def test_f15_a_disk_without_locks_serves_as_a_cache(file, monkeypatch, number):
 
 
 def test_f03_all_parts_of_a_model_count(tmp_path, pico_models, at_rest):
-    export(pico_models("llama"), tmp_path / "m.gguf", "f16")
+    export(pico_models("llama", num_hidden_layers=2), tmp_path / "m.gguf", "f16")
     gguf_edit.edited(tmp_path / "m.gguf", tmp_path / "p.gguf", split_max_tensors=7)
     parts = sorted(tmp_path.glob("p-*"))
     before = open_model.opened(parts[0])

@@ -51,7 +51,7 @@ def told(*words) -> tuple[int, str]:
 def finished(tmp_path_factory) -> Path:
     """A folder with a model and a run of it."""
     folder = tmp_path_factory.mktemp("pipes")
-    pico.make(folder / "dense")
+    pico.make(folder / "dense", num_hidden_layers=2)
     pico.quantize(folder / "dense", folder / "model", 4, 32)
     lines = pico.TEXT.read_text("utf-8").split("\n")
     (folder / "data.txt").write_text("\n".join(lines[::2]), "utf-8")

@@ -26,6 +26,7 @@ from mlx_pare.stream import kept, memory as stream_memory, walk as stream
 from mlx_pare.text.corpus import Rows
 
 ROWS = Rows.full(np.random.default_rng(3).integers(0, 500, (7, 24)))
+SMALL = {"num_hidden_layers": 2}  # of whole runs: half the time of four layers
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def settings(two_texts, tmp_path_factory) -> Settings:
     """A text so short that recovery trains on the rows of calibration."""
     folder = tmp_path_factory.mktemp("short")
     for name, file in two_texts.items():
-        (folder / name).with_suffix(".txt").write_text(Path(file).read_text("utf-8")[:9000], "utf-8")
+        (folder / name).with_suffix(".txt").write_text(Path(file).read_text("utf-8")[:3000], "utf-8")
     texts = {name: str((folder / name).with_suffix(".txt")) for name in two_texts}
     return Settings(
         **texts, keep=0.75, length=32, samples=400, recover_steps=3, trials=0, gguf="f16", context=256, tries=2
@@ -56,7 +57,7 @@ def walks(monkeypatch) -> Counter:
 @pytest.fixture(scope="module")
 def whole(pico_models, settings, tmp_path_factory) -> tuple[Path, Path, dict]:
     """A model, a run of it that nobody disturbed, and what that returned."""
-    model, out = pico_models("llama", (4, 32)), tmp_path_factory.mktemp("whole") / "run"
+    model, out = pico_models("llama", (4, 32), **SMALL), tmp_path_factory.mktemp("whole") / "run"
     return model, out, pipeline.run(model, out, settings)
 
 
@@ -66,7 +67,7 @@ def whole(pico_models, settings, tmp_path_factory) -> tuple[Path, Path, dict]:
 def test_the_original_is_walked_once_over_the_test_rows(pico_models, settings, tmp_path, walks):
     """By all five contenders together; and over calibration rows once for each way to look at them: statistics,
     trials (beside held-out rows), the result, the other contenders. Recovery learns from the end of the first."""
-    model = pico_models("llama", (4, 32)).resolve()
+    model = pico_models("llama", (4, 32), **SMALL).resolve()
     summary = pipeline.run(model, tmp_path / "run", settings)
     assert set(summary["contenders"]) == {"original", "pruned", "recovered", "random", "fewer-bits"}
     texts = steps.Texts(model, settings)
@@ -222,7 +223,7 @@ def test_the_first_result_comes_before_recovery(pico_models, settings, tmp_path,
 
     monkeypatch.setattr(steps, "recover_step", stop)
     with pytest.raises(Stop):
-        pipeline.run(pico_models("llama", (4, 32)), tmp_path / "run", settings)
+        pipeline.run(pico_models("llama", (4, 32), **SMALL), tmp_path / "run", settings)
     log = (tmp_path / "run" / "log.txt").read_text("utf-8")
     (line,) = [line for line in log.splitlines() if "first result: " in line]
     found = json.loads((tmp_path / "run" / "evaluate-pruned" / "metrics.json").read_text())

@@ -1,4 +1,4 @@
-"""Families that mix attention with layers whose state has a fixed size, as data. So far for planning only."""
+"""Families that mix attention with layers whose state has a fixed size, as data. Of these only experts are cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..rows import (
     without,
 )
 from ..spec import Wrapper, layer_types, listed_layers, tensor, whole
-from .moe import EXPERTS, experts, gated_shared, is_sparse, router
+from .moe import EXPERTS, ONLY_EXPERTS, WITHOUT, experts, gated_shared, is_sparse, router
 
 # ---- gated DeltaNet: qwen3_next, qwen3_5 ----
 
@@ -93,6 +93,8 @@ QWEN3_5 = planned(
         )
     ),
     model_types=("qwen3_5_text", "qwen3_5_moe_text"),
+    **ONLY_EXPERTS,
+    fixed=(WITHOUT,),
     keys=DELTA_KEYS,
     kinds=delta_kind,
     defaults={"intermediate_size": 14336, "full_attention_interval": 4, "tie_word_embeddings": False},
@@ -107,6 +109,8 @@ QWEN3_NEXT = planned(
         )
     ),
     keys=DELTA_KEYS,
+    **ONLY_EXPERTS,
+    fixed=(WITHOUT,),
     kinds=next_kind,
     defaults={"full_attention_interval": 4, "tie_word_embeddings": False},
     gguf="qwen3next",
@@ -180,6 +184,7 @@ LFM2_MOE = planned(
         for mark, ffn in (("", swiglu(path="feed_forward")), ("+moe", LFM2_EXPERTS))
     },
     keys=keys_without("head_dim", conv_kernel="conv_L_cache", **EXPERTS),
+    **ONLY_EXPERTS,
     model=LFM2_MODEL,
     kinds=lambda config, i: conv_kind(config, i) + ("+moe" if i >= whole(config, "num_dense_layers", least=0) else ""),
     tied=True,

@@ -1,14 +1,14 @@
-"""Families with multi-head latent attention, as data. For planning only.
+"""Families with multi-head latent attention, as data. They are cut along experts and layers.
 
 A head has a part without rope and a part with rope. They alternate in the rows of a matrix, head by head. Dimensions
-cannot express that, because they are sums of products. The lengths are right, and nothing here is ever sliced.
+cannot express that, because they are sums of products. The lengths are right, and heads are never sliced.
 """
 
 from __future__ import annotations
 
-from ..rows import PRE_NORMS, keys_without, planned, swiglu, without
+from ..rows import PRE_NORMS, keys_without, swiglu, without
 from ..spec import Wrapper, tensor
-from .moe import ROUTED, ROUTED_MLP, after_dense, shared_width
+from .moe import GROUPED, ROUTED, ROUTED_MLP, after_dense, dense_first, shared_width, sparse
 
 QUERIES, KEYS = "q_head*nope_dim + q_head*rope_dim", "kv_latent + rope_dim"
 
@@ -54,7 +54,7 @@ DEFAULTS = {
     "first_k_dense_replace": 0,
 }
 
-DEEPSEEK_V2 = planned(
+DEEPSEEK_V2 = sparse(
     "deepseek_v2",
     {
         "mla_expanded" + mark: (*LATENT_IN, *EXPANDED, *LATENT_OUT, *ffn, *PRE_NORMS)
@@ -63,6 +63,9 @@ DEEPSEEK_V2 = planned(
     keys=LATENT_KEYS,
     kinds=after_dense("mla_expanded"),
     widths=shared_width,
+    recounted=dense_first,
+    needed=frozenset(),
+    fixed=(GROUPED,),
     defaults=DEFAULTS,
     tied=False,
     gguf="deepseek2",
@@ -72,24 +75,30 @@ ABSORBED_BLOCKS = {
     "mla" + mark: (*LATENT_IN, *ABSORBED, *LATENT_OUT, *ffn, *PRE_NORMS)
     for mark, ffn in (("", swiglu()), ("+moe", ROUTED_MLP))
 }
-DEEPSEEK_V3 = planned(
+DEEPSEEK_V3 = sparse(
     "deepseek_v3",
     ABSORBED_BLOCKS,
     model_types=("deepseek_v3", "kimi_k2", "joyai_llm_flash"),  # MODEL_REMAPPING in mlx_lm/utils.py
     keys=LATENT_KEYS,
     kinds=after_dense("mla"),
     widths=shared_width,
+    recounted=dense_first,
+    needed=frozenset(),
+    fixed=(GROUPED,),
     defaults=DEFAULTS,
     tied=False,
     gguf="deepseek2",
 )
 
-GLM4_MOE_LITE = planned(
+GLM4_MOE_LITE = sparse(
     "glm4_moe_lite",
     ABSORBED_BLOCKS,
     keys=LATENT_KEYS,
     kinds=after_dense("mla"),
     widths=shared_width,
+    recounted=dense_first,
+    needed=frozenset(),
+    fixed=(GROUPED,),
     defaults={  # mlx_lm/models/glm4_moe_lite.py ModelArgs
         **DEFAULTS,
         "qk_nope_head_dim": 192,

@@ -1,4 +1,4 @@
-"""Families with Mamba 2 layers, as data. For planning only.
+"""Families with Mamba 2 layers, as data. Of these only experts are cut.
 
 The axes are those of linear attention. Value heads and their width are the heads of Mamba; key heads are its groups,
 and the key width is the size of its state.
@@ -24,8 +24,8 @@ from ..rows import (
     planned,
     swiglu,
 )
-from ..spec import Wrapper, layer_types, tensor, whole
-from .moe import LOCAL, ROUTED, bare_router, experts, router
+from ..spec import Fixed, Wrapper, layer_types, tensor, whole
+from .moe import GROUPED, LOCAL, ONLY_EXPERTS, ROUTED, WITHOUT, bare_router, experts, router
 
 K, V = "linear_k_head*linear_k_dim", "linear_v_head*linear_v_dim"
 
@@ -96,6 +96,8 @@ GRANITE_HYBRID = planned(
         for mark, ffn in (("", swiglu("mlp_bias")), ("+moe", GRANITE_MOE))
     },
     keys=keys_without("head_dim", shared_ffn="shared_intermediate_size", **LOCAL, **MAMBA_KEYS),
+    **ONLY_EXPERTS,
+    fixed=(WITHOUT,),
     kinds=granite_kind,
     gguf="granitehybrid",
 )
@@ -160,6 +162,11 @@ NEMOTRON_MOE = (  # in some models the experts work on fewer dimensions than the
     tensor("mixer.fc2_latent_proj.weight", "hidden, expert_latent", "ffn", None, "moe_latent_size"),
     tensor("mixer.fc2_latent_proj.bias", "hidden", "ffn", "fc2_latent_proj_bias", "moe_latent_size mlp_bias"),
 )
+LATENT = Fixed(
+    ("expert",),
+    "its experts work on fewer dimensions than the model has",
+    lambda config: bool(config.get("moe_latent_size")),
+)
 NEMOTRON_BLOCKS = {
     "mamba": mamba("mixer", "mamba_proj_bias", "use_conv_bias", "mamba_proj_bias", keeps_decay=True),
     "full_attention": attention("attention_bias", "attention_bias", "mixer"),
@@ -186,6 +193,8 @@ NEMOTRON_H = planned(
         *norms({"final_norm": "backbone.norm_f"}),
         HEAD,
     ),
+    **ONLY_EXPERTS,
+    fixed=(WITHOUT, GROUPED, LATENT),
     kinds=nemotron_kind,
     tied=False,
 )

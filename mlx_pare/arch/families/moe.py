@@ -1,4 +1,4 @@
-"""Families with experts, as data. They can be planned for; mlx-pare cannot cut them yet.
+"""Families with experts, as data. mlx-pare cuts them along experts and layers.
 
 The experts of a layer are one stack (expert, rows, columns), as mlx-lm stores them. Names are those of a checkpoint
 that mlx_lm.convert wrote; on the hub the same weights have other names.
@@ -6,7 +6,7 @@ that mlx_lm.convert wrote; on the hub the same weights have other names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..rows import (
@@ -29,7 +29,7 @@ from ..rows import (
     shared_expert,
     swiglu,
 )
-from ..spec import Wrapper, listed_layers, tensor, whole
+from ..spec import Family, Fixed, Wrapper, listed_layers, tensor, whole
 
 GATED_EXPERTS = {"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"}
 
@@ -98,6 +98,23 @@ LOCAL = {"expert": "num_local_experts", "active": "num_experts_per_tok", "expert
 ROUTED = {**EXPERTS, "expert": "n_routed_experts"}
 
 
+def sparse(name: str, blocks: Rows | Mapping[str, Rows], **more: Any) -> Family:
+    """Make a family that is cut along experts and layers.
+
+    Args:
+        name: of the family (rows.planned).
+        blocks: layer kind -> table of rows, or one table (rows.planned).
+        more: other fields of Family.
+    Returns:
+        The family.
+    """
+    axes = frozenset({"layer", "expert"})
+    return planned(name, blocks, **{"cuttable": axes, "exact": axes | {"vocab"}, **more})
+
+
+ONLY_EXPERTS = {"cuttable": frozenset({"expert"}), "exact": frozenset({"expert", "vocab"}), "needed": frozenset()}
+
+
 def is_sparse(config: Mapping[str, Any], index: int) -> bool:
     """Whether a layer has experts: mlx_lm/models/qwen3_moe.py Qwen3MoeDecoderLayer, qwen3_next.py
     Qwen3NextDecoderLayer."""
@@ -106,7 +123,12 @@ def is_sparse(config: Mapping[str, Any], index: int) -> bool:
     return chosen and bool(config.get("num_experts")) and (index + 1) % whole(config, "decoder_sparse_step") == 0
 
 
-QWEN3_MOE = planned(
+def listed_dense(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """The keys of qwen3_moe for layers of these kinds: dense layers are listed, whatever their places are."""
+    return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i, kind in enumerate(kinds) if "+moe" not in kind]}
+
+
+QWEN3_MOE = sparse(
     "qwen3_moe",
     {
         "full_attention": (*attention(), *HEAD_NORMS, *swiglu(), *PRE_NORMS),
@@ -114,6 +136,7 @@ QWEN3_MOE = planned(
     },
     keys={**KEYS, **EXPERTS},
     kinds=lambda config, index: "full_attention" + ("+moe" if is_sparse(config, index) else ""),
+    recounted=listed_dense,
     defaults={"decoder_sparse_step": 1},
     gguf="qwen3moe",
 )
@@ -135,7 +158,7 @@ def gated_shared(stored: str = "") -> Rows:
     )
 
 
-QWEN2_MOE = planned(
+QWEN2_MOE = sparse(
     "qwen2_moe",
     {"full_attention+moe": (*attention(True), *gated_shared(), *PRE_NORMS)},
     keys=keys_without("ffn", "head_dim", shared_ffn="shared_expert_intermediate_size", **EXPERTS),
@@ -144,15 +167,16 @@ QWEN2_MOE = planned(
 )
 
 MIXTRAL_MLP = (*router("block_sparse_moe.gate"), *experts("block_sparse_moe.switch_mlp"))
-MIXTRAL = planned(
+MIXTRAL = sparse(
     "mixtral",
     {"full_attention+moe": (*attention(), *MIXTRAL_MLP, *PRE_NORMS)},
     keys=keys_without("ffn", "head_dim", **LOCAL),
     defaults={"tie_word_embeddings": False, "num_local_experts": 8, "num_experts_per_tok": 2},
     gguf="llama",
+    gguf_rope="norm",
 )
 
-PHIMOE = planned(
+PHIMOE = sparse(
     "phimoe",
     {"full_attention+moe": (*attention(True, True), *MIXTRAL_MLP, *norms(BEFORE, bias=True))},
     keys=keys_without("ffn", "head_dim", **LOCAL),
@@ -166,7 +190,7 @@ PHIMOE = planned(
     tied=False,
 )
 
-OLMOE = planned(
+OLMOE = sparse(
     "olmoe",
     {
         "full_attention+moe": (
@@ -189,11 +213,13 @@ GPT_OSS_BLOCK = (
     *experts("mlp.experts", bias=True),
     *PRE_NORMS,
 )
-GPT_OSS = planned(
+GPT_OSS = sparse(
     "gpt_oss",
     {"full_attention+moe": GPT_OSS_BLOCK, "sliding_attention+moe": GPT_OSS_BLOCK},
     keys=keys_without("ffn", **LOCAL),
     kinds=lambda config, index: _in_turns(config, index) + "+moe",
+    by_place={"layer_types": _in_turns},
+    needed=frozenset({"full_attention", "sliding_attention"}),
     defaults={  # mlx_lm/models/gpt_oss.py ModelArgs
         "num_hidden_layers": 36,
         "hidden_size": 2880,
@@ -222,6 +248,21 @@ def after_dense(mixer: str):
     return kind
 
 
+def dense_first(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """The keys of ``after_dense`` for layers of these kinds."""
+    return {"first_k_dense_replace": sum("+moe" not in kind for kind in kinds)}
+
+
+WITHOUT = Fixed(
+    ("expert",),
+    "this model has no experts",
+    lambda config: not any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
+)
+GROUPED = Fixed(  # equal numbers in every group would be exact (deepseek_v3); nothing here chooses by groups yet
+    ("expert",), "its router chooses groups of experts first", lambda config: (config.get("n_group") or 1) != 1
+)
+
+
 def shared_width(config: Mapping[str, Any], index: int) -> dict[str, int]:
     """The width of all shared experts together: they are stored as one."""
     if not config.get("n_shared_experts"):
@@ -236,7 +277,7 @@ GLM4_MOE_ATTENTION = (
     *changed(HEAD_NORMS, ("q_norm", "k_norm"), when="use_qk_norm"),
     *PRE_NORMS,
 )
-GLM4_MOE = planned(
+GLM4_MOE = sparse(
     "glm4_moe",
     {
         "full_attention": (*GLM4_MOE_ATTENTION, *swiglu()),
@@ -245,6 +286,8 @@ GLM4_MOE = planned(
     keys={**KEYS, **ROUTED},
     kinds=after_dense("full_attention"),
     widths=shared_width,
+    recounted=dense_first,
+    fixed=(GROUPED,),
     defaults={"moe_layer_freq": 1},
     tied=False,
     gguf="glm4moe",
@@ -274,6 +317,16 @@ def ernie_kind(config: Mapping[str, Any], index: int) -> str:
     return "full_attention" + ("+moe" if sparse else "")
 
 
+def ernie_range(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """The keys of ``ernie_kind`` for layers of these kinds, if those with experts are neighbours."""
+    sparse_ones = [i for i, kind in enumerate(kinds) if "+moe" in kind] or [0, -1]
+    return {
+        "moe_layer_start_index": sparse_ones[0],
+        "moe_layer_end_index": sparse_ones[-1],
+        "moe_layer_interval": 1,
+    }
+
+
 def ernie_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
     """The widths of the experts: that of the dense feed-forward if the config gives none."""
     key = "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
@@ -282,7 +335,7 @@ def ernie_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
 
 
 ERNIE_ATTENTION = (*attention("use_bias", "use_bias"), *PRE_NORMS)
-ERNIE4_5_MOE = planned(
+ERNIE4_5_MOE = sparse(
     "ernie4_5_moe",
     {
         "full_attention": (*ERNIE_ATTENTION, *swiglu("use_bias")),
@@ -295,6 +348,7 @@ ERNIE4_5_MOE = planned(
     },
     keys={**KEYS, "expert": "moe_num_experts", "active": "moe_k"},
     kinds=ernie_kind,
+    recounted=ernie_range,
     widths=ernie_widths,
     defaults={"moe_layer_start_index": 0, "moe_num_shared_experts": 0, "moe_layer_interval": 1, "moe_k": 1},
     gguf="ernie4_5-moe",

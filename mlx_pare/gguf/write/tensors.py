@@ -11,7 +11,7 @@ from typing import Any
 from ...arch import Architecture, Tensor
 from ...arch.rope import llama3_factors, rope_order
 from ...base.errors import PareError
-from .. import quant_mixes, types as gguf_types, uneven_layers
+from .. import experts, quant_mixes, types as gguf_types, uneven_layers
 from ..architectures import Target
 from ..special_cases import LONG, rotary
 
@@ -62,13 +62,14 @@ def table(arch: Architecture, target: Target, kind: str, matrix: bool = False) -
     for tensor in arch.tensors():
         parts = uneven_layers.parts(arch, target.architecture, tensor)
         if parts is None:
-            name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+            name = experts.name(target.architecture, tensor) if arch.uses("expert") else None
+            name = name or names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise PareError(f"{tensor.name} has no name in llama.cpp's {target.architecture} architecture")
             parts = [(name, range(tensor.shape[0]))]
         for (name, take), type_, ideal in zip(parts, types_of(tensor), ideals_of(tensor), strict=True):
             order = _order(tensor, name, take, target, head_dim)
-            shape = (len(take), *tensor.shape[1:])
+            shape = (len(take), *tensor.shape[1:]) if len(take) < tensor.shape[0] else experts.shape(tensor)
             factor = target.q_proj if tensor.spec.role == "q_proj" else 1.0
             rows.append(Row(name, shape, type_, tensor, order, factor=factor, ideal=ideal))
     if target.architecture == "deci":
