@@ -331,7 +331,7 @@ CALLED = re.compile(r"\b(?:benchmarks|scripts|tests)/[\w/-]+\.(?:py|sh)\b")
 @pytest.mark.parametrize("name", ["Makefile", "README.md", ".ci/run", "pyproject.toml", "benchmarks/*.py", "scripts/*"])
 def test_fault_3_scripts_that_are_called_are_there(name):
     """What a Makefile, a command in the README or a script calls by its path."""
-    for file in ROOT.glob(name):
+    for file in (path for path in ROOT.glob(name) if path.is_file()):
         named = {found[0] for found in CALLED.finditer(file.read_text("utf-8"))}
         missing = sorted(path for path in named if not (ROOT / path).exists())
         assert not missing, f"{file.relative_to(ROOT)} calls {', '.join(missing)}"

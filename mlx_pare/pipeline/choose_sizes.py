@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ def _uniform(run: Run, texts: Texts, s: Settings, scores: Path) -> tuple[Plan, T
     kl = candidates_kl(run, texts, s, [_candidate_of(run, made) for made in plans])
     best = min(range(len(plans)), key=kl.__getitem__)
     _say_best(kl, best, str(levels[best]))
-    rows = [{"level": asdict(level), **finite(one)} for level, one in zip(levels, kl, strict=True)]
+    rows = [{"level": level.counts(), **finite(one)} for level, one in zip(levels, kl, strict=True)]
     return plans[best], {"candidates": rows, "even": 0, "taken": best}
 
 

@@ -41,6 +41,12 @@ class Size(Strict):
     non_embedding: Count
     bytes: Count
 
+    @model_serializer(mode="wrap")
+    def _without_experts(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``experts`` out if there are none, as ``LayerPlan`` does."""
+        found = write(self)
+        return found if self.experts else {name: value for name, value in found.items() if name != "experts"}
+
 
 class LayerPlan(Strict):
     """One surviving layer: where it comes from and which units it keeps (indices in the original).

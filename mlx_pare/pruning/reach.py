@@ -29,6 +29,10 @@ class Level:
     hidden: int
     expert: int = 0
 
+    def counts(self) -> dict[str, int]:
+        """The counts by axis; experts only if there are any."""
+        return {axis: count for axis, count in self.__dict__.items() if count or axis != "expert"}
+
     def __str__(self) -> str:
         ffn, experts = (f", ffn {self.ffn}" if self.ffn else ""), f", {self.expert} experts" if self.expert else ""
         return f"{self.layer} layers{ffn}, {self.kv_head} kv heads{experts}, hidden {self.hidden}"

@@ -112,6 +112,7 @@ def _shape(run: Path) -> str:
     fields = [
         ("layers", str),
         ("ffn", span),
+        *([("experts", str)] if plan.before.experts else []),
         ("q_heads", span),
         ("kv_heads", span),
         ("hidden", str),
