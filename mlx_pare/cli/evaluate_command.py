@@ -61,7 +61,7 @@ def evaluate_command(
     dry_run: DryRun = False,
     **asked: Any,
 ) -> dict[str, Any]:
-    """Measure the perplexity of a model on a text, and how many tasks it passes.
+    """Measure the perplexity of a model, or the tasks it passes.
 
     With --teacher it also measures the KL divergence, how often the most likely tokens agree, and whether one of both
     models passes more tasks. Either --data or --tasks is needed.
