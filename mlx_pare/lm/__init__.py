@@ -15,7 +15,7 @@ from .backend import (
 )
 from .conversion import convert
 from .generation import Question, answers, batches, continued, generate, greedy, speed, surprisals
-from .loading import load, load_stock
+from .loading import load, load_stock, load_to_answer
 from .structure import (
     LogitShape,
     blocks,
@@ -34,8 +34,8 @@ from .training import add_lora, checkpointed, fused, train
 __all__ = [
     "SAMPLE", "LogitShape", "Question", "add_lora", "answers", "batches", "blocks", "body", "cache_bytes",
     "checkpointed", "continued", "convert", "cpu_backend", "dequantized", "each_block", "embedding", "final_norm",
-    "for_backend", "fused", "generate", "greedy", "head", "limit_memory", "load", "load_stock", "logit_shape",
-    "logits", "own_wired_limit", "packed", "product_error", "put_embedding", "require_exact_products",
-    "require_same_tokens", "same_tokens", "speed", "stock_tokenizer", "surprisals", "swift", "swift_kept", "tokenizer",
-    "train",
+    "for_backend", "fused", "generate", "greedy", "head", "limit_memory", "load", "load_stock", "load_to_answer",
+    "logit_shape", "logits", "own_wired_limit", "packed", "product_error", "put_embedding",
+    "require_exact_products", "require_same_tokens", "same_tokens", "speed", "stock_tokenizer", "surprisals",
+    "swift", "swift_kept", "tokenizer", "train",
 ]  # fmt: skip

@@ -161,7 +161,7 @@ def ask(reader: Reader, asked: Sequence[Asked], kept: KeptAnswers) -> None:
     left = pending(asked, kept)
     if not left:
         return
-    model = lm.load_stock(reader.model)
+    model = lm.load_to_answer(reader.model)
     with console.progress(f"{called(reader.model)} answers: tokens", sum(map(work, asked))) as bar, lm.swift():
         bar.skip(sum(map(work, asked)) - sum(map(work, left)))
         for batch in batches(asked):

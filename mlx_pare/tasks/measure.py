@@ -113,7 +113,7 @@ def measure_tasks(
     if out_dir is not None and (out_dir / FILE).exists() and not (out_dir / ANSWERS).exists():
         raise Refused(f"{out_dir / FILE} exists already, without the answers it was made of", "choose another --out")
     prepared = prepare([model, *([teacher] if teacher is not None else [])], tasks, way, named, context)
-    resident.require([reader.model for reader in prepared.readers], memory_cap)
+    resident.require([reader.model for reader in prepared.readers], memory_cap, answers=True)
     with KeptAnswers(out_dir) as kept:
         judged = []
         for reader, asked in zip(prepared.readers, prepared.asked, strict=True):
