@@ -137,6 +137,8 @@ class Workshop:
             (self.base / name).write_text("\n\n".join(part), "utf-8")
         records = [{"text": line, "body": line} for line in parts[3]]
         (self.base / "src.jsonl").write_text("\n".join(map(json.dumps, records)), "utf-8")
+        task = {"prompt": "What is the capital of France?", "check": {"contains": "Paris"}, "max_tokens": 8}
+        (self.base / "tasks.jsonl").write_text(json.dumps(task), "utf-8")
         turns = [{"messages": [{"role": "user", "content": line}]} for line in parts[4]]
         (self.base / "chats.jsonl").write_text("\n".join(map(json.dumps, turns)), "utf-8")
 

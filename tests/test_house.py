@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "pruning": "base tensors arch model store sources lm",
     "capacity": "base tensors options arch model gguf sources pruning",
     "evaluation": "base options arch model store sources lm text stream capacity",
+    "tasks": "base model store sources lm text capacity evaluation",
     "scoring": "base tensors arch model store sources lm text stream evaluation",
     "repair": "base tensors arch model store sources lm text stream pruning evaluation",
     "planning": "base tensors options arch model store sources lm text stream pruning evaluation repair",
@@ -50,7 +51,7 @@ MAY_IMPORT = {
     "pipeline": "base options arch model store gguf sources lm text "
     "stream pruning capacity evaluation scoring repair planning routing recovery reporting exporting",
     "cli": "base tensors options arch model store gguf sources "
-    "lm text pruning capacity evaluation reporting exporting pipeline",
+    "lm text pruning capacity evaluation tasks reporting exporting pipeline",
 }
 FOLDERS = {  # folder in a wing: the folders of the same wing that it may import
     "arch": "arch.families",

@@ -20,10 +20,11 @@ from ..base.units import gb
 from ..options.option import Option
 from ..options.settings import OUTPUT, TABLE, memory, settings_of
 from ..options.values import whole
-from . import export_command, interrupts, models_command, step_commands, tables
+from . import evaluate_command, export_command, interrupts, models_command, step_commands, tables
 from .app import AnyModel, DryRun, Model, Out, app, command, failed, mac_names
 
-__all__ = ["export_command", "main", "models_command", "step_commands"]  # the others register their commands
+# the others register their commands
+__all__ = ["evaluate_command", "export_command", "main", "models_command", "step_commands"]
 
 MACS, STORED, USE = "Macs", "How the model is stored", "How it is used"  # panels of `fit`
 INTERRUPTED = 130  # what typer returns for Ctrl-C before a command has begun
@@ -127,42 +128,6 @@ def _run(model: Path, out: Path, settings: Any, dry_run: bool = False) -> dict[s
     summary = pipeline.run(model, out, settings)
     tables.show_summary(summary)
     return summary
-
-
-@command(
-    "evaluate",
-    "mlx-pare evaluate MODEL --data book.txt --length 256 | mlx-pare evaluate PRUNED --data book.txt --teacher MODEL",
-    options=("length", "field", "memory_cap"),
-)
-def evaluate_command(
-    model: Model,
-    data: Annotated[
-        str, typer.Option(help="Text to measure on: a .txt, .md or .jsonl file, or a folder.", metavar="PATH")
-    ],
-    teacher: Annotated[
-        Path | None,
-        typer.Option(help="Model to compare with, by KL divergence and agreement.", metavar="MODEL"),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Number of windows. Default: all.")] = None,
-    *,
-    length: int,
-    field: str | None,
-    memory_cap: str | None,
-) -> dict[str, Any]:
-    """Measure the perplexity of a model.
-
-    With --teacher it also measures the KL divergence, and how often the most likely tokens agree.
-    """
-    from .. import lm
-    from ..evaluation.evaluate import evaluate
-    from ..model.hub_name import called
-    from ..text import corpus
-
-    tokenizer = lm.tokenizer(model)
-    rows = corpus.windows(tokenizer, corpus.read(Path(data), tokenizer, field), length, samples)
-    found = evaluate(model, rows, tokenizer, teacher, data, memory(memory_cap)).model_dump()
-    tables.show_metrics(found | {"model": called(model)})
-    return found
 
 
 @command("bench", "mlx-pare bench MODEL RUN/prune/model --trials 5", options=("memory_cap",))

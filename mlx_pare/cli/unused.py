@@ -72,7 +72,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "plan": SIZES,
     "recover": (*RECOVERY[:3], RECORDS),
     "calibrate": (RECORDS,),
-    "evaluate": ((("field",), _has_records, "without a .jsonl file in --data"),),
+    "evaluate": (
+        (("field", "length", "samples"), lambda v: v["data"], "without --data"),
+        (("field",), _has_records, "without a .jsonl file in --data"),
+        (("out", "raw", "task_function", "temperature", "context"), lambda v: v["tasks"], "without --tasks"),
+        (("seed",), lambda v: v["temperature"], "with a temperature of 0"),
+    ),
     "score": ((("seed",), lambda v: v["criterion"] == "random", "without --criterion random"),),
     "stability": ((("reconstruct",), lambda v: v["measure"], "without --measure"),),
     "fit": (

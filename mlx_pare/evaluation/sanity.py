@@ -37,7 +37,7 @@ def check(model: Path, original: Path, memory_cap: int | None = None) -> list[st
         if not _same(ours, file):
             raise PareError(f"{ours} differs from the original's")
     warnings = [*([told] if (told := warning(model)) else []), *_transformers(model, original)]
-    if too_large := not_resident(original, memory_cap):
+    if too_large := not_resident(original, memory_cap, answers=True):
         return [*warnings, f"no text was generated: {too_large}"]
     lm.load(model)  # a model that stock mlx-lm cannot open is broken; the text of a sound one is only a hint
     texts, failed = attempt(lambda: [_text(path) for path in (model, original)])
@@ -60,7 +60,7 @@ def _same(ours: Path, theirs: Path) -> bool:
 
 
 def _text(path: Path) -> str:
-    return lm.generate(lm.load_stock(path), lm.tokenizer(path), PROMPT, TOKENS)
+    return lm.generate(lm.load_to_answer(path), lm.tokenizer(path), PROMPT, TOKENS)
 
 
 def _transformers(model: Path, original: Path) -> list[str]:

@@ -14,8 +14,8 @@ from .backend import (
     swift_kept,
 )
 from .conversion import convert
-from .generation import continued, generate, greedy, speed
-from .loading import load, load_stock
+from .generation import Question, answers, batches, continued, generate, greedy, speed, surprisals
+from .loading import load, load_stock, load_to_answer
 from .structure import (
     LogitShape,
     blocks,
@@ -32,11 +32,10 @@ from .tokens import SAMPLE, require_same_tokens, same_tokens, stock_tokenizer, t
 from .training import add_lora, checkpointed, fused, train
 
 __all__ = [
-    "SAMPLE", "LogitShape", "add_lora", "blocks", "body", "cache_bytes", "checkpointed", "continued", "convert",
-    "cpu_backend",
-    "dequantized", "each_block", "embedding", "final_norm", "for_backend", "fused", "generate", "greedy", "head",
-    "limit_memory",
-    "load", "load_stock", "logit_shape", "logits", "own_wired_limit", "packed", "product_error", "put_embedding",
-    "require_exact_products", "require_same_tokens", "same_tokens", "speed", "stock_tokenizer", "swift", "swift_kept",
-    "tokenizer", "train",
+    "SAMPLE", "LogitShape", "Question", "add_lora", "answers", "batches", "blocks", "body", "cache_bytes",
+    "checkpointed", "continued", "convert", "cpu_backend", "dequantized", "each_block", "embedding", "final_norm",
+    "for_backend", "fused", "generate", "greedy", "head", "limit_memory", "load", "load_stock", "load_to_answer",
+    "logit_shape", "logits", "own_wired_limit", "packed", "product_error", "put_embedding",
+    "require_exact_products", "require_same_tokens", "same_tokens", "speed", "stock_tokenizer", "surprisals",
+    "swift", "swift_kept", "tokenizer", "train",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from ..base.untrusted import read_json
 from ..model.weight_files import read_headers, without_leftovers
 from ..sources.open_model import opened
 from . import blas
-from .backend import cpu_backend
+from .backend import cpu_backend, dequantized
 
 
 def load(path: Path, lazy: bool = True) -> nn.Module:
@@ -57,5 +57,17 @@ def load_stock(path: Path) -> nn.Module:
     model = load(path)
     if cpu_backend():
         model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model
+
+
+def load_to_answer(path: Path) -> nn.Module:
+    """Load the model into memory as ``load_stock`` does; on the CPU backend its matrices are float32 too.
+
+    MLX's kernels for packed matrices take up to 20 times as long there (benchmarks/LOG.md). It computes the same.
+    """
+    if not cpu_backend():
+        return load_stock(path)
+    model = dequantized(load(path))
     mx.eval(model.parameters())
     return model

@@ -99,7 +99,7 @@ def logit_shape(model: nn.Module) -> LogitShape:
     return LogitShape(1 / getattr(model, "logits_scaling", 1.0), getattr(model, "final_logit_softcapping", None))
 
 
-def logits(model: nn.Module, tokens: mx.array) -> mx.array:
+def logits(model: nn.Module, tokens: mx.array, cache: list | None = None) -> mx.array:
     """Compute logits with a head in float32, whatever the model computes in.
 
     bfloat16 logits between 16 and 32 are an eighth apart, which would be the noise of every divergence.
@@ -107,10 +107,12 @@ def logits(model: nn.Module, tokens: mx.array) -> mx.array:
     Args:
         model: the model.
         tokens: int [rows, length].
+        cache: mlx-lm's cache of the tokens before these; None: there are none.
     Returns:
         float32 [rows, length, vocab].
     """
-    states, readout = body(model)(tokens).astype(mx.float32), head(model)
+    before = {} if cache is None else {"cache": cache}
+    states, readout = body(model)(tokens, **before).astype(mx.float32), head(model)
     return logit_shape(model)(readout.as_linear(states) if hasattr(readout, "as_linear") else readout(states))
 
 

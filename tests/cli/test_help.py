@@ -57,14 +57,14 @@ def test_run_help_has_panels_and_the_dozen_most_used_come_first(pare):
     assert "MODEL  A model directory" in page
 
 
-@pytest.mark.parametrize("command", ["fit", "export", "plan", "recover"])
+@pytest.mark.parametrize("command", ["fit", "evaluate", "export", "plan", "recover"])
 def test_other_long_pages_have_panels_too(pare, command):
     page = pare(command, "--help").out
     assert "\nMost used:\n" in page and "\nGeneral:\n" in page
 
 
 def test_short_pages_have_one_panel(pare):
-    page = pare("evaluate", "--help").out
+    page = pare("bench", "--help").out
     assert "\nOptions:\n" in page and "\nGeneral:\n" not in page
 
 
