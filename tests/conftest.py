@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 
 os.environ["MLX_DISABLE_COMPILE"] = "1"
@@ -25,6 +26,10 @@ from hub_server import HubServer
 from mlx_pare.base import console
 
 sys.dont_write_bytecode = False
+# A suite that was started in the background ignores these, and so would every process that it starts.
+for _signal, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _default)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "planning": "base tensors options arch model store sources lm text stream pruning evaluation repair",
     "routing": "base options arch model store text stream pruning planning",
     "recovery": "base tensors options arch model store sources lm text stream pruning evaluation",
-    "reporting": "base model store sources pruning capacity evaluation",
+    "reporting": "base arch model store sources pruning capacity evaluation",
     "exporting": "base tensors options arch model store gguf sources lm text stream reporting",
     "pipeline": "base options arch model store gguf sources lm text "
     "stream pruning capacity evaluation scoring repair planning routing recovery reporting exporting",
@@ -131,7 +131,8 @@ def test_families_are_registered_in_one_place():
         if any(other.startswith("mlx_pare.arch.families.") for other in others):
             assert name == "mlx_pare.arch.describe" or folder_of(name) == "arch.families", name
         if folder_of(name) == "arch.families":
-            known = {f"mlx_pare.arch.{part}" for part in ("axes", "spec", "rows", "rope")} | {"mlx_pare.base.errors"}
+            parts = {f"mlx_pare.arch.{part}" for part in ("axes", "parent", "spec", "rows", "rope")}
+            known = parts | {"mlx_pare.base.errors"}
             assert others <= known | {n for n in MODULES if folder_of(n) == "arch.families"}, name
 
 

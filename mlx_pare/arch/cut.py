@@ -10,7 +10,7 @@ from . import uneven
 from .axes import UNITS
 from .describe import describe, periodic
 from .keep import Keep
-from .rope import both_rope_spellings
+from .rope import both_rope_spellings, older_rope_spelling
 from .spec import Architecture, Layer
 
 
@@ -79,10 +79,13 @@ def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
         old = arch.layers[layer.source]
         kept_sizes.append(Layer(old.kind, {**old.sizes, **{a: len(i) for a, i in layer.keep.items()}}))
     sizes = dict(arch.sizes) if keep.hidden is None else {**arch.sizes, "hidden": len(keep.hidden)}
-    smaller = Architecture(arch.family, arch.config, sizes, tuple(kept_sizes), arch.tied)
+    smaller = Architecture(arch.family, arch.config, sizes, tuple(kept_sizes), arch.tied, arch.parent)
     if uneven.differ(smaller):
         return describe(uneven.config(smaller))
-    left = describe(_config(arch, smaller, sources, packed), untied=not arch.tied)
+    config = _config(arch, smaller, sources, packed)
+    if arch.parent:
+        config = arch.parent.around({key: v for key, v in config.items() if arch.config.get(key) != v})
+    left = describe(config, untied=not arch.tied)
     if [layer.kind for layer in left.layers] != [layer.kind for layer in kept_sizes]:
         raise PareError(
             f"{left.config['model_type']}, as which this model would leave, would change the attention kind of a layer",
@@ -139,4 +142,4 @@ def _config(arch: Architecture, smaller: Architecture, sources: list[int], packe
             break
     else:
         config["tie_word_embeddings"] = arch.tied
-    return both_rope_spellings(config)
+    return older_rope_spelling(config) if arch.parent else both_rope_spellings(config)

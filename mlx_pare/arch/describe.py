@@ -9,9 +9,10 @@ from ..base.errors import PareError, Unsupported
 from . import uneven
 from .axes import AXES
 from .families import dense, gemma, hybrid, latent, mamba, moe, other_dense, post_norm
+from .parent import Parent, Wrapper
 from .rope import both_rope_spellings, check_numbers
 from .rows import KEYS
-from .spec import Architecture, Family, Layer, Wrapper, layer_types, whole
+from .spec import Architecture, Family, Layer, layer_types, whole
 
 _FILES = (dense, post_norm, other_dense, gemma, moe, latent, hybrid, mamba, uneven)
 FAMILIES: tuple[Family, ...] = tuple(family for file in _FILES for family in file.FAMILIES)
@@ -54,7 +55,8 @@ def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architect
         Unsupported: the model type is unknown.
         PareError: sizes are missing or make no sense.
     """
-    config, prefix = _unwrapped(config)
+    parent = parent_of(config)
+    config = parent.inner() if parent else config
     family = family_of(config)
     check_numbers(both_rope_spellings(config))
     # a null counts as absent here, but stays in the config: transformers fills an absent key with its own default
@@ -71,19 +73,15 @@ def describe(config: Mapping[str, Any], untied: bool | None = None) -> Architect
         tied = bool(config.get(family.tied_key, family.defaults.get(family.tied_key, True)))
     if family.kinds == "sliding_window_pattern" and untied is not None:
         tied = not untied
-    return Architecture(family, full, shared, layers, tied, prefix)
+    return Architecture(family, full, shared, layers, tied, parent)
 
 
-def _unwrapped(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """The config of the language model (the ``text_config`` of a multimodal config), and the prefix of its tensors."""
+def parent_of(config: Mapping[str, Any]) -> Parent | None:
+    """The multimodal model of a config.json; None if it is a language model alone."""
     wrapper = WRAPPERS.get(str(config.get("model_type")))
-    inner = config.get("text_config")
-    if wrapper is None or not (isinstance(inner, dict) or wrapper.bare):
-        return config, ""
-    inner = inner if isinstance(inner, dict) else {k: v for k, v in config.items() if k != "model_type"}
-    shared = {key: config[key] for key in wrapper.shared if config.get(key) is not None}
-    merged = {**wrapper.defaults, **inner, **shared}
-    return {**merged, "model_type": wrapper.model_type or merged.get("model_type")}, wrapper.prefix
+    if wrapper is None or not (isinstance(config.get("text_config"), dict) or wrapper.bare):
+        return None
+    return Parent(wrapper, config)
 
 
 def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:

@@ -18,6 +18,25 @@ def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     transformers 5 writes only rope_parameters. mlx-lm's llama and qwen2 do not read them: they would silently compute
     with a theta of 10000. Raises PareError if neither spelling makes sense.
     """
+    config = older_rope_spelling(config)
+    if config.get("rope_parameters") is None and config.get("rope_theta") is not None and not _two_ropes(config):
+        scaling = _block(config)
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"], "rope_type": kind}
+    return config
+
+
+def _two_ropes(config: Mapping[str, Any]) -> bool:
+    """Whether sliding layers have a theta of their own."""
+    return config.get("rope_local_base_freq") is not None
+
+
+def older_rope_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with rope also under the older names, if it has rope_parameters.
+
+    The language model of a multimodal model is given these alone. mlx-lm's qwen3_5 reads only rope_parameters, and has
+    a theta of its own if there are none. Raises PareError if they are no object.
+    """
     config = dict(config)
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict | None):
@@ -29,10 +48,6 @@ def both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
             config["rope_scaling"] = scaling
         if config.get("model_type") == "phi3":
             _older_phi3(config, parameters)
-    elif parameters is None and config.get("rope_theta") is not None and config.get("rope_local_base_freq") is None:
-        scaling = _block(config)
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"], "rope_type": kind}
     return config
 
 

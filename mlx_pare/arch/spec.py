@@ -23,6 +23,7 @@ from ..base.errors import PareError
 from ..base.untrusted import shown
 from .axes import UNITS, Dim, dim, length
 from .mixers import MIXERS, Mixer
+from .parent import Parent
 
 
 @dataclass(frozen=True)
@@ -143,21 +144,6 @@ class Family:
     gguf_rope: str = "neox"  # "norm": q and k rows are permuted there
 
 
-@dataclass(frozen=True)
-class Wrapper:
-    """A multimodal model type: which language model is inside, and how its tensors are named.
-
-    ``model_type``: of the language model; None: its ``text_config`` says it. ``shared``: keys of the outer config that
-    apply to it. ``bare``: the type is also used without a ``text_config``, for the language model alone.
-    """
-
-    model_type: str | None
-    prefix: str = "language_model."
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    shared: tuple[str, ...] = ()
-    bare: bool = False
-
-
 def whole(config: Mapping[str, Any], key: str, what: str = "", least: int = 1) -> int:
     """Read a whole number of the config.
 
@@ -253,25 +239,40 @@ class Architecture:
     sizes: Mapping[str, int]  # hidden, vocab
     layers: tuple[Layer, ...]
     tied: bool
-    prefix: str = ""  # of all names, if the language model is part of a larger one
+    parent: Parent | None = None  # the multimodal model that it is a part of
 
     @property
     def cuttable(self) -> bool:
         """Whether mlx-pare can cut it. If not, it can be planned for."""
-        return bool(self.family.cuttable) and not self.prefix
+        return bool(self.family.cuttable)
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of all tensors."""
+        return self.parent.wrapper.prefix if self.parent else ""
+
+    def block(self, layer: int) -> str:
+        """The prefix of the names of a layer."""
+        return self.prefix + self.family.prefix.format(layer=layer)
 
     def why_fixed(self, axis: str) -> str | None:
         """Why it cannot be cut along an axis; None if it can."""
         for fixed in self.family.fixed:
             if axis in fixed.axes and fixed.when(self.config):
                 return fixed.why
+        if self.parent and axis == "hidden":
+            return f"the other parts of the {self.parent.model_type} read and write hidden channels"
         return None if axis in self.family.cuttable else "nobody has described how"
 
     def holds_heads(self, kv_heads: int) -> bool:
         """Whether a result with this number of kv heads per layer opens everywhere; the model's own number does."""
         sizes = self.layers[0].sizes
-        whole = kv_heads == sizes["kv_head"] or not self.family.divides
-        return whole or self.sizes["hidden"] % (kv_heads * sizes["group"]) == 0
+        if kv_heads == sizes["kv_head"]:
+            return True
+        left = {**self.sizes, "head_dim": sizes["head_dim"], "q_head": kv_heads * sizes["group"]}
+        if self.parent and any(exit_.when(left, self.config) for exit_ in self.family.exits):
+            return False  # the parent holds a language model of its own type only
+        return not self.family.divides or self.sizes["hidden"] % left["q_head"] == 0
 
     @property
     def cut_axes(self) -> list[str]:
@@ -316,7 +317,7 @@ class Architecture:
             alike = (info.kind, frozenset(info.sizes.items()))
             if alike not in known:
                 known[alike] = self._shapes(self.family.blocks[info.kind], layer)
-            prefix = self.prefix + self.family.prefix.format(layer=layer)
+            prefix = self.block(layer)
             found += [Tensor(prefix + spec.name, shape, spec, layer) for spec, shape in known[alike]]
         return (*found, *(tensor for tensor in outside if tensor.spec.role != "embed_tokens"))
 

@@ -257,6 +257,8 @@ class Uneven:
 
     def why_not(self, arch: Architecture) -> str | None:
         """Why it cannot compute what this model does with layers of these sizes, as a predicate; None if it can."""
+        if arch.parent:
+            return f"has no other parts, and this is the language model of a {arch.parent.model_type}"
         foreign = sorted(roles(arch) - self.holds)
         if biases := [role for role in foreign if role.endswith("_bias")]:
             return f"has no biases ({', '.join(biases)})"
@@ -382,6 +384,6 @@ def _whole_objections(arch: Architecture) -> tuple[str | None, str | None]:
     """Why nemotron-nas and openelm cannot hold a model's blocks, for any width that its feed-forwards are cut to."""
     sizes = [{**layer.sizes, "ffn": max(UNIT, layer.sizes.get("ffn", 0) // UNIT * UNIT)} for layer in arch.layers]
     layers = tuple(type(layer)(layer.kind, s) for layer, s in zip(arch.layers, sizes, strict=True))
-    widened = Architecture(arch.family, arch.config, arch.sizes, layers, arch.tied)
+    widened = Architecture(arch.family, arch.config, arch.sizes, layers, arch.tied, arch.parent)
     nas, openelm = (exit_.why_not(widened) for exit_ in EXITS)
     return nas, openelm

@@ -381,6 +381,6 @@ def _resized(arch: Architecture, axis: str, size: int) -> Architecture:
     if arch.config.get(key) == _whole(arch, axis):
         with suppress(PareError):
             smaller = describe({**arch.config, key: size})
-            return replace(smaller, tied=arch.tied, prefix=arch.prefix)
+            return replace(smaller, tied=arch.tied, parent=arch.parent)
     layers = [{**m.sizes, axis: min(size, m.sizes[axis])} if axis in m.sizes else m.sizes for m in arch.layers]
     return replace(arch, layers=tuple(replace(m, sizes=s) for m, s in zip(arch.layers, layers, strict=True)))

@@ -40,6 +40,7 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
     fixed = {axis: arch.why_fixed(axis) for axis in AXES if arch.cuttable and axis in others}
     return {
         "model_type": config["model_type"],
+        "part_of": arch.parent.model_type if arch.parent else None,
         "family": family.name,
         "layers": len(arch.layers),
         "layer_kinds": kinds,
@@ -58,12 +59,18 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
         "cuttable": {axis: "exact" if axis in family.exact else "approximate" for axis in cuttable},
         "not_cuttable": fixed,
         "why_not_cuttable": None if cuttable else _why_not(arch),
-        "leaves_as": sorted({e.model_type for e in family.exits} | set(uneven_types(arch) if arch.cuttable else ())),
+        "leaves_as": _other_types(arch),
         "runtimes": runtimes_of(arch),
         "runtime_reasons": _reasons(arch, subject),
         "runtimes_per_layer": _per_layer(arch) if arch.cuttable else None,
         "notes": list(subject.notes),
     }
+
+
+def _other_types(arch: Architecture) -> list[str]:
+    """Return the model types that a cut may leave as, beside its own."""
+    exits = {exit_.model_type for exit_ in arch.family.exits if not arch.parent}
+    return sorted(exits | set(uneven_types(arch) if arch.cuttable else ()))
 
 
 def _per_layer(arch: Architecture) -> dict[str, Any]:
@@ -75,8 +82,6 @@ def _per_layer(arch: Architecture) -> dict[str, Any]:
 
 
 def _why_not(arch: Architecture) -> str:
-    if arch.prefix and arch.family.cuttable:
-        return "its language model is one part of a larger model"
     return f"no one has described yet how to cut {arch.family.name}"
 
 

@@ -244,6 +244,8 @@ def _cuts(found: dict[str, Any]) -> list[str]:
     exact = [axis for axis, how in found["cuttable"].items() if how == "exact"]
     rough = [axis for axis, how in found["cuttable"].items() if how != "exact"]
     lines = [f"mlx-pare can cut {_listed([*exact, *rough])}."]
+    if parent := found["part_of"]:
+        lines.append(f"It cuts the language model of this {parent} and keeps everything else as it is.")
     if rough:
         lines.append(f"A cut of {_listed(rough)} is approximate: norms average over these units, even over dead ones.")
     lines += [f"It cannot cut {axis}: {why}." for axis, why in found["not_cuttable"].items()]

@@ -132,7 +132,7 @@ def why_not(checkpoint: Checkpoint) -> PareError | None:
     PareError for a tokenizer file that cannot be read."""
     try:
         target_of(checkpoint)
-        gguf_tokenizer.check(checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.config)
+        gguf_tokenizer.check(checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.all_config)
     except PareError as error:
         if isinstance(error.__cause__, OSError):  # a file that cannot be read says nothing about GGUF
             raise

@@ -123,7 +123,7 @@ def compare(model: Path, gguf: Path) -> dict:
     """Return the numbers of ``verify``. The tokens are those of tokenizer.json, from which the file was made."""
     from ..lm.tokenizer_class import by_file
 
-    arch, config = Checkpoint(model).arch, Checkpoint(model).config
+    arch, config = Checkpoint(model).arch, Checkpoint(model).all_config
     known = gguf_tokenizer.check(model, arch.sizes["vocab"], config)
     ours = by_file(model, PROBES)  # not by mlx-lm, whose transformers may leave tokenizer.json
     tokens = [t for ids in ours for t in ids]

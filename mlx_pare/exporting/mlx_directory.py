@@ -82,6 +82,11 @@ def packed(model: Path, out: Path, bits: int, group_size: int = 64, mix: bool = 
         )
     refuse_existing(out)
     finite.require(checkpoint)
+    if beside := checkpoint.beside():
+        console.warn(
+            f"mlx_lm.convert packs the language model alone: the {len(beside)} other tensors of this "
+            f"{checkpoint.arch.parent.model_type} are left out. `mlx-pare run --bits {bits}` keeps them."
+        )
     predicate = mixed(checkpoint.arch, bits, group_size) if mix else None
     with created(out) as place:
         lm.convert(model, place, Packing(bits, group_size), predicate)

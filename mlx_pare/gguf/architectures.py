@@ -107,7 +107,7 @@ def _check_scaling(checkpoint: Checkpoint, target: Target) -> None:
 
 def _rope(checkpoint: Checkpoint) -> tuple[float, dict[str, Any]]:
     """Rope base and scaling from either spelling: rope_theta and rope_scaling, or transformers 5's rope_parameters."""
-    raw = checkpoint.config
+    raw = checkpoint.text_config
     parameters = raw.get("rope_parameters") or {}
     parameters = parameters.get("full_attention", parameters)
     theta = raw.get("rope_theta") or parameters.get("rope_theta") or checkpoint.arch.config.get("rope_theta")

@@ -87,7 +87,7 @@ def _windows(writer: Any, config: Mapping[str, Any], kinds: Sequence[str]) -> No
 
 
 def _gemma3_metadata(writer: Any, checkpoint: Checkpoint) -> None:
-    raw, arch = checkpoint.config, checkpoint.arch
+    raw, arch = checkpoint.text_config, checkpoint.arch
     local = (raw.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
     _windows(writer, arch.config, [layer.kind for layer in arch.layers])
     local = raw.get("rope_local_base_freq") or local or arch.config["rope_local_base_freq"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..arch import both_rope_spellings
+from ..arch import both_rope_spellings, older_rope_spelling
 from ..base.errors import PareError, Unsupported
 from ..base.plain_path import plain, require_text
 from ..base.untrusted import read_json
@@ -31,8 +31,10 @@ def load(path: Path, lazy: bool = True) -> nn.Module:
             f"{path} needs its own code to be run ({str(code)[:80]}), which is never done",
             "take a model that stock mlx-lm has a class for",
         )
+    if inside := isinstance(config.get("text_config"), dict):
+        config["text_config"] = older_rope_spelling(config["text_config"])
     entries = read_headers(path)  # mlx reads the same files without checking them
-    blas.fit(config.get("hidden_size"))
+    blas.fit((config["text_config"] if inside else config).get("hidden_size"))
     with without_leftovers(path, entries) as whole, plain(whole) as name:
         try:
             model, _ = load_model(name, lazy=lazy, model_config=config)

@@ -52,9 +52,15 @@ def _named(module: nn.Module, names: Sequence[str]) -> str:
     return next(name for name in names if hasattr(module, name))
 
 
+def language(model: nn.Module) -> nn.Module:
+    """Return the language model of a multimodal model, or the model itself."""
+    return getattr(model, "language_model", model)
+
+
 def body(model: nn.Module) -> nn.Module:
     """Return the model up to its final norm, without the head."""
-    return getattr(model, _named(model, BODIES))
+    inner = language(model)
+    return getattr(inner, _named(inner, BODIES))
 
 
 def final_norm(model: nn.Module) -> nn.Module:
@@ -87,7 +93,7 @@ def put_embedding(model: nn.Module, embedding: Callable[[mx.array], mx.array]) -
 
 def head(model: nn.Module) -> nn.Module:
     """Return what turns hidden states into logits: a separate matrix, or the embedding."""
-    own = getattr(model, "lm_head", None)
+    own = getattr(language(model), "lm_head", None)
     return embedding(model) if own is None else own
 
 
@@ -96,7 +102,8 @@ def logit_shape(model: nn.Module) -> LogitShape:
 
     The attributes are those of mlx_lm/models/granite.py and gemma2.py.
     """
-    return LogitShape(1 / getattr(model, "logits_scaling", 1.0), getattr(model, "final_logit_softcapping", None))
+    inner = language(model)
+    return LogitShape(1 / getattr(inner, "logits_scaling", 1.0), getattr(inner, "final_logit_softcapping", None))
 
 
 def logits(model: nn.Module, tokens: mx.array, cache: list | None = None) -> mx.array:

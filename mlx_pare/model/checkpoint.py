@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..arch import Architecture, Tensor, describe, supported_types
+from ..arch import Architecture, Tensor, describe, parent_of, supported_types
 from ..base import untrusted
 from ..base.errors import PareError, Unsupported
 from ..base.untrusted import read_json
@@ -184,7 +184,9 @@ class Checkpoint:
     @cached_property
     def arch(self) -> Architecture:
         """The architecture. Raises PareError unless every tensor is described, present and of its shape."""
-        arch = cuttable(self.config, self.path, untied="lm_head.weight" in self.entries)
+        parent = parent_of(self.config)
+        head = (parent.wrapper.prefix if parent else "") + "lm_head.weight"
+        arch = cuttable(self.config, self.path, untied=head in self.entries)
         expected = {t.name: t for t in arch.tensors()}
         self._check_described(arch, expected)
         for tensor in expected.values():
@@ -208,20 +210,21 @@ class Checkpoint:
                 f"{self.path} lacks {missing[0]}"
                 + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
             )
-        modules = {t.module for t in expected.values() if t.matrix}
+        modules, head = {t.module for t in expected.values() if t.matrix}, f"{arch.prefix}lm_head"
         for name in self.entries:
             module, _, leaf = name.rpartition(".")
             packing = self.packing(module) if module in modules else None
             packed_part = packing is not None and leaf in packing.parts
             if packing and leaf == "biases" and not packed_part:
                 raise PareError(f"{self.path} holds {name}, and {packing.mode} has no biases", "convert it again")
-            dropped = any(s in name for s in arch.family.ignored) or (module == "lm_head" and arch.tied)
-            if not (name in expected or packed_part or dropped):
+            dropped = any(s in name for s in arch.family.ignored) or (module == head and arch.tied)
+            beside = arch.parent is not None and arch.parent.keeps(name)
+            if not (name in expected or packed_part or dropped or beside):
                 raise PareError(
                     f"{self.path} holds {name}, which the {arch.family.name} family does not describe",
                     "such a model is not supported; a tensor is never skipped silently",
                 )
-        if arch.tied and tied_head.differs(self.entries, next(arch.tensors()).module):
+        if arch.tied and tied_head.differs(self.entries, next(arch.tensors()).module, head):
             raise PareError(
                 f"{self.path} holds a head (lm_head.weight) that is not the embedding, and its config says that the "
                 "embedding is the head: mlx-lm would drop the head",
@@ -313,6 +316,27 @@ class Checkpoint:
             for n, e in self.entries.items()
             if n in names or (n.rpartition(".")[2] in ("scales", "biases") and n.rpartition(".")[0] in modules)
         )
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The config of the language model; config.json itself, unless that is of a multimodal model."""
+        parent = parent_of(self.config)
+        return parent.inner() if parent else self.config
+
+    @property
+    def all_config(self) -> dict[str, Any]:
+        """config.json with the keys that only the language model inside has: special tokens are in either."""
+        return {**self.text_config, **self.config}
+
+    def beside(self) -> dict[str, Entry]:
+        """The tensors around the language model of a multimodal model, which no cut touches."""
+        parent = self.arch.parent
+        return {name: entry for name, entry in sorted(self.entries.items()) if parent and parent.keeps(name)}
+
+    def packed_beside(self) -> dict[str, Any]:
+        """How the matrices among them are packed, by module, as in config.json."""
+        modules = (name.rpartition(".")[0] for name in self.beside() if name.endswith(".scales"))
+        return {module: packing.as_config() for module in modules if (packing := self.packing(module))}
 
     def lazy(self) -> dict[str, Any]:
         """Load every array lazily: mx.load reads a tensor when it is first evaluated.

@@ -86,11 +86,15 @@ def write_stored(
     """
     tensors = list(checkpoint.arch.tensors())
     entries = [(name, checkpoint.entries[name]) for tensor in tensors for name in names(checkpoint, tensor)]
+    beside = checkpoint.beside()
+    entries += beside.items()
     writer = ShardWriter(directory, [Planned(name, entry.dtype, entry.shape) for name, entry in entries])
     for tensor in tensors:
         found = new(tensor)
         for name in names(checkpoint, tensor):
             writer.stream(name, sliced(checkpoint.entries[name]) if found is None else [raw_bytes(found[name])])
+    for name, entry in beside.items():
+        writer.stream(name, sliced(entry))
     writer.close()
     for name in BESIDE:
         if (checkpoint.path / name).exists():

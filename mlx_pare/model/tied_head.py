@@ -13,21 +13,23 @@ from functools import lru_cache
 from ..tensors.safetensors import Entry
 
 STEP = 8 << 20  # bytes that are compared together
-HEAD = "lm_head."
 
 
-def differs(entries: Mapping[str, Entry], embedding: str) -> bool:
+def differs(entries: Mapping[str, Entry], embedding: str, head: str = "lm_head") -> bool:
     """Tell whether a stored head is not the embedding, bit for bit.
 
     Args:
         entries: the tensors of a checkpoint, by name.
         embedding: the module of the embedding, such as model.embed_tokens.
+        head: the module of the head.
     Returns:
         False if no head is stored, or if each of its tensors has the bytes, type and shape of the embedding's.
     """
-    head = {name.removeprefix(HEAD): entry for name, entry in entries.items() if name.startswith(HEAD)}
-    own = {name.removeprefix(f"{embedding}."): e for name, e in entries.items() if name.startswith(f"{embedding}.")}
-    return bool(head) and (head.keys() != own.keys() or not all(_same(head[leaf], own[leaf]) for leaf in head))
+    there, own = (
+        {name.removeprefix(f"{module}."): entry for name, entry in entries.items() if name.startswith(f"{module}.")}
+        for module in (head, embedding)
+    )
+    return bool(there) and (there.keys() != own.keys() or not all(_same(there[leaf], own[leaf]) for leaf in there))
 
 
 def _same(one: Entry, other: Entry) -> bool:

@@ -175,7 +175,7 @@ class _Cut:
         keys, module = settings["lora_parameters"].get("keys"), tensor.module
         if keys and module in keys:  # named in full
             return
-        inside = "" if tensor.layer is None else module.removeprefix(self.old.family.prefix.format(layer=tensor.layer))
+        inside = "" if tensor.layer is None else module.removeprefix(self.old.block(tensor.layer))
         if not inside or tensor.layer < self.first(settings) or (keys is not None and inside not in keys):
             raise PareError(f"{name} has no place by num_layers and keys of {CONFIG}", "take both files of one adapter")
 
@@ -189,8 +189,7 @@ class _Cut:
         """The name of the module in the new model. Raises Unsupported if the new model has no such module."""
         module = tensor.module
         if tensor.layer is not None:
-            stem = self.old.family.prefix
-            before, after = stem.format(layer=tensor.layer), stem.format(layer=self.place[tensor.layer])
+            before, after = self.old.block(tensor.layer), self.old.block(self.place[tensor.layer])
             module = after + module.removeprefix(before)
         if module not in self.there:
             raise Unsupported(

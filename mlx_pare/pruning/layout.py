@@ -67,7 +67,7 @@ def embedding_packed(checkpoint: Checkpoint, keep: Keep, packing: Packing | None
         Whether it will be.
     """
     asked = keep.packing(None, "embedding") or packing
-    return asked is not None or checkpoint.packing("model.embed_tokens") is not None
+    return asked is not None or checkpoint.packing(next(checkpoint.arch.tensors()).module) is not None
 
 
 def smaller(checkpoint: Checkpoint, keep: Keep, packing: Packing | None = None) -> Architecture:

@@ -34,7 +34,7 @@ from ..store.schema import dump_json
 from ..tensors.packed import MX_DTYPE, Packed, energies, pack, raw_bytes, whole_groups
 from ..tensors.packing import Packing
 from ..tensors.panels import PANEL_VALUES, sliced
-from ..tensors.shards import OUR_KEY, ShardWriter
+from ..tensors.shards import OUR_KEY, Planned, ShardWriter
 from .layout import Piece, layout, size_of, smaller
 from .plan_file import Plan, Size
 from .survivors import survivors
@@ -162,19 +162,23 @@ class _Surgeon:
 
     def write(self, directory: Path) -> None:
         planned = [entry for piece in self.pieces for entry in piece.stored()]
+        beside = self.checkpoint.beside()
+        planned += [Planned(name, entry.dtype, entry.shape) for name, entry in beside.items()]
         writer = ShardWriter(directory, planned)
         with progress("prune: tensor", len(self.pieces)) as bar:
             for piece in self.pieces:
                 for name, parts in self._cut(piece):
                     writer.stream(name, parts)
                 bar.advance()
+        for name, entry in beside.items():
+            writer.stream(name, sliced(entry))
         writer.close()
         write_config(directory, self._config())
         (directory / "survivors.json").write_bytes(dump_json(self._survivors()))
         (directory / "plan.json").write_bytes(self.plan.dump())
         (directory / "README.md").write_text(self._card(), "utf-8")
         copy_tokenizer(self.checkpoint, directory)
-        if self.arch.config["model_type"] != self.checkpoint.config["model_type"]:
+        if self.arch.config["model_type"] != self.checkpoint.arch.config["model_type"]:
             tokenizer_class.keep(self.checkpoint.path, directory)
 
     # ---- one tensor ----
@@ -273,7 +277,7 @@ class _Surgeon:
     # ---- what lies next to the weights ----
 
     def _config(self) -> dict[str, Any]:
-        config = dict(self.arch.config)
+        config = dict(self.arch.parent.config if self.arch.parent else self.arch.config)
         config.pop("quantization_config", None)
         config.pop("quantization", None)
         packings = {p.tensor.module: p.packing for p in self.pieces if p.tensor.matrix}
@@ -281,11 +285,9 @@ class _Surgeon:
         if used:
             usual = self.packing or self.checkpoint.quantization  # None if only parts are packed
             default = max(used, key=lambda p: (usual is not None and p.as_config() == usual.as_config(), used.count(p)))
-            overrides = {
-                module: p.as_config() if p else False
-                for module, p in packings.items()
-                if p is None or p.as_config() != default.as_config()
-            }
+            wanted = {module: p.as_config() if p else False for module, p in packings.items()}
+            wanted |= self.checkpoint.packed_beside()
+            overrides = {module: how for module, how in wanted.items() if how != default.as_config()}
             config["quantization"] = {**default.as_config(), **overrides}
         survivors, before = self._survivors(), self.plan.before
         if self.lineage:
@@ -321,11 +323,12 @@ class _Surgeon:
         way = f", its parent being {self.lineage.parent}, which was cut before" if self.lineage else ""
         original, way = markdown.escaped(original), markdown.escaped(way)
         chosen = markdown.escaped(f"criterion {self.plan.criterion}; {self.plan.target.asked}")
+        unseen = f"{self.arch.parent.unseen}\n" if self.arch.parent else ""
         return (
             f"# {original}, pruned\n\n"
             f"Made by mlx-pare from {original}{way} ({chosen}).\n"
             f"{before.layers} -> {after.layers} layers, {', '.join(_changes(before, after))}, "
-            f"{before.parameters:,} -> {after.parameters:,} parameters.\n"
+            f"{before.parameters:,} -> {after.parameters:,} parameters.\n{unseen}"
             "`survivors.json` maps every kept unit to its index in the original. The licence of the original applies.\n"
         )
 

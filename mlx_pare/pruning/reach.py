@@ -118,11 +118,12 @@ def growing(reach: Space, group_size: int, measure: Callable[[Level], float]) ->
         measure: the measure of a level, such as its bytes.
 
     Returns:
-        The counts along which the measure grows. Layers, and an ffn of whole groups only, are taken as they are.
+        The counts along which the measure grows. Layers, experts (rows of stacks, never columns), and an ffn of whole
+        groups only, are taken as they are.
     """
     whole, choices = reach.at(1.0), dict(reach.choices)
     for axis, counts in reach.choices.items():
-        if axis == "layer" or (axis == "ffn" and all(n % group_size == 0 for n in counts)):
+        if axis in ("layer", "expert") or (axis == "ffn" and all(n % group_size == 0 for n in counts)):
             continue
         kept, above = [], float("inf")
         for count in reversed(counts):

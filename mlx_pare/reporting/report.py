@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arch import parent_of
 from ..base import markdown
 from ..base.errors import PareError
 from ..base.units import count, duration, gb, readable, span
+from ..base.untrusted import read_json
 from ..capacity.macs import GIB
 from ..pruning.plan_file import Plan
 from ..sources.open_model import StrPath
@@ -133,7 +135,9 @@ def _shape(run: Path) -> str:
     neighbours = Plan.load(planned).neighbours if planned.exists() else []
     if neighbours:  # a plan of widths per layer, or of stages, has none
         text += f"\n\nNeighbours: {markdown.escaped('; '.join(neighbours))}."
-    return text
+    config = done.with_name("config.json")
+    parent = parent_of(read_json(config, "model config")) if config.exists() else None
+    return f"{text}\n\n{markdown.escaped(parent.unseen)}" if parent else text
 
 
 def _dropped_by(run: Path, dropped: list[int]) -> str:

@@ -327,7 +327,7 @@ def test_a_directory_its_config_and_its_hub_listing_lead_to_the_same_cut(pico_mo
 COUNTS = {"expert": ("num_experts", "num_local_experts", "n_routed_experts"), "expert_ffn": ("moe_intermediate_size",),
           "ffn": ("intermediate_size",), "layer": ("num_hidden_layers",)}  # fmt: skip
 PLANNED = ["qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b", "deepseek-v2-lite", "qwen3.5-35b-a3b", "aya-expanse-8b",
-           "gemma-3-12b", "lfm2-8b-a1b", "apertus-8b"]  # fmt: skip
+           "gemma-4-26b-a4b", "lfm2-8b-a1b", "apertus-8b"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLANNED)

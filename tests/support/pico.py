@@ -185,12 +185,13 @@ def build(config: dict, seed: int = 0):
     if hasattr(model, "sanitize") and config.get("tie_word_embeddings"):
         model.sanitize({"model.embed_tokens.weight": None})
     mx.random.seed(seed)
+    plus_one = config.get("text_config", config)["model_type"] in PLUS_ONE
 
     def draw(path: str, array: mx.array) -> mx.array:
         noise = mx.random.normal(array.shape)
         if "norm" in path:
-            return 0.1 * noise + (0.0 if config["model_type"] in PLUS_ONE else 1.0)
-        scale = 1.0 if "embed_tokens" in path and config["model_type"] not in PLUS_ONE else array.shape[-1] ** -0.5
+            return 0.1 * noise + (0.0 if plus_one else 1.0)
+        scale = 1.0 if "embed_tokens" in path and not plus_one else array.shape[-1] ** -0.5
         return noise * scale * (0.2 if path.endswith("bias") else 1.0)
 
     model.update(tree_map_with_path(draw, model.parameters()))

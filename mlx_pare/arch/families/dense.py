@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..parent import VISUAL, Wrapper
 from ..rope import rope_scaling, rotary_share
 from ..rows import (
     AROUND,
@@ -24,7 +25,7 @@ from ..rows import (
     norms,
     swiglu,
 )
-from ..spec import Exit, Family, Fixed, Wrapper, tensor, whole
+from ..spec import Exit, Family, Fixed, tensor, whole
 
 LLAMA_BLOCK = attention("attention_bias", "attention_bias") + swiglu("mlp_bias") + PRE_NORMS
 QWEN2_BLOCK = attention(qkv_bias=True) + swiglu() + PRE_NORMS
@@ -260,7 +261,7 @@ WRAPPERS = {
         defaults={"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208},
         shared=("vocab_size",),
     ),
-    "qwen2_vl": Wrapper("qwen2", bare=True),
-    "qwen2_5_vl": Wrapper("qwen2", bare=True),
-    "qwen3_vl": Wrapper("qwen3", bare=True),
+    "qwen2_vl": Wrapper("qwen2", bare=True, beside=VISUAL),
+    "qwen2_5_vl": Wrapper("qwen2", bare=True, beside=VISUAL),
+    "qwen3_vl": Wrapper("qwen3", bare=True, beside=VISUAL),
 }

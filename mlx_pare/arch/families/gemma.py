@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...base.errors import PareError
+from ..parent import Wrapper
 from ..rows import (
     AROUND,
     BEFORE,
@@ -24,7 +25,7 @@ from ..rows import (
     swiglu,
     without,
 )
-from ..spec import Wrapper, layer_types, tensor, whole
+from ..spec import layer_types, tensor, whole
 from .moe import experts
 from .post_norm import PLUS_ONE
 

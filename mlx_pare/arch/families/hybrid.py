@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...base.errors import PareError
+from ..parent import Wrapper
 from ..rows import (
     EMBED,
     HEAD_NORMS,
@@ -19,7 +20,7 @@ from ..rows import (
     swiglu,
     without,
 )
-from ..spec import Wrapper, layer_types, listed_layers, tensor, whole
+from ..spec import layer_types, listed_layers, tensor, whole
 from .moe import EXPERTS, ONLY_EXPERTS, WITHOUT, experts, gated_shared, is_sparse, router
 
 # ---- gated DeltaNet: qwen3_next, qwen3_5 ----
@@ -193,7 +194,7 @@ LFM2_MOE = planned(
 
 FAMILIES = (QWEN3_5, QWEN3_NEXT, LFM2, LFM2_MOE)
 WRAPPERS = {
-    "qwen3_5": Wrapper("qwen3_5_text", bare=True),
-    "qwen3_5_moe": Wrapper("qwen3_5_moe_text", bare=True),
+    "qwen3_5": Wrapper("qwen3_5_text", bare=True, beside=("vision_tower", "model.visual")),
+    "qwen3_5_moe": Wrapper("qwen3_5_moe_text", bare=True, beside=("vision_tower", "model.visual")),
     "lfm2-vl": Wrapper("lfm2"),
 }

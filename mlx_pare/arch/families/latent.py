@@ -6,8 +6,9 @@ cannot express that, because they are sums of products. The lengths are right, a
 
 from __future__ import annotations
 
+from ..parent import TOWERS, Wrapper
 from ..rows import PRE_NORMS, keys_without, swiglu, without
-from ..spec import Wrapper, tensor
+from ..spec import tensor
 from .moe import GROUPED, ROUTED, ROUTED_MLP, after_dense, dense_first, shared_width, sparse
 
 QUERIES, KEYS = "q_head*nope_dim + q_head*rope_dim", "kv_latent + rope_dim"
@@ -114,4 +115,7 @@ GLM4_MOE_LITE = sparse(
 )
 
 FAMILIES = (DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE)
-WRAPPERS = {"kimi_vl": Wrapper("deepseek_v3"), "kimi_k25": Wrapper("deepseek_v3")}
+WRAPPERS = {
+    "kimi_vl": Wrapper("deepseek_v3"),
+    "kimi_k25": Wrapper("deepseek_v3", beside=(*TOWERS, "vision_model", "mm_projector")),
+}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...base.errors import PareError
+from ..parent import Wrapper
 from ..rows import (
     EMBED,
     HEAD,
@@ -24,7 +25,7 @@ from ..rows import (
     planned,
     swiglu,
 )
-from ..spec import Fixed, Wrapper, layer_types, tensor, whole
+from ..spec import Fixed, layer_types, tensor, whole
 from .moe import GROUPED, LOCAL, ONLY_EXPERTS, ROUTED, WITHOUT, bare_router, experts, router
 
 K, V = "linear_k_head*linear_k_dim", "linear_v_head*linear_v_dim"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..parent import VISUAL, Wrapper
 from ..rows import (
     BEFORE,
     EMBED,
@@ -29,7 +30,7 @@ from ..rows import (
     shared_expert,
     swiglu,
 )
-from ..spec import Family, Fixed, Wrapper, listed_layers, tensor, whole
+from ..spec import Family, Fixed, listed_layers, tensor, whole
 
 GATED_EXPERTS = {"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"}
 
@@ -355,4 +356,4 @@ ERNIE4_5_MOE = sparse(
 )
 
 FAMILIES = (QWEN3_MOE, QWEN2_MOE, MIXTRAL, PHIMOE, OLMOE, GPT_OSS, GLM4_MOE, ERNIE4_5_MOE)
-WRAPPERS = {"qwen3_vl_moe": Wrapper("qwen3_moe")}
+WRAPPERS = {"qwen3_vl_moe": Wrapper("qwen3_moe", beside=VISUAL)}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...base.errors import PareError
+from ..parent import Wrapper
 from ..rows import (
     AFTER,
     BEFORE,
@@ -24,7 +25,7 @@ from ..rows import (
     planned,
     swiglu,
 )
-from ..spec import Wrapper, tensor
+from ..spec import tensor
 
 # one norm before attention and feed-forward, which run in parallel; the head is the embedding
 COHERE_NORM = norms({"attn_norm": "input_layernorm"}, bias="layer_norm_bias")

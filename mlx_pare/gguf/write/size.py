@@ -132,7 +132,7 @@ def begun(
         metadata(writer, checkpoint, of.target, of.kind)
         if matrix:
             matrix.describe(writer)
-        tokenizer = gguf_tokenizer.write(writer, checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.config)
+        tokenizer = gguf_tokenizer.write(writer, checkpoint.path, checkpoint.arch.sizes["vocab"], checkpoint.all_config)
         writer.add_name(name_for(called(checkpoint.path.resolve()).rpartition("/")[2], tokenizer.phi3))
         for row in of.rows:
             number = gguf.GGMLQuantizationType[row.type]

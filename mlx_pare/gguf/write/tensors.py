@@ -63,7 +63,7 @@ def table(arch: Architecture, target: Target, kind: str, matrix: bool = False) -
         parts = uneven_layers.parts(arch, target.architecture, tensor)
         if parts is None:
             name = experts.name(target.architecture, tensor) if arch.uses("expert") else None
-            name = name or names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+            name = name or names.get_name(tensor.name.removeprefix(arch.prefix), try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise PareError(f"{tensor.name} has no name in llama.cpp's {target.architecture} architecture")
             parts = [(name, range(tensor.shape[0]))]
