@@ -8,7 +8,7 @@ from typing import Any
 from ..base.errors import PareError, Unsupported
 from . import uneven
 from .axes import UNITS
-from .describe import describe, periodic
+from .describe import describe
 from .keep import Keep
 from .rope import both_rope_spellings, older_rope_spelling
 from .spec import Architecture, Layer
@@ -24,10 +24,7 @@ def require_cuttable(arch: Architecture) -> None:
 
 def positions(arch: Architecture, count: int) -> list[str | None]:
     """The kind that each layer of a model with ``count`` layers must have; None: any. See ``can_keep``."""
-    if arch.family.kinds != "sliding_window_pattern":
-        return [None] * count
-    period = arch.config["sliding_window_pattern"]
-    return [periodic(i, period) for i in range(count)]
+    return [None] * count if arch.period is None else [layer.kind for layer in arch.layers[:count]]
 
 
 def can_keep(arch: Architecture, layers: Sequence[int]) -> bool:
@@ -36,10 +33,9 @@ def can_keep(arch: Architecture, layers: Sequence[int]) -> bool:
 
     It may derive the kind of a layer from its index.
     """
-    kinds = [arch.layers[i].mixing for i in layers]
-    if arch.family.kinds == "sliding_window_pattern":
-        return len(layers) >= arch.config["sliding_window_pattern"] and kinds == positions(arch, len(layers))
-    return arch.family.needed <= set(kinds)
+    if arch.period is None:
+        return arch.family.needed <= {arch.layers[i].mixing for i in layers}
+    return len(layers) >= arch.period and [arch.layers[i].kind for i in layers] == positions(arch, len(layers))
 
 
 def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
@@ -63,7 +59,7 @@ def cut(arch: Architecture, keep: Keep, packed: bool = False) -> Architecture:
     sources = [layer.source for layer in keep.layers]
     _check_axes(arch, keep)
     if not can_keep(arch, sources):
-        if arch.family.kinds != "sliding_window_pattern":
+        if arch.period is None:
             raise PareError(
                 f"keeping layers {sources} leaves an attention kind out: mlx-lm loads a {arch.family.name} only with "
                 f"{' and '.join(sorted(arch.family.needed))}",
@@ -121,6 +117,8 @@ def _config(arch: Architecture, smaller: Architecture, sources: list[int], packe
     widths |= {"q_head": widths["kv_head"] * widths["group"]} if "kv_head" in widths else {}
     widths |= {"layer": len(sources), **smaller.sizes}
     config |= {key: widths[axis] for axis, key in arch.family.keys.items() if axis in widths}
+    if arch.family.resized:
+        config |= arch.family.resized(config, widths)
     if arch.family.recounted and len(sources) < len(arch.layers):
         config |= arch.family.recounted(config, [layer.kind for layer in smaller.layers])
     for key, by_place in arch.family.by_place.items():

@@ -122,7 +122,11 @@ class Family:
     # "uniform": all as the first of the blocks; or the config key: "layer_types" (a list), "sliding_window_pattern"
     # (a period); or config, index -> kind
     kinds: str | Callable[[Mapping[str, Any], int], str] = "uniform"
+    # config key of a period, after which the kinds of layers begin again: a cut must leave every place its kind
+    period: str | None = None
     widths: Callable[[Mapping[str, Any], int], Mapping[str, int]] | None = None  # config, index -> sizes that differ
+    # config, sizes -> keys of sizes that are computed from several keys
+    resized: Callable[[Mapping[str, Any], Mapping[str, int]], Mapping[str, Any]] | None = None
     tied: bool | None = None  # whether the embedding is the head too; None: the config decides, under
     tied_key: str = "tie_word_embeddings"
     per_layer: tuple[str, ...] = ("layer_types",)  # config lists with one entry per layer
@@ -247,6 +251,11 @@ class Architecture:
         return bool(self.family.cuttable)
 
     @property
+    def period(self) -> int | None:
+        """The number of layers after which their kinds begin again, if mlx-lm derives a kind from the place."""
+        return self.config[self.family.period] if self.family.period else None
+
+    @property
     def prefix(self) -> str:
         """Of the names of all tensors."""
         return self.parent.wrapper.prefix if self.parent else ""
@@ -343,6 +352,10 @@ class Architecture:
             return bool(self.row(layer, role))
         except KeyError:
             return False
+
+    def writers(self, layer: int) -> tuple[str, str]:
+        """The roles of the matrices that write to the stream: of attention, or what stands there, and of the ffn."""
+        return "o_proj" if self.has(layer, "o_proj") else "out_proj", "down_proj"
 
     def path(self, layer: int, role: str) -> str:
         """Module path of a role inside its block, e.g. "mlp.down_proj"."""

@@ -76,6 +76,8 @@ def target_of(checkpoint: Checkpoint) -> Target:
     for objections in (OBJECTIONS, experts.OBJECTIONS if arch.uses("expert") else {}):
         if family.gguf in objections and (why := objections[family.gguf](arch)):
             raise PareError(f"{checkpoint.path} {why}")
+    if others := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise PareError(f"{checkpoint.path} has layers of {others[0]}, of which GGUF files are not written yet")
     if config.get("rope_traditional"):
         raise PareError(f"{checkpoint.path} sets rope_traditional, which is not supported in GGUF")
     _check_scaling(checkpoint, target)

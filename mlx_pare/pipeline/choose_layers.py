@@ -99,9 +99,10 @@ def best_repaired(run: Run, texts: Texts, s: Settings, made: Plan, scores: Path,
     Returns:
         The best plan.
     """
-    one = made.layers[0]
-    hidden = Checkpoint(run.model).arch.sizes["hidden"]
-    level, found = Level(len(one.ffn), len(one.kv_head), len(made.layers), hidden), {"kl": made}
+    arch = Checkpoint(run.model).arch
+    heads = max(len(layer.kv_head) for layer in made.layers) or arch.uniform("kv_head")  # hybrids: not in all layers
+    level = Level(max(len(layer.ffn) for layer in made.layers), heads, len(made.layers), arch.sizes["hidden"])
+    found = {"kl": made}
     for by in (by for by in LAYERS_BY if by != "kl"):
         other = plan(run.model, with_layers(run, texts, s, 0, by, scores, directory), plan_options(s), level)
         if all([x.source for x in other.layers] != [x.source for x in each.layers] for each in found.values()):

@@ -25,7 +25,7 @@ from ..gguf.special_cases import BY_PLACE
 from ..model.checkpoint import Checkpoint
 from ..options.settings import CutOptions, Settings
 from ..planning import try_candidates
-from ..planning.candidate import Candidate, Width
+from ..planning.candidate import Candidate, Width, whole
 from ..planning.goal import Options, goal
 from ..planning.per_layer import Losses, propose, spaces
 from ..planning.plan import plan, plan_widths
@@ -313,9 +313,13 @@ def _alike(run: Run, scores: Path, options: Options, count: int) -> list[Candida
 
 
 def _candidate_of(run: Run, made: Plan) -> Candidate:
-    """Return the widths of a plan, for every layer of the source."""
-    kept = {layer.source: Width(len(layer.kv_head), len(layer.ffn)) for layer in made.layers}
-    return tuple(kept.get(i) for i in range(len(Checkpoint(run.model).arch.layers)))
+    """Return the widths of a plan, for every layer of the source. A layer without heads keeps all it has instead."""
+    arch = Checkpoint(run.model).arch
+    found: list[Width | None] = [None] * len(arch.layers)
+    for layer, full in ((layer, whole(arch)[layer.source]) for layer in made.layers):
+        heads = len(layer.kv_head) if "kv_head" in arch.units(layer.source) else full.kv_head
+        found[layer.source] = Width(heads, len(layer.ffn))
+    return tuple(found)
 
 
 def _say_best(kl: Sequence[float], best: int, what: str) -> None:

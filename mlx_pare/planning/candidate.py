@@ -8,20 +8,8 @@ import numpy as np
 
 from ..arch import Architecture
 
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a block whose units can be removed: the axis they lie on, and the role of the matrix that writes to the
-    residual stream."""
-
-    axis: str
-    writer: str
-
-
-PARTS = {
-    "attention": Part("kv_head", "o_proj"),
-    "ffn": Part("ffn", "down_proj"),
-}
+# A part of a block whose units can be removed: the axis they lie on. In the order of Architecture.writers.
+PARTS = {"attention": "kv_head", "ffn": "ffn"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +24,7 @@ class Width:
 
     def units(self, part: str) -> int:
         """Return how many units of a part are kept."""
-        return getattr(self, PARTS[part].axis)
+        return getattr(self, PARTS[part])
 
     def bits(self, part: str) -> int | None:
         """Return with how many bits a part is packed; None: unchanged."""

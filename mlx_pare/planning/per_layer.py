@@ -80,7 +80,7 @@ def spaces(checkpoint: Checkpoint, options: Options, per_layer: bool, bits: Sequ
     step = step_of(checkpoint, replace(options, bits=max(bits)) if bits else options)  # whole groups of what is packed
     protected = frozenset(reach.protected_layers(arch) if options.protect else ())
     counts = reach.space(arch, options.axes, step, protected).choices
-    moves = arch.family.kinds == "sliding_window_pattern"  # dropping any layer would change the kind of others
+    moves = arch.period is not None  # dropping any layer would change the kind of others
     drops = frozenset(range(len(arch.layers)) if "layer" in options.axes and not moves else ()) - protected
     shared = Space(_thinned(counts["ffn"]), counts["kv_head"], drops, protected, tuple(bits) or (None,), True)
     found = [shared]
@@ -320,10 +320,10 @@ def keep_of(candidate: Candidate, losses: Losses, options: Options) -> Keep:
         if width is None:
             continue
         kept, packings = {}, {}
-        for part, of in PARTS.items():
+        for part, axis in PARTS.items():
             units = losses.kept(source, part, width.units(part))
             if len(units) < losses.count(source, part):
-                kept[of.axis] = units
+                kept[axis] = units
             if width.bits(part) is not None:
                 packings[part] = Packing(width.bits(part), options.group_size)
         layers.append(LayerKeep(source, kept, packings))
@@ -341,7 +341,7 @@ class _Price:
 
     def part(self, layer: int, part: str, units: int, bits: int | None) -> float:
         """Return the cost of a part with this many units."""
-        sizes = {**self.arch.layer_sizes(layer), PARTS[part].axis: units}
+        sizes = {**self.arch.layer_sizes(layer), PARTS[part]: units}
         cached = units * self.cached if part == "attention" else 0.0
         return cached + (self._sum(layer, part, sizes, bits) if units else 0.0)
 

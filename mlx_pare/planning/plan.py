@@ -91,7 +91,7 @@ def plan_widths(model: Path, scores: Path, candidate: Candidate, losses: Losses,
     for source, width in enumerate(candidate):
         if width is None:
             continue
-        units = {of.axis: losses.kept(source, part, width.units(part)) for part, of in PARTS.items()}
+        units = {axis: losses.kept(source, part, width.units(part)) for part, axis in PARTS.items()}
         if found.about["criterion"] != "obs":
             units = choose_units.units_of(source, found.arrays, {"ffn": width.ffn, "kv_head": width.kv_head})
         bits = {f"{part}_bits": width.bits(part) for part in PARTS}

@@ -90,13 +90,13 @@ def singles(checkpoint: Checkpoint, bits: Sequence[int]) -> list[tuple[Single, C
 
     for layer, width in enumerate(full):
         add(layer, "layer", 0, None)
-        for part, of in PARTS.items():
+        for part, axis in PARTS.items():
             units = width.units(part)
             counts = {max(1, round(share * units)) for share in SHARES} - {units}
             if why_no_sublayer_drops(checkpoint.arch, part) is None:
                 counts.add(0)
             for count in sorted(counts):
-                add(layer, part, count, replace(width, **{of.axis: count}))
+                add(layer, part, count, replace(width, **{axis: count}))
             for number in bits:
                 add(layer, f"{part} bits", number, replace(width, **{f"{part}_bits": number}))
     return found

@@ -28,7 +28,7 @@ from ..base.errors import Refused
 from ..evaluation import divergence
 from ..model.checkpoint import Checkpoint
 from ..repair.elimination import Removal
-from ..repair.output_projection import Site, solve_costs
+from ..repair.output_projection import Site, inputs_of_writers, solve_costs
 from ..stream import memory, walk as stream
 from ..stream.taps import replace_module
 from ..tensors.packed import pack, packed_so, stored_dtype
@@ -167,11 +167,12 @@ def check_memory(
         Refused: the estimate exceeds ``cap``.
     """
     value, sizes, rows = memory.STATE_BYTES, checkpoint.arch.layer_sizes(0), calibration.joined(held)
+    attention, ffn = inputs_of_writers(checkpoint.arch)
     streams = (count + 1) * held.count * held.length * sizes["hidden"] * value
-    inputs = rows.count * rows.length * (sizes["ffn"] + sizes["kv_head"] * sizes["group"] * sizes["head_dim"]) * value
+    inputs = rows.count * rows.length * (ffn + attention) * value
     solved = max(each.nbytes for each in solve_costs(checkpoint, calibration.total)) if calibration.count else 0
-    widths = min(count, sizes["kv_head"]) * sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
-    widths += min(count, MOST_WIDTHS) * sizes["ffn"]  # each has its own matrix while its block is in memory
+    widths = min(count, sizes["kv_head"]) * attention
+    widths += min(count, MOST_WIDTHS) * ffn  # each has its own matrix while its block is in memory
     solved += 4 * sizes["hidden"] * widths
     return memory.check_memory(checkpoint, rows, cap, streams + inputs + solved, "; or leave out trials: --widths even")
 
@@ -207,9 +208,11 @@ class _SideBySide(stream.Observer):
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
         self.block = block
-        self.sites = {part: Site.put(block, self.arch.path(index, of.writer)) for part, of in PARTS.items()}
+        paths = [self.arch.path(index, role) for role in self.arch.writers(index)]
+        self.sites = {part: Site.put(block, path) for part, path in zip(PARTS, paths, strict=True)}
+        units = self.arch.units(index)
         for part, site in self.sites.items():
-            site.remembering = bool(self.every or self._counts(index, part))
+            site.remembering = PARTS[part] in units and bool(self.every or self._counts(index, part))
 
     def pending(self) -> list[mx.array]:
         return [x for site in self.sites.values() for x in (*site.inputs, *site.norms)]
@@ -266,6 +269,8 @@ class _SideBySide(stream.Observer):
 
     def _columns(self, index: int, part: str, count: int) -> np.ndarray:
         """Return the inputs of a part's last matrix that are left with this many units."""
+        if PARTS[part] not in self.arch.units(index):
+            return np.arange(self.sites[part].own().shape[1])  # it has no units, so all of it stays
         size, whole = self._size(index, part), self.whole[index].units(part)
         kept = np.arange(whole) if count == whole else np.array(self.curves[index, part].kept(count))
         return (kept[:, None] * size + np.arange(size)).reshape(-1)
@@ -276,7 +281,7 @@ class _SideBySide(stream.Observer):
         replaced = []
         for part, site in self.sites.items():
             units, bits = width.units(part), width.bits(part)
-            site.gone = units == 0
+            site.gone = units == 0 and PARTS[part] in self.arch.units(index)
             if not site.gone:
                 site.new = solved[part][units] if units < self.whole[index].units(part) else None
                 if bits is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -11,11 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..arch import Architecture
+from ..arch.axes import length
 from ..base.errors import PareError
 from ..model.checkpoint import Checkpoint
 from ..stream import walk as stream
 from ..stream.taps import replace_module
-from ..tensors.packed import dense_weight
+from ..tensors.packed import Packed, dense_weight
 from .factors import mirror, panels
 from .least_squares import DAMPING, Cost, Dual, Problem, cost
 
@@ -161,6 +164,34 @@ class Site:
         return Problem(gram, cross, weight, damping, fixed), energy
 
 
+@dataclass
+class Made:
+    """A solved matrix [out, kept] and its errors: before, after, and packed if it is."""
+
+    errors: list[float]
+    weight: mx.array
+    packed: Packed | None = None
+    rounding: float = 0.0
+    bias: mx.array | None = None
+
+    def arrays(self, role: str) -> dict[str, mx.array]:
+        """Name what the repair file holds of this matrix.
+
+        Args:
+            role: of the matrix, such as "down_proj".
+        Returns:
+            The weight, or words, scales and biases, and the bias if it has changed, float32 [out].
+        """
+        found = {role: self.weight}
+        if self.packed:
+            found = {f"{role}.{name}": array for name, array in self.packed.arrays.items()}
+        return found if self.bias is None else {**found, f"{role}_bias": self.bias}
+
+    def about(self) -> dict[str, Any]:
+        """Describe how the matrix is packed, with the relative error of the packing as prune computes it."""
+        return {**self.packed.packing.as_config(), "error": self.rounding}
+
+
 @cache
 def _shortened(cls: type) -> type:
     """Make the class of a part of a block that may compute its last matrix alone."""
@@ -175,10 +206,18 @@ def _shortened(cls: type) -> type:
 
 
 def solve_costs(checkpoint: Checkpoint, tokens: int) -> list[Cost]:
-    """Estimate what solving o_proj and down_proj of the first layer takes for this number of tokens."""
-    sizes = checkpoint.arch.layer_sizes(0)
-    widths = sizes["kv_head"] * sizes["group"] * sizes["head_dim"], sizes["ffn"]
-    return [cost(tokens, width, sizes["hidden"]) for width in widths]
+    """Estimate what solving the two matrices of the widest layer takes for this number of tokens."""
+    return [cost(tokens, width, checkpoint.arch.sizes["hidden"]) for width in inputs_of_writers(checkpoint.arch)]
+
+
+def inputs_of_writers(arch: Architecture) -> tuple[int, int]:
+    """The number of inputs of the two matrices that write to the stream, in the widest layer."""
+    layers = range(len(arch.layers))
+    attention, ffn = (
+        max(length(arch.row(i, arch.writers(i)[which])[0].dims[-1], arch.layer_sizes(i)) for i in layers)
+        for which in (0, 1)
+    )
+    return attention, ffn
 
 
 def parts(joined: Any, like: Sequence[mx.array]) -> Iterator[Any]:

@@ -38,15 +38,14 @@ from ..store.arrays import Arrays
 from ..store.places import repair_file
 from ..stream import memory, walk as stream
 from ..stream.taps import replace_module
-from ..tensors.packed import MX_DTYPE, Packed, relative_error
+from ..tensors.packed import MX_DTYPE, relative_error
 from ..text.corpus import Extent, Rows
 from . import gptq
 from .elimination import inputs_of
 from .least_squares import Cost
-from .output_projection import Site, parts, solve_costs
+from .output_projection import Made, Site, inputs_of_writers, parts, solve_costs
 
 CHOOSES = "obs"  # the criterion whose units are chosen here; the units of any other stay as they are
-SOLVED = ("o_proj", "down_proj")
 
 
 def reconstruct(
@@ -147,12 +146,11 @@ def held_bytes(checkpoint: Checkpoint, rows: Rows | Extent, plans: int = 1) -> i
     matrices, and what the more expensive one takes to be solved. With several plans the output of the dense block is
     there until the last has gone through. Args: ``rows``: all, or their extent; ``plans``: number. Returns: bytes."""
     arch, value = checkpoint.arch, memory.STATE_BYTES
-    sizes = arch.layer_sizes(0)
-    attention = sizes["kv_head"] * sizes["group"] * sizes["head_dim"]
+    attention, ffn = inputs_of_writers(arch)
     states = (6 if behind_norm(arch, 0) else 3) + (2 * (plans - 1) if plans > 1 else 0)
     tokens = rows.count * rows.length
-    held = tokens * (states * arch.sizes["hidden"] + sizes["ffn"] + attention)
-    new = 4 * arch.sizes["hidden"] * (sizes["ffn"] + attention)
+    held = tokens * (states * arch.sizes["hidden"] + ffn + attention)
+    new = 4 * arch.sizes["hidden"] * (ffn + attention)
     return value * held + new + max(each.nbytes for each in costs(checkpoint, rows))
 
 
@@ -192,6 +190,7 @@ class _Block:
     before its second norm (``between``), and, if a norm stands behind the two matrices, their ``outputs``."""
 
     module: Any
+    roles: tuple[str, str]
     attention: Site
     ffn: Site
     middle: Any
@@ -202,7 +201,7 @@ class _Block:
     @property
     def sites(self) -> dict[str, Site]:
         """The sites by the roles of their matrices."""
-        return dict(zip(SOLVED, (self.attention, self.ffn), strict=True))
+        return dict(zip(self.roles, (self.attention, self.ffn), strict=True))
 
     def seen(self, after: mx.array) -> None:
         """Note what the dense stream had, once it has gone through the block."""
@@ -236,14 +235,15 @@ class _SideBySide(stream.Observer):
         self.arch, self.pairs = arch, pairs
 
     def enter(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
-        attention, ffn = (replace_module(block, self.arch.path(index, role), Site) for role in SOLVED)
-        for site, role in ((attention, "o_proj"), (ffn, "down_proj")):
+        roles = self.arch.writers(index)
+        attention, ffn = sites = [replace_module(block, self.arch.path(index, role), Site) for role in roles]
+        for site, role in zip(sites, roles, strict=True):
             site.shorten(attrgetter(self.arch.path(index, role).rpartition(".")[0])(block))
         has_norm = self.arch.has(index, "ffn_norm")
         middle = replace_module(block, self.arch.path(index, "ffn_norm"), _Before) if has_norm else _Before(None)
         if behind_norm(self.arch, index):
             attention.outputs, ffn.outputs = [], []
-        self.block = _Block(block, attention, ffn, middle)
+        self.block = _Block(block, roles, attention, ffn, middle)
 
     def pending(self) -> list[mx.array]:
         return [*self.block.middle.seen, *(x for site in self.block.sites.values() for x in site.outputs or ())]
@@ -295,14 +295,18 @@ class _Pair:
         """The work of ``through``. ``apart``: the streams already differ, or other matrices change."""
         pruned, middle = before if self.pruned is None else self.pruned, block.between
         sizes, self.made_of = self.arch.layers[index].sizes, {}
-        heads, channels = planned.kv_head, planned.ffn
-        block.attention.gone, block.ffn.gone = not heads, not channels
-        if heads and (apart or len(heads) < sizes["kv_head"]):
+        heads, channels, mixer = planned.kv_head, planned.ffn, block.roles[0]
+        whole = "kv_head" not in self.arch.units(index)  # it has no heads, and keeps all that it has instead
+        block.attention.gone, block.ffn.gone = not (heads or whole), not channels
+        fewer = not whole and len(heads) < sizes["kv_head"]
+        if (heads or whole) and (apart or fewer):
             block.listen(block.attention, run, pruned)
-            wanted = block.outputs["o_proj"]
+            wanted = block.outputs[mixer]
             target = self._missing(middle, parts(pruned, middle)) if wanted is None else wanted
-            heads = self._fit("o_proj", block.attention, target, sizes["group"] * sizes["head_dim"], heads)
-        if apart or len(planned.kv_head) < sizes["kv_head"] or len(channels) < sizes["ffn"]:
+            size = 1 if whole else sizes["group"] * sizes["head_dim"]
+            kept = self._fit(mixer, block.attention, target, size, None if whole else heads)
+            heads = heads if whole else kept
+        if apart or fewer or len(channels) < sizes["ffn"]:
             if channels:
                 block.listen(block.ffn, run, pruned)
                 carried, wanted = block.middle.taken(), block.outputs["down_proj"]
@@ -327,13 +331,13 @@ class _Pair:
         whether any matrix of the block changes so."""
         changed, before = False, []
         others = [role for part in ("attention", "ffn") for role in self.arch.readers(index, part)]
-        for role in (*others, *SOLVED):
+        for role in (*others, *block.roles):
             piece, origin = self.pieces.get((len(self.layers), role), (None, None))
             packing, was = piece and piece.packing, origin and self.checkpoint.packing(origin.module)
             if packing is None or (was is not None and packing.as_config() == was.as_config()):
                 continue
             changed = True
-            if role not in SOLVED:
+            if role not in block.roles:
                 path, stored = self.arch.path(index, role), (packing, MX_DTYPE[piece.dtype])
                 before.append((path, attrgetter(path)(block.module)))
                 replace_module(block.module, path, lambda module, stored=stored: lm.packed(module, *stored))
@@ -343,9 +347,13 @@ class _Pair:
             for path, module in before:
                 replace_module(block.module, path, lambda _, module=module: module)
 
-    def _fit(self, role: str, site: Site, target: Iterable[mx.array], size: int, planned: Sequence[int]) -> list[int]:
-        """Choose the units of a matrix, or take the plan's; solve and pack it; replace it; and return the units."""
+    def _fit(
+        self, role: str, site: Site, target: Iterable[mx.array], size: int, planned: Sequence[int] | None
+    ) -> list[int]:
+        """Choose the units of a matrix, or take the plan's (None: all); solve and pack it; replace it; and return the
+        units."""
         problem, energy = site.problem(target, self.mask, self.damping)
+        planned = range(problem.width // size) if planned is None else planned
         count = len(planned) * size
         if self.plan.criterion == CHOOSES and count < problem.width:
             chosen, new = problem.choose(size, len(planned))
@@ -353,7 +361,7 @@ class _Pair:
             chosen, new = list(planned), problem.solve(inputs_of(np.array(planned), size))
         kept = inputs_of(np.array(chosen), size)
         errors = [problem.error(problem.old(kept), kept, energy), problem.best_error(new, kept, energy)]
-        made = self.made_of[role] = _Made(errors, mx.array(new[:, :count].astype(np.float32)))
+        made = self.made_of[role] = Made(errors, mx.array(new[:, :count].astype(np.float32)))
         piece, rest = self.pieces[len(self.layers), role][0], new[:, count:].copy()
         if piece.packing is not None:
             made.packed, rest = gptq.quantize(new, piece.packing, MX_DTYPE[piece.dtype], problem.feedback(kept))
@@ -376,25 +384,3 @@ class _Pair:
         about["packed"] = {role: made.about() for role, made in self.made_of.items() if made.packed}
         Arrays(arrays, about).save(repair_file(self.out, len(self.layers)))
         self.layers.append(layer)
-
-
-@dataclass
-class _Made:
-    """A solved matrix [out, kept] and its errors: before, after, and packed if it is."""
-
-    errors: list[float]
-    weight: mx.array
-    packed: Packed | None = None
-    rounding: float = 0.0
-    bias: mx.array | None = None
-
-    def arrays(self, role: str) -> dict[str, mx.array]:
-        """What the repair file holds of this matrix, by name."""
-        found = {role: self.weight}
-        if self.packed:
-            found = {f"{role}.{name}": array for name, array in self.packed.arrays.items()}
-        return found if self.bias is None else {**found, f"{role}_bias": self.bias}
-
-    def about(self) -> dict[str, Any]:
-        """How the matrix is packed, and the relative error of the packing as prune computes it."""
-        return {**self.packed.packing.as_config(), "error": self.rounding}

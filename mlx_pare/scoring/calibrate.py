@@ -91,9 +91,11 @@ class Statistics(stream.Observer):
         if self.rounds:
             kv_heads = self.arch.layer_sizes(index)["kv_head"]
             watch("ffn", lambda m: Removal(matrix(m), self.rounds))
-            watch("attention", lambda m: HeadContribution(matrix(m), kv_heads))
+            if "kv_head" in self.arch.units(index):
+                watch("attention", lambda m: HeadContribution(matrix(m), kv_heads))
         for site in SITES:
-            watch(site, lambda m: Moments())
+            if site != "attention" or "kv_head" in self.arch.units(index):
+                watch(site, lambda m: Moments())
 
     def _watch_experts(self, index: int, block: Any, mask: Callable[[], mx.array]) -> None:
         routed, sums = Routed.put(block, self.arch, index), RoutedSums(self.arch.units(index)["expert"])

@@ -46,7 +46,7 @@ def magnitude(source: Source, layer: int) -> mx.array:
         float32 [].
     """
     arch = source.arch
-    roles = (*arch.readers(layer, "attention"), "o_proj", *arch.readers(layer, "ffn"), "down_proj")
+    roles = [*arch.readers(layer, "attention"), *arch.readers(layer, "ffn"), *arch.writers(layer)]
     if arch.uses("expert"):
         roles = [tensor.spec.role for tensor in arch.tensors() if tensor.layer == layer and tensor.matrix]
     return mx.sqrt(sum(source.sums(layer, role, mx.square, 0).sum() for role in roles))

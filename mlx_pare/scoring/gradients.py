@@ -209,8 +209,9 @@ class _Backward:
         self, block: Any, arch: Architecture, index: int, call: tuple, before: mx.array, after: mx.array, rows: Rows
     ):
         self.block, self.call, self.before, self.after, self.rows = block, call, before, after, rows
-        self.sites = [replace_module(block, arch.path(index, role), _Mask) for role, _ in SITES.values()]
-        self.units = [arch.layer_sizes(index)[axis] for _, axis in SITES.values()]
+        there = {site: (role, axis) for site, (role, axis) in SITES.items() if axis in arch.units(index)}
+        self.sites = {site: replace_module(block, arch.path(index, role), _Mask) for site, (role, _) in there.items()}
+        self.units = [arch.layer_sizes(index)[axis] for _, axis in there.values()]
         self.cotangent: mx.array | None = None
 
     def statistics(self, cotangent: mx.array) -> dict[str, mx.array]:
@@ -223,7 +224,7 @@ class _Backward:
         """
         whole, spread, *slopes, self.cotangent = _joined(self.rows, lambda part: self._rows(cotangent[part], part))
         found = {"block.cotangent_sq": spread.sum() / self.rows.total}
-        for site, slope in zip(("block", *SITES), (whole, *slopes), strict=True):
+        for site, slope in zip(("block", *self.sites), (whole, *slopes), strict=True):
             found |= {f"{site}.gradient_abs": mx.abs(slope).mean(axis=0)}
             found |= {f"{site}.gradient_sq": mx.square(slope).mean(axis=0)}
         mx.eval(found)
@@ -237,7 +238,7 @@ class _Backward:
             return value[part] if batches.per_row(value, self.rows) else value
 
         def run(x: mx.array, *masks: mx.array) -> mx.array:
-            for site, mask in zip(self.sites, masks, strict=True):
+            for site, mask in zip(self.sites.values(), masks, strict=True):
                 site.mask = mask
             args, kwargs = self.call
             return self.block(x, *map(share, args), **{k: share(v) for k, v in kwargs.items()})

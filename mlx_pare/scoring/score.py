@@ -203,20 +203,25 @@ def _of_routed(source: Source, chosen: Criterion) -> dict[str, mx.array]:
 
 
 def _arrays(source: Source, chosen: Criterion) -> dict[str, mx.array]:
-    """Compute the scores of all layers; the hidden size is summed over the norms and the layers."""
-    hidden, rows = mx.zeros((source.arch.sizes["hidden"],)), []
-    layers = range(len(source.arch.layers))
+    """Compute the scores of all layers; the hidden size is summed over the norms and the layers. If some layers have no
+    heads, heads are not cut: their scores are NaN, and hidden channels have none."""
+    arch, hidden, rows = source.arch, mx.zeros((source.arch.sizes["hidden"],)), []
+    layers = range(len(arch.layers))
+    headed = all(arch.has(layer, "o_proj") for layer in layers)
+    none = mx.full((arch.largest("kv_head"),), mx.nan)
     with progress(f"score ({chosen.name}): layer", len(layers)) as bar:
         for layer in layers:
             sums = source.stat(layer, "ffn", "abs_sum"), source.stat(layer, "ffn", "sq_sum")
             row = {
                 "ffn": formulas.FFN[chosen.ffn](source, layer),
-                "kv_head": formulas.HEADS[chosen.kv_head](source, layer),
+                "kv_head": formulas.HEADS[chosen.kv_head](source, layer) if headed else none,
                 "layer": formulas.LAYER[chosen.layer](source, layer),
                 "sparsity": accumulators.sparsity(*sums, source.tokens),
             }
-            hidden = hidden + sum(formulas.HIDDEN[chosen.hidden](source, layer, norm) for norm in width.READING)
+            if headed:
+                hidden = hidden + sum(formulas.HIDDEN[chosen.hidden](source, layer, norm) for norm in width.READING)
             mx.eval(hidden, row)
             rows.append(row)
             bar.advance()
-    return {name: mx.stack([row[name] for row in rows]) for name in rows[0]} | {"hidden": hidden}
+    found = {name: mx.stack([row[name] for row in rows]) for name in rows[0]}
+    return {**found, "hidden": hidden} if headed else found

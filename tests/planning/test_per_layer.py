@@ -26,8 +26,8 @@ def losses_of(checkpoint: Checkpoint, seed: int = 0, bits: tuple[int, ...] = BIT
     """Drawn by lot: of every part a falling curve, of fewer bits more."""
     random, arrays = np.random.default_rng(seed), {}
     for i, layer in enumerate(checkpoint.arch.layers):
-        for part, of in PARTS.items():
-            units = layer.sizes[of.axis]
+        for part, axis in PARTS.items():
+            units = layer.sizes[axis]
             loss = random.exponential(1) * np.linspace(1, 0, units + 1) ** random.uniform(1, 4)
             arrays |= {f"{i}.{part}.order": random.permutation(units), f"{i}.{part}.kl": loss}
             arrays[f"{i}.{part}.bits"] = random.exponential(0.3) * 0.5 ** np.array(bits)

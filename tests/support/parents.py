@@ -11,17 +11,24 @@ import mlx.core as mx
 from tests.support import pico, sparse
 
 VISION = {"hidden_size": 32, "patch_size": 4}
+UNTIED = {"tie_word_embeddings": False}
 TOWER = ("vision_tower.blocks.0.weight", "vision_tower.patch.weight", "vision_tower.norm.bias")
 # type -> (the family of the language model, keys of its config, keys of the outer config, names beside it)
 PARENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "gemma3": ("gemma3_text", {}, {}, (*TOWER, "multi_modal_projector.mm_input_projection_weight")),
-    "mistral3": ("mistral", {"tie_word_embeddings": False}, {}, (*TOWER, "multi_modal_projector.linear_1.weight")),
-    "mistral3-ministral3": ("ministral3", {"tie_word_embeddings": False}, {}, TOWER),
+    "mistral3": ("mistral", UNTIED, {}, (*TOWER, "multi_modal_projector.linear_1.weight")),
+    "mistral3-ministral3": ("ministral3", UNTIED, {}, TOWER),
     "qwen2_vl": ("qwen2", {}, {}, ("visual.patch.weight",)),
-    "qwen2_5_vl": ("qwen2", {"tie_word_embeddings": False}, {}, TOWER),
-    "qwen3_vl": ("qwen3", {"tie_word_embeddings": False}, {}, TOWER),
+    "qwen2_5_vl": ("qwen2", UNTIED, {}, TOWER),
+    "qwen3_vl": ("qwen3", UNTIED, {}, TOWER),
     "qwen3_vl_moe": ("qwen3_moe", {}, {}, TOWER),
     "qwen3_5_moe": ("qwen3_5_moe_text", {}, {}, TOWER),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {**sparse.LINEAR, **UNTIED, "full_attention_interval": 3},
+        {},
+        TOWER,
+    ),
 }
 OURS = {"qwen3_5_moe_text": "qwen3_next"}  # the same config, under another name
 
@@ -30,7 +37,7 @@ def inner(kind: str, **changes: Any) -> dict[str, Any]:
     """The config of the language model inside."""
     family, keys, _, _ = PARENTS[kind]
     known = OURS.get(family, family)
-    made = sparse.config(known) if known in sparse.CONFIGS else pico.config_of(known)
+    made = sparse.config(known) if known in sparse.CONFIGS else pico.config_of("llama" if "5_text" in known else known)
     return {**made, "model_type": family, **keys, **changes}
 
 

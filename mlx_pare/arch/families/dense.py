@@ -135,6 +135,7 @@ GEMMA3 = Family(
     model=(EMBED, tensor("model.norm.weight", "hidden", "norm", "final_norm", None, "norm+1"), HEAD),
     blocks={"full_attention": GEMMA3_BLOCK, "sliding_attention": GEMMA3_BLOCK},
     kinds="sliding_window_pattern",
+    period="sliding_window_pattern",
     defaults={  # mlx_lm/models/gemma3_text.py ModelArgs
         "hidden_size": 1152,
         "num_hidden_layers": 26,

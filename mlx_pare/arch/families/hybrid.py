@@ -1,8 +1,8 @@
-"""Families that mix attention with layers whose state has a fixed size, as data. Of these only experts are cut."""
+"""Families that mix attention with layers whose state has a fixed size, as data. Their heads are not cut."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...base.errors import PareError
@@ -21,7 +21,7 @@ from ..rows import (
     without,
 )
 from ..spec import layer_types, listed_layers, tensor, whole
-from .moe import EXPERTS, ONLY_EXPERTS, WITHOUT, experts, gated_shared, is_sparse, router
+from .moe import DENSE, EXPERTS, WITHOUT, along, experts, gated_shared, is_sparse, router
 
 # ---- gated DeltaNet: qwen3_next, qwen3_5 ----
 
@@ -94,10 +94,11 @@ QWEN3_5 = planned(
         )
     ),
     model_types=("qwen3_5_text", "qwen3_5_moe_text"),
-    **ONLY_EXPERTS,
-    fixed=(WITHOUT,),
+    **along("layer", "ffn", "expert"),
+    fixed=(WITHOUT, DENSE),
     keys=DELTA_KEYS,
     kinds=delta_kind,
+    period="full_attention_interval",
     defaults={"intermediate_size": 14336, "full_attention_interval": 4, "tie_word_embeddings": False},
     gguf="qwen35",
 )
@@ -110,9 +111,10 @@ QWEN3_NEXT = planned(
         )
     ),
     keys=DELTA_KEYS,
-    **ONLY_EXPERTS,
+    **along("layer", "expert"),
     fixed=(WITHOUT,),
     kinds=next_kind,
+    period="full_attention_interval",
     defaults={"full_attention_interval": 4, "tie_word_embeddings": False},
     gguf="qwen3next",
 )
@@ -161,6 +163,22 @@ def lfm2_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
     return {"ffn": width}
 
 
+def lfm2_width(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The keys by which ``lfm2_widths`` gives this ffn."""
+    given = "block_ff_dim" if config.get("block_ff_dim") is not None else "intermediate_size"
+    return {given: sizes["ffn"], "block_auto_adjust_ff_dim": False} if "ffn" in sizes else {}
+
+
+def conv_recounted(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """The keys of lfm2 and lfm2_moe for layers of these kinds; layer_types are a list for every layer."""
+    found: dict[str, Any] = {}
+    if config.get("full_attn_idxs") is not None:
+        found["full_attn_idxs"] = [i for i, kind in enumerate(kinds) if kind.startswith("full_attention")]
+    if "num_dense_layers" in config:  # the first ones
+        found["num_dense_layers"] = sum("+moe" not in kind for kind in kinds)
+    return found
+
+
 LFM2_FFN = feed_forward("feed_forward", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
 LFM2 = planned(
     "lfm2",
@@ -169,6 +187,10 @@ LFM2 = planned(
     model=LFM2_MODEL,
     kinds=conv_kind,
     widths=lfm2_widths,
+    resized=lfm2_width,
+    recounted=conv_recounted,
+    **along("layer", "ffn"),
+    needed=frozenset(LFM2_MIXERS),
     tied=True,
 )
 
@@ -185,7 +207,9 @@ LFM2_MOE = planned(
         for mark, ffn in (("", swiglu(path="feed_forward")), ("+moe", LFM2_EXPERTS))
     },
     keys=keys_without("head_dim", conv_kernel="conv_L_cache", **EXPERTS),
-    **ONLY_EXPERTS,
+    **along("layer", "expert"),
+    needed=frozenset({"full_attention"}),
+    recounted=conv_recounted,
     model=LFM2_MODEL,
     kinds=lambda config, i: conv_kind(config, i) + ("+moe" if i >= whole(config, "num_dense_layers", least=0) else ""),
     tied=True,

@@ -6,7 +6,7 @@ and the key width is the size of its state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...base.errors import PareError
@@ -26,7 +26,7 @@ from ..rows import (
     swiglu,
 )
 from ..spec import Fixed, layer_types, tensor, whole
-from .moe import GROUPED, LOCAL, ONLY_EXPERTS, ROUTED, WITHOUT, bare_router, experts, router
+from .moe import DENSE, GROUPED, LOCAL, ROUTED, WITHOUT, along, bare_router, experts, router
 
 K, V = "linear_k_head*linear_k_dim", "linear_v_head*linear_v_dim"
 
@@ -97,8 +97,9 @@ GRANITE_HYBRID = planned(
         for mark, ffn in (("", swiglu("mlp_bias")), ("+moe", GRANITE_MOE))
     },
     keys=keys_without("head_dim", shared_ffn="shared_intermediate_size", **LOCAL, **MAMBA_KEYS),
-    **ONLY_EXPERTS,
-    fixed=(WITHOUT,),
+    **along("layer", "expert", "ffn"),
+    needed=frozenset(),
+    fixed=(WITHOUT, DENSE),
     kinds=granite_kind,
     gguf="granitehybrid",
 )
@@ -152,6 +153,17 @@ def nemotron_kind(config: Mapping[str, Any], index: int) -> str:
     return NEMOTRON_KINDS[str(pattern[index])]
 
 
+def nemotron_recounted(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """The pattern of layers of these kinds; layer_types are a list for every layer."""
+    letters, words = ([SPELLINGS[kind][which] for kind in kinds] for which in (0, 1))
+    found: dict[str, Any] = {}
+    if (pattern := config.get("hybrid_override_pattern")) is not None:
+        found["hybrid_override_pattern"] = "".join(letters) if isinstance(pattern, str) else letters
+    if config.get("layers_block_type") is not None:
+        found["layers_block_type"] = words
+    return found
+
+
 FC, SHARED_UNGATED = {"expert_up": "fc1", "expert_down": "fc2"}, {"shared_up": "up_proj", "shared_down": "down_proj"}
 NEMOTRON_MOE = (  # in some models the experts work on fewer dimensions than the model has
     *bare_router("mixer.gate"),
@@ -194,9 +206,11 @@ NEMOTRON_H = planned(
         *norms({"final_norm": "backbone.norm_f"}),
         HEAD,
     ),
-    **ONLY_EXPERTS,
+    **along("layer", "expert"),
+    needed=frozenset({"mamba", "full_attention"}),
     fixed=(WITHOUT, GROUPED, LATENT),
     kinds=nemotron_kind,
+    recounted=nemotron_recounted,
     tied=False,
 )
 

@@ -99,6 +99,11 @@ LOCAL = {"expert": "num_local_experts", "active": "num_experts_per_tok", "expert
 ROUTED = {**EXPERTS, "expert": "n_routed_experts"}
 
 
+def along(*axes: str) -> dict[str, frozenset[str]]:
+    """The fields of Family for cuts along these axes, which are exact."""
+    return {"cuttable": frozenset(axes), "exact": frozenset({*axes, "vocab"})}
+
+
 def sparse(name: str, blocks: Rows | Mapping[str, Rows], **more: Any) -> Family:
     """Make a family that is cut along experts and layers.
 
@@ -109,11 +114,7 @@ def sparse(name: str, blocks: Rows | Mapping[str, Rows], **more: Any) -> Family:
     Returns:
         The family.
     """
-    axes = frozenset({"layer", "expert"})
-    return planned(name, blocks, **{"cuttable": axes, "exact": axes | {"vocab"}, **more})
-
-
-ONLY_EXPERTS = {"cuttable": frozenset({"expert"}), "exact": frozenset({"expert", "vocab"}), "needed": frozenset()}
+    return planned(name, blocks, **{**along("layer", "expert"), **more})
 
 
 def is_sparse(config: Mapping[str, Any], index: int) -> bool:
@@ -258,6 +259,11 @@ WITHOUT = Fixed(
     ("expert",),
     "this model has no experts",
     lambda config: not any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
+)
+DENSE = Fixed(
+    ("ffn",),
+    "its feed-forwards are experts",
+    lambda config: any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
 )
 GROUPED = Fixed(  # equal numbers in every group would be exact (deepseek_v3); nothing here chooses by groups yet
     ("expert",), "its router chooses groups of experts first", lambda config: (config.get("n_group") or 1) != 1
