@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "capacity": "base tensors options arch model gguf sources pruning",
     "evaluation": "base options arch model store sources lm text stream capacity",
     "tasks": "base model store sources lm text capacity evaluation",
+    "gates": "base store evaluation",
     "scoring": "base tensors arch model store sources lm text stream evaluation",
     "repair": "base tensors arch model store sources lm text stream pruning evaluation",
     "planning": "base tensors options arch model store sources lm text stream pruning evaluation repair",
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "reporting": "base arch model store sources pruning capacity evaluation",
     "exporting": "base tensors options arch model store gguf sources lm text stream reporting",
     "pipeline": "base options arch model store gguf sources lm text "
-    "stream pruning capacity evaluation scoring repair planning routing recovery reporting exporting",
+    "stream pruning capacity evaluation gates scoring repair planning routing recovery reporting exporting",
     "cli": "base tensors options arch model store gguf sources "
     "lm text pruning capacity evaluation tasks reporting exporting pipeline",
 }

@@ -15,8 +15,9 @@ from ..options.settings import CUT, REACH, RECOVERY, TABLE, memory, settings_of
 from . import tables
 from .app import DryRun, Model, Out, RunDir, command
 
+OF_RUN = ("stages", "min_quality", "gate", "fail_if_not_worth_it")
 PLAN = (
-    *(f for f, option in TABLE.items() if option.panel in (REACH, CUT) and f not in ("stages", "min_quality")),
+    *(f for f, option in TABLE.items() if option.panel in (REACH, CUT) and f not in OF_RUN),
     "widths", "layers_by", "tries", "choose_bits", "memory_cap",
 )  # fmt: skip
 RECOVER = (

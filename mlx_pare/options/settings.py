@@ -134,6 +134,10 @@ class ReachOptions:
     min_quality: float | None = setting(
         None, "Exit with 1 if the perplexity is more than this many times the original's, e.g. 1.2.", above(0, MOST),
         metavar="RATIO")
+    gate: Sequence[str] = setting(
+        (), 'Exit with 1 if the result does not keep to this rule, e.g. "kl <= 0.1". Repeat the option for several.',
+        metavar="RULE", repeats=True, read=lambda rules: tuple(rules or ()))
+    fail_if_not_worth_it: bool = setting(False, "Exit with 1 if the verdict is that pruning was not worth it.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ With a schedule, every stage does the steps up to recover once, each stage in it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,11 +19,13 @@ from typing import Any
 
 from .. import lm
 from ..base import console
-from ..base.errors import PareError, Refused, UsageError
-from ..base.units import gb, readable
+from ..base.errors import Refused, UsageError
+from ..base.units import gb
 from ..capacity import macs
 from ..evaluation.metrics import Metrics
 from ..exporting.export import why_not
+from ..gates import check as gates
+from ..gates.rules import rules_of
 from ..gguf.architectures import RUNTIMES
 from ..gguf.write import quantizer
 from ..model.checkpoint import Checkpoint
@@ -37,13 +38,12 @@ from ..recovery.options import METHODS, fitting
 from ..repair.reconstruct import check_memory as check_reconstruction, costs as reconstruction_costs
 from ..reporting import stage_table
 from ..reporting.report import report
-from ..reporting.verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict
+from ..reporting.verdict import LEFT_OUT, first_result, metrics, reconstructed, verdict, worth_it
 from ..routing import plan_experts
 from ..scoring.calibrate import check_memory as check_calibration
 from ..scoring.score import criterion, suits
 from ..sources.open_model import StrPath, opened as model_of
 from ..store import step_files
-from ..store.arrays import MOST_NATS
 from ..store.manifest import begun
 from ..store.places import CONTENDERS, name_of
 from ..store.rundir import Run
@@ -72,7 +72,7 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
         UsageError: a name or number means nothing, or a target, an axis or the text does not suit.
         Refused: the directory belongs to something else, the target is out of reach, the memory does not suffice, or
             the result does not fit the Mac that was named.
-        PareError: a check finds the result broken or worse than --min-quality allows, or a required GGUF file failed.
+        PareError: a check finds the result broken, a gate fails, or a required GGUF file failed.
     """
     out, settings = Path(out), _with_teacher(settings)
     model = model_of(model, out)
@@ -95,8 +95,8 @@ def run(model: StrPath, out: StrPath, settings: Settings) -> dict[str, Any]:
                     under_way.do(name)
         summary = under_way.summary()
         opened.write_recipe(asked)  # only now: a refused request leaves the recipe of what was done
-        _quality_gate(summary, s)
         _fit_gate(summary, s)
+        _worth_gate(under_way, summary)
         required(opened, s)
     return summary
 
@@ -134,6 +134,8 @@ class UnderWay:
         self.result: Path = run.model
         self.gguf: Path | None = None
         self.measured: set[str] = set()
+        self.rules = rules_of(s)
+        gates.only(run.path, self.rules)
 
     @contextmanager
     def stage(self, name: str | None) -> Iterator[None]:
@@ -175,11 +177,15 @@ class UnderWay:
                 self.result = steps.recover_step(run, texts, replace(s, seed=self.seed))
             case "evaluate", _, model:
                 self._measure(model)
+                if model in ("pruned", "recovered") and not (model == "pruned" and self.asked.stages):
+                    self._gates(model)
             case "export", _, _:
+                self._gates("compared")
                 kept.clear(run.kept)
                 self.gguf = export_step(run, self.result, texts, s)
             case "bench", _, _:
                 measure_steps.bench_step(run, self.result, s)
+                self._gates("bench")
             case _:
                 raise ValueError(step)
 
@@ -196,6 +202,12 @@ class UnderWay:
         self.measured.add(name)
         if name == "pruned" and not staged:
             console.say(first_result(metrics(run.path, ["original", "pruned"])))
+
+    def _gates(self, stage: str) -> None:
+        """Check the gates that are decided now. Raises GateFailed, with a report written, if the result fails one."""
+        names = [name for name, _ in CONTENDERS if name in self.measured]
+        path = self.whole.path
+        gates.settle(path, self.rules, stage, self.asked.recovers, lambda: report(path, names))
 
     @cached_property
     def compared(self) -> dict[str, Plan]:
@@ -223,6 +235,7 @@ class UnderWay:
             "fits": step_files.read(path / "export" / "fits.json"),
             **({"stages": told} if told else {}),
             "bench": step_files.find(path / "bench" / "bench.json"),
+            **({"gates": gates.rows_of(path)} if self.rules else {}),
         }
 
 
@@ -274,6 +287,7 @@ def preflight(model: Path, s: Settings, recovering: bool = False) -> str:
         UsageError, Refused: as ``run``.
     """
     stages.check(s)
+    rules_of(s)
     suits(s.criterion, Checkpoint(model).arch)
     one_of("recovery method", s.method, METHODS)
     layers_by_of(s, s.criterion)
@@ -347,6 +361,14 @@ def one_of(what: str, name: str | None, known: Sequence[str | None]) -> None:
         raise UsageError(f"unknown {what} {name!r}", f"choose one of {', '.join(filter(None, known))}")
 
 
+def _worth_gate(done: UnderWay, summary: dict[str, Any]) -> None:
+    """Raises GateFailed if --fail-if-not-worth-it was given and the verdict says so."""
+    if done.asked.fail_if_not_worth_it and worth_it(metrics(done.whole.path, list(summary["contenders"]))) is False:
+        raise gates.GateFailed(
+            "pruning was not worth it: the whole model with fewer bits is as good", f"see {summary['report']}"
+        )
+
+
 def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
     """Raises Refused if the model or the GGUF file does not fit the Mac that was named."""
     if s.mac is None:
@@ -359,13 +381,3 @@ def _fit_gate(summary: dict[str, Any], s: Settings) -> None:
                 f"{what} does not fit {name} at {s.context} tokens: {gb(-row['headroom_bytes'])} too much",
                 f"everything is kept, see {summary['report']}; ask for a smaller --gguf type, or cut more",
             )
-
-
-def _quality_gate(summary: dict[str, Any], s: Settings) -> None:
-    worse = summary["after"]["nll"] - summary["before"]["nll"]  # perplexity itself is capped
-    if s.min_quality is not None and worse > math.log(s.min_quality):
-        ratio = readable(math.exp(min(worse, MOST_NATS)), 3)
-        raise PareError(
-            f"the result's perplexity is {ratio} x the original's, --min-quality allows {s.min_quality:g}",
-            f"everything is kept for inspection, see {summary['report']}; keep more or recover longer",
-        )

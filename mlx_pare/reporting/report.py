@@ -43,6 +43,7 @@ def report(run: StrPath, measured: Sequence[str] | None = None) -> Path:
     sections = [
         _title(manifest),
         "## Was it worth it?\n\n" + verdict(found, reconstructed(manifest)),
+        _gates(run),
         _contenders(found),
         _stages(run),
         _shape(run),
@@ -92,6 +93,19 @@ def _contenders(found: Found) -> str:
     )
     columns = ["model", "weights", "perplexity", "bits/byte", "KL", "KL 95%", "same top token"]
     return f"## Contenders\n\n{markdown.table(columns, rows)}\n\n{note}"
+
+
+def _gates(run: Path) -> str:
+    """Return the table of gates; the rules are the user's."""
+    gates = (step_files.find(run / "gates.json") or {"gates": []})["gates"]
+    if not gates:
+        return ""
+    rows = []
+    for gate in gates:
+        numbers = [None if gate[key] is None else readable(gate[key], 4) for key in ("value", "limit")]
+        result = {True: "passed", False: "failed", None: "not checked"}[gate["passed"]]
+        rows.append(markdown.row(gate["rule"], gate["stage"], *numbers, result))
+    return f"## Gates\n\n{markdown.table(['rule', 'after', 'value', 'limit', ''], rows)}"
 
 
 def _stages(run: Path) -> str:

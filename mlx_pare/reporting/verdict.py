@@ -72,6 +72,16 @@ def verdict(found: Found, reconstructed: bool = False) -> str:
     return f"{text} {_against_fewer_bits(found, ours, reconstructed)}"
 
 
+def worth_it(found: Found) -> bool | None:
+    """Whether the result is better than fewer bits in no more bytes, as ``verdict`` says it; None: not compared."""
+    if not {"pruned", "random"} <= {*found}:
+        return None
+    if "fewer-bits" not in found:
+        return True
+    difference, error = paired(found.get("recovered", found["pruned"])[0], found["fewer-bits"][0])
+    return difference < 0 and abs(difference) >= 2 * error
+
+
 def _against_fewer_bits(found: Found, ours: Metrics, reconstructed: bool) -> str:
     if "fewer-bits" not in found:
         return "No narrower packing reaches this size, so fewer bits were not an alternative."

@@ -354,8 +354,25 @@ class Trials(RootModel):
     root: dict[str, Number | None]
 
 
+class Gate(Checked):
+    """A rule for the result, and whether it holds; None: not measured."""
+
+    rule: str
+    stage: Literal["pruned", "recovered", "compared", "bench"]
+    value: float | None
+    limit: float | None
+    ratio: float | None
+    passed: bool | None
+
+
+class Gates(Checked):
+    """gates.json."""
+
+    gates: list[Gate]
+
+
 SCHEMAS: dict[str, type[BaseModel]] = {
     "size.json": Size, "tried.json": Tried, "layers.json": Layers, "done.json": Done, "check.json": Warned,
     "recovery.json": Recovery, "local.json": Healed, "bench.json": Bench, "export.json": Exported, "fits.json": Fits,
-    "stability.json": Stability, "trials.json": Trials,
+    "stability.json": Stability, "trials.json": Trials, "gates.json": Gates,
 }  # fmt: skip

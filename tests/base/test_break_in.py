@@ -12,12 +12,14 @@ from mlx_pare.base.errors import PareError, UsageError
 from mlx_pare.cli import unused
 from mlx_pare.evaluation.metrics import Metrics
 from mlx_pare.exporting.export import export
+from mlx_pare.gates import check as gates
+from mlx_pare.gates.rules import rules_of
 from mlx_pare.options import recipe_file
 from mlx_pare.options.settings import Settings
-from mlx_pare.pipeline import run as pipeline
 from mlx_pare.reporting.verdict import verdict
 from mlx_pare.sources import hub_cache
 from mlx_pare.store.rundir import Run
+from mlx_pare.store.schema import dump_json
 from mlx_pare.stream import kept
 from mlx_pare.text import corpus
 
@@ -206,12 +208,20 @@ def numbers(nll: float) -> dict:
     return {"nll": nll, "perplexity": 1.0e304}
 
 
-def test_b7_the_gate_compares_losses():
+def test_b7_the_gate_compares_losses(tmp_path):
     """Both perplexities have the largest value that there is; one is e^100 times the other."""
-    summary = {"before": numbers(750.0), "after": numbers(850.0), "report": "report.md"}
+    of = {"model": "m", "data": "d", "tokens": 9, "windows": 1, "length": 4, "perplexity_stderr": 1e304}
+    for name, nll in (("original", 750.0), ("pruned", 850.0)):
+        (tmp_path / f"evaluate-{name}").mkdir()
+        metrics = Metrics(bits_per_byte=1.0, kl_divergence=1.0, **of, **numbers(nll))
+        (tmp_path / f"evaluate-{name}" / "metrics.json").write_bytes(dump_json(metrics))
+    rules = rules_of(Settings(min_quality=1.2))
     with pytest.raises(PareError, match=r"perplexity is 2.69e\+43 x the original's"):
-        pipeline._quality_gate(summary, Settings(min_quality=1.2))
-    pipeline._quality_gate(summary | {"after": numbers(750.1)}, Settings(min_quality=1.2))
+        gates.settle(tmp_path, rules, "pruned", False, lambda: tmp_path)
+    (tmp_path / "evaluate-pruned" / "metrics.json").write_bytes(
+        dump_json(Metrics(bits_per_byte=1.0, kl_divergence=1.0, **of, **numbers(750.1)))
+    )
+    assert gates.settle(tmp_path, rules, "pruned", False, lambda: tmp_path)[0]["passed"]
 
 
 def test_b7_large_perplexities_are_short():

@@ -28,6 +28,7 @@ ODD = Settings(
     schedule="linear", clip=0.5, patience=2, rank=8, kind="js", temperature=2.0, cross_entropy=0.25, match="mse",
     top=64, grad_checkpoint=True, mix=True, on_policy=0.5, teacher="some/model", gguf="q4_k_m", trials=3,
     min_quality=1.5, memory_cap=4_000_000_000, seed=5, quick=True, date="2024-02-29",
+    gate=("kl <= 0.1", "tok_s >= 20"), fail_if_not_worth_it=True,
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import pytest
 import reference
 
 from mlx_pare import lm
-from mlx_pare.base import machine
+from mlx_pare.base import machine, markdown
 from mlx_pare.base.errors import PareError, Refused, UsageError
 from mlx_pare.base.units import count, gb, readable
 from mlx_pare.evaluation.metrics import Metrics
@@ -120,11 +120,12 @@ def test_manifest_records_every_step(finished):
 
 def test_recipe_is_what_was_asked(finished, settings):
     recipe = tomllib.loads((finished["out"] / "recipe.toml").read_text("utf-8"))
-    asked = {TABLE[k].name: v for k, v in vars(settings).items() if v is not None}
+    asked = {TABLE[k].name: v for k, v in vars(settings).items() if v not in (None, ())}
     assert recipe == {
         **asked,
         "axes": ["ffn", "kv_head"],
         "choose_bits": [],
+        "gate": [],
         "runtimes": ["mlx"],
         "model": str(finished["model"].resolve()),
         "date": recipe["date"],
@@ -343,11 +344,40 @@ def test_contender_is_measured_anew_only_by_another_reconstruction(finished, cop
 def test_quality_gate_fails_and_keeps_everything(copied, finished, settings):
     ratio = finished["summary"]["after"]["perplexity"] / finished["summary"]["before"]["perplexity"]
     assert ratio > 1.0001
-    with pytest.raises(PareError, match=r"perplexity is .* x the original's, --min-quality allows 1.0001") as error:
+    with pytest.raises(
+        PareError, match=r"perplexity is .* x the original's, --min-quality 1\.0001 allows"
+    ) as error:
         pipeline.run(finished["model"], copied, replace(settings, min_quality=1.0001))
     assert error.value.exit_code == 1
-    assert hashes(copied).keys() == hashes(finished["out"]).keys()
-    assert pipeline.run(finished["model"], copied, replace(settings, min_quality=ratio * 1.01))["after"]
+    assert hashes(copied).keys() - {"gates.json"} == hashes(finished["out"]).keys()
+    again = pipeline.run(finished["model"], copied, replace(settings, min_quality=ratio * 1.01))
+    assert [row["passed"] for row in again["gates"] if row["stage"] == "recovered"] == [True]
+
+
+@pytest.mark.parametrize(
+    ("rule", "stage"),
+    [
+        ("size <= 1kB", "pruned"), ("kl <= 0", "recovered"), ("bits_per_byte <= 0.01 * random", "compared"),
+        ("tok_s >= 1e9", "bench"),
+    ],
+)  # fmt: skip
+def test_a_gate_that_fails_in_each_stage_stops_there(copied, finished, settings, rule, stage):
+    """What comes after it is not done; the report has the numbers; without the gate the run goes on to its end."""
+    later = {"pruned": "recover", "recovered": "evaluate-random", "compared": "export", "bench": "nothing"}[stage]
+    if later != "nothing":
+        shutil.rmtree(copied / later)
+        manifest = json.loads((copied / "manifest.json").read_text())
+        manifest["steps"].pop(later)
+        (copied / "manifest.json").write_text(json.dumps(manifest))
+    if not (copied / "bench" / "bench.json").exists() and stage == "bench":
+        pytest.skip("this run has no measurement of speed")
+    with pytest.raises(PareError, match=re.escape(rule)) as error:
+        pipeline.run(finished["model"], copied, replace(settings, gate=[rule, "perplexity > 0"]))
+    assert error.value.exit_code == 1 and not (copied / later).exists()
+    noted = json.loads((copied / "gates.json").read_text())["gates"]
+    rows = {(row["rule"], row["stage"]): row["passed"] for row in noted}
+    assert rows[rule, stage] is False and rows["perplexity > 0", "pruned"] is True
+    assert f"| {markdown.escaped(rule)} | {stage} |" in (copied / "report.md").read_text()
 
 
 @pytest.mark.parametrize("harm", ["changed", "missing"])
