@@ -10,7 +10,7 @@ from ..arch import Architecture, uneven_types, why_uniform
 from ..base.errors import PareError
 from ..gguf import uneven_layers
 from ..gguf.architectures import runtimes_of, target_of
-from ..model.footprint import parameters, window_of
+from ..model.footprint import active_parameters, parameters, window_of
 from ..pruning.reach import AXES
 from .form import Form
 from .subject import Subject, open_subject
@@ -50,11 +50,13 @@ def _shape(arch: Architecture, subject: Subject) -> dict[str, Any]:
         "ffn": _size(arch, "ffn"),
         "experts": _size(arch, "expert"),
         "expert_ffn": _size(arch, "expert_ffn"),
+        "experts_per_token": max((m.sizes.get("active", 0) for m in arch.layers), default=0) or None,
         "q_heads": _size(arch, "kv_head", "group"),
         "kv_heads": _size(arch, "kv_head"),
         "head_dim": _size(arch, "head_dim"),
         "tied_embedding": arch.tied,
         "parameters": parameters(arch),
+        "active_parameters": active_parameters(arch),
         "quantization": packing.as_config() if packing else None,
         "cuttable": {axis: "exact" if axis in family.exact else "approximate" for axis in cuttable},
         "not_cuttable": fixed,

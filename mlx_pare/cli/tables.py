@@ -204,6 +204,9 @@ def show_inspect(found: dict[str, Any]) -> None:
         parts = ", ".join(f"{name} {counted[name]:,}" for name in PARTS)
         rows.insert(0, ["model type", found["model_type"]])
         rows.append(["parameters", f"{counted['total']:,}: {parts}"])
+        if found["experts"]:
+            visited, active = found["experts_per_token"], found["active_parameters"]
+            rows.append(["per token", f"{visited} experts, {active:,} parameters in the blocks"])
         rows.append(["hidden size", found["hidden"]])
         rows.append(
             ["vocabulary", f"{found['vocab']}, {'one matrix' if tied else 'two matrices'} for input and output"]

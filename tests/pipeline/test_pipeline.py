@@ -344,9 +344,7 @@ def test_contender_is_measured_anew_only_by_another_reconstruction(finished, cop
 def test_quality_gate_fails_and_keeps_everything(copied, finished, settings):
     ratio = finished["summary"]["after"]["perplexity"] / finished["summary"]["before"]["perplexity"]
     assert ratio > 1.0001
-    with pytest.raises(
-        PareError, match=r"perplexity is .* x the original's, --min-quality 1\.0001 allows"
-    ) as error:
+    with pytest.raises(PareError, match=r"perplexity is .* x the original's, --min-quality 1\.0001 allows") as error:
         pipeline.run(finished["model"], copied, replace(settings, min_quality=1.0001))
     assert error.value.exit_code == 1
     assert hashes(copied).keys() - {"gates.json"} == hashes(finished["out"]).keys()

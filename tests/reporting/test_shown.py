@@ -52,6 +52,14 @@ def test_inspect_shows_a_line_per_kind_of_layer(pare, pico_models):
     ]  # fmt: skip
 
 
+def test_inspect_says_what_a_token_visits(pare):
+    """Every token is multiplied with 8 of 128 experts: 3.3 billion parameters with both embeddings, as Qwen says."""
+    seen, told = inspected(pare, "qwen3-30b-a3b")
+    assert (told["experts"], told["experts_per_token"]) == (128, 8) and "8 experts" in seen
+    idle = told["parameters"]["ffn"] - 48 * 2048 * 128  # but for the routers
+    assert told["active_parameters"] == told["parameters"]["non_embedding"] - idle * 120 // 128
+
+
 def test_inspect_says_in_sentences_what_loads_it_and_what_can_be_cut(pare, pico_models):
     seen, _ = inspected(pare, pico_models())
     for sentence in (
