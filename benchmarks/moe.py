@@ -37,8 +37,8 @@ EXPERTS, ACTIVE, NOISE = 16, 4, 0.3  # noise: share of the standard deviation of
 ROWS, LENGTH, RATE = 8, 256, 1e-3
 CODE = ("argparse", "ast", "asyncio", "collections", "concurrent", "csv", "ctypes", "dataclasses", "datetime",
         "decimal", "difflib", "dis", "email", "enum", "fractions", "functools", "gettext", "http", "importlib",
-        "inspect", "ipaddress", "json", "logging", "multiprocessing", "pathlib", "pickle", "shutil", "statistics", "tarfile",
-        "threading", "typing", "unittest", "urllib", "uuid", "xml", "zipfile")  # fmt: skip
+        "inspect", "ipaddress", "json", "logging", "multiprocessing", "pathlib", "pickle", "shutil", "statistics",
+        "tarfile", "threading", "typing", "unittest", "urllib", "uuid", "xml", "zipfile")  # fmt: skip
 CRITERIA = ("obs", "reap", "ean", "frequency", "random")
 HELD_NOVEL = "two_cities.txt"
 HELD = ("heapq", "bisect", "configparser", "subprocess", "socket", "tempfile", "textwrap", "tokenize", "queue")
