@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_pare.arch import Architecture
 from mlx_pare.evaluation.divergence import measure
 from mlx_pare.model.checkpoint import Checkpoint
 from mlx_pare.planning.candidate import PARTS
@@ -44,6 +45,11 @@ def units(checkpoint: Checkpoint) -> dict[str, Unit]:
     }
 
 
+def _paths(arch: Architecture, index: int) -> dict[str, str]:
+    """The modules of a layer that write to the residual stream, by part."""
+    return dict(zip(PARTS, (arch.path(index, role) for role in arch.writers(index)), strict=True))
+
+
 class _Masks:
     """The observer that lets a model compute with a cut."""
 
@@ -51,9 +57,9 @@ class _Masks:
         self.arch, self.cut, self.units = checkpoint.arch, cut, units(checkpoint)
 
     def enter(self, index, block, mask) -> None:
-        for part, of in PARTS.items():
+        for part, path in _paths(self.arch, index).items():
             if (index, part) in self.cut:
-                site = Site.put(block, self.arch.path(index, of.writer))
+                site = Site.put(block, path)
                 kept, added = self.cut[index, part]
                 site.new = _masked(site, kept, self.units[part].inputs), site.bias + mx.array(added.astype(np.float32))
 
@@ -86,7 +92,7 @@ class _Sequential:
         self.state, self.cut = None, {}
 
     def enter(self, index, block, mask) -> None:
-        self.sites = {part: Site.put(block, self.arch.path(index, of.writer)) for part, of in PARTS.items()}
+        self.sites = {part: Site.put(block, path) for part, path in _paths(self.arch, index).items()}
         for site in self.sites.values():
             site.remembering = not self.own
 

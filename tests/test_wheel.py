@@ -15,6 +15,7 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -24,6 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # mlx-lm brings the first three and huggingface_hub the others; neither can do without them
 TRANSITIVE = {"transformers", "jinja2", "tokenizers", "filelock", "tqdm"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_what_is_installed() -> Iterator[None]:
+    """A PYTHONPATH that names a checkout would come before the wheel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")
