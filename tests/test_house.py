@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "planning": "base tensors options arch model store sources lm text stream pruning evaluation repair",
     "routing": "base options arch model store text stream pruning planning",
     "recovery": "base tensors options arch model store sources lm text stream pruning evaluation",
-    "reporting": "base arch model store sources pruning capacity evaluation",
+    "reporting": "base arch model store sources pruning capacity evaluation gates",
     "exporting": "base tensors options arch model store gguf sources lm text stream reporting",
     "pipeline": "base options arch model store gguf sources lm text "
     "stream pruning capacity evaluation gates scoring repair planning routing recovery reporting exporting",

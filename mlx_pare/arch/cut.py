@@ -95,7 +95,8 @@ def _check_axes(arch: Architecture, keep: Keep) -> None:
     for axis in sorted({axis for layer in keep.layers for axis in layer.keep} | ({"hidden"} if keep.hidden else set())):
         if why := arch.why_fixed(axis):
             raise PareError(
-                f"{arch.family.name} cannot be cut along {axis}: {why}", f"choose from {', '.join(arch.cut_axes)}"
+                f"{arch.family.name} cannot be cut along {axis}: {why}",
+                f"choose from {', '.join(arch.cut_axes)}" if arch.cut_axes else None,
             )
     for count in sorted({len(layer.keep["expert"]) for layer in keep.layers if "expert" in layer.keep}):
         if count < (active := arch.layers[0].sizes["active"]):

@@ -74,13 +74,15 @@ def settle(
     Returns:
         The rows of ``checked``.
     Raises:
-        GateFailed: rules do not hold; it names each with its number.
+        GateFailed: rules do not hold, or their quantity was not measured; it names each.
     """
     now = needed(rules, "bench" if stage == "bench" else "evaluate", stage == "compared")
     subject = stage if stage in ("pruned", "recovered") else "recovered" if recovers else "pruned"
     failed, rows = [], checked(run, now, stage, subject)
     for rule, row in zip(now, rows, strict=True):
-        if row["passed"] is None:
+        if row["value"] is None:
+            failed.append(f"{rule.quantity.what} was not measured, so {rule.text} could not be checked")
+        elif row["passed"] is None:
             console.warn(f"the gate {rule.text!r} was not checked: the run has nothing to compare with")
         elif not row["passed"] and stage == "pruned" and recovers and rule.quantity.recovers:
             console.warn(f"before recovery {_said(row, rule)}")

@@ -99,6 +99,8 @@ def rules_of(s: Any) -> list[Rule]:
     """
     quality = [] if s.min_quality is None else [Rule(f"--min-quality {s.min_quality:g}", "perplexity", "<=",
                                                      s.min_quality, "original")]  # fmt: skip
+    if s.fail_if_not_worth_it and s.quick:
+        raise UsageError("--fail-if-not-worth-it needs the verdict, which --quick leaves out", "leave out one of them")
     found = [*quality, *map(parse, s.gate)]
     for rule in found:
         if rule.quantity.measured == "bench" and not s.trials:

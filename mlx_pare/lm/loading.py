@@ -66,7 +66,7 @@ def load_stock(path: Path) -> nn.Module:
 def load_to_answer(path: Path) -> nn.Module:
     """Load the model into memory as ``load_stock`` does; on the CPU backend its matrices are float32 too.
 
-    MLX's kernels for packed matrices take up to 20 times as long there (benchmarks/LOG.md). It computes the same.
+    MLX's kernels for packed matrices take up to 24 times as long there (benchmarks/LOG.md). It computes the same.
     """
     if not cpu_backend():
         return load_stock(path)

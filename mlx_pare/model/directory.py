@@ -27,8 +27,10 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def copy_tokenizer(source: Checkpoint, directory: Path) -> None:
-    """Copy the tokenizer's files and the generation config, but no code. Raises PareError for a link out of the
-    directory."""
+    """Copy the tokenizer's files, the generation config, and what reads pictures and sounds, but no code.
+
+    Raises PareError for a link out of the directory.
+    """
     check_links(source.path)  # it may have changed since it was opened
     processors = (source.path / name for name in PROCESSOR_FILES if source.arch.parent)
     for file in (*source.tokenizer_files(), *(file for file in processors if file.is_file())):

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..arch import why_uniform
 from ..base import console
-from ..base.errors import PareError, Refused, UsageError
+from ..base.errors import PareError, Refused, Unsupported, UsageError
 from ..gguf import uneven_layers
 from ..gguf.special_cases import BY_PLACE
 from ..model.checkpoint import Checkpoint
@@ -194,10 +194,14 @@ def with_possible_axes(model: Path, s: Settings) -> Settings:
     arch = Checkpoint(model).arch
     if arch.uses("expert") and arch.why_fixed("expert") is None:
         return replace(s, axes=("expert",))
+    axes = tuple(axis for axis in s.axes if arch.why_fixed(axis) is None)
+    if not axes:
+        able = f"give --axes {','.join(arch.cut_axes)}" if arch.cut_axes else None
+        raise Unsupported(f"this {arch.family.name} is cut along none of {', '.join(s.axes)}", able)
     for axis in s.axes:
         if why := arch.why_fixed(axis):
             console.warn(f"{arch.family.name} is not cut along {axis}: {why}")
-    return replace(s, axes=tuple(axis for axis in s.axes if arch.why_fixed(axis) is None))
+    return replace(s, axes=axes)
 
 
 def begun(out: Path) -> str | None:
@@ -315,9 +319,9 @@ def _alike(run: Run, scores: Path, options: Options, count: int) -> list[Candida
 def _candidate_of(run: Run, made: Plan) -> Candidate:
     """Return the widths of a plan, for every layer of the source. A layer without heads keeps all it has instead."""
     arch = Checkpoint(run.model).arch
-    found: list[Width | None] = [None] * len(arch.layers)
-    for layer, full in ((layer, whole(arch)[layer.source]) for layer in made.layers):
-        heads = len(layer.kv_head) if "kv_head" in arch.units(layer.source) else full.kv_head
+    full, found = whole(arch), [None] * len(arch.layers)
+    for layer in made.layers:
+        heads = len(layer.kv_head) if "kv_head" in arch.units(layer.source) else full[layer.source].kv_head
         found[layer.source] = Width(heads, len(layer.ffn))
     return tuple(found)
 

@@ -84,7 +84,7 @@ def space(arch: Architecture, axes: Sequence[str], step: int, protected: Sequenc
         if why := arch.why_fixed(axis):
             raise UsageError(
                 f"{arch.family.name} cannot be cut along {axis}: {why}",
-                f"choose from {', '.join(a for a in AXES if a in arch.cut_axes)}",
+                f"choose from {', '.join(a for a in AXES if a in arch.cut_axes)}" if arch.cut_axes else None,
             )
     full = {axis: arch.uniform(axis) if arch.uses(axis) else 0 for axis in UNITS}
     full |= {"layer": len(arch.layers), "hidden": arch.sizes["hidden"]}

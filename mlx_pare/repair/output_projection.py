@@ -211,13 +211,14 @@ def solve_costs(checkpoint: Checkpoint, tokens: int) -> list[Cost]:
 
 
 def inputs_of_writers(arch: Architecture) -> tuple[int, int]:
-    """The number of inputs of the two matrices that write to the stream, in the widest layer."""
-    layers = range(len(arch.layers))
-    attention, ffn = (
-        max(length(arch.row(i, arch.writers(i)[which])[0].dims[-1], arch.layer_sizes(i)) for i in layers)
-        for which in (0, 1)
-    )
-    return attention, ffn
+    """The number of inputs of the two matrices that write to the stream, in the widest layer that has them."""
+    widest = [1, 1]
+    for layer in range(len(arch.layers)):
+        for which, role in enumerate(arch.writers(layer)):
+            if arch.has(layer, role):
+                inputs = length(arch.row(layer, role)[0].dims[-1], arch.layer_sizes(layer))
+                widest[which] = max(widest[which], inputs)
+    return widest[0], widest[1]
 
 
 def parts(joined: Any, like: Sequence[mx.array]) -> Iterator[Any]:

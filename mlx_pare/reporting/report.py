@@ -13,6 +13,7 @@ from ..base.errors import PareError
 from ..base.units import count, duration, gb, readable, span
 from ..base.untrusted import read_json
 from ..capacity.macs import GIB
+from ..gates.check import rows_of
 from ..pruning.plan_file import Plan
 from ..sources.open_model import StrPath
 from ..store import edited, step_files
@@ -97,15 +98,12 @@ def _contenders(found: Found) -> str:
 
 def _gates(run: Path) -> str:
     """Return the table of gates; the rules are the user's."""
-    gates = (step_files.find(run / "gates.json") or {"gates": []})["gates"]
-    if not gates:
-        return ""
     rows = []
-    for gate in gates:
+    for gate in rows_of(run):
         numbers = [None if gate[key] is None else readable(gate[key], 4) for key in ("value", "limit")]
         result = {True: "passed", False: "failed", None: "not checked"}[gate["passed"]]
         rows.append(markdown.row(gate["rule"], gate["stage"], *numbers, result))
-    return f"## Gates\n\n{markdown.table(['rule', 'after', 'value', 'limit', ''], rows)}"
+    return "" if not rows else f"## Gates\n\n{markdown.table(['rule', 'after', 'value', 'limit', ''], rows)}"
 
 
 def _stages(run: Path) -> str:

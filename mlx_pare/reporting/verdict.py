@@ -74,7 +74,7 @@ def verdict(found: Found, reconstructed: bool = False) -> str:
 
 def worth_it(found: Found) -> bool | None:
     """Whether the result is better than fewer bits in no more bytes, as ``verdict`` says it; None: not compared."""
-    if not {"pruned", "random"} <= {*found}:
+    if not {"original", "pruned", "random"} <= {*found}:
         return None
     if "fewer-bits" not in found:
         return True
@@ -90,14 +90,14 @@ def _against_fewer_bits(found: Found, ours: Metrics, reconstructed: bool) -> str
     perplexity = readable(other.perplexity, 2)
     rival = f"the whole model with fewer bits, {how}, takes {gb(size)} and has perplexity {perplexity}"
     difference, error = paired(ours, other)
+    if worth_it(found):
+        return f"**Worth it:** {rival}."
     if abs(difference) < 2 * error:
         return (
             f"**Not worth it:** {rival}, which is no measurable difference ({difference:+.4f} ± {error:.4f} nats per "
             "token, paired). Quantize instead: it is simpler."
         )
-    if difference >= 0:
-        return f"**Not worth it:** {rival}. Quantize instead of pruning, or prune further than fewer bits can reach."
-    return f"**Worth it:** {rival}."
+    return f"**Not worth it:** {rival}. Quantize instead of pruning, or prune further than fewer bits can reach."
 
 
 def paired(a: Metrics, b: Metrics) -> tuple[float, float]:

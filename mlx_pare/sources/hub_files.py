@@ -16,8 +16,8 @@ MAX_FILES = 1000  # weight files of one model; the largest models have about 200
 MAX_SMALL = 64 << 20  # bytes of any other file; the largest tokenizer.json has 33 million
 SHOWN = 12  # types of GGUF files in a message
 _SMALL = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config"
-    r"|model\.safetensors\.index|chat_template|survivors|plan)\.json|(vocab|merges)\.txt"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+    r"|processor_config|preprocessor_config|video_preprocessor_config|model\.safetensors\.index|chat_template|survivors|plan)\.json|(vocab|merges)\.txt"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|[^/]+\.tiktoken|(additional_chat_templates/)?[^/]+\.jinja"
     r"|README\.md|(LICEN[CS]E|NOTICE|COPYING)[^/]*"
 )

@@ -68,6 +68,7 @@ def test_no_text_is_anything_but_a_rule_or_a_usage_error():
         ({"gate": ["tok_s >= 2"], "trials": 0}, "--trials is 0"),
         ({"gate": ["tok_s >= 2"], "trials": 0, "quick": True}, "--quick leaves it out"),
         ({"gate": ["kl <= 1 * random"], "quick": True}, "what --quick leaves out"),
+        ({"fail_if_not_worth_it": True, "quick": True}, "the verdict, which --quick leaves out"),
     ],
 )
 def test_a_rule_that_the_run_cannot_decide_is_refused_before_work(given, why):
@@ -144,6 +145,14 @@ def test_only_what_recovery_improves_may_fail_before_it(run, capfd):
     assert [(row["stage"], row["passed"]) for row in check.rows_of(run)] == [("pruned", False), ("recovered", True)]
     with pytest.raises(check.GateFailed, match="is 500 B, size <= 400 allows 400 B"):
         check.settle(run, [parse("size <= 400")], "pruned", True, lambda: run)
+
+
+def test_what_was_not_measured_fails(run):
+    """A bench that did not fit in memory is no reason to pass."""
+    (run / "bench" / "bench.json").unlink()
+    with pytest.raises(check.GateFailed, match="tokens written per second was not measured, so tok_s >= 1 could not"):
+        check.settle(run, [parse("tok_s >= 1")], "bench", True, lambda: run)
+    assert check.rows_of(run)[0]["passed"] is None
 
 
 def test_rules_that_are_not_asked_any_more_leave(run):

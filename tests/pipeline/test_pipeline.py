@@ -367,8 +367,6 @@ def test_a_gate_that_fails_in_each_stage_stops_there(copied, finished, settings,
         manifest = json.loads((copied / "manifest.json").read_text())
         manifest["steps"].pop(later)
         (copied / "manifest.json").write_text(json.dumps(manifest))
-    if not (copied / "bench" / "bench.json").exists() and stage == "bench":
-        pytest.skip("this run has no measurement of speed")
     with pytest.raises(PareError, match=re.escape(rule)) as error:
         pipeline.run(finished["model"], copied, replace(settings, gate=[rule, "perplexity > 0"]))
     assert error.value.exit_code == 1 and not (copied / later).exists()
@@ -376,6 +374,13 @@ def test_a_gate_that_fails_in_each_stage_stops_there(copied, finished, settings,
     rows = {(row["rule"], row["stage"]): row["passed"] for row in noted}
     assert rows[rule, stage] is False and rows["perplexity > 0", "pruned"] is True
     assert f"| {markdown.escaped(rule)} | {stage} |" in (copied / "report.md").read_text()
+
+
+def test_a_run_that_was_not_worth_it_fails_if_it_is_asked_to(copied, finished, settings):
+    assert "**Not worth it:**" in finished["summary"]["verdict"]
+    with pytest.raises(PareError, match="pruning was not worth it") as error:
+        pipeline.run(finished["model"], copied, replace(settings, fail_if_not_worth_it=True))
+    assert error.value.exit_code == 1 and (copied / "report.md").exists()
 
 
 @pytest.mark.parametrize("harm", ["changed", "missing"])
@@ -694,6 +699,8 @@ def test_verdict(measured, perplexities, words):
     text = verdict.verdict(measured(**perplexities))
     assert words in text
     assert ("orth it" in words) == ("orth it" in text)
+    decided = {"**Not worth it:**": False, "**Worth it:**": True, "were not an alternative": True}
+    assert verdict.worth_it(measured(**perplexities)) is decided.get(words)
 
 
 def test_verdict_says_when_the_choice_was_no_better_than_chance(measured):

@@ -19,7 +19,7 @@ from mlx_pare.pruning.layout import size_of
 from mlx_pare.pruning.plan_file import Plan, Target
 from mlx_pare.pruning.prune import prune
 from mlx_pare.pruning.reach import best_layers, protected_layers, space
-from tests.support import hybrids, pico
+from tests.support import hybrids, pico, sparse
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, 500, (2, 24)))
 DENSE = ("qwen3_5", "lfm2", "lfm2-indices", "granite-dense")
@@ -141,6 +141,20 @@ def test_only_keys_of_size_and_kind_change(made, tmp_path):
         was, now = (json.loads((place / "config.json").read_text()) for place in (model, out))
         changed = {key for key in {*was, *now} if was.get(key) != now.get(key)}
         assert changed == expected | {"pare", "rope_parameters"}, name
+
+
+def test_a_nemotron_without_experts_is_not_cut(tmp_path, pare):
+    """Its layers have either attention or a feed-forward, which nothing scores yet. A run says so before any work."""
+    model = sparse.make(tmp_path / "m", "nemotron_h", hybrid_override_pattern="M-M*--", n_routed_experts=None)
+    arch = Checkpoint(model).arch
+    assert arch.cut_axes == []
+    with pytest.raises(PareError, match="layers without a feed-forward are not scored"):
+        space(arch, ["layer"], 1, [])
+    plain = pare("run", model, "--out", tmp_path / "run", "--keep", "0.8")
+    assert plain.code == 1 and "this nemotron_h is cut along none of ffn, kv_head" in plain.line
+    asked = pare("run", model, "--out", tmp_path / "run", "--keep", "0.8", "--axes", "layer")
+    assert asked.code == 2 and asked.line.endswith("layers without a feed-forward are not scored.")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_not_cut(made):

@@ -141,6 +141,18 @@ def test_an_existing_path_is_no_name(tmp_path, monkeypatch):
 # ---- which files ----
 
 
+def test_what_reads_pictures_is_needed():
+    """A multimodal model whose language model is cut keeps it."""
+    files = [
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.json",
+    ]
+    wanted = ["config.json", "model.safetensors", *files]
+    assert sorted(needed(HubName(NAME), wanted)) == sorted(wanted)
+
+
 def test_code_pickles_and_other_formats_are_not_needed():
     wanted = ["config.json", "tokenizer.json", WEIGHTS, *BESIDE]
     assert sorted(needed(HubName(NAME), [*NOT_NEEDED, *wanted])) == sorted(wanted)

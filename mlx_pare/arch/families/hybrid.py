@@ -149,11 +149,15 @@ def conv_kind(config: Mapping[str, Any], index: int) -> str:
     return "full_attention" if index in listed_layers(config, "full_attn_idxs", count) else "conv"
 
 
+def lfm2_key(config: Mapping[str, Any]) -> str:
+    """The key that an lfm2 has its ffn under."""
+    return "block_ff_dim" if config.get("block_ff_dim") is not None else "intermediate_size"
+
+
 def lfm2_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
     """The ffn of a layer by mlx_lm/models/lfm2.py MLP: two thirds of the config's width, rounded up, if the config asks
     for it."""
-    given = "block_ff_dim" if config.get("block_ff_dim") is not None else "intermediate_size"
-    width = whole(config, given)
+    width = whole(config, lfm2_key(config))
     if config.get("block_auto_adjust_ff_dim"):
         factor, multiple = config.get("block_ffn_dim_multiplier"), whole(config, "block_multiple_of")
         if not (factor is None or (isinstance(factor, int | float) and 0 < factor < 2**31)):
@@ -165,8 +169,7 @@ def lfm2_widths(config: Mapping[str, Any], index: int) -> dict[str, int]:
 
 def lfm2_width(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     """The keys by which ``lfm2_widths`` gives this ffn."""
-    given = "block_ff_dim" if config.get("block_ff_dim") is not None else "intermediate_size"
-    return {given: sizes["ffn"], "block_auto_adjust_ff_dim": False} if "ffn" in sizes else {}
+    return {lfm2_key(config): sizes["ffn"], "block_auto_adjust_ff_dim": False} if "ffn" in sizes else {}
 
 
 def conv_recounted(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
@@ -217,8 +220,9 @@ LFM2_MOE = planned(
 )
 
 FAMILIES = (QWEN3_5, QWEN3_NEXT, LFM2, LFM2_MOE)
+TOWERS = ("vision_tower", "model.visual")
 WRAPPERS = {
-    "qwen3_5": Wrapper("qwen3_5_text", bare=True, beside=("vision_tower", "model.visual")),
-    "qwen3_5_moe": Wrapper("qwen3_5_moe_text", bare=True, beside=("vision_tower", "model.visual")),
+    "qwen3_5": Wrapper("qwen3_5_text", bare=True, beside=TOWERS),
+    "qwen3_5_moe": Wrapper("qwen3_5_moe_text", bare=True, beside=TOWERS),
     "lfm2-vl": Wrapper("lfm2"),
 }

@@ -26,7 +26,7 @@ from ..rows import (
     swiglu,
 )
 from ..spec import Fixed, layer_types, tensor, whole
-from .moe import DENSE, GROUPED, LOCAL, ROUTED, WITHOUT, along, bare_router, experts, router
+from .moe import DENSE, GROUPED, LOCAL, ROUTED, WITHOUT, along, bare_router, experts, has_none, router
 
 K, V = "linear_k_head*linear_k_dim", "linear_v_head*linear_v_dim"
 
@@ -175,6 +175,7 @@ NEMOTRON_MOE = (  # in some models the experts work on fewer dimensions than the
     tensor("mixer.fc2_latent_proj.weight", "hidden, expert_latent", "ffn", None, "moe_latent_size"),
     tensor("mixer.fc2_latent_proj.bias", "hidden", "ffn", "fc2_latent_proj_bias", "moe_latent_size mlp_bias"),
 )
+APART = Fixed(("layer",), "layers without a feed-forward are not scored", has_none)
 LATENT = Fixed(
     ("expert",),
     "its experts work on fewer dimensions than the model has",
@@ -208,7 +209,7 @@ NEMOTRON_H = planned(
     ),
     **along("layer", "expert"),
     needed=frozenset({"mamba", "full_attention"}),
-    fixed=(WITHOUT, GROUPED, LATENT),
+    fixed=(WITHOUT, GROUPED, LATENT, APART),
     kinds=nemotron_kind,
     recounted=nemotron_recounted,
     tied=False,

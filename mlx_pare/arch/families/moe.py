@@ -255,16 +255,18 @@ def dense_first(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, An
     return {"first_k_dense_replace": sum("+moe" not in kind for kind in kinds)}
 
 
-WITHOUT = Fixed(
-    ("expert",),
-    "this model has no experts",
-    lambda config: not any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
-)
-DENSE = Fixed(
-    ("ffn",),
-    "its feed-forwards are experts",
-    lambda config: any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")),
-)
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a config of a family that may have experts has any."""
+    return any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+def has_none(config: Mapping[str, Any]) -> bool:
+    """The opposite of ``has_experts``."""
+    return not has_experts(config)
+
+
+WITHOUT = Fixed(("expert",), "this model has no experts", has_none)
+DENSE = Fixed(("ffn",), "its feed-forwards are experts", has_experts)
 GROUPED = Fixed(  # equal numbers in every group would be exact (deepseek_v3); nothing here chooses by groups yet
     ("expert",), "its router chooses groups of experts first", lambda config: (config.get("n_group") or 1) != 1
 )
